@@ -1,0 +1,108 @@
+"""The losses by name, as `ltloss train --loss NAME` builds them. Importing this module does not import torch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from .errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from ltloss import TopK
+
+
+class LossHead(Protocol):
+    """What the classifier needs of a loss module (an `nn.Module` too)."""
+
+    weight: torch.nn.Parameter
+    scale: float
+
+    def __call__(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Scalar loss of features (N, D) with labels (N,)."""
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (N, C) without any margin."""
+
+    def predict(self, features: torch.Tensor, k: int = 1) -> TopK:
+        """The k best classes of each sample."""
+
+
+@dataclass(frozen=True)
+class LossKind:
+    """How one name on the command line becomes a module: the class, and what it calls the common options."""
+
+    class_name: str
+    takes_counts: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+LOSSES: dict[str, LossKind] = {
+    "softmax": LossKind("SoftmaxLoss"),
+    "cosine": LossKind("CosineSoftmaxLoss"),
+    "cosface": LossKind("CosFaceLoss"),
+    "arcface": LossKind("ArcFaceLoss"),
+    "combined": LossKind("CombinedMarginLoss", aliases={"margin": "angular_margin"}),
+    "ldam": LossKind("LDAMLoss", takes_counts=True, aliases={"margin": "max_margin"}),
+    "logit-adjusted": LossKind("LogitAdjustedLoss", takes_counts=True),
+    "long-tail": LossKind("LongTailLoss", takes_counts=True),
+    "cosine-space": LossKind("CosineSpaceLoss"),
+}
+
+# Decided by the data and the model, so never an option of the loss.
+_DECIDED_ELSEWHERE = {"self", "num_classes", "embedding_size", "class_counts", "counts", "margins", "device", "dtype"}
+
+
+def _loss_class(name: str) -> tuple[LossKind, Any]:
+    if name not in LOSSES:
+        raise UserError(f"--loss {name} is unknown; {nearest(name, LOSSES)}")
+    kind = LOSSES[name]
+    if name == "softmax":
+        from .softmax import SoftmaxLoss
+
+        return kind, SoftmaxLoss
+    import ltloss
+
+    return kind, getattr(ltloss, kind.class_name)
+
+
+def _option_names(loss_class: Any, takes_counts: bool) -> set[str]:
+    names: set[str] = set()
+    for function in (loss_class.__init__, loss_class.from_counts) if takes_counts else (loss_class.__init__,):
+        parameters = inspect.signature(function).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return names - _DECIDED_ELSEWHERE
+
+
+def loss_arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments of the loss `name` for `options` (`scale`, `margin`, anything its class documents).
+
+    Raises UserError for an option that this loss does not take, naming those it takes.
+    """
+    kind, loss_class = _loss_class(name)
+    valid = _option_names(loss_class, kind.takes_counts)
+    arguments = {}
+    for option, value in options.items():
+        argument = kind.aliases.get(option, option)
+        if argument not in valid:
+            takes = ", ".join(sorted(valid)) or "none"
+            raise UserError(f"loss {name} has no option {option} (given: {value}); remove it. Its options are: {takes}")
+        arguments[argument] = value
+    return arguments
+
+
+def build_loss(name: str, class_counts: Sequence[int], embedding_size: int, options: Mapping[str, Any]) -> LossHead:
+    """The loss module `name` for len(class_counts) classes; `options` as in `loss_arguments`."""
+    kind, loss_class = _loss_class(name)
+    arguments = loss_arguments(name, options)
+    try:
+        if kind.takes_counts:
+            module = loss_class.from_counts(class_counts, embedding_size, **arguments)
+        else:
+            module = loss_class(len(class_counts), embedding_size, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"loss {name} with {dict(options)}: {' '.join(str(error).split())}") from error
+    return cast(LossHead, module)
