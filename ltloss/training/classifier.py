@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -55,13 +56,14 @@ class Classifier(nn.Module):
         checkpoint = latest_checkpoint(run)
         if checkpoint is None:
             raise UserError(f"{run} has no checkpoint yet; finish an epoch with `ltloss train --resume --out {run}`")
-        load_weights(classifier, checkpoint / "model.safetensors")
+        weights = read_tensors(checkpoint / "model.safetensors")
+        check_tensors(checkpoint / "model.safetensors", weights, classifier.state_dict())
+        classifier.load_state_dict(weights)
         return classifier.to(choose_device(device)).eval()
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load tensors into a module; UserError names the first tensor that is missing, unknown or of another shape."""
-    stored, wanted = read_tensors(path), module.state_dict()
+def check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """UserError that names the first tensor read from `path` which is missing, unknown or of another shape."""
     for name in [*wanted, *stored]:
         there = tuple(stored[name].shape) if name in stored else "missing"
         here = tuple(wanted[name].shape) if name in wanted else "missing"
@@ -70,7 +72,6 @@ def load_weights(module: nn.Module, path: Path) -> None:
                 f"{path}: tensor {name} is {there} there and {here} in the model that config.json describes; "
                 "restore the run's own files, or train again into a new --out"
             )
-    module.load_state_dict(stored)
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:

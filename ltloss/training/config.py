@@ -116,7 +116,7 @@ def _checked(name: str, value: Any) -> Any:
         raise UserError(f"{name} must be of type {expected_type.__name__}, is {value!r}; correct it")
     choices, valid = item.metadata["choices"], item.metadata["valid"]
     if choices and value not in choices:
-        raise UserError(f"{name} {value!r} is unknown; {nearest(value, choices)}")
+        raise UserError(f"{name} {value!r} is unknown; {nearest(str(value), choices)}")
     if valid and not valid(value):
         raise UserError(f"{name} must be {item.metadata['expected']}, is {value}; correct it")
     return value

@@ -27,9 +27,17 @@ DEFAULT_FOLDER_SIZE = 64
 class ImageSource(Protocol):
     """What training, evaluation and prediction consume."""
 
-    labels: np.ndarray  # (N,) int64; -1 where unknown
-    class_names: tuple[str, ...]
-    names: Sequence[str]  # one display name per picture
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels (N,) int64; -1 where unknown."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The C class names that the labels count."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """One display name per picture."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
@@ -38,7 +38,7 @@ def open_picture(path: Path) -> Image.Image:
         raise
     except Image.DecompressionBombError:
         raise PictureError(f"has more than the {MAX_PIXELS:,} pixels allowed") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise PictureError("is not a picture that can be read") from None
     except FileNotFoundError:
         raise PictureError("does not exist (any more)") from None

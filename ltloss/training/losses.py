@@ -12,14 +12,17 @@ from .errors import UserError, nearest
 if TYPE_CHECKING:
     import torch
 
-    from ltloss import TopK
+    from ltloss.types import TopK
 
 
 class LossHead(Protocol):
     """What the classifier needs of a loss module (an `nn.Module` too)."""
 
-    weight: torch.nn.Parameter
     scale: float
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The class prototypes (C, D), a parameter."""
 
     def __call__(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Scalar loss of features (N, D) with labels (N,)."""

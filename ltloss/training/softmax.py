@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltloss import TopK
+from ltloss.types import TopK
 
 
 class SoftmaxLoss(nn.Module):
@@ -24,8 +24,8 @@ class SoftmaxLoss(nn.Module):
         self.linear = nn.Linear(embedding_size, num_classes)
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The class weights (C, D)."""
+    def weight(self) -> Tensor:
+        """The class weights (C, D), a parameter."""
         return self.linear.weight
 
     def logits(self, features: Tensor) -> Tensor:

@@ -1,0 +1,176 @@
+"""The `ltloss` command: train, evaluate, predict, report, doctor.
+
+Sub-commands import what they need when they run, so `ltloss --help` does not wait for it. A mistake that the user can
+put right is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .training.config import SETTINGS, read_settings_file, setting_type
+from .training.errors import UserError, explain_os_error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+    except UserError as error:
+        return _fail(error)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except UserError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        how = f"; continue with `ltloss train --resume --out {options.out}`" if command is _train else ""
+        print(f"ltloss: interrupted, finished epochs and results are kept{how}", file=sys.stderr)
+        return 130
+    except OSError as error:
+        return _fail(explain_os_error(error))
+
+
+def _fail(reason: object) -> int:
+    print(f"ltloss: error: {reason}", file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse, with its errors as ours: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ltloss", description="Train and use image classifiers on long-tailed data.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a classifier", description="Train a classifier into a run folder.")
+    train.set_defaults(command=_train)
+    train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder to write")
+    train.add_argument("--config", type=Path, metavar="FILE", help="settings from TOML or JSON; the command line wins")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out (with its own settings)")
+    train.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+    _add_settings(train)
+
+    evaluate = commands.add_parser("evaluate", help="measure a run on labelled pictures")
+    evaluate.set_defaults(command=_evaluate)
+    evaluate.add_argument("run", type=Path, metavar="RUN")
+    evaluate.add_argument("--data", metavar="DATA", help="as for train (default: the run's own)")
+    evaluate.add_argument("--split", choices=("test", "train", "all"), default="test", help="(default: test)")
+    evaluate.add_argument("--json", action="store_true", help="for machine reading")
+    evaluate.add_argument("--many-above", type=int, metavar="N", help=SETTINGS["many_above"].metadata["help"])
+    evaluate.add_argument("--few-below", type=int, metavar="N", help=SETTINGS["few_below"].metadata["help"])
+    evaluate.add_argument("--device", help=SETTINGS["device"].metadata["help"])
+
+    predict = commands.add_parser("predict", help="classify a folder of pictures and make a gallery of them")
+    predict.set_defaults(command=_predict)
+    predict.add_argument("run", type=Path, metavar="RUN")
+    predict.add_argument("images", type=Path, metavar="IMAGES", help="folder of pictures, searched recursively")
+    predict.add_argument("--out", type=Path, required=True, help="folder for the results")
+    predict.add_argument("--sort-into", type=Path, metavar="FOLDER", help="also copy each picture to FOLDER/<class>/")
+    predict.add_argument("--top", type=int, default=2, metavar="K", help="classes a picture in the table (default: 2)")
+    predict.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
+    predict.add_argument("--device", help=SETTINGS["device"].metadata["help"])
+
+    report = commands.add_parser("report", help="write RUN/report.html again")
+    report.set_defaults(command=_report)
+    report.add_argument("run", type=Path, metavar="RUN")
+
+    doctor = commands.add_parser("doctor", help="show what this machine offers ltloss")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """One option per setting; only those given end up in the namespace, so that a file can hold the others."""
+    group = parser.add_argument_group("settings")
+    for name, item in SETTINGS.items():
+        flag, kind = "--" + name.replace("_", "-"), setting_type(name)
+        about = item.metadata["help"].replace("%", "%%")
+        about += "" if item.default is None or kind is dict or name == "data" else f" (default: {item.default})"
+        common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": about}
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        elif kind is dict:
+            group.add_argument("--loss-option", action="append", type=_named_value, metavar="NAME=VALUE", **common)
+        else:
+            metavar = "N" if kind is int else "X" if kind is float else None
+            group.add_argument(flag, type=kind, choices=item.metadata["choices"], metavar=metavar, **common)
+
+
+def _named_value(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name.replace("-", "_"), json.loads(value)
+    except ValueError:  # not a number, true or false: a word
+        return name.replace("-", "_"), value
+
+
+def _train(options: argparse.Namespace) -> int:
+    given = read_settings_file(options.config) if options.config else {}
+    on_line = {name: value for name, value in vars(options).items() if name in SETTINGS}
+    if "loss_options" in on_line:
+        on_line["loss_options"] = {**given.get("loss_options", {}), **dict(on_line["loss_options"])}
+    from .training.report import write_report
+    from .training.trainer import train
+
+    result = train(options.out, {**given, **on_line}, resume=options.resume, quiet=options.quiet)
+    report = write_report(options.out)
+    if not options.quiet:
+        print(result.evaluation.to_text())
+        print(f"\nopen {report}, or use the model: ltloss predict {options.out} IMAGES --out RESULTS")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .training.evaluation import evaluate_run
+
+    evaluation = evaluate_run(
+        options.run,
+        options.data,
+        split=options.split,
+        device=options.device,
+        many_above=options.many_above,
+        few_below=options.few_below,
+    )
+    print(evaluation.to_json() if options.json else evaluation.to_text())
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from .training.prediction import predict_folder
+
+    summary = predict_folder(
+        options.run,
+        options.images,
+        options.out,
+        sort_into=options.sort_into,
+        top=options.top,
+        device=options.device,
+        batch_size=options.batch_size,
+    )
+    print(summary)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .training.report import write_report
+
+    print(f"open {write_report(options.run)}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import main as doctor
+
+    return doctor()

@@ -1,0 +1,133 @@
+"""Measure a classifier on one split."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .batches import batches
+from .classifier import Classifier
+from .config import RunConfig
+from .datasets import ImageSource, Split, check_same_classes, load_data
+from .metrics import Metrics, MetricsAccumulator, Thresholds, number, own_angles, percent
+
+BATCH_SIZE = 512
+_LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32, however many classes there are
+
+
+@torch.no_grad()
+def measure(classifier: Classifier, source: ImageSource, thresholds: Thresholds) -> Metrics:
+    """Metrics of a labelled source, in float32 and in evaluation mode; the classifier's mode is restored."""
+    was_training = classifier.training
+    classifier.eval()
+    prototypes = classifier.loss.weight
+    rows = max(1, _LOGITS_AT_ONCE // len(prototypes))
+    found = MetricsAccumulator(classifier.config.class_counts, thresholds)
+    for batch in batches(source, BATCH_SIZE):
+        features = classifier.features(batch.images.to(prototypes.device)).float()
+        labels = batch.labels.to(prototypes.device)
+        losses = [
+            F.cross_entropy(classifier.loss.logits(x).float(), y, reduction="none")
+            for x, y in zip(torch.split(features, rows), torch.split(labels, rows), strict=True)
+        ]
+        found.add(
+            labels=labels,
+            predicted=classifier.loss.predict(features).index[:, 0],
+            losses=torch.cat(losses),
+            norms=features.norm(dim=1),
+            angles=own_angles(features, prototypes, labels),
+        )
+    classifier.train(was_training)
+    return found.result()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of a run on one split, and how to show them."""
+
+    run: Path
+    data: str
+    split: Split
+    config: RunConfig
+    thresholds: Thresholds
+    metrics: Metrics
+
+    def to_json(self) -> str:
+        """Everything for machine reading; None becomes null."""
+        values: dict[str, Any] = {
+            "run": str(self.run),
+            "data": self.data,
+            "split": self.split,
+            "loss_name": self.config.loss,
+            "backbone": self.config.backbone,
+            **asdict(self.thresholds),
+            **asdict(self.metrics),
+            "per_class": dict(zip(self.config.class_names, self.metrics.per_class, strict=True)),
+        }
+        return json.dumps(values, indent=2, ensure_ascii=False)
+
+    def to_text(self) -> str:
+        """A short table: the groups, the geometry, and the classes from the largest to the smallest."""
+        metrics = self.metrics
+        rows = [
+            ("pictures", str(metrics.pictures)),
+            ("accuracy, %", percent(metrics.accuracy)),
+            *((f"{words}, %", percent(getattr(metrics, name))) for name, words in self.thresholds.describe().items()),
+            ("loss", number(metrics.loss)),
+            ("mean feature length", number(metrics.feature_norm_mean)),
+            ("mean angle to own prototype", f"{number(metrics.own_angle_mean)} rad"),
+        ]
+        title = f"{self.run} ({self.config.loss}, {self.config.backbone}) on the {self.split} split of {self.data}"
+        lines = [title, *(f"  {name:<30}{value:>12}" for name, value in rows), "", *self._class_lines()]
+        return "\n".join(lines)
+
+    def _class_lines(self, limit: int = 50) -> list[str]:
+        counts = self.config.class_counts
+        order = sorted(range(len(counts)), key=lambda c: -counts[c])
+        shown = order if len(order) <= limit else [*order[: limit // 2], *order[-limit // 2 :]]
+        lines = [f"  {'class':<30}{'training':>12}{'accuracy, %':>14}"]
+        lines += [
+            f"  {self.config.class_names[c][:29]:<30}{counts[c]:>12}{percent(self.metrics.per_class[c]):>14}"
+            for c in shown
+        ]
+        if len(shown) < len(order):
+            lines.append(f"  (the {limit // 2} largest and smallest of {len(order)} classes; --json lists all)")
+        return lines
+
+
+def evaluate_run(
+    run: Path,
+    data: str | None = None,
+    *,
+    split: Split = "test",
+    device: str | None = None,
+    many_above: int | None = None,
+    few_below: int | None = None,
+) -> Evaluation:
+    """Measure a run's newest checkpoint on its own data, or on other data with the same classes.
+
+    Raises UserError where the classes differ (naming them), or data or run cannot be used.
+    """
+    classifier = Classifier.load(run, device)
+    config = classifier.config
+    settings = config.settings
+    spec = data or settings.data
+    source = load_data(
+        spec,
+        split=split,
+        image_size=config.image_shape[1:],
+        channels=config.image_shape[0],
+        seed=settings.seed,
+        workers=settings.workers,
+    )
+    check_same_classes(config.class_names, source.class_names, f"run {run}", spec)
+    thresholds = Thresholds(
+        settings.many_above if many_above is None else many_above,
+        settings.few_below if few_below is None else few_below,
+    )
+    return Evaluation(run, spec, split, config, thresholds, measure(classifier, source, thresholds))

@@ -1,0 +1,106 @@
+"""What is measured of a classifier: accuracy by class size, and the geometry that the losses shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Which classes are 'many' (more training pictures than many_above) and 'few' (fewer than few_below)."""
+
+    many_above: int = 100
+    few_below: int = 20
+
+    def groups(self, class_counts: Sequence[int]) -> dict[str, np.ndarray]:
+        """Masks (C,) of the many, medium and few classes; together they hold every class once."""
+        counts = np.asarray(class_counts)
+        many, few = counts > self.many_above, counts < self.few_below
+        return {"many": many, "medium": ~many & ~few, "few": few}
+
+    def describe(self) -> dict[str, str]:
+        """The groups in words, for a table's header."""
+        return {
+            "many": f"many (>{self.many_above})",
+            "medium": f"medium ({self.few_below}-{self.many_above})",
+            "few": f"few (<{self.few_below})",
+        }
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Measured on one split. Shares are in [0, 1], angles in radians; None where nothing could be measured.
+
+    `accuracy` is the share of pictures classified correctly; `many`, `medium` and `few` are the mean of their classes'
+    accuracies (as ImageNet-LT reports them), over classes that have pictures in the split.
+    """
+
+    pictures: int
+    loss: float | None  # cross-entropy of the logits without margin
+    accuracy: float | None
+    many: float | None
+    medium: float | None
+    few: float | None
+    per_class: tuple[float | None, ...]
+    feature_norm_mean: float | None
+    own_angle_mean: float | None  # between a feature and the prototype of its own class
+
+
+def own_angles(features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+    """Angle (N,) in radians between each feature (N, D) and its own prototype, exact near 0 and pi."""
+    x, w = F.normalize(features, dim=1), F.normalize(prototypes[labels].float(), dim=1)
+    return 2 * torch.atan2((x - w).norm(dim=1), (x + w).norm(dim=1))
+
+
+class MetricsAccumulator:
+    """Collects batches of one split; `result` is the metrics of all of them."""
+
+    def __init__(self, class_counts: Sequence[int], thresholds: Thresholds) -> None:
+        self._groups = thresholds.groups(class_counts)
+        self._correct = np.zeros(len(class_counts), dtype=np.int64)
+        self._total = np.zeros(len(class_counts), dtype=np.int64)
+        self._sums = np.zeros(3)  # loss, feature length, angle to the own prototype
+
+    def add(self, labels: Tensor, predicted: Tensor, losses: Tensor, norms: Tensor, angles: Tensor) -> None:
+        """Count one batch: five tensors of shape (B,)."""
+        truth = labels.cpu().numpy()
+        correct = truth[predicted.cpu().numpy() == truth]
+        self._total += np.bincount(truth, minlength=len(self._total))
+        self._correct += np.bincount(correct, minlength=len(self._total))
+        self._sums += [float(values.double().sum()) for values in (losses, norms, angles)]
+
+    def result(self) -> Metrics:
+        """The metrics of everything added so far."""
+        pictures = int(self._total.sum())
+        present = self._total > 0
+        per_class = np.divide(self._correct, self._total, out=np.full(len(present), np.nan), where=present)
+        by_group = {
+            name: float(per_class[mask & present].mean()) if (mask & present).any() else None
+            for name, mask in self._groups.items()
+        }
+        loss, norm, angle = (float(total) / pictures if pictures else None for total in self._sums)
+        return Metrics(
+            pictures=pictures,
+            loss=loss,
+            accuracy=float(self._correct.sum()) / pictures if pictures else None,
+            **by_group,
+            per_class=tuple(float(value) if there else None for value, there in zip(per_class, present, strict=True)),
+            feature_norm_mean=norm,
+            own_angle_mean=angle,
+        )
+
+
+def percent(share: float | None) -> str:
+    """A share as '93.4', None as a dash."""
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def number(value: float | None) -> str:
+    """A number with three decimals, None as a dash."""
+    return "–" if value is None else f"{value:.3f}"

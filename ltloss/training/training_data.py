@@ -1,0 +1,95 @@
+"""The pictures of one run: loaded, limited, long-tailed, and measured for normalisation."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+
+import numpy as np
+import torch
+
+from .batches import batches
+from .config import RunConfig, Settings
+from .datasets import ImageSource, load_data
+from .longtail import keep_per_class, long_tailed_subset
+from .seeds import numpy_generator
+
+_NORMALISATION_PICTURES = 4096
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Both splits and the configuration that follows from them."""
+
+    train: ImageSource
+    test: ImageSource
+    config: RunConfig
+
+
+def prepare_data(settings: Settings) -> TrainingData:
+    """Load both splits as the settings say. The long tail and the limit per class act on the training split only."""
+    seed = settings.seed
+    train = load_data(
+        settings.data,
+        split="train",
+        image_size=settings.image_size,
+        channels=settings.channels,
+        seed=seed,
+        workers=settings.workers,
+    )
+    channels, *size = train.shape
+    test = load_data(
+        settings.data,
+        split="test",
+        image_size=(size[0], size[1]),
+        channels=channels,
+        seed=seed,
+        workers=settings.workers,
+    )
+    if settings.limit_per_class is not None:
+        counts = np.full(len(train.class_names), settings.limit_per_class)
+        train = train.subset(keep_per_class(train.labels, counts, seed, "limit"))
+    train = train.subset(long_tailed_subset(train.labels, settings.imbalance, seed))
+    if settings.limit_test is not None:
+        kept = numpy_generator(seed, "limit test").permutation(len(test))[: settings.limit_test]
+        test = test.subset(np.sort(kept))
+    mean, std = _normalisation(train, seed)
+    config = RunConfig(
+        settings=settings,
+        class_names=train.class_names,
+        class_counts=tuple(np.bincount(train.labels, minlength=len(train.class_names)).tolist()),
+        image_shape=train.shape,
+        mean=mean,
+        std=std,
+        versions={
+            "ltloss": _own_version(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )
+    return TrainingData(train, test, config)
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("ltloss")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _normalisation(source: ImageSource, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of (at most 4096 random) pictures with pixels in [0, 1]."""
+    sample = numpy_generator(seed, "normalisation").permutation(len(source))[:_NORMALISATION_PICTURES]
+    total, squares = torch.zeros(2, source.shape[0], dtype=torch.float64)
+    count = 0
+    for batch in batches(source, 512, np.sort(sample)):
+        pixels = batch.images.double().transpose(0, 1).flatten(1) / 255
+        total += pixels.sum(1)
+        squares += pixels.square().sum(1)
+        count += pixels.shape[1]
+    mean = total / count
+    variance = squares / count - mean.square()
+    # One grey level is the least that pictures which all look the same can vary by.
+    std = variance.clamp(min=0).sqrt().clamp(min=1 / 255)
+    return tuple(mean.tolist()), tuple(std.tolist())
