@@ -1,0 +1,38 @@
+# Each target does all of its own set-up: `git clone`, then `make demo`.
+# A machine without a GPU can point pip at PyTorch's CPU wheels through pip's own settings (PIP_EXTRA_INDEX_URL).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1|/' | column -t -s '|'
+
+# The stamp records which requirements the environment was made from, so an edit of either file renews it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ltloss needs Python 3.10 or newer, this is " + sys.version.split()[0])'
+	@echo "Setting up $(VENV) (once; PyTorch is a large download) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch triton
+	@$(PIP) -e '.[train,bench,dev]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## train four losses on long-tailed digits, print the table, classify the test pictures
+	@$(BIN)/python -m ltloss.training.demo
+
+test: $(VENV)/.installed  ## run every test
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed  ## ruff and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.installed  ## measure against the peers, write benchmarks/results/<device>.csv
+	@$(BIN)/python -m benchmarks.cpu
+
+clean:  ## remove everything that the other targets made
+	rm -rf $(VENV) demo runs .mypy_cache .ruff_cache .pytest_cache .benchmarks

@@ -1,0 +1,1 @@
+"""Fused Triton kernels for large-class margin softmax: tensors in, tensors out."""

@@ -1,0 +1,73 @@
+"""Gradients of the operators: what each saves, and which operator computes its backward.
+
+Importing this module attaches them. They are registered with the dispatcher instead of being wrapped in
+``autograd.Function`` classes, so that eager mode, ``torch.compile`` and ``opcheck`` all see the same gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltloss import ops
+
+__all__: list[str] = []
+
+
+def _setup_cosine_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, prototypes, labels, log_prior, scale, normalize_features, with_logit_sum = inputs
+    other_logsumexp, _, _, feature_inverse, prototype_inverse = output
+    ctx.mark_non_differentiable(feature_inverse, prototype_inverse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(features, prototypes, labels, log_prior, other_logsumexp, feature_inverse, prototype_inverse)
+    ctx.scale, ctx.normalize_features, ctx.with_logit_sum = scale, normalize_features, with_logit_sum
+
+
+def _backward_cosine_logsumexp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_other, grad_own, grad_sum = grads[:3]
+    needs = list(ctx.needs_input_grad[:2])
+    if not any(needs) or (grad_other is None and grad_own is None and grad_sum is None):
+        return (None,) * 7
+    grad_features, grad_prototypes = ops.cosine_logsumexp_backward(
+        grad_other,
+        grad_own,
+        grad_sum if ctx.with_logit_sum else None,
+        *ctx.saved_tensors,
+        ctx.scale,
+        ctx.normalize_features,
+        needs,
+    )
+    return (grad_features if needs[0] else None, grad_prototypes if needs[1] else None, *(None,) * 5)
+
+
+def _setup_nearest_prototype(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    prototypes, rows = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(prototypes, rows, output[1])
+
+
+def _backward_nearest_prototype(ctx: Any, grad_cosine: Tensor, _: Any) -> tuple[Tensor, None]:
+    prototypes, rows, index = ctx.saved_tensors
+    return ops.nearest_prototype_backward(grad_cosine, prototypes, rows, index), None
+
+
+def _no_gradient(name: str) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"ltloss::{name} cannot be differentiated (again); "
+            "use ltloss.use_backend('reference') for higher derivatives"
+        )
+
+    return backward
+
+
+torch.library.register_autograd(
+    "ltloss::cosine_logsumexp", _backward_cosine_logsumexp, setup_context=_setup_cosine_logsumexp
+)
+torch.library.register_autograd(
+    "ltloss::nearest_prototype", _backward_nearest_prototype, setup_context=_setup_nearest_prototype
+)
+for _name in ("cosine_logsumexp_backward", "nearest_prototype_backward", "top_k"):
+    torch.library.register_autograd(f"ltloss::{_name}", _no_gradient(_name))

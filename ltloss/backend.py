@@ -1,0 +1,86 @@
+"""Which implementation runs, and whether labels on a GPU are checked: the package's only two switches."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Literal, get_args
+
+__all__ = ["Backend", "current_backend", "debug", "use_backend"]
+
+Backend = Literal["auto", "triton", "torch", "reference"]
+
+
+def _checked(name: str, origin: str) -> Backend:
+    for known in get_args(Backend):
+        if name == known:
+            return known  # type: ignore[no-any-return]
+    raise ValueError(f"{origin} must be one of {', '.join(get_args(Backend))}; got {name!r}")
+
+
+_backend: Backend = _checked(os.environ.get("LTLOSS_BACKEND", "auto"), "the environment variable LTLOSS_BACKEND")
+
+
+def current_backend() -> Backend:
+    """Return the backend in force (see :class:`use_backend`)."""
+    return _backend
+
+
+class use_backend(AbstractContextManager["use_backend"]):
+    """Force one implementation, from now on or inside a ``with`` block.
+
+    Args:
+        name: ``"auto"`` takes the fastest implementation that serves the tensor's device; ``"torch"`` the chunked
+            PyTorch one on every device; ``"reference"`` the dense one of :mod:`ltloss.reference` (needs N×C memory);
+            ``"triton"`` the GPU kernels, and raises where they cannot run.
+
+    The environment variable ``LTLOSS_BACKEND`` sets the initial value. The switch is global to the process.
+
+    Example:
+        >>> import ltloss
+        >>> with ltloss.use_backend("reference"):
+        ...     ltloss.current_backend()
+        'reference'
+        >>> ltloss.current_backend()
+        'auto'
+    """
+
+    def __init__(self, name: Backend) -> None:
+        global _backend
+        self._previous = _backend
+        _backend = _checked(name, "backend")
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _backend
+        _backend = self._previous
+
+
+class _Debug(AbstractContextManager["_Debug"]):
+    """``ltloss.debug(True)`` checks labels on a GPU too, at the price of one host synchronisation a call.
+
+    Labels on the CPU are always checked. ``with ltloss.debug(): ...`` limits it to a block, ``bool(ltloss.debug)``
+    tells the state, and the environment variable ``LTLOSS_DEBUG=1`` turns it on at import.
+    """
+
+    def __init__(self) -> None:
+        self._on = os.environ.get("LTLOSS_DEBUG", "0") not in ("", "0")
+        self._previous: list[bool] = []
+
+    def __call__(self, on: bool = True) -> _Debug:
+        self._previous.append(self._on)
+        self._on = on
+        return self
+
+    def __bool__(self) -> bool:
+        return self._on
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._on = self._previous.pop()
+
+
+debug = _Debug()

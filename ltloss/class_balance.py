@@ -1,0 +1,174 @@
+"""From class counts to margins, priors, weights and schedules. Everything here is (C,) and computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltloss.validation import check_choice, check_number
+
+__all__ = [
+    "DeferredWeights",
+    "counts_from_labels",
+    "effective_number_weights",
+    "inverse_frequency_weights",
+    "log_prior_from_counts",
+    "margins_from_counts",
+]
+
+Counts = Tensor | Sequence[int] | np.ndarray[Any, Any]
+Normalize = Literal["none", "max"]
+
+
+def counts_from_labels(labels: Counts, num_classes: int, *, ignore_index: int = -100) -> Tensor:
+    """Samples per class, (C,) int64, of a label vector (N,).
+
+    Raises:
+        IndexError: a label outside [0, C) that is not ``ignore_index``, with its position.
+
+    Example:
+        >>> from ltloss.class_balance import counts_from_labels
+        >>> counts_from_labels([0, 2, 2], 3)
+        tensor([1, 0, 2])
+    """
+    vector = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels).flatten()
+    if vector.is_floating_point():
+        raise TypeError(f"labels must be integers; got {vector.dtype}")
+    from ltloss import ops  # here, so that counting labels does not depend on the operators' import order
+
+    checked = ops.checked_labels(vector, num_classes, ignore_index)
+    return torch.bincount(checked[checked >= 0], minlength=num_classes)
+
+
+def _checked(class_counts: Counts) -> Tensor:
+    """Counts (C,) as float64, all of them positive."""
+    counts = torch.as_tensor(np.asarray(class_counts) if not isinstance(class_counts, Tensor) else class_counts)
+    counts = counts.detach().to(torch.float64)
+    if counts.dim() != 1 or counts.numel() == 0:
+        raise ValueError(f"class_counts must be a vector (C,) with C >= 1; got shape {tuple(counts.shape)}")
+    if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
+        raise ValueError("class_counts must be finite and not negative; got " + _abridged(counts))
+    empty = (counts == 0).nonzero()[:, 0]
+    if empty.numel():
+        raise ValueError(
+            f"{empty.numel()} of {counts.numel()} classes have no samples (the first is class {int(empty[0])}); "
+            "leave them out and renumber the labels, or pass class_counts.clamp(min=1) to treat them as if they had one"
+        )
+    return counts
+
+
+def _abridged(values: Tensor) -> str:
+    shown = ", ".join(f"{value:g}" for value in values[:8].tolist())
+    return f"[{shown}{', ...' if values.numel() > 8 else ''}]"
+
+
+def margins_from_counts(
+    class_counts: Counts, margin: float = 0.5, *, power: float = 0.25, normalize: Normalize = "none"
+) -> Tensor:
+    """Per-class margins m_c = margin · n_c^(−power): the rarer the class, the larger its margin.
+
+    Args:
+        class_counts: (C,) training samples per class, all > 0.
+        margin: the margin of a class with one sample, or with ``normalize="max"`` that of the rarest class (radians for
+            an angular margin, cosine units for LDAM).
+        power: 1/k; 0.25 in source A and in LDAM.
+        normalize: ``"none"``, or ``"max"`` to rescale so that the rarest class has exactly ``margin`` (the LDAM
+            convention).
+
+    Returns:
+        (C,) float32.
+
+    Sources: source A; Cao et al., LDAM, NeurIPS 2019, section 3.1.
+
+    Example:
+        >>> from ltloss.class_balance import margins_from_counts
+        >>> margins_from_counts([16, 1], 0.5)
+        tensor([0.2500, 0.5000])
+    """
+    check_number("margin", margin, at_least=0.0)
+    check_number("power", power, at_least=0.0)
+    check_choice("normalize", normalize, get_args(Normalize))
+    margins = _checked(class_counts) ** -power
+    if normalize == "max":
+        margins = margins / margins.max()
+    return (margin * margins).float()
+
+
+def log_prior_from_counts(class_counts: Counts, tau: float = 1.0) -> Tensor:
+    """τ·log π_c with π_c = n_c/Σn, (C,) float32: added to the training logits, it makes the softmax balanced.
+
+    Sources: Menon et al., ICLR 2021, eq. 10; Ren et al., NeurIPS 2020 (τ = 1).
+
+    Example:
+        >>> from ltloss.class_balance import log_prior_from_counts
+        >>> log_prior_from_counts([3, 1]).exp()
+        tensor([0.7500, 0.2500])
+    """
+    check_number("tau", tau)
+    counts = _checked(class_counts)
+    return (tau * (counts / counts.sum()).log()).float()
+
+
+def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tensor:
+    """Class-balanced weights (1 − β)/(1 − β^n_c), scaled to mean 1, (C,) float32.
+
+    Source: Cui et al., Class-balanced loss based on effective number of samples, CVPR 2019, eq. 7.
+
+    Example:
+        >>> from ltloss.class_balance import effective_number_weights
+        >>> effective_number_weights([2, 1], beta=0.5)
+        tensor([0.8000, 1.2000])
+    """
+    check_number("beta", beta, at_least=0.0)
+    if beta >= 1.0:
+        raise ValueError(f"beta must be < 1 (at 1 the weights are those of inverse_frequency_weights); got {beta}")
+    counts = _checked(class_counts)
+    # 1 - β^n through expm1: β^n rounds to 1 for β near 1. log1p(β - 1) would be no better than log β here.
+    weights = -(1.0 - beta) / torch.expm1(counts * np.log(beta)) if beta > 0.0 else torch.ones_like(counts)
+    return (weights / weights.mean()).float()
+
+
+def inverse_frequency_weights(class_counts: Counts, power: float = 1.0) -> Tensor:
+    """Weights ∝ n_c^(−power), scaled to mean 1, (C,) float32; power 0.5 is the usual softer variant.
+
+    Example:
+        >>> from ltloss.class_balance import inverse_frequency_weights
+        >>> inverse_frequency_weights([3, 1])
+        tensor([0.5000, 1.5000])
+    """
+    check_number("power", power)
+    weights = _checked(class_counts) ** -power
+    return (weights / weights.mean()).float()
+
+
+@dataclass(frozen=True)
+class DeferredWeights:
+    """Deferred re-weighting (DRW): no class weights until the epoch ``start_epoch``, ``weights`` from then on.
+
+    Attributes:
+        weights: (C,), for instance from :func:`effective_number_weights`.
+        start_epoch: first epoch (counted from 0) with weights; 160 of 200 in the source.
+
+    Source: Cao et al., LDAM, NeurIPS 2019, section 3.3 and algorithm 1.
+
+    Example:
+        >>> from ltloss.class_balance import DeferredWeights, effective_number_weights
+        >>> schedule = DeferredWeights(effective_number_weights([2, 1], beta=0.5), start_epoch=160)
+        >>> schedule(0) is None, schedule(160)
+        (True, tensor([0.8000, 1.2000]))
+    """
+
+    weights: Tensor
+    start_epoch: int
+
+    def __post_init__(self) -> None:
+        check_number("start_epoch", self.start_epoch, at_least=0)
+
+    def __call__(self, epoch: int) -> Tensor | None:
+        """Class weights (C,) of an epoch, or None."""
+        return self.weights if epoch >= self.start_epoch else None

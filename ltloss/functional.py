@@ -1,0 +1,334 @@
+"""The public functions. Each has a dense twin of the same signature in :mod:`ltloss.reference`.
+
+None of them stores the N×C logits (or C×C cosines), forwards or backwards. Statistics and losses are float32 (float64
+for float64 inputs) whatever the dtype of features and prototypes; gradients come in the dtype of their tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from ltloss import ops, reference
+from ltloss.backend import current_backend
+from ltloss.cpu import compute_dtype
+from ltloss.epilogue import margin_losses, one_pass, reduce_losses
+from ltloss.margins import BeyondPi, MarginGradient, arccos
+from ltloss.norm_penalty import FeatureNormKind, norm_penalty
+from ltloss.types import NearestPrototype, Reduction, TopK
+from ltloss.validation import (
+    check_choice,
+    check_features,
+    check_number,
+    check_per_class,
+    check_prototypes,
+    check_rows,
+    check_same_device,
+    check_supervised,
+)
+
+__all__ = [
+    "cosine_logsumexp",
+    "feature_norm_penalty",
+    "margin_cross_entropy",
+    "min_angle_regularizer",
+    "nearest_prototype",
+    "top_k",
+]
+
+
+def margin_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 30.0,
+    angular_margin: Tensor | float = 0.0,
+    cosine_margin: Tensor | float = 0.0,
+    angle_multiplier: float = 1.0,
+    log_prior: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    normalize_features: bool = True,
+    beyond_pi: BeyondPi = "monotone",
+    margin_gradient: MarginGradient = "exact",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Softmax cross-entropy on cosine logits with a margin on the own class: the whole family in one function.
+
+    With θ_c the angle between feature and prototype c, the own-class logit is
+    s·(cos(m1·θ_y + m2_y) − m3_y) + log-prior_y and the others are s·cos θ_c + log-prior_c.
+
+    Args:
+        features: (N, D), any floating dtype, any length, any strides.
+        prototypes: (C, D), likewise; its dtype may differ from that of ``features``.
+        labels: (N,) integers in [0, C), or ``ignore_index``.
+        scale: s > 0, the inverse temperature.
+        angular_margin: m2 in radians, a number or (C,).
+        cosine_margin: m3, a number or (C,).
+        angle_multiplier: m1 > 0.
+        log_prior: (C,), added to the logits in training (balanced softmax, logit adjustment); -inf takes a class out.
+        class_weight: (C,), multiplies the loss of the samples of a class.
+        label_smoothing: ε in [0, 1], (1−ε)(lse − z_y) + ε(lse − mean_c z_c).
+        ignore_index: label of samples that neither count nor get a gradient.
+        normalize_features: False keeps the feature's length: every cosine is multiplied by s·‖x‖ instead of s.
+        beyond_pi: ``"monotone"`` (−2 − cos(·)) or ``"arcface"`` (cos θ − m2·sin m2) where m1·θ + m2 exceeds π.
+        margin_gradient: ``"exact"``, or ``"straight_through"`` (d margin / d cos = 1).
+        reduction: ``"mean"`` (divides by the summed weights of the counted samples), ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or (N,) for ``"none"``; float32, or float64 where an input is.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together; the message has both values.
+        IndexError: a label outside [0, C) that is not ``ignore_index``, with its position (on a GPU: only under
+            ``ltloss.debug``, and the sample's loss is NaN otherwise).
+
+    Sources: Wang et al., NormFace, ACM MM 2017; CosFace, CVPR 2018; Deng et al., ArcFace, CVPR 2019;
+    Cao et al., LDAM, NeurIPS 2019; Menon et al., Logit adjustment, ICLR 2021; Ren et al., Balanced softmax, NeurIPS 2020.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.functional import margin_cross_entropy
+        >>> x = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
+        >>> w = torch.tensor([[1.0, 0.0], [0.0, 5.0], [-1.0, 0.0]])
+        >>> margin_cross_entropy(x, w, torch.tensor([0, 1]), scale=2.0, angular_margin=0.5)
+        tensor(0.2381)
+    """
+    check_supervised(features, prototypes, labels)
+    check_number("scale", scale, above=0.0)
+    check_number("angle_multiplier", angle_multiplier, above=0.0)
+    check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
+    check_choice("beyond_pi", beyond_pi, get_args(BeyondPi))
+    check_choice("margin_gradient", margin_gradient, get_args(MarginGradient))
+    check_choice("reduction", reduction, get_args(Reduction))
+    like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
+    per_class: dict[str, Any] = {
+        name: None if given is None else check_per_class(name, given, prototypes.shape[0], like)
+        for name, given in (
+            ("angular_margin", angular_margin),
+            ("cosine_margin", cosine_margin),
+            ("log_prior", log_prior),
+            ("class_weight", class_weight),
+        )
+    }
+    margins: dict[str, Any] = {
+        "angle_multiplier": angle_multiplier,
+        "label_smoothing": label_smoothing,
+        "beyond_pi": beyond_pi,
+        "margin_gradient": margin_gradient,
+    }
+    log_prior, class_weight = per_class.pop("log_prior"), per_class.pop("class_weight")
+    if not isinstance(log_prior, Tensor) or log_prior.dim() == 0:
+        log_prior = None  # the same constant on every logit cancels
+    wide: dict[str, Any] = {
+        "scale": float(scale),
+        "log_prior": log_prior,
+        "normalize_features": normalize_features,
+        "ignore_index": ignore_index,
+    }
+    if current_backend() == "reference":
+        return reference.margin_cross_entropy(
+            features, prototypes, labels, class_weight=class_weight, reduction=reduction, **per_class, **margins, **wide
+        )
+    result = one_pass(features, prototypes, labels, with_logit_sum=label_smoothing > 0.0, **wide)
+    losses = margin_losses(result, **per_class, **margins)
+    return reduce_losses(losses, result.labels, class_weight, reduction)
+
+
+def cosine_logsumexp(
+    features: Tensor, prototypes: Tensor, labels: Tensor, *, scale: float, log_prior: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The two numbers per sample that every loss of the family is made of, in one pass over the prototypes.
+
+    Args:
+        features: (N, D).
+        prototypes: (C, D).
+        labels: (N,) integers. A label outside [0, C) means "the own class is not among these prototypes": nothing is
+            left out of the log-sum-exp and the own logit is 0. That is what a shard of the classes needs.
+        scale: s > 0.
+        log_prior: (C,) or None.
+
+    Returns:
+        ``(other_logsumexp, own_logit)``, both (N,): r_i = log Σ_{c≠y_i} exp(l_ic), which is −inf where there is no
+        other class, and t_i = l_{i,y_i}, with l_ic = s·cos_ic + log-prior_c. Both are differentiable, with any
+        upstream gradient.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.functional import cosine_logsumexp
+        >>> cosine_logsumexp(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), scale=4.0)
+        (tensor([0., 0.]), tensor([4., 4.]))
+    """
+    check_supervised(features, prototypes, labels)
+    check_number("scale", scale, above=0.0)
+    if log_prior is not None:
+        like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
+        log_prior = torch.as_tensor(check_per_class("log_prior", log_prior, prototypes.shape[0], like)).to(like)
+        log_prior = log_prior.expand(prototypes.shape[0])
+    if current_backend() == "reference":
+        return reference.cosine_logsumexp(features, prototypes, labels, scale=scale, log_prior=log_prior)
+    labels = labels.to(torch.int64)
+    other, own, _, _, _ = ops.cosine_logsumexp(features, prototypes, labels, log_prior, float(scale), True, False)
+    if log_prior is not None:
+        inside = (labels >= 0) & (labels < prototypes.shape[0])
+        own = own + torch.where(inside, log_prior[torch.where(inside, labels, 0)], 0.0)
+    return other, own
+
+
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None) -> NearestPrototype:
+    """For every prototype, the largest cosine to any other prototype and its index, without the C×C matrix.
+
+    Args:
+        prototypes: (C, D).
+        rows: (R,) class indices to answer for (each is compared with all C), or None for all; then each unordered pair
+            is computed once.
+
+    Returns:
+        ``NearestPrototype(cosine, index)``, (C,) or (R,) each. Of several nearest the lowest index wins. With C = 1:
+        −1 and −1. The gradient of ``cosine`` flows along each found pair only, to both of its ends.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.functional import nearest_prototype
+        >>> nearest_prototype(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])).index
+        tensor([2, 0, 0])
+    """
+    check_prototypes(prototypes)
+    if rows is not None:
+        rows = _checked_rows(rows, prototypes)
+    if current_backend() == "reference":
+        return reference.nearest_prototype(prototypes, rows)
+    cosine, index = ops.nearest_prototype(prototypes, rows)
+    return NearestPrototype(cosine, index)
+
+
+def _checked_rows(rows: Tensor, prototypes: Tensor) -> Tensor:
+    check_rows(rows, prototypes)
+    try:  # the check of labels, with nothing to ignore
+        return ops.checked_labels(rows, prototypes.shape[0], -(1 << 62))  # type: ignore[no-any-return]
+    except IndexError as error:
+        raise IndexError(str(error).replace("labels", "rows", 1)) from None
+
+
+def min_angle_regularizer(
+    prototypes: Tensor, class_counts: Tensor | None = None, *, power: float = 0.25, rows: Tensor | None = None
+) -> Tensor:
+    """Minus the weighted mean angle between each prototype and its nearest other one: pushing it down spreads the
+    classes.
+
+    L = −Σ_i ω_i · min_{j≠i} arccos(ŵ_i·ŵ_j) with ω_i ∝ n_i^(−power), Σ ω = 1, so that rare classes are pushed apart
+    most.
+
+    Args:
+        prototypes: (C, D).
+        class_counts: (C,) training samples per class, all > 0; None weights all classes alike (the MMA regulariser).
+        power: 1/k of source A; 0.25 there.
+        rows: (R,) class indices to take the mean over (for instance the classes of the batch), or None for all. The
+            weights then sum to 1 over the rows.
+
+    Returns:
+        A scalar in [−π, 0], radians; 0 for a single class. The gradient stays finite where two prototypes coincide.
+
+    Sources: source A's L2; uniform weights: Wang et al., MMA regularization, NeurIPS 2020.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.functional import min_angle_regularizer
+        >>> min_angle_regularizer(torch.eye(3))  # all at right angles
+        tensor(-1.5708)
+    """
+    check_prototypes(prototypes)
+    check_number("power", power, at_least=0.0)
+    num_classes = prototypes.shape[0]
+    dtype = compute_dtype(prototypes)
+    if class_counts is not None:
+        class_counts = _checked_counts(class_counts, prototypes)
+    if current_backend() == "reference":
+        return reference.min_angle_regularizer(prototypes, class_counts, power=power, rows=rows)
+    nearest = nearest_prototype(prototypes, rows)
+    if num_classes == 1 or nearest.cosine.numel() == 0:
+        return (nearest.cosine * 0.0).sum()
+    if class_counts is None:
+        weights = torch.full_like(nearest.cosine, 1.0 / nearest.cosine.numel()).detach()
+    else:
+        chosen = class_counts if rows is None else class_counts[rows]
+        weights = chosen.to(dtype) ** -power
+        weights = weights / weights.sum()
+    return -(weights * arccos(nearest.cosine)).sum()
+
+
+def _checked_counts(class_counts: Tensor, prototypes: Tensor) -> Tensor:
+    if not isinstance(class_counts, Tensor) or class_counts.shape != prototypes.shape[:1]:
+        given = tuple(class_counts.shape) if isinstance(class_counts, Tensor) else type(class_counts).__name__
+        raise ValueError(f"class_counts must be a tensor of shape ({prototypes.shape[0]},); got {given}")
+    check_same_device(prototypes=prototypes, class_counts=class_counts)
+    return class_counts
+
+
+def feature_norm_penalty(
+    features: Tensor,
+    kind: FeatureNormKind | Callable[[Tensor], Tensor] = "hinge",
+    *,
+    radius: float = 10.0,
+) -> Tensor:
+    """L3 of source A: the mean over the batch of g(‖x_i‖), a function that rewards features with length.
+
+    Args:
+        features: (N, D).
+        kind: ``"inverse"`` 1/r; ``"magface"`` 1/r + r/u²; ``"ring"`` (r − R)²; ``"hinge"`` max(0, R − r);
+            ``"neglog"`` −log r; or any function of the lengths (N,) that returns (N,).
+        radius: the R of ``ring`` and ``hinge``, the u of ``magface`` (where g is smallest), in units of length.
+
+    Returns:
+        A scalar; 0 for an empty batch. A zero feature has the value of the shortest length told apart from zero (1e-6)
+        and a zero gradient.
+
+    Sources: source A's L3 leaves g open; Meng et al., MagFace, CVPR 2021; Zheng et al., Ring loss, CVPR 2018.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.functional import feature_norm_penalty
+        >>> feature_norm_penalty(torch.tensor([[3.0, 4.0]]), kind="ring", radius=4.0)
+        tensor(1.)
+    """
+    check_features(features)
+    check_number("radius", radius, above=0.0)
+    return norm_penalty(features, kind, radius)
+
+
+def top_k(features: Tensor, prototypes: Tensor, k: int = 1) -> TopK:
+    """The k classes nearest in angle to each feature, without N×C: prediction, and the search for hard negatives.
+
+    Args:
+        features: (N, D).
+        prototypes: (C, D).
+        k: between 1 and C.
+
+    Returns:
+        ``TopK(cosine, index)``, (N, k) each, best first; equal cosines in class order. Not differentiable.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.functional import top_k
+        >>> top_k(torch.tensor([[0.0, 2.0]]), torch.eye(3, 2), k=2).index
+        tensor([[1, 0]])
+    """
+    check_features(features)
+    check_prototypes(prototypes)
+    if features.shape[1] != prototypes.shape[1]:
+        raise ValueError(
+            f"features and prototypes must have the same width D; got features {tuple(features.shape)} "
+            f"and prototypes {tuple(prototypes.shape)}"
+        )
+    check_same_device(features=features, prototypes=prototypes)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= prototypes.shape[0]:
+        raise ValueError(f"k must be an integer between 1 and the number of classes {prototypes.shape[0]}; got {k!r}")
+    if current_backend() == "reference":
+        return reference.top_k(features, prototypes, k)
+    cosine, index = ops.top_k(features.detach(), prototypes.detach(), k)
+    return TopK(cosine, index)

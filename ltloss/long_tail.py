@@ -1,0 +1,266 @@
+"""The two published long-tail losses, built on the family: source A and source B of ``docs/mathematics.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ltloss import functional as F
+from ltloss.backend import current_backend
+from ltloss.centers import CenterUpdate, ClassCenters
+from ltloss.class_balance import Counts, Normalize, margins_from_counts
+from ltloss.epilogue import margin_losses, one_pass, reduce_losses
+from ltloss.heads import CombinedMarginLoss, PriorOptions, PrototypeHead, _check_counts, _FromCounts
+from ltloss.norm_penalty import FeatureNormKind
+from ltloss.validation import check_choice, check_number, check_supervised
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["CosineSpaceLoss", "LongTailLoss"]
+
+AngleRows = Literal["all", "batch"]
+
+
+class LongTailLoss(_FromCounts, CombinedMarginLoss):
+    """Source A: count-dependent angular margins, spread prototypes, long features. L = L1 + λ1·L2 + λ2·L3.
+
+    L1 is the margin cross-entropy with m_c = margin·n_c^(−power); L2 the count-weighted minimum-angle regulariser
+    (:func:`ltloss.functional.min_angle_regularizer`); L3 the feature-length penalty
+    (:func:`ltloss.functional.feature_norm_penalty`).
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        class_counts: (C,) training samples per class, all > 0.
+        margin: angular margin in radians of a class with one sample (with ``margin_normalize="max"``: of the rarest
+            class).
+        margin_power: 1/k for the margins.
+        margin_normalize: ``"none"`` as published, or ``"max"``.
+        min_angle_weight: λ1; 0 leaves L2 out.
+        min_angle_power: 1/k for the weights of L2.
+        min_angle_rows: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of C²·D/2.
+        feature_norm_weight: λ2; 0 leaves L3 out.
+        feature_norm: the g of L3, by name or a function of the lengths (N,).
+        feature_norm_radius: the R or u of that g.
+        options: see :class:`CombinedMarginLoss`.
+
+    Attributes:
+        parts: after a call, the values of the terms that were computed, unweighted and detached:
+            ``{"margin_cross_entropy": L1, "min_angle": L2, "feature_norm": L3}``.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import LongTailLoss
+        >>> loss_fn = LongTailLoss.from_counts([500, 40, 3], embedding_size=16)
+        >>> loss = loss_fn(torch.randn(4, 16), torch.tensor([0, 0, 1, 2]))
+        >>> sorted(loss_fn.parts)
+        ['feature_norm', 'margin_cross_entropy', 'min_angle']
+    """
+
+    class_counts: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        class_counts: Counts,
+        margin: float = 0.5,
+        margin_power: float = 0.25,
+        margin_normalize: Normalize = "none",
+        min_angle_weight: float = 0.1,
+        min_angle_power: float = 0.25,
+        min_angle_rows: AngleRows = "all",
+        feature_norm_weight: float = 0.01,
+        feature_norm: FeatureNormKind | Callable[[Tensor], Tensor] = "hinge",
+        feature_norm_radius: float = 10.0,
+        **options: Unpack[PriorOptions],
+    ) -> None:
+        _check_counts(class_counts, num_classes)
+        margins = margins_from_counts(class_counts, margin, power=margin_power, normalize=margin_normalize)
+        check_number("min_angle_weight", min_angle_weight, at_least=0.0)
+        check_number("feature_norm_weight", feature_norm_weight, at_least=0.0)
+        check_choice("min_angle_rows", min_angle_rows, get_args(AngleRows))
+        super().__init__(num_classes, embedding_size, angular_margin=margins, **options)
+        self.margin, self.margin_power, self.margin_normalize = margin, margin_power, margin_normalize
+        self.min_angle_weight, self.min_angle_power = min_angle_weight, min_angle_power
+        self.min_angle_rows = min_angle_rows
+        self.feature_norm_weight, self.feature_norm = feature_norm_weight, feature_norm
+        self.feature_norm_radius = feature_norm_radius
+        counts = torch.as_tensor(class_counts)
+        self.register_buffer("class_counts", counts.detach().to(self.weight.device, copy=True), persistent=False)
+        F.feature_norm_penalty(self.weight.new_empty(0, embedding_size), feature_norm, radius=feature_norm_radius)
+        self.parts: dict[str, Tensor] = {}
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """L1 + λ1·L2 + λ2·L3 for features (N, D) and labels (N,).
+
+        With ``reduction="none"`` L2 and L3 are added to every sample.
+        """
+        loss = self._margin_cross_entropy(features, labels)
+        parts = {"margin_cross_entropy": loss.detach()}
+        if self.min_angle_weight:
+            counted = labels[labels != self.ignore_index]
+            rows = None if self.min_angle_rows == "all" else torch.unique(counted)
+            angle = F.min_angle_regularizer(self.weight, self.class_counts, power=self.min_angle_power, rows=rows)
+            parts["min_angle"] = angle.detach()
+            loss = loss + self.min_angle_weight * angle
+        if self.feature_norm_weight:
+            length = F.feature_norm_penalty(features, self.feature_norm, radius=self.feature_norm_radius)
+            parts["feature_norm"] = length.detach()
+            loss = loss + self.feature_norm_weight * length
+        self.parts = parts
+        return loss
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter by name."""
+        names = (
+            "margin margin_power margin_normalize min_angle_weight min_angle_power min_angle_rows feature_norm_weight"
+        )
+        own = {name: getattr(self, name) for name in [*names.split(), "feature_norm", "feature_norm_radius"]}
+        return {**super().hyper_parameters(), **own}
+
+
+class CosineSpaceLoss(PrototypeHead):
+    """Source B: spread the classes first, then draw each together. L = α·L_inter + β(t)·Trunc(L_intra − ε) + γ·L_CE.
+
+    L_inter is AM-Softmax with ``margin``, L_CE the same logits without margin (both from one pass over the prototypes),
+    L_intra the mean of 1 − cos(x_i, c_{y_i}) to a centre per class, β(t) is 0 until ``start_step`` batches were seen.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        scale: s.
+        margin: cosine margin of L_inter, a number or (C,).
+        inter_weight: α.
+        intra_weight: β.
+        ce_weight: γ. The published order is γ > α > β.
+        epsilon: ε, the compactness (1 − cos) that is good enough.
+        start_step: batches before L_intra sets in.
+        truncate: max(·, 0) of the ``"batch"`` mean, or per ``"sample"`` before the mean.
+        center_update, center_momentum: see :class:`ltloss.centers.ClassCenters`.
+        strict: False accepts weights in another order than γ > α > β.
+        label_smoothing, ignore_index: of both cross-entropies, as in :class:`CombinedMarginLoss`.
+        device, dtype: of the weight.
+
+    Attributes:
+        parts: after a call, ``{"inter": L_inter, "intra": L_intra, "cross_entropy": L_CE}``, unweighted, untruncated,
+            detached.
+        centers: the centres, which move in ``train()`` mode only. They and ``step`` (batches seen) are in the
+            state_dict.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import CosineSpaceLoss
+        >>> loss_fn = CosineSpaceLoss(10, 16, start_step=100)
+        >>> loss = loss_fn(torch.randn(4, 16), torch.tensor([0, 0, 1, 2]))
+        >>> int(loss_fn.step), sorted(loss_fn.parts)
+        (1, ['cross_entropy', 'inter', 'intra'])
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        scale: float = 30.0,
+        margin: float = 0.35,
+        inter_weight: float = 0.5,
+        intra_weight: float = 0.25,
+        ce_weight: float = 1.0,
+        epsilon: float = 0.1,
+        start_step: int = 0,
+        truncate: Literal["batch", "sample"] = "batch",
+        center_update: CenterUpdate = "mean",
+        center_momentum: float = 0.9,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        strict: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale=scale, device=device, dtype=dtype)
+        for name, value in (("inter_weight", inter_weight), ("intra_weight", intra_weight), ("ce_weight", ce_weight)):
+            check_number(name, value, at_least=0.0)
+        if strict and not ce_weight > inter_weight > intra_weight:
+            raise ValueError(
+                "the weights must satisfy ce_weight > inter_weight > intra_weight (gamma > alpha > beta), or strict=False; "
+                f"got ce_weight={ce_weight}, inter_weight={inter_weight}, intra_weight={intra_weight}"
+            )
+        check_number("margin", margin)
+        check_number("epsilon", epsilon, at_least=0.0)
+        check_number("start_step", start_step, at_least=0)
+        check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
+        check_choice("truncate", truncate, ("batch", "sample"))
+        self.margin, self.epsilon, self.start_step, self.truncate = margin, epsilon, start_step, truncate
+        self.inter_weight, self.intra_weight, self.ce_weight = inter_weight, intra_weight, ce_weight
+        self.label_smoothing, self.ignore_index, self.strict = label_smoothing, ignore_index, strict
+        self.centers = ClassCenters(
+            num_classes, embedding_size, update=center_update, momentum=center_momentum, device=device
+        )
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
+        self.parts: dict[str, Tensor] = {}
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Loss of features (N, D) with labels (N,), a scalar. In ``train()`` mode the centres and the step move on."""
+        inter, cross_entropy = self._cross_entropies(features, labels)
+        labels = torch.where(labels == self.ignore_index, -1, labels.to(torch.int64))
+        intra_weight = torch.where(self.step >= self.start_step, self.intra_weight, 0.0)
+        if self.training:
+            self.centers.update(features.detach(), labels)
+            self.step += 1
+        intra, truncated = self._intra(features, labels)
+        self.parts = {"inter": inter.detach(), "intra": intra.detach(), "cross_entropy": cross_entropy.detach()}
+        return self.inter_weight * inter + intra_weight * truncated + self.ce_weight * cross_entropy
+
+    def _cross_entropies(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """L_inter and L_CE."""
+        check_supervised(features, self.weight, labels)
+        if current_backend() == "reference":
+            inter, plain = (
+                F.margin_cross_entropy(
+                    features,
+                    self.weight,
+                    labels,
+                    scale=self.scale,
+                    cosine_margin=margin,
+                    label_smoothing=self.label_smoothing,
+                    ignore_index=self.ignore_index,
+                )
+                for margin in (self.margin, 0.0)
+            )
+            return inter, plain
+        result = one_pass(
+            features,
+            self.weight,
+            labels,
+            scale=self.scale,
+            ignore_index=self.ignore_index,
+            with_logit_sum=self.label_smoothing > 0.0,
+        )
+        inter, plain = (
+            margin_losses(result, cosine_margin=margin, label_smoothing=self.label_smoothing)
+            for margin in (self.margin, 0.0)
+        )
+        return reduce_losses(inter, result.labels, None, "mean"), reduce_losses(plain, result.labels, None, "mean")
+
+    def _intra(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """L_intra, and Trunc(L_intra − ε)."""
+        distance = 1.0 - self.centers.cosine(features, labels)
+        intra = reduce_losses(distance, labels, None, "mean")
+        if self.truncate == "batch":
+            return intra, (intra - self.epsilon).clamp_min(0.0)
+        return intra, reduce_losses((distance - self.epsilon).clamp_min(0.0), labels, None, "mean")
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter by name."""
+        names = (
+            "scale margin inter_weight intra_weight ce_weight epsilon start_step truncate label_smoothing ignore_index"
+        )
+        return {name: getattr(self, name) for name in [*names.split(), "strict"]}

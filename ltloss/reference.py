@@ -1,0 +1,190 @@
+"""The mathematics, written to be read: dense, plain autograd, exact in float64.
+
+Every function has the signature of its twin in :mod:`ltloss.functional` and is the law that the fast implementations
+are tested against. Arguments are taken as valid. Everything is computed in the dtype of the inputs (float32 for half
+precision), so ``torch.compile`` of these functions is also the dense competitor that the benchmarks measure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ltloss.margins import BeyondPi, MarginGradient, arccos
+from ltloss.norm_penalty import FeatureNormKind, norm_penalty
+from ltloss.types import NearestPrototype, Reduction, TopK
+
+__all__ = [
+    "cosine_logsumexp",
+    "cosines",
+    "direction",
+    "feature_norm_penalty",
+    "margin_cross_entropy",
+    "min_angle_regularizer",
+    "nearest_prototype",
+    "top_k",
+]
+
+
+def direction(vectors: Tensor) -> Tensor:
+    """v̂ = v/‖v‖ of every row (K, D), and 0 with gradient 0 for a zero row.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.reference import direction
+        >>> direction(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return torch.where(norm == 0, 0.0, vectors) / torch.where(norm == 0, 1.0, norm)
+
+
+def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
+    """cos_ic = x̂_i·ŵ_c, the full (N, C) matrix that the fast implementations never store.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.reference import cosines
+        >>> cosines(torch.tensor([[3.0, 4.0]]), torch.eye(2))
+        tensor([[0.6000, 0.8000]])
+    """
+    dtype = torch.promote_types(torch.promote_types(features.dtype, prototypes.dtype), torch.float32)
+    return direction(features.to(dtype)) @ direction(prototypes.to(dtype)).t()
+
+
+def _margin(cosine: Tensor, m1: float, m2: Tensor, m3: Tensor, beyond_pi: BeyondPi, gradient: MarginGradient) -> Tensor:
+    """cos(m1·θ + m2) − m3, continued beyond π."""
+    theta = arccos(cosine)
+    phase = m1 * theta + m2
+    if beyond_pi == "monotone":
+        # Beyond π: −2 − cos; in general (−1)^k cos − 2k on the k-th stretch of length π (SphereFace).
+        k = torch.floor(phase / math.pi).detach()
+        margin = torch.where(k % 2 == 0, 1.0, -1.0) * phase.cos() - 2 * k
+    else:
+        margin = torch.where(phase > math.pi, cosine - m2 * m2.sin(), phase.cos())
+    if m1 == 1.0:  # θ + 0 leaves the cosine alone, without the detour over the angle
+        margin = torch.where(m2 == 0, cosine, margin)
+    margin = margin - m3
+    return cosine + (margin - cosine).detach() if gradient == "straight_through" else margin
+
+
+def _per_sample(values: Tensor | float, labels: Tensor, like: Tensor) -> Tensor:
+    """A number or a (C,) vector, as one value per sample (N,)."""
+    values = torch.as_tensor(values, dtype=like.dtype, device=like.device)
+    return values[labels] if values.dim() else values.expand(labels.shape)
+
+
+def _own_and_others(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """r_i = log Σ_{c≠y} exp(l_ic) and t_i = l_{i,y}; a label outside [0, C) has no own class here (t = 0)."""
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    is_own = labels[:, None] == classes
+    own = torch.where(is_own, logits, 0.0).sum(1)
+    others = torch.where(is_own, -math.inf, logits)
+    # log Σ over nothing is −inf; torch.logsumexp agrees but has no gradient there.
+    nothing = (others == -math.inf).all(1)
+    other_logsumexp = torch.logsumexp(torch.where(nothing[:, None], 0.0, others), 1)
+    return torch.where(nothing, -math.inf, other_logsumexp), own
+
+
+def cosine_logsumexp(
+    features: Tensor, prototypes: Tensor, labels: Tensor, *, scale: float, log_prior: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Dense twin of :func:`ltloss.functional.cosine_logsumexp`."""
+    logits = scale * cosines(features, prototypes)
+    if log_prior is not None:
+        logits = logits + log_prior
+    return _own_and_others(logits, labels)
+
+
+def margin_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 30.0,
+    angular_margin: Tensor | float = 0.0,
+    cosine_margin: Tensor | float = 0.0,
+    angle_multiplier: float = 1.0,
+    log_prior: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    normalize_features: bool = True,
+    beyond_pi: BeyondPi = "monotone",
+    margin_gradient: MarginGradient = "exact",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Dense twin of :func:`ltloss.functional.margin_cross_entropy`."""
+    counted = labels != ignore_index
+    y = torch.where(counted, labels, 0).long()
+    features = torch.where(counted[:, None], features, 0.0)
+    cosine = cosines(features, prototypes)
+    s: Tensor | float = scale
+    if not normalize_features:
+        s = scale * torch.linalg.vector_norm(features.to(cosine.dtype), dim=1)
+    per_row = s[:, None] if isinstance(s, Tensor) else s
+    prior = cosine.new_zeros(cosine.shape[1]) if log_prior is None else log_prior.to(cosine.dtype)
+    own_cosine = cosine.gather(1, y[:, None])[:, 0]
+    margin = _margin(
+        own_cosine,
+        angle_multiplier,
+        _per_sample(angular_margin, y, cosine),
+        _per_sample(cosine_margin, y, cosine),
+        beyond_pi,
+        margin_gradient,
+    )
+    z = s * margin + prior[y]
+    logits = (per_row * cosine + prior).scatter(1, y[:, None], z[:, None])
+    r, _ = _own_and_others(logits, y)
+    losses = -F.logsigmoid(z - r)  # = log(e^r + e^z) − z, without cancellation
+    if label_smoothing:
+        losses = losses + label_smoothing * (z - logits.mean(1))
+    weights = counted * _per_sample(1.0 if class_weight is None else class_weight, y, cosine)
+    losses = torch.where(counted, losses * weights, 0.0)
+    if reduction == "none":
+        return losses
+    total = weights.sum()
+    return losses.sum() / torch.where(total == 0, 1.0, total) if reduction == "mean" else losses.sum()
+
+
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None) -> NearestPrototype:
+    """Dense twin of :func:`ltloss.functional.nearest_prototype`: the whole C×C matrix."""
+    own = torch.arange(prototypes.shape[0], device=prototypes.device) if rows is None else rows
+    cosine = cosines(prototypes[own], prototypes)
+    if prototypes.shape[0] == 1:
+        return NearestPrototype(cosine[:, 0] * 0.0 - 1.0, torch.full_like(own, -1))
+    others = cosine.scatter(1, own[:, None], -math.inf)
+    index = others.detach().argmax(1)  # the first, hence lowest, of equal ones
+    return NearestPrototype(others.gather(1, index[:, None])[:, 0].clamp(-1.0, 1.0), index)
+
+
+def min_angle_regularizer(
+    prototypes: Tensor, class_counts: Tensor | None = None, *, power: float = 0.25, rows: Tensor | None = None
+) -> Tensor:
+    """Dense twin of :func:`ltloss.functional.min_angle_regularizer`."""
+    cosine, _ = nearest_prototype(prototypes, rows)
+    if prototypes.shape[0] == 1:
+        return (cosine * 0.0).sum()
+    counts = torch.ones_like(cosine) if class_counts is None else class_counts.to(cosine.dtype)
+    if rows is not None and class_counts is not None:
+        counts = counts[rows]
+    weights = counts ** (-power)
+    return -(weights / weights.sum() * arccos(cosine)).sum()
+
+
+def feature_norm_penalty(
+    features: Tensor, kind: FeatureNormKind | Callable[[Tensor], Tensor] = "hinge", *, radius: float = 10.0
+) -> Tensor:
+    """Twin of :func:`ltloss.functional.feature_norm_penalty`; one formula on N numbers, so both share it."""
+    return norm_penalty(features, kind, radius)
+
+
+def top_k(features: Tensor, prototypes: Tensor, k: int = 1) -> TopK:
+    """Dense twin of :func:`ltloss.functional.top_k`."""
+    cosine, index = cosines(features.detach(), prototypes.detach()).sort(dim=1, descending=True, stable=True)
+    return TopK(cosine[:, :k].clamp(-1.0, 1.0), index[:, :k])

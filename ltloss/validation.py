@@ -1,0 +1,119 @@
+"""Checks of what users pass in: every message names the argument, what was given and what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_choice",
+    "check_features",
+    "check_number",
+    "check_per_class",
+    "check_prototypes",
+    "check_rows",
+    "check_same_device",
+    "check_supervised",
+]
+
+
+def check_choice(name: str, given: Any, known: Sequence[str]) -> None:
+    """Raise ValueError unless ``given`` is one of ``known``."""
+    if given not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}; got {given!r}")
+
+
+def check_number(
+    name: str, given: Any, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf
+) -> None:
+    """Raise TypeError unless ``given`` is a finite real number, ValueError unless it lies in the range."""
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise TypeError(f"{name} must be a number; got {type(given).__name__} {given!r}")
+    if not (math.isfinite(given) and given > above and at_least <= given <= at_most):
+        lower = f"> {above}" if above > at_least else f">= {at_least}"
+        bounds = [bound for bound in (lower, f"<= {at_most}") if "inf" not in bound]
+        raise ValueError(f"{name} must be finite{''.join(' and ' + bound for bound in bounds)}; got {given}")
+
+
+def _check_matrix(name: str, given: Any, shape: str) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {shape}; got {type(given).__name__}")
+    if given.dim() != 2:
+        raise ValueError(f"{name} must have the shape {shape}; got {tuple(given.shape)}")
+    if not given.is_floating_point():
+        raise TypeError(f"{name} must be of a floating-point dtype; got {given.dtype}")
+    if given.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one column {shape}; got {tuple(given.shape)}")
+
+
+def check_features(features: Any) -> None:
+    """(N, D) floating point."""
+    _check_matrix("features", features, "(N, D)")
+
+
+def check_prototypes(prototypes: Any) -> None:
+    """(C, D) floating point with at least one class."""
+    _check_matrix("prototypes", prototypes, "(C, D)")
+    if prototypes.shape[0] == 0:
+        raise ValueError(f"prototypes must hold at least one class (C, D); got {tuple(prototypes.shape)}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """All given tensors live on one device."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if len({tensor.device for tensor in given.values()}) > 1:
+        where = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
+        raise ValueError(f"all tensors must be on one device; got {where}")
+
+
+def check_supervised(features: Any, prototypes: Any, labels: Any) -> None:
+    """Features (N, D), prototypes (C, D) and integer labels (N,) that fit together."""
+    check_features(features)
+    check_prototypes(prototypes)
+    if features.shape[1] != prototypes.shape[1]:
+        raise ValueError(
+            f"features and prototypes must have the same width D; got features {tuple(features.shape)} "
+            f"and prototypes {tuple(prototypes.shape)}"
+        )
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor (N,); got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be of an integer dtype; got {labels.dtype}")
+    if labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"labels must have one entry per row of features, shape ({features.shape[0]},); got {tuple(labels.shape)}"
+        )
+    check_same_device(features=features, prototypes=prototypes, labels=labels)
+
+
+def check_per_class(name: str, given: Any, num_classes: int, like: Tensor) -> Tensor | float:
+    """Return a number or a (C,) vector in ``like``'s dtype; anything else raises.
+
+    Margins, priors and weights are constants of the training set: one that requires a gradient is refused, because
+    none would arrive.
+    """
+    if isinstance(given, Tensor):
+        if given.requires_grad:
+            raise ValueError(f"{name} is treated as a constant and gets no gradient; pass {name}.detach()")
+        if given.shape not in ((), (num_classes,)):
+            raise ValueError(f"{name} must be a number or have the shape ({num_classes},); got {tuple(given.shape)}")
+        check_same_device(features=like, **{name: given})
+        return given.to(like.dtype)
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise TypeError(f"{name} must be a number or a tensor ({num_classes},); got {type(given).__name__} {given!r}")
+    if math.isnan(given):
+        raise ValueError(f"{name} must not be NaN")
+    return float(given)
+
+
+def check_rows(rows: Any, prototypes: Tensor) -> None:
+    """Class indices (R,), integer, on the prototypes' device. Their range is checked with the labels'."""
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"rows must be a torch.Tensor (R,) of class indices; got {type(rows).__name__}")
+    if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+        raise ValueError(f"rows must be integer class indices of shape (R,); got {rows.dtype} {tuple(rows.shape)}")
+    check_same_device(prototypes=prototypes, rows=rows)
