@@ -1,0 +1,211 @@
+"""The figures of the report, as SVG text whose colours and font are those of the page around it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Plot", "accuracy_by_count", "groups", "histogram", "learning_curve"]
+
+# Stand-ins, one grey level apart, which become CSS variables: so one drawing serves light and dark pages.
+_INK, _QUIET, _LINE, _ACCENT, _CONTRAST, _GROUND = (f"#{level:02x}{level:02x}{level:02x}" for level in range(1, 7))
+_VARIABLES = dict(
+    zip(
+        (_INK, _QUIET, _LINE, _ACCENT, _CONTRAST, _GROUND),
+        ("--ink", "--quiet", "--line", "--accent", "--contrast", "--ground"),
+        strict=True,
+    )
+)
+_DASHES = (0, (4, 1.5))
+_RASTER_BLUE = "#2f8ac4"  # a raster image cannot follow the page; this one reads on white and on black
+_RASTER_ABOVE = 3000  # points; as vectors they would make the page megabytes long
+
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the reader's font
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _QUIET,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.5,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _QUIET,
+    "ytick.labelcolor": _QUIET,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.8,
+    "patch.linewidth": 0.5,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure: ``title`` and ``alt`` are text, ``svg`` is markup."""
+
+    title: str
+    alt: str
+    svg: str
+
+
+def _inline(svg: str, name: str) -> str:
+    """Make matplotlib's SVG fit into a page: no prologue, ids of its own, colours and font of the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<(metadata|title)>.*?</\1>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return re.sub(r'<svg\b[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', svg, count=1)
+
+
+class _Drawing:
+    """A matplotlib figure in this module's style, drawn inside a ``with`` block. The same data gives the same bytes."""
+
+    def __init__(self, name: str, height: float = 3.1) -> None:
+        from matplotlib import rc_context
+
+        self._name, self._height = name, height
+        self._style = rc_context({**_STYLE, "svg.hashsalt": f"ltloss-{name}"})
+
+    def __enter__(self) -> _Drawing:
+        from matplotlib.figure import Figure
+
+        self._style.__enter__()
+        self._figure = Figure(figsize=(5.2, self._height), layout="constrained")
+        self._figure.patch.set_alpha(0)
+        self.axes: Axes = self._figure.add_subplot()
+        self.axes.patch.set_alpha(0)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._style.__exit__(None, None, None)
+
+    def svg(self) -> str:
+        """Return the figure as markup for the middle of a page."""
+        stream = io.StringIO()
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        self._figure.savefig(stream, format="svg", dpi=150, metadata=metadata)
+        return _inline(stream.getvalue(), self._name)
+
+
+def learning_curve(
+    name: str, title: str, epochs: Sequence[int], series: dict[str, list[float]], *, axis: str, percent: bool = False
+) -> Plot:
+    """Draw up to two series over the epochs, told apart by dashes as well as by colour; NaN leaves a gap."""
+    from matplotlib.ticker import MaxNLocator
+
+    unit = "%" if percent else ""
+    ends = [f"{label} goes from {values[0]:.4g}{unit} to {values[-1]:.4g}{unit}" for label, values in series.items()]
+    alt = f"Line chart over epochs {epochs[0]} to {epochs[-1]}: {'; '.join(ends)}."
+    with _Drawing(name) as drawing:
+        axes = drawing.axes
+        looks = ((_ACCENT, "-"), (_CONTRAST, _DASHES))
+        for (label, values), (colour, style) in zip(series.items(), looks, strict=False):
+            marker = "o" if len(epochs) < 3 else None
+            axes.plot(epochs, values, color=colour, linestyle=style, marker=marker, markersize=4, label=label)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(axis)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if percent:
+            axes.set_ylim(0, 101)
+        elif np.nanmin([value for values in series.values() for value in values]) >= 0:
+            axes.set_ylim(bottom=0)
+        axes.legend(loc="best")
+        return Plot(title, alt, drawing.svg())
+
+
+def accuracy_by_count(name: str, counts: np.ndarray, accuracy: np.ndarray) -> Plot:
+    """Draw a point per class: training pictures (C,) against test accuracy (C,) in [0, 1], NaN where unknown."""
+    known = np.isfinite(accuracy)
+    counts, percent = counts[known], 100 * accuracy[known]
+    alt = (
+        f"Scatter chart of {len(counts)} classes with {counts.min()} to {counts.max()} training pictures; "
+        f"their test accuracy lies between {percent.min():.1f}% and {percent.max():.1f}%, "
+        f"{percent.mean():.1f}% on average."
+    )
+    raster = len(counts) > _RASTER_ABOVE
+    look: dict[str, Any] = {"s": 30, "color": _ACCENT, "alpha": 0.7}
+    if raster:
+        look = {"s": 4, "color": _RASTER_BLUE, "alpha": 0.25}
+    with _Drawing(name) as drawing:
+        axes = drawing.axes
+        axes.set_xscale("log")
+        axes.scatter(np.maximum(counts, 1), percent, linewidths=0, rasterized=raster, **look)
+        axes.axhline(percent.mean(), color=_CONTRAST, linewidth=1.2, linestyle=_DASHES, label="mean of the classes")
+        axes.set_ylim(-3, 103)
+        _plain_log_ticks(axes, counts)
+        axes.set_xlabel("training pictures of the class (logarithmic)")
+        axes.set_ylabel("test accuracy of the class (%)")
+        axes.legend(loc="best")
+        return Plot("Accuracy and class size", alt, drawing.svg())
+
+
+def _plain_log_ticks(axes: Axes, counts: np.ndarray) -> None:
+    """Write 10, 20, 50 rather than powers of ten; over a long range only 10, 100, 1,000."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    low, high = max(int(counts.min()), 1), max(int(counts.max()), 1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(low / 1.3, high * 1.3)
+
+
+def groups(name: str, bars: Sequence[tuple[str, float | None]]) -> Plot:
+    """Draw accuracies in [0, 1] as bars of (label, accuracy); ``None``, a group without classes, is shown as "none"."""
+    percents = [100 * (value or 0) for _, value in bars]
+    texts = ["none" if value is None else f"{100 * value:.1f}%" for _, value in bars]
+    words = "; ".join(f"{label}: {text}" for (label, _), text in zip(bars, texts, strict=True))
+    positions = range(len(bars))
+    with _Drawing(name, height=2.2) as drawing:
+        axes = drawing.axes
+        axes.barh(positions, percents, color=_ACCENT, height=0.6)
+        for position, percent, text in zip(positions, percents, texts, strict=True):
+            axes.text(percent + 1.5, position, text, va="center", color=_QUIET if text == "none" else _INK)
+        axes.set_yticks(positions, [label for label, _ in bars])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 115)
+        axes.set_xticks(range(0, 101, 20))
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("test accuracy (%)")
+        alt = f"Bar chart of the test accuracy by class size. {words}."
+        return Plot("Many, medium and few", alt, drawing.svg())
+
+
+def histogram(
+    name: str, title: str, values: np.ndarray, *, axis: str, what: str, mark: tuple[float, str] | None = None
+) -> Plot:
+    """Draw how often values occur; ``what`` names the things counted, ``mark`` is a vertical line (value, label)."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high, middle = float(values.min()), float(values.max()), float(np.median(values))
+    alt = f"Histogram of {len(values)} {what} by {axis}: {low:.3g} to {high:.3g}, median {middle:.3g}."
+    if high - low < 1e-3 * max(abs(high), 1e-9):  # all alike: one bar of a visible width
+        low, high = middle - max(abs(middle), 1) * 0.05, middle + max(abs(middle), 1) * 0.05
+    bins = int(np.clip(np.sqrt(len(values)) * 2, 8, 60))
+    with _Drawing(name) as drawing:
+        axes = drawing.axes
+        axes.hist(values, bins=bins, range=(low, high), color=_ACCENT, edgecolor=_GROUND)
+        if mark is not None:
+            axes.axvline(mark[0], color=_CONTRAST, linewidth=1.2, linestyle=_DASHES, label=mark[1])
+            axes.legend(loc="best")
+            alt += f" Marked: {mark[1]}."
+        axes.set_xlabel(axis)
+        axes.set_ylabel(f"number of {what}")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(visible=False, axis="x")
+        return Plot(title, alt, drawing.svg())
