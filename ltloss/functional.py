@@ -89,7 +89,7 @@ def margin_cross_entropy(
             ``ltloss.debug``, and the sample's loss is NaN otherwise).
 
     Sources: Wang et al., NormFace, ACM MM 2017; CosFace, CVPR 2018; Deng et al., ArcFace, CVPR 2019;
-    Cao et al., LDAM, NeurIPS 2019; Menon et al., Logit adjustment, ICLR 2021; Ren et al., Balanced softmax, NeurIPS 2020.
+    Cao et al., LDAM, NeurIPS 2019; Menon et al., Logit adjustment, ICLR 2021; Ren et al., NeurIPS 2020.
 
     Example:
         >>> import torch

@@ -190,7 +190,7 @@ class CosineSpaceLoss(PrototypeHead):
             check_number(name, value, at_least=0.0)
         if strict and not ce_weight > inter_weight > intra_weight:
             raise ValueError(
-                "the weights must satisfy ce_weight > inter_weight > intra_weight (gamma > alpha > beta), or strict=False; "
+                "the weights must satisfy ce_weight > inter_weight > intra_weight (γ > α > β), or pass strict=False; "
                 f"got ce_weight={ce_weight}, inter_weight={inter_weight}, intra_weight={intra_weight}"
             )
         check_number("margin", margin)
