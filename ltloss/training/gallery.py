@@ -6,7 +6,9 @@ import base64
 import io
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -37,6 +39,9 @@ EMBEDDED_PICTURES = 1000  # up to here the page holds its pictures (some 5 MB); 
 UNCERTAIN_BELOW = 0.5  # a probability below this counts as uncertain
 _UNCERTAIN_SHOWN = 48  # how many of these the section on top repeats
 _CRISP_BELOW = 65  # pictures smaller than this are enlarged without smoothing: their pixels are the content
+
+_THREADS = 4  # decode and shrink pictures
+_AT_ONCE = 64  # previews in memory
 
 _STYLE = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.25rem, 1fr)); gap: .75rem; margin: .75rem 0; }
@@ -106,20 +111,23 @@ def thumbnail(picture: Image.Image) -> tuple[bytes, str]:
     Tiny pictures keep every pixel (PNG).
     """
     stream = io.BytesIO()
+    picture.info.clear()  # no colour profile, no comment, no place where it was taken
     if max(picture.size) < _CRISP_BELOW:
         picture.save(stream, "PNG", optimize=True)
         return stream.getvalue(), "png"
     picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-    picture.info.clear()  # no colour profile, no comment
     picture.save(stream, "JPEG", quality=82)
     return stream.getvalue(), "jpeg"
 
 
 class _Cards:
-    """Makes the card of one picture, and its thumbnail: inside the page, or in ``folder`` beside it."""
+    """Makes the cards of pictures, a few at a time, and their previews: inside the page, or in ``folder`` beside it."""
 
-    def __init__(self, predictions: Predictions, source: ImageSource, gallery: Gallery, folder: Path | None) -> None:
+    def __init__(
+        self, predictions: Predictions, source: ImageSource, gallery: Gallery, folder: Path | None, pool: Executor
+    ) -> None:
         self.predictions, self.source, self.gallery, self.folder = predictions, source, gallery, folder
+        self._pool = pool
         if folder is not None:
             folder.mkdir()
 
@@ -155,7 +163,7 @@ class _Cards:
         lines = [f'<span class="class">{label(index[0])}</span>'] if with_class else []
         truth = int(self.source.labels[number])
         if truth not in (-1, index[0]):
-            lines.append(f'<span class="wrong">✗ is {label(truth)}</span>')
+            lines.append(f'<span class="wrong">✗ labelled {label(truth)}</span>')
         low = " low" if likely < UNCERTAIN_BELOW else ""
         lines.append(f'<span class="bar{low}"><i style="width:{100 * likely:.0f}%"></i></span>')
         lines.append(f"{percent(likely)} · {self.predictions.angle[number]:.0f}°")
@@ -167,14 +175,19 @@ class _Cards:
 
     def grid(self, numbers: np.ndarray, *, with_class: bool) -> Iterator[str]:
         """Yield the cards of ``numbers`` in that order."""
+        make = partial(self.card, with_class=with_class)
         yield '<div class="cards">'
-        for number in numbers:
-            yield self.card(int(number), with_class=with_class)
+        for start in range(0, len(numbers), _AT_ONCE):
+            yield from self._pool.map(make, numbers[start : start + _AT_ONCE].tolist())
         yield "</div>"
 
 
-def _header(gallery: Gallery, predictions: Predictions, classes: int, embedded: bool) -> Iterator[str]:
+def _header(cards: _Cards, classes: int) -> Iterator[str]:
+    gallery, predictions = cards.gallery, cards.predictions
     count = len(predictions.index)
+    labelled = cards.source.labels >= 0
+    agreeing = int((cards.source.labels == predictions.index[:, 0]).sum())
+    agreement = [("as labelled", f"{agreeing:,} of {labelled.sum():,}")] if labelled.any() else []
     uncertain = int((predictions.probability[:, 0] < UNCERTAIN_BELOW).sum())
     yield f'<h1>{escape(gallery.title)}</h1>\n<p class="quiet">{escape(gallery.origin)}</p>'
     yield tiles(
@@ -182,10 +195,11 @@ def _header(gallery: Gallery, predictions: Predictions, classes: int, embedded: 
             ("pictures classified", f"{count:,}"),
             ("classes found", f"{classes:,} of {len(gallery.class_names):,}"),
             (f"uncertain (below {UNCERTAIN_BELOW:.0%})", f"{uncertain:,}"),
+            *agreement,
             ("could not be read", f"{len(gallery.skipped):,}"),
         ]
     )
-    place = "inside this page" if embedded else "in the folder beside this page"
+    place = "inside this page" if cards.folder is None else "in the folder beside this page"
     yield (
         '<p class="quiet">Under each picture: the probability of its class, and the angle between its feature and the '
         f"prototype of the class (0° is a perfect match, 90° unrelated). The previews, at most {THUMBNAIL_SIZE} pixels "
@@ -217,14 +231,14 @@ def _contents(gallery: Gallery, groups: dict[int, np.ndarray]) -> str:
     return details(f"Classes ({len(groups):,})", f'<ul class="contents">{entries}</ul>', opened=len(groups) <= 40)
 
 
-def _body(cards: _Cards, predictions: Predictions) -> Iterator[str]:
-    gallery = cards.gallery
+def _body(cards: _Cards) -> Iterator[str]:
+    gallery, predictions = cards.gallery, cards.predictions
     by_certainty = np.argsort(predictions.probability[:, 0], kind="stable")
     predicted = predictions.index[by_certainty, 0]
     order = np.argsort(predicted, kind="stable")  # by class, and within it still by certainty
     classes, starts = np.unique(predicted[order], return_index=True)
     groups = dict(zip(classes.tolist(), np.split(by_certainty[order], starts[1:]), strict=True))
-    yield from _header(gallery, predictions, len(groups), cards.folder is None)
+    yield from _header(cards, len(groups))
     yield from _uncertain(cards, by_certainty)
     yield f"<section>\n<h2>By class</h2>\n{_contents(gallery, groups)}\n</section>"
     for class_index, members in groups.items():
@@ -252,6 +266,6 @@ def write_gallery(path: Path, predictions: Predictions, source: ImageSource, gal
         folder: the name of the folder for previews, which must not exist yet.
     """
     beside = path.parent / folder if len(source) > EMBEDDED_PICTURES else None
-    cards = _Cards(predictions, source, gallery, beside)
-    with path.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.writelines(page(gallery.title, _body(cards, predictions), style=_STYLE))
+    with ThreadPoolExecutor(_THREADS) as pool, path.open("w", encoding="utf-8", newline="\n") as stream:
+        cards = _Cards(predictions, source, gallery, beside, pool)
+        stream.writelines(page(gallery.title, _body(cards), style=_STYLE))

@@ -133,9 +133,8 @@ def accuracy_by_count(name: str, counts: np.ndarray, accuracy: np.ndarray) -> Pl
     known = np.isfinite(accuracy)
     counts, percent = counts[known], 100 * accuracy[known]
     alt = (
-        f"Scatter chart of {len(counts)} classes with {counts.min()} to {counts.max()} training pictures; "
-        f"their test accuracy lies between {percent.min():.1f}% and {percent.max():.1f}%, "
-        f"{percent.mean():.1f}% on average."
+        f"Scatter chart with a point for each class: {len(counts)} in all, {counts.min()} to {counts.max()} training "
+        f"pictures, test accuracy {percent.min():.1f}% to {percent.max():.1f}%, {percent.mean():.1f}% on average."
     )
     raster = len(counts) > _RASTER_ABOVE
     look: dict[str, Any] = {"s": 30, "color": _ACCENT, "alpha": 0.7}

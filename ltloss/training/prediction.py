@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,6 +163,13 @@ def _write_outputs(
     write_gallery(staging / _GALLERY, predictions, source, gallery, folder=previews)
 
 
+def _labels_by_folder(names: Sequence[str], class_names: tuple[str, ...]) -> np.ndarray:
+    """Labels (N,) where all pictures lie in folders named like classes, as sorted data does; -1 otherwise."""
+    numbers = {name: number for number, name in enumerate(class_names)}
+    labels = [numbers.get(Path(name).parts[0], -1) if len(Path(name).parts) > 1 else -1 for name in names]
+    return np.array(labels if -1 not in labels else [-1] * len(names), dtype=np.int64)
+
+
 def _refuse_nested(images: Path, out: Path, sort_into: Path | None) -> None:
     """Refuse folders in which one run's output would be the next one's input, or would be replaced by it."""
     inside = [("--out", out, "the pictures", images)]
@@ -188,13 +195,15 @@ def predict_folder(
     Writes ``out/predictions.csv`` (image, class, probability, angle_degrees, runner_up, runner_up_probability),
     ``out/gallery.html``, ``out/skipped.csv`` (image, reason) and ``out/prediction.json``; with ``sort_into`` also
     copies to ``sort_into/<class>/`` and their record ``out/sorted.csv`` (image, class, copy). The files appear when all
-    of them are complete, and then replace those of an earlier prediction.
+    of them are complete, and then replace those of an earlier prediction. Where the pictures already lie in folders
+    named like the classes, the gallery marks those that were classified otherwise.
 
     Args:
         run: the folder of a training run.
         images: a folder with pictures, at any depth.
         out: the folder for the results.
-        sort_into: a folder for copies of the pictures by predicted class; no file in it is overwritten.
+        sort_into: a folder for copies of the pictures by predicted class; no file in it is overwritten. Copies made
+            before something fails stay there.
         top: how many classes the table has per picture, at least 1; the best and the runner-up always are there.
         device: where to run, such as "cuda:0"; a GPU where there is one if not given.
         batch_size: pictures at a time.
@@ -214,10 +223,11 @@ def predict_folder(
         classifier = Classifier.load(run, device)
         class_names = classifier.config.class_names
         source = load_pictures(images, classifier.config.image_shape)
+        source = replace(source, labels=_labels_by_folder(source.names, class_names))
         predictions = classify(classifier, source, top=max(top, 2), batch_size=batch_size)
         origin = f"{len(source):,} pictures of {images}, classified by {run} ({classifier.config.loss} loss)"
         address = folder_address(images.resolve(), out.resolve())
-        gallery = Gallery(f"Predictions of {run.name}", origin, class_names, source.skipped, address)
+        gallery = Gallery(f"Predictions of {run.resolve().name}", origin, class_names, source.skipped, address)
         _write_outputs(output.staging, source, gallery, predictions, class_names)
         if sort_into is not None:
             sorter = Sorter(sort_into, class_names)
