@@ -40,6 +40,7 @@ class OutputFolder(AbstractContextManager["OutputFolder"]):
         self._existed = path.is_dir()
         self.staging = path / f"{_STAGING}{os.getpid()}"
         self._refuse_foreign_files()
+        shutil.rmtree(self.staging, ignore_errors=True)  # of a killed process with the same number, usual in containers
         try:
             self.staging.mkdir(parents=True)
         except OSError as error:

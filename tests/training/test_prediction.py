@@ -284,10 +284,12 @@ def test_what_breaks_off_leaves_the_old_results_untouched(
 
 def test_leftovers_of_a_killed_prediction_do_not_matter(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (out / ".unfinished-1").mkdir(parents=True)
-    (out / ".unfinished-1" / "gallery.html").write_text("half")
+    for process in (1, os.getpid()):
+        (out / f".unfinished-{process}").mkdir(parents=True)
+        (out / f".unfinished-{process}" / "sorted.csv").write_text("half")
     predict_folder(run, write_pictures(tmp_path / "in"), out)
-    assert not [p for p in out.iterdir() if p.name.startswith(".unfinished")]
+    assert set(contents(out)) == {"predictions.csv", "gallery.html", "skipped.csv", "prediction.json"}
+    assert not [p for p in out.iterdir() if p.is_dir()]
 
 
 @pytest.mark.parametrize(
