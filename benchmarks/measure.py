@@ -1,0 +1,115 @@
+"""How things are measured: interleaved medians for time, a fresh process for memory, one CSV row per measurement."""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import datetime
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+MIB = 1 << 20
+
+
+def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each step, taken in turn A B C A B C: a machine that changes speed changes it for all."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_number in range(warm_up + rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            elapsed = time.perf_counter() - start
+            if round_number >= warm_up:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over the rounds of ours/theirs: < 1 is faster."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def peak_extra_bytes(step: Callable[[], Any], before: Callable[[], None]) -> int:
+    """How far one step drives the resident memory of this process above where it stood, in bytes (Linux).
+
+    ``before`` drops what earlier steps left (gradients); freed memory goes back to the system and the kernel's
+    high-water mark is reset, so that nothing older is counted or hidden.
+    """
+    before()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    resident = _status_kib("VmRSS")
+    step()
+    return (_status_kib("VmHWM") - resident) * 1024
+
+
+def in_fresh_process(module: str, *arguments: str) -> float:
+    """Run ``python -m module arguments`` and return the number on its last line."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def stamp() -> dict[str, str]:
+    """Who measured: goes into every row."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": _commit(),
+        "device": cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.2f}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write all rows, columns in order of first appearance, and replace the file in one step."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
