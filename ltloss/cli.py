@@ -24,13 +24,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(error)
     command: Callable[[argparse.Namespace], int] = options.command
+    how = f"; continue with `ltloss train --resume --out {options.out}`" if command is _train else ""
+    return reported(lambda: command(options), when_interrupted=how)
+
+
+def reported(command: Callable[[], int | None], when_interrupted: str = "") -> int:
+    """The exit code of a command: its own (None counts as 0), 2 after a mistake, 130 after Ctrl-C, each in one line."""
     try:
-        return command(options)
+        return command() or 0
     except UserError as error:
         return _fail(error)
     except KeyboardInterrupt:
-        how = f"; continue with `ltloss train --resume --out {options.out}`" if command is _train else ""
-        print(f"ltloss: interrupted, finished epochs and results are kept{how}", file=sys.stderr)
+        print(f"ltloss: interrupted, finished epochs and results are kept{when_interrupted}", file=sys.stderr)
         return 130
     except OSError as error:
         return _fail(explain_os_error(error))

@@ -25,17 +25,17 @@ class Batch:
 
 
 def batch_count(samples: int, batch_size: int) -> int:
-    """How many batches `batches` makes of so many samples."""
-    return -(-samples // batch_size)
+    """How many batches `batches` makes of so many samples: no batch of one, which batch normalisation cannot use."""
+    return max(1, min(-(-samples // batch_size), samples // 2))
 
 
 def batches(
     source: ImageSource, batch_size: int, order: np.ndarray | None = None, *, ahead: int = 3
 ) -> Iterator[Batch]:
-    """Every picture once, in `order` or as they come, at most batch_size at a time.
+    """Every picture once, in `order` or as they come, about batch_size at a time.
 
-    Batches are of equal size, give or take one: a last batch of a single picture would upset batch normalisation. Up
-    to `ahead` batches are read by a thread while the caller computes; an error there is raised here.
+    Batches are of equal size, give or take one, and none holds a single picture unless there is no other. Up to
+    `ahead` batches are read by a thread while the caller computes; an error there is raised here.
     """
     if order is None:
         order = np.arange(len(source))

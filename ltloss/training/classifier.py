@@ -17,7 +17,7 @@ from .losses import LossHead, build_loss
 
 
 class Classifier(nn.Module):
-    """Normalisation, backbone and loss head of one run.
+    """Normalisation of pixels, backbone, batch normalisation of the feature, and loss head of one run.
 
     `features` maps pictures to features; `loss` maps features to the loss, to logits and to the best classes.
     `loss.weight` (C, D) are the class prototypes, parameters of this module like any other.
@@ -32,6 +32,9 @@ class Classifier(nn.Module):
         settings = config.settings
         self.config = config
         self.backbone = build_backbone(settings.backbone, config.image_shape, settings.embedding_size)
+        # As InsightFace does: without it the features of a fresh network nearly coincide in direction, and a loss that
+        # sees directions alone starts slowly or not at all.
+        self.norm = nn.BatchNorm1d(settings.embedding_size) if settings.embedding_norm else nn.Identity()
         self.loss = build_loss(settings.loss, config.class_counts, settings.embedding_size, settings.all_loss_options)
         self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
@@ -39,7 +42,7 @@ class Classifier(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Features (N, D) of uint8 pictures (N, channels, H, W) of the shape `config.image_shape`."""
         pixels = images.to(self.mean.device, self.mean.dtype) / 255
-        return cast(Tensor, self.backbone((pixels - self.mean) / self.std))
+        return cast(Tensor, self.norm(self.backbone((pixels - self.mean) / self.std)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, C) of uint8 pictures (N, channels, H, W)."""

@@ -51,8 +51,8 @@ class Settings:
     backbone: str = _option("small-cnn", "small-cnn, resnet32, or a timm model as timm:NAME")
     imbalance: float = _option(1.0, "long tail: largest class / smallest class", "at least 1", _at_least(1))
     epochs: int = _option(30, "epochs", "at least 1", _at_least(1))
-    batch_size: int = _option(64, "samples a step", "at least 1", _at_least(1))
-    lr: float = _option(0.1, "peak learning rate of SGD", "greater than 0", _positive)
+    batch_size: int = _option(64, "samples a step, give or take one", "at least 2", _at_least(2))
+    lr: float = _option(0.05, "peak learning rate of SGD", "greater than 0", _positive)
     weight_decay: float = _option(5e-4, "weight decay (not on biases and norms)", "at least 0", _at_least(0))
     momentum: float = _option(0.9, "momentum of SGD", "in [0, 1)", lambda v: 0 <= v < 1)
     warmup: float = _option(
@@ -67,6 +67,7 @@ class Settings:
         metadata={"help": "another option of the loss, as NAME=VALUE; may be repeated", "valid": None, "choices": None},
     )
     embedding_size: int = _option(64, "length of the feature vector", "at least 1", _at_least(1))
+    embedding_norm: bool = _option(True, "batch normalisation of the feature vector")
     image_size: int | None = _option(None, "side in pixels (default: that of the data)", "at least 4", _at_least(4))
     channels: int | None = _option(None, "1 or 3 (default: those of the data)", "1 or 3", lambda v: v in (1, 3))
     augment: str = _option("crop", "random shift by an eighth of the side, and flip", choices=AUGMENTATIONS)

@@ -55,8 +55,11 @@ LOSSES: dict[str, LossKind] = {
     "cosine-space": LossKind("CosineSpaceLoss"),
 }
 
-# Decided by the data and the model, so never an option of the loss.
-_DECIDED_ELSEWHERE = {"self", "num_classes", "embedding_size", "class_counts", "counts", "margins", "device", "dtype"}
+# Decided by the data, the model and the training loop, so never an option of a run.
+_DECIDED_ELSEWHERE = {
+    *("self", "num_classes", "embedding_size", "class_counts"),
+    *("log_prior", "class_weight", "ignore_index", "reduction", "device", "dtype"),
+}
 
 
 def _loss_class(name: str) -> tuple[LossKind, Any]:
@@ -72,12 +75,13 @@ def _loss_class(name: str) -> tuple[LossKind, Any]:
     return kind, getattr(ltloss, kind.class_name)
 
 
-def _option_names(loss_class: Any, takes_counts: bool) -> set[str]:
-    names: set[str] = set()
-    for function in (loss_class.__init__, loss_class.from_counts) if takes_counts else (loss_class.__init__,):
-        parameters = inspect.signature(function).parameters.values()
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return names - _DECIDED_ELSEWHERE
+def _option_names(loss_class: Any) -> set[str]:
+    """What the constructor takes by name; `**options` are those that the whole family shares."""
+    from ltloss.heads import LossOptions
+
+    parameters = inspect.signature(loss_class.__init__).parameters
+    shared = set(LossOptions.__annotations__) if "options" in parameters else set()
+    return (set(parameters) - {"options"} | shared) - _DECIDED_ELSEWHERE
 
 
 def loss_arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +90,7 @@ def loss_arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises UserError for an option that this loss does not take, naming those it takes.
     """
     kind, loss_class = _loss_class(name)
-    valid = _option_names(loss_class, kind.takes_counts)
+    valid = _option_names(loss_class)
     arguments = {}
     for option, value in options.items():
         argument = kind.aliases.get(option, option)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from importlib import metadata
 
 import numpy as np
 import torch
+
+import ltloss
 
 from .batches import batches
 from .config import RunConfig, Settings
@@ -63,19 +64,12 @@ def prepare_data(settings: Settings) -> TrainingData:
         mean=mean,
         std=std,
         versions={
-            "ltloss": _own_version(),
+            "ltloss": ltloss.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
     )
     return TrainingData(train, test, config)
-
-
-def _own_version() -> str:
-    try:
-        return metadata.version("ltloss")
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _normalisation(source: ImageSource, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
