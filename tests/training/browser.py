@@ -31,14 +31,12 @@ _FLAGS = [
     "--window-size=1200,900",
 ]
 
-# Runs after the page has loaded, in a copy of it: decodes every picture, whether in view or not, and writes what it
-# found into the document, which --dump-dom prints.
+# Runs in a copy of the page when everything has loaded, and writes what it finds into the document, which --dump-dom
+# prints. It must not wait for anything: the document is printed right after the load event.
 _PROBE = """
 <script>
-addEventListener("load", async () => {
+addEventListener("load", () => {
   const images = [...document.images];
-  for (const image of images) image.loading = "eager";
-  await Promise.all(images.map(image => image.decode().catch(() => {})));
   const found = {
     title: document.title,
     images: images.map(image => ({alt: image.alt, width: image.naturalWidth, from: image.currentSrc.split(":")[0]})),
@@ -78,15 +76,16 @@ def _console(stderr: str) -> list[str]:
 def render(page: Path, profile: Path, *flags: str) -> Rendered:
     """Load ``page`` as it is for its console messages, then a copy with the probe for what it shows.
 
-    The copy lies beside the page, so that relative addresses hold, and has no content security policy, which would
-    rightly stop the probe.
+    The copy lies beside the page, so that relative addresses hold. It has no content security policy, which would
+    rightly stop the probe, and loads all pictures, not only those in view.
     """
     console = _console(_run(page, profile, "--dump-dom").stderr)
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+    text = text.replace('loading="lazy"', "")
     probed = page.with_name("probed-" + page.name)
     probed.write_text(text.replace("</body>", _PROBE + "</body>"), encoding="utf-8")
     try:
-        result = _run(probed, profile, "--virtual-time-budget=20000", "--dump-dom", *flags)
+        result = _run(probed, profile, "--dump-dom", *flags)
     finally:
         probed.unlink()
     match = re.search(r'<pre id="probe-result">(.*?)</pre>', result.stdout, re.DOTALL)

@@ -224,7 +224,7 @@ def test_browser_shows_hostile_class_names_as_text(tmp_path: Path) -> None:
     assert rendered.found["requests"] == []
     text = " ".join(rendered.found["text"].split())
     for name in HOSTILE:
-        assert f" {' '.join(name.split()) or '(no name)'} 2 " in text
+        assert f" {' '.join(name.split()) or '(no name)'} 2" in text
 
 
 @pytest.mark.browser
