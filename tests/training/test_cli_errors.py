@@ -1,0 +1,334 @@
+"""Every mistake is one line that says what to do, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import toy_images
+
+from ltloss.cli import main
+from ltloss.training.trainer import TrainingResult
+
+TRAIN = ["train", "--data", "digits", "--out", "run", "--device", "cpu", "--quiet", "--epochs", "1"]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def fails(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line ends with code 2 and one line on stderr that matches."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("ltloss: left out")]
+    assert len(lines) == 1
+    assert lines[0].startswith("ltloss: error: ")
+    assert re.search(expected, lines[0]), lines[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--batch-size", "0"], "batch_size must be at least 2, is 0"),
+        (["--lr", "-0.1"], "lr must be greater than 0, is -0.1"),
+        (["--lr", "nan"], "lr must be greater than 0, is nan"),
+        (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+        (["--epochs", "0"], "epochs must be at least 1, is 0"),
+        (["--imbalance", "0.5"], "imbalance must be at least 1"),
+        (["--imbalance", "1000"], "use at most 146"),
+        (["--momentum", "1"], r"momentum must be in \[0, 1\)"),
+        (["--image-size", "1"], "image_size must be at least 4"),
+        (["--channels", "2"], "channels must be 1 or 3, is 2"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--few-below", "200"], "few_below 200 lies above many_above 100"),
+        (["--loss", "softmx"], "--loss: invalid choice: 'softmx'"),
+        (["--loss", "softmax", "--margin", "0.3"], r"loss softmax has no option margin \(given: 0.3\); remove it"),
+        (["--loss", "softmax", "--scale", "16"], "loss softmax has no option scale"),
+        (["--loss", "logit-adjusted", "--margin", "1"], "no option margin.*Its options are:.*tau"),
+        (["--loss", "cosface", "--loss-option", "temperature=2"], "loss cosface has no option temperature"),
+        (["--loss-option", "margin_normalize=biggest"], "loss long-tail with .*margin_normalize.*biggest"),
+        (["--loss-option", "scale"], "'scale' is not NAME=VALUE"),
+        (["--loss", "cosine-space", "--loss-option", "intra_weight=2"], "ce_weight > inter_weight > intra_weight"),
+        (["--backbone", "smallcnn"], "smallcnn"),
+        (["--augment", "rotate"], "--augment: invalid choice"),
+        (["--device", "abacus"], "device abacus cannot be used.*use cpu"),
+        (["--device", "cuda:99"], "device cuda:99 cannot be used.*use cpu"),
+        (["--data", "nowhere"], "'.*nowhere' does not exist; give digits, a folder"),
+        (["--config", "nowhere.toml"], "--config nowhere.toml does not exist"),
+        (["--colour"], "unrecognized arguments: --colour"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_option_out_of_range(options: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fails([*TRAIN, *options], expected, capsys)
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "--data", "digits"], "required: --out"),
+        (["train", "--out", "run"], "--data is missing"),
+        (["evaluate", "nowhere"], "nowhere is not a run"),
+        (["report", "nowhere"], "nowhere is not a run"),
+        (["predict", "nowhere", "pictures", "--out", "results"], "nowhere is not a run|pictures is not a folder"),
+    ],
+)
+def test_command_that_cannot_start(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(arguments, expected, capsys)
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.toml", "learning-rate = 1", "unknown setting learning_rate; "),
+        ("a.toml", "batchsize = 1", "unknown setting batchsize; did you mean batch_size"),
+        ("a.toml", "lr = ", "cannot be read"),
+        ("a.toml", 'lr = "fast"', "lr must be of type float, is 'fast'"),
+        ("a.toml", "epochs = 1.5", "epochs must be of type int, is 1.5"),
+        ("a.toml", "epochs = true", "epochs must be of type int, is True"),
+        ("a.toml", 'loss = "arc"', "loss 'arc' is unknown; did you mean arcface"),
+        ("a.json", "[1]", "holds a list"),
+        ("a.json", '{"lr": 1', "cannot be read"),
+    ],
+)
+def test_bad_settings_file(name: str, text: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(name).write_text(text)
+    fails(["train", "--config", name, "--data", "digits", "--out", "run"], expected, capsys)
+    assert not Path("run").exists()
+
+
+def _without_classes(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path)
+
+
+def _all_corrupt(folder: Path) -> None:
+    for path in (folder / "bean").iterdir():
+        path.write_bytes(b"\x89PNG but no more")
+
+
+def _other_classes_in_test(folder: Path) -> None:
+    shutil.copytree(folder, folder / "train")
+    shutil.copytree(folder / "train", folder / "test")
+    for path in list(folder.iterdir()):
+        if path.name not in ("train", "test"):
+            shutil.rmtree(path)
+    (folder / "test" / "corn").rename(folder / "test" / "maize")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (_without_classes, "has 0 class sub-folders, at least 2 are needed"),
+        (lambda folder: [shutil.rmtree(folder / name) for name in ("apple", "bean")], "has 1 class sub-folders"),
+        (lambda folder: (folder / "empty").mkdir(), "empty holds no pictures; add some or remove the folder"),
+        (_all_corrupt, "no readable picture for class bean"),
+        (_other_classes_in_test, "the classes differ: .*train has corn which .*test lacks; .*test has maize"),
+    ],
+    ids=["no class", "one class", "empty class", "corrupt class", "other classes in the test split"],
+)
+def test_folder_that_cannot_be_used(
+    spoil: Callable[[Path], object], expected: str, toy_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(toy_folder)
+    fails([*TRAIN, "--data", str(toy_folder)], expected, capsys)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"x_test": None}, "lacks x_test; it needs x_train, y_train, x_test, y_test"),
+        ({"x_train": np.zeros((6, 8, 8), np.float32)}, "x_train must be uint8 .* is float32"),
+        ({"x_train": np.zeros((6, 3, 8, 8), np.uint8)}, r"x_train must be \(N, H, W\) or .* is \(6, 3, 8, 8\)"),
+        ({"x_train": np.zeros((5, 8, 8), np.uint8)}, "x_train has 5 pictures and y_train 6 labels"),
+        ({"x_train": np.zeros((0, 8, 8), np.uint8), "y_train": np.zeros(0, int)}, "0 classes, at least 2"),
+        ({"y_train": np.zeros(6)}, r"y_train must be integers of shape \(N,\), is float64"),
+        ({"y_train": np.eye(6, dtype=int)}, r"y_train must be integers of shape \(N,\), is int64 of shape \(6, 6\)"),
+        ({"y_train": np.array([0, 1, 2, 0, -1, 2])}, r"y_train\[4\] is -1, outside 0..2"),
+        ({"y_test": np.array([0, 1, 3, 0, 1, 2])}, r"y_test\[2\] is 3, outside 0..2"),
+        ({"y_train": np.array([0, 3, 2, 0, 3, 2])}, "1 of 4 classes have no training picture, the first is 1"),
+        ({"class_names": np.array(["a", "a", "b"])}, "class_names must be a list of different strings"),
+        ({"class_names": np.array(["a", "b"])}, r"y_train\[4\] is 2, outside 0..1"),
+        ({"y_test": np.array([None] * 6)}, "cannot be read .*allow_pickle=False"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[:30],
+)
+def test_npz_that_cannot_be_used(
+    change: dict[str, np.ndarray | None], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = toy_images(2)
+    arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels, **change}
+    np.savez("data.npz", **{name: array for name, array in arrays.items() if array is not None})  # type: ignore[arg-type]
+    fails([*TRAIN, "--data", "data.npz"], expected, capsys)
+    assert not Path("run").exists()
+
+
+class Trap:
+    """Unpickling it would leave a file behind."""
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return os.mkdir, ("trapped",)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "cannot be read"),
+        (b"PK\x03\x04 and then nothing", "cannot be read"),
+        (pickle.dumps(Trap()), "cannot be read"),
+    ],
+    ids=["empty", "cut", "pickle"],
+)
+def test_file_that_is_no_npz(content: bytes, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("data.npz").write_bytes(content)
+    fails([*TRAIN, "--data", "data.npz"], expected, capsys)
+    Path("data.zip").write_bytes(content)
+    fails([*TRAIN, "--data", "data.zip"], "is a .zip file", capsys)
+    assert not Path("trapped").exists()
+
+
+@pytest.fixture
+def run(toy_run: TrainingResult) -> Path:
+    """A finished run in the working folder."""
+    shutil.copytree(toy_run.run, "run")
+    return Path("run")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "already holds a run; continue it with --resume, or choose another --out"),
+        (["--resume", "--lr", "0.5", "--epochs", "9"], r"other settings: lr \(run: 0.05, now: 0.5\); leave them out"),
+        (["--resume", "--epochs", "1"], r"epochs \(run: 2, now: 1\)"),
+        (["--resume", "--data", "digits"], r"data \(run: .*toy.npz, now: digits\)"),
+        (["--resume", "--lr", "0"], "lr must be greater than 0"),
+    ],
+)
+def test_run_that_is_there_is_not_touched(
+    options: list[str], expected: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    fails(["train", "--out", str(run), *(options or ["--data", "digits"])], expected, capsys)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_folder_of_something_else_is_not_touched(resume: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    Path("run/thesis.txt").write_text("years of work")
+    fails([*TRAIN, *resume], "--out run holds other files", capsys)
+    assert contents(Path("run")) == {"thesis.txt": b"years of work"}
+    fails([*TRAIN, "--out", "run/thesis.txt"], "is a file; choose a folder", capsys)
+
+
+def _other_shape(run: Path) -> None:
+    path = run / "checkpoints/epoch-0002/model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["loss.weight"] = torch.zeros(5, 8)
+    safetensors.torch.save_file(tensors, path)
+
+
+def _other_optimizer(run: Path) -> None:
+    path = run / "checkpoints/epoch-0002/optimizer.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    del tensors["loss.weight"]
+    safetensors.torch.save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (_other_shape, r"epoch-0002.*tensor loss.weight is \(5, 8\) there and \(3, 8\) in the model"),
+        (_other_optimizer, r"optimizer.safetensors: tensor loss.weight is missing there"),
+        (lambda run: (run / "checkpoints/epoch-0002/state.json").unlink(), "epoch-0002 is damaged"),
+        (lambda run: (run / "config.json").write_text("{"), "config.json is damaged"),
+        (lambda run: (run / "config.json").write_text('{"lr": 1}'), "config.json is damaged"),
+    ],
+    ids=["shape", "optimizer", "state", "config", "config without facts"],
+)
+def test_checkpoint_that_does_not_fit(
+    spoil: Callable[[Path], object], expected: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(run)
+    before = contents(run)
+    fails(["train", "--resume", "--out", str(run), "--epochs", "3"], expected, capsys)
+    assert contents(run) == before
+
+
+def test_evaluation_on_other_classes_names_them(
+    run: Path, toy_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (toy_folder / "corn").rename(toy_folder / "maize")
+    fails(["evaluate", str(run), "--data", str(toy_folder)], "run has corn which .* lacks; .* has maize", capsys)
+
+
+def test_run_without_a_checkpoint_cannot_be_evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run / "checkpoints")
+    fails(["evaluate", str(run)], "has no checkpoint yet; finish an epoch with `ltloss train --resume", capsys)
+
+
+@pytest.mark.parametrize("written", [0, 1, 4])
+def test_full_disk(
+    written: int, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    original, count = os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal count
+        count += 1
+        if count > written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        fails(["train", "--resume", "--out", str(run), "--epochs", "3", "--quiet"], "no space left on the disk", capsys)
+    assert {name: content for name, content in contents(run).items() if name in before and name != "config.json"} == {
+        name: content for name, content in before.items() if name != "config.json"
+    }
+    assert json.loads((run / "config.json").read_text())["epochs"] in (2, 3)
+    assert main(["train", "--resume", "--out", str(run), "--epochs", "3", "--quiet"]) == 0
+    assert (run / "checkpoints" / "epoch-0003").is_dir()
+
+
+def test_training_that_diverges(toy_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["train", "--data", str(toy_npz), "--out", "run", "--loss", "softmax", "--lr", "1e30", "--quiet"]
+    fails([*line, "--no-embedding-norm", "--device", "cpu"], r"loss is (nan|inf) at step \d+ of .*lower --lr", capsys)
+
+
+def test_picture_that_disappears_while_training(
+    toy_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ltloss.training import training_data
+
+    original = training_data.prepare_data
+
+    def prepare(settings: object) -> object:
+        data = original(settings)  # type: ignore[arg-type]
+        (toy_folder / data.train.names[3]).unlink()
+        return data
+
+    monkeypatch.setattr("ltloss.training.trainer.prepare_data", prepare)
+    fails([*TRAIN, "--data", str(toy_folder)], "does not exist .*it changed since it was checked, restore it", capsys)
