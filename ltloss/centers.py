@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ltloss.cpu import add_rows_
 from ltloss.reference import direction
 from ltloss.validation import check_choice, check_number
 
@@ -80,8 +81,8 @@ class ClassCenters(nn.Module):
         unit = torch.where(counted[:, None], direction(features.float()), 0.0)
         group, first = _group_by_label(labels)
         # Sums of the batch per group, read back per sample: no buffer of size C is touched.
-        batch_sum = torch.zeros_like(unit).index_put_((group,), unit, accumulate=True)[group]
-        batch_count = torch.zeros_like(group).index_put_((group,), torch.ones_like(group), accumulate=True)[group]
+        batch_sum = add_rows_(torch.zeros_like(unit), group, unit)[group]
+        batch_count = add_rows_(torch.zeros_like(group), group, torch.ones_like(group))[group]
         rows = torch.where(counted, labels, 0)
         old, seen = self.centers[rows], self.counts[rows]
         if self.update_rule == "mean":
@@ -91,8 +92,8 @@ class ClassCenters(nn.Module):
             step = rate[:, None] * (batch_sum / batch_count[:, None] - old)
         # Only the first sample of each class moves its centre; the others add zero, so the order does not matter.
         moves = first & counted
-        self.centers.index_put_((rows,), torch.where(moves[:, None], step, 0.0), accumulate=True)
-        self.counts.index_put_((rows,), torch.where(moves, batch_count, 0), accumulate=True)
+        add_rows_(self.centers, rows, torch.where(moves[:, None], step, 0.0))
+        add_rows_(self.counts, rows, torch.where(moves, batch_count, 0))
 
     def cosine(self, features: Tensor, labels: Tensor) -> Tensor:
         """cos(x_i, c_{y_i}) per sample, (N,); 1 where the class was never seen, so that it contributes nothing."""

@@ -19,7 +19,8 @@ __all__ = ["cosine_logsumexp", "cosine_logsumexp_backward"]
 
 # exp() below this is set to zero. e^-80 is far below float32's resolution of a probability, yet far enough above its
 # smallest normal number for products with it to stay normal too: denormals slow a matrix product tenfold and more.
-SMALLEST_EXPONENT = -80.0
+# In float64 the bound lies as far above its own smallest normal, so that confident samples keep their tiny gradient.
+SMALLEST_EXPONENT = {torch.float32: -80.0, torch.float64: -700.0}
 
 # Squares of numbers outside this range leave float32's, so such rows get their norm in float64.
 _TRUSTED_NORM = (1e-15, 1e15)
@@ -53,6 +54,16 @@ def spans(total: int, size: int) -> Iterator[tuple[int, int]]:
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where an input has it, float32 otherwise: half precision is never accumulated in."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def add_rows_(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """``target[index[i]] += rows[i]``, in place, the same bits each time also where indices repeat.
+
+    On a CPU index_put_(accumulate=True) adds float32 with atomics from several threads; on a GPU index_add_ does.
+    """
+    if target.device.type == "cpu":
+        return target.index_add_(0, index, rows)
+    return target.index_put_((index,), rows, accumulate=True)
 
 
 def inverse_norm(vectors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -268,7 +279,7 @@ def _gradient_tile(
 ) -> Tensor:
     """|G| with the sign still to come: |a|·exp(l - r), and sign·d at the own class."""
     tile = tiles.logits(unit, rows, *classes).sub_(upstream.shift[rows, None])
-    torch.threshold_(tile, SMALLEST_EXPONENT, -math.inf).exp_()
+    torch.threshold_(tile, SMALLEST_EXPONENT[tile.dtype], -math.inf).exp_()
     OwnColumn(labels, classes[0], tile.shape[1]).fill(tile, upstream.own[rows])
     return tile
 

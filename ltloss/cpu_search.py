@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ltloss.cpu import OwnColumn, block_sizes, compute_dtype, inverse_norm, project_, spans
+from ltloss.cpu import OwnColumn, add_rows_, block_sizes, compute_dtype, inverse_norm, project_, spans
 
 __all__ = ["nearest_prototype", "nearest_prototype_backward", "top_k"]
 
@@ -108,9 +108,8 @@ def nearest_prototype_backward(grad_cosine: Tensor, prototypes: Tensor, rows: Te
 
     for start, stop in spans(own.shape[0], max(1, (1 << 20) // max(1, d))):
         i, j, g = own[start:stop], near[start:stop], weight[start:stop, None]
-        # index_put with accumulate, unlike index_add, is deterministic on every device.
-        grad.index_put_((i,), g * unit(j), accumulate=True)
-        grad.index_put_((j,), g * unit(i), accumulate=True)
+        add_rows_(grad, i, g * unit(j))
+        add_rows_(grad, j, g * unit(i))
     for start, stop in spans(c, max(1, (1 << 20) // max(1, d))):
         chunk = prototypes[start:stop].to(dtype) * inverse[start:stop, None]
         project_(grad[start:stop], chunk, inverse[start:stop])
