@@ -45,8 +45,8 @@ def counts_from_labels(labels: Counts, num_classes: int, *, ignore_index: int = 
     return torch.bincount(checked[checked >= 0], minlength=num_classes)
 
 
-def _checked(class_counts: Counts) -> Tensor:
-    """Counts (C,) as float64, all of them positive."""
+def checked_counts(class_counts: Counts) -> Tensor:
+    """Counts (C,) as float64, all of them positive; anything else raises."""
     counts = torch.as_tensor(np.asarray(class_counts) if not isinstance(class_counts, Tensor) else class_counts)
     counts = counts.detach().to(torch.float64)
     if counts.dim() != 1 or counts.numel() == 0:
@@ -93,7 +93,7 @@ def margins_from_counts(
     check_number("margin", margin, at_least=0.0)
     check_number("power", power, at_least=0.0)
     check_choice("normalize", normalize, get_args(Normalize))
-    margins = _checked(class_counts) ** -power
+    margins = checked_counts(class_counts) ** -power
     if normalize == "max":
         margins = margins / margins.max()
     return (margin * margins).float()
@@ -110,7 +110,7 @@ def log_prior_from_counts(class_counts: Counts, tau: float = 1.0) -> Tensor:
         tensor([0.7500, 0.2500])
     """
     check_number("tau", tau)
-    counts = _checked(class_counts)
+    counts = checked_counts(class_counts)
     return (tau * (counts / counts.sum()).log()).float()
 
 
@@ -127,7 +127,7 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
     check_number("beta", beta, at_least=0.0)
     if beta >= 1.0:
         raise ValueError(f"beta must be < 1 (at 1 the weights are those of inverse_frequency_weights); got {beta}")
-    counts = _checked(class_counts)
+    counts = checked_counts(class_counts)
     # 1 - β^n through expm1: β^n rounds to 1 for β near 1. log1p(β - 1) would be no better than log β here.
     weights = -(1.0 - beta) / torch.expm1(counts * np.log(beta)) if beta > 0.0 else torch.ones_like(counts)
     return (weights / weights.mean()).float()
@@ -142,7 +142,7 @@ def inverse_frequency_weights(class_counts: Counts, power: float = 1.0) -> Tenso
         tensor([0.5000, 1.5000])
     """
     check_number("power", power)
-    weights = _checked(class_counts) ** -power
+    weights = checked_counts(class_counts) ** -power
     return (weights / weights.mean()).float()
 
 

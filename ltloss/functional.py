@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ltloss import ops, reference
-from ltloss.backend import current_backend
+from ltloss.backend import current_backend, debug
+from ltloss.class_balance import checked_counts
 from ltloss.cpu import compute_dtype
 from ltloss.epilogue import margin_losses, one_pass, reduce_losses
 from ltloss.margins import BeyondPi, MarginGradient, arccos
@@ -132,6 +133,8 @@ def margin_cross_entropy(
         "ignore_index": ignore_index,
     }
     if current_backend() == "reference":
+        labels = ops.checked_labels(labels, prototypes.shape[0], ignore_index)
+        wide["ignore_index"] = -1
         return reference.margin_cross_entropy(
             features, prototypes, labels, class_weight=class_weight, reduction=reduction, **per_class, **margins, **wide
         )
@@ -248,18 +251,20 @@ def min_angle_regularizer(
     dtype = compute_dtype(prototypes)
     if class_counts is not None:
         class_counts = _checked_counts(class_counts, prototypes)
+    if rows is not None:
+        rows = _checked_rows(rows, prototypes)
     if current_backend() == "reference":
         return reference.min_angle_regularizer(prototypes, class_counts, power=power, rows=rows)
-    nearest = nearest_prototype(prototypes, rows)
-    if num_classes == 1 or nearest.cosine.numel() == 0:
-        return (nearest.cosine * 0.0).sum()
+    cosine: Tensor = ops.nearest_prototype(prototypes, rows)[0]
+    if num_classes == 1 or cosine.numel() == 0:
+        return (cosine * 0.0).sum()
     if class_counts is None:
-        weights = torch.full_like(nearest.cosine, 1.0 / nearest.cosine.numel()).detach()
+        weights = torch.full_like(cosine, 1.0 / cosine.numel()).detach()
     else:
         chosen = class_counts if rows is None else class_counts[rows]
         weights = chosen.to(dtype) ** -power
         weights = weights / weights.sum()
-    return -(weights * arccos(nearest.cosine)).sum()
+    return -(weights * arccos(cosine)).sum()
 
 
 def _checked_counts(class_counts: Tensor, prototypes: Tensor) -> Tensor:
@@ -267,6 +272,8 @@ def _checked_counts(class_counts: Tensor, prototypes: Tensor) -> Tensor:
         given = tuple(class_counts.shape) if isinstance(class_counts, Tensor) else type(class_counts).__name__
         raise ValueError(f"class_counts must be a tensor of shape ({prototypes.shape[0]},); got {given}")
     check_same_device(prototypes=prototypes, class_counts=class_counts)
+    if not torch.compiler.is_compiling() and (class_counts.device.type == "cpu" or debug):
+        checked_counts(class_counts)  # looks at the values, which would synchronise a GPU with the host
     return class_counts
 
 

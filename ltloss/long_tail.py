@@ -14,7 +14,7 @@ from ltloss.centers import CenterUpdate, ClassCenters
 from ltloss.class_balance import Counts, Normalize, margins_from_counts
 from ltloss.epilogue import margin_losses, one_pass, reduce_losses
 from ltloss.heads import CombinedMarginLoss, PriorOptions, PrototypeHead, _check_counts, _FromCounts
-from ltloss.norm_penalty import FeatureNormKind
+from ltloss.norm_penalty import FeatureNormKind, norm_penalty
 from ltloss.validation import check_choice, check_number, check_supervised
 
 if TYPE_CHECKING:
@@ -103,14 +103,14 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         """
         loss = self._margin_cross_entropy(features, labels)
         parts = {"margin_cross_entropy": loss.detach()}
+        counted = labels.to(torch.int64) != self.ignore_index  # -100 compared with uint8 would be 156
         if self.min_angle_weight:
-            counted = labels[labels != self.ignore_index]
-            rows = None if self.min_angle_rows == "all" else torch.unique(counted)
+            rows = None if self.min_angle_rows == "all" else torch.unique(labels[counted])
             angle = F.min_angle_regularizer(self.weight, self.class_counts, power=self.min_angle_power, rows=rows)
             parts["min_angle"] = angle.detach()
             loss = loss + self.min_angle_weight * angle
         if self.feature_norm_weight:
-            length = F.feature_norm_penalty(features, self.feature_norm, radius=self.feature_norm_radius)
+            length = norm_penalty(features, self.feature_norm, self.feature_norm_radius, counted)
             parts["feature_norm"] = length.detach()
             loss = loss + self.feature_norm_weight * length
         self.parts = parts
@@ -210,7 +210,9 @@ class CosineSpaceLoss(PrototypeHead):
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Loss of features (N, D) with labels (N,), a scalar. In ``train()`` mode the centres and the step move on."""
         inter, cross_entropy = self._cross_entropies(features, labels)
-        labels = torch.where(labels == self.ignore_index, -1, labels.to(torch.int64))
+        labels = labels.to(torch.int64)
+        labels = labels.masked_fill(labels == self.ignore_index, -1)
+        features = features.masked_fill((labels < 0)[:, None], 0.0)  # what is ignored may hold NaN
         intra_weight = torch.where(self.step >= self.start_step, self.intra_weight, 0.0)
         if self.training:
             self.centers.update(features.detach(), labels)

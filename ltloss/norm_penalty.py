@@ -26,8 +26,15 @@ _KINDS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def norm_penalty(features: Tensor, kind: FeatureNormKind | Callable[[Tensor], Tensor], radius: float) -> Tensor:
-    """See :func:`ltloss.functional.feature_norm_penalty`."""
+def norm_penalty(
+    features: Tensor,
+    kind: FeatureNormKind | Callable[[Tensor], Tensor],
+    radius: float,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """See :func:`ltloss.functional.feature_norm_penalty`; the mean is over the ``counted`` (N,) samples, or all."""
+    if counted is not None:
+        features = features.masked_fill(~counted[:, None], 0.0)  # what is ignored may hold NaN
     length = torch.linalg.vector_norm(features, dim=1, dtype=compute_dtype(features)).clamp_min(_SHORTEST)
     if callable(kind):
         values = kind(length)
@@ -37,4 +44,6 @@ def norm_penalty(features: Tensor, kind: FeatureNormKind | Callable[[Tensor], Te
     else:
         check_choice("kind", kind, get_args(FeatureNormKind))
         values = _KINDS[kind](length, radius)
-    return values.sum() / max(1, values.numel())
+    if counted is None:
+        return values.sum() / max(1, values.numel())
+    return torch.where(counted, values, 0.0).sum() / counted.sum().clamp_min(1)
