@@ -1,0 +1,62 @@
+"""What every test starts from: the interpreter for kernels where there is no GPU, one seed, and no lucky memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when a kernel is decorated, so it must stand before anything imports one.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import ltloss
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """Fill ``torch.empty`` with NaN, so that reading what was never written shows.
+
+    PyTorch does that itself, but only together with the deterministic algorithms, which would hide a race: tests of
+    repeatability take :func:`default_algorithms`.
+    """
+    if torch.cuda.is_available():  # some CUDA operators would refuse to run
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def default_algorithms(uninitialised_memory_is_nan: None) -> None:
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["torch", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test under the chunked and under the dense implementation."""
+    with ltloss.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Make every tile 3 rows by 4 classes, so that a small problem crosses many chunk boundaries."""
+    from ltloss import cpu, cpu_search
+
+    blocks = cpu.Blocks(3, 4)
+
+    def block_sizes(rows: int, classes: int, width: int, device: torch.device) -> cpu.Blocks:
+        return cpu.Blocks(max(1, min(rows, blocks.rows)), min(classes, blocks.classes))
+
+    monkeypatch.setattr(cpu, "block_sizes", block_sizes)
+    monkeypatch.setattr(cpu_search, "block_sizes", block_sizes)
+    return blocks
