@@ -46,9 +46,14 @@ def block_sizes(rows: int, classes: int, width: int, device: torch.device) -> Bl
 
 
 def spans(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of consecutive pieces of at most ``size``."""
-    for start in range(0, total, size):
-        yield start, min(start + size, total)
+    """Yield (start, stop) of consecutive pieces of at most ``size``, as equal in length as they can be.
+
+    A ragged last piece of one row would be multiplied by another routine (gemv), whose sums round differently: equal
+    prototypes would then not have equal cosines.
+    """
+    pieces = -(-total // size)
+    for piece in range(pieces):
+        yield piece * total // pieces, (piece + 1) * total // pieces
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -195,8 +200,8 @@ class _Upstream(NamedTuple):
     """The gradients that arrive per sample, in the form that the tiles use them."""
 
     shift: Tensor  # (N,) r - log|a|
-    sign: Tensor  # (N,) sign of a
-    own: Tensor  # (N,) sign·d
+    factor: Tensor  # (N,) sign of a, times what rounding the shift has lost
+    own: Tensor  # (N,) d / factor
     logit_sum: Tensor | None  # (N,) e
 
     @classmethod
@@ -204,14 +209,17 @@ class _Upstream(NamedTuple):
         """|a|·exp(l - r) in one exponential: the coefficient goes into the exponent and its sign onto u and d.
 
         That spares one pass over every tile. Where there is nothing to send back (a = 0, or no other class at all) the
-        shift is +inf.
+        shift is +inf. For a large scale, rounding r - log|a| would be the largest error of all; it is the same for a
+        whole row, and goes with the sign.
         """
         zeros = torch.zeros_like(other_logsumexp)
         a, d = (zeros if grad is None else grad for grad in grads[:2])
         nothing = (a == 0) | (other_logsumexp == -math.inf)
-        shift = torch.where(nothing, math.inf, other_logsumexp - a.abs().log())
-        sign = torch.where(a < 0, -1.0, 1.0).to(zeros.dtype)
-        return cls(shift, sign, d * sign, grads[2])
+        log_a = a.abs().log()
+        shift = other_logsumexp - log_a
+        lost = torch.where(nothing, 0.0, (shift - other_logsumexp) + log_a)
+        factor = torch.where(a < 0, -1.0, 1.0).to(zeros.dtype) * lost.exp()
+        return cls(torch.where(nothing, math.inf, shift), factor, d / factor, grads[2])
 
 
 def cosine_logsumexp_backward(
@@ -240,7 +248,7 @@ def cosine_logsumexp_backward(
     upstream = _Upstream.of((grad_other, grad_own, grad_sum), other_logsumexp)
     grad_u = torch.zeros_like(u) if needs[0] else None
     grad_w = prototypes.new_empty(c, d) if needs[1] else None
-    signed_u = u * upstream.sign[:, None]
+    signed_u = u * upstream.factor[:, None]
     sum_row = None if grad_sum is None else grad_sum @ u
     unit_sum = u.new_zeros(d)
     for start, stop in spans(c, blocks.classes):
@@ -262,7 +270,7 @@ def cosine_logsumexp_backward(
             if not in_place:
                 grad_w[start:stop] = chunk
     if grad_u is not None:
-        grad_u *= upstream.sign[:, None]
+        grad_u *= upstream.factor[:, None]
         if grad_sum is not None:
             grad_u.addr_(grad_sum, unit_sum)
         grad_u *= scale  # u = s·x̂, or s·x
@@ -277,7 +285,7 @@ def cosine_logsumexp_backward(
 def _gradient_tile(
     tiles: _Tiles, unit: Tensor, rows: slice, classes: tuple[int, int], labels: Tensor, upstream: _Upstream
 ) -> Tensor:
-    """|G| with the sign still to come: |a|·exp(l - r), and sign·d at the own class."""
+    """G with the factor of the row still to come: |a|·exp(l - r), and d / factor at the own class."""
     tile = tiles.logits(unit, rows, *classes).sub_(upstream.shift[rows, None])
     torch.threshold_(tile, SMALLEST_EXPONENT[tile.dtype], -math.inf).exp_()
     OwnColumn(labels, classes[0], tile.shape[1]).fill(tile, upstream.own[rows])
