@@ -56,16 +56,19 @@ def test_equal_cosines_in_class_order(k: int, tiny_blocks: object) -> None:
     assert got.index.tolist() == [(best + rest)[:k], (rest + best)[:k]]
 
 
-@pytest.mark.parametrize("positions", [(0, 12), (3, 4), (2, 3, 12), (5, 6, 7, 8, 9)])
-@pytest.mark.parametrize("d", [6, 37])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_exact_duplicates_in_class_order(
-    positions: tuple[int, ...], d: int, dtype: torch.dtype, tiny_blocks: object
-) -> None:
-    features, prototypes, _ = problem(7, 13, d, dtype=dtype)
-    prototypes[list(positions)] = features[0] + 0.1 * prototypes[positions[0]]  # near the top for sample 0
-    for k in range(1, len(positions) + 1):
-        assert top_k(features, prototypes, k).index[0].tolist() == list(positions[:k])
+@pytest.mark.parametrize("c", [13, 1300])
+@pytest.mark.parametrize("k", [1, 3, 7, 13])
+def test_many_ties_in_class_order(c: int, k: int, request: pytest.FixtureRequest) -> None:
+    """Entries ±1 in 16 dimensions: every cosine is exact, and most are equal to some other."""
+    if c == 13:
+        request.getfixturevalue("tiny_blocks")
+    prototypes = torch.randint(2, (c, 16)) * 2 - 1
+    queries = torch.cat([prototypes[:5], prototypes[-2:]])
+    rows = (queries @ prototypes.t()).tolist()
+    expected = [sorted(range(c), key=lambda j, row=row: (-row[j], j))[:k] for row in rows]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert top_k(queries.to(dtype), prototypes.to(dtype), k).index.tolist() == expected
+        assert top_k(queries[:1].to(dtype), prototypes.to(dtype), k).index.tolist() == expected[:1]
 
 
 def test_zero_feature_takes_the_first_classes(tiny_blocks: object) -> None:
