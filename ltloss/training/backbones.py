@@ -6,6 +6,7 @@ import importlib.util
 from collections import OrderedDict
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -98,14 +99,21 @@ def _timm_model(name: str, image_shape: tuple[int, int, int], embedding_size: in
     import timm
 
     if not timm.is_model(model_name):
-        close = timm.list_models(f"*{model_name.split('_')[0]}*")[:5]
-        raise UserError(
-            f"--backbone {name} is unknown to timm; built in are {', '.join(BACKBONES)}, in timm {', '.join(close)}"
-        )
+        close = nearest(model_name, timm.list_models()) if name != model_name else nearest(name, BACKBONES)
+        raise UserError(f"--backbone {name} is unknown, to timm too; {close}")
     channels, height, width = image_shape
     arguments = {"pretrained": False, "num_classes": 0, "in_chans": channels}
     try:
         model = timm.create_model(model_name, img_size=(height, width), **arguments)
     except TypeError:  # convolutional networks take any size and know no img_size
         model = timm.create_model(model_name, **arguments)
-    return nn.Sequential(OrderedDict(trunk=model, embedding=nn.Linear(model.num_features, embedding_size)))
+    try:
+        # `model.num_features` is not what every model puts out, so look.
+        with torch.no_grad():
+            width_out = model.eval()(torch.zeros(1, *image_shape)).shape[1]
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--backbone {name} cannot take pictures of {height} x {width} ({reason}); use --image-size"
+        ) from error
+    return nn.Sequential(OrderedDict(trunk=model, embedding=nn.Linear(width_out, embedding_size)))

@@ -38,11 +38,11 @@ def test_without_timm_its_models_are_an_error_that_says_what_to_do(name: str, mo
 class Pooled(nn.Module):
     """What a timm model is with num_classes=0."""
 
-    num_features = 5
+    num_features = 99  # as for some of them, not what comes out
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, self.num_features, 3)
+        self.conv = nn.Conv2d(channels, 5, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(x).mean(dim=(2, 3))
@@ -62,7 +62,7 @@ def timm_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     module = types.ModuleType("timm")
     module.__spec__ = importlib.machinery.ModuleSpec("timm", None)
     functions = {"create_model": create_model, "is_model": {"convnet", "vit"}.__contains__}
-    vars(module).update(functions, list_models=lambda _: ["convnet", "vit"])
+    vars(module).update(functions, list_models=lambda: ["convnet", "vit"])
     monkeypatch.setitem(sys.modules, "timm", module)
     return calls
 
@@ -79,7 +79,12 @@ def test_timm_models_are_made_for_the_pictures_without_weights(
     assert call.get("img_size") == size
 
 
+def test_pictures_too_small_for_a_model_are_an_error(timm_calls: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match=r"timm:convnet cannot take pictures of 2 x 2 .*; use --image-size"):
+        build_backbone("timm:convnet", (1, 2, 2), 7)
+
+
 def test_a_name_that_timm_does_not_know_is_an_error(timm_calls: list[dict[str, Any]]) -> None:
-    with pytest.raises(UserError, match=r"unknown.*small-cnn, resnet32.*convnet, vit"):
+    with pytest.raises(UserError, match="timm:convnetx is unknown, to timm too; did you mean convnet"):
         build_backbone("timm:convnetx", (1, 16, 16), 7)
     assert timm_calls == []

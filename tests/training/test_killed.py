@@ -51,7 +51,7 @@ def test_killed_run_continues_bit_for_bit(toy_npz: Path, tmp_path: Path, process
         assert process.exitcode == -9, "the run ended before it could be killed; raise EPOCHS"
         seen.append(max((int(path.name[6:10]) for path in checkpoints.glob("epoch-????")), default=0))
     assert seen == sorted(seen)
-    assert seen[1] >= 4
+    assert seen[1] >= 3
     assert seen[-1] < EPOCHS
 
     process = processes.Process(target=_run, args=(arguments,))
