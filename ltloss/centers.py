@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ltloss.cpu import add_rows_
+from ltloss.cpu import add_rows_, compute_dtype
 from ltloss.reference import direction
 from ltloss.validation import check_choice, check_number
 
@@ -17,8 +17,7 @@ CenterUpdate = Literal["mean", "ema"]
 
 
 def _group_by_label(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Per sample (N,) a number in [0, N) that it shares with exactly the samples of its label, and whether it is
-    their first.
+    """Per sample (N,): a number in [0, N) shared by exactly the samples of its label, and whether it is the first.
 
     A sort, because torch.unique has a data-dependent shape and would stop a GPU to tell it to the host.
     """
@@ -78,13 +77,14 @@ class ClassCenters(nn.Module):
         if features.shape[0] == 0:
             return
         counted = labels >= 0
-        unit = torch.where(counted[:, None], direction(features.float()), 0.0)
+        dtype = compute_dtype(features, self.centers)
+        unit = torch.where(counted[:, None], direction(features.to(dtype)), 0.0)
         group, first = _group_by_label(labels)
         # Sums of the batch per group, read back per sample: no buffer of size C is touched.
         batch_sum = add_rows_(torch.zeros_like(unit), group, unit)[group]
         batch_count = add_rows_(torch.zeros_like(group), group, torch.ones_like(group))[group]
         rows = torch.where(counted, labels, 0)
-        old, seen = self.centers[rows], self.counts[rows]
+        old, seen = self.centers[rows].to(dtype), self.counts[rows]
         if self.update_rule == "mean":
             step = (batch_sum - batch_count[:, None] * old) / (seen + batch_count)[:, None]
         else:
@@ -92,13 +92,15 @@ class ClassCenters(nn.Module):
             step = rate[:, None] * (batch_sum / batch_count[:, None] - old)
         # Only the first sample of each class moves its centre; the others add zero, so the order does not matter.
         moves = first & counted
-        add_rows_(self.centers, rows, torch.where(moves[:, None], step, 0.0))
+        add_rows_(self.centers, rows, torch.where(moves[:, None], step, 0.0).to(self.centers.dtype))
         add_rows_(self.counts, rows, torch.where(moves, batch_count, 0))
 
     def cosine(self, features: Tensor, labels: Tensor) -> Tensor:
         """cos(x_i, c_{y_i}) per sample, (N,); 1 where the class was never seen, so that it contributes nothing."""
         rows = labels.clamp_min(0)
-        cosine = torch.linalg.vecdot(direction(features.float()), direction(self.centers[rows]))
+        dtype = compute_dtype(features, self.centers)
+        # Not vecdot, which autocast would compute in half precision.
+        cosine = (direction(features.to(dtype)) * direction(self.centers[rows].to(dtype))).sum(1)
         return torch.where(self.counts[rows] == 0, 1.0, cosine)
 
     def extra_repr(self) -> str:

@@ -245,8 +245,7 @@ class CombinedMarginLoss(PrototypeHead):
 
 
 class CosineSoftmaxLoss(CombinedMarginLoss):
-    """Softmax cross-entropy on s·cos θ, no margin: the baseline that every margin should be compared with at equal
-    scale.
+    """Softmax cross-entropy on s·cos θ, no margin: the baseline to compare every margin with, at equal scale.
 
     Args:
         num_classes: C.
@@ -364,6 +363,10 @@ class LDAMLoss(_FromCounts, CombinedMarginLoss):
         margins = margins_from_counts(class_counts, max_margin, normalize="max")
         super().__init__(num_classes, embedding_size, cosine_margin=margins, **options)
 
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter by name."""
+        return {**super().hyper_parameters(), "max_margin": self.max_margin}
+
 
 class LogitAdjustedLoss(_FromCounts, CombinedMarginLoss):
     """Cosine softmax with τ·log π_c added to every logit in training: balanced softmax for τ = 1.
@@ -396,3 +399,7 @@ class LogitAdjustedLoss(_FromCounts, CombinedMarginLoss):
         _check_counts(class_counts, num_classes)
         self.tau = tau
         super().__init__(num_classes, embedding_size, log_prior=log_prior_from_counts(class_counts, tau), **options)
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter by name."""
+        return {**super().hyper_parameters(), "tau": self.tau}

@@ -76,7 +76,10 @@ def _define(schema: str, fake: Callable[..., Any]) -> Any:
 
     def dispatch(*args: Any) -> Any:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        return _implementation(name, device)(*args)
+        if not torch.is_autocast_enabled(device.type):
+            return _implementation(name, device)(*args)
+        with torch.autocast(device.type, enabled=False):  # else the products inside would drop to half precision
+            return _implementation(name, device)(*args)
 
     torch.library.impl(f"ltloss::{name}", "default", dispatch)
     torch.library.register_fake(f"ltloss::{name}", fake)
