@@ -129,10 +129,14 @@ def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _write_flushed(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # a failed write does not name its file
+        raise
 
 
 def _flush_directory(path: Path) -> None:

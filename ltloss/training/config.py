@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .class_groups import Thresholds
 from .errors import UserError, nearest
 from .losses import LOSSES
 
@@ -84,10 +85,12 @@ class Settings:
         """Check types and ranges, so that no Settings object holds what a run cannot use."""
         for item in fields(self):
             object.__setattr__(self, item.name, _checked(item.name, getattr(self, item.name)))
-        if self.few_below > self.many_above + 1:
-            raise UserError(
-                f"few_below {self.few_below} lies above many_above {self.many_above}: a class would be both; lower it"
-            )
+        _ = self.thresholds  # which refuses limits that overlap
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """What 'many' and 'few' mean in this run."""
+        return Thresholds(self.many_above, self.few_below)
 
     @property
     def all_loss_options(self) -> dict[str, Any]:
@@ -190,7 +193,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     for name in settings:
         if name not in SETTINGS:
             raise UserError(f"--config {path}: unknown setting {name}; {nearest(name, SETTINGS)}")
-    return settings
+    return {name: _checked(name, value) for name, value in settings.items()}
 
 
 def changed_settings(stored: Settings, given: Mapping[str, Any]) -> list[str]:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from .checkpoint import write_file
+from .class_groups import Thresholds
 from .datasets import load_data
 from .errors import UserError
-from .metrics import Metrics, Thresholds
+from .metrics import Metrics
 from .prediction import predict_folder
 from .progress import progress_bar
 from .report import write_report

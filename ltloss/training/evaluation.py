@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from .batches import batches
+from .class_groups import Thresholds
 from .classifier import Classifier
 from .config import RunConfig
 from .datasets import ImageSource, Split, check_same_classes, load_data
-from .metrics import Metrics, MetricsAccumulator, Thresholds, number, own_angles, percent
+from .metrics import Metrics, MetricsAccumulator, number, own_angles, percent
 
 BATCH_SIZE = 512
 _LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32, however many classes there are
@@ -117,6 +118,10 @@ def evaluate_run(
     config = classifier.config
     settings = config.settings
     spec = data or settings.data
+    thresholds = Thresholds(
+        settings.many_above if many_above is None else many_above,
+        settings.few_below if few_below is None else few_below,
+    )
     source = load_data(
         spec,
         split=split,
@@ -126,8 +131,4 @@ def evaluate_run(
         workers=settings.workers,
     )
     check_same_classes(config.class_names, source.class_names, f"run {run}", spec)
-    thresholds = Thresholds(
-        settings.many_above if many_above is None else many_above,
-        settings.few_below if few_below is None else few_below,
-    )
     return Evaluation(run, spec, split, config, thresholds, measure(classifier, source, thresholds))

@@ -10,27 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Which classes are 'many' (more training pictures than many_above) and 'few' (fewer than few_below)."""
-
-    many_above: int = 100
-    few_below: int = 20
-
-    def groups(self, class_counts: Sequence[int]) -> dict[str, np.ndarray]:
-        """Masks (C,) of the many, medium and few classes; together they hold every class once."""
-        counts = np.asarray(class_counts)
-        many, few = counts > self.many_above, counts < self.few_below
-        return {"many": many, "medium": ~many & ~few, "few": few}
-
-    def describe(self) -> dict[str, str]:
-        """The groups in words, for a table's header."""
-        return {
-            "many": f"many (>{self.many_above})",
-            "medium": f"medium ({self.few_below}-{self.many_above})",
-            "few": f"few (<{self.few_below})",
-        }
+from .class_groups import Thresholds as Thresholds
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
     Raises UserError where `out` holds a run and `resume` is false, holds something else, or the run has other settings.
     """
     given = dict(given)
-    if given.get("data", "digits") != "digits":
+    if given.get("data") not in (None, "", "digits"):
         given["data"] = str(Path(given["data"]).expanduser().resolve())
     if (out / "config.json").is_file():
         if not resume:

@@ -20,7 +20,7 @@ from .config import RunConfig, Settings
 from .datasets import ImageSource
 from .errors import UserError
 from .evaluation import Evaluation, measure
-from .metrics import Metrics, Thresholds
+from .metrics import Metrics
 from .progress import progress_bar
 from .run_folder import check_same_data, open_run, write_config, write_metrics
 from .seeds import derived_seed, numpy_generator, torch_generator
@@ -67,9 +67,8 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
             write_metrics(out, trainer.history)
             progress.set_postfix(loss=f"{row['train_loss']:.3f}", test=f"{row['test_accuracy']:.3f}")
             progress.update()
-    thresholds = Thresholds(settings.many_above, settings.few_below)
-    metrics = measure(trainer.classifier, data.test, thresholds)
-    evaluation = Evaluation(out, settings.data, "test", data.config, thresholds, metrics)
+    metrics = measure(trainer.classifier, data.test, settings.thresholds)
+    evaluation = Evaluation(out, settings.data, "test", data.config, settings.thresholds, metrics)
     write_file(out / "evaluation.json", evaluation.to_json().encode())
     return TrainingResult(out, evaluation, trainer.history)
 
@@ -93,8 +92,7 @@ class Trainer:
         start = time.perf_counter()
         with _seeded(derived_seed(self.settings.seed, "dropout", epoch), self.device):
             loss, accuracy = self._train_epoch(epoch)
-        thresholds = Thresholds(self.settings.many_above, self.settings.few_below)
-        metrics = measure(self.classifier, test, thresholds)
+        metrics = measure(self.classifier, test, self.settings.thresholds)
         row = {
             "epoch": epoch,
             "lr": self.optimizer.param_groups[0]["lr"],

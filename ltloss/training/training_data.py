@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import dataclass
 
@@ -75,15 +76,14 @@ def prepare_data(settings: Settings) -> TrainingData:
 def _normalisation(source: ImageSource, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of (at most 4096 random) pictures with pixels in [0, 1]."""
     sample = numpy_generator(seed, "normalisation").permutation(len(source))[:_NORMALISATION_PICTURES]
-    total, squares = torch.zeros(2, source.shape[0], dtype=torch.float64)
-    count = 0
+    # Sums of integers: every machine finds the same mean, so a run can be resumed on another one.
+    total, squares = torch.zeros(2, source.shape[0], dtype=torch.int64)
     for batch in batches(source, 512, np.sort(sample)):
-        pixels = batch.images.double().transpose(0, 1).flatten(1) / 255
+        pixels = batch.images.transpose(0, 1).flatten(1).long()
         total += pixels.sum(1)
         squares += pixels.square().sum(1)
-        count += pixels.shape[1]
-    mean = total / count
-    variance = squares / count - mean.square()
+    count = len(sample) * source.shape[1] * source.shape[2]
+    mean = [value / count for value in total.tolist()]
+    variance = [value / count - m * m for value, m in zip(squares.tolist(), mean, strict=True)]
     # One grey level is the least that pictures which all look the same can vary by.
-    std = variance.clamp(min=0).sqrt().clamp(min=1 / 255)
-    return tuple(mean.tolist()), tuple(std.tolist())
+    return tuple(m / 255 for m in mean), tuple(math.sqrt(max(v, 1.0)) / 255 for v in variance)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ltloss.training.metrics import MetricsAccumulator, Thresholds, own_angles, percent
+from ltloss.training.class_groups import Thresholds
+from ltloss.training.metrics import MetricsAccumulator, own_angles, percent
 
 
 def accumulate(
