@@ -23,7 +23,13 @@ _backend: Backend = _checked(os.environ.get("LTLOSS_BACKEND", "auto"), "the envi
 
 
 def current_backend() -> Backend:
-    """Return the backend in force (see :class:`use_backend`)."""
+    """Return the backend in force (see :class:`use_backend`).
+
+    Example:
+        >>> import ltloss
+        >>> ltloss.current_backend()
+        'auto'
+    """
     return _backend
 
 

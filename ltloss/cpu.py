@@ -241,7 +241,7 @@ def cosine_logsumexp_backward(
     dtype = compute_dtype(features, prototypes)
     n, (c, d) = features.shape[0], prototypes.shape
     if n == 0:
-        return features.new_zeros(n, d), prototypes.new_zeros(c, d)
+        return features.new_empty((0, d) if needs[0] else 0), prototypes.new_zeros((c, d) if needs[1] else 0)
     u = _scaled_features(features, feature_inverse, scale, dtype)
     blocks = block_sizes(n, c, d, features.device)
     tiles = _Tiles(u, prototypes, prototype_inverse, None if log_prior is None else log_prior.to(dtype), blocks)

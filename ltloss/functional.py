@@ -29,6 +29,7 @@ from ltloss.validation import (
     check_rows,
     check_same_device,
     check_supervised,
+    check_type,
 )
 
 __all__ = [
@@ -104,6 +105,8 @@ def margin_cross_entropy(
     check_number("scale", scale, above=0.0)
     check_number("angle_multiplier", angle_multiplier, above=0.0)
     check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
+    check_type("ignore_index", ignore_index, int)
+    check_type("normalize_features", normalize_features, bool)
     check_choice("beyond_pi", beyond_pi, get_args(BeyondPi))
     check_choice("margin_gradient", margin_gradient, get_args(MarginGradient))
     check_choice("reduction", reduction, get_args(Reduction))
@@ -221,11 +224,9 @@ def _checked_rows(rows: Tensor, prototypes: Tensor) -> Tensor:
 def min_angle_regularizer(
     prototypes: Tensor, class_counts: Tensor | None = None, *, power: float = 0.25, rows: Tensor | None = None
 ) -> Tensor:
-    """Minus the weighted mean angle between each prototype and its nearest other one: pushing it down spreads the
-    classes.
+    """Minus the weighted mean angle from each prototype to its nearest other one: pushed down, it spreads them.
 
-    L = −Σ_i ω_i · min_{j≠i} arccos(ŵ_i·ŵ_j) with ω_i ∝ n_i^(−power), Σ ω = 1, so that rare classes are pushed apart
-    most.
+    L = −Σ_i ω_i · min_{j≠i} arccos(ŵ_i·ŵ_j) with ω_i ∝ n_i^(−power), Σ ω = 1, so rare classes are pushed apart most.
 
     Args:
         prototypes: (C, D).

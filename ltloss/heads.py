@@ -76,6 +76,15 @@ class PrototypeHead(nn.Module):
 
     Attributes:
         weight: (C, D) parameter, drawn with length ≈ 1. Give it to the optimizer: ``loss.parameters()``.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import PrototypeHead
+        >>> head = PrototypeHead(num_classes=2, embedding_size=2, scale=10.0)
+        >>> head.load_state_dict({"weight": torch.tensor([[1.0, 0.0], [0.0, 3.0]])})
+        <All keys matched successfully>
+        >>> head.predict(torch.tensor([[3.0, 4.0]]))
+        TopK(cosine=tensor([[0.8000]]), index=tensor([[1]]))
     """
 
     def __init__(
@@ -208,6 +217,10 @@ class CombinedMarginLoss(PrototypeHead):
 
     def set_class_weight(self, class_weight: Tensor | None) -> None:
         """Replace the class weights (C,), or remove them with None: what a deferred schedule does at its epoch."""
+        if class_weight is not None and not isinstance(class_weight, Tensor):
+            raise TypeError(
+                f"class_weight must be a tensor ({self.num_classes},) or None; got {type(class_weight).__name__}"
+            )
         if class_weight is not None and class_weight.shape != (self.num_classes,):
             raise ValueError(f"class_weight must have the shape ({self.num_classes},); got {tuple(class_weight.shape)}")
         if hasattr(self, "class_weight"):

@@ -40,7 +40,9 @@ class _Arccos(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         (angle,) = ctx.saved_tensors
-        return -grad_outputs[0] / _clamped(angle).sin()
+        # ANGLE_FLOOR, which is its own sine, as a literal: torch.compile(dynamic=True) takes globals for inputs of the
+        # graph and stumbles over their use in two autograd functions of one module.
+        return -grad_outputs[0] / angle.sin().clamp_min(2.0**-11)
 
 
 def arccos(cosine: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = [
     "check_rows",
     "check_same_device",
     "check_supervised",
+    "check_type",
 ]
 
 
@@ -33,10 +34,18 @@ def check_number(
     """Raise TypeError unless ``given`` is a finite real number, ValueError unless it lies in the range."""
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise TypeError(f"{name} must be a number; got {type(given).__name__} {given!r}")
-    if not (math.isfinite(given) and given > above and at_least <= given <= at_most):
+    # Written without math.isfinite, which torch.compile cannot trace for a number that it holds dynamic.
+    if not (-math.inf < given < math.inf and given > above and at_least <= given <= at_most):
         lower = f"> {above}" if above > at_least else f">= {at_least}"
         bounds = [bound for bound in (lower, f"<= {at_most}") if "inf" not in bound]
         raise ValueError(f"{name} must be finite{''.join(' and ' + bound for bound in bounds)}; got {given}")
+
+
+def check_type(name: str, given: Any, expected: type[int] | type[bool]) -> None:
+    """Raise TypeError unless ``given`` is an integer, or a bool where one is expected."""
+    if not isinstance(given, expected) or (expected is int and isinstance(given, bool)):
+        what = "an integer" if expected is int else "True or False (bool)"
+        raise TypeError(f"{name} must be {what}; got {type(given).__name__} {given!r}")
 
 
 def _check_matrix(name: str, given: Any, shape: str) -> None:
@@ -105,7 +114,7 @@ def check_per_class(name: str, given: Any, num_classes: int, like: Tensor) -> Te
         return given.to(like.dtype)
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise TypeError(f"{name} must be a number or a tensor ({num_classes},); got {type(given).__name__} {given!r}")
-    if math.isnan(given):
+    if given != given:  # not math.isnan, see check_number
         raise ValueError(f"{name} must not be NaN")
     return float(given)
 
