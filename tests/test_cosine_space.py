@@ -72,7 +72,7 @@ def test_truncation_of_the_batch_and_of_each_sample() -> None:
 def test_start_step() -> None:
     """β(t) = 0 while fewer than start_step batches were seen, β afterwards."""
     module, without = make(start_step=2), make(intra_weight=0.0)
-    differences = [float(module(*batch()) - without(*batch())) for _ in range(4)]
+    differences = [float((module(*batch()) - without(*batch())).detach()) for _ in range(4)]
     expected = 0.25 * (2 * (1 - math.cos(0.4)) / 3 - 0.01)
     assert differences == pytest.approx([0.0, 0.0, expected, expected], abs=1e-6)
     assert int(module.step) == 4
