@@ -42,7 +42,8 @@ class _Arccos(torch.autograd.Function):
         (angle,) = ctx.saved_tensors
         # ANGLE_FLOOR, which is its own sine, as a literal: torch.compile(dynamic=True) takes globals for inputs of the
         # graph and stumbles over their use in two autograd functions of one module.
-        return -grad_outputs[0] / angle.sin().clamp_min(2.0**-11)
+        slope: Tensor = -1.0 / angle.sin().clamp_min(2.0**-11)
+        return grad_outputs[0] * slope
 
 
 def arccos(cosine: Tensor) -> Tensor:
