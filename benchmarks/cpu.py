@@ -1,8 +1,7 @@
-"""``python -m benchmarks.cpu``: the CPU figures of the README, measured beside the peers, written to
-``results/cpu.csv``.
+"""``python -m benchmarks.cpu``: the CPU figures of the README, measured beside the peers.
 
-Ratios are ours / theirs from one interleaved run (< 1 is faster). Absolute times only describe the machine they were
-taken on.
+Written to ``results/cpu.csv``. Ratios are ours / theirs from one interleaved run (< 1 is faster); absolute times only
+describe the machine they were taken on.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Who is measured: each provider builds a training step (forward and backward) over the same inputs, and says what is
-right.
+"""Who is measured: each provider builds a training step over the same inputs, and says what is right.
 
 A provider is timed only after its loss and gradients have been compared with the dense reference in float64.
 """
