@@ -78,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="classify a folder of pictures and make a gallery of them")
     predict.set_defaults(command=_predict)
     predict.add_argument("run", type=Path, metavar="RUN")
-    predict.add_argument("images", type=Path, metavar="IMAGES", help="folder of pictures, searched recursively")
+    predict.add_argument(
+        "--images", type=Path, required=True, metavar="FOLDER", help="pictures to classify, searched recursively"
+    )
     predict.add_argument("--out", type=Path, required=True, help="folder for the results")
     predict.add_argument("--sort-into", type=Path, metavar="FOLDER", help="also copy each picture to FOLDER/<class>/")
     predict.add_argument("--top", type=int, default=2, metavar="K", help="classes a picture in the table (default: 2)")
@@ -133,7 +135,7 @@ def _train(options: argparse.Namespace) -> int:
     report = write_report(options.out)
     if not options.quiet:
         print(result.evaluation.to_text())
-        print(f"\nopen {report}, or use the model: ltloss predict {options.out} IMAGES --out RESULTS")
+        print(f"\nopen {report}, or use the model: ltloss predict {options.out} --images FOLDER --out RESULTS")
     return 0
 
 

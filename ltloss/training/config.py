@@ -151,7 +151,7 @@ class RunConfig:
     def to_json(self) -> str:
         """The text of config.json: settings and facts side by side."""
         facts = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "settings"}
-        return json.dumps({**asdict(self.settings), **facts}, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps({**asdict(self.settings), **facts}, indent=2) + "\n"
 
     @classmethod
     def read(cls, run: Path) -> RunConfig:

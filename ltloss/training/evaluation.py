@@ -70,7 +70,7 @@ class Evaluation:
             **asdict(self.metrics),
             "per_class": dict(zip(self.config.class_names, self.metrics.per_class, strict=True)),
         }
-        return json.dumps(values, indent=2, ensure_ascii=False)
+        return json.dumps(values, indent=2)
 
     def to_text(self) -> str:
         """A short table: the groups, the geometry, and the classes from the largest to the smallest."""

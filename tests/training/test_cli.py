@@ -105,7 +105,21 @@ def test_report_and_predict_are_reached(
     shutil.copytree(toy_run.run, tmp_path / "run")
     assert main(["report", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "report.html").is_file()
-    assert main(["predict", str(tmp_path / "run"), str(toy_folder), "--out", str(tmp_path / "out"), "--top", "3"]) == 0
+    assert (
+        main(
+            [
+                "predict",
+                str(tmp_path / "run"),
+                "--images",
+                str(toy_folder),
+                "--out",
+                str(tmp_path / "out"),
+                "--top",
+                "3",
+            ]
+        )
+        == 0
+    )
     assert (tmp_path / "out" / "gallery.html").is_file()
     assert "30 pictures" in capsys.readouterr().out
 

@@ -90,7 +90,10 @@ def test_option_out_of_range(options: list[str], expected: str, capsys: pytest.C
         (["train", "--out", "run", "--data", ""], "--data is missing"),
         (["evaluate", "nowhere"], "nowhere is not a run"),
         (["report", "nowhere"], "nowhere is not a run"),
-        (["predict", "nowhere", "pictures", "--out", "results"], "nowhere is not a run|pictures is not a folder"),
+        (
+            ["predict", "nowhere", "--images", "pictures", "--out", "results"],
+            "nowhere is not a run|pictures is not a folder",
+        ),
     ],
 )
 def test_command_that_cannot_start(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
