@@ -1,0 +1,91 @@
+"""Tile shapes, warps and pipeline stages per architecture, dtype and kernel: the one place where they are chosen.
+
+Plain Python: nothing here imports Triton or touches a device, except :func:`architecture`, which asks for the
+capability of a CUDA device. Tests replace :func:`forward_tile` and :func:`gradient_tile` by tiny tiles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = [
+    "ARCHITECTURES",
+    "SAMPLE_ROWS",
+    "Tile",
+    "architecture",
+    "forward_tile",
+    "gradient_tile",
+    "multiprocessors",
+    "row_tile",
+]
+
+# Compute capabilities that the ahead-of-time report compiles for: A100, H100/H200, B200.
+ARCHITECTURES = (80, 90, 100)
+
+# Rows that one program of the kernels on N-vectors takes.
+SAMPLE_ROWS = 128
+
+
+class Tile(NamedTuple):
+    """``rows`` samples by ``classes`` prototypes, the product taken ``depth`` columns at a time."""
+
+    rows: int
+    classes: int
+    depth: int
+    warps: int
+    stages: int
+
+
+class RowTile(NamedTuple):
+    """``rows`` whole rows of ``width`` >= D columns (a power of two) in registers."""
+
+    rows: int
+    width: int
+    warps: int
+
+
+# Two 128x128 blocks fit on a multiprocessor, so that the exponentials of one run under the matrix products of the
+# other. Registers and shared memory of each are in the kernel report.
+_FORWARD_HALF = {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100: Tile(128, 128, 64, 4, 3)}
+# The gradient tile also stages its result (32 KB) for the store: two stages keep two blocks on a multiprocessor.
+_GRADIENT_HALF = {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 4, 2), 100: Tile(128, 128, 64, 4, 2)}
+_TF32 = {80: Tile(128, 128, 16, 8, 4), 90: Tile(128, 128, 32, 8, 3), 100: Tile(128, 128, 32, 8, 3)}
+# Exact float32 products run on the ordinary units, fed from shared memory: smaller tiles, no tensor core.
+_FLOAT32 = {80: Tile(64, 64, 16, 8, 3), 90: Tile(64, 64, 16, 8, 3), 100: Tile(64, 64, 16, 8, 3)}
+
+
+def architecture(device: torch.device) -> int:
+    """90 for compute capability 9.0; the newest known one at or below the device's. 90 without a GPU (interpreter)."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((known for known in ARCHITECTURES if known <= 10 * major + minor), default=ARCHITECTURES[0])
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device; 2 without a GPU, so that the interpreter sees splits too."""
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def forward_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
+    """Tile of the log-sum-exp kernel for operands of ``dtype`` (``precision`` is "ieee" or "tf32" for float32)."""
+    if dtype != torch.float32:
+        return _FORWARD_HALF[arch]
+    return (_TF32 if precision == "tf32" else _FLOAT32)[arch]
+
+
+def gradient_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
+    """Tile of the kernel that writes dZ; arguments as for :func:`forward_tile`."""
+    if dtype != torch.float32:
+        return _GRADIENT_HALF[arch]
+    return (_TF32 if precision == "tf32" else _FLOAT32)[arch]
+
+
+def row_tile(width: int) -> RowTile:
+    """Whole rows for the kernels whose work is per row: some 4096 elements a program, one row at least."""
+    padded = max(16, 1 << (width - 1).bit_length())
+    return RowTile(max(1, 4096 // padded), padded, 4 if padded <= 4096 else 8)
