@@ -25,10 +25,7 @@ def training_step(name: str, shape: Shape) -> int:
     if provider.compiled:
         run_step(loss, inputs)
 
-    def drop_gradients() -> None:
-        inputs.features.grad = inputs.prototypes.grad = None
-
-    return peak_extra_bytes(lambda: run_step(loss, inputs), drop_gradients) - inputs.gradient_bytes
+    return peak_extra_bytes(lambda: run_step(loss, inputs), inputs.drop_gradients) - inputs.gradient_bytes
 
 
 def nearest(name: str, shape: Shape) -> int:
