@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench kernel-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1|/' | column -t -s '|'
@@ -33,6 +33,13 @@ lint: $(VENV)/.installed  ## ruff and mypy --strict
 
 bench: $(VENV)/.installed  ## measure against the peers, write benchmarks/results/<device>.csv
 	@$(BIN)/python -m benchmarks.cpu
+
+kernel-report: $(VENV)/.installed  ## compile every kernel for sm_80, sm_90 and sm_100 (no GPU needed), write the table
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.kernel_report
+
+# A machine with a GPU has its PyTorch already: nothing is installed, and 9 minutes are enough.
+gpu:  ## check and measure on this machine's GPU, write benchmarks/results/<device>.csv
+	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu
 
 clean:  ## remove everything that the other targets made
 	rm -rf $(VENV) demo runs .mypy_cache .ruff_cache .pytest_cache .benchmarks

@@ -147,10 +147,9 @@ def _per_element(case: Any, arch: Architecture, listing: sass.Listing, blocks: i
     if tile is None:
         return {}
     per_thread = max(1, case.elements // (case.num_warps * WARP))
-    has_exponentials = listing.count(sass.EXPONENTIAL) > 0
-    executed = sass.cheapest_epilogue(listing, per_thread if has_exponentials else 0)
-    if executed is None:  # fewer exponentials than elements
-        return {"dtype": tile.dtype, "exponentials_per_element": "incomplete"}
+    executed = sass.cheapest_epilogue(listing, per_thread)
+    if executed is None:  # no walk between two products has an exponential for every element
+        return {"dtype": tile.dtype, "exponentials_per_element": "fewer"}
     exponentials = sum(times for op, times in executed.items() if op.startswith(sass.EXPONENTIAL)) / per_thread
     row: Row = {"dtype": tile.dtype, "exponentials_per_element": f"{exponentials:.2f}"}
     if tile.dtype not in MATRIX_RATE:  # a float32 product runs on the same units as the epilogue, which it dwarfs

@@ -1,0 +1,1 @@
+"""``python -m benchmarks.gpu --tune``: times the candidate tiles."""

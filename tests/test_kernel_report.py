@@ -1,0 +1,154 @@
+"""What the compiler makes of the kernels, held to limits without a GPU; and the parsers that find it out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks import sass
+from benchmarks.kernel_model import ARCHITECTURES, Epilogue, Tile, predict, resident_blocks
+from benchmarks.kernel_report import missing_tools
+
+ROOT = Path(__file__).parent.parent
+
+# Shortened from real outputs: the class loop of a forward kernel for sm_90, two exponentials per thread, with a branch
+# for tiles that hold a label, a wait loop, and a second copy of the epilogue that is reached without a product.
+LISTING = """
+	.section	.text.other,"ax",@progbits
+.text.other:
+        /*0000*/                   HMMA.16816.F32.BF16 R16, R164.reuse, R180, R16 ;
+	.section	.text.forward_kernel,"ax",@progbits
+	.sectionflags	@"SHF_BARRIERS=1"
+        .global         forward_kernel
+forward_kernel:
+.text.forward_kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/               @P0 BRA `(.L_x_0) ;
+        /*0020*/                   MUFU.EX2 R6, R6 ;
+        /*0030*/                   MUFU.EX2 R7, R7 ;
+        /*0040*/                   FADD R6, R6, R7 ;
+        /*0050*/                   BRA `(.L_x_4) ;
+.L_x_0:
+        /*0060*/                   UTMALDG.2D [UR8], [UR4] ;
+        /*0070*/              @!P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0080*/                   HGMMA.64x128x16.F32.BF16 R88, gdesc[UR4], R88 ;
+        /*0090*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], R24, gsb0 ;
+        /*00a0*/               @P1 BRA `(.L_x_3) ;
+        /*00b0*/                   FMUL R24, R24, R5 ;
+        /*00c0*/                   FFMA R24, R24, R4, -R3 ;
+        /*00d0*/              @!P2 BRA `(.L_x_2) ;
+        /*00e0*/                   FSEL R24, R24, -INF , P3 ;
+        /*00f0*/                   FSEL R25, R25, -INF , P3 ;
+.L_x_2:
+        /*0100*/                   MUFU.EX2 R24, R24 ;
+        /*0110*/                   MUFU.EX2 R25, R25 ;
+        /*0120*/                   FADD R24, R24, R25 ;
+.L_x_3:
+        /*0130*/                   BRA.U UP0, `(.L_x_1) ;
+.L_x_4:
+        /*0140*/               @P1 EXIT ;
+        /*0150*/                   STG.E desc[UR4][R2.64], R24 ;
+        /*0160*/                   EXIT ;
+.L_x_5:
+        /*0170*/                   BRA `(.L_x_5);
+"""
+
+USAGE = """
+Resource usage:
+ Common:
+  GLOBAL:11 CONSTANT[4]:8
+ Function forward_kernel:
+  REG:254 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:1016 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function another:
+  REG:8 STACK:0 SHARED:0 LOCAL:0
+"""
+
+
+def test_the_resources_of_the_kernel_are_found() -> None:
+    assert sass.parse_resources(USAGE, "forward_kernel") == (254, 16, 1024)
+    assert sass.parse_resources(USAGE, "another") == (8, 0, 0)
+    with pytest.raises(ValueError, match="'missing'"):
+        sass.parse_resources(USAGE, "missing")
+
+
+def test_instructions_are_counted_in_the_kernel_only() -> None:
+    listing = sass.parse_listing(LISTING, "forward_kernel")
+    assert len(listing.instructions) == 24
+    assert listing.matrix_opcodes() == ["HGMMA.64x128x16.F32.BF16"]
+    assert listing.count("UTMALDG") == 1
+    assert listing.count("STL|LDL") == 0
+    with pytest.raises(ValueError, match="'missing'"):
+        sass.parse_listing(LISTING, "missing")
+
+
+def test_the_epilogue_is_the_cheapest_walk_that_does_all_the_work() -> None:
+    """Without the label's branch, without the copy before the loop, without the matrix instructions."""
+    listing = sass.parse_listing(LISTING, "forward_kernel")
+    walk = sass.cheapest_epilogue(listing, 2)
+    expected = {"BRA": 2, "FMUL": 1, "FFMA": 1, "MUFU.EX2": 2, "FADD": 1, "BRA.U": 1}
+    assert walk == Counter(expected)
+    assert sass.float32_operations(Counter(expected)) == 3
+    assert sass.cheapest_epilogue(listing, 3) is None, "no walk between two products has three exponentials"
+
+
+def test_a_jump_by_call_is_followed_and_a_call_of_a_function_returns() -> None:
+    text = """
+	.section	.text.k,"ax",@progbits
+        /*0000*/                   HMMA.16816.F32.BF16 R16, R164, R180, R16 ;
+        /*0010*/              @!P5 CALL.REL.NOINC `(.L_x_0) ;
+        /*0020*/                   NOP ;
+        /*0030*/                   NOP ;
+        /*0040*/                   EXIT ;
+.L_x_0:
+        /*0050*/                   CALL.REL.NOINC `($__internal_0) ;
+        /*0060*/                   MUFU.EX2 R1, R1 ;
+        /*0070*/                   EXIT ;
+$__internal_0:
+        /*0080*/                   RET.REL.NODEC R2 `(k) ;
+"""
+    walk = sass.cheapest_epilogue(sass.parse_listing(text, "k"), 1)
+    assert walk == Counter({"CALL.REL.NOINC": 2, "MUFU.EX2": 1, "EXIT": 1})
+
+
+def test_packed_arithmetic_counts_twice() -> None:
+    executed = Counter({"FFMA2": 3, "FMUL2.FTZ": 1, "FADD.FTZ": 2, "FMNMX": 5, "FMUL32I": 1})
+    assert sass.float32_operations(executed) == 11
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "columns", "blocks"),
+    [
+        (255, 115_712, 4, 0, 2),
+        (255, 115_840, 4, 0, 1),  # two blocks' kilobytes for the driver do not fit any more
+        (128, 98_448, 8, 0, 2),
+        (129, 98_448, 8, 0, 1),
+        (32, 0, 4, 0, 16),
+        (16, 0, 1, 0, 32),
+        (64, 40_000, 4, 256, 2),
+        (64, 233_000, 4, 0, 0),
+    ],
+)
+def test_resident_blocks(registers: int, shared: int, warps: int, columns: int, blocks: int) -> None:
+    assert (
+        resident_blocks(ARCHITECTURES["sm_90" if not columns else "sm_100"], registers, shared, warps, columns)
+        == blocks
+    )
+
+
+def test_the_prediction_agrees_with_the_hand_calculation() -> None:
+    """128x128 on sm_90 at D = 512: 4096 clocks of product, 1024 of exponentials, 448 of other instructions."""
+    found = predict(ARCHITECTURES["sm_90"], Tile(128, 128, "bf16"), Epilogue(4.5, 1.0, 2.15), blocks=2, width=512)
+    assert found.serial_low == pytest.approx(4096 / (4096 + 1024 + 448))
+    assert found.serial_high == pytest.approx(4096 / (4096 + 1024))
+    assert found.overlapped == 1.0
+    assert found.operand_bytes_per_clock == 64.0
+    narrow = predict(ARCHITECTURES["sm_90"], Tile(128, 128, "bf16"), Epilogue(4.5, 1.0, 2.15), blocks=2, width=128)
+    assert narrow.overlapped == pytest.approx(1024 / ((1024 + 1024 + 448) / 2))
+    alone = predict(ARCHITECTURES["sm_90"], Tile(128, 128, "bf16"), Epilogue(4.5, 1.0, 2.15), blocks=1, width=512)
+    assert alone.overlapped == alone.serial_low
+
+
+needs_tools = pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "never")
