@@ -15,7 +15,7 @@ from losses import FAMILY, Outcome, Problem, outcome, problem, relative_error
 from torch import Tensor
 
 from ltloss import cpu, reference
-from ltloss.functional import nearest_prototype, top_k
+from ltloss.functional import cosine_logsumexp, nearest_prototype, top_k
 
 N, C, D = 24, 150, 32
 SEEDS = range(3)
@@ -209,3 +209,12 @@ def test_gradient_tiles_hold_no_denormals(monkeypatch: pytest.MonkeyPatch) -> No
     size = torch.cat([tile.flatten() for tile in tiles]).abs()
     assert bool((size[size > 0] >= 1e-36).all())  # 100 above the smallest normal number, for products to be normal too
     assert 0.01 < float((size == 0).float().mean()) < 0.99  # the problem has probabilities on both sides of the bound
+
+
+def test_rows_longer_than_float32_can_say_keep_their_direction() -> None:
+    """Finite entries whose norm, 6e38, is not: no direction 0, and no infinity."""
+    prototypes = torch.tensor([[3e38, 3e38, 3e38, 3e38], [1.0, -1.0, 0.0, 0.0]])
+    features = torch.tensor([[1.0, 1.0, 1.0, 1.0]])
+    other, own = cosine_logsumexp(features, prototypes, torch.tensor([0]), scale=2.0)
+    assert own.item() == pytest.approx(2.0, rel=1e-6)
+    assert other.item() == pytest.approx(0.0, abs=1e-6)
