@@ -36,8 +36,8 @@ class Blocks(NamedTuple):
 def block_sizes(rows: int, classes: int, width: int, device: torch.device) -> Blocks:
     """Choose the tile: both it and the normalised prototypes beside it hold at most ``budget`` elements.
 
-    4 MiB each on a CPU (measured: 2 to 8 MiB are equal within noise, beyond that the last-level cache is missed);
-    64 MiB on a GPU, where each launch has to pay for itself.
+    4 MiB each on a CPU (measured, see docs/performance.md: 2 to 16 MiB are within a tenth of each other, 1 and 32 MiB
+    slower); 64 MiB on a GPU, where each launch has to pay for itself.
     """
     budget = 1 << (20 if device.type == "cpu" else 24)
     row_block = max(1, min(rows, 1024))
@@ -82,16 +82,22 @@ def inverse_norm(vectors: Tensor, dtype: torch.dtype) -> Tensor:
         (K,). Rows whose squares leave float32's range are computed in float64.
     """
     norm = torch.linalg.vector_norm(vectors, dim=1, dtype=dtype)
+    inverse = _reciprocal(norm, dtype)
     if dtype != torch.float64:
         suspicious = ~((norm > _TRUSTED_NORM[0]) & (norm < _TRUSTED_NORM[1]))
         if vectors.device.type == "cpu":
             if bool(suspicious.any()):
-                norm[suspicious] = torch.linalg.vector_norm(vectors[suspicious], dim=1, dtype=torch.float64).to(dtype)
+                exact = torch.linalg.vector_norm(vectors[suspicious], dim=1, dtype=torch.float64)
+                inverse[suspicious] = _reciprocal(exact, dtype)
         else:  # no look at the data: that would synchronise with the host
-            exact = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64).to(dtype)
-            norm = torch.where(suspicious, exact, norm)
-    # Below the smallest normal number the reciprocal would overflow: such a row counts as zero.
-    return torch.where(norm < torch.finfo(dtype).tiny, 0.0, norm.reciprocal())
+            exact = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
+            inverse = torch.where(suspicious, _reciprocal(exact, dtype), inverse)
+    return inverse
+
+
+def _reciprocal(norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """1/norm in ``dtype``; 0 where it would overflow there: so short a row counts as zero."""
+    return torch.where(norm < torch.finfo(dtype).tiny, 0.0, norm.reciprocal()).to(dtype)
 
 
 def _scaled_features(features: Tensor, inverse: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

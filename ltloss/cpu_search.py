@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ltloss.cpu import OwnColumn, add_rows_, block_sizes, compute_dtype, inverse_norm, project_, spans
+from ltloss.ties import Copies
 
 __all__ = ["nearest_prototype", "nearest_prototype_backward", "top_k"]
 
@@ -53,6 +54,15 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None) -> tuple[Tensor, 
     """See :func:`ltloss.ops.nearest_prototype`."""
     unit = _Unit(prototypes, compute_dtype(prototypes))
     cosine, index = _nearest_of_all(unit) if rows is None else _nearest_of_rows(unit, rows)
+    if prototypes.shape[0] == 1 or index.numel() == 0:
+        return cosine, index
+    copies = Copies(prototypes, index)
+    if copies.any:
+        own = torch.arange(index.numel(), device=index.device) if rows is None else rows
+        group = copies.group(index)
+        lowest = copies.member(group, 0)
+        # A class is not its own neighbour: the lowest of its copies is found by all the others, and finds the second.
+        index = torch.where(lowest == own, copies.member(group, (lowest == own).to(torch.int64)), lowest)
     return cosine, index
 
 
@@ -136,7 +146,17 @@ def top_k(features: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, Tensor]
             merged, order = torch.cat([best_cosine[rows], value], 1).sort(dim=1, descending=True, stable=True)
             found = torch.cat([best_index[rows], position + start], 1).gather(1, order)
             best_cosine[rows], best_index[rows] = merged[:, :k], found[:, :k]
-    return cosine.clamp_(-1.0, 1.0), index
+    return cosine.clamp_(-1.0, 1.0), _copies_in_order(prototypes, index)
+
+
+def _copies_in_order(prototypes: Tensor, index: Tensor) -> Tensor:
+    """Where m copies of a prototype are among the k best of a row, the m lowest of them, in ascending order."""
+    copies = Copies(prototypes, index)
+    if not copies.any:
+        return index
+    group = copies.group(index)
+    same = group[:, :, None] == group[:, None, :]
+    return copies.member(group, same.tril(-1).sum(2))
 
 
 def _first_top_k(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -174,3 +174,15 @@ def watching(mode: Any, monkeypatch: Any) -> Iterator[Any]:
         patch.setattr(ops, "_implementation", implementation)
         with mode:
             yield mode
+
+
+def copied_prototypes(seed: int) -> tuple[Tensor, Tensor, int, int]:
+    """Prototypes (C, D) of a random shape with one exact copy, a query near it, and the two indices, lower first."""
+    generator = torch.Generator().manual_seed(seed)
+    c = int(torch.randint(3, 1400, (1,), generator=generator))
+    d = int(torch.randint(16, 300, (1,), generator=generator))  # wide enough for the query to be nearest to the two
+    prototypes = torch.randn(c, d, generator=generator)
+    low, high = sorted(torch.randperm(c, generator=generator)[:2].tolist())
+    prototypes[high] = prototypes[low].clone()
+    query = prototypes[low] + 0.3 * torch.randn(d, generator=generator)
+    return prototypes, query, low, high

@@ -14,8 +14,8 @@ import torch
 from losses import FAMILY, Outcome, Problem, outcome, problem, relative_error
 from torch import Tensor
 
-from ltloss import reference
-from ltloss.functional import nearest_prototype, top_k
+from ltloss import cpu, reference
+from ltloss.functional import cosine_logsumexp, nearest_prototype, top_k
 
 N, C, D = 24, 150, 32
 SEEDS = range(3)
@@ -193,3 +193,28 @@ def test_peaked_gradient_is_no_worse_row_by_row() -> None:
     # Of single rows either may be the luckier one; the median and the worst row may not be worse than dense float32.
     assert float(ours.median()) <= FACTOR * float(dense.median()) + FLOOR
     assert float(ours.max()) <= FACTOR * float(dense.max()) + FLOOR
+
+
+def test_gradient_tiles_hold_no_denormals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Denormals slow a matrix product tenfold and more: a probability is a normal number or zero, at any scale."""
+    tiles: list[Tensor] = []
+    gradient_tile = cpu._gradient_tile
+
+    def kept(*args: Any) -> Tensor:
+        tiles.append(gradient_tile(*args).clone())
+        return tiles[-1]
+
+    monkeypatch.setattr(cpu, "_gradient_tile", kept)
+    outcome(rounded(_trained(0), DTYPES["float32"]), scale=100.0)
+    size = torch.cat([tile.flatten() for tile in tiles]).abs()
+    assert bool((size[size > 0] >= 1e-36).all())  # 100 above the smallest normal number, for products to be normal too
+    assert 0.01 < float((size == 0).float().mean()) < 0.99  # the problem has probabilities on both sides of the bound
+
+
+def test_rows_longer_than_float32_can_say_keep_their_direction() -> None:
+    """Finite entries whose norm, 6e38, is not: no direction 0, and no infinity."""
+    prototypes = torch.tensor([[3e38, 3e38, 3e38, 3e38], [1.0, -1.0, 0.0, 0.0]])
+    features = torch.tensor([[1.0, 1.0, 1.0, 1.0]])
+    other, own = cosine_logsumexp(features, prototypes, torch.tensor([0]), scale=2.0)
+    assert own.item() == pytest.approx(2.0, rel=1e-6)
+    assert other.item() == pytest.approx(0.0, abs=1e-6)

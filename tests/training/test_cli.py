@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CLASS_NAMES
+from toys import CLASS_NAMES
 
 from ltloss.cli import main
 from ltloss.training.config import SETTINGS, RunConfig

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import toy_images
+from toys import toy_images
 
 from ltloss.cli import main
 from ltloss.training.trainer import TrainingResult

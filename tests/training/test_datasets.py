@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASS_NAMES, toy_images
 from PIL import Image
+from toys import CLASS_NAMES, toy_images
 
 from ltloss.training.datasets import FolderImages, load_data, load_pictures
 from ltloss.training.images import PictureError, open_picture, to_pixels

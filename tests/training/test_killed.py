@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import toy_settings
 from test_trainer import losses_of, weights_of
+from toys import toy_settings
 
 from ltloss.cli import main
 from ltloss.training.trainer import train

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import toy_images, toy_settings
+from toys import toy_images, toy_settings
 
 import ltloss
 from ltloss.training.checkpoint import save_checkpoint
