@@ -5,7 +5,7 @@ class counts into margins, priors and weights in :mod:`ltloss.class_balance`. Th
 """
 
 from ltloss import class_balance, functional, reference
-from ltloss.backend import current_backend, debug, use_backend
+from ltloss.backend import current_backend, current_workspace, debug, use_backend, use_workspace
 from ltloss.centers import ClassCenters
 from ltloss.heads import (
     ArcFaceLoss,
@@ -36,8 +36,10 @@ __all__ = [
     "TopK",
     "class_balance",
     "current_backend",
+    "current_workspace",
     "debug",
     "functional",
     "reference",
     "use_backend",
+    "use_workspace",
 ]

@@ -42,6 +42,22 @@ def _backward_cosine_logsumexp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor 
     return (grad_features if needs[0] else None, grad_prototypes if needs[1] else None, *(None,) * 5)
 
 
+def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, prototypes, labels, log_prior = inputs[:4]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(features, prototypes, labels, log_prior, *output[1:])
+    scale, _, label_smoothing, ignore_index, normalize_features = inputs[10:15]
+    ctx.options = (scale, label_smoothing > 0.0, ignore_index, normalize_features)
+
+
+def _backward_fused(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:2])
+    if not any(needs):
+        return (None,) * 18
+    gradients = ops.fused_margin_cross_entropy_backward(grad_loss, *ctx.saved_tensors, *ctx.options, needs)
+    return (gradients[0] if needs[0] else None, gradients[1] if needs[1] else None, *(None,) * 16)
+
+
 def _setup_nearest_prototype(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     prototypes, rows = inputs
     ctx.mark_non_differentiable(output[1])
@@ -69,5 +85,6 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "ltloss::nearest_prototype", _backward_nearest_prototype, setup_context=_setup_nearest_prototype
 )
-for _name in ("cosine_logsumexp_backward", "nearest_prototype_backward", "top_k"):
+torch.library.register_autograd("ltloss::fused_margin_cross_entropy", _backward_fused, setup_context=_setup_fused)
+for _name in ("cosine_logsumexp_backward", "fused_margin_cross_entropy_backward", "nearest_prototype_backward", "top_k"):
     torch.library.register_autograd(f"ltloss::{_name}", _no_gradient(_name))

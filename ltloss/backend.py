@@ -1,4 +1,4 @@
-"""Which implementation runs, and whether labels on a GPU are checked: the package's only two switches."""
+"""Which implementation runs, how much memory it may take, whether labels on a GPU are checked: all our switches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Literal, get_args
 
-__all__ = ["Backend", "current_backend", "debug", "use_backend"]
+__all__ = ["Backend", "current_backend", "current_workspace", "debug", "use_backend", "use_workspace"]
 
 Backend = Literal["auto", "triton", "torch", "reference"]
 
@@ -62,6 +62,59 @@ class use_backend(AbstractContextManager["use_backend"]):
     ) -> None:
         global _backend
         _backend = self._previous
+
+
+def _checked_bytes(given: int, origin: str) -> int:
+    if isinstance(given, bool) or not isinstance(given, int) or given <= 0:
+        raise ValueError(f"{origin} must be a positive integer; got {given!r}")
+    return given
+
+
+def _workspace_of_environment() -> int:
+    given = os.environ.get("LTLOSS_WORKSPACE_MIB", "256")
+    return _checked_bytes(int(given) if given.isdecimal() else 0, "the environment variable LTLOSS_WORKSPACE_MIB") << 20
+
+
+_workspace: int = _workspace_of_environment()
+
+
+def current_workspace() -> int:
+    """Return how many bytes the backward of the kernels may take beside the gradients (see :class:`use_workspace`).
+
+    Example:
+        >>> import ltloss
+        >>> ltloss.current_workspace() >> 20
+        256
+    """
+    return _workspace
+
+
+class use_workspace(AbstractContextManager["use_workspace"]):
+    """Limit the memory of the kernels' backward, from now on or inside a ``with`` block.
+
+    Args:
+        limit: bytes beside the gradients. A batch whose float32 gradient alone takes more is still computed, in the
+            smallest slabs.
+
+    The environment variable ``LTLOSS_WORKSPACE_MIB`` sets the initial value, 256 without it. Global to the process.
+
+    Example:
+        >>> import ltloss
+        >>> with ltloss.use_workspace(64 << 20):
+        ...     ltloss.current_workspace() >> 20
+        64
+    """
+
+    def __init__(self, limit: int) -> None:
+        global _workspace
+        self._previous = _workspace
+        _workspace = _checked_bytes(limit, "limit")
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _workspace
+        _workspace = self._previous
 
 
 class _Debug(AbstractContextManager["_Debug"]):

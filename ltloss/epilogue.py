@@ -19,7 +19,7 @@ from ltloss.cpu import compute_dtype
 from ltloss.margins import BeyondPi, MarginGradient, margin_cosine
 from ltloss.types import Reduction
 
-__all__ = ["OnePass", "gather_per_class", "margin_losses", "one_pass", "reduce_losses"]
+__all__ = ["OnePass", "fused_margin_cross_entropy", "gather_per_class", "margin_losses", "one_pass", "reduce_losses"]
 
 
 class OnePass(NamedTuple):
@@ -126,3 +126,44 @@ def reduce_losses(losses: Tensor, labels: Tensor, class_weight: Tensor | float |
         return weighted.sum()
     total = weights.sum()
     return weighted.sum() / torch.where(total == 0, 1.0, total)
+
+
+def fused_margin_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    *,
+    scale: float,
+    angular_margin: Tensor | float,
+    cosine_margin: Tensor | float,
+    class_weight: Tensor | float | None,
+    log_prior: Tensor | None,
+    angle_multiplier: float,
+    label_smoothing: float,
+    ignore_index: int,
+    normalize_features: bool,
+    beyond_pi: BeyondPi,
+    margin_gradient: MarginGradient,
+    reduction: Reduction,
+) -> Tensor:
+    """The same as :func:`one_pass`, :func:`margin_losses` and :func:`reduce_losses`, in the kernels' one operator."""
+    given = (angular_margin, cosine_margin, 1.0 if class_weight is None else class_weight)
+    vectors = [v.expand(prototypes.shape[0]) if isinstance(v, Tensor) else None for v in given]
+    numbers = [0.0 if isinstance(v, Tensor) else v for v in given]
+    loss: Tensor = ops.fused_margin_cross_entropy(
+        features,
+        prototypes,
+        labels,
+        log_prior,
+        *vectors,
+        *numbers,
+        scale,
+        float(angle_multiplier),
+        float(label_smoothing),
+        ignore_index,
+        normalize_features,
+        beyond_pi,
+        margin_gradient,
+        reduction,
+    )[0]
+    return loss

@@ -16,7 +16,7 @@ from ltloss import ops, reference
 from ltloss.backend import current_backend, debug
 from ltloss.class_balance import checked_counts
 from ltloss.cpu import compute_dtype
-from ltloss.epilogue import margin_losses, one_pass, reduce_losses
+from ltloss.epilogue import fused_margin_cross_entropy, margin_losses, one_pass, reduce_losses
 from ltloss.margins import BeyondPi, MarginGradient, arccos
 from ltloss.norm_penalty import FeatureNormKind, norm_penalty
 from ltloss.types import NearestPrototype, Reduction, TopK
@@ -139,6 +139,10 @@ def margin_cross_entropy(
         labels = ops.checked_labels(labels, prototypes.shape[0], ignore_index)
         wide["ignore_index"] = -1
         return reference.margin_cross_entropy(
+            features, prototypes, labels, class_weight=class_weight, reduction=reduction, **per_class, **margins, **wide
+        )
+    if ops.kernels_chosen(features, prototypes):
+        return fused_margin_cross_entropy(
             features, prototypes, labels, class_weight=class_weight, reduction=reduction, **per_class, **margins, **wide
         )
     result = one_pass(features, prototypes, labels, with_logit_sum=label_smoothing > 0.0, **wide)

@@ -6,7 +6,8 @@ Every operator takes and returns plain tensors and allocates nothing of size N×
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,16 @@ from torch import Tensor
 
 from ltloss import cpu, cpu_search
 from ltloss.backend import current_backend, debug
+from ltloss.validation import check_label_range
 
 __all__ = [
     "checked_labels",
     "cosine_logsumexp",
     "cosine_logsumexp_backward",
+    "fused_margin_cross_entropy",
+    "fused_margin_cross_entropy_backward",
+    "kernels_available",
+    "kernels_chosen",
     "nearest_prototype",
     "nearest_prototype_backward",
     "top_k",
@@ -27,16 +33,9 @@ __all__ = [
 
 def _checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     labels = labels.to(torch.int64, copy=True)
-    ignored = labels == ignore_index
     if labels.device.type == "cpu" or debug:
-        bad = ((labels < 0) | (labels >= num_classes)) & ~ignored
-        if bool(bad.any()):
-            first = int(bad.nonzero()[0, 0])
-            raise IndexError(
-                f"labels must lie in [0, {num_classes}) or be ignore_index={ignore_index}; "
-                f"got {int(labels[first])} at position {first} ({int(bad.sum())} such labels in all)"
-            )
-    return labels.masked_fill_(ignored, -1)
+        check_label_range(labels, num_classes, ignore_index)
+    return labels.masked_fill_(labels == ignore_index, -1)
 
 
 _CHUNKED: dict[str, Callable[..., Any]] = {
@@ -48,24 +47,62 @@ _CHUNKED: dict[str, Callable[..., Any]] = {
     "checked_labels": _checked_labels,
 }
 
-# Operators that have a kernel in ltloss_kernels; empty in this version.
-_KERNELS: dict[str, Callable[..., Any]] = {}
+# Operators that have kernels, and where among their arguments the features stand; the prototypes follow.
+_KERNELS = {"cosine_logsumexp": 0, "cosine_logsumexp_backward": 3}
+# Operators that only exist as kernels: they are called where `kernels_chosen` says so.
+_FUSED = ("fused_margin_cross_entropy", "fused_margin_cross_entropy_backward")
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_WIDEST_KERNEL = 8192
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not imported
 
 
 def kernels_available() -> bool:
     """Whether this version brings GPU kernels that can run here."""
-    return bool(_KERNELS)
+    return _HAS_TRITON
 
 
-def _implementation(name: str, device: torch.device) -> Callable[..., Any]:
-    """The one place that decides what runs: the kernel where there is one for the device, chunked PyTorch otherwise."""
+def _not_served(features: Tensor, prototypes: Tensor) -> str:
+    """Why the kernels cannot take these tensors; empty where they can."""
+    if not _HAS_TRITON:
+        return "Triton is not installed"
+    if features.dtype not in _KERNEL_DTYPES or prototypes.dtype not in _KERNEL_DTYPES:
+        return f"the kernels take half precision and float32, not {features.dtype} with {prototypes.dtype}"
+    if features.shape[1] > _WIDEST_KERNEL:
+        return f"the kernels take up to {_WIDEST_KERNEL} columns, not {features.shape[1]}"
+    if features.device.type == "cuda" and torch.cuda.get_device_properties(features.device).major < 8:
+        return "the kernels need a GPU of compute capability 8.0 or higher"
+    return ""
+
+
+def kernels_chosen(features: Tensor, prototypes: Tensor) -> bool:
+    """Whether the kernels are to run on these tensors; raises where they were asked for and cannot."""
     backend = current_backend()
-    if backend == "triton" and name not in _KERNELS and name != "checked_labels":
+    if backend == "triton":
+        reason = _not_served(features, prototypes)
+        if reason:
+            raise RuntimeError(f"backend 'triton' was asked for, but {reason}; use 'auto' or 'torch'")
+        return True
+    return backend == "auto" and features.device.type == "cuda" and not _not_served(features, prototypes)
+
+
+def _kernel(name: str) -> Callable[..., Any]:
+    from ltloss import triton_backend  # on first use: `import ltloss` works and is fast without Triton
+
+    return getattr(triton_backend, name)  # type: ignore[no-any-return]
+
+
+def _implementation(name: str, args: Sequence[Any]) -> Callable[..., Any]:
+    """The one place that decides what runs: the kernels where they serve the tensors, chunked PyTorch otherwise."""
+    if name in _FUSED:
+        return _kernel(name)
+    if name in _KERNELS:
+        first = _KERNELS[name]
+        return _kernel(name) if kernels_chosen(args[first], args[first + 1]) else _CHUNKED[name]
+    if current_backend() == "triton" and name != "checked_labels":
         raise RuntimeError(
             f"backend 'triton' was asked for, but this version has no kernel for {name}; use 'auto' or 'torch'"
         )
-    if name in _KERNELS and (backend == "triton" or (backend == "auto" and device.type == "cuda")):
-        return _KERNELS[name]
     return _CHUNKED[name]
 
 
@@ -77,9 +114,9 @@ def _define(schema: str, fake: Callable[..., Any]) -> Any:
     def dispatch(*args: Any) -> Any:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
         if not torch.is_autocast_enabled(device.type):
-            return _implementation(name, device)(*args)
+            return _implementation(name, args)(*args)
         with torch.autocast(device.type, enabled=False):  # else the products inside would drop to half precision
-            return _implementation(name, device)(*args)
+            return _implementation(name, args)(*args)
 
     torch.library.impl(f"ltloss::{name}", "default", dispatch)
     torch.library.register_fake(f"ltloss::{name}", fake)
@@ -107,6 +144,26 @@ def _fake_cosine_logsumexp(
 
 def _fake_cosine_logsumexp_backward(*args: Any) -> tuple[Tensor, Tensor]:
     features, prototypes, needs = args[3], args[4], args[-1]
+    return (
+        features.new_empty(features.shape) if needs[0] else features.new_empty(0),
+        prototypes.new_empty(prototypes.shape) if needs[1] else prototypes.new_empty(0),
+    )
+
+
+def _fake_fused(*args: Any) -> tuple[Tensor, ...]:
+    features, prototypes, normalize_features, reduction = args[0], args[1], args[14], args[17]
+    n, scalar = features.shape[0], features.new_empty((), dtype=torch.float32)
+    return (
+        scalar.new_empty(n if reduction == "none" else ()),
+        scalar.new_empty(4 if normalize_features else 5, n),
+        scalar.new_empty(prototypes.shape[0]),
+        scalar.new_empty(()),
+        scalar.new_empty(()),
+    )
+
+
+def _fake_fused_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    features, prototypes, needs = args[1], args[2], args[-1]
     return (
         features.new_empty(features.shape) if needs[0] else features.new_empty(0),
         prototypes.new_empty(prototypes.shape) if needs[1] else prototypes.new_empty(0),
@@ -152,6 +209,29 @@ cosine_logsumexp_backward = _define(
     "Tensor prototypes, Tensor labels, Tensor? log_prior, Tensor other_logsumexp, Tensor feature_inverse_norm, "
     "Tensor prototype_inverse_norm, float scale, bool normalize_features, bool[] needs) -> (Tensor, Tensor)",
     _fake_cosine_logsumexp_backward,
+)
+"""Gradients for features (N, D) and prototypes (C, D), each in its input's dtype; (0,) where ``needs`` is False."""
+
+fused_margin_cross_entropy = _define(
+    "fused_margin_cross_entropy(Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, "
+    "Tensor? angular_margins, Tensor? cosine_margins, Tensor? class_weights, float angular_margin, float cosine_margin, "
+    "float class_weight, float scale, float angle_multiplier, float label_smoothing, int ignore_index, "
+    "bool normalize_features, str beyond_pi, str margin_gradient, str reduction) -> (Tensor loss, Tensor coefficients, "
+    "Tensor prototype_inverse_norm, Tensor inverse_total, Tensor bound)",
+    _fake_fused,
+)
+"""The whole of :func:`ltloss.functional.margin_cross_entropy` in a handful of launches; kernels only.
+
+Vectors are (C,), and the number of the same name counts where there is none. Outputs: loss, a scalar or (N,);
+coefficients (4, N), or (5, N) where features keep their length: what the backward needs of each sample;
+1/‖w‖ (C,); 1/Σ weights for ``mean``, else 1, and the largest coefficient, two scalars.
+"""
+
+fused_margin_cross_entropy_backward = _define(
+    "fused_margin_cross_entropy_backward(Tensor grad_loss, Tensor features, Tensor prototypes, Tensor labels, "
+    "Tensor? log_prior, Tensor coefficients, Tensor prototype_inverse_norm, Tensor inverse_total, Tensor bound, "
+    "float scale, bool smooth, int ignore_index, bool normalize_features, bool[] needs) -> (Tensor, Tensor)",
+    _fake_fused_backward,
 )
 """Gradients for features (N, D) and prototypes (C, D), each in its input's dtype; (0,) where ``needs`` is False."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "check_choice",
     "check_features",
+    "check_label_range",
     "check_number",
     "check_per_class",
     "check_prototypes",
@@ -126,3 +127,14 @@ def check_rows(rows: Any, prototypes: Tensor) -> None:
     if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(f"rows must be integer class indices of shape (R,); got {rows.dtype} {tuple(rows.shape)}")
     check_same_device(prototypes=prototypes, rows=rows)
+
+
+def check_label_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise IndexError for a label that is neither in [0, C) nor ``ignore_index``. Looks at the data."""
+    bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0, 0])
+        raise IndexError(
+            f"labels must lie in [0, {num_classes}) or be ignore_index={ignore_index}; "
+            f"got {int(labels[first])} at position {first} ({int(bad.sum())} such labels in all)"
+        )

@@ -1,0 +1,255 @@
+"""The backward on the host: a slab of dZ at a time, two library products on it, and the projections."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ltloss_kernels import tiles
+from ltloss_kernels.cosine_logsumexp_grad import gradient_tile_kernel, projection_kernel
+from ltloss_kernels.operands import (
+    descriptor,
+    multiply_add,
+    padded_matrix,
+    product_dtype,
+    product_precision,
+    readable_in_place,
+)
+from ltloss_kernels.row_norm import row_norms
+from ltloss_kernels.workspace import backward_plan
+
+__all__ = ["BackwardPass", "Upstream"]
+
+# Class tiles that are worked on together; their prototypes and a block of features stay in the second-level cache.
+_GROUP = 8
+
+
+class Upstream(NamedTuple):
+    """What arrives from behind: coefficients of each sample, and the gradient of the loss."""
+
+    coefficients: Tensor  # (4 or 5, N), see margin_cross_entropy_kernel
+    gradient: Tensor  # scalar or (N,)
+    inverse_total: Tensor | None  # scalar that multiplies the gradient
+    bound: Tensor  # scalar: the largest |coefficient|; read for float16 only
+    every_class: bool  # whether row 3 of the coefficients is used
+
+
+class BackwardPass:
+    """Gradients of features (N, D) and prototypes (C, D), N >= 1.
+
+    Args:
+        features, prototypes, labels, prior, scale, normalize: as for the forward.
+        ignore_index: rows with this label may hold anything, also NaN; None: all rows count.
+        prototype_inverse_norm: (C,), from the forward.
+        upstream: see :class:`Upstream`.
+        limit: bytes of memory beside the gradients, see ``backward_plan``.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        prototypes: Tensor,
+        labels: Tensor,
+        prior: Tensor | None,
+        prototype_inverse_norm: Tensor,
+        upstream: Upstream,
+        *,
+        scale: float,
+        normalize: bool,
+        ignore_index: int | None,
+        limit: int,
+    ) -> None:
+        self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
+        self.inverse_norm, self.upstream = prototype_inverse_norm, upstream
+        self.scale, self.normalize, self.ignore_index, self.limit = scale, normalize, ignore_index, limit
+        self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
+        self.scaled = self.dtype == torch.float16
+        # Power-of-two scaled copies keep float16 in range; other dtypes have the range of float32.
+        self.in_place = readable_in_place(prototypes, self.dtype) and not self.scaled
+        self.tile = tiles.gradient_tile(tiles.architecture(features.device), self.dtype, self.precision)
+        gradient = upstream.gradient
+        self.upstream_bound = gradient.abs().amax() if self.scaled and gradient.dim() else gradient
+
+    def gradients(self, need_features: bool, need_prototypes: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Each gradient in the dtype of its tensor, or None where it is not needed."""
+        features, prototypes = self.features, self.prototypes
+        samples, (classes, width), device = features.shape[0], prototypes.shape, features.device
+        wide_features = need_features and features.dtype != torch.float32
+        wide_prototypes = need_prototypes and prototypes.dtype != torch.float32
+        size = self.dtype.itemsize
+        plan = backward_plan(
+            samples,
+            classes,
+            per_sample=width * (size + 4 * wide_features),
+            per_class=width * (size * (not self.in_place) + 4 * wide_prototypes),
+            itemsize=size,
+            tile_classes=self.tile.classes,
+            limit=self.limit,
+        )
+        grad_features = torch.empty((samples, width), dtype=features.dtype, device=device) if need_features else None
+        grad_prototypes = torch.empty((classes, width), dtype=prototypes.dtype, device=device) if need_prototypes else None
+        feature_sum = torch.empty((samples, width), device=device) if wide_features else grad_features
+        slab_sum = torch.empty((plan.classes, width), device=device) if wide_prototypes else None
+        copy = None if self.in_place else padded_matrix(plan.classes, width, self.dtype, device)
+        slab = padded_matrix(plan.rows, plan.classes, self.dtype, device)
+        operand, feature_factor = self._feature_operand()
+        for start in range(0, classes, plan.classes):
+            here = slice(start, min(start + plan.classes, classes))
+            count = here.stop - here.start
+            weights, class_factor = self._prototype_operand(here, copy)
+            prototype_sum = None
+            if grad_prototypes is not None:
+                prototype_sum = grad_prototypes[here] if slab_sum is None else slab_sum[:count]
+            for first in range(0, samples, plan.rows):
+                rows = slice(first, min(first + plan.rows, samples))
+                part = slab[: rows.stop - first, :count]
+                self._launch_tiles(operand, weights, feature_factor, class_factor, rows, here, part)
+                if feature_sum is not None:
+                    multiply_add(feature_sum[rows], part, weights, overwrite=start == 0)
+                if prototype_sum is not None:
+                    multiply_add(prototype_sum, part.t(), operand[rows], overwrite=first == 0)
+            self._project(
+                feature_sum if here.stop == classes else None,
+                grad_features,
+                prototype_sum,
+                None if grad_prototypes is None else grad_prototypes[here],
+                prototypes[here],
+            )
+        return grad_features, grad_prototypes
+
+    def _feature_operand(self) -> tuple[Tensor, Tensor]:
+        """A clean copy of the features: ignored rows are zero, since 0·NaN in a product would reach every class."""
+        samples, width = self.features.shape
+        copy = padded_matrix(samples, width, self.dtype, self.features.device)
+        factor = torch.empty(samples, dtype=torch.float32, device=copy.device)
+        row_norms(
+            self.features,
+            torch.empty_like(factor),
+            factor=factor,
+            copy=copy,
+            scale_copy=self.normalize,
+            labels=None if self.ignore_index is None else self.labels,
+            ignore_index=self.ignore_index or 0,
+        )
+        return copy, factor
+
+    def _prototype_operand(self, here: slice, copy: Tensor | None) -> tuple[Tensor, Tensor]:
+        if copy is None:
+            return self.prototypes[here], self.inverse_norm[here]
+        copy = copy[: here.stop - here.start]
+        factor = torch.empty(copy.shape[0], dtype=torch.float32, device=copy.device)
+        row_norms(self.prototypes[here], torch.empty_like(factor), factor=factor, copy=copy)
+        return copy, factor
+
+    def _launch_tiles(
+        self,
+        features: Tensor,
+        prototypes: Tensor,
+        feature_factor: Tensor,
+        class_factor: Tensor,
+        rows: slice,
+        here: slice,
+        slab: Tensor,
+    ) -> None:
+        tile, upstream, (samples, classes) = self.tile, self.upstream, slab.shape
+        gradient = upstream.gradient[rows] if upstream.gradient.dim() else upstream.gradient
+        class_tiles = triton.cdiv(classes, tile.classes)
+        gradient_tile_kernel[(triton.cdiv(samples, tile.rows) * class_tiles,)](
+            # inputs
+            descriptor(features[rows], tile.rows, tile.depth),
+            descriptor(prototypes, tile.classes, tile.depth),
+            feature_factor[rows],
+            class_factor,
+            None if self.prior is None else self.prior[here],
+            self.labels[rows],
+            upstream.coefficients[:, rows],
+            gradient,
+            upstream.inverse_total,
+            upstream.bound,
+            self.upstream_bound,
+            # outputs
+            descriptor(slab, tile.rows, tile.classes),
+            # sizes
+            samples,
+            classes,
+            features.shape[1],
+            here.start,
+            class_tiles,
+            self.labels.stride(0),
+            upstream.coefficients.stride(0),
+            gradient.stride(0) if gradient.dim() else 0,
+            self.scale,
+            # constants
+            HAS_PRIOR=self.prior is not None,
+            HAS_TOTAL=upstream.inverse_total is not None,
+            SMOOTH=upstream.every_class,
+            SCALED=self.scaled,
+            PRECISION=self.precision,
+            GROUP=_GROUP,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_CLASSES=tile.classes,
+            BLOCK_DEPTH=tile.depth,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    def _project(
+        self,
+        feature_sum: Tensor | None,
+        grad_features: Tensor | None,
+        prototype_sum: Tensor | None,
+        grad_prototypes: Tensor | None,
+        prototypes: Tensor,
+    ) -> None:
+        """Finish the gradients of all features and of a slab of prototypes, whichever are given, in one launch."""
+        if feature_sum is None and prototype_sum is None:
+            return
+        upstream, (samples, width), classes = self.upstream, self.features.shape, prototypes.shape[0]
+        tile = tiles.row_tile(width)
+        feature_blocks = 0 if feature_sum is None else triton.cdiv(samples, tile.rows)
+        prototype_blocks = 0 if prototype_sum is None else triton.cdiv(classes, tile.rows)
+        projection_kernel[(feature_blocks + prototype_blocks,)](
+            # inputs
+            feature_sum,
+            prototype_sum,
+            self.features,
+            prototypes,
+            self.labels,
+            upstream.coefficients,
+            upstream.gradient,
+            upstream.inverse_total,
+            upstream.bound,
+            self.upstream_bound,
+            # outputs
+            grad_features,
+            grad_prototypes,
+            # sizes
+            samples,
+            classes,
+            width,
+            feature_blocks,
+            width,
+            *self.features.stride(),
+            width,
+            *prototypes.stride(),
+            self.labels.stride(0),
+            upstream.coefficients.stride(0),
+            upstream.gradient.stride(0) if upstream.gradient.dim() else 0,
+            self.ignore_index or 0,
+            self.scale,
+            # constants
+            FEATURES=feature_sum is not None,
+            PROTOTYPES=prototype_sum is not None,
+            HAS_LABELS=self.ignore_index is not None,
+            HAS_TOTAL=upstream.inverse_total is not None,
+            NORMALIZE=self.normalize,
+            LENGTH=upstream.coefficients.shape[0] == 5,
+            PROTOTYPES_COPIED=not self.in_place,
+            SCALED=self.scaled,
+            ROWS=tile.rows,
+            WIDTH=tile.width,
+            num_warps=tile.warps,
+        )

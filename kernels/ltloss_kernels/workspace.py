@@ -1,0 +1,80 @@
+"""How much is done at a time: the one place that turns a memory limit into slabs, row chunks and splits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["DEFAULT_BYTES", "BackwardPlan", "ForwardPlan", "backward_plan", "forward_plan"]
+
+DEFAULT_BYTES = 256 << 20
+
+# The forward promises less: what it holds beside its results stays in the second-level cache.
+_FORWARD_BYTES = 8 << 20
+# Copied prototypes in the forward: large enough for a full wave of tiles, small enough to be read back from the cache.
+_COPY_BYTES = 32 << 20
+# However small the limit or long the batch, a slab holds this many classes: below, launches take longer than products.
+_LEAST_CLASSES = 1024
+_MOST_ROWS = 32768
+
+
+class ForwardPlan(NamedTuple):
+    """``rows`` samples at a time; ``classes`` of a slab; ``splits`` of a slab's tiles over the multiprocessors."""
+
+    rows: int
+    classes: int
+    splits: int
+
+
+class BackwardPlan(NamedTuple):
+    """``rows`` samples and ``classes`` of a slab of dZ."""
+
+    rows: int
+    classes: int
+
+
+def _round_down(value: int, unit: int) -> int:
+    return max(unit, value // unit * unit)
+
+
+def splits_for(row_blocks: int, class_tiles: int, slots: int) -> int:
+    """Into how many ranges to split the class tiles, so that all ``slots`` finish at about the same time.
+
+    The time is ⌈programs/slots⌉ waves of ⌈tiles/splits⌉ tiles; of equally good choices the fewest splits.
+    """
+    candidates = {1, class_tiles} | {max(1, min(class_tiles, wave * slots // row_blocks)) for wave in range(1, 5)}
+    return min(sorted(candidates), key=lambda splits: -(-row_blocks * splits // slots) * -(-class_tiles // splits))
+
+
+def forward_plan(
+    samples: int, classes: int, width: int, tile_rows: int, tile_classes: int, slots: int, copy_itemsize: int
+) -> ForwardPlan:
+    """Choose the forward's chunks; ``copy_itemsize`` is 0 where the prototypes are read in place."""
+    class_tiles = -(-classes // tile_classes)
+    # One flag per tile, and the partial sums, are all that grows with both N and C.
+    rows = min(samples, _round_down(_FORWARD_BYTES // class_tiles * tile_rows, tile_rows))
+    slab = class_tiles * tile_classes
+    if copy_itemsize:
+        slab = min(slab, _round_down(_COPY_BYTES // (width * copy_itemsize), tile_classes))
+    splits = splits_for(-(-rows // tile_rows), slab // tile_classes, slots)
+    return ForwardPlan(rows, slab, splits)
+
+
+def backward_plan(
+    samples: int, classes: int, per_sample: int, per_class: int, itemsize: int, tile_classes: int, limit: int
+) -> BackwardPlan:
+    """Choose the slab of dZ.
+
+    Args:
+        samples, classes: N and C.
+        per_sample, per_class: bytes held beside the slab for each sample (of all N) and each class (of a slab).
+        itemsize: bytes of an entry of dZ.
+        tile_classes: slabs are a multiple of it.
+        limit: bytes for everything together; kept unless the batch alone takes more.
+    """
+    rows = min(samples, _MOST_ROWS)
+    left = limit - samples * per_sample
+    fits = _round_down(left // (rows * itemsize + per_class), tile_classes) if left > 0 else tile_classes
+    slab = max(fits, min(_LEAST_CLASSES, -(-classes // tile_classes) * tile_classes))
+    slabs = -(-classes // slab)
+    even = -(-classes // slabs)
+    return BackwardPlan(rows, min(classes, -(-even // tile_classes) * tile_classes))
