@@ -86,5 +86,10 @@ torch.library.register_autograd(
     "ltloss::nearest_prototype", _backward_nearest_prototype, setup_context=_setup_nearest_prototype
 )
 torch.library.register_autograd("ltloss::fused_margin_cross_entropy", _backward_fused, setup_context=_setup_fused)
-for _name in ("cosine_logsumexp_backward", "fused_margin_cross_entropy_backward", "nearest_prototype_backward", "top_k"):
+for _name in (
+    "cosine_logsumexp_backward",
+    "fused_margin_cross_entropy_backward",
+    "nearest_prototype_backward",
+    "top_k",
+):
     torch.library.register_autograd(f"ltloss::{_name}", _no_gradient(_name))

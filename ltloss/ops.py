@@ -214,10 +214,10 @@ cosine_logsumexp_backward = _define(
 
 fused_margin_cross_entropy = _define(
     "fused_margin_cross_entropy(Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, "
-    "Tensor? angular_margins, Tensor? cosine_margins, Tensor? class_weights, float angular_margin, float cosine_margin, "
-    "float class_weight, float scale, float angle_multiplier, float label_smoothing, int ignore_index, "
-    "bool normalize_features, str beyond_pi, str margin_gradient, str reduction) -> (Tensor loss, Tensor coefficients, "
-    "Tensor prototype_inverse_norm, Tensor inverse_total, Tensor bound)",
+    "Tensor? angular_margins, Tensor? cosine_margins, Tensor? class_weights, float angular_margin, "
+    "float cosine_margin, float class_weight, float scale, float angle_multiplier, float label_smoothing, "
+    "int ignore_index, bool normalize_features, str beyond_pi, str margin_gradient, str reduction) -> (Tensor loss, "
+    "Tensor coefficients, Tensor prototype_inverse_norm, Tensor inverse_total, Tensor bound)",
     _fake_fused,
 )
 """The whole of :func:`ltloss.functional.margin_cross_entropy` in a handful of launches; kernels only.

@@ -41,8 +41,8 @@ def _checked(function: Callable[..., _Result]) -> Callable[..., _Result]:
                 return function(*args)
         if not operands.interpreting():
             raise RuntimeError(
-                f"backend 'triton' was asked for tensors on {device}; kernels run on a GPU, or interpreted (slowly) where "
-                "the environment variable TRITON_INTERPRET=1 is set before the first use. Use 'auto' or 'torch'"
+                f"backend 'triton' was asked for tensors on {device}; kernels run on a GPU, or interpreted (slowly) "
+                "where the environment variable TRITON_INTERPRET=1 is set before the first use. Use 'auto' or 'torch'"
             )
         return function(*args)
 

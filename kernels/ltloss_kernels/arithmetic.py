@@ -5,6 +5,7 @@ be mostly error. Each function here is good to a few units in the last place and
 they are only applied to N-vectors.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
 import triton
@@ -64,7 +65,7 @@ def log(value):
 
 @triton.jit
 def exp_of_negative(value):
-    """exp(value) for value <= 0: the exponent's rounding error is made good, which 2^(value·log2 e) alone would keep."""
+    """exp(value) for value <= 0, without the rounding error of the exponent in 2^(value·log2 e)."""
     product = value * LOG2E
     # log2 e in two parts, the first with 12 bits: its product with the leading 12 bits of value is exact.
     leading = (value.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)

@@ -90,7 +90,9 @@ class BackwardPass:
             limit=self.limit,
         )
         grad_features = torch.empty((samples, width), dtype=features.dtype, device=device) if need_features else None
-        grad_prototypes = torch.empty((classes, width), dtype=prototypes.dtype, device=device) if need_prototypes else None
+        grad_prototypes = (
+            torch.empty((classes, width), dtype=prototypes.dtype, device=device) if need_prototypes else None
+        )
         feature_sum = torch.empty((samples, width), device=device) if wide_features else grad_features
         slab_sum = torch.empty((plan.classes, width), device=device) if wide_prototypes else None
         copy = None if self.in_place else padded_matrix(plan.classes, width, self.dtype, device)

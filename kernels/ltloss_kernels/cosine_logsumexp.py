@@ -4,6 +4,7 @@ With l_ic = s·cos_ic + b_c, in units of log 2 throughout the tiles: l·log2 e =
 b_c·log2 e. The matrix product runs on the rows as they are; both lengths enter behind it, in float32.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
 import triton
@@ -97,7 +98,17 @@ def sample_kernel(
         tl.store(flags_ptr + flag_row + class_tiles - 1, one, mask=inside & (rows % FLAG_ROWS == 0))
 
 
-@triton.jit(do_not_specialize=["samples", "classes", "first_tile", "slab_tiles", "class_tiles", "tiles_per_split", "first_split"])
+@triton.jit(
+    do_not_specialize=[
+        "samples",
+        "classes",
+        "first_tile",
+        "slab_tiles",
+        "class_tiles",
+        "tiles_per_split",
+        "first_split",
+    ]
+)
 def cosine_logsumexp_kernel(
     # inputs
     features,

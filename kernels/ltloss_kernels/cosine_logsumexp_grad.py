@@ -9,6 +9,7 @@ always copies with a largest entry in [1, 2) per row; so nothing overflows, and 
 coefficient of the batch is lost.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
 import triton
@@ -215,7 +216,7 @@ def projection_kernel(
     inverse_slab_scale = 1.0
     if SCALED:
         inverse_slab_scale = 1.0 / slab_scale(bound_ptr, upstream_bound_ptr, inverse_total_ptr, scale, HAS_TOTAL)
-    if FEATURES:
+    if FEATURES:  # noqa: SIM102 - a constant and a value of the device do not go in one condition
         if program < feature_blocks:
             rows = program * ROWS + tl.arange(0, ROWS)
             inside = rows < samples
@@ -235,7 +236,7 @@ def projection_kernel(
                 feature_gradient_stride, features_row_stride, features_column_stride, width, inverse_slab_scale, along,
                 NORMALIZE, NORMALIZE, WIDTH,
             )  # fmt: skip
-    if PROTOTYPES:
+    if PROTOTYPES:  # noqa: SIM102 - likewise
         if program >= feature_blocks:
             rows = (program - feature_blocks) * ROWS + tl.arange(0, ROWS)
             inside = rows < classes

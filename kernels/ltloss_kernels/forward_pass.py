@@ -107,7 +107,9 @@ class ForwardPass:
         self._inverse_norm = self._float(padded)
         self._class_factor = self._inverse_norm if self.in_place else self._float(padded)
         self._scaled_prior = None if prior is None else self._float(padded)
-        self._copy = None if self.in_place else padded_matrix(min(self.plan.classes, classes), width, self.dtype, device)
+        self._copy = (
+            None if self.in_place else padded_matrix(min(self.plan.classes, classes), width, self.dtype, device)
+        )
         self.feature_inverse_norm = self._float(samples)
 
     @property
@@ -283,11 +285,9 @@ class ForwardPass:
     def blocks(self, samples: int) -> int:
         """How many programs work on the N-vectors of all chunks together."""
         chunks, rest = divmod(samples, self.plan.rows)
-        return chunks * triton.cdiv(self.plan.rows, tiles.SAMPLE_ROWS) + triton.cdiv(rest, tiles.SAMPLE_ROWS)
+        return int(chunks * triton.cdiv(self.plan.rows, tiles.SAMPLE_ROWS) + triton.cdiv(rest, tiles.SAMPLE_ROWS))
 
-    def losses(
-        self, sums: SampleSums, margin: Margin, loss: Tensor, coefficients: Tensor, block_sums: Tensor
-    ) -> None:
+    def losses(self, sums: SampleSums, margin: Margin, loss: Tensor, coefficients: Tensor, block_sums: Tensor) -> None:
         """Weighted losses and coefficients of a chunk: its part of (N,), (4 or 5, N) and (3, blocks)."""
         rows = sums.rows
         count = rows.stop - rows.start

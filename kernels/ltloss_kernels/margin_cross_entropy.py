@@ -1,5 +1,6 @@
 """The epilogue on N-vectors: margin, loss, the coefficients of the backward, and the reduction."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
 import triton
@@ -35,7 +36,9 @@ def margin_cosine(cosine, multiplier, angular, ARCFACE: tl.constexpr, EXACT_GRAD
     value = tl.where(plain, cosine, value)
     slope = tl.full(theta.shape, 1.0, tl.float32)
     if EXACT_GRADIENT:
-        bounded = tl.where(theta < ANGLE_FLOOR, ANGLE_FLOOR, tl.where(theta > PI - ANGLE_FLOOR, PI - ANGLE_FLOOR, theta))
+        bounded = tl.where(
+            theta < ANGLE_FLOOR, ANGLE_FLOOR, tl.where(theta > PI - ANGLE_FLOOR, PI - ANGLE_FLOOR, theta)
+        )
         phase = multiplier * bounded + angular
         sin_phase, _ = sine_cosine(phase)
         sin_theta, _ = sine_cosine(bounded)
@@ -113,9 +116,10 @@ def margin_cross_entropy_kernel(
 
     partial_* (splits, samples); own_cosine, length, label (samples,); angular_margin, cosine_margin, prior, weight
     (classes,); prior_sum a scalar. loss (samples,): times the weight of the class, 0 where ignored. block_sums
-    (3, blocks): Σ loss, Σ weight and the largest coefficient of each program's rows. coefficients (5, samples), times the weight too:
-    shift: r in units of log 2; other: ∂loss/∂r, times what rounding the shift has lost, so that 2^(l·log2 e - shift)
-    times it is right; own: the whole gradient at the own class; every: what every class gets; length: ∂loss/∂‖x‖.
+    (3, blocks): Σ loss, Σ weight and the largest coefficient of each program's rows. coefficients (5, samples), times
+    the weight too. shift: r in units of log 2; other: ∂loss/∂r, times what rounding the shift has lost, so that
+    2^(l·log2 e - shift) times it is right; own: the whole gradient at the own class; every: what every class gets;
+    length: ∂loss/∂‖x‖.
     """
     program = tl.program_id(0)
     rows = program * ROWS + tl.arange(0, ROWS)

@@ -13,7 +13,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ltloss_kernels import row_norm
 
-__all__ = ["descriptor", "interpreting", "multiply_add", "padded_matrix", "product_dtype", "product_precision", "readable_in_place"]
+__all__ = [
+    "descriptor",
+    "interpreting",
+    "multiply_add",
+    "padded_matrix",
+    "product_dtype",
+    "product_precision",
+    "readable_in_place",
+]
 
 _HALVES = (torch.float16, torch.bfloat16)
 

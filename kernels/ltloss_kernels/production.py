@@ -10,7 +10,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from ltloss_kernels import tiles
+from ltloss_kernels.cosine_logsumexp import combine_kernel, cosine_logsumexp_kernel, sample_kernel
+from ltloss_kernels.cosine_logsumexp_grad import gradient_tile_kernel, projection_kernel
+from ltloss_kernels.margin_cross_entropy import margin_cross_entropy_kernel, reduce_kernel
+from ltloss_kernels.row_norm import row_norm_kernel
+
 __all__ = ["KernelCase", "production_kernels"]
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_PRODUCTS = ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"))
+_WIDTHS = (128, 512, 4096, 8192)
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,236 @@ class KernelCase:
     attrs: dict[tuple[int, ...], list[list[Any]]] = field(default_factory=dict)
 
 
+def _case(name: str, fn: Any, types: dict[str, str], constants: dict[str, Any], warps: int, **more: Any) -> KernelCase:
+    """Complete a case: arguments without a type are int32; pointers and aligned sizes are declared as such.
+
+    What a launch passes as None, or as a 1 that is specialised on, is a constant here too.
+    """
+    signature = {arg: types.get(arg, "constexpr" if arg in constants else "i32") for arg in fn.arg_names}
+    aligned = [i for i, (arg, kind) in enumerate(signature.items()) if kind.startswith("*") or arg in ("width",)]
+    return KernelCase(
+        name,
+        fn,
+        signature,
+        constants,
+        warps,
+        more.pop("num_stages", 3),
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        **more,
+    )
+
+
+def _pointers(fn: Any, default: str = "*fp32", **others: str) -> dict[str, str]:
+    return {arg: others.get(arg, default) for arg in fn.arg_names if arg.endswith("_ptr")}
+
+
+def _logsumexp_cases(arch: int) -> Iterator[KernelCase]:
+    fn = cosine_logsumexp_kernel
+    variants = {
+        "fixed": (False, False, False),
+        "online": (True, False, False),
+        "prior": (True, True, False),
+        "fixed, logit sum": (False, False, True),
+        "prior, logit sum": (True, True, True),
+    }
+    for dtype, precision in _PRODUCTS:
+        tile = tiles.forward_tile(arch, dtype, precision)
+        for variant, (online, prior, with_sum) in variants.items():
+            types = _pointers(fn, label_ptr="*i32", flags_ptr="*i8") | {
+                "features": f"tensordesc<{_NAMES[dtype]}[{tile.rows},{tile.depth}]>",
+                "prototypes": f"tensordesc<{_NAMES[dtype]}[{tile.classes},{tile.depth}]>",
+                "shift": "fp32",
+            }
+            absent = {"partial_max_ptr": online, "prior_ptr": prior, "partial_logit_ptr": with_sum}
+            yield _case(
+                f"cosine_logsumexp {_NAMES[dtype]}{' tf32' * (precision == 'tf32')}, {variant}",
+                fn,
+                {name: kind for name, kind in types.items() if absent.get(name, True)},
+                {
+                    **{name: None for name, present in absent.items() if not present},
+                    "ONLINE": online,
+                    "HAS_PRIOR": prior,
+                    "WITH_LOGIT_SUM": with_sum,
+                    "PRECISION": precision,
+                    "BLOCK_ROWS": tile.rows,
+                    "BLOCK_CLASSES": tile.classes,
+                    "BLOCK_DEPTH": tile.depth,
+                },
+                tile.warps,
+                num_stages=tile.stages,
+                elements=tile.rows * tile.classes,
+                matrix_instruction=dtype != torch.float32 or precision == "tf32",
+            )
+
+
+def _gradient_cases(arch: int) -> Iterator[KernelCase]:
+    fn = gradient_tile_kernel
+    for dtype, precision in _PRODUCTS:
+        tile = tiles.gradient_tile(arch, dtype, precision)
+        for variant, (prior, smooth) in {"plain": (False, False), "prior, smoothing": (True, True)}.items():
+            kind = _NAMES[dtype]
+            types = _pointers(fn, labels_ptr="*i64") | {
+                "features": f"tensordesc<{kind}[{tile.rows},{tile.depth}]>",
+                "prototypes": f"tensordesc<{kind}[{tile.classes},{tile.depth}]>",
+                "slab": f"tensordesc<{kind}[{tile.rows},{tile.classes}]>",
+                "scale": "fp32",
+            }
+            if not prior:
+                del types["prior_ptr"]
+            yield _case(
+                f"gradient_tile {kind}{' tf32' * (precision == 'tf32')}, {variant}",
+                fn,
+                types,
+                {
+                    **({} if prior else {"prior_ptr": None}),
+                    "labels_stride": 1,
+                    "HAS_PRIOR": prior,
+                    "HAS_TOTAL": True,
+                    "SMOOTH": smooth,
+                    "SCALED": dtype == torch.float16,
+                    "PRECISION": precision,
+                    "GROUP": 8,
+                    "BLOCK_ROWS": tile.rows,
+                    "BLOCK_CLASSES": tile.classes,
+                    "BLOCK_DEPTH": tile.depth,
+                },
+                tile.warps,
+                num_stages=tile.stages,
+                elements=tile.rows * tile.classes,
+                matrix_instruction=dtype != torch.float32 or precision == "tf32",
+            )
+
+
+def _row_cases() -> Iterator[KernelCase]:
+    for width in _WIDTHS:
+        tile = tiles.row_tile(width)
+        rows = {"ROWS": tile.rows, "WIDTH": tile.width}
+        for copied in (False, True):
+            types = _pointers(
+                row_norm_kernel, flags_ptr="*i8", copy_ptr="*bf16", vectors_ptr="*fp32" if copied else "*bf16"
+            )
+            missing = ["labels_ptr", "prior_ptr", "prior_out_ptr"] + ["factor_ptr", "copy_ptr"] * (not copied)
+            yield _case(
+                f"row_norm {'fp32 to bf16' if copied else 'bf16'}, D = {width}",
+                row_norm_kernel,
+                {name: kind for name, kind in types.items() if name not in missing},
+                {
+                    **dict.fromkeys(missing),
+                    "vectors_column_stride": 1,
+                    "HAS_COPY": copied,
+                    "SCALE_COPY": True,
+                    "HAS_LABELS": False,
+                    "HAS_PRIOR": False,
+                    "CLEAR_FLAGS": True,
+                    **rows,
+                },
+                tile.warps,
+            )
+        flag_tile = tiles.forward_tile(90, torch.bfloat16, "ieee")
+        types = _pointers(
+            sample_kernel,
+            features_ptr="*bf16",
+            prototypes_ptr="*bf16",
+            labels_ptr="*i64",
+            label_ptr="*i32",
+            flags_ptr="*i8",
+        )
+        del types["length_ptr"]
+        yield _case(
+            f"sample bf16, D = {width}",
+            sample_kernel,
+            types | {"scale": "fp32"},
+            {
+                "length_ptr": None,
+                "features_column_stride": 1,
+                "prototypes_column_stride": 1,
+                "labels_stride": 1,
+                "SUPERVISED": True,
+                "NORMALIZE": True,
+                "COPIED": False,
+                "RAGGED": True,
+                "FLAG_ROWS": flag_tile.rows,
+                "FLAG_CLASSES": flag_tile.classes,
+                **rows,
+            },
+            tile.warps,
+        )
+        yield _case(
+            f"projection bf16, D = {width}",
+            projection_kernel,
+            _pointers(
+                projection_kernel,
+                features_ptr="*bf16",
+                prototypes_ptr="*bf16",
+                grad_features_ptr="*bf16",
+                grad_prototypes_ptr="*bf16",
+                labels_ptr="*i64",
+            )
+            | {"scale": "fp32"},
+            {
+                "features_column_stride": 1,
+                "prototypes_column_stride": 1,
+                "labels_stride": 1,
+                "FEATURES": True,
+                "PROTOTYPES": True,
+                "HAS_LABELS": True,
+                "HAS_TOTAL": True,
+                "NORMALIZE": True,
+                "LENGTH": False,
+                "PROTOTYPES_COPIED": False,
+                "SCALED": False,
+                **rows,
+            },
+            tile.warps,
+        )
+
+
+def _sample_vector_cases() -> Iterator[KernelCase]:
+    scalars = (
+        "shift",
+        "scale",
+        "angular_margin",
+        "cosine_margin",
+        "class_weight",
+        "angle_multiplier",
+        "label_smoothing",
+    )
+    yield _case(
+        "combine, online",
+        combine_kernel,
+        _pointers(combine_kernel) | {"shift": "fp32", "scale": "fp32"},
+        {"ONLINE": True, "NORMALIZE": False, "WITH_LOGIT_SUM": True, "ROWS": tiles.SAMPLE_ROWS},
+        4,
+    )
+    flags = (
+        "HAS_ANGULAR_VECTOR",
+        "HAS_COSINE_VECTOR",
+        "HAS_PRIOR",
+        "HAS_WEIGHT",
+        "SMOOTH",
+        "HAS_ANGLE",
+        "EXACT_GRADIENT",
+    )
+    for arcface in (False, True):
+        yield _case(
+            f"margin_cross_entropy, everything, {'arcface' if arcface else 'monotone'}",
+            margin_cross_entropy_kernel,
+            _pointers(margin_cross_entropy_kernel, label_ptr="*i32") | dict.fromkeys(scalars, "fp32"),
+            {
+                **dict.fromkeys(flags, True),
+                "ONLINE": True,
+                "NORMALIZE": False,
+                "ARCFACE": arcface,
+                "ROWS": tiles.SAMPLE_ROWS,
+            },
+            4,
+        )
+    yield _case("reduce", reduce_kernel, _pointers(reduce_kernel), {"MEAN": True, "BLOCK": 1024}, 4)
+
+
 def production_kernels(arch: int) -> Iterator[KernelCase]:
     """Yield every production configuration for a compute capability of :data:`ltloss_kernels.tiles.ARCHITECTURES`."""
-    yield from ()
+    yield from _logsumexp_cases(arch)
+    yield from _gradient_cases(arch)
+    yield from _row_cases()
+    yield from _sample_vector_cases()

@@ -1,5 +1,6 @@
 """Norms of whole rows, and copies of rows for the matrix unit where the rows themselves cannot be fed to it."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
 import triton
@@ -139,4 +140,3 @@ def row_norms(
         WIDTH=tile.width,
         num_warps=tile.warps,
     )
-
