@@ -1,4 +1,4 @@
-"""The `ltloss` command: train, evaluate, predict, report, doctor.
+"""The `ltloss` command: train, evaluate, predict, report, tune, doctor.
 
 Sub-commands import what they need when they run, so `ltloss --help` does not wait for it. A mistake that the user can
 put right is one line on stderr and exit code 2; Ctrl-C is exit code 130.
@@ -91,6 +91,23 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     report.add_argument("run", type=Path, metavar="RUN")
 
+    tune = commands.add_parser(
+        "tune",
+        help="find the fastest kernel tiles for this GPU",
+        description="Time the kernels' tiles on this GPU and keep the fastest in the user's cache for later runs.",
+    )
+    tune.set_defaults(command=_tune)
+    shape = (
+        ("--samples", 8192, "N, samples a step"),
+        ("--classes", 131_072, "C"),
+        ("--width", 512, "D, the features'"),
+    )
+    for flag, default, about in shape:
+        tune.add_argument(flag, type=int, default=default, metavar="N", help=f"{about} (default: {default})")
+    tune.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(default: bfloat16)"
+    )
+
     doctor = commands.add_parser("doctor", help="show what this machine offers ltloss")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -175,6 +192,19 @@ def _report(options: argparse.Namespace) -> int:
 
     print(f"open {write_report(options.run)}")
     return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("tune needs a CUDA device, and there is none here; without it the project's own tiles are used")
+    shape = (options.samples, options.classes, options.width)
+    if min(shape) < 1:
+        raise UserError(f"samples, classes and width must be at least 1; got {shape}")
+    from .tuning import tune
+
+    return tune(shape, getattr(torch, options.dtype))
 
 
 def _doctor(options: argparse.Namespace) -> int:

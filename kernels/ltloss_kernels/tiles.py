@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from ltloss_kernels.tuned_tiles import tuned_tile
+
 __all__ = [
     "ARCHITECTURES",
     "SAMPLE_ROWS",
@@ -73,6 +75,8 @@ def multiprocessors(device: torch.device) -> int:
 
 def forward_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
     """Tile of the log-sum-exp kernel for operands of ``dtype`` (``precision`` is "ieee" or "tf32" for float32)."""
+    if (tuned := tuned_tile("forward", arch, dtype, precision)) is not None:
+        return Tile(*tuned)
     if dtype != torch.float32:
         return _FORWARD_HALF[arch]
     return (_TF32 if precision == "tf32" else _FLOAT32)[arch]
@@ -80,6 +84,8 @@ def forward_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
 
 def gradient_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
     """Tile of the kernel that writes dZ; arguments as for :func:`forward_tile`."""
+    if (tuned := tuned_tile("gradient", arch, dtype, precision)) is not None:
+        return Tile(*tuned)
     if dtype != torch.float32:
         return _GRADIENT_HALF[arch]
     return (_TF32 if precision == "tf32" else _FLOAT32)[arch]
