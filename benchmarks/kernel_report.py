@@ -90,11 +90,20 @@ def report_row(job: Job) -> Row:
 
     arch = ARCHITECTURES[job.architecture]
     case = next(case for case in production_kernels(arch.capability) if case.name == job.kernel)
-    row: Row = {"architecture": arch.name, "kernel": case.name, "warps": case.num_warps, "stages": case.num_stages}
+    row: Row = {"architecture": arch.name, "kernel": case.name, "tile": _tile_name(case.constexprs)}
+    row |= {"warps": case.num_warps, "stages": case.num_stages, "needs_tensor_core": int(case.matrix_instruction)}
     try:
         return {**row, "error": "", **_describe(case, arch)}
     except Exception as error:  # whatever a compiler raises belongs into the table
         return {**row, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def _tile_name(constants: dict[str, Any]) -> str:
+    """Rows x classes x depth of a matrix tile, rows x width of whole rows, or rows of vectors."""
+    for names in (("BLOCK_ROWS", "BLOCK_CLASSES", "BLOCK_DEPTH"), ("ROWS", "WIDTH"), ("ROWS",), ("BLOCK",)):
+        if all(name in constants for name in names):
+            return "x".join(str(constants[name]) for name in names)
+    return ""
 
 
 def _describe(case: Any, arch: Architecture) -> Row:
@@ -167,32 +176,38 @@ def _per_element(case: Any, arch: Architecture, listing: sass.Listing, blocks: i
 def report(work: Sequence[Job], processes: int) -> list[Row]:
     """Describe every job, in fresh processes that really compile: under the interpreter a kernel is no kernel."""
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["LTLOSS_TILES"] = ""  # the project's tiles, not those tuned on this machine
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
         return list(pool.map(report_row, work))
 
 
 _SHOWN = {
+    "tile": "tile",
+    "warps": "warps",
     "registers": "regs",
     "stack_bytes": "stack",
     "shared_bytes": "shared",
     "blocks_per_sm": "blocks",
-    "exponentials_per_element": "ex2/el",
-    "float32_per_element": "f32/el",
-    "epilogue_per_element": "instr/el",
+    "exponentials_per_element": "ex2",
+    "float32_per_element": "f32",
+    "epilogue_per_element": "instr",
     "serial_D512": "serial",
-    "overlapped_D512": "overl.",
-    "matrix_instructions": "product",
+    "overlapped_D512": "overlapped",
 }
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The columns that matter most, for reading; predictions are those of D = 512."""
-    lines = [f"{'kernel':58} {'arch':7}" + "".join(f"{title:>9}" for title in _SHOWN.values())]
+def table(rows: Sequence[Row], markdown: bool = False) -> str:
+    """The columns that matter most; predictions are those of D = 512."""
+    lines = [["kernel", "arch", *_SHOWN.values()]]
+    if markdown:
+        lines.append(["---"] * len(lines[0]))
     for row in rows:
-        values = "".join(f"{row.get(name, '')!s:>9}" for name in _SHOWN)
-        lines.append(f"{row['kernel']:58} {row['architecture']:7}" + (row["error"] or values))
-    return "\n".join(lines)
+        values = [row["error"]] if row["error"] else [str(row.get(name, "")) for name in _SHOWN]
+        lines.append([row["kernel"], row["architecture"], *values])
+    if markdown:
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"{line[0]:44} {line[1]:7}" + "".join(f"{value:>12}" for value in line[2:]) for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -201,13 +216,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", default="", metavar="REGEX", help="only kernels whose name matches")
     parser.add_argument("--architecture", action="append", choices=list(ARCHITECTURES), help="(default: all)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--markdown", action="store_true", help="print the table as docs/kernels.md has it")
     parser.add_argument("--output", type=Path, default=RESULTS / "kernel_report.csv", help="CSV to write")
     options = parser.parse_args(arguments)
     if why := missing_tools():
         print(f"no kernel report: {why}", file=sys.stderr)
         return 2
     rows = report(jobs(options.architecture or ARCHITECTURES, options.kernel), options.processes)
-    print(table(rows))
+    print(table(rows, options.markdown))
     who = {name: value for name, value in stamp().items() if name in ("date", "commit")}
     write_rows([{**row, **who, **tool_versions()} for row in rows], options.output)
     failed = [row for row in rows if row["error"]]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import os
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks import sass
 from benchmarks.kernel_model import ARCHITECTURES, Epilogue, Tile, predict, resident_blocks
-from benchmarks.kernel_report import missing_tools
+from benchmarks.kernel_report import missing_tools, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,4 +156,114 @@ def test_the_prediction_agrees_with_the_hand_calculation() -> None:
     assert alone.overlapped == alone.serial_low
 
 
-needs_tools = pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "never")
+# Every kernel, and of the variants those that differ most: all of them would take three minutes on two cores.
+VARIANTS = "bf16, (fixed|online|prior, logit sum|plain|prior, smoothing)$|(fp16|fp32|tf32), (fixed|plain)$|D = 512$|combine|everything|reduce"
+
+# Instructions per element of what a training step runs on sm_90: (all, float32). A third more would show in the time.
+MOST_INSTRUCTIONS = {
+    "cosine_logsumexp bf16, fixed": (6.1, 3.15),
+    "cosine_logsumexp fp16, fixed": (6.1, 3.15),
+    "cosine_logsumexp bf16, online": (8.5, 4.2),
+    "gradient_tile bf16, plain": (7.3, 4.2),
+    "gradient_tile fp16, plain": (7.5, 4.2),
+}
+
+Row = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """The report, made in a process that compiles: this one may hold interpreted kernels."""
+    if why := missing_tools():
+        pytest.skip(f"{why}: kernels cannot be compiled ahead of time here")
+    output = tmp_path_factory.mktemp("report") / "rows.csv"
+    command = [sys.executable, "-m", "benchmarks.kernel_report", "--kernel", VARIANTS, "--output", str(output)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert output.exists(), done.stderr[-2000:]
+    with output.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def violations(rows: list[Row], holds: Callable[[Row], bool]) -> list[str]:
+    shown = ("registers", "stack_bytes", "shared_bytes", "blocks_per_sm", "matrix_instructions", "error")
+    return [
+        f"{row['kernel']} on {row['architecture']}: { ({name: row[name] for name in shown}) }"
+        for row in rows
+        if not holds(row)
+    ]
+
+
+def on_hopper(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["architecture"] == "sm_90"]
+
+
+def test_every_kernel_compiles_for_every_architecture(rows: list[Row]) -> None:
+    assert violations(rows, lambda row: not row["error"]) == []
+    kernels = Counter(row["kernel"] for row in rows)
+    assert set(kernels.values()) == {len(ARCHITECTURES)}
+    families = {name.split()[0].rstrip(",") for name in kernels}
+    expected = {"cosine_logsumexp", "gradient_tile", "row_norm", "sample", "projection", "combine", "reduce"}
+    assert families == expected | {"margin_cross_entropy"}
+
+
+def test_no_kernel_spills(rows: list[Row]) -> None:
+    assert violations(rows, lambda row: row["stack_bytes"] == row["spill_instructions"] == "0") == []
+
+
+def test_products_run_on_the_tensor_core(rows: list[Row]) -> None:
+    opcodes = {"sm_80": "HMMA.", "sm_90": "HGMMA.", "sm_100": "UTC"}
+    wide = [row for row in rows if row["needs_tensor_core"] == "1"]
+    assert wide
+
+    def holds(row: Row) -> bool:
+        found = row["matrix_instructions"].split()
+        return bool(found) and all(one.startswith(opcodes[row["architecture"]]) for one in found)
+
+    assert violations(wide, holds) == []
+
+
+def test_operands_come_through_the_copy_engine_on_hopper(rows: list[Row]) -> None:
+    wide = [row for row in on_hopper(rows) if row["needs_tensor_core"] == "1"]
+    assert violations(wide, lambda row: int(row["bulk_loads"]) > 0 and row["async_copies"] == "0") == []
+    writing = [row for row in wide if row["kernel"].startswith("gradient_tile")]
+    assert violations(writing, lambda row: int(row["bulk_stores"]) > 0) == []
+
+
+def test_two_blocks_of_half_precision_tiles_fit_a_hopper_multiprocessor(rows: list[Row]) -> None:
+    half = [row for row in on_hopper(rows) if row["dtype"] in ("bf16", "fp16")]
+    assert len(half) >= 8
+    assert violations(half, lambda row: int(row["blocks_per_sm"]) >= 2) == []
+
+
+def test_one_exponential_per_element(rows: list[Row]) -> None:
+    """A running maximum costs one more per row of the tile."""
+    tiles = [row for row in rows if row["exponentials_per_element"]]
+    assert len(tiles) >= 3 * 10
+
+    def holds(row: Row) -> bool:
+        found = row["exponentials_per_element"]
+        fixed = "fixed" in row["kernel"] or "gradient" in row["kernel"]
+        return found == "1.00" if fixed else found != "fewer" and 1.0 <= float(found) <= 1.3
+
+    assert violations(tiles, holds) == []
+
+
+@pytest.mark.parametrize("kernel", MOST_INSTRUCTIONS)
+def test_the_epilogue_stays_as_short_as_it_is(rows: list[Row], kernel: str) -> None:
+    row = next(row for row in on_hopper(rows) if row["kernel"] == kernel)
+    everything, float32 = MOST_INSTRUCTIONS[kernel]
+    assert float(row["epilogue_per_element"]) <= everything
+    assert float(row["float32_per_element"]) <= float32
+
+
+def test_the_committed_report_covers_every_kernel_and_is_the_table_in_the_documentation(rows: list[Row]) -> None:
+    with (ROOT / "benchmarks" / "results" / "kernel_report.csv").open(newline="") as file:
+        committed = list(csv.DictReader(file))
+    names = {(row["kernel"], row["architecture"], row["tile"], row["warps"], row["stages"]) for row in committed}
+    now = {(row["kernel"], row["architecture"], row["tile"], row["warps"], row["stages"]) for row in rows}
+    assert now <= names, "make kernel-report, and commit the result"
+    lines = set((ROOT / "docs" / "kernels.md").read_text().splitlines())
+    shown = [row for row in committed if row["kernel"] in MOST_INSTRUCTIONS]
+    assert set(table(shown, markdown=True).splitlines()) <= lines, "docs/kernels.md shows another report"
