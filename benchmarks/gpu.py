@@ -9,6 +9,7 @@ the rate that the GPU reaches at that moment. Ends within ``--minutes`` whatever
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import statistics
 import sys
@@ -38,6 +39,7 @@ TINY = (Shape(12, 40, 16), Shape(5, 33, 8))  # for --device cpu
 # Operations per N·C·D: one product forwards; backwards two, and one to have the logits again (the count is the same
 # for providers that stored them, so that shares compare times).
 OPERATIONS = {"forward": 2, "backward": 6, "step": 8}
+_SENTENCES = 20  # about mistakes are printed; the rest is counted
 _FLOAT64_LOGITS = 1 << 28  # of the exact reference at a time: 2 GiB, of which it holds about a dozen
 
 
@@ -206,11 +208,12 @@ def _speed(shape: Shape, phase: str, milliseconds: Sequence[float], rate: float)
 
 def check(bench: Bench, quick: bool) -> bool:
     """Compare with float64 and try what a GPU adds (streams, graphs, big tensors); False means: time nothing."""
-    summary = gpu_correctness.check_all(bench.device.kind, bench.deadline.share(0.4), quick)
+    processes = min(8, (os.cpu_count() or 2) // 2) if bench.device.is_cuda else 1
+    summary = gpu_correctness.check_all(bench.device.kind, bench.deadline.share(0.4), quick, processes)
     system = gpu_system.check_all(bench.device, bench.deadline.share(0.3), quick)
-    for sentence in summary.inaccurate:
+    for sentence in summary.inaccurate[:_SENTENCES]:
         print(f"less accurate than promised: {sentence}")
-    for sentence in (*summary.wrong, *system.wrong):
+    for sentence in (*system.wrong, *summary.wrong[:_SENTENCES]):
         print(f"WRONG: {sentence}")
     print(
         f"correctness: {summary.compared} comparisons with float64 and {system.compared} properties checked, "
@@ -276,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ends_within(60 * options.minutes, bench.write):
         if options.tune:
             return gpu_tune.tune(bench, shapes)
-        if check(bench, options.quick):
+        if check(bench, options.quick or not device.is_cuda):
             run(bench, shapes, options.quick)
     if output is not None and bench.rows:
         print(f"wrote {output}: {len(bench.rows)} rows")

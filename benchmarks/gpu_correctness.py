@@ -7,7 +7,12 @@ error of the result.
 
 from __future__ import annotations
 
+import concurrent.futures
+import itertools
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -147,32 +152,62 @@ def _distances(found: Outcome, exact: Outcome) -> list[float]:
     return [_distance(one, other) for one, other in zip(found, exact, strict=True)]
 
 
-class Summary(NamedTuple):
+@dataclass
+class Summary:
     """Counts of one run, and the sentences about what went wrong."""
 
-    compared: int
-    left_out: int
-    wrong: list[str]
-    inaccurate: list[str]
-    worst: float
+    compared: int = 0
+    left_out: int = 0
+    worst: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+    inaccurate: list[str] = field(default_factory=list)
 
-
-def check_all(device: str, deadline: Deadline, quick: bool = False) -> Summary:
-    """Run every case that the time allows."""
-    todo = list(cases(quick))
-    wrong, inaccurate, worst, compared = [], [], 0.0, 0
-    for case in todo:
-        if deadline.left() <= 0:
-            break
-        compared += 1
-        try:
-            verdict = compare(case, device)
-        except Exception as error:  # one broken variant must not hide what the others do
-            wrong.append(f"{case.name} {case.dtypes}: {type(error).__name__}: {str(error)[:300]}")
-            continue
-        worst = max(worst, verdict.worst)
+    def add(self, verdict: Verdict) -> None:
+        """Take one comparison in."""
+        self.worst = max(self.worst, verdict.worst)
         if verdict.worst > 1.0:
             pairs = zip(("loss", "dX", "dW"), verdict.errors, verdict.allowed, strict=True)
             text = ", ".join(f"{name} {error:.1e} (allowed {bound:.1e})" for name, error, bound in pairs)
-            (wrong if verdict.worst > WRONG else inaccurate).append(f"{verdict.case}: {text}")
-    return Summary(compared, len(todo) - compared, wrong, inaccurate, worst)
+            (self.wrong if verdict.worst > WRONG else self.inaccurate).append(f"{verdict.case}: {text}")
+
+    def merge(self, other: Summary) -> None:
+        """Add the counts and sentences of another run."""
+        self.compared += other.compared
+        self.left_out += other.left_out
+        self.worst = max(self.worst, other.worst)
+        self.wrong += other.wrong
+        self.inaccurate += other.inaccurate
+
+
+def check_part(device: str, seconds: float, quick: bool, part: int, parts: int) -> Summary:
+    """Run every ``parts``-th case from the ``part``-th on, as far as the time allows."""
+    deadline, summary = Deadline(seconds), Summary()
+    for case in itertools.islice(cases(quick), part, None, parts):
+        if deadline.left() <= 0:
+            summary.left_out += 1
+            continue
+        summary.compared += 1
+        try:
+            summary.add(compare(case, device))
+        except Exception as error:  # one broken variant must not hide what the others do
+            summary.wrong.append(f"{case.name} {case.dtypes}: {type(error).__name__}: {str(error)[:300]}")
+    return summary
+
+
+def check_all(device: str, deadline: Deadline, quick: bool = False, processes: int = 1) -> Summary:
+    """Run every case that the time allows, in several processes: nearly all of the time is spent compiling."""
+    if processes <= 1:
+        return check_part(device, deadline.left(), quick, 0, 1)
+    summary, context = Summary(), multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        work = [pool.submit(check_part, device, deadline.left(), quick, i, processes) for i in range(processes)]
+        for done in work:
+            summary.merge(_result(done))
+    return summary
+
+
+def _result(done: concurrent.futures.Future[Summary]) -> Summary:
+    try:
+        return done.result()
+    except BrokenProcessPool:
+        return Summary(wrong=["a process that compared died (a crash, or out of memory)"])

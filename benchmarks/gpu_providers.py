@@ -33,6 +33,7 @@ def dense_margin_loss(inputs: Inputs) -> Tensor:
 
 
 def _compiled(inputs: Inputs) -> Callable[[], Tensor]:
+    torch.compiler.reset()  # every shape anew: after eight the compiler would give up and run it eagerly
     compiled = torch.compile(lambda: dense_margin_loss(inputs), dynamic=False)
     return lambda: compiled()
 

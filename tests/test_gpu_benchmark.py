@@ -157,7 +157,7 @@ def test_after_the_deadline_nothing_is_started() -> None:
     gpu.time_shape(state, TINY, state.providers, 1.0)
     assert [row["note"][:8] for row in state.rows] == ["too slow"]
     assert not state.failed, "being out of time is no mistake"
-    assert gpu_correctness.check_all("cpu", Deadline(0.0)).compared == 0
+    assert gpu_correctness.check_all("cpu", Deadline(0.0), quick=True).compared == 0
     assert gpu_system.check_all(Device("cpu"), Deadline(0.0)).left_out == 3
 
 
@@ -191,6 +191,13 @@ def test_a_verdict_takes_nan_for_wrong() -> None:
     verdict = gpu_correctness.Verdict("case", (float("nan"), 0.0, 0.0), (1.0, 1.0, 1.0))
     assert verdict.worst > gpu_correctness.WRONG
     assert gpu_correctness.Verdict("case", (0.5, 3.0, 0.0), (1.0, 2.0, 1.0)).worst == 1.5
+
+
+def test_several_processes_compare_what_one_does() -> None:
+    one = gpu_correctness.check_all("cpu", Deadline(60.0), quick=True)
+    two = gpu_correctness.check_all("cpu", Deadline(60.0), quick=True, processes=2)
+    assert (two.compared, two.left_out, two.wrong, two.inaccurate) == (one.compared, 0, [], [])
+    assert two.worst == pytest.approx(one.worst, rel=1e-3)
 
 
 def test_the_product_runs_in_half_precision_only_where_both_allow_it() -> None:
