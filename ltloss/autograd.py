@@ -45,14 +45,15 @@ def _backward_cosine_logsumexp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor 
 def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, prototypes, labels, log_prior = inputs[:4]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for the other outputs would be four launches
     ctx.save_for_backward(features, prototypes, labels, log_prior, *output[1:])
     scale, _, label_smoothing, ignore_index, normalize_features = inputs[10:15]
     ctx.options = (scale, label_smoothing > 0.0, ignore_index, normalize_features)
 
 
-def _backward_fused(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward_fused(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
-    if not any(needs):
+    if not any(needs) or grad_loss is None:
         return (None,) * 18
     gradients = ops.fused_margin_cross_entropy_backward(grad_loss, *ctx.saved_tensors, *ctx.options, needs)
     return (gradients[0] if needs[0] else None, gradients[1] if needs[1] else None, *(None,) * 16)

@@ -54,7 +54,16 @@ _FUSED = ("fused_margin_cross_entropy", "fused_margin_cross_entropy_backward")
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WIDEST_KERNEL = 8192
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up, not imported
+
+
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None  # looked up, not imported
+    except ImportError:
+        return False
+
+
+_HAS_TRITON = _has_triton()
 
 
 def kernels_available() -> bool:

@@ -49,7 +49,8 @@ def row_norm_kernel(
     vectors (count, width) any dtype and strides; labels (count,): rows labelled ``ignore_index`` are taken as zero
     (they may hold NaN); prior (count,) float32.
     inverse_norm (padded,) float32 1/‖v‖, 0 for zero rows and beyond ``count``.
-    factor (padded,) float32: what makes a row of the copy a unit vector (1 where the copy keeps its length).
+    factor (padded,) float32: what makes a row of the copy a unit vector; 1 where the copy keeps its length, 0 for zero
+    rows, which have no direction and get no gradient.
     copy (count, width) in the dtype of the product, each row times a power of two (if SCALE_COPY), so that neither the
     cast nor the products leave the range. prior_out (padded,) prior·log2 e, -inf beyond ``count``. flags (flag_count,)
     set to 0. One program per ROWS rows; the flags are shared out evenly.
@@ -71,7 +72,7 @@ def row_norm_kernel(
         copy_offsets = rows.to(tl.int64)[:, None] * copy_stride + columns[None, :]
         copied = scaled if SCALE_COPY else values
         tl.store(copy_ptr + copy_offsets, copied.to(copy_ptr.dtype.element_ty), mask=inside[:, None] & cells)
-        tl.store(factor_ptr + rows, inverse if SCALE_COPY else tl.full((ROWS,), 1.0, tl.float32), mask=rows < padded)
+        tl.store(factor_ptr + rows, inverse if SCALE_COPY else tl.where(inverse == 0.0, 0.0, 1.0), mask=rows < padded)
     if HAS_PRIOR:
         prior = tl.load(prior_ptr + rows, mask=inside, other=float("-inf"))
         tl.store(prior_out_ptr + rows, prior * LOG2E, mask=rows < padded)
@@ -102,7 +103,7 @@ def row_norms(
         vectors: (K, D) any floating dtype, any strides.
         inverse_norm: (P,) float32, P >= K: written.
         factor, copy: (P,) float32 and (K, D) with columns next to each other: both are written where given.
-        scale_copy: False copies the rows as they are, and ``factor`` becomes 1.
+        scale_copy: False copies the rows as they are, and ``factor`` becomes 1, or 0 for a zero row.
         labels, ignore_index: (K,) integers; rows with the label ``ignore_index`` are taken as zero.
         prior, prior_out: (K,) and (P,) float32.
         flags: (F,) int8, cleared.

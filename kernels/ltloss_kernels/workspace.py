@@ -39,10 +39,13 @@ def _round_down(value: int, unit: int) -> int:
 def splits_for(row_blocks: int, class_tiles: int, slots: int) -> int:
     """Into how many ranges to split the class tiles, so that all ``slots`` finish at about the same time.
 
-    The time is ⌈programs/slots⌉ waves of ⌈tiles/splits⌉ tiles; of equally good choices the fewest splits.
+    The time is ⌈programs/slots⌉ waves of ⌈tiles/splits⌉ tiles, and one tile's time to start each; of equally good
+    choices the fewest splits.
     """
-    candidates = {1, class_tiles} | {max(1, min(class_tiles, wave * slots // row_blocks)) for wave in range(1, 5)}
-    return min(sorted(candidates), key=lambda splits: -(-row_blocks * splits // slots) * -(-class_tiles // splits))
+    candidates = {max(1, min(class_tiles, wave * slots // row_blocks)) for wave in range(1, 5)}
+    return min(
+        sorted(candidates), key=lambda splits: -(-row_blocks * splits // slots) * (1 + -(-class_tiles // splits))
+    )
 
 
 def forward_plan(

@@ -1,0 +1,278 @@
+"""The operators as PyTorch sees them: compiled, under autocast, repeated, limited in memory, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from losses import FAMILY, MODULES, outcome
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import ltloss
+from kernels.problems import DEVICE, kernel_problem
+from ltloss import functional, ops
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+INTERPRETED = DEVICE == "cpu"
+
+
+def _fused_arguments(reduction: str = "mean", normalize: bool = True, n: int = 20) -> tuple[Any, ...]:
+    features, prototypes, labels = kernel_problem(n, 40, 8).leaves()
+    vector = torch.linspace(0.1, 0.4, 40, device=DEVICE)
+    return (
+        *(features, prototypes, labels, -vector, vector, None, vector + 1, 0.0, 0.2, 1.0, 9.0, 1.1, 0.1, -100),
+        *(normalize, "monotone", "exact", reduction),
+    )
+
+
+def _fused_backward_arguments(needs: list[bool]) -> tuple[Any, ...]:
+    arguments = _fused_arguments()
+    with torch.no_grad():
+        _, *saved = ops.fused_margin_cross_entropy(*arguments)
+    leaves = (*(t.detach() for t in arguments[:2]), *arguments[2:4])
+    return (torch.tensor(0.7, device=DEVICE), *leaves, *saved, 9.0, True, -100, True, needs)
+
+
+OPERATORS: dict[str, Any] = {
+    "fused_margin_cross_entropy": _fused_arguments,
+    "fused_margin_cross_entropy none": lambda: _fused_arguments("none", False),
+    "fused_margin_cross_entropy empty": lambda: _fused_arguments("sum", n=0),
+    "fused_margin_cross_entropy_backward": lambda: _fused_backward_arguments([True, True]),
+    "fused_margin_cross_entropy_backward features": lambda: _fused_backward_arguments([True, False]),
+    "cosine_logsumexp": lambda: (*kernel_problem(20, 40, 8, ignored=False).leaves(), None, 9.0, True, True),
+}
+
+
+@pytest.mark.parametrize("case", OPERATORS)
+def test_operator(case: str) -> None:
+    """Schema, fake tensors, autograd registration, and tracing with dynamic shapes."""
+    torch.library.opcheck(getattr(ops, case.split()[0]), OPERATORS[case]())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "LongTailLoss"])
+def test_module_is_one_graph(name: str, dynamic: bool) -> None:
+    torch.compiler.reset()
+    eager = MODULES[name](40, 8).to(DEVICE)
+    compiled = copy.deepcopy(eager)
+    run = torch.compile(compiled, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (20, 25) if dynamic else (20,):
+        given = kernel_problem(n, 40, 8)
+        results = []
+        for module, call in ((eager, eager), (compiled, run)):
+            module.zero_grad()
+            leaf = given.features.clone().requires_grad_()
+            loss = call(leaf, given.labels)
+            loss.backward()
+            results.append((loss.detach(), leaf.grad, module.weight.grad))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_changes_nothing() -> None:
+    given = kernel_problem(dtypes=(BF16, F32))
+    expected = outcome(given, angular_margin=0.3)
+    with torch.autocast(DEVICE, dtype=BF16):
+        got = outcome(given, angular_margin=0.3)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["arcface", "everything"])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F32)])
+def test_results_repeat_bit_for_bit(
+    dtypes: tuple[torch.dtype, torch.dtype], name: str, default_algorithms: None
+) -> None:
+    options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in FAMILY[name](70).items()}
+    first, second = (outcome(kernel_problem(dtypes=dtypes), **options) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+class TestMemory:
+    @pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F32)])
+    @pytest.mark.parametrize("name", ["arcface", "everything", "feature_length_smoothed"])
+    def test_slabs_and_chunks_change_nothing(
+        self, name: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Classes in several slabs, samples in several chunks, in both directions."""
+        from ltloss_kernels import backward_pass, forward_pass, workspace
+
+        options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in FAMILY[name](70).items()}
+        whole = outcome(kernel_problem(dtypes=dtypes), **options)
+        rows, classes = (16, 32) if INTERPRETED else (128, 128)
+        forward = workspace.ForwardPlan(rows, classes, 2)
+        backward = workspace.BackwardPlan(rows, classes)
+        monkeypatch.setattr(forward_pass, "forward_plan", lambda *_, **__: forward)
+        monkeypatch.setattr(backward_pass, "backward_plan", lambda *_, **__: backward)
+        parts = outcome(kernel_problem(dtypes=dtypes), **options)
+        tolerance = 1e-5 if dtypes[0] == F32 else 2.0**-9
+        for one, other in zip(parts, whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+    @pytest.mark.parametrize(
+        ("samples", "classes", "width", "limit"),
+        [
+            (8192, 131072, 512, 256),
+            (4096, 1 << 20, 512, 256),
+            (8192, 131072, 4096, 256),
+            (256, 1000, 512, 256),
+            (64, 10**7, 64, 32),
+        ],
+    )
+    def test_the_limit_is_kept(self, samples: int, classes: int, width: int, limit: int) -> None:
+        from ltloss_kernels.workspace import backward_plan
+
+        limit <<= 20
+        for per_class in (0, 4 * width, 6 * width):
+            plan = backward_plan(samples, classes, 6 * width, per_class, 2, 128, limit)
+            taken = samples * 6 * width + plan.classes * (2 * plan.rows + per_class)
+            assert taken <= limit
+            assert plan.classes == classes or plan.classes % 128 == 0
+
+    def test_a_batch_beyond_the_limit_is_still_computed(self) -> None:
+        from ltloss_kernels.workspace import backward_plan
+
+        assert backward_plan(1 << 20, 1 << 20, 2048, 2048, 2, 128, 1 << 20) == (32768, 1024)
+
+    def test_extra_memory_of_the_forward(self) -> None:
+        """The flags and partial sums of the shapes that we make promises about."""
+        from ltloss_kernels.workspace import forward_plan
+
+        for samples, classes, promised in ((8192, 131072, 8), (4096, 1 << 20, 32)):
+            plan = forward_plan(samples, classes, 512, 128, 128, 264, 0)
+            flags = -(-plan.rows // 128) * (classes // 128)
+            vectors = 4 * (classes + plan.rows * (plan.splits + 4) + 8 * samples)
+            assert flags + vectors <= promised << 20
+
+    @pytest.mark.parametrize(
+        ("row_blocks", "tiles", "slots"), [(64, 1024, 264), (32, 8192, 264), (2, 8, 264), (1, 1, 264), (1000, 3, 264)]
+    )
+    def test_splits_fill_the_device(self, row_blocks: int, tiles: int, slots: int) -> None:
+        from ltloss_kernels.workspace import splits_for
+
+        splits = splits_for(row_blocks, tiles, slots)
+        assert 1 <= splits <= tiles
+        time = -(-row_blocks * splits // slots) * -(-tiles // splits)
+        assert time <= max(1.1 * row_blocks * tiles / slots, 1) + 1
+
+    def test_use_workspace(self) -> None:
+        before = ltloss.current_workspace()
+        with ltloss.use_workspace(1 << 20):
+            assert ltloss.current_workspace() == 1 << 20
+        assert ltloss.current_workspace() == before == 256 << 20
+        for bad in (0, -1, True, 1.5):
+            with pytest.raises(ValueError, match="limit must be a positive integer"):
+                ltloss.use_workspace(bad)
+
+
+class _Computations(TorchDispatchMode):
+    """Counts the operators that would launch something on a GPU: all but allocations and views."""
+
+    FREE = (
+        "empty",
+        "new_empty",
+        "empty_like",
+        "view",
+        "slice",
+        "select",
+        "as_strided",
+        "t",
+        "detach",
+        "expand",
+        "alias",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        space, _, name = func.name().partition("::")
+        if space == "aten" and name.partition(".")[0] not in self.FREE and not any(result is arg for arg in args):
+            self.found[name] += 1
+        return result
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts launches of the interpreter")
+class TestLaunches:
+    """How many launches a small problem costs: it is bound by them, not by arithmetic."""
+
+    # forward, backward. Prototypes of another dtype, and float16 operands, are copied by one more launch.
+    EXPECTED: ClassVar = {(F32, F32): (5, 5), (F16, F32): (5, 6), (F16, F16): (5, 6)}
+
+    @staticmethod
+    def _counted(monkeypatch: pytest.MonkeyPatch, run: Any) -> Counter[str]:
+        from losses import watching
+        from ltloss_kernels import backward_pass
+        from triton.runtime.interpreter import GridExecutor
+
+        launches: Counter[str] = Counter()
+        execute = GridExecutor.__call__
+
+        def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+            launches[self.fn.__name__] += 1
+            with _disable_current_modes():
+                return execute(self, *args, **kwargs)
+
+        def product(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, overwrite: bool) -> None:
+            launches["library product"] += 1  # its emulation for half precision on a CPU takes more
+            with _disable_current_modes():
+                target.copy_(left.float() @ right.float() + (0 if overwrite else target))
+
+        with monkeypatch.context() as patch, watching(_Computations(), patch) as mode:
+            patch.setattr(GridExecutor, "__call__", launch)
+            patch.setattr(backward_pass, "multiply_add", product)
+            run()
+        return launches + mode.found
+
+    @pytest.mark.parametrize("dtypes", EXPECTED)
+    @pytest.mark.parametrize("name", ["cosine_softmax", "arcface", "long_tail", "class_weighted", "sum"])
+    def test_number(self, name: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+        from ltloss import triton_backend
+
+        monkeypatch.setattr(triton_backend, "check_label_range", lambda *_: None)  # not done on a GPU
+        leaves = kernel_problem(20, 40, 8, dtypes=dtypes).leaves()
+        loss: list[torch.Tensor] = []
+        options = FAMILY[name](40)
+        options = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        forward = self._counted(monkeypatch, lambda: loss.append(functional.margin_cross_entropy(*leaves, **options)))
+        seed = torch.ones(())
+        backward = self._counted(monkeypatch, lambda: torch.autograd.grad(loss[0], leaves[:2], seed))
+        assert (forward.total(), backward.total()) == self.EXPECTED[dtypes], (forward, backward)
+
+
+class TestRefusals:
+    def test_float64(self) -> None:
+        given = kernel_problem(dtypes=(torch.float64, torch.float64))
+        with pytest.raises(RuntimeError, match=r"'triton' was asked for.*not torch.float64.*use 'auto' or 'torch'"):
+            functional.margin_cross_entropy(*given)
+        with ltloss.use_backend("auto"):
+            assert functional.margin_cross_entropy(*given).dtype == torch.float64
+
+    def test_too_wide(self) -> None:
+        given = kernel_problem(3, 4, 8193)
+        with pytest.raises(RuntimeError, match="up to 8192 columns, not 8193"):
+            functional.margin_cross_entropy(*given)
+        with pytest.raises(RuntimeError, match="up to 8192 columns, not 8193"):
+            functional.cosine_logsumexp(*given, scale=1.0)
+
+    def test_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ops, "_HAS_TRITON", False)
+        with pytest.raises(RuntimeError, match="Triton is not installed"):
+            functional.margin_cross_entropy(*kernel_problem())
+
+    def test_cpu_tensors_without_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from ltloss_kernels import operands
+
+        monkeypatch.setattr(operands, "interpreting", lambda: False)
+        given = kernel_problem()
+        with pytest.raises(RuntimeError, match=r"tensors on cpu; .*TRITON_INTERPRET=1 .*before the first use"):
+            functional.margin_cross_entropy(*(t.cpu() for t in given))
+
+    def test_auto_takes_the_kernels_on_a_gpu(self) -> None:
+        given = kernel_problem()
+        with ltloss.use_backend("auto"):
+            assert ops.kernels_chosen(*given[:2]) == (DEVICE == "cuda")
