@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from kernel_problems import DEVICE, assert_close, exact_outcome, kernel_problem, options_on_device
 from losses import FAMILY, Problem, outcome, relative_error
 
 import ltloss
-from kernels.problems import DEVICE, assert_close, exact_outcome, kernel_problem, options_on_device
 from ltloss import functional, ops, reference
 
 # (N, C, D): below, on and across the edges of tiles, rows of one element, a single class, a single sample.
@@ -98,6 +98,15 @@ def test_priors_of_any_range() -> None:
     given = kernel_problem()
     given = given._replace(labels=torch.where(given.labels == 7, 8, given.labels))
     check(given, log_prior=prior, reduction="sum", tolerance=2e-5)
+
+
+def test_numbers_scalars_and_strided_vectors() -> None:
+    """Margins and weights as numbers, as scalars on the device, and as vectors with strides."""
+    wide = torch.linspace(0.1, 0.9, 140, dtype=torch.float64)
+    given = kernel_problem()
+    check(given, angular_margin=0.3, cosine_margin=torch.tensor(0.1), class_weight=torch.tensor(2.0), reduction="sum")
+    check(given, angular_margin=wide[::2], class_weight=wide[1::2], log_prior=wide[::2], label_smoothing=0.1)
+    check(given, angular_margin=torch.tensor(0.0), cosine_margin=1)
 
 
 class TestDtypes:

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from kernel_problems import DEVICE, kernel_problem
 from losses import FAMILY, MODULES, outcome
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import ltloss
-from kernels.problems import DEVICE, kernel_problem
 from ltloss import functional, ops
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
