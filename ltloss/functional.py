@@ -280,7 +280,7 @@ def _checked_counts(class_counts: Tensor, prototypes: Tensor) -> Tensor:
 
 def feature_norm_penalty(
     features: Tensor,
-    kind: FeatureNormKind | Callable[[Tensor], Tensor] = "hinge",
+    kind: FeatureNormKind | Callable[[Tensor], Tensor] = "ring",
     *,
     radius: float = 10.0,
 ) -> Tensor:
