@@ -24,6 +24,7 @@ from ltloss.validation import (
     check_choice,
     check_features,
     check_number,
+    check_pair,
     check_per_class,
     check_prototypes,
     check_rows,
@@ -284,7 +285,7 @@ def _checked_counts(class_counts: Tensor, prototypes: Tensor) -> Tensor:
 
 def feature_norm_penalty(
     features: Tensor,
-    kind: FeatureNormKind | Callable[[Tensor], Tensor] = "hinge",
+    kind: FeatureNormKind | Callable[[Tensor], Tensor] = "ring",
     *,
     radius: float = 10.0,
 ) -> Tensor:
@@ -330,14 +331,7 @@ def top_k(features: Tensor, prototypes: Tensor, k: int = 1) -> TopK:
         >>> top_k(torch.tensor([[0.0, 2.0]]), torch.eye(3, 2), k=2).index
         tensor([[1, 0]])
     """
-    check_features(features)
-    check_prototypes(prototypes)
-    if features.shape[1] != prototypes.shape[1]:
-        raise ValueError(
-            f"features and prototypes must have the same width D; got features {tuple(features.shape)} "
-            f"and prototypes {tuple(prototypes.shape)}"
-        )
-    check_same_device(features=features, prototypes=prototypes)
+    check_pair(features, prototypes)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= prototypes.shape[0]:
         raise ValueError(f"k must be an integer between 1 and the number of classes {prototypes.shape[0]}; got {k!r}")
     if current_backend() == "reference":

@@ -178,7 +178,7 @@ def min_angle_regularizer(
 
 
 def feature_norm_penalty(
-    features: Tensor, kind: FeatureNormKind | Callable[[Tensor], Tensor] = "hinge", *, radius: float = 10.0
+    features: Tensor, kind: FeatureNormKind | Callable[[Tensor], Tensor] = "ring", *, radius: float = 10.0
 ) -> Tensor:
     """Twin of :func:`ltloss.functional.feature_norm_penalty`; one formula on N numbers, so both share it."""
     return norm_penalty(features, kind, radius)

@@ -14,6 +14,7 @@ __all__ = [
     "check_features",
     "check_label_range",
     "check_number",
+    "check_pair",
     "check_per_class",
     "check_prototypes",
     "check_rows",
@@ -80,8 +81,8 @@ def check_same_device(**tensors: Tensor | None) -> None:
         raise ValueError(f"all tensors must be on one device; got {where}")
 
 
-def check_supervised(features: Any, prototypes: Any, labels: Any) -> None:
-    """Features (N, D), prototypes (C, D) and integer labels (N,) that fit together."""
+def check_pair(features: Any, prototypes: Any) -> None:
+    """Features (N, D) and prototypes (C, D) of the same width on one device."""
     check_features(features)
     check_prototypes(prototypes)
     if features.shape[1] != prototypes.shape[1]:
@@ -89,6 +90,12 @@ def check_supervised(features: Any, prototypes: Any, labels: Any) -> None:
             f"features and prototypes must have the same width D; got features {tuple(features.shape)} "
             f"and prototypes {tuple(prototypes.shape)}"
         )
+    check_same_device(features=features, prototypes=prototypes)
+
+
+def check_supervised(features: Any, prototypes: Any, labels: Any) -> None:
+    """Features (N, D), prototypes (C, D) and integer labels (N,) that fit together."""
+    check_pair(features, prototypes)
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor (N,); got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

@@ -329,7 +329,7 @@ def test_long_tail_loss_is_the_weighted_sum(backend: str) -> None:
         dtype=torch.float64,
     )
     module.weight.data = on_circle(*PROTOTYPES)
-    total = float(module(on_circle(FEATURE, length=2.0), torch.tensor([1])))
+    total = module(on_circle(FEATURE, length=2.0), torch.tensor([1])).item()
     l1 = by_hand(lambda t: SCALE * math.cos(t + 0.2), 1)
     omega = (1 / 3, 1 / 2, 1.0)
     l2 = -(omega[0] * 1.0 + omega[1] * 1.0 + omega[2] * 1.5) / sum(omega)
