@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import multiprocessing
 import os
 import statistics
 import threading
@@ -50,7 +51,7 @@ class Deadline:
 
 @contextlib.contextmanager
 def ends_within(seconds: float, before_ending: Callable[[], None]) -> Iterator[None]:
-    """End the process after ``seconds``, whatever it waits for then (a compiler, the device), with exit code 3.
+    """End the process and its workers after ``seconds``, whatever they wait for then (a compiler, the device): code 3.
 
     A timer thread and not a signal: Python handles signals only between two of its own instructions.
     """
@@ -59,6 +60,8 @@ def ends_within(seconds: float, before_ending: Callable[[], None]) -> Iterator[N
         try:
             before_ending()
         finally:
+            for child in multiprocessing.active_children():
+                child.kill()
             os._exit(3)
 
     timer = threading.Timer(seconds, end)

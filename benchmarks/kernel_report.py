@@ -95,7 +95,8 @@ def report_row(job: Job) -> Row:
     try:
         return {**row, "error": "", **_describe(case, arch)}
     except Exception as error:  # whatever a compiler raises belongs into the table
-        return {**row, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        message = " ".join(str(error).split())  # a compiler shows the source first, and says at the end what is wrong
+        return {**row, "error": f"{type(error).__name__}: {message[-300:]}"}
 
 
 def _tile_name(constants: dict[str, Any]) -> str:
