@@ -11,7 +11,7 @@ from torch import Tensor
 from ltloss_kernels import tiles
 from ltloss_kernels.cosine_logsumexp_grad import gradient_tile_kernel, projection_kernel
 from ltloss_kernels.operands import (
-    descriptor,
+    block_source,
     multiply_add,
     padded_matrix,
     product_dtype,
@@ -69,7 +69,8 @@ class BackwardPass:
         self.scaled = self.dtype == torch.float16
         # Power-of-two scaled copies keep float16 in range; other dtypes have the range of float32.
         self.in_place = readable_in_place(prototypes, self.dtype) and not self.scaled
-        self.tile = tiles.gradient_tile(tiles.architecture(features.device), self.dtype, self.precision)
+        arch = tiles.architecture(features.device)
+        self.tile, self.described = tiles.gradient_tile(arch, self.dtype, self.precision), tiles.has_copy_engine(arch)
         gradient = upstream.gradient
         self.upstream_bound = gradient.abs().amax() if self.scaled and gradient.dim() else gradient
 
@@ -93,8 +94,10 @@ class BackwardPass:
         grad_prototypes = (
             torch.empty((classes, width), dtype=prototypes.dtype, device=device) if need_prototypes else None
         )
-        feature_sum = torch.empty((samples, width), device=device) if wide_features else grad_features
-        slab_sum = torch.empty((plan.classes, width), device=device) if wide_prototypes else None
+        feature_sum = (
+            torch.empty((samples, width), dtype=torch.float32, device=device) if wide_features else grad_features
+        )
+        slab_sum = torch.empty((plan.classes, width), dtype=torch.float32, device=device) if wide_prototypes else None
         copy = None if self.in_place else padded_matrix(plan.classes, width, self.dtype, device)
         slab = padded_matrix(plan.rows, plan.classes, self.dtype, device)
         operand, feature_factor = self._feature_operand()
@@ -161,8 +164,8 @@ class BackwardPass:
         class_tiles = triton.cdiv(classes, tile.classes)
         gradient_tile_kernel[(triton.cdiv(samples, tile.rows) * class_tiles,)](
             # inputs
-            descriptor(features[rows], tile.rows, tile.depth),
-            descriptor(prototypes, tile.classes, tile.depth),
+            block_source(features[rows], tile.rows, tile.depth, self.described),
+            block_source(prototypes, tile.classes, tile.depth, self.described),
             feature_factor[rows],
             class_factor,
             None if self.prior is None else self.prior[here],
@@ -173,7 +176,7 @@ class BackwardPass:
             upstream.bound,
             self.upstream_bound,
             # outputs
-            descriptor(slab, tile.rows, tile.classes),
+            block_source(slab, tile.rows, tile.classes, self.described),
             # sizes
             samples,
             classes,
@@ -183,8 +186,12 @@ class BackwardPass:
             self.labels.stride(0),
             upstream.coefficients.stride(0),
             gradient.stride(0) if gradient.dim() else 0,
+            features.stride(0),
+            prototypes.stride(0),
+            slab.stride(0),
             self.scale,
             # constants
+            DESCRIBED=self.described,
             HAS_PRIOR=self.prior is not None,
             HAS_TOTAL=upstream.inverse_total is not None,
             SMOOTH=upstream.every_class,

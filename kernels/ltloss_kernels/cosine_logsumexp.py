@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ltloss_kernels.arithmetic import LN2, LOG2E, log, scaled_rows
+from ltloss_kernels.blocks import load_block
 
 __all__ = ["combine_kernel", "combine_splits", "cosine_logsumexp_kernel", "sample_kernel"]
 
@@ -107,6 +108,7 @@ def sample_kernel(
         "class_tiles",
         "tiles_per_split",
         "first_split",
+        "slab_classes",
     ]
 )
 def cosine_logsumexp_kernel(
@@ -131,8 +133,12 @@ def cosine_logsumexp_kernel(
     class_tiles,
     tiles_per_split,
     first_split,
+    slab_classes,
+    features_stride,
+    prototypes_stride,
     shift,
     # constants
+    DESCRIBED: tl.constexpr,
     ONLINE: tl.constexpr,
     HAS_PRIOR: tl.constexpr,
     WITH_LOGIT_SUM: tl.constexpr,
@@ -143,9 +149,9 @@ def cosine_logsumexp_kernel(
 ):
     """Partial sums over the other classes of exp(l - shift): one row block by one range of class tiles per program.
 
-    features: descriptor (samples, width); prototypes: descriptor of a slab of the classes, (slab classes, width), whose
-    first tile is the ``first_tile``-th of all. row_scale, label (samples,); class_factor, prior (class_tiles ·
-    BLOCK_CLASSES,), 0 and -inf beyond the classes; flags (row blocks, class_tiles).
+    features: (samples, width); prototypes: a slab of the classes, (slab_classes, width), whose first tile is the
+    ``first_tile``-th of all; both are descriptors if DESCRIBED. row_scale, label (samples,); class_factor, prior
+    (class_tiles · BLOCK_CLASSES,), 0 and -inf beyond the classes; flags (row blocks, class_tiles).
     partial_sum (splits, samples): Σ 2^(l·log2 e - shift). The shift, in units of log 2, is the argument, or if ONLINE
     the running maximum of each row, which partial_max (splits, samples) returns. partial_logit (splits, samples):
     Σ s·cos over all classes of the range, if WITH_LOGIT_SUM.
@@ -164,8 +170,13 @@ def cosine_logsumexp_kernel(
     for tile in tl.range(first, last, flatten=True):
         product = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
         for k in range(0, width, BLOCK_DEPTH):
-            x = features.load([block * BLOCK_ROWS, k])
-            w = prototypes.load([tile * BLOCK_CLASSES, k])
+            x = load_block(
+                features, block * BLOCK_ROWS, k, samples, width, features_stride, BLOCK_ROWS, BLOCK_DEPTH, DESCRIBED
+            )
+            w = load_block(
+                prototypes, tile * BLOCK_CLASSES, k, slab_classes, width, prototypes_stride, BLOCK_CLASSES, BLOCK_DEPTH,
+                DESCRIBED,
+            )  # fmt: skip
             product = tl.dot(x, w.T, product, input_precision=PRECISION)
         classes_here = (first_tile + tile) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
         logit = product * tl.load(class_factor_ptr + classes_here)[None, :]

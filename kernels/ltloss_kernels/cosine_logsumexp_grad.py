@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ltloss_kernels.arithmetic import LOG2E, power_of_two_below, scaled_rows
+from ltloss_kernels.blocks import load_block, store_block
 
 __all__ = ["gradient_tile_kernel", "projection_kernel"]
 
@@ -54,8 +55,12 @@ def gradient_tile_kernel(
     labels_stride,
     coefficients_stride,
     upstream_stride,
+    features_stride,
+    prototypes_stride,
+    slab_stride,
     scale,
     # constants
+    DESCRIBED: tl.constexpr,
     HAS_PRIOR: tl.constexpr,
     HAS_TOTAL: tl.constexpr,
     SMOOTH: tl.constexpr,
@@ -68,11 +73,11 @@ def gradient_tile_kernel(
 ):
     """One tile of dZ: 2^(l·log2 e - shift_i)·other_i + every_i, own_i in the column of the label, all times α_i·β_c.
 
-    features: descriptor (samples, width); prototypes: descriptor of the slab (classes, width), whose first class is the
-    ``first_class``-th of all. feature_factor (samples,) and class_factor (classes,) without the scale; prior
-    (classes,) in natural units; labels (samples,), strided; coefficients (≥ 4, samples) as
+    features: (samples, width); prototypes: a slab (classes, width), whose first class is the ``first_class``-th of all;
+    both, and the result, are descriptors if DESCRIBED. feature_factor (samples,) and class_factor (classes,) without
+    the scale; prior (classes,) in natural units; labels (samples,), strided; coefficients (≥ 4, samples) as
     margin_cross_entropy_kernel writes them; upstream (samples,), stride 0 for a scalar; inverse_total, bound,
-    upstream_bound: scalars. slab: descriptor (samples, classes).
+    upstream_bound: scalars. slab: (samples, classes).
     Class tiles are taken in groups, so that the programs at work at one time share feature rows and prototypes.
     """
     program = tl.program_id(0)
@@ -84,8 +89,20 @@ def gradient_tile_kernel(
     block = in_group // group_width
     product = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
     for k in range(0, width, BLOCK_DEPTH):
-        x = features.load([block * BLOCK_ROWS, k])
-        w = prototypes.load([tile * BLOCK_CLASSES, k])
+        x = load_block(
+            features, block * BLOCK_ROWS, k, samples, width, features_stride, BLOCK_ROWS, BLOCK_DEPTH, DESCRIBED
+        )
+        w = load_block(
+            prototypes,
+            tile * BLOCK_CLASSES,
+            k,
+            classes,
+            width,
+            prototypes_stride,
+            BLOCK_CLASSES,
+            BLOCK_DEPTH,
+            DESCRIBED,
+        )
         product = tl.dot(x, w.T, product, input_precision=PRECISION)
 
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -118,7 +135,8 @@ def gradient_tile_kernel(
     if holds_a_label != 0:
         gradient = tl.where(here[None, :] == label[:, None], (own * factor)[:, None], gradient)
     gradient *= beta[None, :]
-    slab.store([block * BLOCK_ROWS, tile * BLOCK_CLASSES], gradient.to(slab.dtype))
+    row, column = block * BLOCK_ROWS, tile * BLOCK_CLASSES
+    store_block(slab, gradient, row, column, samples, classes, slab_stride, BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED)
 
 
 @triton.jit

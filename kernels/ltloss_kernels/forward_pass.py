@@ -13,7 +13,7 @@ from torch import Tensor
 from ltloss_kernels import tiles
 from ltloss_kernels.cosine_logsumexp import combine_kernel, cosine_logsumexp_kernel, sample_kernel
 from ltloss_kernels.margin_cross_entropy import margin_cross_entropy_kernel, reduce_kernel
-from ltloss_kernels.operands import descriptor, padded_matrix, product_dtype, product_precision, readable_in_place
+from ltloss_kernels.operands import block_source, padded_matrix, product_dtype, product_precision, readable_in_place
 from ltloss_kernels.row_norm import row_norms
 from ltloss_kernels.workspace import forward_plan
 
@@ -87,7 +87,8 @@ class ForwardPass:
         self.ignore_index = ignore_index
         samples, (classes, width), device = features.shape[0], prototypes.shape, features.device
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
-        self.tile = tiles.forward_tile(tiles.architecture(device), self.dtype, self.precision)
+        arch = tiles.architecture(device)
+        self.tile, self.described = tiles.forward_tile(arch, self.dtype, self.precision), tiles.has_copy_engine(arch)
         self.in_place = readable_in_place(prototypes, self.dtype)
         self.plan = forward_plan(
             samples,
@@ -222,8 +223,8 @@ class ForwardPass:
         (count, width), slab_tiles = features.shape, triton.cdiv(prototypes.shape[0], self.tile.classes)
         cosine_logsumexp_kernel[(triton.cdiv(count, tile.rows), splits)](
             # inputs
-            descriptor(features, tile.rows, tile.depth),
-            descriptor(prototypes, tile.classes, tile.depth),
+            block_source(features, tile.rows, tile.depth, self.described),
+            block_source(prototypes, tile.classes, tile.depth, self.described),
             row_scale,
             self._class_factor,
             self._scaled_prior,
@@ -242,8 +243,12 @@ class ForwardPass:
             self.class_tiles,
             triton.cdiv(slab_tiles, splits),
             slab * splits,
+            prototypes.shape[0],
+            features.stride(0),
+            prototypes.stride(0),
             self.shift,
             # constants
+            DESCRIBED=self.described,
             ONLINE=self.online,
             HAS_PRIOR=self.prior is not None,
             WITH_LOGIT_SUM=self.with_logit_sum,

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ltloss_kernels import row_norm
 
 __all__ = [
-    "descriptor",
+    "block_source",
     "interpreting",
     "multiply_add",
     "padded_matrix",
@@ -60,8 +60,10 @@ def padded_matrix(rows: int, width: int, dtype: torch.dtype, device: torch.devic
     return torch.empty(rows, -(-width // unit) * unit, dtype=dtype, device=device)[:, :width]
 
 
-def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """``matrix`` (K, D) in blocks of rows by columns; what a block has beyond the matrix reads as zero."""
+def block_source(matrix: Tensor, rows: int, columns: int, described: bool) -> TensorDescriptor | Tensor:
+    """``matrix`` as the kernels take it: described for the copy engine in blocks of rows by columns, or itself."""
+    if not described:
+        return matrix
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 

@@ -22,6 +22,8 @@ __all__ = ["KernelCase", "production_kernels"]
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _PRODUCTS = ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"))
+# Multiples of 16 for every usual width, which a launch specialises on.
+_ALIGNED_SIZES = ("width", "features_stride", "prototypes_stride", "slab_stride")
 _WIDTHS = (128, 512, 4096, 8192)
 
 
@@ -50,7 +52,7 @@ def _case(name: str, fn: Any, types: dict[str, str], constants: dict[str, Any], 
     What a launch passes as None, or as a 1 that is specialised on, is a constant here too.
     """
     signature = {arg: types.get(arg, "constexpr" if arg in constants else "i32") for arg in fn.arg_names}
-    aligned = [i for i, (arg, kind) in enumerate(signature.items()) if kind.startswith("*") or arg in ("width",)]
+    aligned = [i for i, (arg, kind) in enumerate(signature.items()) if kind.startswith("*") or arg in _ALIGNED_SIZES]
     return KernelCase(
         name,
         fn,
@@ -67,6 +69,13 @@ def _pointers(fn: Any, default: str = "*fp32", **others: str) -> dict[str, str]:
     return {arg: others.get(arg, default) for arg in fn.arg_names if arg.endswith("_ptr")}
 
 
+def _block(arch: int, dtype: torch.dtype, rows: int, columns: int) -> str:
+    """The type of a matrix that is taken block by block."""
+    if tiles.has_copy_engine(arch):
+        return f"tensordesc<{_NAMES[dtype]}[{rows},{columns}]>"
+    return f"*{_NAMES[dtype]}"
+
+
 def _logsumexp_cases(arch: int) -> Iterator[KernelCase]:
     fn = cosine_logsumexp_kernel
     variants = {
@@ -80,8 +89,8 @@ def _logsumexp_cases(arch: int) -> Iterator[KernelCase]:
         tile = tiles.forward_tile(arch, dtype, precision)
         for variant, (online, prior, with_sum) in variants.items():
             types = _pointers(fn, label_ptr="*i32", flags_ptr="*i8") | {
-                "features": f"tensordesc<{_NAMES[dtype]}[{tile.rows},{tile.depth}]>",
-                "prototypes": f"tensordesc<{_NAMES[dtype]}[{tile.classes},{tile.depth}]>",
+                "features": _block(arch, dtype, tile.rows, tile.depth),
+                "prototypes": _block(arch, dtype, tile.classes, tile.depth),
                 "shift": "fp32",
             }
             absent = {"partial_max_ptr": online, "prior_ptr": prior, "partial_logit_ptr": with_sum}
@@ -91,6 +100,7 @@ def _logsumexp_cases(arch: int) -> Iterator[KernelCase]:
                 {name: kind for name, kind in types.items() if absent.get(name, True)},
                 {
                     **{name: None for name, present in absent.items() if not present},
+                    "DESCRIBED": tiles.has_copy_engine(arch),
                     "ONLINE": online,
                     "HAS_PRIOR": prior,
                     "WITH_LOGIT_SUM": with_sum,
@@ -113,9 +123,9 @@ def _gradient_cases(arch: int) -> Iterator[KernelCase]:
         for variant, (prior, smooth) in {"plain": (False, False), "prior, smoothing": (True, True)}.items():
             kind = _NAMES[dtype]
             types = _pointers(fn, labels_ptr="*i64") | {
-                "features": f"tensordesc<{kind}[{tile.rows},{tile.depth}]>",
-                "prototypes": f"tensordesc<{kind}[{tile.classes},{tile.depth}]>",
-                "slab": f"tensordesc<{kind}[{tile.rows},{tile.classes}]>",
+                "features": _block(arch, dtype, tile.rows, tile.depth),
+                "prototypes": _block(arch, dtype, tile.classes, tile.depth),
+                "slab": _block(arch, dtype, tile.rows, tile.classes),
                 "scale": "fp32",
             }
             if not prior:
@@ -127,6 +137,7 @@ def _gradient_cases(arch: int) -> Iterator[KernelCase]:
                 {
                     **({} if prior else {"prior_ptr": None}),
                     "labels_stride": 1,
+                    "DESCRIBED": tiles.has_copy_engine(arch),
                     "HAS_PRIOR": prior,
                     "HAS_TOTAL": True,
                     "SMOOTH": smooth,

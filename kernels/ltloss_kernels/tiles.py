@@ -19,6 +19,7 @@ __all__ = [
     "architecture",
     "forward_tile",
     "gradient_tile",
+    "has_copy_engine",
     "multiprocessors",
     "row_tile",
 ]
@@ -64,6 +65,11 @@ def architecture(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return max((known for known in ARCHITECTURES if known <= 10 * major + minor), default=ARCHITECTURES[0])
+
+
+def has_copy_engine(arch: int) -> bool:
+    """Whether blocks are fetched by TMA, described by the host; otherwise the kernels compute addresses."""
+    return arch >= 90
 
 
 def multiprocessors(device: torch.device) -> int:

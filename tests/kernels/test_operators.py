@@ -92,21 +92,22 @@ def test_results_repeat_bit_for_bit(
 
 class TestMemory:
     @pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F32)])
+    @pytest.mark.parametrize("width", [16, 19])  # prototypes read in place, and copied
     @pytest.mark.parametrize("name", ["arcface", "everything", "feature_length_smoothed"])
     def test_slabs_and_chunks_change_nothing(
-        self, name: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+        self, name: str, width: int, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Classes in several slabs, samples in several chunks, in both directions."""
         from ltloss_kernels import backward_pass, forward_pass, workspace
 
         options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in FAMILY[name](70).items()}
-        whole = outcome(kernel_problem(dtypes=dtypes), **options)
+        whole = outcome(kernel_problem(d=width, dtypes=dtypes), **options)
         rows, classes = (16, 32) if INTERPRETED else (128, 128)
         forward = workspace.ForwardPlan(rows, classes, 2)
         backward = workspace.BackwardPlan(rows, classes)
         monkeypatch.setattr(forward_pass, "forward_plan", lambda *_, **__: forward)
         monkeypatch.setattr(backward_pass, "backward_plan", lambda *_, **__: backward)
-        parts = outcome(kernel_problem(dtypes=dtypes), **options)
+        parts = outcome(kernel_problem(d=width, dtypes=dtypes), **options)
         tolerance = 1e-5 if dtypes[0] == F32 else 2.0**-9
         for one, other in zip(parts, whole, strict=True):
             torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
@@ -245,6 +246,13 @@ class TestLaunches:
 
 
 class TestRefusals:
+    def test_what_has_no_kernel(self) -> None:
+        given = kernel_problem()
+        with pytest.raises(RuntimeError, match="no kernel for nearest_prototype; use 'auto' or 'torch'"):
+            functional.nearest_prototype(given.prototypes)
+        with pytest.raises(RuntimeError, match="no kernel for top_k; use 'auto' or 'torch'"):
+            functional.top_k(given.features, given.prototypes)
+
     def test_float64(self) -> None:
         given = kernel_problem(dtypes=(torch.float64, torch.float64))
         with pytest.raises(RuntimeError, match=r"'triton' was asked for.*not torch.float64.*use 'auto' or 'torch'"):
