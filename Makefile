@@ -35,7 +35,7 @@ bench: $(VENV)/.installed  ## measure against the peers, write benchmarks/result
 	@$(BIN)/python -m benchmarks.cpu
 
 kernel-report: $(VENV)/.installed  ## compile every kernel for sm_80, sm_90 and sm_100 (no GPU needed), write the table
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.kernel_report
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.kernel_report --documentation docs/kernels.md
 
 # A machine with a GPU has its PyTorch already: nothing is installed, and 9 minutes are enough.
 gpu:  ## check and measure on this machine's GPU, write benchmarks/results/<device>.csv

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 from benchmarks import sass
 from benchmarks.kernel_model import ARCHITECTURES, MATRIX_RATE, WARP, Architecture, Epilogue, Tile, predict
 from benchmarks.kernel_model import resident_blocks as blocks_that_fit
+from benchmarks.kernel_tables import WIDTHS, plain_table, with_tables
 from benchmarks.measure import RESULTS, stamp, write_rows
 
 Row = dict[str, Any]
-WIDTHS = (128, 256, 512, 1024, 4096)  # the D of the predictions
 
 
 def wheel_binary(name: str) -> Path:
@@ -185,50 +185,24 @@ def report(work: Sequence[Job], processes: int) -> list[Row]:
         return list(pool.map(report_row, work))
 
 
-_SHOWN = {
-    "tile": "tile",
-    "warps": "warps",
-    "registers": "regs",
-    "stack_bytes": "stack",
-    "shared_bytes": "shared",
-    "blocks_per_sm": "blocks",
-    "exponentials_per_element": "ex2",
-    "float32_per_element": "f32",
-    "epilogue_per_element": "instr",
-    "serial_D512": "serial",
-    "overlapped_D512": "overlapped",
-}
-
-
-def table(rows: Sequence[Row], markdown: bool = False) -> str:
-    """The columns that matter most; predictions are those of D = 512."""
-    lines = [["kernel", "arch", *_SHOWN.values()]]
-    if markdown:
-        lines.append(["---"] * len(lines[0]))
-    for row in rows:
-        values = [row["error"]] if row["error"] else [str(row.get(name, "")) for name in _SHOWN]
-        lines.append([row["kernel"], row["architecture"], *values])
-    if markdown:
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join(f"{line[0]:44} {line[1]:7}" + "".join(f"{value:>12}" for value in line[2:]) for line in lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table, write the CSV; 1 if a kernel does not compile."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kernel", default="", metavar="REGEX", help="only kernels whose name matches")
     parser.add_argument("--architecture", action="append", choices=list(ARCHITECTURES), help="(default: all)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--markdown", action="store_true", help="print the table as docs/kernels.md has it")
+    parser.add_argument("--documentation", type=Path, metavar="FILE", help="renew the marked tables in this page")
     parser.add_argument("--output", type=Path, default=RESULTS / "kernel_report.csv", help="CSV to write")
     options = parser.parse_args(arguments)
     if why := missing_tools():
         print(f"no kernel report: {why}", file=sys.stderr)
         return 2
     rows = report(jobs(options.architecture or ARCHITECTURES, options.kernel), options.processes)
-    print(table(rows, options.markdown))
+    print(plain_table(rows))
     who = {name: value for name, value in stamp().items() if name in ("date", "commit")}
     write_rows([{**row, **who, **tool_versions()} for row in rows], options.output)
+    if options.documentation:
+        options.documentation.write_text(with_tables(options.documentation.read_text(), rows))
     failed = [row for row in rows if row["error"]]
     print(f"wrote {options.output}: {len(rows)} kernels, {len(failed)} of them do not compile")
     return 1 if failed else 0
