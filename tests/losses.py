@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -161,8 +161,8 @@ def watching(mode: Any, monkeypatch: Any) -> Iterator[Any]:
 
     find = ops._implementation
 
-    def implementation(name: str, device: torch.device) -> Callable[..., Any]:
-        found = find(name, device)
+    def implementation(name: str, args: Sequence[Any]) -> Callable[..., Any]:
+        found = find(name, args)
 
         def watched(*args: Any) -> Any:
             with mode:

@@ -245,6 +245,47 @@ class TestLaunches:
         assert (forward.total(), backward.total()) == self.EXPECTED[dtypes], (forward, backward)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+class TestOnTheDevice:
+    """A training step never waits for the GPU, so it can be captured."""
+
+    OPTIONS: ClassVar = {"angular_margin": 0.3, "label_smoothing": 0.1}
+
+    @pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, F32), (F16, F32), (F32, F32)])
+    def test_nothing_synchronises_with_the_host(self, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        given = kernel_problem(dtypes=dtypes)
+        outcome(given, torch.ones((), device=DEVICE), **self.OPTIONS)  # compiles
+        leaves = given.leaves()
+        sum(functional.cosine_logsumexp(*leaves, scale=9.0)).sum().backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            functional.margin_cross_entropy(*leaves, **self.OPTIONS).backward()
+            sum(functional.cosine_logsumexp(*leaves, scale=9.0)).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F16, F32)])
+    def test_cuda_graph(self, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        leaves = kernel_problem(dtypes=dtypes).leaves()
+
+        def step() -> tuple[torch.Tensor, ...]:
+            loss = functional.margin_cross_entropy(*leaves, **self.OPTIONS)
+            return (loss.detach(), *torch.autograd.grad(loss, leaves[:2]))
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():  # other numbers at the same addresses
+            leaves.features.copy_(kernel_problem(dtypes=dtypes, seed=1).features)
+        graph.replay()
+        assert all(torch.equal(one, other) for one, other in zip(captured, step(), strict=True))
+
+
 class TestRefusals:
     def test_what_has_no_kernel(self) -> None:
         given = kernel_problem()
