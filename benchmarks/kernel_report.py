@@ -120,7 +120,8 @@ def _describe(case: Any, arch: Architecture) -> Row:
         file.flush()
         name = compiled.metadata.name
         resources = sass.parse_resources(_output("cuobjdump", "--dump-resource-usage", file.name), name)
-        listing = sass.parse_listing(_output("nvdisasm", "-c", file.name), name)
+        disassembly = _output("nvdisasm", "-c", file.name)
+    listing = sass.parse_listing(disassembly, name)
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0
     blocks = blocks_that_fit(arch, resources.registers, shared, case.num_warps, columns)
     return {
@@ -131,6 +132,8 @@ def _describe(case: Any, arch: Architecture) -> Row:
         "tensor_memory_columns": columns,
         "blocks_per_sm": blocks,
         "matrix_instructions": " ".join(listing.matrix_opcodes()),
+        # Hopper: waits that leave one product running, so that the next is issued before this one has ended.
+        "waits_in_flight": len(re.findall(r"WARPGROUP\.DEPBAR\S* gsb0, 0x1\b", disassembly)),
         "bulk_loads": listing.count("UTMALDG"),
         "bulk_stores": listing.count("UTMASTG"),
         "async_copies": listing.count("LDGSTS"),

@@ -244,6 +244,11 @@ def test_operands_are_fetched_ahead(rows: list[Row]) -> None:
     assert violations(writing, lambda row: int(row["bulk_stores"]) > 0) == []
 
 
+def test_a_product_stays_in_flight_on_hopper(rows: list[Row]) -> None:
+    half = [row for row in on_hopper(rows) if row["dtype"] in ("bf16", "fp16")]
+    assert violations(half, lambda row: int(row["waits_in_flight"]) >= 1) == []
+
+
 def test_two_blocks_of_half_precision_tiles_fit_a_hopper_multiprocessor(rows: list[Row]) -> None:
     half = [row for row in on_hopper(rows) if row["dtype"] in ("bf16", "fp16")]
     assert len(half) == 7
