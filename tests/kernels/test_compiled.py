@@ -1,0 +1,70 @@
+"""What can be read off the compiled kernels, on any machine: the compiler needs no GPU, only a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+COMPILE = """
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ltloss_kernels.production import production_kernels
+
+cases = {case.name: case for case in production_kernels(90)}
+
+def compiled(case):
+    source = ASTSource(fn=case.fn, signature=case.signature, constexprs=case.constexprs, attrs=case.attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+"""
+
+
+def run_compiler(script: str) -> str:
+    """Run a script behind COMPILE in a process without the interpreter; what it prints."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment: dict[str, Any] = {**os.environ, "PYTHONPATH": paths}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE + script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_row_offsets_are_64_bit() -> None:
+    """Wherever a row stride comes in at run time it is widened first; no product of it is formed in 32 bits."""
+    script = """
+for name in ("row_norm fp32 to bf16, D = 512", "sample bf16, D = 512", "projection bf16, D = 512"):
+    ttir = compiled(cases[name])["ttir"].splitlines()
+    strides = [arg for arg in cases[name].signature if arg.endswith(("row_stride", "copy_stride", "gradient_stride"))]
+    assert strides
+    for stride in strides:
+        uses = [line for line in ttir if f"%{stride}" in line and "tt.func" not in line]
+        assert uses and all("extsi" in line and "i64" in line for line in uses), (name, stride, uses)
+print("64 bits")
+"""
+    assert run_compiler(script) == "64 bits"
+
+
+def test_there_are_no_atomics() -> None:
+    """Results repeat bit for bit because every sum has one order."""
+    script = """
+names = [name for name in cases if ("bf16" in name and "D = 4096" not in name and "8192" not in name)]
+names += [name for name in cases if "margin_cross_entropy" in name or name.startswith(("combine", "reduce"))]
+found = {name: re.findall(r"\\b(?:atom|red)\\.[a-z.]+", compiled(cases[name])["ptx"]) for name in names}
+assert len(names) > 10
+print({name: atomics for name, atomics in found.items() if atomics})
+"""
+    assert run_compiler(script) == "{}"
