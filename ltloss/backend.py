@@ -37,8 +37,9 @@ class use_backend(AbstractContextManager["use_backend"]):
     """Force one implementation, from now on or inside a ``with`` block.
 
     Args:
-        name: ``"auto"`` takes the fastest implementation that serves the tensor's device; ``"torch"`` the chunked
-            PyTorch one on every device; ``"reference"`` the dense one of :mod:`ltloss.reference` (needs N×C memory);
+        name: ``"auto"`` takes chunked PyTorch (on a GPU the kernels, if the environment variable ``LTLOSS_KERNELS=1``
+            asks for them: they have not been run on one yet); ``"torch"`` the chunked PyTorch one on every device;
+            ``"reference"`` the dense one of :mod:`ltloss.reference` (needs N×C memory);
             ``"triton"`` the GPU kernels, and raises where they cannot run.
 
     The environment variable ``LTLOSS_BACKEND`` sets the initial value. The switch is global to the process.

@@ -96,7 +96,9 @@ def kernel_status() -> str:
         return "cannot be compiled: triton is not installed; CUDA tensors take the chunked PyTorch path"
     if not torch.cuda.is_available():
         return "available, but there is no CUDA device to compile them for"
-    return "available; the self-check below compiles and runs them"
+    if current_backend() == "triton" or ops.KERNELS_UNDER_AUTO:
+        return "available; the self-check below compiles and runs them"
+    return "available, not run on a GPU before; LTLOSS_KERNELS=1 asks for them, and this command then checks them"
 
 
 def _implementations() -> Iterator[Row]:
@@ -111,7 +113,8 @@ def _implementations() -> Iterator[Row]:
     elif backend == "torch":
         cuda = f"{chunked}: the backend in force says so"
     else:
-        cuda = "the kernels" if ops.kernels_available() else f"{chunked}: there are no kernels"
+        asked = ops.kernels_available() and ops.KERNELS_UNDER_AUTO
+        cuda = "the kernels (LTLOSS_KERNELS)" if asked else f"{chunked}: LTLOSS_KERNELS=1 asks for the kernels"
     yield "CUDA tensors", cuda
     yield "GPU kernels", kernel_status()
 

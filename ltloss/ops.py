@@ -7,6 +7,7 @@ Every operator takes and returns plain tensors and allocates nothing of size N×
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,6 +66,10 @@ def _has_triton() -> bool:
 
 _HAS_TRITON = _has_triton()
 
+# The kernels pass their tests in Triton's interpreter and compile ahead of time, but have not run on a GPU yet. Until
+# `make gpu` has passed on one, "auto" leaves them to those who ask for them with the environment variable.
+KERNELS_UNDER_AUTO = os.environ.get("LTLOSS_KERNELS", "0") not in ("", "0")
+
 
 def kernels_available() -> bool:
     """Whether this version brings GPU kernels that can run here."""
@@ -92,7 +97,8 @@ def kernels_chosen(features: Tensor, prototypes: Tensor) -> bool:
         if reason:
             raise RuntimeError(f"backend 'triton' was asked for, but {reason}; use 'auto' or 'torch'")
         return True
-    return backend == "auto" and features.device.type == "cuda" and not _not_served(features, prototypes)
+    asked = backend == "auto" and KERNELS_UNDER_AUTO and features.device.type == "cuda"
+    return asked and not _not_served(features, prototypes)
 
 
 def _kernel(name: str) -> Callable[..., Any]:

@@ -321,7 +321,10 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match=r"tensors on cpu; .*TRITON_INTERPRET=1 .*before the first use"):
             functional.margin_cross_entropy(*(t.cpu() for t in given))
 
-    def test_auto_takes_the_kernels_on_a_gpu(self) -> None:
+    def test_auto_takes_the_kernels_on_a_gpu_when_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         given = kernel_problem()
         with ltloss.use_backend("auto"):
+            monkeypatch.setattr(ops, "KERNELS_UNDER_AUTO", False)
+            assert not ops.kernels_chosen(*given[:2])
+            monkeypatch.setattr(ops, "KERNELS_UNDER_AUTO", True)
             assert ops.kernels_chosen(*given[:2]) == (DEVICE == "cuda")
