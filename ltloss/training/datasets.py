@@ -22,6 +22,7 @@ Split = Literal["train", "test", "all"]
 Size = int | tuple[int, int] | None  # pixels: the side of a square, (height, width), or that of the data
 TEST_SHARE = 0.2
 DEFAULT_FOLDER_SIZE = 64
+LARGEST_DEFAULT_SIZE = 128  # the size of the data is only used up to here: photos would need too much memory
 
 
 class ImageSource(Protocol):
@@ -217,6 +218,13 @@ def _load_folder(folder: Path, split: Split, size: Size, channels: int | None, s
         grey = all(shape[0] == 1 for shape in found)
         sizes = {shape[1:] for shape in found}
         common = sizes.pop() if len(sizes) == 1 else (DEFAULT_FOLDER_SIZE, DEFAULT_FOLDER_SIZE)
+        if size is None and max(common) > LARGEST_DEFAULT_SIZE:
+            print(
+                f"ltloss: the pictures of {folder} are {common[1]} x {common[0]} pixels, used at {DEFAULT_FOLDER_SIZE} "
+                f"x {DEFAULT_FOLDER_SIZE}; choose another size with --image-size",
+                file=sys.stderr,
+            )
+            common = (DEFAULT_FOLDER_SIZE, DEFAULT_FOLDER_SIZE)
         return _target_shape((1 if grey else 3, *common), size, channels)
 
     source = _checked(folder, names, labels, class_names, choose_shape, workers)

@@ -119,6 +119,20 @@ def test_pictures_of_different_sizes_become_one_size(toy_folder: Path) -> None:
     assert load_data(str(toy_folder), split="all", image_size=16, channels=1).shape == (1, 16, 16)
 
 
+def test_photos_of_one_size_are_not_used_at_full_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (160, 120), "red").save(tmp_path / name)
+    assert load_data(str(tmp_path), split="train").shape == (3, 64, 64)
+    told = "are 160 x 120 pixels, used at 64 x 64; choose another size with --image-size"
+    assert capsys.readouterr().err.splitlines() == [f"ltloss: the pictures of {tmp_path} {told}"]
+    assert load_data(str(tmp_path), split="train", image_size=(120, 160)).shape == (3, 120, 160)
+    assert capsys.readouterr().err == ""
+    for path in tmp_path.rglob("*.png"):
+        Image.new("RGB", (128, 100), "red").save(path)
+    assert load_data(str(tmp_path), split="train").shape == (3, 100, 128)
+
+
 def test_pictures_to_classify_have_no_label(toy_folder: Path) -> None:
     (toy_folder / "loose.PNG").write_bytes((toy_folder / "apple" / "000.png").read_bytes())
     source = load_pictures(toy_folder, image_shape=(3, 12, 12))
