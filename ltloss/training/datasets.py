@@ -21,6 +21,7 @@ from .longtail import stratified_split
 Split = Literal["train", "test", "all"]
 Size = int | tuple[int, int] | None  # pixels: the side of a square, (height, width), or that of the data
 TEST_SHARE = 0.2
+SMALLEST_SIZE = 4  # what --image-size demands: the backbones pool pictures twice
 DEFAULT_FOLDER_SIZE = 64
 LARGEST_DEFAULT_SIZE = 128  # the size of the data is only used up to here: photos would need too much memory
 
@@ -332,4 +333,9 @@ def _checked(
 
 def _target_shape(shape: tuple[int, int, int], size: Size, channels: int | None) -> tuple[int, int, int]:
     height, width = (size, size) if isinstance(size, int) else size or shape[1:]
+    if min(height, width) < SMALLEST_SIZE:
+        raise UserError(
+            f"the pictures are {width} x {height} pixels, each side must be at least {SMALLEST_SIZE}; "
+            "enlarge them with --image-size"
+        )
     return channels or shape[0], height, width

@@ -12,6 +12,7 @@ from PIL import Image
 from toys import CLASS_NAMES, toy_images
 
 from ltloss.training.datasets import FolderImages, load_data, load_pictures
+from ltloss.training.errors import UserError
 from ltloss.training.images import PictureError, open_picture, to_pixels
 
 
@@ -131,6 +132,18 @@ def test_photos_of_one_size_are_not_used_at_full_size(tmp_path: Path, capsys: py
     for path in tmp_path.rglob("*.png"):
         Image.new("RGB", (128, 100), "red").save(path)
     assert load_data(str(tmp_path), split="train").shape == (3, 100, 128)
+
+
+def test_pictures_too_small_to_train_on_are_refused(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+        (tmp_path / "folder" / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.new("L", (5, 3)).save(tmp_path / "folder" / name)
+    images, labels = np.zeros((4, 3, 5), np.uint8), np.array([0, 1, 0, 1])
+    np.savez(tmp_path / "data.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    for data in ("folder", "data.npz"):
+        with pytest.raises(UserError, match=r"are 5 x 3 pixels, each side must be at least 4; enlarge .* --image-size"):
+            load_data(str(tmp_path / data), split="train")
+        assert load_data(str(tmp_path / data), split="train", image_size=4).shape == (1, 4, 4)
 
 
 def test_pictures_to_classify_have_no_label(toy_folder: Path) -> None:
