@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ltloss needs Python 3.10 or newer, this is " + sys.version.split()[0])'
 	@echo "Setting up $(VENV) (once; PyTorch is a large download) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) torch triton
+	@$(PIP) torch
 	@$(PIP) -e '.[train,bench,dev]'
 	@touch $@
 

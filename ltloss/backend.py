@@ -118,29 +118,33 @@ class use_workspace(AbstractContextManager["use_workspace"]):
         _workspace = self._previous
 
 
-class _Debug(AbstractContextManager["_Debug"]):
+class _Debug:
     """``ltloss.debug(True)`` checks labels on a GPU too, at the price of one host synchronisation a call.
 
-    Labels on the CPU are always checked. ``with ltloss.debug(): ...`` limits it to a block, ``bool(ltloss.debug)``
-    tells the state, and the environment variable ``LTLOSS_DEBUG=1`` turns it on at import.
+    Labels on the CPU are always checked. ``with ltloss.debug(): ...`` limits it to a block, ``bool(ltloss.debug)`` is
+    the state, and the environment variable ``LTLOSS_DEBUG=1`` turns it on at import.
     """
 
     def __init__(self) -> None:
-        self._on = os.environ.get("LTLOSS_DEBUG", "0") not in ("", "0")
-        self._previous: list[bool] = []
+        self.on = os.environ.get("LTLOSS_DEBUG", "0") not in ("", "0")
 
-    def __call__(self, on: bool = True) -> _Debug:
-        self._previous.append(self._on)
-        self._on = on
-        return self
+    def __call__(self, on: bool = True) -> _DebugScope:
+        scope = _DebugScope(self.on)
+        self.on = on
+        return scope
 
     def __bool__(self) -> bool:
-        return self._on
+        return self.on
+
+
+class _DebugScope(AbstractContextManager["_DebugScope"]):
+    def __init__(self, previous: bool) -> None:
+        self._previous = previous
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._on = self._previous.pop()
+        debug.on = self._previous
 
 
 debug = _Debug()

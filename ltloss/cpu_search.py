@@ -155,8 +155,13 @@ def _copies_in_order(prototypes: Tensor, index: Tensor) -> Tensor:
     if not copies.any:
         return index
     group = copies.group(index)
-    same = group[:, :, None] == group[:, None, :]
-    return copies.member(group, same.tril(-1).sum(2))
+    # Which occurrence of its group in the row each entry is: its distance from the first one in sorted order.
+    ordered, order = group.sort(dim=1, stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    position = torch.arange(group.shape[1], device=group.device).expand_as(group)
+    occurrence = position - torch.where(first, position, 0).cummax(1).values
+    return copies.member(group, torch.empty_like(group).scatter_(1, order, occurrence))
 
 
 def _first_top_k(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:

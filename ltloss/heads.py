@@ -1,7 +1,7 @@
 """The losses as modules: each holds the prototypes, computes its loss and predicts.
 
 ``state_dict`` holds what is learned (``weight``, and centres where there are any). Margins, priors and weights come
-from the constructor, so a state_dict moves freely between the losses of the family.
+from the constructor, so a state_dict moves freely between the losses that learn prototypes alone.
 """
 
 from __future__ import annotations
@@ -111,6 +111,19 @@ class PrototypeHead(nn.Module):
         """Draw the prototypes anew: uniform directions, length ≈ 1 (the length sets the step size on the sphere)."""
         nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
 
+    def _set_constant(self, name: str, value: Tensor | float | None) -> None:
+        """Keep a number as it is, a vector as a buffer beside the weight that the state_dict leaves out."""
+        if not isinstance(value, Tensor):
+            setattr(self, name, value)
+            return
+        value = value.detach().to(self.weight.device, torch.float32, copy=True)
+        # Looked at once, here: in a training step it would cost a synchronisation.
+        if bool(value.isnan().any()):
+            raise ValueError(f"{name} must not contain NaN; got it for class {int(value.isnan().nonzero()[0, -1])}")
+        if name == "class_weight" and bool((value < 0).any()):
+            raise ValueError(f"class_weight must not be negative; got {value.min().item():g}")
+        self.register_buffer(name, value, persistent=False)
+
     def logits(self, features: Tensor) -> Tensor:
         """Logits without margin or prior, as prediction uses them: (N, D) -> (N, C).
 
@@ -206,14 +219,6 @@ class CombinedMarginLoss(PrototypeHead):
         self._margin_cross_entropy(
             self.weight.new_empty(0, embedding_size), torch.empty(0, dtype=torch.int64, device=device)
         )
-
-    def _set_constant(self, name: str, value: Tensor | float | None) -> None:
-        if isinstance(value, Tensor):
-            self.register_buffer(
-                name, value.detach().to(self.weight.device, torch.float32, copy=True), persistent=False
-            )
-        else:
-            setattr(self, name, value)
 
     def set_class_weight(self, class_weight: Tensor | None) -> None:
         """Replace the class weights (C,), or remove them with None: what a deferred schedule does at its epoch."""

@@ -15,7 +15,7 @@ from ltloss.class_balance import Counts, Normalize, margins_from_counts
 from ltloss.epilogue import margin_losses, one_pass, reduce_losses
 from ltloss.heads import CombinedMarginLoss, PriorOptions, PrototypeHead, _check_counts, _FromCounts
 from ltloss.norm_penalty import FeatureNormKind, norm_penalty
-from ltloss.validation import check_choice, check_number, check_supervised
+from ltloss.validation import check_choice, check_number, check_per_class, check_supervised
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,7 +42,8 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         margin_normalize: ``"none"`` as published, or ``"max"``.
         min_angle_weight: λ1; 0 leaves L2 out.
         min_angle_power: 1/k for the weights of L2.
-        min_angle_rows: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of C²·D/2.
+        min_angle_rows: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of C²·D/2
+            (how many they are depends on the data: ``torch.compile`` breaks its graph there).
         feature_norm_weight: λ2; 0 leaves L3 out.
         feature_norm: the g of L3, by name or a function of the lengths (N,). ``"ring"`` with λ2 = 0.1 measured best, on
             long-tailed digits (docs/evidence.md).
@@ -100,21 +101,24 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """L1 + λ1·L2 + λ2·L3 for features (N, D) and labels (N,).
 
-        With ``reduction="none"`` L2 and L3 are added to every sample.
+        With ``reduction="none"`` L2 and L3 are added to every sample that counts.
         """
         loss = self._margin_cross_entropy(features, labels)
         parts = {"margin_cross_entropy": loss.detach()}
+        regularizers = []
         counted = labels.to(torch.int64) != self.ignore_index  # -100 compared with uint8 would be 156
         if self.min_angle_weight:
             rows = None if self.min_angle_rows == "all" else torch.unique(labels[counted])
             angle = F.min_angle_regularizer(self.weight, self.class_counts, power=self.min_angle_power, rows=rows)
             parts["min_angle"] = angle.detach()
-            loss = loss + self.min_angle_weight * angle
+            regularizers.append(self.min_angle_weight * angle)
         if self.feature_norm_weight:
             length = norm_penalty(features, self.feature_norm, self.feature_norm_radius, counted)
             parts["feature_norm"] = length.detach()
-            loss = loss + self.feature_norm_weight * length
+            regularizers.append(self.feature_norm_weight * length)
         self.parts = parts
+        for term in regularizers:
+            loss = loss + (torch.where(counted, term, 0.0) if self.reduction == "none" else term)
         return loss
 
     def hyper_parameters(self) -> dict[str, Any]:
@@ -164,6 +168,7 @@ class CosineSpaceLoss(PrototypeHead):
     """
 
     step: Tensor
+    margin: Tensor | float
 
     def __init__(
         self,
@@ -171,7 +176,7 @@ class CosineSpaceLoss(PrototypeHead):
         embedding_size: int,
         *,
         scale: float = 30.0,
-        margin: float = 0.35,
+        margin: Tensor | float = 0.35,
         inter_weight: float = 0.5,
         intra_weight: float = 0.25,
         ce_weight: float = 1.0,
@@ -194,12 +199,12 @@ class CosineSpaceLoss(PrototypeHead):
                 "the weights must satisfy ce_weight > inter_weight > intra_weight (γ > α > β), or pass strict=False; "
                 f"got ce_weight={ce_weight}, inter_weight={inter_weight}, intra_weight={intra_weight}"
             )
-        check_number("margin", margin)
+        self._set_constant("margin", check_per_class("margin", margin, num_classes, self.weight))
         check_number("epsilon", epsilon, at_least=0.0)
         check_number("start_step", start_step, at_least=0)
         check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
         check_choice("truncate", truncate, ("batch", "sample"))
-        self.margin, self.epsilon, self.start_step, self.truncate = margin, epsilon, start_step, truncate
+        self.epsilon, self.start_step, self.truncate = epsilon, start_step, truncate
         self.inter_weight, self.intra_weight, self.ce_weight = inter_weight, intra_weight, ce_weight
         self.label_smoothing, self.ignore_index, self.strict = label_smoothing, ignore_index, strict
         self.centers = ClassCenters(

@@ -70,7 +70,7 @@ def _value(cosine: Tensor, multiplier: float, angular: Tensor | float, beyond_pi
         return torch.where(phase > math.pi, cosine - angular * _sin(angular), phase.cos())
     # On the k-th stretch of length pi: (-1)^k cos(phase) - 2k. Continuous and falling everywhere; k = 1 is the
     # -2 - cos(theta + m) of the text, k > 1 only occurs with a multiplier (SphereFace).
-    stretch = torch.floor(phase / math.pi)
+    stretch = torch.floor(phase / math.pi).clamp_min(0)
     return (1 - 2 * stretch.remainder(2)) * phase.cos() - 2 * stretch
 
 
@@ -81,7 +81,7 @@ def _slope(cosine: Tensor, multiplier: float, angular: Tensor | float, beyond_pi
     slope = multiplier * phase.sin() / angle.sin()
     if beyond_pi == "arcface":
         return torch.where(phase > math.pi, torch.ones_like(slope), slope)
-    return (1 - 2 * torch.floor(phase / math.pi).remainder(2)) * slope
+    return (1 - 2 * torch.floor(phase / math.pi).clamp_min(0).remainder(2)) * slope
 
 
 def _sin(angle: Tensor | float) -> Tensor | float:

@@ -40,6 +40,10 @@ def direction(vectors: Tensor) -> Tensor:
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
+    # A factor on a row changes no direction: rows whose squares would leave the range are brought to length about 1.
+    largest = vectors.detach().abs().amax(1, keepdim=True)
+    extreme = ((largest < 1e-15) | (largest > 1e15)) & (largest >= torch.finfo(vectors.dtype).tiny)
+    vectors = vectors * torch.where(extreme, largest.reciprocal(), 1.0)
     norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
     return torch.where(norm == 0, 0.0, vectors) / torch.where(norm == 0, 1.0, norm)
 
@@ -54,7 +58,8 @@ def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
         tensor([[0.6000, 0.8000]])
     """
     dtype = torch.promote_types(torch.promote_types(features.dtype, prototypes.dtype), torch.float32)
-    return direction(features.to(dtype)) @ direction(prototypes.to(dtype)).t()
+    with torch.autocast(features.device.type, enabled=False):  # it would form the product in half precision
+        return direction(features.to(dtype)) @ direction(prototypes.to(dtype)).t()
 
 
 def _margin(cosine: Tensor, m1: float, m2: Tensor, m3: Tensor, beyond_pi: BeyondPi, gradient: MarginGradient) -> Tensor:
@@ -63,7 +68,7 @@ def _margin(cosine: Tensor, m1: float, m2: Tensor, m3: Tensor, beyond_pi: Beyond
     phase = m1 * theta + m2
     if beyond_pi == "monotone":
         # Beyond π: −2 − cos; in general (−1)^k cos − 2k on the k-th stretch of length π (SphereFace).
-        k = torch.floor(phase / math.pi).detach()
+        k = torch.floor(phase / math.pi).clamp_min(0).detach()
         margin = torch.where(k % 2 == 0, 1.0, -1.0) * phase.cos() - 2 * k
     else:
         margin = torch.where(phase > math.pi, cosine - m2 * m2.sin(), phase.cos())

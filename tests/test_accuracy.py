@@ -218,3 +218,20 @@ def test_rows_longer_than_float32_can_say_keep_their_direction() -> None:
     other, own = cosine_logsumexp(features, prototypes, torch.tensor([0]), scale=2.0)
     assert own.item() == pytest.approx(2.0, rel=1e-6)
     assert other.item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e25])
+def test_reference_and_logits_keep_the_direction_of_extreme_rows(factor: float) -> None:
+    """Squares of 1e±25 leave float32; directions do not depend on lengths."""
+    features, prototypes = torch.randn(5, 6), torch.randn(7, 6)
+    expected = reference.cosines(features, prototypes)
+    assert relative_error(reference.cosines(features * factor, prototypes * factor), expected) <= 1e-6
+
+
+def test_logits_are_float32_under_autocast() -> None:
+    """What logits say best is what predict finds, also where products would drop to half precision."""
+    features, prototypes = torch.randn(200, 16), torch.randn(500, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = reference.cosines(features, prototypes)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits.argmax(1), top_k(features, prototypes, 1).index[:, 0])

@@ -360,3 +360,11 @@ def test_public_functions_are_the_ones_tested() -> None:
         "nearest_prototype",
         "top_k",
     }
+
+
+def test_a_negative_angular_margin_is_a_plain_cosine() -> None:
+    """cos(m1·θ + m2) for every m2: only beyond π is the cosine replaced, not below 0."""
+    got = margin_cosine(
+        torch.ones(2, dtype=torch.float64), angular_margin=torch.tensor([-0.5, 0.5], dtype=torch.float64)
+    )
+    assert got.tolist() == pytest.approx([math.cos(0.5)] * 2, rel=1e-12)

@@ -307,3 +307,32 @@ def test_gradient_of_the_long_tail_loss_reaches_everything() -> None:
 
 def _with_weight(module: ltloss.PrototypeHead, weight: Tensor):  # type: ignore[no-untyped-def]
     return lambda x, y: torch.func.functional_call(module, {"weight": weight}, (x, y))
+
+
+def test_cosine_space_loss_takes_a_margin_per_class() -> None:
+    features, labels = batch()
+    margins = torch.linspace(0.1, 0.5, 5)
+    module = ltloss.CosineSpaceLoss(5, features.shape[1], margin=margins)
+    module(features, labels % 5)
+    expected = functional.margin_cross_entropy(features, module.weight, labels % 5, cosine_margin=margins)
+    assert torch.equal(module.parts["inter"], expected.detach())
+    assert "margin" not in module.state_dict()
+
+
+def test_ignored_samples_get_no_regulariser_either() -> None:
+    features, _ = batch(3)
+    module = ltloss.LongTailLoss.from_counts([5, 1], features.shape[1], reduction="none")
+    losses = module(features, torch.tensor([0, -100, 1]))
+    assert losses[1] == 0
+    assert losses[0] != 0
+
+
+@pytest.mark.parametrize("name", ["angular_margin", "cosine_margin", "log_prior", "class_weight"])
+def test_constants_with_nan_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must not contain NaN; got it for class 1"):
+        ltloss.CombinedMarginLoss(3, 4, **{name: torch.tensor([0.0, float("nan"), 0.0])})
+
+
+def test_negative_class_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="class_weight must not be negative; got -2"):
+        ltloss.CombinedMarginLoss(2, 4, class_weight=torch.tensor([1.0, -2.0]))

@@ -146,3 +146,16 @@ def test_copies_come_in_class_order() -> None:
         assert top_k(query[None], prototypes, 1).index.tolist() == [[low]]
         assert top_k(query[None], prototypes, 2).index.tolist() == [[low, high]]
         assert top_k(query.expand(5, -1), prototypes, 3).index[:, :2].tolist() == [[low, high]] * 5
+
+
+def test_copies_take_no_k_by_k_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty equal prototypes among the best thousand: nothing of N·k² = 16 million numbers."""
+    prototypes = torch.randn(3000, 8)
+    prototypes[:50] = prototypes[0].clone()
+    queries = torch.randn(16, 8)
+    with watching(LargestTensor(), monkeypatch) as seen:
+        index = top_k(queries, prototypes, 1000).index
+    assert seen.largest <= 1 << 20
+    for row in index.tolist():
+        copies = [j for j in row if j < 50]
+        assert copies == list(range(len(copies)))

@@ -25,7 +25,7 @@ def margin_cosine(cosine, multiplier, angular, ARCFACE: tl.constexpr, EXACT_GRAD
     theta = arccos(cosine)
     phase = multiplier * theta + angular
     _, cos_phase = sine_cosine(phase)
-    stretch = tl.floor(tl.div_rn(phase, tl.full(phase.shape, PI, tl.float32)))
+    stretch = tl.maximum(tl.floor(tl.div_rn(phase, tl.full(phase.shape, PI, tl.float32))), 0.0)
     if ARCFACE:
         sin_margin, _ = sine_cosine(angular)
         value = tl.where(phase > PI, cosine - angular * sin_margin, cos_phase)
@@ -46,7 +46,7 @@ def margin_cosine(cosine, multiplier, angular, ARCFACE: tl.constexpr, EXACT_GRAD
         if ARCFACE:
             steep = tl.where(phase > PI, 1.0, steep)
         else:
-            stretch = tl.floor(tl.div_rn(phase, tl.full(phase.shape, PI, tl.float32)))
+            stretch = tl.maximum(tl.floor(tl.div_rn(phase, tl.full(phase.shape, PI, tl.float32))), 0.0)
             steep = (1.0 - 2.0 * (stretch - 2.0 * tl.floor(0.5 * stretch))) * steep
         slope = tl.where(plain, 1.0, steep)
     return value, slope
