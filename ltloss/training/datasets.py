@@ -180,6 +180,12 @@ def load_data(
     return load_npz(path, split).reshaped(image_size, channels)
 
 
+def has_own_splits(spec: str) -> bool:
+    """Whether the data says itself which pictures are for training and for the test; else `load_data` draws them."""
+    path = Path(spec)
+    return spec != "digits" and (not path.is_dir() or _split_folders(path) is not None)
+
+
 def load_pictures(folder: Path, image_shape: tuple[int, int, int], *, workers: int = 4) -> FolderImages:
     """Every picture below a folder, labels -1, for prediction; files that cannot be read are in `skipped`."""
     if not folder.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from .batches import batches
 from .class_groups import Thresholds
 from .classifier import Classifier
 from .config import RunConfig
-from .datasets import ImageSource, Split, check_same_classes, load_data
+from .datasets import ImageSource, Split, check_same_classes, has_own_splits, load_data
 from .metrics import Metrics, MetricsAccumulator, number, own_angles, percent
+from .training_data import limited
 
 BATCH_SIZE = 512
 _LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32, however many classes there are
@@ -83,7 +85,8 @@ class Evaluation:
             ("mean feature length", number(metrics.feature_norm_mean)),
             ("mean angle to own prototype", f"{number(metrics.own_angle_mean)} rad"),
         ]
-        title = f"{self.run} ({self.config.loss}, {self.config.backbone}) on the {self.split} split of {self.data}"
+        part = "all pictures" if self.split == "all" else f"the {self.split} split"
+        title = f"{self.run} ({self.config.loss}, {self.config.backbone}) on {part} of {self.data}"
         lines = [title, *(f"  {name:<30}{value:>12}" for name, value in rows), "", *self._class_lines()]
         return "\n".join(lines)
 
@@ -112,6 +115,10 @@ def evaluate_run(
 ) -> Evaluation:
     """Measure a run's newest checkpoint on its own data, or on other data with the same classes.
 
+    Of the run's own data, `test` and `train` are the pictures that the run itself measured and was trained on, with its
+    long tail and limits; `all` is every picture. Of other data that has no train and test part of its own, all
+    pictures are measured whatever the split, and a line on stderr says so.
+
     Raises UserError where the classes differ (naming them), or data or run cannot be used.
     """
     classifier = Classifier.load(run, device)
@@ -122,6 +129,10 @@ def evaluate_run(
         settings.many_above if many_above is None else many_above,
         settings.few_below if few_below is None else few_below,
     )
+    own = _is_own_data(spec, settings.data)
+    if not own and split != "all" and not has_own_splits(spec):
+        print(f"ltloss: {spec} has no {split} split of its own, so all of it is measured", file=sys.stderr)
+        split = "all"
     source = load_data(
         spec,
         split=split,
@@ -131,4 +142,13 @@ def evaluate_run(
         workers=settings.workers,
     )
     check_same_classes(config.class_names, source.class_names, f"run {run}", spec)
+    if own:
+        source = limited(source, settings, split)
     return Evaluation(run, spec, split, config, thresholds, measure(classifier, source, thresholds))
+
+
+def _is_own_data(spec: str, stored: str) -> bool:
+    """Whether `spec` is the data of the run, however its path is written."""
+    if "digits" in (spec, stored):
+        return spec == stored
+    return Path(spec).expanduser().resolve() == Path(stored).expanduser().resolve()

@@ -13,7 +13,7 @@ import ltloss
 
 from .batches import batches
 from .config import RunConfig, Settings
-from .datasets import ImageSource, load_data
+from .datasets import ImageSource, Split, load_data
 from .longtail import keep_per_class, long_tailed_subset
 from .seeds import numpy_generator
 
@@ -49,13 +49,7 @@ def prepare_data(settings: Settings) -> TrainingData:
         seed=seed,
         workers=settings.workers,
     )
-    if settings.limit_per_class is not None:
-        counts = np.full(len(train.class_names), settings.limit_per_class)
-        train = train.subset(keep_per_class(train.labels, counts, seed, "limit"))
-    train = train.subset(long_tailed_subset(train.labels, settings.imbalance, seed))
-    if settings.limit_test is not None:
-        kept = numpy_generator(seed, "limit test").permutation(len(test))[: settings.limit_test]
-        test = test.subset(np.sort(kept))
+    train, test = limited(train, settings, "train"), limited(test, settings, "test")
     mean, std = _normalisation(train, seed)
     config = RunConfig(
         settings=settings,
@@ -71,6 +65,20 @@ def prepare_data(settings: Settings) -> TrainingData:
         },
     )
     return TrainingData(train, test, config)
+
+
+def limited(source: ImageSource, settings: Settings, split: Split) -> ImageSource:
+    """What a run uses of a split of its data: the long tail and the limits of its settings. `all` is left whole."""
+    seed = settings.seed
+    if split == "train":
+        if settings.limit_per_class is not None:
+            counts = np.full(len(source.class_names), settings.limit_per_class)
+            source = source.subset(keep_per_class(source.labels, counts, seed, "limit"))
+        return source.subset(long_tailed_subset(source.labels, settings.imbalance, seed))
+    if split == "test" and settings.limit_test is not None:
+        kept = numpy_generator(seed, "limit test").permutation(len(source))[: settings.limit_test]
+        return source.subset(np.sort(kept))
+    return source
 
 
 def _normalisation(source: ImageSource, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
