@@ -130,12 +130,10 @@ def evaluate_run(
         settings.few_below if few_below is None else few_below,
     )
     own = _is_own_data(spec, settings.data)
-    if not own and split != "all" and not has_own_splits(spec):
-        print(f"ltloss: {spec} has no {split} split of its own, so all of it is measured", file=sys.stderr)
-        split = "all"
+    used: Split = split if own or has_own_splits(spec) else "all"
     source = load_data(
         spec,
-        split=split,
+        split=used,
         image_size=config.image_shape[1:],
         channels=config.image_shape[0],
         seed=settings.seed,
@@ -144,7 +142,9 @@ def evaluate_run(
     check_same_classes(config.class_names, source.class_names, f"run {run}", spec)
     if own:
         source = limited(source, settings, split)
-    return Evaluation(run, spec, split, config, thresholds, measure(classifier, source, thresholds))
+    if used != split:
+        print(f"ltloss: {spec} has no {split} split of its own, so all of it is measured", file=sys.stderr)
+    return Evaluation(run, spec, used, config, thresholds, measure(classifier, source, thresholds))
 
 
 def _is_own_data(spec: str, stored: str) -> bool:
