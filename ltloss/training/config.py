@@ -100,8 +100,8 @@ class Settings:
 
 
 SETTINGS = {item.name: item for item in fields(Settings)}
-# A resumed run may move to another machine; everything else is part of what its losses mean.
-MAY_CHANGE_ON_RESUME = ("device", "workers")
+# A resumed run and its data may move (the pictures are compared); everything else is part of what its losses mean.
+MAY_CHANGE_ON_RESUME = ("data", "device", "workers")
 
 
 def setting_type(name: str) -> type:
@@ -164,13 +164,44 @@ class RunConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             facts = {item.name: values[item.name] for item in fields(cls) if item.name != "settings"}
+            _check_facts(facts)
             facts |= {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
             return cls(Settings(**{name: values[name] for name in SETTINGS if name in values}), **facts)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error!r}); train the run again") from error
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, UserError) as error:
+            raise UserError(f"{path} is damaged ({_in_one_line(error)}); train the run again") from error
 
 
 _FACTS = {item.name for item in fields(RunConfig)} - {"settings"}
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """ValueError where what config.json says about the data has another type, length or range than `RunConfig`."""
+    names, shape = facts["class_names"], facts["image_shape"]
+    channels = shape[0] if isinstance(shape, list) and shape else 0
+    versions = facts["versions"]
+    holds = {
+        "class_names": _list_of(names, str) and len(set(names)) == len(names) > 0,
+        "class_counts": _list_of(facts["class_counts"], int, len(names)) and min(facts["class_counts"]) >= 0,
+        "image_shape": _list_of(shape, int, 3) and channels in (1, 3) and min(shape) >= 1,
+        "mean": _list_of(facts["mean"], (int, float), channels) and all(map(math.isfinite, facts["mean"])),
+        "std": _list_of(facts["std"], (int, float), channels) and all(map(_positive, facts["std"])),
+        "versions": isinstance(versions, dict) and _list_of(list(versions.values()), str),
+    }
+    for name, good in holds.items():
+        if not good:
+            raise ValueError(f"{name} cannot be {str(facts[name])[:60]}")
+
+
+def _list_of(value: Any, kind: type | tuple[type, ...], length: int | None = None) -> bool:
+    """Whether `value` is a list of that length whose items are of that type; true and false are no numbers."""
+    if not isinstance(value, list) or (length is not None and len(value) != length):
+        return False
+    return all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+
+
+def _in_one_line(error: Exception) -> str:
+    known = isinstance(error, (ValueError, OSError, UserError, RecursionError))
+    return " ".join((str(error) if known else repr(error)).split())
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
@@ -183,8 +214,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"--config {path} does not exist; give a TOML or JSON file") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"--config {path} cannot be read ({' '.join(str(error).split())}); correct the file") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"--config {path} cannot be read ({_in_one_line(error)}); correct the file") from error
     if not isinstance(values, dict):
         raise UserError(
             f"--config {path} must hold names with values, holds a {type(values).__name__}; correct the file"
@@ -193,7 +224,10 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     for name in settings:
         if name not in SETTINGS:
             raise UserError(f"--config {path}: unknown setting {name}; {nearest(name, SETTINGS)}")
-    return {name: _checked(name, value) for name, value in settings.items()}
+    try:
+        return {name: _checked(name, value) for name, value in settings.items()}
+    except OverflowError as error:
+        raise UserError(f"--config {path} holds a number beyond every range ({error}); correct the file") from error
 
 
 def changed_settings(stored: Settings, given: Mapping[str, Any]) -> list[str]:

@@ -48,13 +48,23 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
             raise UserError(
                 f"--resume of {out} with other settings: {', '.join(changed)}; leave them out, or start a new --out"
             )
-        return dataclasses.replace(stored.settings, **given), stored
+        settings = dataclasses.replace(stored.settings, **given)
+        _refuse_inside_data(out, settings.data)
+        return settings, stored
     _check_usable(out)
     if resume:
         print(f"ltloss: {out} holds no run yet, starting from the beginning", file=sys.stderr)
     if not given.get("data"):
         raise UserError("--data is missing; give digits, a folder of class folders, or a FILE.npz")
+    _refuse_inside_data(out, given["data"])
     return Settings(**given), None
+
+
+def _refuse_inside_data(out: Path, data: str) -> None:
+    if data != "digits" and Path(data).is_dir() and out.resolve().is_relative_to(Path(data).resolve()):
+        raise UserError(
+            f"--out {out} lies inside --data {data}, where it would count as a class; choose a folder outside of it"
+        )
 
 
 def _check_usable(out: Path) -> None:

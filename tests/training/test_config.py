@@ -54,7 +54,9 @@ def test_every_setting_has_words_for_help_and_refuses_a_wrong_type(item) -> None
 
 def test_what_may_change_on_resume() -> None:
     stored = Settings(data="digits", epochs=10, loss="cosface", margin=0.2)
-    assert changed_settings(stored, {"epochs": 12, "device": "cpu", "workers": 9, "margin": 0.2}) == []
+    assert (
+        changed_settings(stored, {"epochs": 12, "data": "/moved", "device": "cpu", "workers": 9, "margin": 0.2}) == []
+    )
     assert changed_settings(stored, {"epochs": 9, "margin": 0.3, "lr": 1}) == [
         "epochs (run: 10, now: 9)",
         "margin (run: 0.2, now: 0.3)",

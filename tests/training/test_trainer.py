@@ -125,6 +125,22 @@ def test_changed_data_cannot_be_resumed(toy_npz: Path, tmp_path: Path) -> None:
         train(tmp_path / "run", {"epochs": 2}, resume=True, quiet=True)
 
 
+def test_moved_data_can_be_resumed(toy_folder: Path, tmp_path: Path) -> None:
+    train(tmp_path / "run", toy_settings(toy_folder, epochs=1), quiet=True)
+    shutil.copytree(tmp_path / "run", tmp_path / "stayed")
+    train(tmp_path / "stayed", {"epochs": 2}, resume=True, quiet=True)
+    moved = toy_folder.rename(tmp_path / "moved")
+    train(tmp_path / "run", {"data": str(moved), "epochs": 2}, resume=True, quiet=True)
+    assert RunConfig.read(tmp_path / "run").settings.data == str(moved)
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "stayed")
+
+
+def test_a_run_inside_its_data_is_refused(toy_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"--out .*run lies inside --data .*pictures, .*; choose"):
+        train(toy_folder / "run", toy_settings(toy_folder), quiet=True)
+    assert not (toy_folder / "run").exists()
+
+
 def test_metrics_file_has_the_columns_and_empty_cells(toy_run: TrainingResult) -> None:
     rows = losses_of(toy_run.run)
     assert tuple(csv.DictReader((toy_run.run / "metrics.csv").open()).fieldnames or ()) == COLUMNS
