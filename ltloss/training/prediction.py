@@ -175,6 +175,7 @@ def _refuse_nested(images: Path, out: Path, sort_into: Path | None) -> None:
     inside = [("--out", out, "the pictures", images)]
     if sort_into is not None:
         inside += [("--sort-into", sort_into, "the pictures", images), ("--sort-into", sort_into, "--out", out)]
+        inside += [("--images", images, "--sort-into", sort_into)]
     for name, folder, other_name, other in inside:
         if folder.resolve().is_relative_to(other.resolve()):
             raise UserError(f"{name} {folder} lies inside {other_name} {other}; choose a folder outside of it")

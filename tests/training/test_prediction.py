@@ -305,6 +305,7 @@ def test_leftovers_of_a_killed_prediction_do_not_matter(run: Path, tmp_path: Pat
         ({"out": "in/results"}, "lies inside"),
         ({"sort_into": "in/sorted"}, "lies inside"),
         ({"sort_into": "out/sorted"}, "lies inside"),
+        ({"images": "in/a", "sort_into": "in"}, "--images .* lies inside --sort-into"),
         ({"sort_into": "file"}, "cannot make the folder"),
         ({"top": 0}, "--top must be at least 1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
