@@ -2,6 +2,11 @@
 
 import sys
 
-from .cli import main
+try:
+    from .cli import main
 
-sys.exit(main())
+    code = main()
+except KeyboardInterrupt:  # before `main` could report it
+    print("ltloss: interrupted", file=sys.stderr)
+    code = 130
+sys.exit(code)

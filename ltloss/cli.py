@@ -1,49 +1,131 @@
 """The `ltloss` command: train, evaluate, predict, report, tune, doctor.
 
-Sub-commands import what they need when they run, so `ltloss --help` does not wait for it. A mistake that the user can
-put right is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+Everything but the standard library is imported inside `reported`, so that a missing package, a wrong environment
+variable and an early Ctrl-C are reported like any other mistake: one line on stderr and exit code 2, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
-from .training.config import SETTINGS, read_settings_file, setting_type
 from .training.errors import UserError, explain_os_error
+
+_LESS_MEMORY = {
+    "train": "use a smaller --batch-size, --embedding-size or --image-size",
+    "predict": "use a smaller --batch-size",
+    "tune": "use smaller --samples, --classes or --width",
+}
+_NO_MEMORY = (
+    *("allocate memory", "out of memory", "not enough memory"),
+    # sizes beyond every memory: torch's words, and those of the C code behind PIL and NumPy
+    *("storage size calculation overflow", "overflow when unpacking long", "integer is greater than maximum"),
+    "int too large to convert to c",
+)
+_PIPE_CLOSED = 141  # what a shell shows for a program that SIGPIPE ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code."""
-    try:
-        options = _parser().parse_args(arguments)
-    except UserError as error:
-        return _fail(error)
-    command: Callable[[argparse.Namespace], int] = options.command
-    how = f"; continue with `ltloss train --resume --out {options.out}`" if command is _train else ""
-    return reported(lambda: command(options), when_interrupted=how)
+    options = argparse.Namespace()
+
+    def command() -> int:
+        _parser().parse_args(arguments, options)
+        code: int = options.command(options)
+        return code
+
+    return reported(command, options)
 
 
-def reported(command: Callable[[], int | None], when_interrupted: str = "") -> int:
-    """The exit code of a command: its own (None counts as 0), 2 after a mistake, 130 after Ctrl-C, each in one line."""
+def reported(command: Callable[[], int | None], options: argparse.Namespace | None = None) -> int:
+    """The exit code of a command: its own (None counts as 0), 2 after a mistake, 130 after Ctrl-C, each in one line.
+
+    `options`, which `command` may fill, are those of the command line: they decide what the line advises.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # not a text file of its own, or closed
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        return command() or 0
-    except UserError as error:
-        return _fail(error)
+        code = command() or 0
+        sys.stdout.flush()  # here, where a failure can still be reported
+        return code
     except KeyboardInterrupt:
-        print(f"ltloss: interrupted, finished epochs and results are kept{when_interrupted}", file=sys.stderr)
+        print(f"ltloss: interrupted{_what_is_kept(options)}", file=sys.stderr)
         return 130
-    except OSError as error:
-        return _fail(explain_os_error(error))
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        return _PIPE_CLOSED
+    except Exception as error:
+        line = _explain(error, getattr(options, "name", ""))
+        if line is None:
+            raise
+        if isinstance(error, OSError):
+            _discard(sys.stdout)
+        return _fail(line)
+
+
+def _explain(error: Exception, command: str) -> str | None:
+    """One line for what the user can put right; None for a defect of ltloss, whose traceback is wanted."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, ImportError):
+        missing = (error.name or "a package").partition(".")[0]
+        if missing == "ltloss_kernels" or missing == "triton":
+            return f"{missing}, which the backend 'triton' needs, cannot be imported ({text}); unset LTLOSS_BACKEND"
+        return f"{missing} cannot be imported ({text}); run: pip install 'ltloss[train]'"
+    if isinstance(error, OSError):
+        return explain_os_error(error, "continue with --resume" if command == "train" else "run the command again")
+    if isinstance(error, MemoryError) or any(words in text.lower() for words in _NO_MEMORY):
+        return f"out of memory; {_LESS_MEMORY.get(command, 'free some memory, or use another --device')}"
+    if isinstance(error, ValueError) and ("null byte" in text or "null character" in text):
+        return "a path holds a NUL byte, which no file name can; correct --data, --out or the settings file"
+    if isinstance(error, RuntimeError) and text.startswith("backend 'triton'"):
+        return text
+    if isinstance(error, RuntimeError) and "home directory" in text:
+        return "a path begins with ~ and a user whom this machine does not know; write the path in full"
+    if isinstance(error, ValueError) and "environment variable" in text:
+        return f"{text}; correct or unset it"
+    return None
+
+
+def _what_is_kept(options: argparse.Namespace | None) -> str:
+    if getattr(options, "name", "") != "train":
+        return ""
+    out: Path = options.out  # type: ignore[union-attr]
+    with suppress(OSError, ValueError):
+        if (out / "config.json").is_file():
+            return f", finished epochs are kept; continue with `ltloss train --resume --out {out}`"
+    return " before anything was written"
+
+
+def _discard(stream: TextIO) -> None:
+    """Let the interpreter's last flush of a stream that cannot be written succeed."""
+    with suppress(OSError, ValueError):
+        stream.flush()
+        return
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _fail(reason: object) -> int:
     print(f"ltloss: error: {reason}", file=sys.stderr)
     return 2
+
+
+def _need(*modules: str) -> None:
+    """ImportError now, rather than after hours of work."""
+    for module in modules:
+        importlib.import_module(module)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,11 +136,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .training.config import SETTINGS
+
     parser = _Parser(prog="ltloss", description="Train and use image classifiers on long-tailed data.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a classifier", description="Train a classifier into a run folder.")
-    train.set_defaults(command=_train)
+    train.set_defaults(command=_train, name="train")
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder to write")
     train.add_argument("--config", type=Path, metavar="FILE", help="settings from TOML or JSON; the command line wins")
     train.add_argument("--resume", action="store_true", help="continue the run in --out (with its own settings)")
@@ -66,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(train)
 
     evaluate = commands.add_parser("evaluate", help="measure a run on labelled pictures")
-    evaluate.set_defaults(command=_evaluate)
+    evaluate.set_defaults(command=_evaluate, name="evaluate")
     evaluate.add_argument("run", type=Path, metavar="RUN")
     evaluate.add_argument("--data", metavar="DATA", help="as for train (default: the run's own)")
     evaluate.add_argument("--split", choices=("test", "train", "all"), default="test", help="(default: test)")
@@ -76,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", help=SETTINGS["device"].metadata["help"])
 
     predict = commands.add_parser("predict", help="classify a folder of pictures and make a gallery of them")
-    predict.set_defaults(command=_predict)
+    predict.set_defaults(command=_predict, name="predict")
     predict.add_argument("run", type=Path, metavar="RUN")
     predict.add_argument(
         "--images", type=Path, required=True, metavar="FOLDER", help="pictures to classify, searched recursively"
@@ -88,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--device", help=SETTINGS["device"].metadata["help"])
 
     report = commands.add_parser("report", help="write RUN/report.html again")
-    report.set_defaults(command=_report)
+    report.set_defaults(command=_report, name="report")
     report.add_argument("run", type=Path, metavar="RUN")
 
     tune = commands.add_parser(
@@ -96,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         help="find the fastest kernel tiles for this GPU",
         description="Time the kernels' tiles on this GPU and keep the fastest in the user's cache for later runs.",
     )
-    tune.set_defaults(command=_tune)
+    tune.set_defaults(command=_tune, name="tune")
     shape = (
         ("--samples", 8192, "N, samples a step"),
         ("--classes", 131_072, "C"),
@@ -109,12 +193,14 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     doctor = commands.add_parser("doctor", help="show what this machine offers ltloss")
-    doctor.set_defaults(command=_doctor)
+    doctor.set_defaults(command=_doctor, name="doctor")
     return parser
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """One option per setting; only those given end up in the namespace, so that a file can hold the others."""
+    from .training.config import SETTINGS, setting_type
+
     group = parser.add_argument_group("settings")
     for name, item in SETTINGS.items():
         flag, kind = "--" + name.replace("_", "-"), setting_type(name)
@@ -141,6 +227,9 @@ def _named_value(text: str) -> tuple[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from .training.config import SETTINGS, read_settings_file
+
+    _need("PIL", "safetensors", "tqdm", "matplotlib.figure")
     given = read_settings_file(options.config) if options.config else {}
     on_line = {name: value for name, value in vars(options).items() if name in SETTINGS}
     if "loss_options" in on_line:
@@ -172,6 +261,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    _need("PIL", "safetensors", "tqdm")
     from .training.prediction import predict_folder
 
     summary = predict_folder(

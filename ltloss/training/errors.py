@@ -18,12 +18,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"valid are {', '.join(names)}"
 
 
-def explain_os_error(error: OSError) -> str:
-    """One line for a failed file operation; a full disk says that nothing finished earlier was harmed."""
+def explain_os_error(error: OSError, again: str = "run the command again") -> str:
+    """One line for a failed file operation; a full disk says that nothing finished earlier was harmed, and `again`."""
     where = f" {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"no space left on the disk while writing{where}; what was finished before is untouched. "
-            "Free some space, then continue with --resume"
+            f"Free some space, then {again}"
         )
     return f"cannot use{where or ' a file'}: {error.strerror or error}"

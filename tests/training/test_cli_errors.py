@@ -8,6 +8,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from ltloss.cli import main
 from ltloss.training.trainer import TrainingResult
 
 TRAIN = ["train", "--data", "digits", "--out", "run", "--device", "cpu", "--quiet", "--epochs", "1"]
+ROOT = str(Path(__file__).parents[2])
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +71,13 @@ def contents(folder: Path) -> dict[str, bytes]:
         (["--backbone", "smallcnn"], "smallcnn"),
         (["--augment", "rotate"], "--augment: invalid choice"),
         (["--device", "abacus"], "device abacus cannot be used.*use cpu"),
+        (["--device", "meta"], "device meta cannot be used .not cpu, cuda or mps.; use cpu"),
+        (["--embedding-size", "1000000000000"], "out of memory; use a smaller --batch-size, --embedding-size"),
+        (["--embedding-size", "1" + "0" * 22], "out of memory; use a smaller --batch-size, --embedding-size"),
+        (["--image-size", "100000000000"], "out of memory; .*--image-size"),
+        (["--out", "nul\0byte"], "a path holds a NUL byte"),
+        (["--data", "nul\0byte"], "a path holds a NUL byte|NUL|does not exist"),
+        (["--data", "~nouser/x"], "~"),
         (["--device", "cuda:99"], "device cuda:99 cannot be used.*use cpu"),
         (["--data", "nowhere"], "'.*nowhere' does not exist; give digits, a folder"),
         (["--config", "nowhere.toml"], "--config nowhere.toml does not exist"),
@@ -226,7 +236,7 @@ def run(toy_run: TrainingResult) -> Path:
         ([], "already holds a run; continue it with --resume, or choose another --out"),
         (["--resume", "--lr", "0.5", "--epochs", "9"], r"other settings: lr \(run: 0.05, now: 0.5\); leave them out"),
         (["--resume", "--epochs", "1"], r"epochs \(run: 2, now: 1\)"),
-        (["--resume", "--data", "digits"], r"data \(run: .*toy.npz, now: digits\)"),
+        (["--resume", "--data", "digits"], "the classes differ: run run has apple, bean, corn which digits lacks"),
         (["--resume", "--lr", "0"], "lr must be greater than 0"),
     ],
 )
@@ -316,7 +326,7 @@ def test_full_disk(
         patched.setattr(os, "fsync", full)
         fails(
             ["train", "--resume", "--out", str(run), "--epochs", "3", "--quiet"],
-            r"no space left on the disk while writing( run/\S+)?;",
+            r"no space left on the disk while writing( run/\S+)?;.*continue with --resume$",
             capsys,
         )
     assert {name: content for name, content in contents(run).items() if name in before and name != "config.json"} == {
@@ -346,3 +356,78 @@ def test_picture_that_disappears_while_training(
 
     monkeypatch.setattr("ltloss.training.trainer.prepare_data", prepare)
     fails([*TRAIN, "--data", str(toy_folder)], "does not exist .*it changed since it was checked, restore it", capsys)
+
+
+def run_command(*arguments: str, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """`ltloss ARGUMENTS` in a process of its own, after `code`."""
+    program = f"import sys\n{code}\nfrom ltloss.cli import main\nsys.exit(main({list(arguments)!r}))"
+    everything = {**os.environ, "PYTHONPATH": ROOT, **environment}
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=everything)
+
+
+@pytest.mark.parametrize("module", ["PIL", "safetensors", "matplotlib", "tqdm", "sklearn"])
+def test_missing_package_is_named_before_anything_is_written(module: str) -> None:
+    done = run_command(*TRAIN, code=f"sys.modules[{module!r}] = None")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith(f"ltloss: error: {module} cannot be imported")
+    assert done.stderr.endswith("run: pip install 'ltloss[train]'\n")
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["evaluate", "run"], ["report", "run"], ["predict", "run", "--images", "run"]])
+def test_other_commands_name_a_missing_package_too(arguments: list[str], run: Path) -> None:
+    before = contents(run)
+    arguments = [*arguments, "--out", "out"] if arguments[0] == "predict" else arguments
+    done = run_command(*arguments, code="sys.modules['safetensors'] = None")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "pip install 'ltloss[train]'" in done.stderr
+    assert contents(run) == before
+    assert not Path("out").exists()
+
+
+def test_forced_kernels_without_a_gpu() -> None:
+    done = run_command(*TRAIN, LTLOSS_BACKEND="triton", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "triton" in done.stderr
+
+
+def test_characters_that_the_terminal_lacks_are_escaped(run: Path) -> None:
+    done = run_command("evaluate", "run", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u2013" in done.stdout
+
+
+def test_a_closed_pipe_ends_quietly(run: Path) -> None:
+    code = "import os\nreader, writer = os.pipe()\nos.close(reader)\nos.dup2(writer, 1)"
+    done = run_command("evaluate", "run", code=code)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_full_disk_behind_stdout_does_not_advise_what_the_command_lacks(run: Path) -> None:
+    done = run_command("evaluate", "run", code="import os\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.endswith("Free some space, then run the command again\n")
+
+
+def test_interrupted_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ltloss.training.trainer.prepare_data", interrupted)
+    assert main(TRAIN) == 130
+    assert capsys.readouterr().err == "ltloss: interrupted before anything was written\n"
+    monkeypatch.setattr("ltloss.cli._parser", interrupted)
+    assert main(TRAIN) == 130
+    assert capsys.readouterr().err == "ltloss: interrupted\n"
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*_: object, **__: object) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr("ltloss.training.trainer.prepare_data", defect)
+    with pytest.raises(ValueError, match="a defect"):
+        main(TRAIN)
