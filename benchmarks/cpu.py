@@ -85,7 +85,7 @@ def scaling(shapes: Sequence[Shape], rounds: int) -> list[Row]:
         inputs = Inputs.draw(shape)
         loss = ours.build(inputs)
         # The dense float64 truth of a million classes fits a few samples at a time.
-        exact = exact_step(ours.truth, inputs, rows=max(1, (1 << 24) // shape.c))
+        exact = exact_step(ours.truth, inputs, rows=max(1, (1 << 25) // shape.c))
         errors[shape] = f"{check_step(ours.name, loss, inputs, exact):.1e}"
         del exact
         inputs.drop_gradients()
