@@ -65,9 +65,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint directory; UserError where a part is missing or damaged."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        _check_state(state)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it to use the one before") from error
     return Checkpoint(read_tensors(path / "model.safetensors"), read_tensors(path / "optimizer.safetensors"), state)
+
+
+def _check_state(state: Any) -> None:
+    """ValueError where a state lacks its history: one row an epoch, numbers (or None: not measured) by column."""
+    from .run_folder import COLUMNS  # which writes its files with this module
+
+    history = state.get("history") if isinstance(state, dict) else None
+    if not isinstance(history, list):
+        raise ValueError("state.json lacks the history")
+    for epoch, row in enumerate(history, 1):
+        if not isinstance(row, dict) or row.get("epoch") != epoch or not set(row) <= set(COLUMNS):
+            raise ValueError(f"row {epoch} of the history in state.json is not that of epoch {epoch}")
+        if any(isinstance(value, bool) or not isinstance(value, (int, float, type(None))) for value in row.values()):
+            raise ValueError(f"row {epoch} of the history in state.json holds something that is no number")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The losses by name, as `ltloss train --loss NAME` builds them. Importing this module does not import torch."""
+"""The losses by name, as `ltloss train --loss NAME` builds them."""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ class _Body:
 
 
 def _number(text: str | None) -> float:
-    return float(text) if text else math.nan
+    """NaN for what was not measured or is infinite: a gap in a curve."""
+    value = float(text) if text else math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def _read_epochs(run: Path) -> _Epochs:
@@ -85,6 +87,8 @@ def _read_epochs(run: Path) -> _Epochs:
         with path.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
         columns = {name: [_number(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+        if not all(epoch >= 1 and epoch.is_integer() for epoch in columns.get("epoch", [])):
+            raise ValueError("an epoch is no whole number from 1")
     except FileNotFoundError:
         columns = {}
     except (ValueError, TypeError, csv.Error) as error:
@@ -130,7 +134,7 @@ def _stored_accuracy(run: _Run) -> tuple[np.ndarray, int] | None:
         stored = json.loads((run.path / "evaluation.json").read_text(encoding="utf-8"))
         fresh = stored["accuracy"] == run.last("test_accuracy") and tuple(stored["per_class"]) == run.config.class_names
         return (_as_array(stored["per_class"].values()), int(stored["pictures"])) if fresh else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None  # it can be measured again
 
 
@@ -169,8 +173,21 @@ def _test_pictures(run: _Run) -> ImageSource:
 def _add_lengths(body: _Body, classifier: Classifier, source: ImageSource) -> None:
     sample = np.unique(np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).astype(np.int64))
     lengths = _feature_lengths(classifier, source, sample)
-    plot = plots.histogram("lengths", "Feature lengths", lengths, axis="length ‖x‖ (no unit)", what="test pictures")
-    body.add(plot, f"Of {len(sample):,} test pictures, before normalisation.")
+    finite = _only_finite(body, lengths, "Feature lengths", "test pictures")
+    if len(finite):
+        plot = plots.histogram("lengths", "Feature lengths", finite, axis="length ‖x‖ (no unit)", what="test pictures")
+        body.add(plot, f"Of {len(finite):,} test pictures, before normalisation.")
+
+
+def _only_finite(body: _Body, values: np.ndarray, title: str, what: str) -> np.ndarray:
+    """The values that can be drawn; the page says how many cannot."""
+    finite: np.ndarray = values[np.isfinite(values)]
+    if len(finite) < len(values):
+        body.missing.append(
+            f"{title}: {len(values) - len(finite):,} of {len(values):,} {what} have a value that is not finite, so the "
+            "training diverged; train again with a lower learning rate."
+        )
+    return finite
 
 
 @torch.inference_mode()
@@ -188,19 +205,24 @@ def _add_prototypes(body: _Body, run: _Run, classifier: Classifier) -> None:
         return
     nearest = nearest_prototype(prototypes)
     degrees = nearest.cosine.double().clamp(-1, 1).acos().rad2deg().cpu().numpy()
+    finite = _only_finite(body, degrees, "Angles between prototypes", "classes")
+    if not len(finite):
+        return
     widest = math.degrees(math.acos(-1 / (len(names) - 1)))
     evenly = (widest, f"evenly spread: {widest:.1f}°") if len(names) <= prototypes.shape[1] + 1 else None
     plot = plots.histogram(
         "angles",
         "Angles between prototypes",
-        degrees,
+        finite,
         axis="angle to the nearest prototype (°)",
         what="classes",
         mark=evenly,
     )
     body.add(plot, "Each class's prototype and the one nearest to it: the larger, the better the classes are apart.")
     partner = nearest.index.cpu().numpy()
-    pairs = {(min(c, partner[c]), max(c, partner[c])): degrees[c] for c in np.argsort(degrees, kind="stable")}
+    pairs = {
+        (min(c, partner[c]), max(c, partner[c])): degrees[c] for c in np.argsort(degrees, kind="stable")[: len(finite)]
+    }
     rows = [(names[a], names[b], f"{angle:.1f}°") for (a, b), angle in list(pairs.items())[:_ROWS]]
     content = table(["class", "and", "angle"], rows, numeric=(2,))
     body.tables.append(details("The closest prototypes", content, opened=True))

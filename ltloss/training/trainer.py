@@ -182,7 +182,8 @@ def _check_finite(losses: Tensor, epoch: int, steps: int, rate: float) -> None:
         step = int(bad[0]) + 1
         raise UserError(
             f"the loss is {losses[step - 1].item()} at step {step} of {steps} in epoch {epoch} "
-            f"(learning rate {rate:.3g}); start a new --out with a lower --lr. Earlier checkpoints are untouched"
+            f"(learning rate {rate:.3g}); start a new --out with a lower --lr, or with a smaller --scale where it is "
+            "extreme. Earlier checkpoints are untouched"
         )
 
 

@@ -21,7 +21,7 @@ from ltloss.training.errors import UserError
 
 def example(epoch: int) -> Checkpoint:
     tensors = {"weight": torch.full((3, 2), float(epoch)), "steps": torch.tensor(epoch)}
-    return Checkpoint(tensors, {"weight": torch.zeros(3, 2)}, {"epoch": epoch})
+    return Checkpoint(tensors, {"weight": torch.zeros(3, 2)}, {"epoch": epoch, "history": []})
 
 
 class Killed(BaseException):
@@ -34,7 +34,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     found = load_checkpoint(path)
     assert torch.equal(found.model["weight"], torch.full((3, 2), 7.0))
     assert found.model["steps"].shape == ()
-    assert found.state == {"epoch": 7}
+    assert found.state == {"epoch": 7, "history": []}
 
 
 def test_the_newest_two_are_kept_beyond_four_digits(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_death_at_any_step_leaves_a_whole_checkpoint(
     remove_leftovers(tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
     save_checkpoint(tmp_path, 4, example(4))
-    assert load_checkpoint(tmp_path / "checkpoints" / "epoch-0004").state == {"epoch": 4}
+    assert load_checkpoint(tmp_path / "checkpoints" / "epoch-0004").state["epoch"] == 4
 
 
 def test_full_disk_leaves_the_former_checkpoint_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

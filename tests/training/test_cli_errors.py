@@ -124,6 +124,8 @@ def test_command_that_cannot_start(arguments: list[str], expected: str, capsys: 
         ("a.toml", 'loss = "arc"', "loss 'arc' is unknown; did you mean arcface"),
         ("a.json", "[1]", "holds a list"),
         ("a.json", '{"lr": 1', "cannot be read"),
+        ("a.json", "[" * 200_000, "cannot be read .*; correct the file"),
+        ("a.json", '{"lr": 1' + "0" * 400 + "}", "a number beyond every range"),
     ],
 )
 def test_bad_settings_file(name: str, text: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,10 +280,24 @@ def _other_optimizer(run: Path) -> None:
         (_other_shape, r"epoch-0002.*tensor loss.weight is \(5, 8\) there and \(3, 8\) in the model"),
         (_other_optimizer, r"optimizer.safetensors: tensor loss.weight is missing there"),
         (lambda run: (run / "checkpoints/epoch-0002/state.json").unlink(), "epoch-0002 is damaged"),
+        (lambda run: (run / "checkpoints/epoch-0002/state.json").write_text("[]"), "lacks the history"),
+        (lambda run: (run / "checkpoints/epoch-0002/state.json").write_text("{}"), "lacks the history"),
+        (lambda run: (run / "checkpoints/epoch-0002/state.json").write_text('{"history": 3}'), "lacks the history"),
+        (
+            lambda run: (run / "checkpoints/epoch-0002/state.json").write_text('{"history": [3]}'),
+            "row 1 of the history",
+        ),
+        (
+            lambda run: (run / "checkpoints/epoch-0002/state.json").write_text(
+                '{"history": [{"epoch": 1, "lr": "a"}]}'
+            ),
+            "no number",
+        ),
+        (lambda run: (run / "checkpoints/epoch-0002/state.json").write_text("[" * 200_000), "epoch-0002 is damaged"),
         (lambda run: (run / "config.json").write_text("{"), "config.json is damaged"),
         (lambda run: (run / "config.json").write_text('{"lr": 1}'), "config.json is damaged"),
     ],
-    ids=["shape", "optimizer", "state", "config", "config without facts"],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_checkpoint_that_does_not_fit(
     spoil: Callable[[Path], object], expected: str, run: Path, capsys: pytest.CaptureFixture[str]
@@ -290,6 +306,41 @@ def test_checkpoint_that_does_not_fit(
     before = contents(run)
     fails(["train", "--resume", "--out", str(run), "--epochs", "3"], expected, capsys)
     assert contents(run) == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_shape": [1, 8]},
+        {"image_shape": [2, 8, 8]},
+        {"class_counts": [20, 20]},
+        {"class_counts": [20, 20, -1]},
+        {"mean": None},
+        {"mean": [None]},
+        {"std": [0]},
+        {"class_names": [1, 2, 3]},
+        {"class_names": ["a", "a", "b"]},
+        {"class_names": []},
+        {"versions": []},
+        {"lr": 10**400},
+        {"lr": "fast"},
+    ],
+    ids=str,
+)
+def test_config_of_a_run_that_is_damaged(
+    change: dict[str, object], command: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    before = contents(run)
+    fails([command, str(run)], rf"config.json is damaged \(.*{next(iter(change))}|too large", capsys)
+    assert contents(run) == before
+
+
+def test_config_of_a_run_that_is_nested_too_deeply(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.json").write_text("[" * 200_000)
+    fails(["evaluate", str(run)], "config.json is damaged", capsys)
 
 
 def test_evaluation_on_other_classes_names_them(
@@ -339,7 +390,11 @@ def test_full_disk(
 
 def test_training_that_diverges(toy_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["train", "--data", str(toy_npz), "--out", "run", "--loss", "softmax", "--lr", "1e30", "--quiet"]
-    fails([*line, "--no-embedding-norm", "--device", "cpu"], r"loss is (nan|inf) at step \d+ of .*lower --lr", capsys)
+    fails(
+        [*line, "--no-embedding-norm", "--device", "cpu"],
+        r"loss is (nan|inf) at step \d+ of .*lower --lr.*--scale",
+        capsys,
+    )
 
 
 def test_picture_that_disappears_while_training(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ltloss.training import plots
+from ltloss.training.checkpoint import Checkpoint, save_checkpoint
 from ltloss.training.errors import UserError
 from ltloss.training.report import write_report
 from ltloss.training.trainer import TrainingResult
@@ -207,3 +208,32 @@ def test_browser_shows_the_report(trained: Path, tmp_path: Path, flags: tuple[st
     assert all(width > 250 for width in rendered.found["figures"])
     assert rendered.found["overflow"] <= 0
     assert "test accuracy, last epoch (2)" in rendered.found["text"]
+
+
+@pytest.mark.parametrize("epoch", ["nan", "", "inf", "1.5", "0", "x"])
+def test_a_history_with_a_bad_epoch_is_named(trained: Path, tmp_path: Path, epoch: str) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.csv"
+    head, first, *_ = path.read_text().splitlines()
+    path.write_text(f"{head}\n{epoch},{first.partition(',')[2]}\n")
+    with pytest.raises(UserError, match=r"metrics.csv is damaged"):
+        write_report(tmp_path / "run")
+
+
+def test_infinite_metrics_are_gaps(tmp_path: Path) -> None:
+    infinite = dict.fromkeys(("train_loss", "test_loss", "test_accuracy", "many", "seconds"), math.inf)
+    make_run(tmp_path / "run", DIGITS, rows=history(3, **infinite))
+    Page(write_report(tmp_path / "run")).check()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(None)], ids=["one class", "all"])
+def test_a_diverged_model_is_said_on_the_page(tmp_path: Path, value: float, rows: slice) -> None:
+    classifier = make_run(tmp_path / "run", DIGITS, shape=(1, 8, 8))
+    classifier.loss.weight.data[rows] = value
+    classifier.norm.weight.data.fill_(value)  # type: ignore[union-attr, operator]
+    save_checkpoint(tmp_path / "run", 4, Checkpoint(classifier.state_dict(), {}, {"history": history(3)}))
+    page = Page(write_report(tmp_path / "run"))
+    page.check()
+    assert "Feature lengths" not in figures(page)
+    assert "not finite, so the training diverged" in page.text
