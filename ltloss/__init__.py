@@ -4,20 +4,26 @@ Functions are in :mod:`ltloss.functional`, their dense float64 twins in :mod:`lt
 class counts into margins, priors and weights in :mod:`ltloss.class_balance`. The loss modules are here.
 """
 
-from ltloss import class_balance, functional, reference
-from ltloss.backend import current_backend, current_workspace, debug, use_backend, use_workspace
-from ltloss.centers import ClassCenters
-from ltloss.heads import (
-    ArcFaceLoss,
-    CombinedMarginLoss,
-    CosFaceLoss,
-    CosineSoftmaxLoss,
-    LDAMLoss,
-    LogitAdjustedLoss,
-    PrototypeHead,
-)
-from ltloss.long_tail import CosineSpaceLoss, LongTailLoss
-from ltloss.types import NearestPrototype, TopK
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ltloss import class_balance, functional, reference
+    from ltloss.backend import current_backend, current_workspace, debug, use_backend, use_workspace
+    from ltloss.centers import ClassCenters
+    from ltloss.heads import (
+        ArcFaceLoss,
+        CombinedMarginLoss,
+        CosFaceLoss,
+        CosineSoftmaxLoss,
+        LDAMLoss,
+        LogitAdjustedLoss,
+        PrototypeHead,
+    )
+    from ltloss.long_tail import CosineSpaceLoss, LongTailLoss
+    from ltloss.types import NearestPrototype, TopK
 
 __version__ = "0.1.0"
 
@@ -43,3 +49,36 @@ __all__ = [
     "use_backend",
     "use_workspace",
 ]
+
+# Imported on first use: the `ltloss` command starts, and reports what goes wrong, before torch is there.
+_HOMES = {
+    "backend": ("current_backend", "current_workspace", "debug", "use_backend", "use_workspace"),
+    "centers": ("ClassCenters",),
+    "heads": (
+        "ArcFaceLoss",
+        "CombinedMarginLoss",
+        "CosFaceLoss",
+        "CosineSoftmaxLoss",
+        "LDAMLoss",
+        "LogitAdjustedLoss",
+        "PrototypeHead",
+    ),
+    "long_tail": ("CosineSpaceLoss", "LongTailLoss"),
+    "types": ("NearestPrototype", "TopK"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"ltloss.{_HOME[name]}"), name)
+    elif name in __all__:
+        value = importlib.import_module(f"ltloss.{name}")
+    else:
+        raise AttributeError(f"module 'ltloss' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -152,8 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure a run on labelled pictures")
     evaluate.set_defaults(command=_evaluate, name="evaluate")
     evaluate.add_argument("run", type=Path, metavar="RUN")
-    evaluate.add_argument("--data", metavar="DATA", help="as for train (default: the run's own)")
-    evaluate.add_argument("--split", choices=("test", "train", "all"), default="test", help="(default: test)")
+    whole = "as for train (default: the run's own); other data without train/test parts is measured whole"
+    evaluate.add_argument("--data", metavar="DATA", help=whole)
+    splits = "test and train: the pictures the run used; all: every picture (default: test)"
+    evaluate.add_argument("--split", choices=("test", "train", "all"), default="test", help=splits)
     evaluate.add_argument("--json", action="store_true", help="for machine reading")
     evaluate.add_argument("--many-above", type=int, metavar="N", help=SETTINGS["many_above"].metadata["help"])
     evaluate.add_argument("--few-below", type=int, metavar="N", help=SETTINGS["few_below"].metadata["help"])

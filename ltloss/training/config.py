@@ -69,7 +69,9 @@ class Settings:
     )
     embedding_size: int = _option(64, "length of the feature vector", "at least 1", _at_least(1))
     embedding_norm: bool = _option(True, "batch normalisation of the feature vector")
-    image_size: int | None = _option(None, "side in pixels (default: that of the data)", "at least 4", _at_least(4))
+    image_size: int | None = _option(
+        None, "side in pixels (default: that of the data; folders: 64 if large)", "at least 4", _at_least(4)
+    )
     channels: int | None = _option(None, "1 or 3 (default: those of the data)", "1 or 3", lambda v: v in (1, 3))
     augment: str = _option("crop", "random shift by an eighth of the side, and flip", choices=AUGMENTATIONS)
     limit_per_class: int | None = _option(None, "use at most N training pictures a class", "at least 1", _at_least(1))

@@ -25,6 +25,7 @@ from .evaluation import measure
 from .html import details, escape, page, table, tiles
 from .metrics import Thresholds
 from .plots import Plot
+from .training_data import limited
 
 __all__ = ["write_report"]
 
@@ -167,7 +168,7 @@ def _test_pictures(run: _Run) -> ImageSource:
         workers=settings.workers,
     )
     check_same_classes(config.class_names, source.class_names, f"run {run.path}", settings.data)
-    return source
+    return limited(source, settings, "test")
 
 
 def _add_lengths(body: _Body, classifier: Classifier, source: ImageSource) -> None:
