@@ -28,7 +28,14 @@ def test_interrupted_while_importing(tmp_path: Path) -> None:
     """A second after the start torch is still being imported, or data read; the interpreter itself is long up."""
     line = [sys.executable, "-m", "ltloss", "train", "--data", "digits", "--out", str(tmp_path / "run"), "--quiet"]
     line += ["--epochs", "3000"]
-    started = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ROOT})
+    started = subprocess.Popen(
+        line,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ROOT},
+        # Whoever runs the tests in the background of a shell has them inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     time.sleep(1.0)
     started.send_signal(signal.SIGINT)
     error = started.communicate(timeout=60)[1]
