@@ -106,23 +106,19 @@ def nearest_prototype_backward(grad_cosine: Tensor, prototypes: Tensor, rows: Te
     """See :func:`ltloss.ops.nearest_prototype_backward`."""
     dtype = compute_dtype(prototypes)
     c, d = prototypes.shape
-    inverse = inverse_norm(prototypes, dtype)
+    unit = _Unit(prototypes, dtype)
     own = torch.arange(c, device=prototypes.device) if rows is None else rows
     grad = torch.zeros(c, d, dtype=dtype, device=prototypes.device)
     has_nearest = index >= 0  # C = 1 has none
     near = torch.where(has_nearest, index, 0)
     weight = torch.where(has_nearest, grad_cosine, 0.0).to(dtype)
-
-    def unit(rows: Tensor) -> Tensor:
-        return prototypes[rows].to(dtype) * inverse[rows, None]
-
     for start, stop in spans(own.shape[0], max(1, (1 << 20) // max(1, d))):
         i, j, g = own[start:stop], near[start:stop], weight[start:stop, None]
-        add_rows_(grad, i, g * unit(j))
-        add_rows_(grad, j, g * unit(i))
+        add_rows_(grad, i, g * unit[j])
+        add_rows_(grad, j, g * unit[i])
     for start, stop in spans(c, max(1, (1 << 20) // max(1, d))):
-        chunk = prototypes[start:stop].to(dtype) * inverse[start:stop, None]
-        project_(grad[start:stop], chunk, inverse[start:stop])
+        rows_here = slice(start, stop)
+        project_(grad[rows_here], unit[rows_here], unit.inverse[rows_here])
     return grad.to(prototypes.dtype)
 
 

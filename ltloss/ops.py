@@ -138,10 +138,6 @@ def _define(schema: str, fake: Callable[..., Any]) -> Any:
     return getattr(torch.ops.ltloss, name).default
 
 
-def _statistics_dtype(*tensors: Tensor) -> torch.dtype:
-    return cpu.compute_dtype(*tensors)
-
-
 def _fake_cosine_logsumexp(
     features: Tensor,
     prototypes: Tensor,
@@ -151,7 +147,7 @@ def _fake_cosine_logsumexp(
     normalize_features: bool,
     with_logit_sum: bool,
 ) -> tuple[Tensor, ...]:
-    dtype = _statistics_dtype(features, prototypes)
+    dtype = cpu.compute_dtype(features, prototypes)
     n, c = features.shape[0], prototypes.shape[0]
     lengths = (n, n, n if with_logit_sum else 0, n if normalize_features else 0, c)
     return tuple(features.new_empty(length, dtype=dtype) for length in lengths)
@@ -187,7 +183,7 @@ def _fake_fused_backward(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_nearest_prototype(prototypes: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     length = prototypes.shape[0] if rows is None else rows.shape[0]
-    dtype = _statistics_dtype(prototypes)
+    dtype = cpu.compute_dtype(prototypes)
     return prototypes.new_empty(length, dtype=dtype), prototypes.new_empty(length, dtype=torch.int64)
 
 
@@ -199,7 +195,7 @@ def _fake_nearest_prototype_backward(
 
 def _fake_top_k(features: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (features.shape[0], k)
-    dtype = _statistics_dtype(features, prototypes)
+    dtype = cpu.compute_dtype(features, prototypes)
     return features.new_empty(shape, dtype=dtype), features.new_empty(shape, dtype=torch.int64)
 
 
