@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -166,13 +167,23 @@ VARIANTS = "|".join(
     )
 )
 
-# Instructions per element of what a training step runs on sm_90: (all, float32), a little above what they are.
-MOST_INSTRUCTIONS = {
-    "cosine_logsumexp bf16, fixed": (6.1, 3.15),
-    "cosine_logsumexp fp16, fixed": (6.1, 3.15),
-    "cosine_logsumexp bf16, online": (8.5, 4.2),
-    "gradient_tile bf16, plain": (7.3, 4.2),
-    "gradient_tile fp16, plain": (7.5, 4.2),
+
+class Most(NamedTuple):
+    """Limits for a kernel on sm_90, a little above what it takes."""
+
+    per_element: float  # instructions executed between two products, but for the matrix instructions
+    float32: float  # of them FADD, FMUL and FFMA
+    registers: int
+    instructions: int  # in the whole kernel: one body, without a second copy of the epilogue
+    shared_bytes: int = 115_712  # two blocks fit
+
+
+LIMITS = {
+    "cosine_logsumexp bf16, fixed": Most(5.05, 2.10, 200, 1550),
+    "cosine_logsumexp fp16, fixed": Most(5.05, 2.10, 200, 1550),
+    "cosine_logsumexp bf16, online": Most(7.4, 3.15, 205, 1850),
+    "gradient_tile bf16, plain": Most(5.1, 2.05, 205, 1600),
+    "gradient_tile fp16, plain": Most(5.1, 2.05, 205, 1600),
 }
 
 Row = dict[str, str]
@@ -211,8 +222,8 @@ def test_every_kernel_compiles_for_every_architecture(rows: list[Row]) -> None:
     kernels = Counter(row["kernel"] for row in rows)
     assert set(kernels.values()) == {len(ARCHITECTURES)}
     families = {name.split()[0].rstrip(",") for name in kernels}
-    expected = {"cosine_logsumexp", "gradient_tile", "row_norm", "sample", "projection", "combine", "reduce"}
-    assert families == expected | {"margin_cross_entropy"}
+    forward = {"row_norm", "sample", "cosine_logsumexp", "combine", "margin_cross_entropy", "reduce"}
+    assert families == forward | {"sample_gradient", "gradient_tile", "projection"}
 
 
 def test_no_kernel_spills(rows: list[Row]) -> None:
@@ -251,7 +262,7 @@ def test_a_product_stays_in_flight_on_hopper(rows: list[Row]) -> None:
 
 def test_two_blocks_of_half_precision_tiles_fit_a_hopper_multiprocessor(rows: list[Row]) -> None:
     half = [row for row in on_hopper(rows) if row["dtype"] in ("bf16", "fp16")]
-    assert len(half) == 7
+    assert len(half) == 7, [row["kernel"] for row in half]
     assert violations(half, lambda row: int(row["blocks_per_sm"]) >= 2) == []
 
 
@@ -268,12 +279,15 @@ def test_one_exponential_per_element(rows: list[Row]) -> None:
     assert violations(tiles, holds) == []
 
 
-@pytest.mark.parametrize("kernel", MOST_INSTRUCTIONS)
-def test_the_epilogue_stays_as_short_as_it_is(rows: list[Row], kernel: str) -> None:
+@pytest.mark.parametrize("kernel", LIMITS)
+def test_the_main_kernels_stay_as_small_as_they_are(rows: list[Row], kernel: str) -> None:
     row = next(row for row in on_hopper(rows) if row["kernel"] == kernel)
-    everything, float32 = MOST_INSTRUCTIONS[kernel]
-    assert float(row["epilogue_per_element"]) <= everything
-    assert float(row["float32_per_element"]) <= float32
+    most = LIMITS[kernel]
+    assert float(row["epilogue_per_element"]) <= most.per_element
+    assert float(row["float32_per_element"]) <= most.float32
+    assert int(row["registers"]) <= most.registers
+    assert int(row["instructions"]) <= most.instructions
+    assert int(row["shared_bytes"]) <= most.shared_bytes
 
 
 def test_the_committed_report_covers_every_kernel_and_is_the_table_in_the_documentation(rows: list[Row]) -> None:
