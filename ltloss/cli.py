@@ -1,4 +1,4 @@
-"""The `ltloss` command: train, evaluate, predict, report, tune, doctor.
+"""The `ltloss` command: train, compare, evaluate, predict, report, tune, doctor.
 
 Everything but the standard library is imported inside `reported`, so that a missing package, a wrong environment
 variable and an early Ctrl-C are reported like any other mistake: one line on stderr and exit code 2, 130 for Ctrl-C.
@@ -20,6 +20,7 @@ from .training.errors import UserError, explain_os_error
 
 _LESS_MEMORY = {
     "train": "use a smaller --batch-size, --embedding-size or --image-size",
+    "compare": "use fewer --jobs, or a smaller --batch-size, --embedding-size or --image-size",
     "predict": "use a smaller --batch-size",
     "tune": "use smaller --samples, --classes or --width",
 }
@@ -97,6 +98,8 @@ def _explain(error: Exception, command: str) -> str | None:
 
 
 def _what_is_kept(options: argparse.Namespace | None) -> str:
+    if getattr(options, "name", "") == "compare":
+        return ", finished trainings are kept; continue with the same command"
     if getattr(options, "name", "") != "train":
         return ""
     out: Path = options.out  # type: ignore[union-attr]
@@ -147,7 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, metavar="FILE", help="settings from TOML or JSON; the command line wins")
     train.add_argument("--resume", action="store_true", help="continue the run in --out (with its own settings)")
     train.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+    _add_recipe(train)
     _add_settings(train)
+
+    _add_compare(commands.add_parser("compare", help="compare methods over seeds, tuned alike"))
 
     evaluate = commands.add_parser("evaluate", help="measure a run on labelled pictures")
     evaluate.set_defaults(command=_evaluate, name="evaluate")
@@ -199,12 +205,53 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="start from cifar-lt or small; every setting can be overridden"
+    )
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Train methods with several seeds into a folder; run again, it continues where it was."
+    parser.set_defaults(command=_compare, name="compare")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of results to write")
+    listed = "methods, separated by commas; all for every one of them"
+    parser.add_argument("--losses", type=_names, required=True, metavar="NAMES", help=listed)
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each method (default: 3)")
+    _add_recipe(parser)
+    varied = "a setting or an option of the losses to vary; may be repeated"
+    parser.add_argument("--vary", action="append", type=_named_values, default=[], metavar="NAME=V,V", help=varied)
+    parser.add_argument("--tune", action="store_true", help="choose scale, margin, rate on a validation split first")
+    parser.add_argument("--tune-seeds", type=int, default=1, metavar="N", help="trainings of each trial (default: 1)")
+    held = "pictures of each class to tune on (default: a fifth of the smallest class)"
+    parser.add_argument("--validation-per-class", type=int, metavar="N", help=held)
+    parser.add_argument("--jobs", type=int, metavar="N", help="trainings side by side (default: the cores; 1 on a GPU)")
+    parser.add_argument("--list", action=_ListMethods, help="show the methods and what is tuned of each, and stop")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+    _add_settings(parser, without=("loss", "seed"))
+
+
+class _ListMethods(argparse.Action):
+    """Print the methods and stop, as --help does, whatever else is missing."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from .training.methods import listing
+
+        print(listing())
+        parser.exit()
+
+
+def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     """One option per setting; only those given end up in the namespace, so that a file can hold the others."""
     from .training.config import SETTINGS, setting_type
 
     group = parser.add_argument_group("settings")
     for name, item in SETTINGS.items():
+        if name in without:
+            continue
         flag, kind = "--" + name.replace("_", "-"), setting_type(name)
         about = item.metadata["help"].replace("%", "%%")
         about += "" if item.default is None or kind is dict or name == "data" else f" (default: {item.default})"
@@ -222,10 +269,25 @@ def _named_value(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name.replace("-", "_"), _value(value)
+
+
+def _named_values(text: str) -> tuple[str, list[Any]]:
+    name, _, values = text.partition("=")
+    if not name or not values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,VALUE")
+    return name.replace("-", "_"), [_value(value) for value in values.split(",")]
+
+
+def _value(text: str) -> Any:
     try:
-        return name.replace("-", "_"), json.loads(value)
+        return json.loads(text)
     except ValueError:  # not a number, true or false: a word
-        return name.replace("-", "_"), value
+        return text
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -233,6 +295,10 @@ def _train(options: argparse.Namespace) -> int:
 
     _need("PIL", "safetensors", "tqdm", "matplotlib.figure")
     given = read_settings_file(options.config) if options.config else {}
+    if options.recipe:
+        from .training.recipes import recipe
+
+        given = {**recipe(options.recipe), **given}
     on_line = {name: value for name, value in vars(options).items() if name in SETTINGS}
     if "loss_options" in on_line:
         on_line["loss_options"] = {**given.get("loss_options", {}), **dict(on_line["loss_options"])}
@@ -244,6 +310,39 @@ def _train(options: argparse.Namespace) -> int:
     if not options.quiet:
         print(result.evaluation.to_text())
         print(f"\nopen {report}, or use the model: ltloss predict {options.out} --images FOLDER --out RESULTS")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .training.config import SETTINGS
+
+    _need("PIL", "safetensors", "tqdm", "matplotlib.figure")
+    from .training.classifier import choose_device
+    from .training.compare_grid import compare
+    from .training.compare_pool import usable_cores
+    from .training.methods import METHODS
+
+    given = {name: value for name, value in vars(options).items() if name in SETTINGS}
+    if "loss_options" in given:
+        given["loss_options"] = dict(given["loss_options"])
+    jobs = options.jobs
+    if jobs is None:
+        jobs = usable_cores() if choose_device(given.get("device")).type == "cpu" else 1
+    found = compare(
+        options.out,
+        given,
+        list(METHODS) if options.losses == ["all"] else options.losses,
+        recipe=options.recipe,
+        seeds=options.seeds,
+        vary=dict(options.vary),
+        tune=options.tune,
+        tune_seeds=options.tune_seeds,
+        validation_per_class=options.validation_per_class,
+        jobs=jobs,
+        quiet=options.quiet,
+    )
+    if not options.quiet:
+        print(found.to_text())
     return 0
 
 

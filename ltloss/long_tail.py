@@ -11,7 +11,7 @@ from torch import Tensor
 from ltloss import functional as F
 from ltloss.backend import current_backend
 from ltloss.centers import CenterUpdate, ClassCenters
-from ltloss.class_balance import Counts, Normalize, margins_from_counts
+from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margins_from_counts
 from ltloss.epilogue import margin_losses, one_pass, reduce_losses
 from ltloss.heads import CombinedMarginLoss, PriorOptions, PrototypeHead, _check_counts, _FromCounts
 from ltloss.norm_penalty import FeatureNormKind, norm_penalty
@@ -48,6 +48,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         feature_norm: the g of L3, by name or a function of the lengths (N,). ``"ring"`` with λ2 = 0.1 measured best, on
             long-tailed digits (docs/evidence.md).
         feature_norm_radius: the R or u of that g; None for 1.25·√D, a quarter more than batch normalisation gives.
+        tau: strength of the log prior τ·log π_c on the training logits; 0, as published, adds none.
         options: see :class:`CombinedMarginLoss`.
 
     Attributes:
@@ -80,9 +81,17 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         feature_norm_weight: float = 0.1,
         feature_norm: FeatureNormKind | Callable[[Tensor], Tensor] = "ring",
         feature_norm_radius: float | None = None,
+        tau: float = 0.0,
         **options: Unpack[PriorOptions],
     ) -> None:
         _check_counts(class_counts, num_classes)
+        check_number("tau", tau, at_least=0.0)
+        if tau:
+            if options.get("log_prior") is not None:
+                raise ValueError(
+                    f"log_prior and tau both give a prior; pass one of them, got tau={tau:g} and a log_prior"
+                )
+            options["log_prior"] = log_prior_from_counts(class_counts, tau)
         margins = margins_from_counts(class_counts, margin, power=margin_power, normalize=margin_normalize)
         check_number("min_angle_weight", min_angle_weight, at_least=0.0)
         check_number("feature_norm_weight", feature_norm_weight, at_least=0.0)
@@ -90,7 +99,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         super().__init__(num_classes, embedding_size, angular_margin=margins, **options)
         self.margin, self.margin_power, self.margin_normalize = margin, margin_power, margin_normalize
         self.min_angle_weight, self.min_angle_power = min_angle_weight, min_angle_power
-        self.min_angle_rows = min_angle_rows
+        self.min_angle_rows, self.tau = min_angle_rows, tau
         self.feature_norm_weight, self.feature_norm = feature_norm_weight, feature_norm
         self.feature_norm_radius = 1.25 * embedding_size**0.5 if feature_norm_radius is None else feature_norm_radius
         counts = torch.as_tensor(class_counts)
@@ -126,7 +135,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         names = (
             "margin margin_power margin_normalize min_angle_weight min_angle_power min_angle_rows feature_norm_weight"
         )
-        own = {name: getattr(self, name) for name in [*names.split(), "feature_norm", "feature_norm_radius"]}
+        own = {name: getattr(self, name) for name in [*names.split(), "feature_norm", "feature_norm_radius", "tau"]}
         return {**super().hyper_parameters(), **own}
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .datasets import ImageSource
+from .device_images import DeviceImages
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def batches(
     if not len(order):
         return iter(())
     parts = np.array_split(order, batch_count(len(order), batch_size))
+    if isinstance(source, DeviceImages):
+        return (Batch(images, labels) for images, labels in source.parts(parts))
     return _read_ahead(source, parts, ahead)
 
 
@@ -75,16 +78,16 @@ def _read_ahead(source: ImageSource, parts: list[np.ndarray], ahead: int) -> Ite
         stopped.set()
 
 
-def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int | None = None) -> Tensor:
     """Augmented pictures (B, channels, H, W): each shifted at random, and mirrored at random for `crop-flip`.
 
-    The shift is at most an eighth of the side (4 pixels of 32), black where it uncovers something. `generator` is on
-    the CPU, so that every device draws the same.
+    The shift is at most `pad` pixels, or an eighth of the side (4 pixels of 32), black where it uncovers something.
+    `generator` is on the CPU, so that every device draws the same.
     """
     if kind == "none":
         return images
     count, channels, height, width = images.shape
-    pads = round(height / 8), round(width / 8)
+    pads = (round(height / 8), round(width / 8)) if pad is None else (pad, pad)
     top, left = (torch.randint(0, 2 * pad + 1, (count, 1), generator=generator) for pad in pads)
     rows, columns = top + torch.arange(height), left + torch.arange(width)
     if kind == "crop-flip":

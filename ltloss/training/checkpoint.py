@@ -53,8 +53,8 @@ def save_checkpoint(run: Path, epoch: int, checkpoint: Checkpoint) -> Path:
     folder.mkdir(exist_ok=True)
     target = folder / f"epoch-{epoch:04d}"
     with _new_directory(target) as temporary:
-        _write_flushed(temporary / "model.safetensors", _to_bytes(checkpoint.model))
-        _write_flushed(temporary / "optimizer.safetensors", _to_bytes(checkpoint.optimizer))
+        _write_flushed(temporary / "model.safetensors", to_bytes(checkpoint.model))
+        _write_flushed(temporary / "optimizer.safetensors", to_bytes(checkpoint.optimizer))
         _write_flushed(temporary / "state.json", (json.dumps(checkpoint.state) + "\n").encode())
     for old in _checkpoints(run)[:-KEPT]:
         _remove(old)
@@ -137,7 +137,8 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a safetensors file that holds the tensors."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content: bytes = safetensors.torch.save(contiguous)
     return content

@@ -13,6 +13,7 @@ from typing import Any
 from .class_groups import Thresholds
 from .errors import UserError, nearest
 from .losses import LOSSES
+from .schedules import valid_schedule
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,14 +56,32 @@ class Settings:
     batch_size: int = _option(64, "samples a step, give or take one", "at least 2", _at_least(2))
     lr: float = _option(0.05, "peak learning rate of SGD", "greater than 0", _positive)
     weight_decay: float = _option(5e-4, "weight decay (not on biases and norms)", "at least 0", _at_least(0))
+    decay_all: bool = _option(False, "let weight decay act on biases and norms too")
     momentum: float = _option(0.9, "momentum of SGD", "in [0, 1)", lambda v: 0 <= v < 1)
     warmup: float = _option(
         0.05, "share of the steps in which the rate rises to --lr", "in [0, 1)", lambda v: 0 <= v < 1
+    )
+    schedule: str = _option(
+        "cosine",
+        "after the warm-up: cosine, to 0, or steps as WHEN:FACTOR,... (WHEN an epoch, or a share of them below 1)",
+        "cosine, or rising WHEN:FACTOR pairs like 160:0.01,180:0.0001",
+        valid_schedule,
     )
     scale: float | None = _option(
         None, "scale of the cosine logits (default: the loss's own)", "greater than 0", _positive
     )
     margin: float | None = _option(None, "margin of the loss (default: the loss's own)", "at least 0", _at_least(0))
+    tau: float | None = _option(
+        None, "strength of the log prior on the training logits (default: the loss's own)", "at least 0", _at_least(0)
+    )
+    drw_from: float | None = _option(
+        None,
+        "weigh classes by effective number from this epoch on, or share of the epochs below 1; 0: always",
+        "at least 0",
+        _at_least(0),
+    )
+    beta: float = _option(0.9999, "beta of those weights", "in [0, 1)", lambda v: 0 <= v < 1)
+    mixup: float = _option(0.0, "mix pairs of pictures, shares from Beta(X, X); 0: do not", "at least 0", _at_least(0))
     loss_options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "another option of the loss, as NAME=VALUE; may be repeated", "valid": None, "choices": None},
@@ -73,12 +92,19 @@ class Settings:
         None, "side in pixels (default: that of the data; folders: 64 if large)", "at least 4", _at_least(4)
     )
     channels: int | None = _option(None, "1 or 3 (default: those of the data)", "1 or 3", lambda v: v in (1, 3))
-    augment: str = _option("crop", "random shift by an eighth of the side, and flip", choices=AUGMENTATIONS)
+    augment: str = _option("crop", "random shift by --crop-pad, and flip", choices=AUGMENTATIONS)
+    crop_pad: int | None = _option(
+        None, "largest shift in pixels (default: an eighth of the side)", "at least 0", _at_least(0)
+    )
     limit_per_class: int | None = _option(None, "use at most N training pictures a class", "at least 1", _at_least(1))
     limit_test: int | None = _option(None, "use at most N test pictures", "at least 1", _at_least(1))
     many_above: int = _option(100, "'many' classes have more training pictures than this", "at least 0", _at_least(0))
     few_below: int = _option(20, "'few' classes have fewer training pictures than this", "at least 0", _at_least(0))
     seed: int = _option(0, "decides everything random", "at least 0", _at_least(0))
+    data_seed: int | None = _option(
+        None, "decides the long tail and the split of the data (default: --seed)", "at least 0", _at_least(0)
+    )
+    evaluate_every: int = _option(1, "epochs between looks at the test split", "at least 1", _at_least(1))
     device: str | None = _option(None, "cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     amp: bool | None = _option(None, "train in bfloat16 autocast (default: on a GPU)")
     workers: int = _option(4, "threads that decode pictures of a folder", "at least 1", _at_least(1))
@@ -95,9 +121,14 @@ class Settings:
         return Thresholds(self.many_above, self.few_below)
 
     @property
+    def split_seed(self) -> int:
+        """The seed of what is drawn of the data: the split, the long tail, the limits."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
     def all_loss_options(self) -> dict[str, Any]:
-        """`loss_options` with scale and margin, where they were given."""
-        common = {"scale": self.scale, "margin": self.margin}
+        """`loss_options` with scale, margin and tau, where they were given."""
+        common = {"scale": self.scale, "margin": self.margin, "tau": self.tau}
         return {**{name: value for name, value in common.items() if value is not None}, **self.loss_options}
 
 

@@ -11,6 +11,10 @@ class UserError(Exception):
     """Something the user can put right: one line that names what was given, what was expected and what to do."""
 
 
+class DivergedError(UserError):
+    """The loss of a training became NaN or infinite."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Words for an unknown name: the valid names that look like it, or all of them."""
     names = sorted(valid)

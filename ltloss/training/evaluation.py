@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from .batches import batches
 from .class_groups import Thresholds
@@ -23,28 +23,43 @@ BATCH_SIZE = 512
 _LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32, however many classes there are
 
 
-@torch.no_grad()
-def measure(classifier: Classifier, source: ImageSource, thresholds: Thresholds) -> Metrics:
-    """Metrics of a labelled source, in float32 and in evaluation mode; the classifier's mode is restored."""
+@torch.inference_mode()
+def measure(
+    classifier: Classifier,
+    source: ImageSource,
+    thresholds: Thresholds,
+    *,
+    amp: bool = False,
+    logit_offset: Tensor | None = None,
+) -> Metrics:
+    """Metrics of a labelled source in evaluation mode; the classifier's mode is restored.
+
+    The network computes in float32, or with `amp` in bfloat16 autocast. `logit_offset` (C,) is added to the logits.
+    """
     was_training = classifier.training
     classifier.eval()
     prototypes = classifier.loss.weight
     rows = max(1, _LOGITS_AT_ONCE // len(prototypes))
     found = MetricsAccumulator(classifier.config.class_counts, thresholds)
     for batch in batches(source, BATCH_SIZE):
-        features = classifier.features(batch.images.to(prototypes.device)).float()
-        labels = batch.labels.to(prototypes.device)
-        losses = [
-            F.cross_entropy(classifier.loss.logits(x).float(), y, reduction="none")
-            for x, y in zip(torch.split(features, rows), torch.split(labels, rows), strict=True)
-        ]
-        found.add(
-            labels=labels,
-            predicted=classifier.loss.predict(features).index[:, 0],
-            losses=torch.cat(losses),
-            norms=features.norm(dim=1),
-            angles=own_angles(features, prototypes, labels),
-        )
+        with torch.autocast(prototypes.device.type, torch.bfloat16, enabled=amp):
+            features = classifier.features(batch.images.to(prototypes.device))
+        features, labels = features.float(), batch.labels.to(prototypes.device)
+        for x, y in zip(torch.split(features, rows), torch.split(labels, rows), strict=True):
+            logits = classifier.loss.logits(x).float()
+            if logit_offset is not None:
+                logits += logit_offset
+            own = logits.gather(1, y[:, None])[:, 0]
+            total = logits.logsumexp(1)
+            best, predicted = logits.max(1)
+            found.add(
+                labels=y,
+                predicted=predicted,
+                confidence=(best - total).exp(),
+                losses=total - own,
+                norms=x.norm(dim=1),
+                angles=own_angles(x, prototypes, y),
+            )
     classifier.train(was_training)
     return found.result()
 
@@ -81,6 +96,7 @@ class Evaluation:
             ("pictures", str(metrics.pictures)),
             ("accuracy, %", percent(metrics.accuracy)),
             *((f"{words}, %", percent(getattr(metrics, name))) for name, words in self.thresholds.describe().items()),
+            ("calibration error, %", percent(metrics.calibration_error)),
             ("loss", number(metrics.loss)),
             ("mean feature length", number(metrics.feature_norm_mean)),
             ("mean angle to own prototype", f"{number(metrics.own_angle_mean)} rad"),
@@ -136,7 +152,7 @@ def evaluate_run(
         split=used,
         image_size=config.image_shape[1:],
         channels=config.image_shape[0],
-        seed=settings.seed,
+        seed=settings.split_seed,
         workers=settings.workers,
     )
     check_same_classes(config.class_names, source.class_names, f"run {run}", spec)

@@ -40,16 +40,17 @@ class LossKind:
 
     class_name: str
     takes_counts: bool = False
+    tau_as_prior: bool = False  # it has no tau of its own, but takes the prior that tau gives
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 LOSSES: dict[str, LossKind] = {
-    "softmax": LossKind("SoftmaxLoss"),
-    "cosine": LossKind("CosineSoftmaxLoss"),
-    "cosface": LossKind("CosFaceLoss"),
-    "arcface": LossKind("ArcFaceLoss"),
-    "combined": LossKind("CombinedMarginLoss", aliases={"margin": "angular_margin"}),
-    "ldam": LossKind("LDAMLoss", takes_counts=True, aliases={"margin": "max_margin"}),
+    "softmax": LossKind("SoftmaxLoss", takes_counts=True),
+    "cosine": LossKind("CosineSoftmaxLoss", tau_as_prior=True),
+    "cosface": LossKind("CosFaceLoss", tau_as_prior=True),
+    "arcface": LossKind("ArcFaceLoss", tau_as_prior=True),
+    "combined": LossKind("CombinedMarginLoss", tau_as_prior=True, aliases={"margin": "angular_margin"}),
+    "ldam": LossKind("LDAMLoss", takes_counts=True, tau_as_prior=True, aliases={"margin": "max_margin"}),
     "logit-adjusted": LossKind("LogitAdjustedLoss", takes_counts=True),
     "long-tail": LossKind("LongTailLoss", takes_counts=True),
     "cosine-space": LossKind("CosineSpaceLoss"),
@@ -75,13 +76,14 @@ def _loss_class(name: str) -> tuple[LossKind, Any]:
     return kind, getattr(ltloss, kind.class_name)
 
 
-def _option_names(loss_class: Any) -> set[str]:
+def _option_names(kind: LossKind, loss_class: Any) -> set[str]:
     """What the constructor takes by name; `**options` are those that the whole family shares."""
     from ltloss.heads import LossOptions
 
     parameters = inspect.signature(loss_class.__init__).parameters
     shared = set(LossOptions.__annotations__) if "options" in parameters else set()
-    return (set(parameters) - {"options"} | shared) - _DECIDED_ELSEWHERE
+    own = (set(parameters) - {"options"} | shared) - _DECIDED_ELSEWHERE
+    return own | {"tau"} if kind.tau_as_prior else own
 
 
 def loss_arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def loss_arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises UserError for an option that this loss does not take, naming those it takes.
     """
     kind, loss_class = _loss_class(name)
-    valid = _option_names(loss_class)
+    valid = _option_names(kind, loss_class)
     arguments = {}
     for option, value in options.items():
         argument = kind.aliases.get(option, option)
@@ -101,11 +103,21 @@ def loss_arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def takes_option(name: str, option: str) -> bool:
+    """Whether the loss `name` has that option."""
+    kind, loss_class = _loss_class(name)
+    return kind.aliases.get(option, option) in _option_names(kind, loss_class)
+
+
 def build_loss(name: str, class_counts: Sequence[int], embedding_size: int, options: Mapping[str, Any]) -> LossHead:
     """The loss module `name` for len(class_counts) classes; `options` as in `loss_arguments`."""
     kind, loss_class = _loss_class(name)
     arguments = loss_arguments(name, options)
     try:
+        if kind.tau_as_prior and "tau" in arguments:
+            from ltloss.class_balance import log_prior_from_counts
+
+            arguments["log_prior"] = log_prior_from_counts(class_counts, arguments.pop("tau"))
         if kind.takes_counts:
             module = loss_class.from_counts(class_counts, embedding_size, **arguments)
         else:

@@ -18,18 +18,25 @@ class Metrics:
     """Measured on one split. Shares are in [0, 1], angles in radians; None where nothing could be measured.
 
     `accuracy` is the share of pictures classified correctly; `many`, `medium` and `few` are the mean of their classes'
-    accuracies (as ImageNet-LT reports them), over classes that have pictures in the split.
+    accuracies (as ImageNet-LT reports them), over classes that have pictures in the split, and `balanced_accuracy` that
+    of all of them. `calibration_error` is the expected one of the softmax of the logits in 15 bins (Guo et al., On
+    calibration of modern neural networks, ICML 2017, eq. 3).
     """
 
     pictures: int
     loss: float | None  # cross-entropy of the logits without margin
     accuracy: float | None
+    balanced_accuracy: float | None
     many: float | None
     medium: float | None
     few: float | None
+    calibration_error: float | None
     per_class: tuple[float | None, ...]
     feature_norm_mean: float | None
     own_angle_mean: float | None  # between a feature and the prototype of its own class
+
+
+_BINS = 15
 
 
 def own_angles(features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
@@ -46,11 +53,18 @@ class MetricsAccumulator:
         self._correct = np.zeros(len(class_counts), dtype=np.int64)
         self._total = np.zeros(len(class_counts), dtype=np.int64)
         self._sums = np.zeros(3)  # loss, feature length, angle to the own prototype
+        self._bins = np.zeros(_BINS)  # of the confidence: sum of (correct - confidence) in each
 
-    def add(self, labels: Tensor, predicted: Tensor, losses: Tensor, norms: Tensor, angles: Tensor) -> None:
-        """Count one batch: five tensors of shape (B,)."""
+    def add(
+        self, labels: Tensor, predicted: Tensor, confidence: Tensor, losses: Tensor, norms: Tensor, angles: Tensor
+    ) -> None:
+        """Count one batch: six tensors of shape (B,)."""
         truth = labels.cpu().numpy()
-        correct = truth[predicted.cpu().numpy() == truth]
+        right = predicted.cpu().numpy() == truth
+        correct = truth[right]
+        sure = confidence.double().cpu().numpy()
+        bins = np.clip(np.ceil(np.nan_to_num(sure) * _BINS).astype(np.int64) - 1, 0, _BINS - 1)
+        self._bins += np.bincount(bins, right - sure, minlength=_BINS)
         self._total += np.bincount(truth, minlength=len(self._total))
         self._correct += np.bincount(correct, minlength=len(self._total))
         self._sums += [float(values.double().sum()) for values in (losses, norms, angles)]
@@ -69,7 +83,9 @@ class MetricsAccumulator:
             pictures=pictures,
             loss=loss,
             accuracy=float(self._correct.sum()) / pictures if pictures else None,
+            balanced_accuracy=float(per_class[present].mean()) if pictures else None,
             **by_group,
+            calibration_error=float(np.abs(self._bins).sum()) / pictures if pictures else None,
             per_class=tuple(float(value) if there else None for value, there in zip(per_class, present, strict=True)),
             feature_norm_mean=norm,
             own_angle_mean=angle,

@@ -164,7 +164,7 @@ def _test_pictures(run: _Run) -> ImageSource:
         split="test",
         image_size=(height, width),
         channels=channels,
-        seed=settings.seed,
+        seed=settings.split_seed,
         workers=settings.workers,
     )
     check_same_classes(config.class_names, source.class_names, f"run {run.path}", settings.data)

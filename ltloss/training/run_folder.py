@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ COLUMNS = (
     "train_accuracy",
     "test_loss",
     "test_accuracy",
+    "balanced_accuracy",
     "many",
     "medium",
     "few",
+    "calibration_error",
     "feature_norm_mean",
     "own_angle_mean",
     "seconds",
@@ -93,9 +95,14 @@ def write_config(out: Path, config: RunConfig) -> None:
 
 
 def write_metrics(out: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Write RUN/metrics.csv, one row per epoch; None is an empty cell."""
+    """Write RUN/metrics.csv, one row per epoch."""
+    write_csv(out / "metrics.csv", COLUMNS, history)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a CSV file whole; None is an empty cell."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)
-    write_file(out / "metrics.csv", text.getvalue().encode())
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode())

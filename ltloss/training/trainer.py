@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,19 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ltloss.class_balance import DeferredWeights, effective_number_weights
 
 from .batches import augment, batch_count, batches
 from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, remove_leftovers, save_checkpoint, write_file
 from .classifier import Classifier, check_tensors, choose_device
 from .config import RunConfig, Settings
 from .datasets import ImageSource
-from .errors import UserError
+from .errors import DivergedError, UserError
 from .evaluation import Evaluation, measure
-from .metrics import Metrics
+from .metrics import Metrics, percent
+from .mixup import mix
 from .progress import progress_bar
 from .run_folder import check_same_data, open_run, write_config, write_metrics
+from .schedules import first_epoch, learning_rate
 from .seeds import derived_seed, numpy_generator, torch_generator
 from .training_data import prepare_data
 
@@ -65,7 +69,7 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
             row = trainer.run_epoch(epoch, data.test)
             save_checkpoint(out, epoch, trainer.checkpoint())
             write_metrics(out, trainer.history)
-            progress.set_postfix(loss=f"{row['train_loss']:.3f}", test=f"{row['test_accuracy']:.3f}")
+            progress.set_postfix(loss=f"{row['train_loss']:.3f}", test=percent(row["test_accuracy"]))
             progress.update()
     metrics = measure(trainer.classifier, data.test, settings.thresholds)
     evaluation = Evaluation(out, settings.data, "test", data.config, settings.thresholds, metrics)
@@ -76,60 +80,95 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
 class Trainer:
     """The state that training changes: the classifier, the optimizer and the history of the epochs so far."""
 
-    def __init__(self, config: RunConfig, source: ImageSource, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, source: ImageSource, device: torch.device, *, measure_amp: bool = False
+    ) -> None:
         self.settings = config.settings
         self.source = source
         self.device = device
         self.steps = batch_count(len(source), self.settings.batch_size)
         self.amp = device.type == "cuda" if self.settings.amp is None else self.settings.amp
+        self.measure_amp = measure_amp and self.amp
         with _seeded(derived_seed(self.settings.seed, "initial weights"), device):
             self.classifier = Classifier(config).to(device)
+        if self.amp:  # convolutions and pooling in bfloat16 are several times slower in the other layout
+            self.classifier.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.class_weights = _deferred_weights(self.classifier, config)
         self.optimizer = build_optimizer(self.classifier, self.settings)
         self.history: list[dict[str, Any]] = []
+        self.train_seconds: list[float] = []  # of each epoch, without its look at the test split
 
     def run_epoch(self, epoch: int, test: ImageSource) -> dict[str, Any]:
-        """Train epoch number `epoch` (from 1), measure the test split, and return the new row of the history."""
+        """Train epoch number `epoch` (from 1), measure the test split if it is due, and return the new row."""
         start = time.perf_counter()
         with _seeded(derived_seed(self.settings.seed, "dropout", epoch), self.device):
             loss, accuracy = self._train_epoch(epoch)
-        metrics = measure(self.classifier, test, self.settings.thresholds)
+        self.train_seconds.append(time.perf_counter() - start)
         row = {
             "epoch": epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": loss,
             "train_accuracy": accuracy,
-            **_test_columns(metrics),
+            **test_columns(self._measure(test) if self._is_due(epoch) else None),
             "seconds": round(time.perf_counter() - start, 3),
         }
         self.history.append(row)
         return row
 
+    def _is_due(self, epoch: int) -> bool:
+        return epoch % self.settings.evaluate_every == 0 or epoch == self.settings.epochs
+
+    def _measure(self, test: ImageSource) -> Metrics:
+        return measure(self.classifier, test, self.settings.thresholds, amp=self.measure_amp)
+
     def _train_epoch(self, epoch: int) -> tuple[float, float]:
         """Mean loss over the steps and training accuracy, both while the weights change."""
-        settings, head = self.settings, self.classifier.loss
-        self.classifier.train()
-        order = numpy_generator(settings.seed, "order", epoch).permutation(len(self.source))
+        settings = self.settings
+        self._prepare_epoch(epoch)
         generator = torch_generator(settings.seed, "augmentation", epoch)
+        mixing = numpy_generator(settings.seed, "mixup", epoch)
         losses = torch.zeros(self.steps, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        for step, batch in enumerate(batches(self.source, settings.batch_size, order)):
-            images = augment(batch.images.to(self.device), settings.augment, generator)
+        for step, batch in enumerate(batches(self.source, settings.batch_size, self._order(epoch))):
+            images = augment(batch.images.to(self.device), settings.augment, generator, settings.crop_pad)
             labels = batch.labels.to(self.device)
             rate = learning_rate(settings, (epoch - 1) * self.steps + step, settings.epochs * self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                features = self.classifier.features(images)
-            loss = head(features, labels)
+            loss, features = self._forward(images, labels, mixing)
             self.optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             self.optimizer.step()
             losses[step] = loss.detach()
             with torch.no_grad():
-                correct += (head.predict(features.detach()).index[:, 0] == labels).sum()
+                correct += (self.classifier.loss.predict(features.detach()).index[:, 0] == labels).sum()
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == self.steps:
                 _check_finite(losses[: step + 1], epoch, self.steps, rate)
         return losses.double().mean().item(), correct.item() / len(self.source)
+
+    def _prepare_epoch(self, epoch: int) -> None:
+        self.classifier.train()
+        if self.class_weights is not None:
+            self.classifier.loss.set_class_weight(self.class_weights(epoch - 1))  # type: ignore[attr-defined]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Indices of the pictures of an epoch, in the order in which they are seen."""
+        return numpy_generator(self.settings.seed, "order", epoch).permutation(len(self.source))
+
+    def _forward(self, images: Tensor, labels: Tensor, mixing: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Loss, a scalar, and features (B, D) of pictures (B, channels, H, W) with labels (B,)."""
+        head = self.classifier.loss
+        if not self.settings.mixup:
+            features = self._features(images)
+            return head(features, labels), features
+        mixed = mix(images, labels, self.settings.mixup, mixing)
+        features = self._features(mixed.images)
+        loss = mixed.share * head(features, labels) + (1 - mixed.share) * head(features, mixed.other_labels)
+        return loss, features
+
+    def _features(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return self.classifier.features(images)
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next epoch depends on."""
@@ -159,37 +198,44 @@ class Trainer:
 
 
 def build_optimizer(classifier: nn.Module, settings: Settings) -> torch.optim.SGD:
-    """SGD over backbone and prototypes; biases and the factors of normalisation layers do not decay."""
-    parameters = list(classifier.parameters())
+    """SGD over what learns; biases and the factors of normalisation layers do not decay unless the settings say so."""
+    parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for p in parameters if p.ndim <= 1],
+            "weight_decay": settings.weight_decay if settings.decay_all else 0.0,
+        },
     ]
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
 
 
-def learning_rate(settings: Settings, step: int, total: int) -> float:
-    """The rate of step number `step` (from 0) of `total`: a linear rise to settings.lr, then half a cosine to 0."""
-    rising = math.floor(settings.warmup * total)
-    if step < rising:
-        return settings.lr * (step + 1) / rising
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
+def _deferred_weights(classifier: Classifier, config: RunConfig) -> DeferredWeights | None:
+    settings = config.settings
+    if settings.drw_from is None:
+        return None
+    if not hasattr(classifier.loss, "set_class_weight"):
+        raise UserError(f"loss {settings.loss} takes no class weights; leave --drw-from out, or choose another --loss")
+    weights = effective_number_weights(config.class_counts, settings.beta)
+    return DeferredWeights(weights, first_epoch(settings.drw_from, settings.epochs))
 
 
 def _check_finite(losses: Tensor, epoch: int, steps: int, rate: float) -> None:
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         step = int(bad[0]) + 1
-        raise UserError(
+        raise DivergedError(
             f"the loss is {losses[step - 1].item()} at step {step} of {steps} in epoch {epoch} "
             f"(learning rate {rate:.3g}); start a new --out with a lower --lr, or with a smaller --scale where it is "
             "extreme. Earlier checkpoints are untouched"
         )
 
 
-def _test_columns(metrics: Metrics) -> dict[str, float | None]:
-    same = {name: getattr(metrics, name) for name in ("many", "medium", "few", "feature_norm_mean", "own_angle_mean")}
-    return {"test_loss": metrics.loss, "test_accuracy": metrics.accuracy, **same}
+def test_columns(metrics: Metrics | None) -> dict[str, float | None]:
+    """The columns about the test split; None in all of them where it was not measured."""
+    names = ("balanced_accuracy", "many", "medium", "few", "calibration_error", "feature_norm_mean", "own_angle_mean")
+    columns = {"test_loss": "loss", "test_accuracy": "accuracy", **{name: name for name in names}}
+    return {column: None if metrics is None else getattr(metrics, name) for column, name in columns.items()}
 
 
 @contextmanager

@@ -31,27 +31,28 @@ class TrainingData:
 
 def prepare_data(settings: Settings) -> TrainingData:
     """Load both splits as the settings say. The long tail and the limit per class act on the training split only."""
-    seed = settings.seed
-    train = load_data(
-        settings.data,
-        split="train",
-        image_size=settings.image_size,
-        channels=settings.channels,
-        seed=seed,
-        workers=settings.workers,
-    )
-    channels, *size = train.shape
-    test = load_data(
-        settings.data,
-        split="test",
-        image_size=(size[0], size[1]),
-        channels=channels,
-        seed=seed,
-        workers=settings.workers,
-    )
+    train = load_split(settings, "train")
+    test = load_split(settings, "test", train.shape)
     train, test = limited(train, settings, "train"), limited(test, settings, "test")
-    mean, std = _normalisation(train, seed)
-    config = RunConfig(
+    return TrainingData(train, test, run_config(settings, train))
+
+
+def load_split(settings: Settings, split: Split, shape: tuple[int, int, int] | None = None) -> ImageSource:
+    """One split of the data, whole; with pictures of `shape` (channels, height, width), or as the settings say."""
+    return load_data(
+        settings.data,
+        split=split,
+        image_size=settings.image_size if shape is None else shape[1:],
+        channels=settings.channels if shape is None else shape[0],
+        seed=settings.split_seed,
+        workers=settings.workers,
+    )
+
+
+def run_config(settings: Settings, train: ImageSource) -> RunConfig:
+    """The configuration of a run that is trained on all of `train`."""
+    mean, std = _normalisation(train, settings.split_seed)
+    return RunConfig(
         settings=settings,
         class_names=train.class_names,
         class_counts=tuple(np.bincount(train.labels, minlength=len(train.class_names)).tolist()),
@@ -64,12 +65,11 @@ def prepare_data(settings: Settings) -> TrainingData:
             "python": platform.python_version(),
         },
     )
-    return TrainingData(train, test, config)
 
 
 def limited(source: ImageSource, settings: Settings, split: Split) -> ImageSource:
     """What a run uses of a split of its data: the long tail and the limits of its settings. `all` is left whole."""
-    seed = settings.seed
+    seed = settings.split_seed
     if split == "train":
         if settings.limit_per_class is not None:
             counts = np.full(len(source.class_names), settings.limit_per_class)

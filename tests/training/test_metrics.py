@@ -17,6 +17,7 @@ def accumulate(
     found.add(
         torch.tensor(labels, dtype=torch.int64),
         torch.tensor(predicted, dtype=torch.int64),
+        torch.ones(len(labels)),
         values,
         values + 1,
         values / 10,
@@ -34,6 +35,18 @@ def test_groups_are_means_of_class_accuracies() -> None:
     assert found.per_class == (1.0, 0.5, 0.0, 1.0)
     assert (found.loss, found.feature_norm_mean) == (pytest.approx(2.0), pytest.approx(3.0))
     assert found.own_angle_mean == pytest.approx(0.2)
+    assert found.balanced_accuracy == pytest.approx(2.5 / 4)
+    assert found.calibration_error == pytest.approx(2 / 5)  # always sure, and wrong twice
+
+
+def test_calibration_error_is_the_weighted_gap_of_15_bins() -> None:
+    confidence = torch.tensor([0.05, 1 / 15, 0.07, 0.55, 0.58, 1.0])  # the second lies in the first bin, as (0, 1/15]
+    right = torch.tensor([0, 1, 1, 1, 0, 1])
+    found = MetricsAccumulator([9, 9], Thresholds(5, 2))
+    labels, zeros = torch.zeros(6, dtype=torch.int64), torch.zeros(6)
+    found.add(labels, 1 - right, confidence, zeros, zeros, zeros)
+    gaps = abs(1 - 0.05 - 1 / 15) + abs(1 - 0.07) + abs(1 - 0.55 - 0.58) + abs(1 - 1.0)
+    assert found.result().calibration_error == pytest.approx(gaps / 6, abs=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +70,7 @@ def test_batches_add_up() -> None:
     apart = MetricsAccumulator([9, 9], Thresholds(5, 2))
     for i in range(3):
         one = [torch.tensor([row[i]]) for row in ([0, 1, 1], [0, 0, 1])]
-        apart.add(*one, *(torch.tensor([value]) for value in (float(i), i + 1.0, i / 10)))
+        apart.add(*one, torch.ones(1), *(torch.tensor([value]) for value in (float(i), i + 1.0, i / 10)))
     assert apart.result().accuracy == together.accuracy
     assert apart.result().per_class == together.per_class
     assert apart.result().loss == pytest.approx(together.loss)

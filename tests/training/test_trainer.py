@@ -21,7 +21,8 @@ from ltloss.training.datasets import load_data
 from ltloss.training.errors import UserError
 from ltloss.training.losses import LOSSES
 from ltloss.training.run_folder import COLUMNS
-from ltloss.training.trainer import Trainer, TrainingResult, build_optimizer, learning_rate, train
+from ltloss.training.schedules import learning_rate
+from ltloss.training.trainer import Trainer, TrainingResult, build_optimizer, train
 from ltloss.training.training_data import prepare_data
 
 

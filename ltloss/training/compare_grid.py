@@ -1,0 +1,178 @@
+"""`ltloss compare`: many methods and seeds on the same pictures, tuned alike, in a folder that can be continued."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import TEMPORARY, remove_leftovers, write_file
+from .compare_data import default_validation, fingerprint
+from .compare_jobs import Job
+from .compare_plan import Plan, check_whole_number
+from .compare_pool import run_jobs
+from .compare_tables import Comparison, FinalRun, Trial, write_tables
+from .config import Settings
+from .errors import UserError
+from .methods import described, method
+from .training_data import load_split
+
+MANIFEST = "compare.json"
+_Chosen = Mapping[str, Mapping[str, Any]]
+
+
+def compare(
+    out: str | Path,
+    given: Mapping[str, Any],
+    methods: Sequence[str],
+    *,
+    recipe: str | None = None,
+    seeds: int = 3,
+    vary: Mapping[str, Sequence[Any]] | None = None,
+    tune: bool = False,
+    tune_seeds: int = 1,
+    validation_per_class: int | None = None,
+    jobs: int = 1,
+    quiet: bool = False,
+) -> Comparison:
+    """Train every method with every seed; write results.csv and, where tuned, tuning.csv into `out`.
+
+    Each training leaves one file, so a comparison that was killed continues where it was when it is called again, and
+    methods or seeds that are added later join those that are there.
+
+    Args:
+        out: folder for the results; a new one, or that of an earlier comparison.
+        given: settings as for `ltloss train`, at least `data`; they override the recipe and the methods, and are not
+            tuned. Options of losses (`scale`, `margin`, `tau`, `loss_options`) hold for the losses that have them.
+        methods: names in `ltloss.training.methods.METHODS`.
+        recipe: a name in `ltloss.training.recipes.RECIPES`, or None for the defaults of `ltloss train`.
+        seeds: trainings of each method, with the seeds 0, 1, ...; all on the same pictures.
+        vary: name of a setting or of an option of the losses -> values. Every combination becomes a variant of every
+            method, on top of its chosen values.
+        tune: choose from each method's search space by the balanced accuracy of the last epoch on a validation split.
+        tune_seeds: trainings of each trial, whose mean decides.
+        validation_per_class: pictures of each class that are held out of the training file before the long tail is cut;
+            None for a fifth of the smallest class. The test split is not read before tuning is over.
+        jobs: trainings side by side, in processes of one thread each. More than one needs
+            `if __name__ == "__main__":` in a script.
+        quiet: no progress bar.
+
+    Returns:
+        The results; `print(comparison.to_text())` shows the table.
+
+    Raises:
+        UserError: before anything is trained, where settings, methods, data or `out` cannot be used.
+
+    Example:
+        >>> from ltloss.training import compare
+        >>> settings = {"data": "digits", "imbalance": 10, "epochs": 1, "batch_size": 128, "device": "cpu"}
+        >>> found = compare("comparison", settings, ["ce", "cosine"], seeds=1, quiet=True)
+        >>> [(run.method, run.seed) for run in found.runs]
+        [('ce', 0), ('cosine', 0)]
+    """
+    check_whole_number("jobs", jobs)
+    names = tuple(dict.fromkeys(methods))
+    plan = Plan(dict(given), names, recipe, seeds, dict(vary or {}), tune, tune_seeds, validation_per_class)
+    if tune and validation_per_class is None:
+        plan = replace(plan, validation_per_class=default_validation(Settings(**plan.settings)))
+    grid = _Grid(plan, Path(out), jobs, quiet)
+    grid.open_folder()
+    trials = list(grid.tune()) if tune else []
+    runs = list(grid.final({trial.method: trial.values for trial in trials if trial.chosen}))
+    found = Comparison(grid.out, plan.settings, Settings(**plan.settings).thresholds, tuple(runs), tuple(trials))
+    write_tables(found)
+    return found
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """A plan, the folder that it fills, and how many jobs run at a time."""
+
+    plan: Plan
+    out: Path
+    workers: int
+    quiet: bool
+
+    def open_folder(self) -> None:
+        out, plan = self.out, self.plan
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out} is a file; choose a folder")
+        if out.is_dir() and not (out / MANIFEST).is_file() and any(path.suffix != TEMPORARY for path in out.iterdir()):
+            raise UserError(f"--out {out} holds other files than a comparison; choose an empty or a new folder")
+        out.mkdir(parents=True, exist_ok=True)
+        for folder in (out, out / "runs", out / "models"):
+            remove_leftovers(folder)
+        record = {name: getattr(plan, name) for name in ("recipe", "settings", "methods", "seeds", "vary", "tune")}
+        write_file(out / MANIFEST, (json.dumps(record, indent=2) + "\n").encode())
+
+    def tune(self) -> Iterator[Trial]:
+        """Every trial, the best of each method marked; first stages before second ones. Reads no test picture."""
+        plan = self.plan
+        pictures = fingerprint(load_split(Settings(**plan.settings), "train"))
+        first = [name for name in plan.needed if method(name).stage_two is None]
+        chosen: dict[str, Mapping[str, Any]] = {}
+        for names in (first, [name for name in plan.needed if name not in first]):
+            tried = [
+                (name, values, self._trial_jobs(name, chosen, values, pictures))
+                for name in names
+                for values in plan.space(name)
+            ]
+            self._run([job for *_, jobs in tried for job in jobs], "trial")
+            found = [Trial(name, values, self._validation_accuracy(jobs)) for name, values, jobs in tried]
+            for name in names:
+                best = _best([trial for trial in found if trial.method == name])
+                chosen[name] = best.values
+                yield from (replace(trial, chosen=trial is best) for trial in found if trial.method == name)
+
+    def _trial_jobs(self, name: str, chosen: _Chosen, values: Mapping[str, Any], pictures: str) -> list[Job]:
+        held_out = self.plan.validation_per_class
+        return [self.plan.job(name, chosen, values, seed, pictures, held_out) for seed in range(self.plan.tune_seeds)]
+
+    def _validation_accuracy(self, jobs: Sequence[Job]) -> float | None:
+        """Mean balanced accuracy of the last epoch over the seeds; None where a training diverged."""
+        results = [self._result(job) for job in jobs]
+        if any(result["failed"] for result in results):
+            return None
+        return statistics.mean(float(result["history"][-1]["balanced_accuracy"]) for result in results)
+
+    def final(self, chosen: _Chosen) -> Iterator[FinalRun]:
+        """Train on the whole training file with the chosen values, and measure the test split."""
+        plan = self.plan
+        settings = Settings(**plan.settings)
+        pictures = "-".join(fingerprint(load_split(settings, split)) for split in ("train", "test"))
+        planned = [
+            (name, variant, seed, plan.job(name, chosen, variant, seed, pictures))
+            for name in plan.methods
+            for variant in plan.variants
+            for seed in range(plan.seeds)
+        ]
+        self._run([job for *_, job in planned], "run")
+        for name, variant, seed, job in planned:
+            yield FinalRun.of(name, chosen.get(name, {}), variant, seed, self._result(job))
+
+    def _run(self, jobs: Sequence[Job], what: str) -> None:
+        """First stages before the second ones, which need their networks."""
+        bases = [job.base for job in jobs if job.base is not None]
+        first = [*bases, *(job for job in jobs if job.base is None)]
+        for part in (first, [job for job in jobs if job.base is not None]):
+            if part:
+                run_jobs(part, self.out, self.workers, what=what, quiet=self.quiet)
+
+    def _result(self, job: Job) -> dict[str, Any]:
+        result = job.result(self.out)
+        if result is None:
+            raise UserError(f"{job.result_file(self.out)} is gone or damaged; run the command again")
+        return result
+
+
+def _best(found: Sequence[Trial]) -> Trial:
+    worked = [trial for trial in found if trial.accuracy is not None and not math.isnan(trial.accuracy)]
+    if not worked:
+        raise UserError(
+            f"every trial of {found[0].method} diverged, the first with {described(found[0].values)}; lower --lr"
+        )
+    return max(worked, key=lambda trial: trial.accuracy or 0.0)

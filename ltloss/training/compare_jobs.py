@@ -1,0 +1,160 @@
+"""One training of a comparison, as a job whose result is one file: either whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltloss.functional import nearest_prototype
+
+from .checkpoint import read_tensors, to_bytes, write_file
+from .classifier import Classifier, choose_device
+from .compare_data import comparison_data
+from .config import Settings
+from .errors import DivergedError, UserError
+from .evaluation import measure
+from .stage_two import ClassifierRetraining, normalize_weights, post_hoc_offset
+from .trainer import Trainer, test_columns
+from .training_data import TrainingData
+
+_MAY_DIFFER = ("data", "device", "workers")  # the pictures themselves are part of a job's key
+_FORMAT = 1  # raise it where the same settings come to mean something else
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train and on which pictures.
+
+    Attributes:
+        settings: all settings of the training, as `Settings` takes them.
+        fingerprint: checksum of the pictures.
+        validation_per_class: pictures of each class held out and measured; None measures the test split.
+        stage_two: what is done to the network of `base` instead of training one, by name of its setting.
+        base: the job of the first stage.
+        keep_model: whether a second stage needs the network.
+
+    """
+
+    settings: Mapping[str, Any]
+    fingerprint: str
+    validation_per_class: int | None = None
+    stage_two: Mapping[str, Any] = field(default_factory=dict)
+    base: Job | None = None
+    keep_model: bool = False
+
+    @property
+    def key(self) -> str:
+        """A name that two jobs share if and only if they compute the same."""
+        facts = {name: value for name, value in asdict(Settings(**self.settings)).items() if name not in _MAY_DIFFER}
+        known = [_FORMAT, facts, self.fingerprint, self.validation_per_class, dict(self.stage_two)]
+        known.append(self.base.key if self.base else None)
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+        return f"{self.settings['loss']}-seed{self.settings['seed']}-{digest}"
+
+    def result_file(self, out: Path) -> Path:
+        """Where its result lies."""
+        return out / "runs" / f"{self.key}.json"
+
+    def model_file(self, out: Path) -> Path:
+        """Where its network lies, if it is kept."""
+        return out / "models" / f"{self.key}.safetensors"
+
+    def result(self, out: Path) -> dict[str, Any] | None:
+        """Its result, or None where it is still to be computed."""
+        if self.keep_model and not self.model_file(out).is_file():
+            return None
+        try:
+            result = json.loads(self.result_file(out).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return result if isinstance(result, dict) and {"history", "failed"} <= set(result) else None
+
+
+def run_job(job: Job, out: Path) -> None:
+    """Compute a job and write its result; a training that diverged is a result too."""
+    settings = Settings(**job.settings)
+    device = choose_device(settings.device)
+    data = comparison_data(settings, job.validation_per_class, device)
+    found: dict[str, Any] = {"history": [], "failed": None, "seconds_per_epoch": None, "angles": None}
+    try:
+        classifier = _second_stage(job, out, data, device, found) if job.base else _first_stage(data, device, found)
+        found["angles"] = prototype_angles(classifier.loss.weight)
+        if job.keep_model:
+            write_file(job.model_file(out), to_bytes(classifier.state_dict()))
+    except DivergedError as error:
+        found["failed"] = str(error)
+    facts = {
+        "settings": asdict(settings),
+        "stage_two": dict(job.stage_two),
+        "validation_per_class": job.validation_per_class,
+        "class_counts": data.config.class_counts,
+        "pictures": [len(data.train), len(data.test)],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": dict(data.config.versions),
+    }
+    write_file(job.result_file(out), (json.dumps({**found, **facts}) + "\n").encode())
+
+
+def _first_stage(data: TrainingData, device: torch.device, found: dict[str, Any]) -> Classifier:
+    trainer = Trainer(data.config, data.train, device, measure_amp=True)
+    return _trained(trainer, data, found)
+
+
+def _trained(trainer: Trainer, data: TrainingData, found: dict[str, Any]) -> Classifier:
+    found["history"] = trainer.history
+    for epoch in range(1, trainer.settings.epochs + 1):
+        trainer.run_epoch(epoch, data.test)
+    found["seconds_per_epoch"] = round(statistics.median(trainer.train_seconds), 4)
+    return trainer.classifier
+
+
+def _second_stage(job: Job, out: Path, data: TrainingData, device: torch.device, found: dict[str, Any]) -> Classifier:
+    assert job.base is not None
+    weights = read_tensors(job.base.model_file(out))
+    settings, given = data.config.settings, job.stage_two
+    if "crt_epochs" in given:
+        retrained = replace(settings, epochs=given["crt_epochs"], lr=given["crt_lr"], schedule="cosine", mixup=0.0)
+        config = replace(data.config, settings=retrained)
+        return _trained(ClassifierRetraining(config, data.train, device, weights, measure_amp=True), data, found)
+    classifier = Classifier(data.config)
+    classifier.load_state_dict(weights)
+    classifier.to(device)
+    offset: Tensor | None = None
+    if "post_hoc_tau" in given:
+        offset = post_hoc_offset(data.config.class_counts, given["post_hoc_tau"]).to(device)
+    else:
+        normalize_weights(classifier, given["norm_power"])
+    metrics = measure(classifier, data.test, settings.thresholds, amp=bool(settings.amp), logit_offset=offset)
+    found["history"] = [{"epoch": settings.epochs, **test_columns(metrics)}]
+    return classifier
+
+
+def prototype_angles(prototypes: Tensor) -> dict[str, float] | None:
+    """Smallest and mean angle, in degrees, of the prototypes (C, D) to their nearest other; None for one class."""
+    if len(prototypes) < 2:
+        return None
+    cosine = nearest_prototype(prototypes.detach().float()).cosine.double().clamp(-1, 1)
+    angles = cosine.acos() * (180 / math.pi)
+    return {"min": angles.min().item(), "mean": angles.mean().item()}
+
+
+def checked(job: Job) -> Job:
+    """The job itself; UserError for settings, options of the loss or a second stage that cannot work."""
+    from .losses import loss_arguments
+
+    settings = Settings(**job.settings)
+    loss_arguments(settings.loss, settings.all_loss_options)
+    for name, value in job.stage_two.items():
+        whole = name == "crt_epochs"
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value >= whole:
+            raise UserError(f"{name} must be {'a whole number from 1' if whole else 'a number from 0'}, is {value!r}")
+    return job
