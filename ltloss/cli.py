@@ -343,6 +343,7 @@ def _compare(options: argparse.Namespace) -> int:
     )
     if not options.quiet:
         print(found.to_text())
+        print(f"\nopen {found.page}; the rows are in {found.out / 'results.csv'}")
     return 0
 
 

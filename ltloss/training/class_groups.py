@@ -33,6 +33,14 @@ class Thresholds:
         many, few = counts > self.many_above, counts < self.few_below
         return {"many": many, "medium": ~many & ~few, "few": few}
 
+    def means(self, per_class: np.ndarray, class_counts: Sequence[int]) -> dict[str, float | None]:
+        """Means of the known accuracies (C,) of each group's classes, NaN where unknown; None for a group of none."""
+        known = np.isfinite(per_class)
+        return {
+            name: float(per_class[mask & known].mean()) if (mask & known).any() else None
+            for name, mask in self.groups(class_counts).items()
+        }
+
     def describe(self) -> dict[str, str]:
         """The groups in words, for a table's header."""
         return {

@@ -13,6 +13,7 @@ from typing import Any
 from .checkpoint import TEMPORARY, remove_leftovers, write_file
 from .compare_data import default_validation, fingerprint
 from .compare_jobs import Job
+from .compare_page import write_page
 from .compare_plan import Plan, check_whole_number
 from .compare_pool import run_jobs
 from .compare_tables import Comparison, FinalRun, Trial, write_tables
@@ -39,7 +40,7 @@ def compare(
     jobs: int = 1,
     quiet: bool = False,
 ) -> Comparison:
-    """Train every method with every seed; write results.csv and, where tuned, tuning.csv into `out`.
+    """Train every method with every seed; write results.csv, comparison.html and, where tuned, tuning.csv into `out`.
 
     Each training leaves one file, so a comparison that was killed continues where it was when it is called again, and
     methods or seeds that are added later join those that are there.
@@ -85,6 +86,7 @@ def compare(
     runs = list(grid.final({trial.method: trial.values for trial in trials if trial.chosen}))
     found = Comparison(grid.out, plan.settings, Settings(**plan.settings).thresholds, tuple(runs), tuple(trials))
     write_tables(found)
+    write_page(found)
     return found
 
 
@@ -122,7 +124,7 @@ class _Grid:
                 for values in plan.space(name)
             ]
             self._run([job for *_, jobs in tried for job in jobs], "trial")
-            found = [Trial(name, values, self._validation_accuracy(jobs)) for name, values, jobs in tried]
+            found = [Trial(name, values, *self._judged(jobs)) for name, values, jobs in tried]
             for name in names:
                 best = _best([trial for trial in found if trial.method == name])
                 chosen[name] = best.values
@@ -132,12 +134,13 @@ class _Grid:
         held_out = self.plan.validation_per_class
         return [self.plan.job(name, chosen, values, seed, pictures, held_out) for seed in range(self.plan.tune_seeds)]
 
-    def _validation_accuracy(self, jobs: Sequence[Job]) -> float | None:
-        """Mean balanced accuracy of the last epoch over the seeds; None where a training diverged."""
+    def _judged(self, jobs: Sequence[Job]) -> tuple[float | None, float]:
+        """Mean balanced accuracy of the last epoch over the seeds, None where one diverged; and the seconds it took."""
         results = [self._result(job) for job in jobs]
+        seconds = sum(float(result["seconds"]) for result in results)
         if any(result["failed"] for result in results):
-            return None
-        return statistics.mean(float(result["history"][-1]["balanced_accuracy"]) for result in results)
+            return None, seconds
+        return statistics.mean(float(result["last"]["balanced_accuracy"]) for result in results), seconds
 
     def final(self, chosen: _Chosen) -> Iterator[FinalRun]:
         """Train on the whole training file with the chosen values, and measure the test split."""
@@ -152,7 +155,7 @@ class _Grid:
         ]
         self._run([job for *_, job in planned], "run")
         for name, variant, seed, job in planned:
-            yield FinalRun.of(name, chosen.get(name, {}), variant, seed, self._result(job))
+            yield FinalRun.of(name, chosen.get(name, {}), variant, seed, self._result(job), settings.thresholds)
 
     def _run(self, jobs: Sequence[Job], what: str) -> None:
         """First stages before the second ones, which need their networks."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,10 +24,11 @@ from .config import Settings
 from .errors import DivergedError, UserError
 from .evaluation import measure
 from .stage_two import ClassifierRetraining, normalize_weights, post_hoc_offset
-from .trainer import Trainer, test_columns
+from .trainer import Trainer
 from .training_data import TrainingData
 
-_MAY_DIFFER = ("data", "device", "workers")  # the pictures themselves are part of a job's key
+# The pictures themselves are part of a job's key; the groups are made from the accuracies of the classes.
+_MAY_DIFFER = ("data", "device", "workers", "many_above", "few_below")
 _FORMAT = 1  # raise it where the same settings come to mean something else
 
 
@@ -76,7 +78,7 @@ class Job:
             result = json.loads(self.result_file(out).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return result if isinstance(result, dict) and {"history", "failed"} <= set(result) else None
+        return result if isinstance(result, dict) and {"last", "best", "failed"} <= set(result) else None
 
 
 def run_job(job: Job, out: Path) -> None:
@@ -84,7 +86,8 @@ def run_job(job: Job, out: Path) -> None:
     settings = Settings(**job.settings)
     device = choose_device(settings.device)
     data = comparison_data(settings, job.validation_per_class, device)
-    found: dict[str, Any] = {"history": [], "failed": None, "seconds_per_epoch": None, "angles": None}
+    found: dict[str, Any] = {"history": [], "last": None, "best": None, "seconds_per_epoch": None, "angles": None}
+    found["failed"], start = None, time.perf_counter()
     try:
         classifier = _second_stage(job, out, data, device, found) if job.base else _first_stage(data, device, found)
         found["angles"] = prototype_angles(classifier.loss.weight)
@@ -98,6 +101,7 @@ def run_job(job: Job, out: Path) -> None:
         "validation_per_class": job.validation_per_class,
         "class_counts": data.config.class_counts,
         "pictures": [len(data.train), len(data.test)],
+        "seconds": round(time.perf_counter() - start, 2),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": dict(data.config.versions),
     }
@@ -112,7 +116,11 @@ def _first_stage(data: TrainingData, device: torch.device, found: dict[str, Any]
 def _trained(trainer: Trainer, data: TrainingData, found: dict[str, Any]) -> Classifier:
     found["history"] = trainer.history
     for epoch in range(1, trainer.settings.epochs + 1):
-        trainer.run_epoch(epoch, data.test)
+        row = trainer.run_epoch(epoch, data.test)
+        if row["test_accuracy"] is not None and trainer.measured is not None:
+            found["last"] = {"epoch": epoch, **asdict(trainer.measured)}
+            if found["best"] is None or row["test_accuracy"] > found["best"]["accuracy"]:
+                found["best"] = found["last"]
     found["seconds_per_epoch"] = round(statistics.median(trainer.train_seconds), 4)
     return trainer.classifier
 
@@ -134,7 +142,7 @@ def _second_stage(job: Job, out: Path, data: TrainingData, device: torch.device,
     else:
         normalize_weights(classifier, given["norm_power"])
     metrics = measure(classifier, data.test, settings.thresholds, amp=bool(settings.amp), logit_offset=offset)
-    found["history"] = [{"epoch": settings.epochs, **test_columns(metrics)}]
+    found["last"] = {"epoch": settings.epochs, **asdict(metrics)}
     return classifier
 
 

@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .class_groups import Thresholds
 from .methods import described, method
 from .run_folder import write_csv
 
 GROUPS = ("many", "medium", "few")
-_LAST = {"accuracy": "test_accuracy", "balanced_accuracy": "balanced_accuracy", **{name: name for name in GROUPS}}
+_SHARES = ("accuracy", "balanced_accuracy", *GROUPS)
 COLUMNS = (
     *("method", "title", "chosen", "variant", "seed", "last_epoch"),
-    *(f"last_{name}" for name in _LAST),
+    *(f"last_{name}" for name in _SHARES),
     "last_calibration_error",
     "best_epoch",
-    *(f"best_{name}" for name in _LAST),
-    *("angle_min_degrees", "angle_mean_degrees", "seconds_per_epoch"),
+    *(f"best_{name}" for name in _SHARES),
+    *("angle_min_degrees", "angle_mean_degrees", "seconds_per_epoch", "seconds", "many_above", "few_below"),
     *("pictures_train", "pictures_test", "device", "torch", "failed"),
 )
-TUNING_COLUMNS = ("method", "values", "balanced_accuracy", "chosen")
+TUNING_COLUMNS = ("method", "values", "balanced_accuracy", "seconds", "chosen")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Trial:
     method: str
     values: Mapping[str, Any]
     accuracy: float | None
+    seconds: float
     chosen: bool = False
 
 
@@ -46,7 +49,6 @@ class FinalRun:
     variant: Mapping[str, Any]
     seed: int
     columns: Mapping[str, Any]
-    history: Sequence[Mapping[str, Any]]
 
     @classmethod
     def of(
@@ -56,15 +58,15 @@ class FinalRun:
         variant: Mapping[str, Any],
         seed: int,
         result: Mapping[str, Any],
+        thresholds: Thresholds,
     ) -> FinalRun:
         """The run that a job's result describes.
 
         The best epoch is that of the highest test accuracy, the earliest of several: what many papers report, chosen
         on the test split. A second stage without epochs has none.
         """
-        history = [] if result["failed"] else [row for row in result["history"] if row["test_accuracy"] is not None]
-        last: Mapping[str, Any] = history[-1] if history else {}
-        best: Mapping[str, Any] = max(history, key=lambda row: row["test_accuracy"]) if len(history) > 1 else {}
+        good = not result["failed"]
+        last, best = (_measured(result[which] if good else None, result, thresholds) for which in ("last", "best"))
         angles = result["angles"] or {}
         columns = {
             "method": name,
@@ -72,21 +74,28 @@ class FinalRun:
             "chosen": described(chosen),
             "variant": described(variant),
             "seed": seed,
-            "last_epoch": last.get("epoch"),
-            **{f"last_{column}": last.get(source) for column, source in _LAST.items()},
-            "last_calibration_error": last.get("calibration_error"),
-            "best_epoch": best.get("epoch"),
-            **{f"best_{column}": best.get(source) for column, source in _LAST.items()},
+            **{f"last_{column}": last.get(column) for column in ("epoch", *_SHARES, "calibration_error")},
+            **{f"best_{column}": best.get(column) for column in ("epoch", *_SHARES)},
             "angle_min_degrees": angles.get("min"),
             "angle_mean_degrees": angles.get("mean"),
             "seconds_per_epoch": result["seconds_per_epoch"],
+            "seconds": result["seconds"],
+            **asdict(thresholds),
             "pictures_train": result["pictures"][0],
             "pictures_test": result["pictures"][1],
             "device": result["device"],
             "torch": result["versions"]["torch"],
             "failed": result["failed"],
         }
-        return cls(name, chosen, variant, seed, columns, history)
+        return cls(name, chosen, variant, seed, columns)
+
+
+def _measured(found: Mapping[str, Any] | None, result: Mapping[str, Any], thresholds: Thresholds) -> dict[str, Any]:
+    """What was measured after one epoch, with the groups that the thresholds make; empty where it was not measured."""
+    if found is None:
+        return {}
+    per_class = np.array([np.nan if value is None else value for value in found["per_class"]], dtype=np.float64)
+    return {**found, **thresholds.means(per_class, result["class_counts"])}
 
 
 @dataclass(frozen=True)
@@ -99,9 +108,19 @@ class Comparison:
     runs: tuple[FinalRun, ...]
     trials: tuple[Trial, ...]
 
+    @property
+    def rows(self) -> list[Mapping[str, Any]]:
+        """The rows of results.csv."""
+        return [run.columns for run in self.runs]
+
+    @property
+    def page(self) -> Path:
+        """The HTML page."""
+        return self.out / "comparison.html"
+
     def to_text(self) -> str:
         """The table for a terminal: percent, mean ± standard deviation over the seeds."""
-        lines = summary(self.runs, self.thresholds)
+        lines = summary(self.rows)
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         shown = ["  ".join(_padded(line, widths)).rstrip() for line in lines]
         chosen = [f"  {trial.method}: {described(trial.values)}" for trial in self.trials if trial.chosen]
@@ -123,8 +142,14 @@ def by_method(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[M
     return found
 
 
-def summary(runs: Iterable[FinalRun], thresholds: Thresholds) -> list[list[str]]:
-    """The table over the seeds, a header first; percent but for angles and seconds."""
+def row_title(name: str, variant: str) -> str:
+    """What a row of the tables is called."""
+    return method(name).title + (f" ({variant})" if variant else "")
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The table over the seeds of rows of results.csv, a header first; percent but for angles and seconds."""
+    thresholds = Thresholds(rows[0]["many_above"], rows[0]["few_below"])
     words = thresholds.describe()
     columns: list[tuple[str, str, Callable[[Sequence[float | None]], str]]] = [
         ("last epoch", "last_accuracy", percents),
@@ -136,12 +161,11 @@ def summary(runs: Iterable[FinalRun], thresholds: Thresholds) -> list[list[str]]
         ("s/epoch", "seconds_per_epoch", numbers),
     ]
     lines = [["method", "seeds", *(title for title, _, _ in columns)]]
-    for (name, variant), rows in by_method(run.columns for run in runs).items():
-        worked = [row for row in rows if not row["failed"]]
-        title = method(name).title + (f" ({variant})" if variant else "")
-        failed = f" ({len(rows) - len(worked)} diverged)" if len(worked) < len(rows) else ""
+    for (name, variant), each in by_method(rows).items():
+        worked = [row for row in each if not row["failed"]]
+        failed = f" ({len(rows) - len(worked)} diverged)" if len(worked) < len(each) else ""
         cells = [show([row[column] for row in worked]) for _, column, show in columns]
-        lines.append([title, f"{len(worked)}{failed}", *cells])
+        lines.append([row_title(name, variant), f"{len(worked)}{failed}", *cells])
     return lines
 
 
@@ -161,13 +185,14 @@ def numbers(values: Sequence[float | None], digits: int = 1) -> str:
 
 def write_tables(found: Comparison) -> None:
     """Write results.csv and tuning.csv."""
-    write_csv(found.out / "results.csv", COLUMNS, (run.columns for run in found.runs))
+    write_csv(found.out / "results.csv", COLUMNS, found.rows)
     if found.trials:
         rows = [
             {
                 "method": trial.method,
                 "values": json.dumps(dict(trial.values)),
                 "balanced_accuracy": trial.accuracy,
+                "seconds": trial.seconds,
                 "chosen": int(trial.chosen),
             }
             for trial in found.trials

@@ -9,8 +9,12 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-__all__ = ["details", "escape", "page", "table", "tiles"]
+if TYPE_CHECKING:
+    from .plots import Plot
+
+__all__ = ["PLOTS_STYLE", "details", "escape", "figure", "page", "table", "tiles"]
 
 # Control characters are not allowed in HTML, not even as references. Surrogates cannot be encoded: Python puts them in
 # place of the bytes of a file name that are not UTF-8.
@@ -48,6 +52,15 @@ summary { cursor: pointer; color: var(--accent); padding: .25rem 0; }
 """
 
 
+PLOTS_STYLE = """
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 2rem; }
+.plots > * { margin: 0; min-width: 0; max-width: 40rem; }
+.plots figcaption { font-weight: 600; margin-bottom: .35rem; }
+.plots svg { display: block; width: 100%; height: auto; }
+.plots .about { font-weight: 400; color: var(--quiet); font-size: .85rem; display: block; }
+"""
+
+
 def escape(value: object) -> str:
     """Return ``value`` as text that is safe in HTML, inside and outside of quoted attributes.
 
@@ -70,6 +83,14 @@ def tiles(items: Iterable[tuple[str, str]]) -> str:
     """Return the key numbers at the top of a page: (what it is, the number) each."""
     cards = "".join(f'<div class="tile"><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>' for k, v in items)
     return f'<dl class="tiles">{cards}</dl>'
+
+
+def figure(plot: Plot, about: str) -> str:
+    """Return a figure for an element of class ``plots``, with ``about``, text that says what it shows."""
+    return (
+        f'<figure>\n<figcaption>{escape(plot.title)}<span class="about">{escape(about)}</span></figcaption>\n'
+        f'<div role="img" aria-label="{escape(plot.alt)}">{plot.svg}</div></figure>'
+    )
 
 
 def details(summary: str, content: str, *, opened: bool = False) -> str:

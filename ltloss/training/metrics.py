@@ -49,7 +49,7 @@ class MetricsAccumulator:
     """Collects batches of one split; `result` is the metrics of all of them."""
 
     def __init__(self, class_counts: Sequence[int], thresholds: Thresholds) -> None:
-        self._groups = thresholds.groups(class_counts)
+        self._class_counts, self._thresholds = class_counts, thresholds
         self._correct = np.zeros(len(class_counts), dtype=np.int64)
         self._total = np.zeros(len(class_counts), dtype=np.int64)
         self._sums = np.zeros(3)  # loss, feature length, angle to the own prototype
@@ -74,17 +74,13 @@ class MetricsAccumulator:
         pictures = int(self._total.sum())
         present = self._total > 0
         per_class = np.divide(self._correct, self._total, out=np.full(len(present), np.nan), where=present)
-        by_group = {
-            name: float(per_class[mask & present].mean()) if (mask & present).any() else None
-            for name, mask in self._groups.items()
-        }
         loss, norm, angle = (float(total) / pictures if pictures else None for total in self._sums)
         return Metrics(
             pictures=pictures,
             loss=loss,
             accuracy=float(self._correct.sum()) / pictures if pictures else None,
             balanced_accuracy=float(per_class[present].mean()) if pictures else None,
-            **by_group,
+            **self._thresholds.means(per_class, self._class_counts),
             calibration_error=float(np.abs(self._bins).sum()) / pictures if pictures else None,
             per_class=tuple(float(value) if there else None for value, there in zip(per_class, present, strict=True)),
             feature_norm_mean=norm,

@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Plot", "accuracy_by_count", "groups", "histogram", "learning_curve"]
+__all__ = ["Plot", "accuracy_by_count", "bars_with_spread", "groups", "histogram", "learning_curve"]
 
 # Stand-ins, one grey level apart, which become CSS variables: so one drawing serves light and dark pages.
 _INK, _QUIET, _LINE, _ACCENT, _CONTRAST, _GROUND = (f"#{level:02x}{level:02x}{level:02x}" for level in range(1, 7))
@@ -183,6 +183,41 @@ def groups(name: str, bars: Sequence[tuple[str, float | None]]) -> Plot:
         axes.set_xlabel("test accuracy (%)")
         alt = f"Bar chart of the test accuracy by class size. {words}."
         return Plot("Many, medium and few", alt, drawing.svg())
+
+
+def bars_with_spread(
+    name: str, title: str, bars: Sequence[tuple[str, float | None, float]], *, axis: str, zero: bool = True
+) -> Plot:
+    """Draw (label, mean, deviation) in percent as bars with their deviation; ``None`` is shown as "none".
+
+    ``zero=False`` lets the axis begin near the lowest mean, as dots, so that small differences can be seen.
+    """
+    texts = ["none" if mean is None else f"{mean:.1f} ± {spread:.1f}" for _, mean, spread in bars]
+    alt = f"{axis}. " + "; ".join(f"{label}: {text}" for (label, _, _), text in zip(bars, texts, strict=True)) + "."
+    known = [(mean - spread, mean + spread) for _, mean, spread in bars if mean is not None]
+    low = 0.0 if zero or not known else min(left for left, _ in known)
+    high = max((right for _, right in known), default=1.0)
+    room = max(high - low, 1.0)
+    with _Drawing(name, height=0.8 + 0.26 * len(bars)) as drawing:
+        axes = drawing.axes
+        for position, ((_, mean, spread), text) in enumerate(zip(bars, texts, strict=True)):
+            if mean is not None and zero:
+                axes.barh(position, mean, color=_ACCENT, height=0.6)
+            if mean is not None:
+                axes.errorbar(mean, position, xerr=spread, color=_CONTRAST, fmt="none" if zero else "o", markersize=4)
+            right = low if mean is None else mean + spread
+            axes.text(right + 0.02 * room, position, text, va="center", color=_QUIET if mean is None else _INK)
+        axes.set_yticks(range(len(bars)), [_shown(label) for label, _, _ in bars])
+        axes.invert_yaxis()
+        axes.set_xlim(low - (0 if zero else 0.05 * room), high + 0.35 * room)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(axis)
+        return Plot(title, alt, drawing.svg())
+
+
+def _shown(label: str) -> str:
+    """A label as plain text: matplotlib would read a pair of dollar signs as mathematics."""
+    return label.replace("$", r"\$")
 
 
 def histogram(

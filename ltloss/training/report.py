@@ -22,20 +22,12 @@ from .config import SETTINGS, RunConfig
 from .datasets import ImageSource, check_same_classes, load_data
 from .errors import UserError
 from .evaluation import measure
-from .html import details, escape, page, table, tiles
+from .html import PLOTS_STYLE, details, escape, figure, page, table, tiles
 from .metrics import Thresholds
 from .plots import Plot
 from .training_data import limited
 
 __all__ = ["write_report"]
-
-_STYLE = """
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 2rem; }
-.plots > * { margin: 0; min-width: 0; max-width: 40rem; }
-.plots figcaption { font-weight: 600; margin-bottom: .35rem; }
-.plots svg { display: block; width: 100%; height: auto; }
-.plots .about { font-weight: 400; color: var(--quiet); font-size: .85rem; display: block; }
-"""
 
 _SAMPLE = 2000  # test pictures whose feature lengths are drawn
 _ROWS = 12  # classes in each of the tables of the weakest and the closest
@@ -70,10 +62,7 @@ class _Body:
 
     def add(self, plot: Plot, about: str) -> None:
         """Add a figure with ``about``, text that says what it shows."""
-        self.figures.append(
-            f'<figure>\n<figcaption>{escape(plot.title)}<span class="about">{escape(about)}</span></figcaption>\n'
-            f'<div role="img" aria-label="{escape(plot.alt)}">{plot.svg}</div></figure>'
-        )
+        self.figures.append(figure(plot, about))
 
 
 def _number(text: str | None) -> float:
@@ -325,5 +314,5 @@ def write_report(run_dir: str | Path, *, device: str | None = None) -> Path:
     _add_from_checkpoint(body, run, device)
     title = f"Training run {path.resolve().name}"
     target = path / "report.html"
-    write_file(target, "".join(page(title, _page_body(run, body, title), style=_STYLE)).encode())
+    write_file(target, "".join(page(title, _page_body(run, body, title), style=PLOTS_STYLE)).encode())
     return target

@@ -96,6 +96,7 @@ class Trainer:
         self.class_weights = _deferred_weights(self.classifier, config)
         self.optimizer = build_optimizer(self.classifier, self.settings)
         self.history: list[dict[str, Any]] = []
+        self.measured: Metrics | None = None  # of the test split, the last time that it was looked at
         self.train_seconds: list[float] = []  # of each epoch, without its look at the test split
 
     def run_epoch(self, epoch: int, test: ImageSource) -> dict[str, Any]:
@@ -109,7 +110,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": loss,
             "train_accuracy": accuracy,
-            **test_columns(self._measure(test) if self._is_due(epoch) else None),
+            **_test_columns(self._measure(test) if self._is_due(epoch) else None),
             "seconds": round(time.perf_counter() - start, 3),
         }
         self.history.append(row)
@@ -119,7 +120,8 @@ class Trainer:
         return epoch % self.settings.evaluate_every == 0 or epoch == self.settings.epochs
 
     def _measure(self, test: ImageSource) -> Metrics:
-        return measure(self.classifier, test, self.settings.thresholds, amp=self.measure_amp)
+        self.measured = measure(self.classifier, test, self.settings.thresholds, amp=self.measure_amp)
+        return self.measured
 
     def _train_epoch(self, epoch: int) -> tuple[float, float]:
         """Mean loss over the steps and training accuracy, both while the weights change."""
@@ -231,7 +233,7 @@ def _check_finite(losses: Tensor, epoch: int, steps: int, rate: float) -> None:
         )
 
 
-def test_columns(metrics: Metrics | None) -> dict[str, float | None]:
+def _test_columns(metrics: Metrics | None) -> dict[str, float | None]:
     """The columns about the test split; None in all of them where it was not measured."""
     names = ("balanced_accuracy", "many", "medium", "few", "calibration_error", "feature_norm_mean", "own_angle_mean")
     columns = {"test_loss": "loss", "test_accuracy": "accuracy", **{name: name for name in names}}
