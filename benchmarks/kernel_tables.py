@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from benchmarks.pages import markdown_table, renewed
 
 Row = Mapping[str, Any]
 WIDTHS = (128, 256, 512, 1024, 4096)  # the D of the predictions
@@ -49,11 +50,6 @@ def plain_table(rows: Sequence[Row]) -> str:
     )
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    with_rule = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in with_rule)
-
-
 def _percent(row: Row, width: int) -> str:
     low, high = (round(100 * float(row[f"{bound}_D{width}"])) for bound in ("serial", "overlapped"))
     return f"{low} %" if low == high else f"{low}-{high} %"
@@ -73,8 +69,5 @@ def with_tables(page: str, rows: Sequence[Row]) -> str:
     """The page with its two tables, which stand between ``<!-- NAME -->`` and ``<!-- end of NAME -->``, renewed."""
     shown = [row for row in rows if row["kernel"] in DOCUMENTED]
     for name, lines in (("table", _cells(shown)), ("prediction", _predictions(shown))):
-        text = f"<!-- {name} -->\n\n{_markdown(lines)}\n\n<!-- end of {name} -->"
-        page, found = re.subn(f"<!-- {name} -->.*<!-- end of {name} -->", lambda _, text=text: text, page, flags=re.S)
-        if found != 1:
-            raise ValueError(f"the page has {found} places for the table {name!r}")
+        page = renewed(page, name, markdown_table(lines))
     return page

@@ -12,12 +12,13 @@ from .compare_tables import GROUPS, Comparison, by_method, percents, row_title, 
 from .config import SETTINGS
 from .html import PLOTS_STYLE, details, escape, figure, page, table, tiles
 from .methods import described, method
-from .plots import bars_with_spread
+from .plots import shares_with_spread
 
+_STYLE = PLOTS_STYLE + ".number { white-space: nowrap; }\n"
 _ABOUT_EPOCHS = (
     "Last epoch: what a user gets. Best epoch: the highest test accuracy of any measured epoch, chosen on the test "
-    "split itself, as many papers report; a second stage without epochs has none. ECE: expected calibration error, 15 "
-    "bins. Angles: of each class prototype to the nearest other, after the last epoch. s/epoch: training only, as measured "
+    "split itself, as many papers report; a second stage without epochs has none. ECE: calibration error in 15 bins. "
+    "Angles: of each class prototype to the nearest other, after the last epoch. s/epoch: training only, as measured "
     "with the other trainings running beside it."
 )
 
@@ -25,7 +26,7 @@ _ABOUT_EPOCHS = (
 def write_page(found: Comparison) -> Path:
     """Write comparison.html, self-contained, and return its path. The same results give the same bytes."""
     title = f"Comparison {found.out.resolve().name}"
-    write_file(found.page, "".join(page(title, _body(found, title), style=PLOTS_STYLE)).encode())
+    write_file(found.page, "".join(page(title, _body(found, title), style=_STYLE)).encode())
     return found.page
 
 
@@ -56,8 +57,8 @@ def _figures(found: Comparison) -> Iterator[str]:
     words = {"accuracy": "All test pictures", **found.thresholds.describe()}
     rows = by_method(found.rows)
     for column in ("accuracy", *GROUPS):
-        bars = [(row_title(*key), *_spread([row[f"last_{column}"] for row in each])) for key, each in rows.items()]
-        plot = bars_with_spread(column, words[column], bars, axis="test accuracy (%)", zero=False)
+        shown = [(row_title(*key), *_spread([row[f"last_{column}"] for row in each])) for key, each in rows.items()]
+        plot = shares_with_spread(column, words[column], shown, axis="test accuracy (%)")
         about = "Mean and standard deviation over the seeds, after the last epoch."
         yield figure(plot, about if column == "accuracy" else f"Mean accuracy of the group's classes. {about}")
 

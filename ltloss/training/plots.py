@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Plot", "accuracy_by_count", "bars_with_spread", "groups", "histogram", "learning_curve"]
+__all__ = ["Plot", "accuracy_by_count", "groups", "histogram", "learning_curve", "shares_with_spread"]
 
 # Stand-ins, one grey level apart, which become CSS variables: so one drawing serves light and dark pages.
 _INK, _QUIET, _LINE, _ACCENT, _CONTRAST, _GROUND = (f"#{level:02x}{level:02x}{level:02x}" for level in range(1, 7))
@@ -185,34 +185,27 @@ def groups(name: str, bars: Sequence[tuple[str, float | None]]) -> Plot:
         return Plot("Many, medium and few", alt, drawing.svg())
 
 
-def bars_with_spread(
-    name: str, title: str, bars: Sequence[tuple[str, float | None, float]], *, axis: str, zero: bool = True
-) -> Plot:
-    """Draw (label, mean, deviation) in percent as bars with their deviation; ``None`` is shown as "none".
-
-    ``zero=False`` lets the axis begin near the lowest mean, as dots, so that small differences can be seen.
-    """
-    texts = ["none" if mean is None else f"{mean:.1f} ± {spread:.1f}" for _, mean, spread in bars]
-    alt = f"{axis}. " + "; ".join(f"{label}: {text}" for (label, _, _), text in zip(bars, texts, strict=True)) + "."
-    known = [(mean - spread, mean + spread) for _, mean, spread in bars if mean is not None]
-    low = 0.0 if zero or not known else min(left for left, _ in known)
-    high = max((right for _, right in known), default=1.0)
+def shares_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | None, float]], *, axis: str) -> Plot:
+    """Draw (label, mean, deviation) in percent, a dot with its deviation for each; ``None`` is shown as "none"."""
+    texts = ["none" if mean is None else f"{mean:.1f} ± {spread:.1f}" for _, mean, spread in rows]
+    words = "; ".join(f"{label}: {text}" for (label, _, _), text in zip(rows, texts, strict=True))
+    known = [(mean - spread, mean + spread) for _, mean, spread in rows if mean is not None]
+    low, high = min((left for left, _ in known), default=0.0), max((right for _, right in known), default=1.0)
     room = max(high - low, 1.0)
-    with _Drawing(name, height=0.8 + 0.26 * len(bars)) as drawing:
+    with _Drawing(name, height=0.8 + 0.26 * len(rows)) as drawing:
         axes = drawing.axes
-        for position, ((_, mean, spread), text) in enumerate(zip(bars, texts, strict=True)):
-            if mean is not None and zero:
-                axes.barh(position, mean, color=_ACCENT, height=0.6)
+        for position, ((_, mean, spread), text) in enumerate(zip(rows, texts, strict=True)):
             if mean is not None:
-                axes.errorbar(mean, position, xerr=spread, color=_CONTRAST, fmt="none" if zero else "o", markersize=4)
+                axes.errorbar(mean, position, xerr=spread, color=_ACCENT, fmt="o", markersize=4)
             right = low if mean is None else mean + spread
-            axes.text(right + 0.02 * room, position, text, va="center", color=_QUIET if mean is None else _INK)
-        axes.set_yticks(range(len(bars)), [_shown(label) for label, _, _ in bars])
+            axes.text(right + 0.04 * room, position, text, va="center", color=_QUIET if mean is None else _INK)
+        axes.set_yticks(range(len(rows)), [_shown(label) for label, _, _ in rows])
         axes.invert_yaxis()
-        axes.set_xlim(low - (0 if zero else 0.05 * room), high + 0.35 * room)
+        axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 100])
+        axes.set_xlim(low - 0.05 * room, high + 0.4 * room)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(axis)
-        return Plot(title, alt, drawing.svg())
+        return Plot(title, f"{axis}. {words}.", drawing.svg())
 
 
 def _shown(label: str) -> str:

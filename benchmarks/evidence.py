@@ -1,0 +1,167 @@
+"""``python -m benchmarks.evidence --data-dir DIR``: every table of docs/evidence.md that compares methods.
+
+A study is a list of `ltloss compare` command lines, which the documentation shows as they are. The results of every
+training are kept in --out, so an interrupted study continues; when it is done its rows go to
+``results/evidence_<study>.csv`` (and ``..._tuning.csv``), and the page is made from these files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import RESULTS, write_rows
+from benchmarks.pages import markdown_table, renewed
+from ltloss.cli import main as ltloss
+from ltloss.training.compare_tables import summary
+from ltloss.training.methods import method
+
+PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
+_EVERY = (
+    "ce,balanced,class-balanced,post-hoc,tau-norm,crt,cosine,logit-adjusted,ldam,ldam-drw,arcface,cosface,"
+    "long-tail,cosine-space,recommended"
+)
+_TERMS = (
+    "min_angle_weight=0,0.01,0.1,1",
+    "feature_norm_weight=0,0.01,0.1",
+    "tau=0,0.5,1,1.5",
+    "margin=0,0.25,0.5,0.75",
+)
+_FORMS = ("margin_power=0,0.25,0.5", "scale=8,16,32", "mixup=0,0.2", "drw_from=0.8")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Command lines of `ltloss compare` on one data file, but for --data, --out and --jobs."""
+
+    data: str  # a file in --data-dir, or digits
+    about: str
+    commands: tuple[str, ...]
+
+
+_OMNIGLOT = "--imbalance 15 --many-above 7 --few-below 4 --recipe small --evaluate-every 5"
+_FASHION = "--imbalance 100 --recipe small --evaluate-every 5"
+
+STUDIES = {
+    "omniglot": Study(
+        "omniglot28.npz",
+        "Omniglot-LT: 1623 classes, imbalance 15.",
+        (f"{_OMNIGLOT} --losses {_EVERY} --seeds 3 --tune",),
+    ),
+    "fashion": Study(
+        "fashion_mnist.npz",
+        "Fashion-MNIST-LT: 10 classes, imbalance 100.",
+        (f"{_FASHION} --losses {_EVERY} --seeds 3 --tune",),
+    ),
+    "ablation": Study(
+        "omniglot28.npz",
+        "The recommended loss on Omniglot-LT, one thing changed at a time.",
+        tuple(f"{_OMNIGLOT} --losses recommended --seeds 1 --vary {varied}" for varied in (*_TERMS, *_FORMS)),
+    ),
+}
+
+
+def run(name: str, study: Study, data_dir: Path, out: Path, jobs: int) -> None:
+    """Run the commands of a study and write its CSV files; what was trained before is not trained again."""
+    data = study.data if study.data == "digits" else str(data_dir / study.data)
+    rows: list[dict[str, str]] = []
+    trials: list[dict[str, str]] = []
+    for number, command in enumerate(study.commands):
+        where = ["--data", data, "--out", str(out / name), "--jobs", str(jobs)]
+        print(f"{name}: {command}", flush=True)
+        if ltloss(["compare", *shlex.split(command), *where]):
+            raise SystemExit(f"{name}: command {number + 1} of {len(study.commands)} failed; run it again")
+        rows += [{"command": str(number), **row} for row in read_rows(out / name / "results.csv")]
+        if "--tune" in command:
+            trials += [{"command": str(number), **row} for row in read_rows(out / name / "tuning.csv")]
+    write_rows(rows, RESULTS / f"evidence_{name}.csv")
+    if trials:
+        write_rows(trials, RESULTS / f"evidence_{name}_tuning.csv")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def section(study: Study, rows: Sequence[Mapping[str, str]], trials: Sequence[Mapping[str, str]]) -> str:
+    """What the page shows of a study: its commands, what they took, its table and the values that were chosen."""
+    commands = "\n".join(
+        f"ltloss compare --data {study.data} {command} --out {study_folder(study)}" for command in study.commands
+    )
+    measured = [_parsed(row) for row in rows]
+    seconds = sum(float(row["seconds"]) for row in (*rows, *trials))
+    facts = rows[0]
+    about = (
+        f"{study.about} {int(facts['pictures_train']):,} training and {int(facts['pictures_test']):,} test pictures. "
+        f"All trainings took {seconds / 3600:.1f} core hours on {facts['device']}, torch {facts['torch']}."
+    )
+    parts = [about, f"```sh\n{commands}\n```", markdown_table(summary(measured))]
+    chosen = [[method(row["method"]).title, row["chosen"]] for row in measured if row["seed"] == 0 and row["chosen"]]
+    if chosen:
+        parts.append(markdown_table([["method", "chosen on the validation split"], *chosen]))
+    return "\n\n".join(parts)
+
+
+def study_folder(study: Study) -> str:
+    """The --out that the page shows."""
+    return f"runs/{Path(study.data).stem}"
+
+
+_TEXT = {"method", "title", "chosen", "variant", "device", "torch", "failed"}
+_WHOLE = {"seed", "last_epoch", "best_epoch", "many_above", "few_below"}
+
+
+def _parsed(row: Mapping[str, str]) -> dict[str, Any]:
+    """A row of results.csv as `summary` takes it; an empty cell was not measured."""
+
+    def value(name: str, text: str) -> Any:
+        if name in _TEXT:
+            return text
+        if not text:
+            return None
+        return int(text) if name in _WHOLE else float(text)
+
+    return {name: value(name, text) for name, text in row.items()}
+
+
+def with_studies(page: str, results: Path = RESULTS) -> str:
+    """The page with a section for each study that has results; the others say that they were not measured."""
+    for name, study in STUDIES.items():
+        path = results / f"evidence_{name}.csv"
+        text = "Not measured yet."
+        if path.is_file():
+            tuning = path.with_name(f"evidence_{name}_tuning.csv")
+            text = section(study, read_rows(path), read_rows(tuning) if tuning.is_file() else [])
+        page = renewed(page, name, text)
+    return page
+
+
+def main() -> None:
+    """Run studies, write their CSV files, and renew the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="where fashion_mnist.npz and omniglot28.npz lie")
+    parser.add_argument(
+        "--study", action="append", choices=tuple(STUDIES), help="which (default: all; may be repeated)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="kept results (default: runs/evidence)")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side (default: 2)")
+    parser.add_argument("--render", action="store_true", help="only renew docs/evidence.md from the CSV files")
+    options = parser.parse_args()
+    if not options.render:
+        if options.data_dir is None:
+            parser.error("--data-dir is missing; give the folder of the data files, or --render")
+        for name in options.study or STUDIES:
+            run(name, STUDIES[name], options.data_dir, options.out, options.jobs)
+    PAGE.write_text(with_studies(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"renewed {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
