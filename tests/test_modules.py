@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ltloss
 from ltloss import functional
-from ltloss.class_balance import DeferredWeights, margins_from_counts
+from ltloss.class_balance import DeferredWeights, log_prior_from_counts, margins_from_counts
 
 C, D = 9, 5
 CROSS_ENTROPIES = [name for name in MODULES if name != "CosineSpaceLoss"]
@@ -90,6 +90,22 @@ def test_parts_hold_only_what_was_computed() -> None:
     assert module.parts == {}
     module(torch.randn(2, D), torch.tensor([0, 1]))
     assert list(module.parts) == ["margin_cross_entropy"]
+
+
+def test_long_tail_loss_takes_a_log_prior(backend: str) -> None:
+    counts = long_tail_counts(C)
+    off = {"min_angle_weight": 0.0, "feature_norm_weight": 0.0}
+    module = ltloss.LongTailLoss.from_counts(counts, D, tau=1.5, **off)
+    prior = log_prior_from_counts(counts, 1.5)
+    given = ltloss.LongTailLoss.from_counts(counts, D, log_prior=prior, **off)
+    given.load_state_dict(module.state_dict())
+    features, labels = batch()
+    assert torch.equal(module(features, labels), given(features, labels))
+    assert torch.equal(module.log_prior, prior)
+    assert "tau=1.5" in repr(module)
+    assert ltloss.LongTailLoss.from_counts(counts, D).log_prior is None
+    with pytest.raises(ValueError, match="log_prior and tau both give a prior"):
+        ltloss.LongTailLoss.from_counts(counts, D, tau=1.0, log_prior=prior)
 
 
 def test_long_tail_loss_takes_a_function_of_the_length() -> None:

@@ -67,9 +67,9 @@ def validation_indices(labels: np.ndarray, per_class: int, seed: int) -> np.ndar
     return keep_per_class(labels, held, seed, "validation")
 
 
-def default_validation(settings: Settings) -> int:
-    """Pictures of every class to hold out: a fifth of the smallest class of the training file, at least 1."""
-    return max(1, round(VALIDATION_SHARE * int(np.bincount(load_split(settings, "train").labels).min())))
+def default_validation(labels: np.ndarray) -> int:
+    """Pictures of every class to hold out of a training file with labels (N,): a fifth of the smallest, at least 1."""
+    return max(1, round(VALIDATION_SHARE * int(np.bincount(labels).min())))
 
 
 def fingerprint(source: ImageSource) -> str:

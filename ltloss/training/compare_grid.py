@@ -15,12 +15,12 @@ from .compare_data import default_validation, fingerprint
 from .compare_jobs import Job
 from .compare_page import write_page
 from .compare_plan import Plan, check_whole_number
-from .compare_pool import run_jobs
+from .compare_pool import Workers
 from .compare_tables import Comparison, FinalRun, Trial, write_tables
 from .config import Settings
 from .errors import UserError
 from .methods import described, method
-from .training_data import load_split
+from .training_data import limited, load_split
 
 MANIFEST = "compare.json"
 _Chosen = Mapping[str, Mapping[str, Any]]
@@ -78,50 +78,52 @@ def compare(
     check_whole_number("jobs", jobs)
     names = tuple(dict.fromkeys(methods))
     plan = Plan(dict(given), names, recipe, seeds, dict(vary or {}), tune, tune_seeds, validation_per_class)
+    settings = Settings(**plan.settings)
+    train = load_split(settings, "train")
+    limited(train, settings, "train")  # which refuses an imbalance that the data does not allow
     if tune and validation_per_class is None:
-        plan = replace(plan, validation_per_class=default_validation(Settings(**plan.settings)))
-    grid = _Grid(plan, Path(out), jobs, quiet)
-    grid.open_folder()
-    trials = list(grid.tune()) if tune else []
-    runs = list(grid.final({trial.method: trial.values for trial in trials if trial.chosen}))
-    found = Comparison(grid.out, plan.settings, Settings(**plan.settings).thresholds, tuple(runs), tuple(trials))
+        plan = replace(plan, validation_per_class=default_validation(train.labels))
+    _open_folder(Path(out), plan)
+    with Workers(Path(out), jobs, quiet=quiet) as workers:
+        grid = _Grid(plan, Path(out), workers, fingerprint(train))
+        trials = list(grid.tune()) if tune else []
+        runs = list(grid.final({trial.method: trial.values for trial in trials if trial.chosen}))
+    found = Comparison(Path(out), plan.settings, settings.thresholds, tuple(runs), tuple(trials))
     write_tables(found)
     write_page(found)
     return found
 
 
+def _open_folder(out: Path, plan: Plan) -> None:
+    """Make the folder, or enter that of an earlier comparison; UserError where it holds anything else."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; choose a folder")
+    if out.is_dir() and not (out / MANIFEST).is_file() and any(path.suffix != TEMPORARY for path in out.iterdir()):
+        raise UserError(f"--out {out} holds other files than a comparison; choose an empty or a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in (out, out / "runs", out / "models"):
+        remove_leftovers(folder)
+    record = {name: getattr(plan, name) for name in ("recipe", "settings", "methods", "seeds", "vary", "tune")}
+    write_file(out / MANIFEST, (json.dumps(record, indent=2) + "\n").encode())
+
+
 @dataclass(frozen=True)
 class _Grid:
-    """A plan, the folder that it fills, and how many jobs run at a time."""
+    """A plan, the folder that it fills, who computes, and the checksum of the training file."""
 
     plan: Plan
     out: Path
-    workers: int
-    quiet: bool
-
-    def open_folder(self) -> None:
-        out, plan = self.out, self.plan
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out} is a file; choose a folder")
-        if out.is_dir() and not (out / MANIFEST).is_file() and any(path.suffix != TEMPORARY for path in out.iterdir()):
-            raise UserError(f"--out {out} holds other files than a comparison; choose an empty or a new folder")
-        out.mkdir(parents=True, exist_ok=True)
-        for folder in (out, out / "runs", out / "models"):
-            remove_leftovers(folder)
-        record = {name: getattr(plan, name) for name in ("recipe", "settings", "methods", "seeds", "vary", "tune")}
-        write_file(out / MANIFEST, (json.dumps(record, indent=2) + "\n").encode())
+    workers: Workers
+    train: str
 
     def tune(self) -> Iterator[Trial]:
         """Every trial, the best of each method marked; first stages before second ones. Reads no test picture."""
         plan = self.plan
-        pictures = fingerprint(load_split(Settings(**plan.settings), "train"))
         first = [name for name in plan.needed if method(name).stage_two is None]
         chosen: dict[str, Mapping[str, Any]] = {}
         for names in (first, [name for name in plan.needed if name not in first]):
             tried = [
-                (name, values, self._trial_jobs(name, chosen, values, pictures))
-                for name in names
-                for values in plan.space(name)
+                (name, values, self._trial_jobs(name, chosen, values)) for name in names for values in plan.space(name)
             ]
             self._run([job for *_, jobs in tried for job in jobs], "trial")
             found = [Trial(name, values, *self._judged(jobs)) for name, values, jobs in tried]
@@ -130,9 +132,9 @@ class _Grid:
                 chosen[name] = best.values
                 yield from (replace(trial, chosen=trial is best) for trial in found if trial.method == name)
 
-    def _trial_jobs(self, name: str, chosen: _Chosen, values: Mapping[str, Any], pictures: str) -> list[Job]:
+    def _trial_jobs(self, name: str, chosen: _Chosen, values: Mapping[str, Any]) -> list[Job]:
         held_out = self.plan.validation_per_class
-        return [self.plan.job(name, chosen, values, seed, pictures, held_out) for seed in range(self.plan.tune_seeds)]
+        return [self.plan.job(name, chosen, values, seed, self.train, held_out) for seed in range(self.plan.tune_seeds)]
 
     def _judged(self, jobs: Sequence[Job]) -> tuple[float | None, float]:
         """Mean balanced accuracy of the last epoch over the seeds, None where one diverged; and the seconds it took."""
@@ -146,7 +148,7 @@ class _Grid:
         """Train on the whole training file with the chosen values, and measure the test split."""
         plan = self.plan
         settings = Settings(**plan.settings)
-        pictures = "-".join(fingerprint(load_split(settings, split)) for split in ("train", "test"))
+        pictures = f"{self.train}-{fingerprint(load_split(settings, 'test'))}"
         planned = [
             (name, variant, seed, plan.job(name, chosen, variant, seed, pictures))
             for name in plan.methods
@@ -163,7 +165,7 @@ class _Grid:
         first = [*bases, *(job for job in jobs if job.base is None)]
         for part in (first, [job for job in jobs if job.base is not None]):
             if part:
-                run_jobs(part, self.out, self.workers, what=what, quiet=self.quiet)
+                self.workers.run(part, what)
 
     def _result(self, job: Job) -> dict[str, Any]:
         result = job.result(self.out)

@@ -94,7 +94,7 @@ def run_job(job: Job, out: Path) -> None:
         if job.keep_model:
             write_file(job.model_file(out), to_bytes(classifier.state_dict()))
     except DivergedError as error:
-        found["failed"] = str(error)
+        found["failed"] = str(error).partition(";")[0]  # the rest is advice about one run
     facts = {
         "settings": asdict(settings),
         "stage_two": dict(job.stage_two),

@@ -163,7 +163,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     lines = [["method", "seeds", *(title for title, _, _ in columns)]]
     for (name, variant), each in by_method(rows).items():
         worked = [row for row in each if not row["failed"]]
-        failed = f" ({len(rows) - len(worked)} diverged)" if len(worked) < len(each) else ""
+        failed = f" ({len(each) - len(worked)} diverged)" if len(worked) < len(each) else ""
         cells = [show([row[column] for row in worked]) for _, column, show in columns]
         lines.append([row_title(name, variant), f"{len(worked)}{failed}", *cells])
     return lines
