@@ -15,7 +15,7 @@ from ltloss.class_balance import Counts, Normalize, margins_from_counts
 from ltloss.epilogue import margin_losses, one_pass, reduce_losses
 from ltloss.heads import CombinedMarginLoss, PriorOptions, PrototypeHead, _check_counts, _FromCounts
 from ltloss.norm_penalty import FeatureNormKind, norm_penalty
-from ltloss.validation import check_choice, check_number, check_per_class, check_supervised
+from ltloss.validation import check_choice, check_number, check_per_class, check_supervised, check_type
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,6 +44,8 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         min_angle_power: 1/k for the weights of L2.
         min_angle_rows: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of C²·D/2
             (how many they are depends on the data: ``torch.compile`` breaks its graph there).
+        min_angle_exact: True searches with float32 products even where TF32 is allowed (see
+            :func:`ltloss.functional.nearest_prototype`).
         feature_norm_weight: λ2; 0 leaves L3 out.
         feature_norm: the g of L3, by name or a function of the lengths (N,). ``"ring"`` with λ2 = 0.1 measured best, on
             long-tailed digits (docs/evidence.md).
@@ -77,6 +79,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         min_angle_weight: float = 0.1,
         min_angle_power: float = 0.25,
         min_angle_rows: AngleRows = "all",
+        min_angle_exact: bool = False,
         feature_norm_weight: float = 0.1,
         feature_norm: FeatureNormKind | Callable[[Tensor], Tensor] = "ring",
         feature_norm_radius: float | None = None,
@@ -90,7 +93,8 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         super().__init__(num_classes, embedding_size, angular_margin=margins, **options)
         self.margin, self.margin_power, self.margin_normalize = margin, margin_power, margin_normalize
         self.min_angle_weight, self.min_angle_power = min_angle_weight, min_angle_power
-        self.min_angle_rows = min_angle_rows
+        check_type("min_angle_exact", min_angle_exact, bool)
+        self.min_angle_rows, self.min_angle_exact = min_angle_rows, min_angle_exact
         self.feature_norm_weight, self.feature_norm = feature_norm_weight, feature_norm
         self.feature_norm_radius = 1.25 * embedding_size**0.5 if feature_norm_radius is None else feature_norm_radius
         counts = torch.as_tensor(class_counts)
@@ -109,7 +113,9 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         counted = labels.to(torch.int64) != self.ignore_index  # -100 compared with uint8 would be 156
         if self.min_angle_weight:
             rows = None if self.min_angle_rows == "all" else torch.unique(labels[counted])
-            angle = F.min_angle_regularizer(self.weight, self.class_counts, power=self.min_angle_power, rows=rows)
+            angle = F.min_angle_regularizer(
+                self.weight, self.class_counts, power=self.min_angle_power, rows=rows, exact=self.min_angle_exact
+            )
             parts["min_angle"] = angle.detach()
             regularizers.append(self.min_angle_weight * angle)
         if self.feature_norm_weight:
@@ -124,7 +130,8 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""
         names = (
-            "margin margin_power margin_normalize min_angle_weight min_angle_power min_angle_rows feature_norm_weight"
+            "margin margin_power margin_normalize min_angle_weight min_angle_power min_angle_rows min_angle_exact "
+            "feature_norm_weight"
         )
         own = {name: getattr(self, name) for name in [*names.split(), "feature_norm", "feature_norm_radius"]}
         return {**super().hyper_parameters(), **own}
