@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from losses import copied_prototypes, problem, relative_error, watching
+from losses import copied_prototypes, lowest_nearest, problem, relative_error, signs, watching
 from memory import LargestTensor
 
 from ltloss import cpu, reference
@@ -46,26 +46,6 @@ def test_subsets_of_rows_with_duplicates(rows: list[int], dtype: torch.dtype, ti
     ours, every = nearest_prototype(prototypes, chosen), nearest_prototype(prototypes)
     assert ours.index.tolist() == every.index[rows].tolist()
     assert relative_error(ours.cosine, every.cosine[rows]) <= EXACT
-
-
-def signs(c: int, seed: int = 0) -> torch.Tensor:
-    """Vectors of 16 entries ±1: their norm is 4, and their cosines exact in any order of summation. Ties abound.
-
-    Of general vectors only bitwise equal copies are told apart by class index (see ``ltloss.ties``): a matrix product
-    sums differently at its edges, so cosines that are equal in exact arithmetic need not be so in floating point.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(2, (c, 16), generator=generator) * 2 - 1).float()
-
-
-def lowest_nearest(prototypes: torch.Tensor) -> tuple[list[int], list[float]]:
-    """In integers, one row at a time."""
-    index, cosine = [], []
-    for i, row in enumerate((prototypes.long() @ prototypes.long().t()).tolist()):
-        row[i] = -99
-        index.append(row.index(max(row)))
-        cosine.append(max(row) / 16)
-    return index, cosine
 
 
 @pytest.mark.parametrize("c", [2, 3, 4, 7, 12, 13, 14, 40])

@@ -18,11 +18,11 @@ from ltloss_kernels.tile_candidates import (
 )
 from ltloss_kernels.workspace import search_rows, splits_for
 
-__all__ = ["nearest_prototypes", "top_classes"]
+__all__ = ["GROUP", "PAIRS_PER_PROGRAM", "nearest_prototypes", "top_classes"]
 
 # Tiles of the triangle that are taken together; see triangle_tile.
 GROUP = 16
-_PAIRS_PER_PROGRAM = 1024
+PAIRS_PER_PROGRAM = 1024
 # Rows of a subset that are gathered at a time.
 _MOST_ROWS = 16384
 
@@ -124,10 +124,10 @@ class _Classes:
         """The pairs with keys ``best`` (pairs,) in the order of their tiles, (pairs,) int32."""
         order = torch.empty(best.shape, dtype=torch.int32, device=self.device)
         counts = torch.zeros(self.tiles, dtype=torch.int32, device=self.device)
-        grid = (triton.cdiv(best.numel(), _PAIRS_PER_PROGRAM),)
-        count_tiles_kernel[grid](best, counts, best.numel(), BLOCK=_PAIRS_PER_PROGRAM)
+        grid = (triton.cdiv(best.numel(), PAIRS_PER_PROGRAM),)
+        count_tiles_kernel[grid](best, counts, best.numel(), BLOCK=PAIRS_PER_PROGRAM)
         starts = counts.cumsum(0, dtype=torch.int32).sub_(counts)
-        arrange_pairs_kernel[grid](best, starts, order, best.numel(), BLOCK=_PAIRS_PER_PROGRAM)
+        arrange_pairs_kernel[grid](best, starts, order, best.numel(), BLOCK=PAIRS_PER_PROGRAM)
         return order
 
     def candidates(
@@ -161,7 +161,7 @@ class _Classes:
             NEAREST=index is not None,
             HAS_OWN=own is not None,
             PRECISION=self.precision,
-            PAIRS=tile.rows,
+            BLOCK_ROWS=tile.rows,
             BLOCK_CLASSES=tile.classes,
             BLOCK_DEPTH=tile.depth,
             num_warps=tile.warps,

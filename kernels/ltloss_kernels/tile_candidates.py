@@ -64,7 +64,7 @@ def tile_candidates_kernel(
     NEAREST: tl.constexpr,
     HAS_OWN: tl.constexpr,
     PRECISION: tl.constexpr,
-    PAIRS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
@@ -77,7 +77,7 @@ def tile_candidates_kernel(
     ``pairs_per_row`` pairs follow each other for each row, and candidates (pairs, BLOCK_CLASSES) int64 receives the
     :func:`order_key` of every class; beyond the classes that of -inf.
     """
-    at = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    at = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = at < pairs
     pair = tl.load(order_ptr + at, mask=inside, other=0).to(tl.int64)
     wanted = tl.where(inside, number_of(tl.load(best_ptr + pair, mask=inside, other=0)), _NO_TILE)
@@ -92,7 +92,7 @@ def tile_candidates_kernel(
         here = tile * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
         known = here < classes
         class_pointers = prototypes_ptr + here.to(tl.int64)[:, None] * prototypes_stride
-        product = tl.zeros((PAIRS, BLOCK_CLASSES), tl.float32)
+        product = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
         for k in range(0, width, BLOCK_DEPTH):
             cells = (k + depth < width)[None, :]
             x = tl.load(row_pointers + (k + depth)[None, :], mask=mine[:, None] & cells, other=0.0)
