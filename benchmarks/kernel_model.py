@@ -18,8 +18,7 @@ class Architecture:
 
     Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". Rates per clock: its table
     "Throughput of Native Arithmetic Instructions" (exponentials are the line "rcp, rsqrt, ex2, lg2, sin, cos", maxima
-    "compare, minimum, maximum"); four
-    schedulers issue one warp instruction each. Matrix rate: dense bf16 peak of the data sheet / (SMs × boost clock):
+    "compare, minimum, maximum"); four schedulers issue one warp instruction each. Matrix rate: dense bf16 peak of the data sheet / (SMs × boost clock):
     A100 312 TFLOP/s, 108 SMs, 1.41 GHz; H100 SXM 989, 132, 1.83; B200 2250, 148, 1.85; rounded to a power of two.
     """
 

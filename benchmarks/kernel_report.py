@@ -101,7 +101,13 @@ def report_row(job: Job) -> Row:
 
 def _tile_name(constants: dict[str, Any]) -> str:
     """Rows x classes x depth of a matrix tile, rows x width of whole rows, or rows of vectors."""
-    for names in (("BLOCK_ROWS", "BLOCK_CLASSES", "BLOCK_DEPTH"), ("ROWS", "WIDTH"), ("ROWS",), ("BLOCK",)):
+    for names in (
+        ("BLOCK_ROWS", "BLOCK_CLASSES", "BLOCK_DEPTH"),
+        ("ROWS", "WIDTH"),
+        ("ENTRIES", "WIDTH"),
+        ("ROWS",),
+        ("BLOCK",),
+    ):
         if all(name in constants for name in names):
             return "x".join(str(constants[name]) for name in names)
     return ""

@@ -191,9 +191,7 @@ def cosine_logsumexp(
     return other, own
 
 
-def nearest_prototype(
-    prototypes: Tensor, rows: Tensor | None = None, *, exact: bool = False
-) -> NearestPrototype:
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, exact: bool = False) -> NearestPrototype:
     """For every prototype, the largest cosine to any other prototype and its index, without the C×C matrix.
 
     Args:

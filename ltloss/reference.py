@@ -157,9 +157,7 @@ def margin_cross_entropy(
     return losses.sum() / torch.where(total == 0, 1.0, total) if reduction == "mean" else losses.sum()
 
 
-def nearest_prototype(
-    prototypes: Tensor, rows: Tensor | None = None, *, exact: bool = False
-) -> NearestPrototype:
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, exact: bool = False) -> NearestPrototype:
     """Dense twin of :func:`ltloss.functional.nearest_prototype`: the whole C×C matrix. ``exact`` changes nothing."""
     own = torch.arange(prototypes.shape[0], device=prototypes.device) if rows is None else rows
     cosine = cosines(prototypes[own], prototypes)

@@ -254,9 +254,7 @@ def _pair_cases() -> Iterator[KernelCase]:
             tile.warps,
         )
         fn = nearest_gradient_kernel
-        types = _pointers(
-            fn, "*i64", prototypes_ptr="*bf16", grad_ptr="*bf16", grad_cosine_ptr="*fp32"
-        )
+        types = _pointers(fn, "*i64", prototypes_ptr="*bf16", grad_ptr="*bf16", grad_cosine_ptr="*fp32")
         del types["own_ptr"]
         constants = {"own_ptr": None, "column_stride": 1, "grad_cosine_stride": 1, "HAS_OWN": False}
         yield _case(

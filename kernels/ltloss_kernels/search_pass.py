@@ -31,7 +31,7 @@ def _operand(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     """Where the product of ``vectors`` (K, D) is read from: themselves, or memory of their own for a scaled copy."""
     if readable_in_place(vectors, dtype):
         return vectors
-    return padded_matrix(*vectors.shape, dtype, vectors.device)
+    return padded_matrix(vectors.shape[0], vectors.shape[1], dtype, vectors.device)
 
 
 class _Classes:
@@ -226,7 +226,7 @@ def _gathered(matrix: Tensor, rows: Tensor) -> Tensor:
     gathered = matrix.index_select(0, rows)
     if readable_in_place(gathered, matrix.dtype):
         return gathered
-    return padded_matrix(*gathered.shape, matrix.dtype, matrix.device).copy_(gathered)
+    return padded_matrix(gathered.shape[0], gathered.shape[1], matrix.dtype, matrix.device).copy_(gathered)
 
 
 def top_classes(features: Tensor, prototypes: Tensor, k: int, limit: int) -> tuple[Tensor, Tensor]:

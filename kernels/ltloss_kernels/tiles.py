@@ -63,6 +63,7 @@ _FLOAT32 = {80: Tile(64, 64, 16, 8, 3), 90: Tile(64, 64, 16, 8, 3), 100: Tile(64
 # per warp.
 _SEARCH_HALF = {**_FORWARD_HALF}
 _SEARCH_TF32 = {**_TF32, 90: Tile(128, 128, 32, 4, 3)}
+_SEARCH_FLOAT32 = {**_FLOAT32, 100: Tile(64, 64, 16, 8, 2)}
 _CANDIDATE_ROWS = 64
 
 
@@ -108,13 +109,13 @@ def search_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
     """Tile of the searches' first pass, square; arguments as for :func:`forward_tile`."""
     if dtype != torch.float32:
         return _SEARCH_HALF[arch]
-    return (_SEARCH_TF32 if precision == "tf32" else _FLOAT32)[arch]
+    return (_SEARCH_TF32 if precision == "tf32" else _SEARCH_FLOAT32)[arch]
 
 
 def candidate_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
     """Tile of their second pass: ``rows`` gathered rows by the ``classes`` of a tile of the first."""
     tile = search_tile(arch, dtype, precision)
-    return Tile(min(_CANDIDATE_ROWS, tile.rows), tile.classes, tile.depth, 4, min(3, tile.stages))
+    return Tile(min(_CANDIDATE_ROWS, tile.rows), tile.classes, tile.depth, 8, min(3, tile.stages))
 
 
 def row_tile(width: int) -> RowTile:

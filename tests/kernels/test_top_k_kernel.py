@@ -9,12 +9,12 @@ import pytest
 import torch
 from kernel_problems import DEVICE, kernel_problem
 from losses import copied_prototypes, relative_error, signs, watching
+from ltloss_kernels.workspace import search_rows
 from memory import LargestTensor
 
 import ltloss
 from ltloss import ops, reference
 from ltloss.functional import top_k
-from ltloss_kernels.workspace import search_rows
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 COSINE = 5e-7  # a cosine is a float32 sum of some ten to a hundred products
@@ -74,7 +74,9 @@ def test_zero_feature_takes_the_first_classes() -> None:
     assert not found.cosine.any()
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter multiplies by BLAS, which rounds equal columns differently")
+@pytest.mark.skipif(
+    DEVICE == "cpu", reason="the interpreter multiplies by BLAS, which rounds equal columns differently"
+)
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_copies_come_in_class_order(dtype: torch.dtype) -> None:
     for seed in range(100):
