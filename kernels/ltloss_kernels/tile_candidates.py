@@ -70,8 +70,8 @@ def tile_candidates_kernel(
 ):
     """Multiply the rows of some pairs with the classes of their tiles.
 
-    rows (any, width), prototypes (classes, width): columns next to each other; class_factor (classes,) float32: 1/‖w‖ of
-    the rows of ``prototypes``. best (pairs,) int64: keys with the tile; order (pairs,) int32.
+    rows (any, width), prototypes (classes, width): columns next to each other; class_factor (classes,) float32: 1/‖w‖
+    of the rows of ``prototypes``. best (pairs,) int64: keys with the tile; order (pairs,) int32.
     NEAREST: the row of a pair is a prototype, number own (pairs,) int64 (if HAS_OWN) or the pair itself, which is left
     out; index (pairs,) int64 receives the nearest class of the tile, the lowest where several are. Otherwise
     ``pairs_per_row`` pairs follow each other for each row, and candidates (pairs, BLOCK_CLASSES) int64 receives the
