@@ -159,6 +159,36 @@ def test_not_a_number_is_seen_by_all(row: int, tiny_blocks: object) -> None:
     assert index[others].tolist() == [row] * 12
 
 
+@pytest.mark.parametrize("rows", [None, [2, 0]])
+@pytest.mark.parametrize("exact", [False, True])
+def test_exact_products_are_asked_for_and_only_then(
+    exact: bool, rows: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    maxima = torch.Tensor.amax
+
+    def watched(tile: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.add(torch.get_float32_matmul_precision())
+        return maxima(tile, *args)
+
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.Tensor, "amax", watched)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        chosen = None if rows is None else torch.tensor(rows)
+        nearest_prototype(random_prototypes(5, dtype=torch.float32), chosen, exact=exact)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {"highest" if exact else "medium"}
+
+
+def test_exact_is_a_bool() -> None:
+    for function in (nearest_prototype, min_angle_regularizer):
+        with pytest.raises(TypeError, match=r"exact must be True or False \(bool\); got int 1"):
+            function(random_prototypes(3), exact=1)  # type: ignore[arg-type]
+
+
 class TestEachPairOnce:
     def area(self, prototypes: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
         area = 0
