@@ -25,7 +25,6 @@ from benchmarks.gpu_measure import Deadline, Device, TooSlow, ends_within
 from benchmarks.gpu_providers import PROVIDERS, TOLERANCE
 from benchmarks.measure import RESULTS, write_rows
 from benchmarks.providers import Inputs, Objective, Provider, Shape, Step, check_step, exact_step
-from ltloss import ops
 
 Row = dict[str, Any]
 
@@ -303,8 +302,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here; --device cpu tries the code on tiny shapes", file=sys.stderr)
         return 2
-    # What is checked and measured here are the kernels, in this process and in the workers that it starts.
-    os.environ["LTLOSS_KERNELS"], ops.KERNELS_UNDER_AUTO = "1", True
     device = Device(options.device)
     output = options.output
     if output is None and device.is_cuda:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +24,6 @@ __all__ = [
     "cosine_logsumexp_backward",
     "fused_margin_cross_entropy",
     "fused_margin_cross_entropy_backward",
-    "kernels_available",
     "kernels_chosen",
     "nearest_prototype",
     "nearest_prototype_backward",
@@ -73,15 +71,6 @@ def _has_triton() -> bool:
 
 _HAS_TRITON = _has_triton()
 
-# The kernels pass their tests in Triton's interpreter and compile ahead of time, but have not run on a GPU yet. Until
-# `make gpu` has passed on one, "auto" leaves them to those who ask for them with the environment variable.
-KERNELS_UNDER_AUTO = os.environ.get("LTLOSS_KERNELS", "0") not in ("", "0")
-
-
-def kernels_available() -> bool:
-    """Whether this version brings GPU kernels that can run here."""
-    return _HAS_TRITON
-
 
 def _not_served(features: Tensor, prototypes: Tensor) -> str:
     """Why the kernels cannot take these tensors; empty where they can."""
@@ -104,8 +93,7 @@ def kernels_chosen(features: Tensor, prototypes: Tensor) -> bool:
         if reason:
             raise RuntimeError(f"backend 'triton' was asked for, but {reason}; use 'auto' or 'torch'")
         return True
-    asked = backend == "auto" and KERNELS_UNDER_AUTO and features.device.type == "cuda"
-    return asked and not _not_served(features, prototypes)
+    return backend == "auto" and features.device.type == "cuda" and not _not_served(features, prototypes)
 
 
 def _kernel(name: str, module: str = "triton_backend") -> Callable[..., Any]:
@@ -230,19 +218,19 @@ fused_margin_cross_entropy = _define(
     "Tensor? angular_margins, Tensor? cosine_margins, Tensor? class_weights, float angular_margin, "
     "float cosine_margin, float class_weight, float scale, float angle_multiplier, float label_smoothing, "
     "int ignore_index, bool normalize_features, str beyond_pi, str margin_gradient, str reduction) -> (Tensor loss, "
-    "Tensor coefficients, Tensor prototype_inverse_norm, Tensor inverse_total, Tensor bound)",
+    "Tensor coefficients, Tensor class_factor, Tensor inverse_total, Tensor bound)",
     _fake_fused,
 )
 """The whole of :func:`ltloss.functional.margin_cross_entropy` in a handful of launches; kernels only.
 
 Vectors are (C,), and the number of the same name counts where there is none. Outputs: loss, a scalar or (N,);
 coefficients (4, N), or (5, N) where features keep their length: what the backward needs of each sample;
-1/‖w‖ (C,); 1/Σ weights for ``mean``, else 1, and the largest coefficient, two scalars.
+s·log2 e/‖w‖ (C,), for the backward; 1/Σ weights for ``mean``, else 1, and the largest coefficient, two scalars.
 """
 
 fused_margin_cross_entropy_backward = _define(
     "fused_margin_cross_entropy_backward(Tensor grad_loss, Tensor features, Tensor prototypes, Tensor labels, "
-    "Tensor? log_prior, Tensor coefficients, Tensor prototype_inverse_norm, Tensor inverse_total, Tensor bound, "
+    "Tensor? log_prior, Tensor coefficients, Tensor class_factor, Tensor inverse_total, Tensor bound, "
     "float scale, bool smooth, int ignore_index, bool normalize_features, bool[] needs) -> (Tensor, Tensor)",
     _fake_fused_backward,
 )

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from ltloss_kernels import operands
 from ltloss_kernels.backward_pass import BackwardPass, Upstream
-from ltloss_kernels.forward_pass import ForwardPass, Margin, reduce_losses
+from ltloss_kernels.forward_pass import LOG2E, ForwardPass, Margin, reduce_losses
 from torch import Tensor
 
 from ltloss.backend import current_workspace, debug
@@ -131,7 +131,7 @@ def cosine_logsumexp_backward(
         widened(prototypes),
         labels,
         _vector(log_prior),
-        prototype_inverse,
+        prototype_inverse * (scale * LOG2E),
         Upstream(coefficients, zeros.new_ones(()), None, coefficients[1:].abs().amax(), grad_sum is not None),
         scale=scale,
         normalize=normalize_features,
@@ -209,7 +209,7 @@ def fused_margin_cross_entropy(
         run.losses(sums, margin, losses, coefficients, block_sums)
     loss, inverse_total, bound = reduce_losses(block_sums, mean=reduction == "mean")
     loss = losses if reduction == "none" else loss
-    return loss, coefficients, run.prototype_inverse_norm, inverse_total, bound
+    return loss, coefficients, run.class_factor, inverse_total, bound
 
 
 @on_device
@@ -220,7 +220,7 @@ def fused_margin_cross_entropy_backward(
     labels: Tensor,
     log_prior: Tensor | None,
     coefficients: Tensor,
-    prototype_inverse: Tensor,
+    class_factor: Tensor,
     inverse_total: Tensor,
     bound: Tensor,
     scale: float,
@@ -237,7 +237,7 @@ def fused_margin_cross_entropy_backward(
         widened(prototypes),
         labels,
         _vector(log_prior),
-        prototype_inverse,
+        class_factor,
         Upstream(coefficients, grad_loss, inverse_total, bound, smooth),
         scale=scale,
         normalize=normalize_features,

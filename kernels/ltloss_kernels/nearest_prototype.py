@@ -67,6 +67,7 @@ def tile_product(
     BLOCK_DEPTH: tl.constexpr,
 ):
     """x·w of one row block (of ``count`` rows) and one class tile: (BLOCK_ROWS, BLOCK_CLASSES) float32."""
+    tl.assume(width > 0)  # else a flattened loop around it has a second body, for products of no columns
     product = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
     for k in range(0, width, BLOCK_DEPTH):
         x = load_block(

@@ -14,7 +14,7 @@ import torch
 
 from ltloss_kernels import tiles
 from ltloss_kernels.cosine_logsumexp import combine_kernel, cosine_logsumexp_kernel, sample_kernel
-from ltloss_kernels.cosine_logsumexp_grad import gradient_tile_kernel, projection_kernel
+from ltloss_kernels.cosine_logsumexp_grad import gradient_tile_kernel, projection_kernel, sample_gradient_kernel
 from ltloss_kernels.margin_cross_entropy import margin_cross_entropy_kernel, reduce_kernel
 from ltloss_kernels.nearest_gradient import nearest_gradient_kernel
 from ltloss_kernels.nearest_prototype import best_tile_kernel, nearest_prototype_kernel
@@ -137,11 +137,10 @@ def _gradient_cases(arch: int) -> Iterator[KernelCase]:
     for dtype, precision in _PRODUCTS:
         tile = tiles.gradient_tile(arch, dtype, precision)
         for variant, (prior, smooth) in {"plain": (False, False), "prior, smoothing": (True, True)}.items():
-            types = _pointers(fn, labels_ptr="*i64") | {
+            types = _pointers(fn, label_ptr="*i32") | {
                 "features": _block(arch, dtype, tile.rows, tile.depth),
                 "prototypes": _block(arch, dtype, tile.classes, tile.depth),
                 "slab": _block(arch, dtype, tile.rows, tile.classes),
-                "scale": "fp32",
             }
             if not prior:
                 del types["prior_ptr"]
@@ -151,12 +150,10 @@ def _gradient_cases(arch: int) -> Iterator[KernelCase]:
                 types,
                 {
                     **({} if prior else {"prior_ptr": None}),
-                    "labels_stride": 1,
                     "DESCRIBED": tiles.has_copy_engine(arch),
                     "HAS_PRIOR": prior,
-                    "HAS_TOTAL": True,
                     "SMOOTH": smooth,
-                    "SCALED": dtype == torch.float16,
+                    "FOLD": dtype != torch.float32,
                     "PRECISION": precision,
                     "GROUP": 8,
                     "BLOCK_ROWS": tile.rows,
@@ -270,84 +267,103 @@ def _row_cases() -> Iterator[KernelCase]:
     for width in _WIDTHS:
         tile = tiles.row_tile(width)
         rows = {"ROWS": tile.rows, "WIDTH": tile.width}
-        for copied in (False, True):
-            types = _pointers(
-                row_norm_kernel, flags_ptr="*i8", copy_ptr="*bf16", vectors_ptr="*fp32" if copied else "*bf16"
-            )
-            missing = ["labels_ptr", "prior_ptr", "prior_out_ptr"] + ["factor_ptr", "copy_ptr"] * (not copied)
-            yield _case(
-                f"row_norm {'fp32 to bf16' if copied else 'bf16'}, D = {width}",
-                row_norm_kernel,
-                {name: kind for name, kind in types.items() if name not in missing},
-                {
-                    **dict.fromkeys(missing),
-                    "vectors_column_stride": 1,
-                    "HAS_COPY": copied,
-                    "SCALE_COPY": True,
-                    "HAS_LABELS": False,
-                    "HAS_PRIOR": False,
-                    "CLEAR_FLAGS": True,
-                    **rows,
-                },
-                tile.warps,
-            )
-        flag_tile = tiles.forward_tile(90, torch.bfloat16, "ieee")
-        types = _pointers(
-            sample_kernel,
-            features_ptr="*bf16",
-            prototypes_ptr="*bf16",
-            labels_ptr="*i64",
-            label_ptr="*i32",
-            flags_ptr="*i8",
-        )
-        del types["length_ptr"]
+        yield from _row_norm_cases(width, rows, tile.warps)
+        yield _sample_case(width, rows, tile.warps)
+        yield _sample_gradient_case(width, rows, tile.warps)
+        yield _projection_case(width, rows, tile.warps)
+
+
+def _row_norm_cases(width: int, rows: dict[str, int], warps: int) -> Iterator[KernelCase]:
+    for kind, copy in (("bf16", "none"), ("fp32 to bf16", "scaled")):
+        types = _pointers(row_norm_kernel, flags_ptr="*i8", copy_ptr="*bf16", vectors_ptr=f"*{kind.split()[0]}")
+        missing = ["labels_ptr", "prior_ptr", "prior_out_ptr"] + ["copy_ptr"] * (copy == "none")
         yield _case(
-            f"sample bf16, D = {width}",
-            sample_kernel,
-            types | {"scale": "fp32"},
+            f"row_norm {kind}, D = {width}",
+            row_norm_kernel,
+            {name: kind for name, kind in types.items() if name not in missing} | {"factor_scale": "fp32"},
             {
-                "length_ptr": None,
-                "features_column_stride": 1,
-                "prototypes_column_stride": 1,
-                "labels_stride": 1,
-                "SUPERVISED": True,
-                "NORMALIZE": True,
-                "COPIED": False,
-                "RAGGED": True,
-                "FLAG_ROWS": flag_tile.rows,
-                "FLAG_CLASSES": flag_tile.classes,
+                **dict.fromkeys(missing),
+                "vectors_column_stride": 1,
+                "COPY": copy,
+                "HAS_FACTOR": True,
+                "HAS_LABELS": False,
+                "HAS_PRIOR": False,
+                "CLEAR_FLAGS": True,
                 **rows,
             },
-            tile.warps,
+            warps,
         )
-        yield _case(
-            f"projection bf16, D = {width}",
-            projection_kernel,
-            _pointers(
-                projection_kernel,
-                features_ptr="*bf16",
-                prototypes_ptr="*bf16",
-                grad_features_ptr="*bf16",
-                grad_prototypes_ptr="*bf16",
-                labels_ptr="*i64",
-            )
-            | {"scale": "fp32"},
-            {
-                "features_column_stride": 1,
-                "prototypes_column_stride": 1,
-                "labels_stride": 1,
-                "FEATURES": True,
-                "PROTOTYPES": True,
-                "HAS_LABELS": True,
-                "HAS_TOTAL": True,
-                "NORMALIZE": True,
-                "LENGTH": False,
-                "PROTOTYPES_COPIED": False,
-                "SCALED": False,
-                **rows,
-            },
-            tile.warps,
-        )
+
+
+def _sample_case(width: int, rows: dict[str, int], warps: int) -> KernelCase:
+    flag_tile = tiles.forward_tile(90, torch.bfloat16, "ieee")
+    halves = dict.fromkeys(("features_ptr", "prototypes_ptr", "copy_ptr"), "*bf16")
+    types = _pointers(sample_kernel, labels_ptr="*i64", label_ptr="*i32", flags_ptr="*i8", **halves)
+    del types["length_ptr"]
+    return _case(
+        f"sample bf16, D = {width}",
+        sample_kernel,
+        types,
+        {
+            "length_ptr": None,
+            "features_column_stride": 1,
+            "prototypes_column_stride": 1,
+            "labels_stride": 1,
+            "SUPERVISED": True,
+            "NORMALIZE": True,
+            "HAS_COPY": True,
+            "RAGGED": True,
+            "FLAG_ROWS": flag_tile.rows,
+            "FLAG_CLASSES": flag_tile.classes,
+            **rows,
+        },
+        warps,
+    )
+
+
+def _sample_gradient_case(width: int, rows: dict[str, int], warps: int) -> KernelCase:
+    fn = sample_gradient_kernel
+    types = _pointers(fn, features_ptr="*bf16", copy_ptr="*bf16", labels_ptr="*i64", label_ptr="*i32")
+    return _case(
+        f"sample_gradient bf16, D = {width}",
+        fn,
+        types | {"scale": "fp32"},
+        {
+            "features_column_stride": 1,
+            "labels_stride": 1,
+            "COPY": "unit",
+            "SUPERVISED": True,
+            "HAS_TOTAL": True,
+            "SCALED": True,
+            "FOLD": True,
+            **rows,
+        },
+        warps,
+    )
+
+
+def _projection_case(width: int, rows: dict[str, int], warps: int) -> KernelCase:
+    halves = ("features_ptr", "prototypes_ptr", "grad_features_ptr", "grad_prototypes_ptr")
+    return _case(
+        f"projection bf16, D = {width}",
+        projection_kernel,
+        _pointers(projection_kernel, labels_ptr="*i64", **dict.fromkeys(halves, "*bf16")) | {"scale": "fp32"},
+        {
+            "features_column_stride": 1,
+            "prototypes_column_stride": 1,
+            "labels_stride": 1,
+            "FEATURES": True,
+            "PROTOTYPES": True,
+            "HAS_LABELS": True,
+            "HAS_TOTAL": True,
+            "FEATURE_COPY": "unit",
+            "PROTOTYPE_COPY": "none",
+            "LENGTH": False,
+            "SCALED": False,
+            **rows,
+        },
+        warps,
+    )
 
 
 def _sample_vector_cases() -> Iterator[KernelCase]:

@@ -138,14 +138,25 @@ class TestMemory:
         assert backward_plan(1 << 20, 1 << 20, 2048, 2048, 2, 128, 1 << 20) == (32768, 1024)
 
     def test_extra_memory_of_the_forward(self) -> None:
-        """The flags and partial sums of the shapes that we make promises about."""
+        """Unit features, flags, partial sums and N-vectors of the shapes that we make promises about."""
         from ltloss_kernels.workspace import forward_plan
 
-        for samples, classes, promised in ((8192, 131072, 8), (4096, 1 << 20, 32)):
-            plan = forward_plan(samples, classes, 512, 128, 128, 264, 0)
+        shapes = ((8192, 131072, 512, 8), (4096, 1 << 20, 512, 32), (8192, 131072, 4096, 8), (8192, 131072, 128, 8))
+        for samples, classes, width, promised in shapes:
+            plan = forward_plan(samples, classes, width, 128, 128, 264, 0, 2)
+            unit_features = 2 * plan.rows * width
             flags = -(-plan.rows // 128) * (classes // 128)
-            vectors = 4 * (classes + plan.rows * (plan.splits + 4) + 8 * samples)
-            assert flags + vectors <= promised << 20
+            vectors = 4 * (2 * classes + plan.rows * (plan.splits + 4) + 8 * samples)
+            assert unit_features + flags + vectors <= promised << 20
+
+    @pytest.mark.parametrize("width", [16, 512, 4096, 8192])
+    @pytest.mark.parametrize("copied", [0, 2])
+    def test_chunks_of_samples_are_whole_tiles_and_not_too_small(self, width: int, copied: int) -> None:
+        from ltloss_kernels.workspace import forward_plan
+
+        for samples in (1, 100, 600, 8192, 8193, 100_000):
+            plan = forward_plan(samples, 10_000, width, 128, 128, 264, copied, 2)
+            assert plan.rows == samples or (plan.rows % 128 == 0 and plan.rows >= 256)
 
     @pytest.mark.parametrize(
         ("row_blocks", "tiles", "slots"), [(64, 1024, 264), (32, 8192, 264), (2, 8, 264), (1, 1, 264), (1000, 3, 264)]
@@ -350,10 +361,9 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match=r"tensors on cpu; .*TRITON_INTERPRET=1 .*before the first use"):
             functional.margin_cross_entropy(*(t.cpu() for t in given))
 
-    def test_auto_takes_the_kernels_on_a_gpu_when_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_auto_takes_the_kernels_on_a_gpu(self) -> None:
         given = kernel_problem()
         with ltloss.use_backend("auto"):
-            monkeypatch.setattr(ops, "KERNELS_UNDER_AUTO", False)
-            assert not ops.kernels_chosen(*given[:2])
-            monkeypatch.setattr(ops, "KERNELS_UNDER_AUTO", True)
             assert ops.kernels_chosen(*given[:2]) == (DEVICE == "cuda")
+        with ltloss.use_backend("torch"):
+            assert not ops.kernels_chosen(*given[:2])
