@@ -194,10 +194,10 @@ LIMITS = {
     "cosine_logsumexp bf16, online": Most(7.4, 3.15, 205, 1850),
     "gradient_tile bf16, plain": Most(5.1, 2.05, 205, 1600),
     "gradient_tile fp16, plain": Most(5.1, 2.05, 205, 1600),
-    "nearest_prototype bf16": Most(9.5, 2.35, 216, 1950),
-    "nearest_prototype fp32 tf32": Most(9.5, 2.35, 216, 1950),
-    "best_tile bf16, rows": Most(4.5, 1.05, 235, 2450),
-    "best_tile bf16, every tile": Most(4.1, 1.05, 220, 1450),
+    "nearest_prototype bf16": Most(9.5, 2.35, 210, 1850),
+    "nearest_prototype fp32 tf32": Most(9.5, 2.35, 210, 1850),
+    "best_tile bf16, rows": Most(4.5, 1.05, 205, 1480),
+    "best_tile bf16, every tile": Most(4.1, 1.05, 185, 1120),
 }
 
 Row = dict[str, str]
@@ -300,10 +300,7 @@ def test_the_nearest_prototype_costs_two_maxima_and_two_products_per_element(row
     """One for its row and one for its column; the rest is the way across the threads."""
     half = [row for row in on_hopper(rows) if row["kernel"].startswith("nearest_prototype") and row["dtype"] != "fp32"]
     assert len(half) == 3
-    assert (
-        violations(half, lambda row: 2.0 <= float(row["maxima_per_element"]) <= 2.65 and int(row["registers"]) <= 216)
-        == []
-    )
+    assert violations(half, lambda row: 2.0 <= float(row["maxima_per_element"]) <= 2.65) == []
 
 
 @pytest.mark.parametrize("kernel", LIMITS)

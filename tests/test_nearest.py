@@ -10,7 +10,8 @@ import torch
 from losses import copied_prototypes, lowest_nearest, problem, relative_error, signs, watching
 from memory import LargestTensor
 
-from ltloss import cpu, reference
+import ltloss
+from ltloss import cpu, ops, reference
 from ltloss.functional import min_angle_regularizer, nearest_prototype
 
 EXACT = 1e-13  # float64 cosines, sums of some ten products
@@ -181,6 +182,22 @@ def test_exact_products_are_asked_for_and_only_then(
     finally:
         torch.set_float32_matmul_precision(before)
     assert seen == {"highest" if exact else "medium"}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_module_passes_it_on(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    search = ops.nearest_prototype
+
+    def watched(prototypes: torch.Tensor, rows: torch.Tensor | None, exact: bool) -> Any:
+        asked.append(exact)
+        return search(prototypes, rows, exact)
+
+    monkeypatch.setattr(ops, "nearest_prototype", watched)
+    head = ltloss.LongTailLoss.from_counts([5, 3, 1], 4, min_angle_exact=exact)
+    head(torch.randn(2, 4), torch.tensor([0, 2]))
+    assert asked == [exact]
+    assert head.hyper_parameters()["min_angle_exact"] is exact
 
 
 def test_exact_is_a_bool() -> None:
