@@ -15,12 +15,22 @@ import triton.language as tl
 
 from ltloss_kernels.blocks import load_block
 
-__all__ = ["LOWEST_KEY", "best_tile_kernel", "largest", "nearest_prototype_kernel", "number_of", "order_key"]
+__all__ = [
+    "LAST_NUMBER",
+    "LOWEST_KEY",
+    "best_tile_kernel",
+    "largest",
+    "nearest_prototype_kernel",
+    "number_of",
+    "order_key",
+]
 
 # Below the key of every value; a row that keeps it has no candidate at all.
 LOWEST_KEY = -(1 << 63)
+# The largest number that fits a key, whose lower half is this minus the number.
+LAST_NUMBER = 0x7FFFFFFF
 
-_LAST = tl.constexpr(0x7FFFFFFF)
+_LAST = tl.constexpr(LAST_NUMBER)
 _LOWEST = tl.constexpr(LOWEST_KEY)
 
 

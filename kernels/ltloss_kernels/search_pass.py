@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ltloss_kernels import tiles
-from ltloss_kernels.nearest_prototype import LOWEST_KEY, best_tile_kernel, nearest_prototype_kernel
+from ltloss_kernels.nearest_prototype import LAST_NUMBER, LOWEST_KEY, best_tile_kernel, nearest_prototype_kernel
 from ltloss_kernels.operands import block_source, padded_matrix, product_precision, readable_in_place
 from ltloss_kernels.row_norm import row_norms
 from ltloss_kernels.tile_candidates import (
@@ -274,7 +274,7 @@ def _top_of_chunk(
     candidates = torch.empty(count * tiles_per_row, classes.tile.classes, dtype=torch.int64, device=device)
     classes.candidates(rows, best, None, tiles_per_row, None, candidates)
     # No two keys of a row are equal, so neither is any choice or order left open.
-    index = _LAST - (candidates.view(count, -1).topk(k, dim=1).values & _LAST)
+    index = LAST_NUMBER - (candidates.view(count, -1).topk(k, dim=1).values & LAST_NUMBER)
     del candidates
     cosine = torch.empty(count, k, dtype=torch.float32, device=device)
     classes.cosines(features, None, k, index, cosine)
@@ -282,6 +282,3 @@ def _top_of_chunk(
     index, order = index.sort(dim=1)
     cosine, second = cosine.gather(1, order).sort(dim=1, descending=True, stable=True)
     return index.gather(1, second), cosine
-
-
-_LAST = 0x7FFFFFFF
