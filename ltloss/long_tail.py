@@ -14,6 +14,7 @@ from ltloss.centers import CenterUpdate, ClassCenters
 from ltloss.class_balance import Counts, Normalize, margins_from_counts
 from ltloss.epilogue import margin_losses, one_pass, reduce_losses
 from ltloss.heads import CombinedMarginLoss, PriorOptions, PrototypeHead, _check_counts, _FromCounts
+from ltloss.margins import arccos
 from ltloss.norm_penalty import FeatureNormKind, norm_penalty
 from ltloss.validation import check_choice, check_number, check_per_class, check_supervised, check_type
 
@@ -112,10 +113,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         regularizers = []
         counted = labels.to(torch.int64) != self.ignore_index  # -100 compared with uint8 would be 156
         if self.min_angle_weight:
-            rows = None if self.min_angle_rows == "all" else torch.unique(labels[counted])
-            angle = F.min_angle_regularizer(
-                self.weight, self.class_counts, power=self.min_angle_power, rows=rows, exact=self.min_angle_exact
-            )
+            angle = self._min_angle(labels, counted)
             parts["min_angle"] = angle.detach()
             regularizers.append(self.min_angle_weight * angle)
         if self.feature_norm_weight:
@@ -126,6 +124,22 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         for term in regularizers:
             loss = loss + (torch.where(counted, term, 0.0) if self.reduction == "none" else term)
         return loss
+
+    def _min_angle(self, labels: Tensor, counted: Tensor) -> Tensor:
+        """L2 over all classes, or over those of the batch, each once."""
+        power, exact = self.min_angle_power, self.min_angle_exact
+        if self.min_angle_rows == "all":
+            return F.min_angle_regularizer(self.weight, self.class_counts, power=power, exact=exact)
+        # Not torch.unique: how many classes there are would have to be read back from a GPU.
+        beyond = self.num_classes
+        rows = torch.where(counted, labels.to(torch.int64), beyond).sort().values
+        first = (rows < beyond) & (torch.cat([rows.new_full((1,), -1), rows[:-1]]) != rows)
+        rows = rows.clamp(0, beyond - 1)
+        cosine = F.nearest_prototype(self.weight, rows, exact=exact).cosine
+        weights = torch.where(first, self.class_counts[rows].to(cosine.dtype) ** -power, 0.0)
+        total = weights.sum()
+        angle = -(weights * arccos(cosine)).sum() / torch.where(total == 0.0, 1.0, total)
+        return angle if beyond > 1 else angle * 0.0
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""

@@ -109,6 +109,11 @@ def test_options_in_one_graph() -> None:
     _check("CombinedMarginLoss", "aot_eager", True, label_smoothing=0.1, normalize_features=False, scale=2.0)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_angles_of_the_batch_in_one_graph(dynamic: bool) -> None:
+    _check("LongTailLoss", "aot_eager", dynamic, min_angle_rows="batch", min_angle_weight=0.5)
+
+
 def test_with_the_default_compiler() -> None:
     _check("ArcFaceLoss", "inductor", False)
 
