@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from .cli_compare import add_compare, add_recipe
+from .cli_values import named_value
 from .training.errors import UserError, explain_os_error
 
 _LESS_MEMORY = {
@@ -150,10 +151,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, metavar="FILE", help="settings from TOML or JSON; the command line wins")
     train.add_argument("--resume", action="store_true", help="continue the run in --out (with its own settings)")
     train.add_argument("--quiet", action="store_true", help="no progress bar, no table")
-    _add_recipe(train)
+    add_recipe(train)
     _add_settings(train)
 
-    _add_compare(commands.add_parser("compare", help="compare methods over seeds, tuned alike"))
+    compare = commands.add_parser("compare", help="compare methods over seeds, tuned alike")
+    add_compare(compare)
+    _add_settings(compare, without=("loss", "seed"))
 
     evaluate = commands.add_parser("evaluate", help="measure a run on labelled pictures")
     evaluate.set_defaults(command=_evaluate, name="evaluate")
@@ -205,45 +208,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--recipe", metavar="NAME", help="start from cifar-lt or small; every setting can be overridden"
-    )
-
-
-def _add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Train methods with several seeds into a folder; run again, it continues where it was."
-    parser.set_defaults(command=_compare, name="compare")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of results to write")
-    listed = "methods, separated by commas; all for every one of them"
-    parser.add_argument("--losses", type=_names, required=True, metavar="NAMES", help=listed)
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each method (default: 3)")
-    _add_recipe(parser)
-    varied = "a setting or an option of the losses to vary; may be repeated"
-    parser.add_argument("--vary", action="append", type=_named_values, default=[], metavar="NAME=V,V", help=varied)
-    parser.add_argument("--tune", action="store_true", help="choose scale, margin, rate on a validation split first")
-    parser.add_argument("--tune-seeds", type=int, default=1, metavar="N", help="trainings of each trial (default: 1)")
-    held = "pictures of each class to tune on (default: a fifth of the smallest class)"
-    parser.add_argument("--validation-per-class", type=int, metavar="N", help=held)
-    parser.add_argument("--jobs", type=int, metavar="N", help="trainings side by side (default: the cores; 1 on a GPU)")
-    parser.add_argument("--list", action=_ListMethods, help="show the methods and what is tuned of each, and stop")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
-    _add_settings(parser, without=("loss", "seed"))
-
-
-class _ListMethods(argparse.Action):
-    """Print the methods and stop, as --help does, whatever else is missing."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from .training.methods import listing
-
-        print(listing())
-        parser.exit()
-
-
 def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     """One option per setting; only those given end up in the namespace, so that a file can hold the others."""
     from .training.config import SETTINGS, setting_type
@@ -259,35 +223,10 @@ def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif kind is dict:
-            group.add_argument("--loss-option", action="append", type=_named_value, metavar="NAME=VALUE", **common)
+            group.add_argument("--loss-option", action="append", type=named_value, metavar="NAME=VALUE", **common)
         else:
             metavar = "N" if kind is int else "X" if kind is float else None
             group.add_argument(flag, type=kind, choices=item.metadata["choices"], metavar=metavar, **common)
-
-
-def _named_value(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name.replace("-", "_"), _value(value)
-
-
-def _named_values(text: str) -> tuple[str, list[Any]]:
-    name, _, values = text.partition("=")
-    if not name or not values:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,VALUE")
-    return name.replace("-", "_"), [_value(value) for value in values.split(",")]
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:  # not a number, true or false: a word
-        return text
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -310,40 +249,6 @@ def _train(options: argparse.Namespace) -> int:
     if not options.quiet:
         print(result.evaluation.to_text())
         print(f"\nopen {report}, or use the model: ltloss predict {options.out} --images FOLDER --out RESULTS")
-    return 0
-
-
-def _compare(options: argparse.Namespace) -> int:
-    from .training.config import SETTINGS
-
-    _need("PIL", "safetensors", "tqdm", "matplotlib.figure")
-    from .training.classifier import choose_device
-    from .training.compare_grid import compare
-    from .training.compare_pool import usable_cores
-    from .training.methods import METHODS
-
-    given = {name: value for name, value in vars(options).items() if name in SETTINGS}
-    if "loss_options" in given:
-        given["loss_options"] = dict(given["loss_options"])
-    jobs = options.jobs
-    if jobs is None:
-        jobs = usable_cores() if choose_device(given.get("device")).type == "cpu" else 1
-    found = compare(
-        options.out,
-        given,
-        list(METHODS) if options.losses == ["all"] else options.losses,
-        recipe=options.recipe,
-        seeds=options.seeds,
-        vary=dict(options.vary),
-        tune=options.tune,
-        tune_seeds=options.tune_seeds,
-        validation_per_class=options.validation_per_class,
-        jobs=jobs,
-        quiet=options.quiet,
-    )
-    if not options.quiet:
-        print(found.to_text())
-        print(f"\nopen {found.page}; the rows are in {found.out / 'results.csv'}")
     return 0
 
 

@@ -6,6 +6,7 @@ Every operator takes and returns plain tensors and allocates nothing of size N×
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,8 +47,14 @@ _CHUNKED: dict[str, Callable[..., Any]] = {
     "checked_labels": _checked_labels,
 }
 
-# Operators that have kernels, and where among their arguments the features stand; the prototypes follow.
-_KERNELS = {"cosine_logsumexp": 0, "cosine_logsumexp_backward": 3}
+# Operators that have kernels: the module that launches them, and where among their arguments the two matrices stand.
+_KERNELS = {
+    "cosine_logsumexp": ("triton_backend", (0, 1)),
+    "cosine_logsumexp_backward": ("triton_backend", (3, 4)),
+    "nearest_prototype": ("triton_search", (0, 0)),
+    "nearest_prototype_backward": ("triton_search", (1, 1)),
+    "top_k": ("triton_search", (0, 1)),
+}
 # Operators that only exist as kernels: they are called where `kernels_chosen` says so.
 _FUSED = ("fused_margin_cross_entropy", "fused_margin_cross_entropy_backward")
 
@@ -89,10 +96,9 @@ def kernels_chosen(features: Tensor, prototypes: Tensor) -> bool:
     return backend == "auto" and features.device.type == "cuda" and not _not_served(features, prototypes)
 
 
-def _kernel(name: str) -> Callable[..., Any]:
-    from ltloss import triton_backend  # on first use: `import ltloss` works and is fast without Triton
-
-    return getattr(triton_backend, name)  # type: ignore[no-any-return]
+def _kernel(name: str, module: str = "triton_backend") -> Callable[..., Any]:
+    # On first use: `import ltloss` works and is fast without Triton.
+    return getattr(importlib.import_module(f"ltloss.{module}"), name)  # type: ignore[no-any-return]
 
 
 def _implementation(name: str, args: Sequence[Any]) -> Callable[..., Any]:
@@ -100,12 +106,8 @@ def _implementation(name: str, args: Sequence[Any]) -> Callable[..., Any]:
     if name in _FUSED:
         return _kernel(name)
     if name in _KERNELS:
-        first = _KERNELS[name]
-        return _kernel(name) if kernels_chosen(args[first], args[first + 1]) else _CHUNKED[name]
-    if current_backend() == "triton" and name != "checked_labels":
-        raise RuntimeError(
-            f"backend 'triton' was asked for, but this version has no kernel for {name}; use 'auto' or 'torch'"
-        )
+        module, (left, right) = _KERNELS[name]
+        return _kernel(name, module) if kernels_chosen(args[left], args[right]) else _CHUNKED[name]
     return _CHUNKED[name]
 
 
@@ -169,7 +171,7 @@ def _fake_fused_backward(*args: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-def _fake_nearest_prototype(prototypes: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake_nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
     length = prototypes.shape[0] if rows is None else rows.shape[0]
     dtype = cpu.compute_dtype(prototypes)
     return prototypes.new_empty(length, dtype=dtype), prototypes.new_empty(length, dtype=torch.int64)
@@ -235,9 +237,13 @@ fused_margin_cross_entropy_backward = _define(
 """Gradients for features (N, D) and prototypes (C, D), each in its input's dtype; (0,) where ``needs`` is False."""
 
 nearest_prototype = _define(
-    "nearest_prototype(Tensor prototypes, Tensor? rows) -> (Tensor cosine, Tensor index)", _fake_nearest_prototype
+    "nearest_prototype(Tensor prototypes, Tensor? rows, bool exact) -> (Tensor cosine, Tensor index)",
+    _fake_nearest_prototype,
 )
-"""For every prototype, or for those in ``rows`` (R,), the largest cosine to any other one and its (lowest) index."""
+"""For every prototype, or for those in ``rows`` (R,), the largest cosine to any other one and its (lowest) index.
+
+``exact``: products in full float32, even where ``torch.set_float32_matmul_precision`` allows less.
+"""
 
 nearest_prototype_backward = _define(
     "nearest_prototype_backward(Tensor grad_cosine, Tensor prototypes, Tensor? rows, Tensor index) -> Tensor",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["DEFAULT_BYTES", "BackwardPlan", "ForwardPlan", "backward_plan", "forward_plan"]
+__all__ = ["DEFAULT_BYTES", "BackwardPlan", "ForwardPlan", "backward_plan", "forward_plan", "search_rows"]
 
 DEFAULT_BYTES = 256 << 20
 
@@ -102,3 +102,9 @@ def backward_plan(
     slabs = -(-classes // slab)
     even = -(-classes // slabs)
     return BackwardPlan(rows, min(classes, -(-even // tile_classes) * tile_classes))
+
+
+def search_rows(rows: int, tiles: int, candidates: int, limit: int) -> int:
+    """Rows of a search for several classes at a time: 8 bytes for each tile, or for each candidate, and its choice."""
+    per_row = 3 * 8 * max(tiles, candidates)  # the keys, and twice as much while the largest are picked
+    return max(1, min(rows, limit // per_row))

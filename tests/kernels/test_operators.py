@@ -53,7 +53,7 @@ def test_operator(case: str) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "LongTailLoss"])
+@pytest.mark.parametrize("name", MODULES)
 def test_module_is_one_graph(name: str, dynamic: bool) -> None:
     torch.compiler.reset()
     eager = MODULES[name](40, 8).to(DEVICE)
@@ -275,6 +275,37 @@ class TestOnTheDevice:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    @staticmethod
+    def _searches(given: Any) -> tuple[torch.Tensor, ...]:
+        rows = torch.arange(0, 70, 3, device=DEVICE)
+        values = [functional.min_angle_regularizer(given.prototypes, rows=chosen) for chosen in (None, rows)]
+        gradient = torch.autograd.grad(values[0] + values[1], given.prototypes)[0]
+        return (*(value.detach() for value in values), gradient, *functional.top_k(given.features, given.prototypes, 5))
+
+    @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, F32)])
+    def test_searches_do_not_synchronise_and_can_be_captured(self, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        leaves, others = kernel_problem(dtypes=dtypes).leaves(), kernel_problem(dtypes=dtypes, seed=1)
+        with ltloss.debug(False):
+            self._searches(leaves)  # compiles
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self._searches(leaves)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._searches(leaves)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = self._searches(leaves)
+            with torch.no_grad():
+                leaves.prototypes.copy_(others.prototypes)
+            graph.replay()
+            for one, other in zip(captured, self._searches(leaves), strict=True):
+                assert torch.equal(one, other)
+
     @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F16, F32)])
     def test_cuda_graph(self, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
         leaves = kernel_problem(dtypes=dtypes).leaves()
@@ -298,17 +329,15 @@ class TestOnTheDevice:
 
 
 class TestRefusals:
-    def test_what_has_no_kernel(self) -> None:
-        given = kernel_problem()
-        with pytest.raises(RuntimeError, match="no kernel for nearest_prototype; use 'auto' or 'torch'"):
-            functional.nearest_prototype(given.prototypes)
-        with pytest.raises(RuntimeError, match="no kernel for top_k; use 'auto' or 'torch'"):
-            functional.top_k(given.features, given.prototypes)
-
     def test_float64(self) -> None:
         given = kernel_problem(dtypes=(torch.float64, torch.float64))
-        with pytest.raises(RuntimeError, match=r"'triton' was asked for.*not torch.float64.*use 'auto' or 'torch'"):
-            functional.margin_cross_entropy(*given)
+        for call in (
+            lambda: functional.margin_cross_entropy(*given),
+            lambda: functional.nearest_prototype(given.prototypes),
+            lambda: functional.top_k(given.features, given.prototypes),
+        ):
+            with pytest.raises(RuntimeError, match=r"'triton' was asked for.*not torch.float64.*use 'auto' or 'torch'"):
+                call()
         with ltloss.use_backend("auto"):
             assert functional.margin_cross_entropy(*given).dtype == torch.float64
 
