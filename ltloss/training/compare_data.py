@@ -12,7 +12,7 @@ import torch
 
 from .config import Settings
 from .datasets import ArrayImages, ImageSource
-from .device_images import DeviceImages, on_device
+from .device_images import on_device
 from .errors import UserError
 from .longtail import keep_per_class
 from .training_data import TrainingData, limited, load_split, prepare_data, run_config
@@ -74,6 +74,7 @@ def default_validation(labels: np.ndarray) -> int:
 
 def fingerprint(source: ImageSource) -> str:
     """A checksum of labels and pixels; of the labels and names for pictures in files."""
-    array = source.source if isinstance(source, DeviceImages) else source
-    pictures = array.images.data if isinstance(array, ArrayImages) else "\n".join(array.names).encode()
-    return f"{zlib.crc32(pictures, zlib.crc32(array.labels.data)):08x}"
+    labels = zlib.crc32(np.ascontiguousarray(source.labels).data)
+    if isinstance(source, ArrayImages):
+        return f"{zlib.crc32(np.ascontiguousarray(source.images).data, labels):08x}"
+    return f"{zlib.crc32(json.dumps(source.names).encode(), labels):08x}"

@@ -72,13 +72,14 @@ class Job:
 
     def result(self, out: Path) -> dict[str, Any] | None:
         """Its result, or None where it is still to be computed."""
-        if self.keep_model and not self.model_file(out).is_file():
-            return None
         try:
             result = json.loads(self.result_file(out).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return result if isinstance(result, dict) and {"last", "best", "failed"} <= set(result) else None
+        if not isinstance(result, dict) or not {"last", "best", "failed"} <= set(result):
+            return None
+        lacks_model = self.keep_model and not result["failed"] and not self.model_file(out).is_file()
+        return None if lacks_model else result
 
 
 def run_job(job: Job, out: Path) -> None:
@@ -127,6 +128,9 @@ def _trained(trainer: Trainer, data: TrainingData, found: dict[str, Any]) -> Cla
 
 def _second_stage(job: Job, out: Path, data: TrainingData, device: torch.device, found: dict[str, Any]) -> Classifier:
     assert job.base is not None
+    first = job.base.result(out)
+    if first is not None and first["failed"]:
+        raise DivergedError(f"the first stage diverged: {first['failed']}")
     weights = read_tensors(job.base.model_file(out))
     settings, given = data.config.settings, job.stage_two
     if "crt_epochs" in given:

@@ -19,9 +19,10 @@ import ltloss.training.training_data
 from ltloss.cli import main
 from ltloss.training import compare
 from ltloss.training.class_groups import Thresholds
-from ltloss.training.compare_data import validation_indices
+from ltloss.training.compare_data import fingerprint, validation_indices
 from ltloss.training.compare_page import write_page
 from ltloss.training.compare_tables import COLUMNS, Comparison, FinalRun, Trial, numbers, percents, summary
+from ltloss.training.datasets import ArrayImages
 from ltloss.training.errors import UserError
 from ltloss.training.evaluation import measure
 
@@ -215,6 +216,8 @@ def test_a_training_that_diverges_is_a_row_and_no_choice(toy_npz: Path, tmp_path
     assert "the loss is" in bad["failed"]
     assert [line.count("(1 diverged)") for line in found.to_text().splitlines()] == [0, 0, 1]
     assert "Trainings that diverged" in found.page.read_text()
+    stages = compare(tmp_path, given, ["tau-norm"], seeds=1, vary={"lr": [1e30]}, quiet=True)
+    assert stages.rows[0]["failed"].startswith("the first stage diverged: the loss is")
     with pytest.raises(UserError, match="every trial of ce diverged, the first with weight_decay"):
         compare(tmp_path / "tuned", {**given, "lr": 1e30}, ["ce"], seeds=1, tune=True, quiet=True)
 
@@ -353,6 +356,16 @@ def test_folders_of_pictures_and_the_digits_can_be_compared(toy_folder: Path, tm
             tmp_path / f"{Path(data).name}-compared", given, ["cosine"], seeds=1, tune=data == "digits", quiet=True
         )
         assert found.rows[0]["last_accuracy"] is not None
+
+
+def test_the_checksum_is_that_of_the_pictures_not_of_how_they_lie_in_memory() -> None:
+    images, labels = toy_images(4)
+    found = set()
+    for pixels in (images, np.asfortranarray(images), images[::-1][::-1]):
+        found.add(fingerprint(ArrayImages(pixels, labels, ("a", "b", "c"), [""] * 12)))
+    assert len(found) == 1
+    assert found != {fingerprint(ArrayImages(images ^ 1, labels, ("a", "b", "c"), [""] * 12))}
+    assert found != {fingerprint(ArrayImages(images, labels[::-1], ("a", "b", "c"), [""] * 12))}
 
 
 def test_pictures_that_change_are_other_results(tmp_path: Path) -> None:
