@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ltloss import functional as F
 from ltloss.class_balance import Counts, log_prior_from_counts, margins_from_counts
 from ltloss.margins import BeyondPi, MarginGradient
+from ltloss.ops import is_sharded
 from ltloss.reference import cosines
 from ltloss.types import Reduction, TopK
 from ltloss.validation import check_number
@@ -129,7 +130,8 @@ class PrototypeHead(nn.Module):
 
         Dense: for large C use :meth:`predict`.
         """
-        logits = self.scale * cosines(features, self.weight)
+        weight = self.weight.full_tensor() if is_sharded(self.weight) else self.weight
+        logits = self.scale * cosines(features, weight)
         if not self.normalize_features:
             logits = logits * torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=logits.dtype)
         return logits

@@ -15,6 +15,7 @@ from ltloss.class_balance import Counts, Normalize, margins_from_counts
 from ltloss.epilogue import margin_losses, one_pass, reduce_losses
 from ltloss.heads import CombinedMarginLoss, PriorOptions, PrototypeHead, _check_counts, _FromCounts
 from ltloss.norm_penalty import FeatureNormKind, norm_penalty
+from ltloss.ops import is_sharded
 from ltloss.validation import check_choice, check_number, check_per_class, check_supervised
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ class CosineSpaceLoss(PrototypeHead):
     def _cross_entropies(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """L_inter and L_CE."""
         check_supervised(features, self.weight, labels)
-        if current_backend() == "reference":
+        if current_backend() == "reference" and not is_sharded(self.weight):
             inter, plain = (
                 F.margin_cross_entropy(
                     features,

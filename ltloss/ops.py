@@ -6,6 +6,7 @@ Every operator takes and returns plain tensors and allocates nothing of size N×
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -22,8 +23,10 @@ __all__ = [
     "checked_labels",
     "cosine_logsumexp",
     "cosine_logsumexp_backward",
+    "distributed",
     "fused_margin_cross_entropy",
     "fused_margin_cross_entropy_backward",
+    "is_sharded",
     "kernels_available",
     "kernels_chosen",
     "nearest_prototype",
@@ -69,6 +72,16 @@ _HAS_TRITON = _has_triton()
 # The kernels pass their tests in Triton's interpreter and compile ahead of time, but have not run on a GPU yet. Until
 # `make gpu` has passed on one, "auto" leaves them to those who ask for them with the environment variable.
 KERNELS_UNDER_AUTO = os.environ.get("LTLOSS_KERNELS", "0") not in ("", "0")
+
+
+def is_sharded(prototypes: Tensor) -> bool:
+    """Whether the classes are spread over ranks, or sampled: then :mod:`ltloss.distributed` does the wide work."""
+    return hasattr(prototypes, "device_mesh") or hasattr(prototypes, "class_sample")
+
+
+def distributed(module: str) -> Any:
+    """A module of :mod:`ltloss.distributed`, on first use: a single process never imports it."""
+    return importlib.import_module(f"ltloss.distributed.{module}")
 
 
 def kernels_available() -> bool:
