@@ -46,7 +46,7 @@ def top_k(features: Tensor, prototypes: Tensor, k: int, gather: BatchGather | No
     packed = torch.stack([cosine.double().view(torch.int64), index, keys], 1)  # (B, 3, k): bits, whatever they mean
     rows = [block.shape[0] // layout.class_ranks] * layout.class_ranks
     came = comm.all_to_all(packed, rows, rows, layout.class_group).view(layout.class_ranks, rows[0], 3, k)
-    bits, index, keys = came[:, : batch.count].permute(2, 1, 0, 3).reshape(3, batch.count, -1)
+    bits, index, keys = came[:, : batch.count].permute(2, 1, 0, 3).reshape(3, batch.count, layout.class_ranks * k)
     return _merge(bits.view(torch.float64).to(cosine.dtype), index, keys, k)
 
 

@@ -69,9 +69,12 @@ def finish(started: list[tuple[Any, Connection]], patience: float = 120.0) -> li
 def run(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
     """Run on so many ranks; an exception on one of them is raised here, with its traceback."""
     results = finish(start(function, ranks, *args))
-    for rank, result in enumerate(results):
-        if isinstance(result, Exception):
-            raise AssertionError(f"rank {rank} of {ranks}: {result!r}\n{getattr(result, 'said', '')}")
+    failed = [(rank, result) for rank, result in enumerate(results) if isinstance(result, Exception)]
+    # The others fail for want of the first, so what they say comes last.
+    failed.sort(key=lambda pair: "Connection" in str(pair[1]))
+    if failed:
+        told = "\n".join(f"rank {rank} of {ranks}: {getattr(error, 'said', repr(error))}" for rank, error in failed)
+        raise AssertionError(told)
     return results
 
 
