@@ -95,7 +95,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         self.feature_norm_weight, self.feature_norm = feature_norm_weight, feature_norm
         self.feature_norm_radius = 1.25 * embedding_size**0.5 if feature_norm_radius is None else feature_norm_radius
         counts = torch.as_tensor(class_counts)
-        self.register_buffer("class_counts", counts.detach().to(self.weight.device, copy=True), persistent=False)
+        self.register_buffer("class_counts", counts.detach().to(self._constants_device, copy=True), persistent=False)
         F.feature_norm_penalty(self.weight.new_empty(0, embedding_size), feature_norm, radius=self.feature_norm_radius)
         self.parts: dict[str, Tensor] = {}
 
@@ -200,7 +200,8 @@ class CosineSpaceLoss(PrototypeHead):
                 "the weights must satisfy ce_weight > inter_weight > intra_weight (γ > α > β), or pass strict=False; "
                 f"got ce_weight={ce_weight}, inter_weight={inter_weight}, intra_weight={intra_weight}"
             )
-        self._set_constant("margin", check_per_class("margin", margin, num_classes, self.weight))
+        like = torch.empty(0, dtype=self.weight.dtype, device=self._constants_device)
+        self._set_constant("margin", check_per_class("margin", margin, num_classes, like))
         check_number("epsilon", epsilon, at_least=0.0)
         check_number("start_step", start_step, at_least=0)
         check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)

@@ -30,13 +30,13 @@ class Batch(NamedTuple):
     """The global batch: every rank contributes the same number of rows, the missing ones ignored.
 
     ``features`` (N, D); a gradient of them counts in this rank's own rows only. ``labels`` (N,) int64. ``own`` rows
-    came from this rank, the first ``count`` of them being real.
+    came from this rank, the first ``real`` of them being samples.
     """
 
     features: Tensor
     labels: Tensor
     own: slice
-    count: int
+    real: int
 
 
 class _Agreement(NamedTuple):
@@ -113,7 +113,7 @@ class BatchGather:
     def _handshake(self, features: Any, error: Exception | None) -> None:
         """Agree on capacity, width and dtype, or raise on all ranks."""
         shape = (0, 0, 0) if error else (features.shape[0], features.shape[1], _DTYPES.index(features.dtype))
-        rows = agree(list(shape), error, self.layout)
+        rows = agree(list(shape), error, self.layout.group, self.layout.device)
         _check_equal("the width D of features", [row[1] for row in rows])
         _check_equal("the dtype of features", [_DTYPES[row[2]] for row in rows])
         most = max(row[0] for row in rows)
@@ -177,14 +177,16 @@ class _Gathered(torch.autograd.Function):
         return (own * ctx.factor if ctx.factor != 1.0 else own.clone()), None, None, None
 
 
-def agree(numbers: list[int], error: Exception | None, layout: Layout) -> list[list[int]]:
+def agree(
+    numbers: list[int], error: Exception | None, group: Any, device: torch.device | str = "cpu"
+) -> list[list[int]]:
     """The numbers of every rank; or, where a rank has an error, that error here and ``DistributedError`` elsewhere."""
     text = f"{type(error).__name__}: {error}".encode()[:_TEXT] if error else b""
     message = torch.zeros(8 * (len(numbers) + 1) + _TEXT, dtype=torch.uint8)
     message[: 8 * (len(numbers) + 1)].view(torch.int64).copy_(torch.tensor([*numbers, len(text)]))
     if text:
         message[-_TEXT:][: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    gathered = comm.all_gather(message.to(layout.device), layout.group).cpu()
+    gathered = comm.all_gather(message.to(device), group).cpu()
     rows: list[list[int]] = gathered[:, :-_TEXT].contiguous().view(torch.int64).tolist()
     if error is not None:
         raise error

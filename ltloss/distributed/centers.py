@@ -23,14 +23,15 @@ class ShardedCenters(ClassCenters):
     """
 
     def __init__(self, whole: ClassCenters, layout: Layout) -> None:
-        from torch.distributed.tensor import distribute_tensor
-
         nn.Module.__init__(self)
         self.update_rule, self.momentum, self.layout = whole.update_rule, whole.momentum, layout
         for name, buffer in (("centers", whole.centers), ("counts", whole.counts)):
-            if buffer.is_meta:
-                buffer = torch.zeros_like(buffer, device=layout.device)
-            self.register_buffer(name, distribute_tensor(buffer, layout.mesh, layout.placements))
+            start, stop = layout.span()
+            # New centres are zero; those of a module that has been trained are the same on all ranks.
+            own = buffer[start:stop].to(layout.device, copy=True) if not buffer.is_meta else None
+            shape = (stop - start, *buffer.shape[1:])
+            own = torch.zeros(shape, dtype=buffer.dtype, device=layout.device) if own is None else own
+            self.register_buffer(name, layout.place(own, *buffer.shape[1:]))
 
     def _own(self) -> ClassCenters:
         """The centres of this rank as centres of their own, sharing the memory."""

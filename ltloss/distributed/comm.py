@@ -1,6 +1,6 @@
 """Every message between ranks goes through these functions, so that a lost rank is reported the same way everywhere.
 
-A group of one rank sends nothing: each function then returns what it was given.
+A group of one rank, or None (nothing initialised), sends nothing: each function then returns what it was given.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ _gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_ga
 _scatter_sum = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
+def _ranks(group: Group) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
 @contextmanager
 def _reporting(what: str, group: Group) -> Iterator[None]:
     try:
@@ -50,7 +54,7 @@ def _reporting(what: str, group: Group) -> Iterator[None]:
 
 def all_gather(tensor: Tensor, group: Group) -> Tensor:
     """Tensors (...) of one shape on all ranks -> (ranks, ...)."""
-    ranks = dist.get_world_size(group)
+    ranks = _ranks(group)
     tensor = tensor.contiguous()
     if ranks == 1:
         return tensor[None]
@@ -62,7 +66,7 @@ def all_gather(tensor: Tensor, group: Group) -> Tensor:
 
 def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
     """(ranks, ...) on every rank -> the sum over the ranks of the part that belongs to this one, (...)."""
-    ranks = dist.get_world_size(group)
+    ranks = _ranks(group)
     if ranks == 1:
         return tensor[0]
     result = tensor.new_empty(tensor.shape[1:])
@@ -74,7 +78,7 @@ def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
 
 def all_reduce(tensor: Tensor, group: Group) -> Tensor:
     """The sum over the ranks, in place."""
-    if dist.get_world_size(group) > 1 and tensor.numel():
+    if _ranks(group) > 1 and tensor.numel():
         with _reporting("all-reduce", group):
             dist.all_reduce(tensor, group=group)
     return tensor
@@ -82,7 +86,7 @@ def all_reduce(tensor: Tensor, group: Group) -> Tensor:
 
 def all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     """Send rows ``send[k]`` of (Σ send, ...) to rank k, in order; return what came, (Σ receive, ...)."""
-    if dist.get_world_size(group) == 1:
+    if _ranks(group) == 1:
         return tensor
     result = tensor.new_empty(sum(receive), *tensor.shape[1:])
     with _reporting("all-to-all", group):
@@ -92,7 +96,7 @@ def all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int], grou
 
 def broadcast(tensor: Tensor, source: int, group: Group) -> Tensor:
     """The tensor of the group's rank ``source``, in place on the others."""
-    if dist.get_world_size(group) > 1 and tensor.numel():
+    if _ranks(group) > 1 and tensor.numel():
         with _reporting("broadcast", group):
             dist.broadcast(tensor, dist.get_global_rank(group, source), group=group)
     return tensor

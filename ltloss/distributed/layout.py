@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Layout", "class_mesh", "local"]
+__all__ = ["Layout", "class_mesh", "local", "mesh_device", "own_part"]
 
 
 def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh | None:
@@ -46,10 +46,14 @@ def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh |
     return init_device_mesh(device_type, (data, ranks // data), mesh_dim_names=("data", "class"))
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor as a function of it; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor as it is. Without a gradient."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor  # type: ignore[operator]
+    return own_part(tensor.detach())
 
 
 @dataclass(frozen=True)
@@ -60,41 +64,51 @@ class Layout:
     share them: a rank multiplies the rows of its own group with its own classes.
     """
 
-    mesh: DeviceMesh
+    mesh: DeviceMesh | None  # None: one process that initialised nothing
     num_classes: int
+    device: torch.device
 
     @classmethod
     def of(cls, prototypes: Tensor) -> Layout:
-        """The layout of a DTensor (C, D) that :func:`ltloss.distributed.parallelize` made."""
-        return cls(prototypes.device_mesh, prototypes.shape[0])  # type: ignore[attr-defined]
-
-    @property
-    def device(self) -> torch.device:
-        """Where this rank's tensors live."""
-        kind = self.mesh.device_type
-        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+        """The layout of prototypes (C, D) that :func:`ltloss.distributed.parallelize` made."""
+        return cls(getattr(prototypes, "device_mesh", None), prototypes.shape[0], prototypes.device)
 
     @property
     def placements(self) -> list[Any]:
         """DTensor placements of the prototypes."""
         from torch.distributed.tensor import Replicate, Shard
 
-        return [*(Replicate() for _ in range(self.mesh.ndim - 1)), Shard(0)]
+        return [Replicate(), Shard(0)] if self._has_data else [Shard(0)]
+
+    @property
+    def _has_data(self) -> bool:
+        return self.mesh is not None and self.mesh.ndim == 2
+
+    def place(self, own: Tensor, *shape: int) -> Tensor:
+        """The tensor (C, ...) of which ``own`` is this rank's block."""
+        if self.mesh is None:
+            return own
+        from torch.distributed.tensor import DTensor
+
+        stride = own.new_empty(1, *shape).stride() if shape else (1,)
+        whole = torch.Size((self.num_classes, *shape))
+        placed: Tensor = DTensor.from_local(own, self.mesh, self.placements, shape=whole, stride=stride)
+        return placed
 
     @cached_property
     def class_group(self) -> Any:
-        """The ranks that together hold all classes."""
-        return self.mesh.get_group(self.mesh.ndim - 1)
+        """The ranks that together hold all classes; None for one process."""
+        return self.mesh.get_group(self.mesh.ndim - 1) if self.mesh is not None else None
 
     @cached_property
     def data_group(self) -> Any:
         """The ranks that hold the same classes, or None on a mesh of one dimension."""
-        return self.mesh.get_group(0) if self.mesh.ndim == 2 else None
+        return self.mesh.get_group(0) if self.mesh is not None and self._has_data else None
 
     @cached_property
     def group(self) -> Any:
         """All ranks of the mesh, in its order."""
-        if self.mesh.ndim == 1:
+        if self.mesh is None or not self._has_data:
             return self.class_group
         ranks = self.mesh.mesh.flatten().tolist()
         if ranks == list(range(dist.get_world_size())):
@@ -108,22 +122,22 @@ class Layout:
     @cached_property
     def class_ranks(self) -> int:
         """How many ranks share the classes."""
-        return self.mesh.size(self.mesh.ndim - 1)
+        return self.mesh.size(self.mesh.ndim - 1) if self.mesh is not None else 1
 
     @cached_property
     def class_rank(self) -> int:
         """This rank's place among them."""
-        return self.mesh.get_local_rank(self.mesh.ndim - 1)
+        return self.mesh.get_local_rank(self.mesh.ndim - 1) if self.mesh is not None else 0
 
     @cached_property
     def data_ranks(self) -> int:
         """How many groups share the batch."""
-        return self.mesh.size(0) if self.mesh.ndim == 2 else 1
+        return self.mesh.size(0) if self.mesh is not None and self._has_data else 1
 
     @cached_property
     def data_rank(self) -> int:
         """This rank's group."""
-        return self.mesh.get_local_rank(0) if self.mesh.ndim == 2 else 0
+        return self.mesh.get_local_rank(0) if self.mesh is not None and self._has_data else 0
 
     @property
     def ranks(self) -> int:
@@ -166,10 +180,11 @@ class Layout:
         start, stop = self.span()
         return torch.where((classes >= start) & (classes < stop), classes - start, -1)
 
-    def check(self) -> None:
-        """Raise ValueError for a mesh that is not (class,) or (data, class)."""
-        names = self.mesh.mesh_dim_names or ()
-        if self.mesh.ndim not in (1, 2) or ("class" in names and names[-1] != "class"):
-            raise ValueError(
-                f"mesh must have the dimensions (class,) or (data, class); got {self.mesh.ndim} dimensions {names}"
-            )
+
+def mesh_device(mesh: DeviceMesh) -> torch.device:
+    """Where this rank's tensors live; ValueError for a mesh that is not (class,) or (data, class)."""
+    names = mesh.mesh_dim_names or ()
+    if mesh.ndim not in (1, 2) or ("class" in names and names[-1] != "class"):
+        raise ValueError(f"mesh must have the dimensions (class,) or (data, class); got {mesh.ndim} dimensions {names}")
+    kind = mesh.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

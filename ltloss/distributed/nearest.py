@@ -18,7 +18,7 @@ from torch import Tensor
 from ltloss import ops
 from ltloss.cpu import add_rows_, compute_dtype, inverse_norm, project_
 from ltloss.distributed import comm
-from ltloss.distributed.layout import Layout, local
+from ltloss.distributed.layout import Layout, own_part
 from ltloss.distributed.pairs import best_of_rows, compare_blocks
 from ltloss.margins import arccos
 from ltloss.ties import row_keys
@@ -31,7 +31,7 @@ class _Found(NamedTuple):
     """The best so far per row: cosine, index among all classes (-1: none) and key of that prototype, (K,) each."""
 
     cosine: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index
     key: Tensor
 
     @classmethod
@@ -67,16 +67,11 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None) -> NearestPrototy
     cosine, index = _search(prototypes, rows, layout)
     if rows is not None:
         return NearestPrototype(cosine, index)
-    from torch.distributed.tensor import DTensor
-
-    shape = torch.Size((layout.num_classes,))
-    return NearestPrototype(
-        *(DTensor.from_local(t, layout.mesh, layout.placements, shape=shape, stride=(1,)) for t in (cosine, index))
-    )
+    return NearestPrototype(layout.place(cosine), layout.place(index))
 
 
 def _search(prototypes: Tensor, rows: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-    own: Tensor = prototypes.to_local()  # type: ignore[attr-defined]
+    own = own_part(prototypes)
     found: tuple[Tensor, Tensor]
     if rows is None:
         found = _NearestOfAll.apply(own, layout, torch.is_grad_enabled() and own.requires_grad)  # type: ignore[no-untyped-call]
@@ -208,7 +203,7 @@ class _NearestOfAll(torch.autograd.Function):
 
 
 class _NearestOfRows(torch.autograd.Function):
-    """For classes (R,) that all ranks name alike: their prototypes are shown to all, and each searches its own block."""
+    """For classes (R,) that all ranks name alike: their prototypes are shown to all, and each searches its block."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ltloss import ops
+from ltloss.cpu import compute_dtype
 from ltloss.distributed import comm
-from ltloss.distributed.layout import Layout
+from ltloss.distributed.layout import Layout, own_part
+from ltloss.distributed.sampling import ClassSampler
 
 __all__ = ["cosine_logsumexp", "send_home"]
 
@@ -34,15 +36,21 @@ def cosine_logsumexp(
     Args:
         features: (N, D), the global batch as :class:`ltloss.distributed.batch.BatchGather` returns it; the gradient
             that comes back counts in this rank's own rows only.
-        prototypes: (C, D) DTensor.
+        prototypes: (C, D) DTensor, or any prototypes of which a ``class_sample`` is drawn.
         labels: (N,) int64.
         log_prior: (C,) or None.
         scale, normalize_features, with_logit_sum: as there.
     """
     layout = Layout.of(prototypes)
-    own: Tensor = prototypes.to_local()  # type: ignore[operator]
     prior = None if log_prior is None else log_prior[slice(*layout.span())]
-    labels = torch.where(labels < 0, -1, labels - layout.span()[0])
+    sampler: ClassSampler | None = getattr(prototypes, "class_sample", None)
+    if sampler is None:
+        own, labels = own_part(prototypes), layout.local_index(labels)
+    else:
+        index, own, prior = sampler.draw(labels, prototypes, prior, layout)
+        labels = layout.local_index(labels)
+        place = torch.searchsorted(index, labels)
+        labels = torch.where(labels < 0, -1, place)  # every own class is in the sample
     options = (scale, normalize_features, with_logit_sum)
     vectors: Tensor = _ShardedPass.apply(features, own, labels, prior, layout, options)  # type: ignore[no-untyped-call]
     return vectors[0], vectors[1], vectors[2] if with_logit_sum else vectors.new_empty(0)
@@ -100,7 +108,7 @@ def _pass_over(
     if own.shape[0]:
         result: tuple[Tensor, ...] = ops.cosine_logsumexp(features, own, labels, prior, *options)
         return result
-    zeros = features.new_zeros(features.shape[0], dtype=ops.cpu.compute_dtype(features, own))
+    zeros = features.new_zeros(features.shape[0], dtype=compute_dtype(features, own))
     return torch.full_like(zeros, -torch.inf), zeros, zeros, zeros, zeros[:0]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ltloss import ops
+from ltloss.cpu import compute_dtype
 from ltloss.distributed import comm
 from ltloss.distributed.batch import BatchGather
 from ltloss.distributed.layout import Layout, local
@@ -46,13 +47,13 @@ def top_k(features: Tensor, prototypes: Tensor, k: int, gather: BatchGather | No
     packed = torch.stack([cosine.double().view(torch.int64), index, keys], 1)  # (B, 3, k): bits, whatever they mean
     rows = [block.shape[0] // layout.class_ranks] * layout.class_ranks
     came = comm.all_to_all(packed, rows, rows, layout.class_group).view(layout.class_ranks, rows[0], 3, k)
-    bits, index, keys = came[:, : batch.count].permute(2, 1, 0, 3).reshape(3, batch.count, layout.class_ranks * k)
+    bits, index, keys = came[:, : batch.real].permute(2, 1, 0, 3).reshape(3, batch.real, layout.class_ranks * k)
     return _merge(bits.view(torch.float64).to(cosine.dtype), index, keys, k)
 
 
 def _candidates(block: Tensor, own: Tensor, layout: Layout, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k best of this rank's classes, (B, k) each: cosine, index among all classes, key. -inf where there are fewer."""
-    dtype = ops.cpu.compute_dtype(block, own)
+    """The k best of this rank's classes, (B, k) each: cosine (-inf where there are fewer), index among all, key."""
+    dtype = compute_dtype(block, own)
     cosine = block.new_full((block.shape[0], k), -torch.inf, dtype=dtype)
     index = torch.full_like(cosine, layout.num_classes, dtype=torch.int64)
     keys = torch.zeros_like(index)

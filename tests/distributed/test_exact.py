@@ -16,7 +16,9 @@ ONE_STEP, TEN_STEPS = 2e-5, 2e-4
 def sizes(ranks: int) -> tuple[tuple[int, ...], ...]:
     """Ragged batches whose lengths change from step to step; some ranks have nothing at times."""
     pattern = ((5, 3, 0, 2), (4, 4, 4, 4), (0, 6, 1, 3), (7, 2, 9, 0))
-    return tuple(tuple(pattern[(step + rank) % 4][rank] or (rank == 0) for rank in range(ranks)) for step in range(STEPS))
+    return tuple(
+        tuple(pattern[(step + rank) % 4][rank] or (rank == 0) for rank in range(ranks)) for step in range(STEPS)
+    )
 
 
 def _cases(ranks: int) -> list[Case]:
