@@ -22,7 +22,9 @@ def sizes(ranks: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _cases(ranks: int) -> list[Case]:
-    every = [Case(name, 11, sizes(ranks)) for name in BUILD]
+    """Ten steps of every module and of the member that has everything, two of the rest of the family."""
+    many = {name for name in BUILD if not name.startswith("family")} | {"family everything"}
+    every = [Case(name, 11, sizes(ranks)[: STEPS if name in many else 2]) for name in BUILD]
     exact = [Case(name, 9, sizes(ranks), torch.float64) for name in ("family everything", "LongTailLoss")]
     few = [Case(name, c, sizes(ranks)[:3]) for name in ("LongTailLoss", "CosineSpaceLoss") for c in (1, 2, 5)]
     return every + exact + few
@@ -42,7 +44,7 @@ def test_equals_one_process(ranks: int, data: int) -> None:
 
 
 def _compare(case: Case, ranks: list[Trace], one: Trace) -> None:
-    scale = 1e-9 if case.dtype == torch.float64 else 1.0
+    scale = 1e-7 if case.dtype == torch.float64 else 1.0
     for step, loss in enumerate(one.losses):
         tolerance = scale * (ONE_STEP if step == 0 else TEN_STEPS)
         shared = [rank.losses[step] for rank in ranks]
