@@ -74,7 +74,7 @@ def reported(command: Callable[[], int | None], options: argparse.Namespace | No
 def _explain(error: Exception, command: str) -> str | None:
     """One line for what the user can put right; None for a defect of ltloss, whose traceback is wanted."""
     text = " ".join(str(error).split())
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) or type(error).__name__ == "DistributedError":
         return text
     if isinstance(error, ImportError):
         missing = (error.name or "a package").partition(".")[0]
@@ -240,6 +240,8 @@ def _train(options: argparse.Namespace) -> int:
     from .training.trainer import train
 
     result = train(options.out, {**given, **on_line}, resume=options.resume, quiet=options.quiet)
+    if not result.ranks.first:
+        return 0
     report = write_report(options.out)
     if not options.quiet:
         print(result.evaluation.to_text())

@@ -81,4 +81,4 @@ def _merge(cosine: Tensor, index: Tensor, keys: Tensor, k: int) -> TopK:
 def _sorted_groups(keys: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Sorted keys and the keys: searching one in the other numbers the groups of equal prototypes within a row."""
     # A place without a candidate (index = C) has key 0, which may be a key; its cosine -inf harms no group.
-    return keys.sort(dim=1).values, keys.contiguous()
+    return keys.sort(dim=1).values.contiguous(), keys.contiguous()

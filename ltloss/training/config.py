@@ -14,6 +14,8 @@ from .class_groups import Thresholds
 from .errors import UserError, nearest
 from .losses import LOSSES
 
+PARALLEL = ("none", "class")
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -81,6 +83,11 @@ class Settings:
     seed: int = _option(0, "decides everything random", "at least 0", _at_least(0))
     device: str | None = _option(None, "cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     amp: bool | None = _option(None, "train in bfloat16 autocast (default: on a GPU)")
+    parallel: str = _option(
+        "none",
+        "class: under torchrun, the classes spread over the processes and the backbone under DDP",
+        choices=PARALLEL,
+    )
     workers: int = _option(4, "threads that decode pictures of a folder", "at least 1", _at_least(1))
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from .errors import UserError
 from .evaluation import Evaluation, measure
 from .metrics import Metrics
 from .progress import progress_bar
+from .ranks import Ranks, joined, put, spread, whole
 from .run_folder import check_same_data, open_run, write_config, write_metrics
 from .seeds import derived_seed, numpy_generator, torch_generator
 from .training_data import prepare_data
@@ -36,6 +37,7 @@ class TrainingResult:
     run: Path
     evaluation: Evaluation  # of the test split, after the last epoch
     history: list[dict[str, Any]]
+    ranks: Ranks
 
 
 def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: bool = False) -> TrainingResult:
@@ -47,50 +49,68 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
     the loss becomes NaN or infinite.
     """
     settings, stored = open_run(out, given, resume)
-    device = choose_device(settings.device)
-    data = prepare_data(settings)
-    if stored is not None:
-        check_same_data(stored, data.config, out)
-    trainer = Trainer(data.config, data.train, device)
-    checkpoint = latest_checkpoint(out)
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out)
-    write_config(out, data.config)
-    if trainer.history:
-        write_metrics(out, trainer.history)
-    with progress_bar(total=settings.epochs, done=len(trainer.history), quiet=quiet) as progress:
-        for epoch in range(len(trainer.history) + 1, settings.epochs + 1):
-            row = trainer.run_epoch(epoch, data.test)
-            save_checkpoint(out, epoch, trainer.checkpoint())
-            write_metrics(out, trainer.history)
+    with joined(settings.parallel, choose_device(settings.device)) as (ranks, device):
+        data = prepare_data(settings)
+        if stored is not None:
+            check_same_data(stored, data.config, out)
+        checkpoint = latest_checkpoint(out)
+        trainer = Trainer(data.config, data.train, device, ranks)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(out)
+            write_config(out, data.config)
+            if trainer.history:
+                write_metrics(out, trainer.history)
+        _run_epochs(trainer, data.test, out, quiet or not ranks.first)
+        metrics = measure(trainer.classifier, data.test, settings.thresholds)
+        evaluation = Evaluation(out, settings.data, "test", data.config, settings.thresholds, metrics)
+        if ranks.first:
+            write_file(out / "evaluation.json", evaluation.to_json().encode())
+        return TrainingResult(out, evaluation, trainer.history, ranks)
+
+
+def _run_epochs(trainer: Trainer, test: ImageSource, out: Path, quiet: bool) -> None:
+    """The epochs that are left, each with its checkpoint and its row of metrics."""
+    epochs = trainer.settings.epochs
+    with progress_bar(total=epochs, done=len(trainer.history), quiet=quiet) as progress:
+        for epoch in range(len(trainer.history) + 1, epochs + 1):
+            row = trainer.run_epoch(epoch, test)
+            checkpoint = trainer.checkpoint()
+            if trainer.ranks.first:
+                save_checkpoint(out, epoch, checkpoint)
+                write_metrics(out, trainer.history)
             progress.set_postfix(loss=f"{row['train_loss']:.3f}", test=f"{row['test_accuracy']:.3f}")
             progress.update()
-    metrics = measure(trainer.classifier, data.test, settings.thresholds)
-    evaluation = Evaluation(out, settings.data, "test", data.config, settings.thresholds, metrics)
-    write_file(out / "evaluation.json", evaluation.to_json().encode())
-    return TrainingResult(out, evaluation, trainer.history)
 
 
 class Trainer:
     """The state that training changes: the classifier, the optimizer and the history of the epochs so far."""
 
-    def __init__(self, config: RunConfig, source: ImageSource, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, source: ImageSource, device: torch.device, ranks: Ranks | None = None
+    ) -> None:
         self.settings = config.settings
         self.source = source
         self.device = device
-        self.steps = batch_count(len(source), self.settings.batch_size)
+        self.ranks = ranks or Ranks()
+        if len(source) < 2 * self.ranks.count:
+            raise UserError(
+                f"{len(source)} training pictures are too few for {self.ranks.count} processes; start fewer"
+            )
+        self.steps = batch_count(len(source), self.settings.batch_size, self.ranks.count)
         self.amp = device.type == "cuda" if self.settings.amp is None else self.settings.amp
         with _seeded(derived_seed(self.settings.seed, "initial weights"), device):
             self.classifier = Classifier(config).to(device)
+        self.features = spread(self.classifier, self.ranks)
         self.optimizer = build_optimizer(self.classifier, self.settings)
         self.history: list[dict[str, Any]] = []
 
     def run_epoch(self, epoch: int, test: ImageSource) -> dict[str, Any]:
         """Train epoch number `epoch` (from 1), measure the test split, and return the new row of the history."""
         start = time.perf_counter()
-        with _seeded(derived_seed(self.settings.seed, "dropout", epoch), self.device):
+        with _seeded(derived_seed(self.settings.seed, self.ranks.purpose("dropout"), epoch), self.device):
             loss, accuracy = self._train_epoch(epoch)
         metrics = measure(self.classifier, test, self.settings.thresholds)
         row = {
@@ -109,17 +129,18 @@ class Trainer:
         settings, head = self.settings, self.classifier.loss
         self.classifier.train()
         order = numpy_generator(settings.seed, "order", epoch).permutation(len(self.source))
-        generator = torch_generator(settings.seed, "augmentation", epoch)
+        generator = torch_generator(settings.seed, self.ranks.purpose("augmentation"), epoch)
         losses = torch.zeros(self.steps, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        for step, batch in enumerate(batches(self.source, settings.batch_size, order)):
+        mine = {"rank": self.ranks.rank, "ranks": self.ranks.count}
+        for step, batch in enumerate(batches(self.source, settings.batch_size, order, **mine)):
             images = augment(batch.images.to(self.device), settings.augment, generator)
             labels = batch.labels.to(self.device)
             rate = learning_rate(settings, (epoch - 1) * self.steps + step, settings.epochs * self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                features = self.classifier.features(images)
+                features = self.features(images)
             loss = head(features, labels)
             self.optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
@@ -129,17 +150,19 @@ class Trainer:
                 correct += (head.predict(features.detach()).index[:, 0] == labels).sum()
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == self.steps:
                 _check_finite(losses[: step + 1], epoch, self.steps, rate)
-        return losses.double().mean().item(), correct.item() / len(self.source)
+        return losses.double().mean().item(), self.ranks.sum(correct).item() / len(self.source)
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that the next epoch depends on."""
+        """Everything that the next epoch depends on, in one piece also where classes are spread over ranks."""
         return Checkpoint(
-            model=self.classifier.state_dict(),
-            optimizer={
-                name: self.optimizer.state[parameter]["momentum_buffer"]
-                for name, parameter in self.classifier.named_parameters()
-                if self.optimizer.state[parameter].get("momentum_buffer") is not None
-            },
+            model=whole(self.classifier.state_dict()),
+            optimizer=whole(
+                {
+                    name: self.optimizer.state[parameter]["momentum_buffer"]
+                    for name, parameter in self.classifier.named_parameters()
+                    if self.optimizer.state[parameter].get("momentum_buffer") is not None
+                }
+            ),
             state={"epoch": len(self.history), "history": self.history},
         )
 
@@ -152,20 +175,28 @@ class Trainer:
         check_tensors(
             path / "optimizer.safetensors", checkpoint.optimizer, parameters if self.settings.momentum else {}
         )
-        self.classifier.load_state_dict(checkpoint.model)
+        for name, tensor in self.classifier.state_dict().items():
+            put(tensor, checkpoint.model[name])
         for name, momentum in checkpoint.optimizer.items():
-            self.optimizer.state[parameters[name]]["momentum_buffer"] = momentum.to(self.device)
+            buffer = torch.zeros_like(parameters[name], requires_grad=False)
+            put(buffer, momentum)
+            self.optimizer.state[parameters[name]]["momentum_buffer"] = buffer
         self.history = checkpoint.state["history"]
 
 
 def build_optimizer(classifier: nn.Module, settings: Settings) -> torch.optim.SGD:
     """SGD over backbone and prototypes; biases and the factors of normalisation layers do not decay."""
     parameters = list(classifier.parameters())
+    sharded = [p for p in parameters if hasattr(p, "device_mesh")]  # which torch does not update beside others
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {
+            "params": [p for p in parameters if p.ndim > 1 and p not in set(sharded)],
+            "weight_decay": settings.weight_decay,
+        },
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": sharded, "weight_decay": settings.weight_decay},
     ]
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+    return torch.optim.SGD([group for group in groups if group["params"]], lr=settings.lr, momentum=settings.momentum)
 
 
 def learning_rate(settings: Settings, step: int, total: int) -> float:
