@@ -153,7 +153,9 @@ def _pack(
     message = torch.zeros(agreed.size, dtype=torch.uint8, device=device)
     rows = features.shape[0] if fits else -1
     asks = int(fits and features.requires_grad and torch.is_grad_enabled())
-    message[: 8 * _HEADER].view(torch.int64).copy_(torch.tensor([rows, asks, tag, 0]))
+    header = message[: 8 * _HEADER].view(torch.int64)
+    for place, number in enumerate((rows, asks, tag)):
+        header[place].fill_(number)  # a copy from the host would wait for the device
     target = message[8 * _HEADER : 8 * (_HEADER + agreed.capacity)].view(torch.int64).fill_(padding)
     if fits:
         target[:rows] = labels

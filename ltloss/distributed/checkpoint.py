@@ -99,6 +99,14 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: there is no whole checkpoint at ``path``.
         ValueError: a tensor is missing there or has another shape; nothing was changed then.
+
+    Example: see :func:`save_checkpoint`.
+
+        >>> from ltloss import ArcFaceLoss
+        >>> from ltloss.distributed import load_checkpoint
+        >>> load_checkpoint("nowhere", {"loss": ArcFaceLoss(10, 4)})
+        Traceback (most recent call last):
+        FileNotFoundError: nowhere is no whole checkpoint (it has no state.json)
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load

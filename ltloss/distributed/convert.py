@@ -199,6 +199,14 @@ def import_insightface(head: PrototypeHead, files: str | Path | Sequence[str | P
     Raises:
         FileNotFoundError: no such files, or a rank's is missing.
         ValueError: the shards together do not have the head's shape.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import ArcFaceLoss
+        >>> from ltloss.distributed import import_insightface
+        >>> torch.save({"weight": torch.randn(6, 4)}, "softmax_fc_gpu_0.pt")
+        >>> torch.save({"weight": torch.randn(4, 4)}, "softmax_fc_gpu_1.pt")
+        >>> import_insightface(ArcFaceLoss(10, 4), ".")
     """
     paths = [Path(file) for file in files] if isinstance(files, Sequence) and not isinstance(files, str) else None
     if paths is None:

@@ -111,6 +111,11 @@ class SampledAdamW(_SampledOptimizer):
     Args:
         module: the loss module, after :func:`ltloss.distributed.parallelize`.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
+
+    Example:
+        >>> from ltloss import CosFaceLoss
+        >>> from ltloss.distributed import SampledAdamW, parallelize
+        >>> optimizer = SampledAdamW(parallelize(CosFaceLoss(1000, 8), None, sample_rate=0.1), lr=0.01)
     """
 
     def __init__(

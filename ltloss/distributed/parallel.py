@@ -153,6 +153,12 @@ class ClassParallel(PrototypeHead):
     Attributes:
         layout: which rank has which classes.
         sampler: draws the classes of a step where ``sample_rate`` < 1, else None. Its ``step`` belongs to a checkpoint.
+
+    Example:
+        >>> from ltloss import CosFaceLoss
+        >>> from ltloss.distributed import ClassParallel, parallelize
+        >>> isinstance(parallelize(CosFaceLoss(10, 4), None, sample_rate=0.5), ClassParallel)
+        True
     """
 
     layout: Layout
