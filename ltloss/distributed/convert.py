@@ -145,6 +145,12 @@ def import_safetensors(head: PrototypeHead, path: str | Path) -> None:
 
     Raises:
         ValueError: the file is damaged, or a tensor is missing or has another shape; nothing was changed then.
+
+    Example:
+        >>> from ltloss import ArcFaceLoss, CosFaceLoss
+        >>> from ltloss.distributed import export_safetensors, import_safetensors
+        >>> export_safetensors(ArcFaceLoss(10, 4), "head.safetensors")
+        >>> import_safetensors(CosFaceLoss(10, 4), "head.safetensors")
     """
     with Path(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size

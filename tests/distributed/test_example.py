@@ -17,7 +17,7 @@ def _start(*launcher: str) -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, *launcher, "examples/class_parallel.py"]
+    command = [sys.executable, *launcher, "examples/class_parallel.py", *(["--fsdp"] if launcher else [])]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
