@@ -30,17 +30,19 @@ def _cases(ranks: int) -> list[Case]:
     return every + exact + few
 
 
-def _all(rank: int, ranks: int, data: int) -> list[Trace]:
-    return [trace(case, rank, data) for case in _cases(ranks)]
+def _all(rank: int, ranks: int, meshes: tuple[int, ...]) -> list[list[Trace]]:
+    return [[trace(case, rank, data) for case in _cases(ranks)] for data in meshes]
 
 
-@pytest.mark.parametrize(("ranks", "data"), [(1, 1), (2, 1), (3, 1), (4, 1), (4, 2)])
-def test_equals_one_process(ranks: int, data: int) -> None:
-    found = world.run(_all, ranks, ranks, data)
+@pytest.mark.parametrize(("ranks", "meshes"), [(1, (1,)), (2, (1, 2)), (3, (1,)), (4, (1, 2))])
+def test_equals_one_process(ranks: int, meshes: tuple[int, ...]) -> None:
+    """On meshes of one dimension, and of as many data groups as ``meshes`` says."""
+    found = world.run(_all, ranks, ranks, meshes)
     with world.one_thread():
         expected = [trace(case) for case in _cases(ranks)]
-    for number, case in enumerate(_cases(ranks)):
-        _compare(case, [rank[number] for rank in found], expected[number])
+    for place in range(len(meshes)):
+        for number, case in enumerate(_cases(ranks)):
+            _compare(case, [rank[place][number] for rank in found], expected[number])
 
 
 def _compare(case: Case, ranks: list[Trace], one: Trace) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import world
@@ -11,7 +12,7 @@ from losses import relative_error
 from memory import LargestTensor
 from torch import Tensor
 
-from ltloss import functional
+from ltloss import TopK, functional
 from ltloss.distributed import class_mesh
 from ltloss.distributed.layout import Layout, local
 from ltloss.distributed.nearest import _round
@@ -35,6 +36,7 @@ def _sharded(prototypes: Tensor, data: int = 1) -> tuple[Tensor, Layout]:
     return layout.place(prototypes[start:stop].clone(), prototypes.shape[1]).requires_grad_(), layout
 
 
+LARGE = (24_000, 64)
 PROBLEMS = [(1, False), (2, True), (3, False), (5, True), (17, True), (40, False), (300, True)]
 
 
@@ -69,31 +71,18 @@ def _nearest(data: int | None) -> list[Nearest]:
     return found
 
 
-def _nearest_on(rank: int, data: int) -> list[Nearest]:
-    return _nearest(data)
+def _top_k(weight_of: Callable[[Tensor], Tensor], mine: Tensor) -> list[TopK]:
+    """The queries of one rank, each near a class, several of which are copies."""
+    found = []
+    for seed, (classes, copies) in enumerate(PROBLEMS):
+        prototypes, noise = _prototypes(classes, seed, copies), _prototypes(20, seed + 100, False)
+        near = prototypes[torch.arange(20) % classes] + 0.2 * noise
+        ks = {1, min(4, classes), classes}
+        found += [functional.top_k(near[mine], weight_of(prototypes), k) for k in sorted(ks)]
+    return found
 
 
-def _check_nearest(ranks: int, data: int) -> None:
-    expected = _nearest(None)
-    for found in world.run(_nearest_on, ranks, data):
-        for one, exact in zip(found, expected, strict=True):
-            assert torch.equal(one.index, exact.index)
-            assert relative_error(one.cosine, exact.cosine) <= 1e-6
-            if exact.cosine.dtype == torch.float64:  # float32 does not resolve the angle between equal prototypes
-                assert relative_error(one.angles, exact.angles) <= 1e-7
-                assert relative_error(one.grad, exact.grad, 1e-2) <= 1e-7
-
-
-def test_nearest_prototype_on_three_ranks() -> None:
-    _check_nearest(3, 1)
-
-
-def test_nearest_prototype_on_four_ranks_and_two_by_two() -> None:
-    _check_nearest(4, 1)
-    _check_nearest(4, 2)
-
-
-def _memory(rank: int, classes: int, width: int) -> int:
+def _largest_tensor(classes: int, width: int) -> int:
     weight, layout = _sharded(_prototypes(classes, 0, False, width))
     own = local(weight)
     with LargestTensor() as mode:
@@ -101,31 +90,43 @@ def _memory(rank: int, classes: int, width: int) -> int:
     return mode.largest
 
 
-def test_no_tensor_is_larger_than_a_block_or_a_tile() -> None:
-    classes, width = 40_000, 32
-    for largest in world.run(_memory, 4, classes, width):
+class Found(NamedTuple):
+    nearest: list[Nearest]
+    mine: Tensor
+    top_k: list[TopK]
+
+
+def _all(rank: int, ranks: int, data: int) -> Found:
+    mine = torch.arange(20) % ranks == rank
+    return Found(_nearest(data), mine, _top_k(lambda prototypes: _sharded(prototypes, data)[0], mine))
+
+
+def _on_four(rank: int) -> tuple[Found, Found, int]:
+    return _all(rank, 4, 1), _all(rank, 4, 2), _largest_tensor(*LARGE)
+
+
+def _check(ranks: list[Found]) -> None:
+    expected, best = _nearest(None), _top_k(lambda prototypes: prototypes, torch.ones(20, dtype=torch.bool))
+    for found in ranks:
+        for one, exact in zip(found.nearest, expected, strict=True):
+            assert torch.equal(one.index, exact.index)
+            assert relative_error(one.cosine, exact.cosine) <= 1e-6
+            if exact.cosine.dtype == torch.float64:  # float32 does not resolve the angle between equal prototypes
+                assert relative_error(one.angles, exact.angles) <= 1e-7
+                assert relative_error(one.grad, exact.grad, 1e-2) <= 1e-7
+        for chosen, all_chosen in zip(found.top_k, best, strict=True):
+            assert torch.equal(chosen.index, all_chosen.index[found.mine])
+            assert relative_error(chosen.cosine, all_chosen.cosine[found.mine]) <= 1e-5
+
+
+def test_search_on_three_ranks() -> None:
+    _check(world.run(_all, 3, 3, 1))
+
+
+def test_search_on_four_ranks_and_two_by_two_in_bounded_memory() -> None:
+    found = world.run(_on_four, 4)
+    _check([rank[0] for rank in found])
+    _check([rank[1] for rank in found])
+    classes, width = LARGE
+    for _, _, largest in found:
         assert largest <= max(classes // 4 * width, 1 << 20)  # elements; the tile of cosines holds a million
-
-
-def _top_k(rank: int, data: int) -> list[Any]:
-    found = []
-    for seed, (classes, copies) in enumerate(PROBLEMS):
-        weight, layout = _sharded(_prototypes(classes, seed, copies), data)
-        queries = _prototypes(20, seed + 100, False)
-        near = _prototypes(classes, seed, copies)[torch.arange(20) % classes] + 0.2 * queries
-        mine = torch.arange(20) % layout.ranks == rank
-        found += [(mine, functional.top_k(near[mine], weight, k)) for k in {1, min(4, classes), classes}]
-    return found
-
-
-def test_top_k_of_copies_on_several_ranks() -> None:
-    for ranks, data in ((3, 1), (4, 2)):
-        expected = []
-        for seed, (classes, copies) in enumerate(PROBLEMS):
-            prototypes, queries = _prototypes(classes, seed, copies), _prototypes(20, seed + 100, False)
-            near = prototypes[torch.arange(20) % classes] + 0.2 * queries
-            expected += [functional.top_k(near, prototypes, k) for k in {1, min(4, classes), classes}]
-        for found in world.run(_top_k, ranks, data):
-            for (mine, (cosine, index)), exact in zip(found, expected, strict=True):
-                assert torch.equal(index, exact.index[mine])
-                assert relative_error(cosine, exact.cosine[mine]) <= 1e-5
