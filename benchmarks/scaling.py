@@ -3,7 +3,8 @@
     python -m benchmarks.scaling                                   # 1, 2 and 4 ranks on this machine's cores
     torchrun --nproc-per-node 8 -m benchmarks.scaling --dtype bfloat16 --classes 1000000   # one GPU per rank
 
-Without torchrun it first measures this machine's rates (product, copy, gloo), then each case in fresh processes, and
+Without torchrun it first measures this machine's rates (product, copy, gloo) and writes them for
+`ltloss plan --device benchmarks/results/scaling-rates.json`, then each case in fresh processes, and
 writes benchmarks/results/scaling.csv: seconds of a step (forward, backward, SGD with momentum), bytes sent per rank as
 PyTorch's collectives were called, the least that any method would send, and what the plan predicts.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from ltloss import ArcFaceLoss
 from ltloss.distributed import class_mesh, parallelize
 from ltloss.planning import DEVICES, Device, Problem, make_plan
 
+RATES = RESULTS / "scaling-rates.json"
 ROUNDS, WARM_UP = 7, 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # On two cores: what one rank alone does in about a second.
@@ -214,7 +217,8 @@ def this_machine() -> Device:
 def here(most: int) -> list[dict[str, Any]]:
     """Strong and weak scaling on this machine's cores."""
     device = this_machine()
-    print(replace(device, sources={}))
+    RATES.write_text(json.dumps(asdict(device), indent=2) + "\n")
+    print(f"rates of this machine: {RATES}")
     rows = []
     counts = [ranks for ranks in (1, 2, 4) if ranks <= most]
     for kind, classes in (("strong", lambda ranks: STRONG), ("weak", lambda ranks: WEAK * ranks)):

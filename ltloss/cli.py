@@ -206,7 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--batch", required=True, metavar="N", help="samples a step, of all devices together")
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="devices")
     plan.add_argument("--data", type=int, default=1, metavar="N", help="groups that share the batch (default: 1)")
-    plan.add_argument("--device", default="h200", help="one whose rates are stored (default: h200)")
+    plan.add_argument(
+        "--device", default="h200", help="h200, or FILE.json that benchmarks.scaling wrote (default: h200)"
+    )
     plan.add_argument("--dtype", default="bfloat16", help="of the features (default: bfloat16)")
     plan.add_argument("--optimizer", default="sgd", help="sgd (with momentum) or adamw (default: sgd)")
     plan.add_argument("--sample-rate", type=float, default=1.0, metavar="X", help="share of classes (default: 1)")
@@ -320,13 +322,14 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from .planning import DEVICES, OPTIMIZERS, WIDTHS, Problem, make_plan, parse_count
+    from .planning import OPTIMIZERS, WIDTHS, Problem, make_plan, parse_count, read_device
     from .training.errors import nearest
 
-    for name, known in (("device", DEVICES), ("dtype", WIDTHS), ("optimizer", OPTIMIZERS)):
+    for name, known in (("dtype", WIDTHS), ("optimizer", OPTIMIZERS)):
         if getattr(options, name) not in known:
             raise UserError(f"--{name} {getattr(options, name)} is unknown; {nearest(getattr(options, name), known)}")
     try:
+        device = read_device(options.device)
         classes, dim, batch = (parse_count(getattr(options, name)) for name in ("classes", "dim", "batch"))
         problem = Problem(
             classes,
@@ -340,7 +343,7 @@ def _plan(options: argparse.Namespace) -> int:
         )
     except (ValueError, OverflowError) as error:
         raise UserError(f"{error}; correct the option") from None
-    found = make_plan(problem, DEVICES[options.device])
+    found = make_plan(problem, device)
     print(found.to_json() if options.json else found.to_text())
     return 0 if found.fits else 1
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-__all__ = ["DEVICES", "Device", "Plan", "Problem", "make_plan", "parse_count"]
+__all__ = ["DEVICES", "Device", "Plan", "Problem", "make_plan", "parse_count", "read_device"]
 
 GIB = 1 << 30
 
@@ -143,6 +144,22 @@ class Plan:
 def _table(title: str, parts: Mapping[str, float], show: Any) -> list[str]:
     rows = [f"  {show(value)}  {name}" for name, value in parts.items() if value]
     return [f"{title}:", *rows, f"  {show(sum(parts.values()))}  together"]
+
+
+def read_device(name: str) -> Device:
+    """A stored device by name, or one whose rates ``benchmarks/scaling.py`` measured and wrote into a JSON file.
+
+    Raises:
+        ValueError: neither, or the file holds something else.
+    """
+    if name in DEVICES:
+        return DEVICES[name]
+    if not name.endswith(".json"):
+        raise ValueError(f"device must be one of {', '.join(DEVICES)} or a JSON file of rates; got {name!r}")
+    try:
+        return Device(**json.loads(Path(name).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"device: {name} cannot be read as rates ({error})") from None
 
 
 def parse_count(text: str) -> int:

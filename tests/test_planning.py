@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +81,15 @@ def test_counts_with_a_letter(text: str, count: int) -> None:
     assert parse_count(text) == count
 
 
+def test_rates_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rates.json"
+    file.write_text(json.dumps(asdict(replace(H200, name="mine", product=1e12))))
+    assert (
+        main([*["plan", "--classes", "1M", "--dim", "64", "--batch", "256", "--gpus", "4", "--device"], str(file)]) == 0
+    )
+    assert "4 x mine" in capsys.readouterr().out
+
+
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     line = ["plan", "--classes", "100M", "--dim", "512", "--batch", "8192", "--gpus", "64"]
     assert main(line) == 0
@@ -98,7 +108,8 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--classes", "1.5"], "no whole number"),
         (["--gpus", "0"], "gpus must be at least 1; got 0"),
         (["--data", "3"], "data must divide gpus; got data=3 and gpus=4"),
-        (["--device", "h2000"], "did you mean h200?"),
+        (["--device", "h2000"], "device must be one of h200 or a JSON file of rates; got 'h2000'"),
+        (["--device", "nowhere.json"], "nowhere.json cannot be read as rates"),
         (["--dtype", "int8"], "--dtype int8 is unknown"),
         (["--sample-rate", "0"], "sample_rate must be in (0, 1]; got 0.0"),
     ],
