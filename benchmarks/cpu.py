@@ -17,13 +17,14 @@ import torch
 from benchmarks.measure import MIB, RESULTS, in_fresh_process, interleaved, paired_ratio, stamp, write_rows
 from benchmarks.nearest import check_search, nearest_providers
 from benchmarks.providers import Inputs, Shape, check_step, exact_step, run_step, training_step_providers
-from ltloss import CosineSoftmaxLoss
+from ltloss import CosineSoftmaxLoss, LongTailLoss
 
 Row = dict[str, Any]
 
 TRAINING_STEP = Shape(256, 100_000, 256)
 SCALING = [Shape(128, classes, 128) for classes in (10_000, 30_000, 100_000, 300_000, 1_000_000)]
 NEAREST = Shape(0, 20_000, 256)
+REGULARIZER = Shape(256, 20_000, 256)
 
 
 def _row(case: str, shape: Shape, provider: str, seconds: Sequence[float], **more: Any) -> Row:
@@ -140,6 +141,41 @@ def nearest(shape: Shape, rounds: int) -> list[Row]:
     ]
 
 
+def regularizer(shape: Shape, rounds: int) -> list[Row]:
+    """A training step of the long-tail loss without its minimum-angle term, with that of the batch, and with all of it.
+
+    ``share``: the part of the step that the term takes.
+    """
+    torch.manual_seed(0)
+    features, labels = torch.randn(shape.n, shape.d), torch.randint(shape.c, (shape.n,))
+    counts = torch.randint(1, 1000, (shape.c,))
+    variants: dict[str, dict[str, Any]] = {
+        "without": {"min_angle_weight": 0.0},
+        "rows=batch": {"min_angle_rows": "batch"},
+        "all rows": {},
+    }
+    steps: dict[str, Callable[[], Any]] = {}
+    for name, options in variants.items():
+        head = LongTailLoss.from_counts(counts, shape.d, **options)
+
+        def step(head: LongTailLoss = head) -> None:
+            head.zero_grad()
+            head(features, labels).backward()
+
+        steps[name] = step
+    seconds = interleaved(steps, rounds, warm_up=1)
+    return [
+        _row(
+            "minimum angle",
+            shape,
+            f"ltloss, {name}",
+            seconds[name],
+            share=f"{1.0 - paired_ratio(seconds['without'], seconds[name]):.3f}",
+        )
+        for name in variants
+    ]
+
+
 def million_classes(steps: int = 3) -> list[Row]:
     """A real optimizer step at a million classes: the loss on one batch must fall."""
     shape = Shape(128, 1_000_000, 128)
@@ -168,6 +204,8 @@ def _show(rows: Sequence[Row]) -> None:
         parts = [f"{row['case']:18} {shape:16} {row['provider']:30} {float(row['median_ms']):10.1f} ms"]
         if row.get("ratio_ours_to_theirs"):
             parts.append(f"ours/theirs {row['ratio_ours_to_theirs']}")
+        if row.get("share"):
+            parts.append(f"the term's share {row['share']}")
         if row.get("extra_mib"):
             parts.append(f"extra {row['extra_mib']} MiB")
         if row.get("ns_per_class"):
@@ -191,6 +229,7 @@ def main() -> None:
     for measure in (
         lambda: training_step(TRAINING_STEP, arguments.rounds),
         lambda: nearest(NEAREST, max(3, arguments.rounds // 2)),
+        lambda: regularizer(REGULARIZER, max(3, arguments.rounds // 2)),
         lambda: scaling(SCALING, max(3, arguments.rounds // 2)),
         million_classes,
     ):

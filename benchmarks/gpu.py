@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_correctness, gpu_system, gpu_tune
+from benchmarks import gpu_correctness, gpu_search, gpu_system, gpu_tune
 from benchmarks.gpu_measure import Deadline, Device, TooSlow, ends_within
 from benchmarks.gpu_providers import PROVIDERS, TOLERANCE
 from benchmarks.measure import RESULTS, write_rows
 from benchmarks.providers import Inputs, Objective, Provider, Shape, Step, check_step, exact_step
-from ltloss import ops
 
 Row = dict[str, Any]
 
@@ -40,6 +39,7 @@ TINY = (Shape(12, 40, 16), Shape(5, 33, 8))  # for --device cpu
 # Operations per N·C·D: one product forwards; backwards two, and one to have the logits again (the count is the same
 # for providers that stored them, so that shares compare times).
 OPERATIONS = {"forward": 2, "backward": 6, "step": 8}
+_SEARCH_REPEATS = 10
 _SENTENCES = 20  # about mistakes are printed; the rest is counted
 _FLOAT64_LOGITS = 1 << 28  # of the exact reference at a time: 2 GiB, of which it holds about a dozen
 
@@ -95,13 +95,13 @@ def _line(row: Row) -> str:
 _OPTIONAL = {"extra_mib": "MiB extra", "host_us": "us host", "launches": "launches"}
 
 
-def _head(shape: Shape, dtype: torch.dtype, provider: Provider) -> Row:
+def _head(shape: Shape, dtype: torch.dtype, provider: str) -> Row:
     return {
         "N": shape.n,
         "C": shape.c,
         "D": shape.d,
         "dtype": str(dtype).removeprefix("torch."),
-        "provider": provider.name,
+        "provider": provider,
     }
 
 
@@ -128,7 +128,7 @@ def time_shape(bench: Bench, shape: Shape, providers: Sequence[Provider], share:
         reason = ""
         try:
             rows = _measure(bench, deadline, shape, loss, inputs, host=host)
-            head = _head(shape, bench.dtype, provider)
+            head = _head(shape, bench.dtype, provider.name)
             bench.add({**head, **row, "relative_error": f"{error:.1e}", "note": provider.note} for row in rows)
         except Exception as failure:
             reason = _reason(failure)
@@ -151,7 +151,7 @@ def _note_failure(bench: Bench, shape: Shape, provider: Provider, reason: str) -
     """
     bench.device.release()
     if reason:
-        bench.add([{**_head(shape, bench.dtype, provider), "note": reason}])
+        bench.add([{**_head(shape, bench.dtype, provider.name), "note": reason}])
         bench.failed |= provider.name == "ltloss" and not reason.startswith("too slow")
 
 
@@ -181,7 +181,10 @@ def _measure(
     rate = bench.product_operations / statistics.median(times.product) * 1e-9
     both = [sum(pair) for pair in zip(*times.steps, strict=True)]
     rows = [
-        {**_speed(shape, phase, milliseconds, rate), "extra_mib": "" if peak is None else f"{peak / (1 << 20):.1f}"}
+        {
+            **_speed(shape, phase, OPERATIONS[phase], milliseconds, rate),
+            "extra_mib": "" if peak is None else f"{peak / (1 << 20):.1f}",
+        }
         for phase, milliseconds, peak in zip(OPERATIONS, [*times.steps, both], [*peaks, None], strict=True)
     ]
     if host:
@@ -192,9 +195,33 @@ def _measure(
     return rows
 
 
-def _speed(shape: Shape, phase: str, milliseconds: Sequence[float], rate: float) -> Row:
+def time_search(bench: Bench, case: gpu_search.SearchCase, deadline: Deadline) -> None:
+    """Check and time one search, and take the memory beyond its inputs."""
+    head = {**_head(case.shape, case.dtype, case.provider), "phase": case.phase}
+    reason = ""
+    try:
+        deadline.allow(0.0)
+        search = case.build(bench.device.kind, case.shape, case.dtype)
+        first = bench.device.time(lambda: None, bench.product, [search], 2)
+        deadline.allow(1.2e-3 * _SEARCH_REPEATS * (first.steps[0][-1] + first.product[-1]))
+        times = bench.device.time(lambda: None, bench.product, [search], min(bench.repeats, _SEARCH_REPEATS))
+        peak = bench.device.peak_bytes([search])[0]
+        rate = bench.product_operations / statistics.median(times.product) * 1e-9
+        speed = _speed(case.shape, case.phase, case.operations, times.steps[0], rate)
+        memory = "" if peak is None else f"{peak / (1 << 20):.1f}"
+        bench.add([{**head, **speed, "extra_mib": memory, "note": case.note}])
+        del search
+    except Exception as failure:
+        reason = _reason(failure)
+    bench.device.release()
+    if reason:
+        bench.add([{**head, "note": reason}])
+        bench.failed |= case.provider == "ltloss" and not reason.startswith("too slow")
+
+
+def _speed(shape: Shape, phase: str, operations: int, milliseconds: Sequence[float], rate: float) -> Row:
     median = statistics.median(milliseconds)
-    reached = OPERATIONS[phase] * shape.n * shape.c * shape.d / median * 1e-9
+    reached = operations * shape.n * shape.c * shape.d / median * 1e-9
     return {
         "phase": phase,
         "median_ms": f"{median:.4f}",
@@ -226,14 +253,22 @@ def check(bench: Bench, quick: bool) -> bool:
     return not (summary.wrong or system.wrong)
 
 
-def run(bench: Bench, shapes: Sequence[Shape], quick: bool) -> None:
-    """Ours first at every shape, then the peers, the most telling shapes first."""
+def run(bench: Bench, shapes: Sequence[Shape], quick: bool, usual: bool) -> None:
+    """Ours first at every shape, then the peers, the most telling shapes first; the searches with the usual shapes."""
     ours = [provider for provider in bench.providers if provider.name == "ltloss"]
     peers = [provider for provider in bench.providers if provider.name != "ltloss"]
     small = LAUNCH_BOUND if bench.device.is_cuda else TINY[-1]
     for shape in shapes:
         time_shape(bench, shape, ours, 0.3)
     time_shape(bench, small, ours, 0.3, host=True)
+    searches = list(gpu_search.search_cases(not bench.device.is_cuda)) if usual else []
+    section = bench.deadline.share(0.4)
+    for case in searches:
+        if case.provider == "ltloss" and ours:
+            time_search(bench, case, section)
+    for case in searches:
+        if case.provider != "ltloss" and peers and not quick:
+            time_search(bench, case, section)
     for shape in () if quick else shapes:
         time_shape(bench, shape, peers, 0.4)
     time_shape(bench, small, peers, 1.0, host=True)
@@ -267,8 +302,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here; --device cpu tries the code on tiny shapes", file=sys.stderr)
         return 2
-    # What is checked and measured here are the kernels, in this process and in the workers that it starts.
-    os.environ["LTLOSS_KERNELS"], ops.KERNELS_UNDER_AUTO = "1", True
     device = Device(options.device)
     output = options.output
     if output is None and device.is_cuda:
@@ -283,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.tune:
             return gpu_tune.tune(bench, shapes)
         if check(bench, options.quick or not device.is_cuda):
-            run(bench, shapes, options.quick)
+            run(bench, shapes, options.quick, usual=options.shape is None)
     if output is not None and bench.rows:
         print(f"wrote {output}: {len(bench.rows)} rows")
     return 1 if bench.failed else 0

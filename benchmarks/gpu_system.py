@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_search
 from benchmarks.gpu_measure import Deadline, Device
 from benchmarks.providers import Inputs, Shape, run_step
 from ltloss import ArcFaceLoss, functional, use_backend
@@ -81,12 +82,26 @@ def _waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def _searches(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Minimum angle over all rows and over some, its gradient, and the best classes."""
+    rows = torch.arange(0, inputs.prototypes.shape[0], 3, device=inputs.prototypes.device)
+    values = [functional.min_angle_regularizer(inputs.prototypes, rows=chosen) for chosen in (None, rows)]
+    gradient = torch.autograd.grad(values[0] + values[1], inputs.prototypes)[0]
+    return (
+        *(value.detach() for value in values),
+        gradient,
+        functional.top_k(inputs.features, inputs.prototypes, 5).index,
+    )
+
+
 def no_waiting(device: Device) -> str:
     """Nothing in a step waits for the device."""
     inputs = _draw(device, 64, 500, 64)
     _step(inputs)  # compiles, which may wait
+    _searches(inputs)
     with _waiting_is_an_error():
         _step(inputs)
+        _searches(inputs)
     return ""
 
 
@@ -98,17 +113,21 @@ def cuda_graph(device: Device) -> str:
     with torch.cuda.stream(stream):
         for _ in range(3):
             _step(inputs)
+            _searches(inputs)
     torch.cuda.current_stream().wait_stream(stream)
     inputs.drop_gradients()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = _step(inputs)
+        found = _searches(inputs)
     with torch.no_grad():
         inputs.features.copy_(others.features)
         inputs.prototypes.copy_(others.prototypes)
         inputs.labels.copy_(others.labels)
         inputs.margins.copy_(others.margins)
     graph.replay()
+    if not all(torch.equal(one, other) for one, other in zip(found, _searches(others), strict=True)):
+        return "a captured search finds something else"
     return _differ(captured, _step(others), 0.0)
 
 
@@ -145,7 +164,7 @@ def logits_beyond_32_bits(device: Device) -> str:
     return _against_chunked(device, inputs)
 
 
-ANYWHERE: tuple[Callable[[Device], str], ...] = (repeatable, outside_label, not_contiguous)
+ANYWHERE: tuple[Callable[[Device], str], ...] = (repeatable, outside_label, not_contiguous, *gpu_search.PROPERTIES)
 ON_A_GPU: tuple[Callable[[Device], str], ...] = (
     no_waiting,
     cuda_graph,

@@ -17,9 +17,10 @@ class Architecture:
     """Limits and rates of one streaming multiprocessor (SM).
 
     Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". Rates per clock: its table
-    "Throughput of Native Arithmetic Instructions" (exponentials are the line "rcp, rsqrt, ex2, lg2, sin, cos"); four
-    schedulers issue one warp instruction each. Matrix rate: dense bf16 peak of the data sheet / (SMs × boost clock):
-    A100 312 TFLOP/s, 108 SMs, 1.41 GHz; H100 SXM 989, 132, 1.83; B200 2250, 148, 1.85; rounded to a power of two.
+    "Throughput of Native Arithmetic Instructions" (exponentials are the line "rcp, rsqrt, ex2, lg2, sin, cos", maxima
+    "compare, minimum, maximum"); four schedulers issue one warp instruction each. Matrix rate: dense bf16 peak of the
+    data sheet / (SMs × boost clock): A100 312 TFLOP/s, 108 SMs, 1.41 GHz; H100 SXM 989, 132, 1.83; B200 2250, 148,
+    1.85; rounded to a power of two.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Architecture:
     warps_per_sm: int = 64
     blocks_per_sm: int = 32
     exponentials_per_clock: int = 16
+    maxima_per_clock: int = 64
     instructions_per_clock: int = 4 * WARP  # counted per thread
 
     @property
@@ -96,6 +98,7 @@ class Epilogue(NamedTuple):
     instructions: float
     exponentials: float
     float32: float
+    maxima: float = 0.0
 
 
 class Prediction(NamedTuple):
@@ -111,9 +114,9 @@ def predict(arch: Architecture, tile: Tile, epilogue: Epilogue, blocks: int, wid
     """Predict the share of the matrix peak of a kernel that multiplies tiles over ``width`` = D.
 
     T is the time of a tile's product, M that of its exponentials, I that of the other instructions: of issuing them
-    all or of the float32 ones, whichever takes longer. Serially a tile takes at least T + max(M, I), when the
-    exponential unit works while other instructions are issued, and at most T + M + I. With b resident blocks the
-    epilogues hide under other blocks' products: a tile then takes no less than T, M, I or (T + M + I)/b.
+    all, of the float32 ones or of the maxima, whichever takes longest. Serially a tile takes at least T + max(M, I),
+    when the exponential unit works while other instructions are issued, and at most T + M + I. With b resident blocks
+    the epilogues hide under other blocks' products: a tile then takes no less than T, M, I or (T + M + I)/b.
     """
     elements = tile.rows * tile.classes
     rate = arch.half_flops_per_clock * MATRIX_RATE[tile.dtype]
@@ -122,6 +125,7 @@ def predict(arch: Architecture, tile: Tile, epilogue: Epilogue, blocks: int, wid
     others = elements * max(
         (epilogue.instructions - epilogue.exponentials) / arch.instructions_per_clock,
         epilogue.float32 / arch.float32_per_clock,
+        epilogue.maxima / arch.maxima_per_clock,
     )
     serial = product + exponential + others
     overlapped = max(product, exponential, others, serial / max(1, blocks))

@@ -101,7 +101,13 @@ def report_row(job: Job) -> Row:
 
 def _tile_name(constants: dict[str, Any]) -> str:
     """Rows x classes x depth of a matrix tile, rows x width of whole rows, or rows of vectors."""
-    for names in (("BLOCK_ROWS", "BLOCK_CLASSES", "BLOCK_DEPTH"), ("ROWS", "WIDTH"), ("ROWS",), ("BLOCK",)):
+    for names in (
+        ("BLOCK_ROWS", "BLOCK_CLASSES", "BLOCK_DEPTH"),
+        ("ROWS", "WIDTH"),
+        ("ENTRIES", "WIDTH"),
+        ("ROWS",),
+        ("BLOCK",),
+    ):
         if all(name in constants for name in names):
             return "x".join(str(constants[name]) for name in names)
     return ""
@@ -160,15 +166,17 @@ def _per_element(case: Any, arch: Architecture, listing: sass.Listing, blocks: i
     if tile is None:
         return {}
     per_thread = max(1, case.elements // (case.num_warps * WARP))
-    executed = sass.cheapest_epilogue(listing, per_thread)
-    if executed is None:  # no walk between two products has an exponential for every element
-        return {"dtype": tile.dtype, "exponentials_per_element": "fewer"}
-    exponentials = sum(times for op, times in executed.items() if op.startswith(sass.EXPONENTIAL)) / per_thread
-    row: Row = {"dtype": tile.dtype, "exponentials_per_element": f"{exponentials:.2f}"}
+    needed, column = (sass.MAXIMUM, "maxima") if case.maxima else (sass.EXPONENTIAL, "exponentials")
+    executed = sass.cheapest_epilogue(listing, max(1, case.maxima) * per_thread, needed)
+    if executed is None:  # no walk between two products has as many for every element
+        return {"dtype": tile.dtype, f"{column}_per_element": "fewer"}
+    found = sass.times_executed(executed, needed) / per_thread
+    row: Row = {"dtype": tile.dtype, f"{column}_per_element": f"{found:.2f}"}
     if tile.dtype not in MATRIX_RATE:  # a float32 product runs on the same units as the epilogue, which it dwarfs
         return row
-    epilogue = Epilogue(executed.total() / per_thread, exponentials, sass.float32_operations(executed) / per_thread)
-    row |= {"float32_per_element": f"{epilogue.float32:.2f}", "epilogue_per_element": f"{epilogue.instructions:.2f}"}
+    float32, instructions = sass.float32_operations(executed) / per_thread, executed.total() / per_thread
+    epilogue = Epilogue(instructions, 0.0 if case.maxima else found, float32, found if case.maxima else 0.0)
+    row |= {"float32_per_element": f"{float32:.2f}", "epilogue_per_element": f"{instructions:.2f}"}
     if not listing.count("UTMALDG|LDGSTS"):  # the product waits for every load, of which the model knows nothing
         return row
     for width in WIDTHS:

@@ -16,6 +16,9 @@ DOCUMENTED = (
     "cosine_logsumexp fp16, fixed",
     "gradient_tile bf16, plain",
     "gradient_tile fp16, plain",
+    "nearest_prototype bf16",
+    "nearest_prototype fp32 tf32",
+    "best_tile bf16, every tile",
 )
 
 _SHOWN = {
@@ -26,6 +29,7 @@ _SHOWN = {
     "shared_bytes": "shared",
     "blocks_per_sm": "blocks",
     "exponentials_per_element": "ex2",
+    "maxima_per_element": "max",
     "float32_per_element": "f32",
     "epilogue_per_element": "instr",
     "serial_D512": "serial",

@@ -16,6 +16,7 @@ from typing import NamedTuple
 MATRIX = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
 FLOAT32 = re.compile(r"(FFMA|FMUL|FADD)(2|32I)?(\.|$)")
 EXPONENTIAL = "MUFU.EX2"
+MAXIMUM = "FMNMX"
 
 _LABEL = re.compile(r"^(\.L_\w+|[\w$.]+):$")
 _INSTRUCTION = re.compile(
@@ -116,10 +117,10 @@ class _Segment(NamedTuple):
     opcodes: list[str]
     next: list[int | None]  # segments that may follow; None is the end of the program
     is_matrix: bool
-    exponentials: int
+    counted: int
 
 
-def _segments(listing: Listing) -> list[_Segment]:
+def _segments(listing: Listing, counted: str) -> list[_Segment]:
     starts = {0, *listing.labels.values()}
     for index, one in enumerate(listing.instructions):
         if one.is_matrix or one.opcode.startswith(("BRA", "CALL", "EXIT", "RET")):
@@ -131,7 +132,7 @@ def _segments(listing: Listing) -> list[_Segment]:
         opcodes = [one.opcode for one in listing.instructions[start:stop]]
         followers = list(_followers(listing, stop - 1, number))
         is_matrix = listing.instructions[stop - 1].is_matrix
-        segments.append(_Segment(opcodes, followers, is_matrix, sum(op.startswith(EXPONENTIAL) for op in opcodes)))
+        segments.append(_Segment(opcodes, followers, is_matrix, times_executed(Counter(opcodes), counted)))
     return segments
 
 
@@ -146,20 +147,20 @@ def _followers(listing: Listing, last: int, number: dict[int, int]) -> Iterator[
         yield after
 
 
-def cheapest_epilogue(listing: Listing, exponentials: int) -> Counter[str] | None:
+def cheapest_epilogue(listing: Listing, times: int, counted: str = EXPONENTIAL) -> Counter[str] | None:
     """What one thread executes between two tiles' products when it takes no branch that it can avoid.
 
     Of all walks from a matrix instruction to the next one (or to the end of the program) that execute at least
-    ``exponentials`` MUFU.EX2, the one with the fewest instructions: so the branch for tiles that hold a label is left
-    out, and so is another copy of the epilogue for another case. A kernel without matrix instructions is walked from
-    its entry to its end.
+    ``times`` instructions whose opcode starts with ``counted``, the one with the fewest instructions: so the branch for
+    tiles that hold a label is left out, and so is another copy of the epilogue for another case. A kernel without
+    matrix instructions is walked from its entry to its end.
 
     Returns:
-        How often each opcode is executed, or None where no walk executes that many exponentials.
+        How often each opcode is executed, or None where no walk executes that many of the counted instructions.
     """
-    segments = _segments(listing)
+    segments = _segments(listing, counted)
     after_product = sorted({n for one in segments if one.is_matrix for n in one.next if n is not None})
-    # Dijkstra's algorithm over (segment, exponentials executed so far, capped at what is asked for).
+    # Dijkstra's algorithm over (segment, counted instructions so far, capped at what is asked for).
     queue = [(0, start, 0) for start in after_product or [0]]
     came_from: dict[tuple[int, int], tuple[int, int] | None] = {(start, 0): None for _, start, _ in queue}
     cost = dict.fromkeys(came_from, 0)
@@ -168,9 +169,9 @@ def cheapest_epilogue(listing: Listing, exponentials: int) -> Counter[str] | Non
         if spent > cost[index, seen]:
             continue
         segment = segments[index]
-        reached = min(exponentials, seen + segment.exponentials)
+        reached = min(times, seen + segment.counted)
         ends = segment.is_matrix or None in segment.next
-        if ends and reached == exponentials:
+        if ends and reached == times:
             return _executed(segments, came_from, (index, seen))
         if segment.is_matrix:
             continue
@@ -194,6 +195,11 @@ def _executed(
         executed.update(op for op in segments[state[0]].opcodes if not MATRIX.match(op))
         state = came_from[state]
     return executed
+
+
+def times_executed(executed: Counter[str], counted: str) -> int:
+    """How many opcodes start with ``counted``; Blackwell's maximum of three (FMNMX3) is two maxima."""
+    return sum(times * (1 + op.startswith("FMNMX3")) for op, times in executed.items() if op.startswith(counted))
 
 
 def float32_operations(executed: Counter[str]) -> int:

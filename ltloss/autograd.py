@@ -60,14 +60,14 @@ def _backward_fused(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor
 
 
 def _setup_nearest_prototype(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    prototypes, rows = inputs
+    prototypes, rows, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(prototypes, rows, output[1])
 
 
-def _backward_nearest_prototype(ctx: Any, grad_cosine: Tensor, _: Any) -> tuple[Tensor, None]:
+def _backward_nearest_prototype(ctx: Any, grad_cosine: Tensor, _: Any) -> tuple[Tensor, None, None]:
     prototypes, rows, index = ctx.saved_tensors
-    return ops.nearest_prototype_backward(grad_cosine, prototypes, rows, index), None
+    return ops.nearest_prototype_backward(grad_cosine, prototypes, rows, index), None, None
 
 
 def _no_gradient(name: str) -> Any:

@@ -37,8 +37,8 @@ class use_backend(AbstractContextManager["use_backend"]):
     """Force one implementation, from now on or inside a ``with`` block.
 
     Args:
-        name: ``"auto"`` takes chunked PyTorch (on a GPU the kernels, if the environment variable ``LTLOSS_KERNELS=1``
-            asks for them: they have not been run on one yet); ``"torch"`` the chunked PyTorch one on every device;
+        name: ``"auto"`` takes the kernels for tensors on a GPU that they serve (half precision and float32, compute
+            capability 8.0 on, Triton installed), and chunked PyTorch otherwise; ``"torch"`` chunked PyTorch everywhere;
             ``"reference"`` the dense one of :mod:`ltloss.reference` (needs N×C memory);
             ``"triton"`` the GPU kernels, and raises where they cannot run.
 

@@ -5,7 +5,9 @@ Both keep O(C) or O(N·k) results and one tile of cosines. Equal cosines are set
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from ltloss.cpu import OwnColumn, add_rows_, block_sizes, compute_dtype, inverse_norm, project_, spans
 from ltloss.ties import Copies
 
-__all__ = ["nearest_prototype", "nearest_prototype_backward", "top_k"]
+__all__ = ["full_products", "nearest_prototype", "nearest_prototype_backward", "top_k"]
 
 
 class _Unit:
@@ -50,10 +52,25 @@ class _Best:
         return torch.where(alone, -1.0, self.cosine.clamp(-1.0, 1.0)), self.index
 
 
-def nearest_prototype(prototypes: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+@contextlib.contextmanager
+def full_products(wanted: bool) -> Iterator[None]:
+    """Within the block, products of float32 matrices in float32 (if ``wanted``)."""
+    before = torch.get_float32_matmul_precision()
+    if not wanted or before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
     """See :func:`ltloss.ops.nearest_prototype`."""
     unit = _Unit(prototypes, compute_dtype(prototypes))
-    cosine, index = _nearest_of_all(unit) if rows is None else _nearest_of_rows(unit, rows)
+    with full_products(exact):
+        cosine, index = _nearest_of_all(unit) if rows is None else _nearest_of_rows(unit, rows)
     if prototypes.shape[0] == 1 or index.numel() == 0:
         return cosine, index
     copies = Copies(prototypes, index)

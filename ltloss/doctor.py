@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ltloss import functional, ops, reference
+from ltloss import functional, reference
 from ltloss.backend import current_backend
 
 __all__ = ["Check", "kernel_status", "main", "self_check"]
@@ -90,15 +90,13 @@ def _devices() -> Iterator[Row]:
 
 def kernel_status() -> str:
     """Say whether there are GPU kernels; the self-check on a CUDA device then compiles and runs them."""
-    if not ops.kernels_available():
-        return "no kernels in this version; CUDA tensors take the chunked PyTorch path"
     if _installed("triton") is None:
         return "cannot be compiled: triton is not installed; CUDA tensors take the chunked PyTorch path"
     if not torch.cuda.is_available():
         return "available, but there is no CUDA device to compile them for"
-    if current_backend() == "triton" or ops.KERNELS_UNDER_AUTO:
+    if current_backend() in ("auto", "triton"):
         return "available; the self-check below compiles and runs them"
-    return "available, not run on a GPU before; LTLOSS_KERNELS=1 asks for them, and this command then checks them"
+    return "available, but the backend in force leaves them out"
 
 
 def _implementations() -> Iterator[Row]:
@@ -113,8 +111,7 @@ def _implementations() -> Iterator[Row]:
     elif backend == "torch":
         cuda = f"{chunked}: the backend in force says so"
     else:
-        asked = ops.kernels_available() and ops.KERNELS_UNDER_AUTO
-        cuda = "the kernels (LTLOSS_KERNELS)" if asked else f"{chunked}: LTLOSS_KERNELS=1 asks for the kernels"
+        cuda = chunked if _installed("triton") is None else f"the kernels where they serve, else {chunked}"
     yield "CUDA tensors", cuda
     yield "GPU kernels", kernel_status()
 

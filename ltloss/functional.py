@@ -193,17 +193,20 @@ def cosine_logsumexp(
     return other, own
 
 
-def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None) -> NearestPrototype:
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, exact: bool = False) -> NearestPrototype:
     """For every prototype, the largest cosine to any other prototype and its index, without the C×C matrix.
 
     Args:
         prototypes: (C, D).
         rows: (R,) class indices to answer for (each is compared with all C), or None for all; then each unordered pair
             is computed once.
+        exact: True searches float32 prototypes with float32 products even where ``torch.set_float32_matmul_precision``
+            allows TF32. It changes nothing for half precision, whose products are exact, nor where TF32 is not allowed.
 
     Returns:
         ``NearestPrototype(cosine, index)``, (C,) or (R,) each. Of several nearest the lowest index wins. With C = 1:
-        −1 and −1. The gradient of ``cosine`` flows along each found pair only, to both of its ends.
+        −1 and −1. The gradient of ``cosine`` flows along each found pair only, to both of its ends. How near the found
+        one is to the nearest: "The search" in ``docs/mathematics.md``.
 
     Example:
         >>> import torch
@@ -214,11 +217,12 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None) -> Nearest
     check_prototypes(prototypes)
     if rows is not None:
         rows = _checked_rows(rows, prototypes)
+    check_type("exact", exact, bool)
     if ops.is_sharded(prototypes):
-        return ops.distributed("nearest").nearest_prototype(prototypes, rows)  # type: ignore[no-any-return]
+        return ops.distributed("nearest").nearest_prototype(prototypes, rows, exact)  # type: ignore[no-any-return]
     if current_backend() == "reference":
         return reference.nearest_prototype(prototypes, rows)
-    cosine, index = ops.nearest_prototype(prototypes, rows)
+    cosine, index = ops.nearest_prototype(prototypes, rows, exact)
     return NearestPrototype(cosine, index)
 
 
@@ -231,7 +235,12 @@ def _checked_rows(rows: Tensor, prototypes: Tensor) -> Tensor:
 
 
 def min_angle_regularizer(
-    prototypes: Tensor, class_counts: Tensor | None = None, *, power: float = 0.25, rows: Tensor | None = None
+    prototypes: Tensor,
+    class_counts: Tensor | None = None,
+    *,
+    power: float = 0.25,
+    rows: Tensor | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """Minus the weighted mean angle from each prototype to its nearest other one: pushed down, it spreads them.
 
@@ -243,6 +252,7 @@ def min_angle_regularizer(
         power: 1/k of source A; 0.25 there.
         rows: (R,) class indices to take the mean over (for instance the classes of the batch), or None for all. The
             weights then sum to 1 over the rows.
+        exact: as in :func:`nearest_prototype`.
 
     Returns:
         A scalar in [−π, 0], radians; 0 for a single class. The gradient stays finite where two prototypes coincide.
@@ -257,6 +267,7 @@ def min_angle_regularizer(
     """
     check_prototypes(prototypes)
     check_number("power", power, at_least=0.0)
+    check_type("exact", exact, bool)
     num_classes = prototypes.shape[0]
     dtype = compute_dtype(prototypes)
     if class_counts is not None:
@@ -265,11 +276,11 @@ def min_angle_regularizer(
         rows = _checked_rows(rows, prototypes)
     if ops.is_sharded(prototypes):
         return ops.distributed("nearest").min_angle_regularizer(  # type: ignore[no-any-return]
-            prototypes, class_counts, power=power, rows=rows
+            prototypes, class_counts, power=power, rows=rows, exact=exact
         )
     if current_backend() == "reference":
         return reference.min_angle_regularizer(prototypes, class_counts, power=power, rows=rows)
-    cosine: Tensor = ops.nearest_prototype(prototypes, rows)[0]
+    cosine: Tensor = ops.nearest_prototype(prototypes, rows, exact)[0]
     if num_classes == 1 or cosine.numel() == 0:
         return (cosine * 0.0).sum()
     if class_counts is None:

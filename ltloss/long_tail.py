@@ -14,9 +14,10 @@ from ltloss.centers import CenterUpdate, ClassCenters
 from ltloss.class_balance import Counts, Normalize, margins_from_counts
 from ltloss.epilogue import margin_losses, one_pass, reduce_losses
 from ltloss.heads import CombinedMarginLoss, PriorOptions, PrototypeHead, _check_counts, _FromCounts
+from ltloss.margins import arccos
 from ltloss.norm_penalty import FeatureNormKind, norm_penalty
 from ltloss.ops import is_sharded
-from ltloss.validation import check_choice, check_number, check_per_class, check_supervised
+from ltloss.validation import check_choice, check_number, check_per_class, check_supervised, check_type
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,6 +46,8 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         min_angle_power: 1/k for the weights of L2.
         min_angle_rows: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of C²·D/2
             (how many they are depends on the data: ``torch.compile`` breaks its graph there).
+        min_angle_exact: True searches with float32 products even where TF32 is allowed (see
+            :func:`ltloss.functional.nearest_prototype`).
         feature_norm_weight: λ2; 0 leaves L3 out.
         feature_norm: the g of L3, by name or a function of the lengths (N,). ``"ring"`` with λ2 = 0.1 measured best, on
             long-tailed digits (docs/evidence.md).
@@ -78,6 +81,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         min_angle_weight: float = 0.1,
         min_angle_power: float = 0.25,
         min_angle_rows: AngleRows = "all",
+        min_angle_exact: bool = False,
         feature_norm_weight: float = 0.1,
         feature_norm: FeatureNormKind | Callable[[Tensor], Tensor] = "ring",
         feature_norm_radius: float | None = None,
@@ -91,7 +95,8 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         super().__init__(num_classes, embedding_size, angular_margin=margins, **options)
         self.margin, self.margin_power, self.margin_normalize = margin, margin_power, margin_normalize
         self.min_angle_weight, self.min_angle_power = min_angle_weight, min_angle_power
-        self.min_angle_rows = min_angle_rows
+        check_type("min_angle_exact", min_angle_exact, bool)
+        self.min_angle_rows, self.min_angle_exact = min_angle_rows, min_angle_exact
         self.feature_norm_weight, self.feature_norm = feature_norm_weight, feature_norm
         self.feature_norm_radius = 1.25 * embedding_size**0.5 if feature_norm_radius is None else feature_norm_radius
         counts = torch.as_tensor(class_counts)
@@ -109,8 +114,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         regularizers = []
         counted = labels.to(torch.int64) != self.ignore_index  # -100 compared with uint8 would be 156
         if self.min_angle_weight:
-            rows = None if self.min_angle_rows == "all" else torch.unique(labels[counted])
-            angle = F.min_angle_regularizer(self.weight, self.class_counts, power=self.min_angle_power, rows=rows)
+            angle = self._min_angle(labels, counted)
             parts["min_angle"] = angle.detach()
             regularizers.append(self.min_angle_weight * angle)
         if self.feature_norm_weight:
@@ -122,10 +126,27 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
             loss = loss + (torch.where(counted, term, 0.0) if self.reduction == "none" else term)
         return loss
 
+    def _min_angle(self, labels: Tensor, counted: Tensor) -> Tensor:
+        """L2 over all classes, or over those of the batch, each once."""
+        power, exact = self.min_angle_power, self.min_angle_exact
+        if self.min_angle_rows == "all":
+            return F.min_angle_regularizer(self.weight, self.class_counts, power=power, exact=exact)
+        # Not torch.unique: how many classes there are would have to be read back from a GPU.
+        beyond = self.num_classes
+        rows = torch.where(counted, labels.to(torch.int64), beyond).sort().values
+        first = (rows < beyond) & (torch.cat([rows.new_full((1,), -1), rows[:-1]]) != rows)
+        rows = rows.clamp(0, beyond - 1)
+        cosine = F.nearest_prototype(self.weight, rows, exact=exact).cosine
+        weights = torch.where(first, self.class_counts[rows].to(cosine.dtype) ** -power, 0.0)
+        total = weights.sum()
+        angle = -(weights * arccos(cosine)).sum() / torch.where(total == 0.0, 1.0, total)
+        return angle if beyond > 1 else angle * 0.0
+
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""
         names = (
-            "margin margin_power margin_normalize min_angle_weight min_angle_power min_angle_rows feature_norm_weight"
+            "margin margin_power margin_normalize min_angle_weight min_angle_power min_angle_rows min_angle_exact "
+            "feature_norm_weight"
         )
         own = {name: getattr(self, name) for name in [*names.split(), "feature_norm", "feature_norm_radius"]}
         return {**super().hyper_parameters(), **own}

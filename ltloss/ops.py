@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +26,6 @@ __all__ = [
     "fused_margin_cross_entropy",
     "fused_margin_cross_entropy_backward",
     "is_sharded",
-    "kernels_available",
     "kernels_chosen",
     "nearest_prototype",
     "nearest_prototype_backward",
@@ -51,8 +49,14 @@ _CHUNKED: dict[str, Callable[..., Any]] = {
     "checked_labels": _checked_labels,
 }
 
-# Operators that have kernels, and where among their arguments the features stand; the prototypes follow.
-_KERNELS = {"cosine_logsumexp": 0, "cosine_logsumexp_backward": 3}
+# Operators that have kernels: the module that launches them, and where among their arguments the two matrices stand.
+_KERNELS = {
+    "cosine_logsumexp": ("triton_backend", (0, 1)),
+    "cosine_logsumexp_backward": ("triton_backend", (3, 4)),
+    "nearest_prototype": ("triton_search", (0, 0)),
+    "nearest_prototype_backward": ("triton_search", (1, 1)),
+    "top_k": ("triton_search", (0, 1)),
+}
 # Operators that only exist as kernels: they are called where `kernels_chosen` says so.
 _FUSED = ("fused_margin_cross_entropy", "fused_margin_cross_entropy_backward")
 
@@ -69,10 +73,6 @@ def _has_triton() -> bool:
 
 _HAS_TRITON = _has_triton()
 
-# The kernels pass their tests in Triton's interpreter and compile ahead of time, but have not run on a GPU yet. Until
-# `make gpu` has passed on one, "auto" leaves them to those who ask for them with the environment variable.
-KERNELS_UNDER_AUTO = os.environ.get("LTLOSS_KERNELS", "0") not in ("", "0")
-
 
 def is_sharded(prototypes: Tensor) -> bool:
     """Whether the classes are spread over ranks, or sampled: then :mod:`ltloss.distributed` does the wide work."""
@@ -82,11 +82,6 @@ def is_sharded(prototypes: Tensor) -> bool:
 def distributed(module: str) -> Any:
     """A module of :mod:`ltloss.distributed`, on first use: a single process never imports it."""
     return importlib.import_module(f"ltloss.distributed.{module}")
-
-
-def kernels_available() -> bool:
-    """Whether this version brings GPU kernels that can run here."""
-    return _HAS_TRITON
 
 
 def _not_served(features: Tensor, prototypes: Tensor) -> str:
@@ -110,14 +105,12 @@ def kernels_chosen(features: Tensor, prototypes: Tensor) -> bool:
         if reason:
             raise RuntimeError(f"backend 'triton' was asked for, but {reason}; use 'auto' or 'torch'")
         return True
-    asked = backend == "auto" and KERNELS_UNDER_AUTO and features.device.type == "cuda"
-    return asked and not _not_served(features, prototypes)
+    return backend == "auto" and features.device.type == "cuda" and not _not_served(features, prototypes)
 
 
-def _kernel(name: str) -> Callable[..., Any]:
-    from ltloss import triton_backend  # on first use: `import ltloss` works and is fast without Triton
-
-    return getattr(triton_backend, name)  # type: ignore[no-any-return]
+def _kernel(name: str, module: str = "triton_backend") -> Callable[..., Any]:
+    # On first use: `import ltloss` works and is fast without Triton.
+    return getattr(importlib.import_module(f"ltloss.{module}"), name)  # type: ignore[no-any-return]
 
 
 def _implementation(name: str, args: Sequence[Any]) -> Callable[..., Any]:
@@ -125,12 +118,8 @@ def _implementation(name: str, args: Sequence[Any]) -> Callable[..., Any]:
     if name in _FUSED:
         return _kernel(name)
     if name in _KERNELS:
-        first = _KERNELS[name]
-        return _kernel(name) if kernels_chosen(args[first], args[first + 1]) else _CHUNKED[name]
-    if current_backend() == "triton" and name != "checked_labels":
-        raise RuntimeError(
-            f"backend 'triton' was asked for, but this version has no kernel for {name}; use 'auto' or 'torch'"
-        )
+        module, (left, right) = _KERNELS[name]
+        return _kernel(name, module) if kernels_chosen(args[left], args[right]) else _CHUNKED[name]
     return _CHUNKED[name]
 
 
@@ -194,7 +183,7 @@ def _fake_fused_backward(*args: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-def _fake_nearest_prototype(prototypes: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake_nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
     length = prototypes.shape[0] if rows is None else rows.shape[0]
     dtype = cpu.compute_dtype(prototypes)
     return prototypes.new_empty(length, dtype=dtype), prototypes.new_empty(length, dtype=torch.int64)
@@ -241,28 +230,32 @@ fused_margin_cross_entropy = _define(
     "Tensor? angular_margins, Tensor? cosine_margins, Tensor? class_weights, float angular_margin, "
     "float cosine_margin, float class_weight, float scale, float angle_multiplier, float label_smoothing, "
     "int ignore_index, bool normalize_features, str beyond_pi, str margin_gradient, str reduction) -> (Tensor loss, "
-    "Tensor coefficients, Tensor prototype_inverse_norm, Tensor inverse_total, Tensor bound)",
+    "Tensor coefficients, Tensor class_factor, Tensor inverse_total, Tensor bound)",
     _fake_fused,
 )
 """The whole of :func:`ltloss.functional.margin_cross_entropy` in a handful of launches; kernels only.
 
 Vectors are (C,), and the number of the same name counts where there is none. Outputs: loss, a scalar or (N,);
 coefficients (4, N), or (5, N) where features keep their length: what the backward needs of each sample;
-1/‖w‖ (C,); 1/Σ weights for ``mean``, else 1, and the largest coefficient, two scalars.
+s·log2 e/‖w‖ (C,), for the backward; 1/Σ weights for ``mean``, else 1, and the largest coefficient, two scalars.
 """
 
 fused_margin_cross_entropy_backward = _define(
     "fused_margin_cross_entropy_backward(Tensor grad_loss, Tensor features, Tensor prototypes, Tensor labels, "
-    "Tensor? log_prior, Tensor coefficients, Tensor prototype_inverse_norm, Tensor inverse_total, Tensor bound, "
+    "Tensor? log_prior, Tensor coefficients, Tensor class_factor, Tensor inverse_total, Tensor bound, "
     "float scale, bool smooth, int ignore_index, bool normalize_features, bool[] needs) -> (Tensor, Tensor)",
     _fake_fused_backward,
 )
 """Gradients for features (N, D) and prototypes (C, D), each in its input's dtype; (0,) where ``needs`` is False."""
 
 nearest_prototype = _define(
-    "nearest_prototype(Tensor prototypes, Tensor? rows) -> (Tensor cosine, Tensor index)", _fake_nearest_prototype
+    "nearest_prototype(Tensor prototypes, Tensor? rows, bool exact) -> (Tensor cosine, Tensor index)",
+    _fake_nearest_prototype,
 )
-"""For every prototype, or for those in ``rows`` (R,), the largest cosine to any other one and its (lowest) index."""
+"""For every prototype, or for those in ``rows`` (R,), the largest cosine to any other one and its (lowest) index.
+
+``exact``: products in full float32, even where ``torch.set_float32_matmul_precision`` allows less.
+"""
 
 nearest_prototype_backward = _define(
     "nearest_prototype_backward(Tensor grad_cosine, Tensor prototypes, Tensor? rows, Tensor index) -> Tensor",

@@ -157,8 +157,8 @@ def margin_cross_entropy(
     return losses.sum() / torch.where(total == 0, 1.0, total) if reduction == "mean" else losses.sum()
 
 
-def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None) -> NearestPrototype:
-    """Dense twin of :func:`ltloss.functional.nearest_prototype`: the whole C×C matrix."""
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, exact: bool = False) -> NearestPrototype:
+    """Dense twin of :func:`ltloss.functional.nearest_prototype`: the whole C×C matrix. ``exact`` changes nothing."""
     own = torch.arange(prototypes.shape[0], device=prototypes.device) if rows is None else rows
     cosine = cosines(prototypes[own], prototypes)
     if prototypes.shape[0] == 1:
@@ -169,9 +169,14 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None) -> Nearest
 
 
 def min_angle_regularizer(
-    prototypes: Tensor, class_counts: Tensor | None = None, *, power: float = 0.25, rows: Tensor | None = None
+    prototypes: Tensor,
+    class_counts: Tensor | None = None,
+    *,
+    power: float = 0.25,
+    rows: Tensor | None = None,
+    exact: bool = False,
 ) -> Tensor:
-    """Dense twin of :func:`ltloss.functional.min_angle_regularizer`."""
+    """Dense twin of :func:`ltloss.functional.min_angle_regularizer`. ``exact`` changes nothing."""
     cosine, _ = nearest_prototype(prototypes, rows)
     if prototypes.shape[0] == 1:
         return (cosine * 0.0).sum()

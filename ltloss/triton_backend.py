@@ -1,6 +1,7 @@
 """The operators on the Triton kernels: which tensors they serve, and how operator arguments become launches.
 
-Signatures are those of :mod:`ltloss.cpu`, plus the fused operator that only exists here. Nothing in this module looks
+Signatures are those of :mod:`ltloss.cpu`, plus the fused operator that only exists here; the searches are in
+:mod:`ltloss.triton_search`. Nothing in this module looks
 at data on the device, so a training step never waits for the GPU. Imported on first use: it needs Triton.
 """
 
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from ltloss_kernels import operands
 from ltloss_kernels.backward_pass import BackwardPass, Upstream
-from ltloss_kernels.forward_pass import ForwardPass, Margin, reduce_losses
+from ltloss_kernels.forward_pass import LOG2E, ForwardPass, Margin, reduce_losses
 from torch import Tensor
 
 from ltloss.backend import current_workspace, debug
@@ -25,12 +26,14 @@ __all__ = [
     "cosine_logsumexp_backward",
     "fused_margin_cross_entropy",
     "fused_margin_cross_entropy_backward",
+    "on_device",
+    "widened",
 ]
 
 _Result = TypeVar("_Result")
 
 
-def _checked(function: Callable[..., _Result]) -> Callable[..., _Result]:
+def on_device(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Refuse what the kernels cannot compute, in words, and run on the tensors' device."""
 
     @functools.wraps(function)
@@ -49,7 +52,7 @@ def _checked(function: Callable[..., _Result]) -> Callable[..., _Result]:
     return checked
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
     """As it is; float32 for bfloat16 in the interpreter, which multiplies bfloat16 wrongly."""
     return tensor.float() if tensor.dtype == torch.bfloat16 and operands.interpreting() else tensor
 
@@ -63,7 +66,7 @@ def _as(gradient: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if gradient is None else gradient.to(like.dtype)
 
 
-@_checked
+@on_device
 def cosine_logsumexp(
     features: Tensor,
     prototypes: Tensor,
@@ -80,8 +83,8 @@ def cosine_logsumexp(
     if samples == 0:
         return other, own, logit_sum, torch.empty_like(other), other.new_zeros(prototypes.shape[0])
     run = ForwardPass(
-        _widened(features),
-        _widened(prototypes),
+        widened(features),
+        widened(prototypes),
         labels,
         _vector(log_prior),
         scale=scale,
@@ -95,7 +98,7 @@ def cosine_logsumexp(
     return other, own, logit_sum, feature_inverse, run.prototype_inverse_norm
 
 
-@_checked
+@on_device
 def cosine_logsumexp_backward(
     grad_other: Tensor | None,
     grad_own: Tensor | None,
@@ -124,11 +127,11 @@ def cosine_logsumexp_backward(
     shift = torch.where(nothing, math.inf, shift)
     coefficients = torch.stack([shift, other, d + e, e])
     run = BackwardPass(
-        _widened(features),
-        _widened(prototypes),
+        widened(features),
+        widened(prototypes),
         labels,
         _vector(log_prior),
-        prototype_inverse,
+        prototype_inverse * (scale * LOG2E),
         Upstream(coefficients, zeros.new_ones(()), None, coefficients[1:].abs().amax(), grad_sum is not None),
         scale=scale,
         normalize=normalize_features,
@@ -146,7 +149,7 @@ def _no_samples(features: Tensor, prototypes: Tensor, needs: list[bool]) -> tupl
     )
 
 
-@_checked
+@on_device
 def fused_margin_cross_entropy(
     features: Tensor,
     prototypes: Tensor,
@@ -192,8 +195,8 @@ def fused_margin_cross_entropy(
         exact_gradient=margin_gradient == "exact",
     )
     run = ForwardPass(
-        _widened(features),
-        _widened(prototypes),
+        widened(features),
+        widened(prototypes),
         labels,
         prior,
         scale=scale,
@@ -206,10 +209,10 @@ def fused_margin_cross_entropy(
         run.losses(sums, margin, losses, coefficients, block_sums)
     loss, inverse_total, bound = reduce_losses(block_sums, mean=reduction == "mean")
     loss = losses if reduction == "none" else loss
-    return loss, coefficients, run.prototype_inverse_norm, inverse_total, bound
+    return loss, coefficients, run.class_factor, inverse_total, bound
 
 
-@_checked
+@on_device
 def fused_margin_cross_entropy_backward(
     grad_loss: Tensor,
     features: Tensor,
@@ -217,7 +220,7 @@ def fused_margin_cross_entropy_backward(
     labels: Tensor,
     log_prior: Tensor | None,
     coefficients: Tensor,
-    prototype_inverse: Tensor,
+    class_factor: Tensor,
     inverse_total: Tensor,
     bound: Tensor,
     scale: float,
@@ -230,11 +233,11 @@ def fused_margin_cross_entropy_backward(
     if features.shape[0] == 0:
         return _no_samples(features, prototypes, needs)
     run = BackwardPass(
-        _widened(features),
-        _widened(prototypes),
+        widened(features),
+        widened(prototypes),
         labels,
         _vector(log_prior),
-        prototype_inverse,
+        class_factor,
         Upstream(coefficients, grad_loss, inverse_total, bound, smooth),
         scale=scale,
         normalize=normalize_features,

@@ -186,3 +186,23 @@ def copied_prototypes(seed: int) -> tuple[Tensor, Tensor, int, int]:
     prototypes[high] = prototypes[low].clone()
     query = prototypes[low] + 0.3 * torch.randn(d, generator=generator)
     return prototypes, query, low, high
+
+
+def signs(c: int, seed: int = 0) -> Tensor:
+    """Vectors of 16 entries ±1: their norm is 4, and their cosines exact in any order of summation. Ties abound.
+
+    Of general vectors only bitwise equal copies are told apart by class index (see ``ltloss.ties``): a matrix product
+    sums differently at its edges, so cosines that are equal in exact arithmetic need not be so in floating point.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(2, (c, 16), generator=generator) * 2 - 1).float()
+
+
+def lowest_nearest(prototypes: Tensor) -> tuple[list[int], list[float]]:
+    """In integers, one row at a time."""
+    index, cosine = [], []
+    for i, row in enumerate((prototypes.long() @ prototypes.long().t()).tolist()):
+        row[i] = -99
+        index.append(row.index(max(row)))
+        cosine.append(max(row) / 16)
+    return index, cosine

@@ -52,8 +52,8 @@ OPERATORS: dict[str, Any] = {
     "cosine_logsumexp_backward": lambda: _backward_arguments([True, True], False),
     "cosine_logsumexp_backward features": lambda: _backward_arguments([True, False], True),
     "cosine_logsumexp_backward prototypes": lambda: _backward_arguments([False, True], False),
-    "nearest_prototype": lambda: (_problem()[1], None),
-    "nearest_prototype rows": lambda: (_problem()[1], torch.tensor([0, 3, 3])),
+    "nearest_prototype": lambda: (_problem()[1], None, False),
+    "nearest_prototype rows": lambda: (_problem()[1], torch.tensor([0, 3, 3]), True),
     "nearest_prototype_backward": lambda: (torch.randn(6), _problem(0, False)[1], None, torch.arange(6).flip(0)),
     "top_k": lambda: (*_problem(requires_grad=False)[:2], 3),
     "checked_labels": lambda: (torch.tensor([0, 3, -100], dtype=torch.int32), 6, -100),
@@ -107,6 +107,11 @@ def test_module_is_one_graph(name: str, dynamic: bool) -> None:
 
 def test_options_in_one_graph() -> None:
     _check("CombinedMarginLoss", "aot_eager", True, label_smoothing=0.1, normalize_features=False, scale=2.0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_angles_of_the_batch_in_one_graph(dynamic: bool) -> None:
+    _check("LongTailLoss", "aot_eager", dynamic, min_angle_rows="batch", min_angle_weight=0.5)
 
 
 def test_with_the_default_compiler() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, gpu_correctness, gpu_system
+from benchmarks import gpu, gpu_correctness, gpu_search, gpu_system
 from benchmarks.gpu_measure import Deadline, Device, TooSlow
 from benchmarks.gpu_providers import PROVIDERS, TOLERANCE, dense_margin_loss
 from benchmarks.providers import Inputs, Provider, Shape, check_step, exact_step, margin_truth
@@ -64,6 +64,19 @@ with ends_within(0.2, lambda: Path(sys.argv[1]).write_text(str(worker.pid))):
 """
 
 
+def ends(process: int) -> bool:
+    """Whether a process is gone, or will be in seconds: it may have been killed and not yet have noticed."""
+    status = Path(f"/proc/{process}/status")
+    for _ in range(100):
+        try:
+            if "zombie" in status.read_text():
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def test_a_run_that_hangs_is_ended_after_writing_what_it_has(tmp_path: Path) -> None:
     start = time.monotonic()
     command = [sys.executable, "-c", HANGS, str(tmp_path / "rows")]
@@ -71,8 +84,7 @@ def test_a_run_that_hangs_is_ended_after_writing_what_it_has(tmp_path: Path) -> 
     assert done.returncode == 3
     assert time.monotonic() - start < 90
     worker = int((tmp_path / "rows").read_text())
-    status = Path(f"/proc/{worker}/status")
-    assert not status.exists() or "zombie" in status.read_text(), "the worker outlived the run"
+    assert ends(worker), "the worker outlived the run"
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -86,7 +98,13 @@ def test_every_section_runs_on_tiny_shapes(tmp_path: Path, capsys: pytest.Captur
     assert gpu.main([*command, *(part for name in chosen for part in ("--provider", name))]) == 0
     shown = capsys.readouterr().out
     assert " 0 wrong, 0 less accurate than promised" in shown
-    rows = read(tmp_path / "rows.csv")
+    written = read(tmp_path / "rows.csv")
+    rows = [row for row in written if not row["phase"] or row["phase"] in gpu.OPERATIONS]
+    searches = [row for row in written if row not in rows]
+    cases = list(gpu_search.search_cases(small=True))
+    assert {(row["phase"], row["provider"]) for row in searches} == {(case.phase, case.provider) for case in cases}
+    assert len(searches) == len(cases)
+    assert all(row["median_ms"] for row in searches), [row["note"] for row in searches]
     assert {row["provider"] for row in rows} == set(chosen)
     shapes = {tuple(int(row[axis]) for axis in "NCD") for row in rows}
     assert shapes == {(one.n, one.c, one.d) for one in gpu.TINY}
@@ -168,7 +186,7 @@ def test_after_the_deadline_nothing_is_started() -> None:
     assert [row["note"][:8] for row in state.rows] == ["too slow"]
     assert not state.failed, "being out of time is no mistake"
     assert gpu_correctness.check_all("cpu", Deadline(0.0), quick=True).compared == 0
-    assert gpu_system.check_all(Device("cpu"), Deadline(0.0)).left_out == 3
+    assert gpu_system.check_all(Device("cpu"), Deadline(0.0)).left_out == len(gpu_system.ANYWHERE)
 
 
 def test_no_gpu_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,6 +213,38 @@ def test_the_exact_step_does_not_depend_on_how_it_is_cut(rows: int) -> None:
 def test_the_dense_provider_is_the_reference_in_float32() -> None:
     inputs = Inputs.draw(TINY)
     assert check_step("dense", lambda: dense_margin_loss(inputs), inputs, exact_step(margin_truth, inputs)) < 1e-5
+
+
+def test_a_search_that_finds_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = functional.nearest_prototype
+
+    def wrong(prototypes: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        cosine, index = right(prototypes, rows)
+        return cosine, (index + 1) % prototypes.shape[0]
+
+    monkeypatch.setattr(functional, "nearest_prototype", wrong)
+    state = bench(PROVIDERS[0])
+    case = next(iter(gpu_search.search_cases(small=True)))
+    gpu.time_search(state, case, Deadline(60.0))
+    assert state.failed
+    assert "off by" in state.rows[0]["note"]
+    assert any("nearest is right" in sentence for sentence in gpu_system.check_all(Device("cpu"), Deadline(60.0)).wrong)
+
+
+@pytest.mark.parametrize("spoil", ["cosine", "index", "twice", "nan"])
+def test_a_shortfall_is_seen(spoil: str) -> None:
+    features, prototypes = torch.randn(6, 8), torch.randn(30, 8)
+    cosine, index = (tensor.clone() for tensor in functional.top_k(features, prototypes, 3))
+    assert gpu_search.shortfall((cosine, index), features, prototypes) < 1e-6
+    if spoil == "cosine":
+        cosine[2, 1] += 1e-3
+    elif spoil == "index":
+        index[3, 0] = (index[3].max() + 1) % 30
+    elif spoil == "twice":
+        cosine[4, 1], index[4, 1] = cosine[4, 0], index[4, 0]
+    else:
+        cosine[0, 0] = torch.nan
+    assert not gpu_search.shortfall((cosine, index), features, prototypes) < 9e-4
 
 
 def test_a_verdict_takes_nan_for_wrong() -> None:

@@ -85,6 +85,21 @@ def test_long_tail_loss_adds_its_regularisers(rows: str, backend: str) -> None:
     assert not any(part.requires_grad for part in module.parts.values())
 
 
+def test_angles_of_a_batch_without_a_class_that_counts() -> None:
+    module = ltloss.LongTailLoss.from_counts([5, 1], D, min_angle_rows="batch", min_angle_weight=0.5)
+    module(torch.randn(2, D), torch.tensor([-100, -100])).backward()
+    assert float(module.parts["min_angle"]) == 0.0
+    assert module.weight.grad is not None
+    assert not module.weight.grad.any()
+
+
+def test_angles_of_the_only_class() -> None:
+    module = ltloss.LongTailLoss.from_counts([5], D, min_angle_rows="batch", min_angle_weight=0.5)
+    module(torch.randn(2, D), torch.tensor([0, 0])).backward()
+    assert float(module.parts["min_angle"]) == 0.0
+    assert bool(module.weight.grad.isfinite().all())
+
+
 def test_parts_hold_only_what_was_computed() -> None:
     module = ltloss.LongTailLoss.from_counts([5, 1], D, min_angle_weight=0.0, feature_norm_weight=0.0)
     assert module.parts == {}

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from losses import copied_prototypes, problem, relative_error, watching
+from losses import copied_prototypes, lowest_nearest, problem, relative_error, signs, watching
 from memory import LargestTensor
 
-from ltloss import cpu, reference
+import ltloss
+from ltloss import cpu, ops, reference
 from ltloss.functional import min_angle_regularizer, nearest_prototype
 
 EXACT = 1e-13  # float64 cosines, sums of some ten products
@@ -46,26 +47,6 @@ def test_subsets_of_rows_with_duplicates(rows: list[int], dtype: torch.dtype, ti
     ours, every = nearest_prototype(prototypes, chosen), nearest_prototype(prototypes)
     assert ours.index.tolist() == every.index[rows].tolist()
     assert relative_error(ours.cosine, every.cosine[rows]) <= EXACT
-
-
-def signs(c: int, seed: int = 0) -> torch.Tensor:
-    """Vectors of 16 entries ±1: their norm is 4, and their cosines exact in any order of summation. Ties abound.
-
-    Of general vectors only bitwise equal copies are told apart by class index (see ``ltloss.ties``): a matrix product
-    sums differently at its edges, so cosines that are equal in exact arithmetic need not be so in floating point.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(2, (c, 16), generator=generator) * 2 - 1).float()
-
-
-def lowest_nearest(prototypes: torch.Tensor) -> tuple[list[int], list[float]]:
-    """In integers, one row at a time."""
-    index, cosine = [], []
-    for i, row in enumerate((prototypes.long() @ prototypes.long().t()).tolist()):
-        row[i] = -99
-        index.append(row.index(max(row)))
-        cosine.append(max(row) / 16)
-    return index, cosine
 
 
 @pytest.mark.parametrize("c", [2, 3, 4, 7, 12, 13, 14, 40])
@@ -177,6 +158,52 @@ def test_not_a_number_is_seen_by_all(row: int, tiny_blocks: object) -> None:
     assert bool(cosine.isnan().all())
     others = [i for i in range(13) if i != row]
     assert index[others].tolist() == [row] * 12
+
+
+@pytest.mark.parametrize("rows", [None, [2, 0]])
+@pytest.mark.parametrize("exact", [False, True])
+def test_exact_products_are_asked_for_and_only_then(
+    exact: bool, rows: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    maxima = torch.Tensor.amax
+
+    def watched(tile: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.add(torch.get_float32_matmul_precision())
+        return maxima(tile, *args)
+
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.Tensor, "amax", watched)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        chosen = None if rows is None else torch.tensor(rows)
+        nearest_prototype(random_prototypes(5, dtype=torch.float32), chosen, exact=exact)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {"highest" if exact else "medium"}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_module_passes_it_on(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    search = ops.nearest_prototype
+
+    def watched(prototypes: torch.Tensor, rows: torch.Tensor | None, exact: bool) -> Any:
+        asked.append(exact)
+        return search(prototypes, rows, exact)
+
+    monkeypatch.setattr(ops, "nearest_prototype", watched)
+    head = ltloss.LongTailLoss.from_counts([5, 3, 1], 4, min_angle_exact=exact)
+    head(torch.randn(2, 4), torch.tensor([0, 2]))
+    assert asked == [exact]
+    assert head.hyper_parameters()["min_angle_exact"] is exact
+
+
+def test_exact_is_a_bool() -> None:
+    for function in (nearest_prototype, min_angle_regularizer):
+        with pytest.raises(TypeError, match=r"exact must be True or False \(bool\); got int 1"):
+            function(random_prototypes(3), exact=1)  # type: ignore[arg-type]
 
 
 class TestEachPairOnce:

@@ -42,6 +42,12 @@ def scaled_rows(values):
 
 
 @triton.jit
+def unit_rows(scaled, inverse):
+    """Rows of length 1 from what :func:`scaled_rows` returns, before they are rounded; zero rows stay zero."""
+    return scaled * inverse[:, None]
+
+
+@triton.jit
 def log1p(value):
     """log(1 + value) for value in [0, 1]: 2·artanh(value/(2 + value)), whose series ends below float32's resolution."""
     y = tl.div_rn(value, 2.0 + value)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from ltloss_kernels import tiles
-from ltloss_kernels.cosine_logsumexp_grad import gradient_tile_kernel, projection_kernel
+from ltloss_kernels.cosine_logsumexp_grad import gradient_tile_kernel, projection_kernel, sample_gradient_kernel
+from ltloss_kernels.forward_pass import LOG2E
 from ltloss_kernels.operands import (
     block_source,
     multiply_add,
@@ -43,7 +44,7 @@ class BackwardPass:
     Args:
         features, prototypes, labels, prior, scale, normalize: as for the forward.
         ignore_index: rows with this label may hold anything, also NaN; None: all rows count.
-        prototype_inverse_norm: (C,), from the forward.
+        class_factor: (C,) s·log2 e/‖w‖, from the forward; used where the prototypes are read in place.
         upstream: see :class:`Upstream`.
         limit: bytes of memory beside the gradients, see ``backward_plan``.
     """
@@ -54,7 +55,7 @@ class BackwardPass:
         prototypes: Tensor,
         labels: Tensor,
         prior: Tensor | None,
-        prototype_inverse_norm: Tensor,
+        class_factor: Tensor,
         upstream: Upstream,
         *,
         scale: float,
@@ -63,16 +64,18 @@ class BackwardPass:
         limit: int,
     ) -> None:
         self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
-        self.inverse_norm, self.upstream = prototype_inverse_norm, upstream
+        self.class_factor, self.upstream = class_factor, upstream
         self.scale, self.normalize, self.ignore_index, self.limit = scale, normalize, ignore_index, limit
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
-        self.scaled = self.dtype == torch.float16
+        self.scaled, self.fold = self.dtype == torch.float16, self.dtype != torch.float32
+        self.feature_copy: Literal["unit", "plain"] = "unit" if normalize else "plain"
         # Power-of-two scaled copies keep float16 in range; other dtypes have the range of float32.
         self.in_place = readable_in_place(prototypes, self.dtype) and not self.scaled
         arch = tiles.architecture(features.device)
         self.tile, self.described = tiles.gradient_tile(arch, self.dtype, self.precision), tiles.has_copy_engine(arch)
         gradient = upstream.gradient
         self.upstream_bound = gradient.abs().amax() if self.scaled and gradient.dim() else gradient
+        self.upstream_stride = gradient.stride(0) if gradient.dim() else 0
 
     def gradients(self, need_features: bool, need_prototypes: bool) -> tuple[Tensor | None, Tensor | None]:
         """Each gradient in the dtype of its tensor, or None where it is not needed."""
@@ -100,7 +103,7 @@ class BackwardPass:
         slab_sum = torch.empty((plan.classes, width), dtype=torch.float32, device=device) if wide_prototypes else None
         copy = None if self.in_place else padded_matrix(plan.classes, width, self.dtype, device)
         slab = padded_matrix(plan.rows, plan.classes, self.dtype, device)
-        operand, feature_factor = self._feature_operand()
+        operand, label, terms = self._prepare_samples()
         for start in range(0, classes, plan.classes):
             here = slice(start, min(start + plan.classes, classes))
             count = here.stop - here.start
@@ -111,7 +114,7 @@ class BackwardPass:
             for first in range(0, samples, plan.rows):
                 rows = slice(first, min(first + plan.rows, samples))
                 part = slab[: rows.stop - first, :count]
-                self._launch_tiles(operand, weights, feature_factor, class_factor, rows, here, part)
+                self._launch_tiles(operand[rows], weights, class_factor, label[rows], terms[:, rows], here, part)
                 if feature_sum is not None:
                     multiply_add(feature_sum[rows], part, weights, overwrite=start == 0)
                 if prototype_sum is not None:
@@ -125,56 +128,78 @@ class BackwardPass:
             )
         return grad_features, grad_prototypes
 
-    def _feature_operand(self) -> tuple[Tensor, Tensor]:
-        """A clean copy of the features: ignored rows are zero, since 0·NaN in a product would reach every class."""
-        samples, width = self.features.shape
-        copy = padded_matrix(samples, width, self.dtype, self.features.device)
-        factor = torch.empty(samples, dtype=torch.float32, device=copy.device)
-        row_norms(
+    def _prepare_samples(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Features as an operand (N, D), clean labels (N,), and the terms of dZ that belong to a sample (4, N)."""
+        (samples, width), device, upstream = self.features.shape, self.features.device, self.upstream
+        copy = padded_matrix(samples, width, self.dtype, device)
+        label = torch.empty(samples, dtype=torch.int32, device=device)
+        terms = torch.empty(4, samples, dtype=torch.float32, device=device)
+        tile = tiles.row_tile(width)
+        sample_gradient_kernel[(triton.cdiv(samples, tile.rows),)](
+            # inputs
             self.features,
-            torch.empty_like(factor),
-            factor=factor,
-            copy=copy,
-            scale_copy=self.normalize,
-            labels=None if self.ignore_index is None else self.labels,
-            ignore_index=self.ignore_index or 0,
+            self.labels,
+            upstream.coefficients,
+            upstream.gradient,
+            upstream.inverse_total,
+            upstream.bound,
+            self.upstream_bound,
+            # outputs
+            copy,
+            label,
+            terms,
+            # sizes
+            samples,
+            self.prototypes.shape[0],
+            width,
+            *self.features.stride(),
+            self.labels.stride(0),
+            upstream.coefficients.stride(0),
+            self.upstream_stride,
+            copy.stride(0),
+            self.ignore_index or 0,
+            self.scale,
+            # constants
+            COPY=self.feature_copy,
+            SUPERVISED=self.ignore_index is not None,
+            HAS_TOTAL=upstream.inverse_total is not None,
+            SCALED=self.scaled,
+            FOLD=self.fold,
+            ROWS=tile.rows,
+            WIDTH=tile.width,
+            num_warps=tile.warps,
         )
-        return copy, factor
+        return copy, label, terms
 
     def _prototype_operand(self, here: slice, copy: Tensor | None) -> tuple[Tensor, Tensor]:
         if copy is None:
-            return self.prototypes[here], self.inverse_norm[here]
+            return self.prototypes[here], self.class_factor[here]
         copy = copy[: here.stop - here.start]
         factor = torch.empty(copy.shape[0], dtype=torch.float32, device=copy.device)
-        row_norms(self.prototypes[here], torch.empty_like(factor), factor=factor, copy=copy)
+        inverse_norm = torch.empty_like(factor)
+        row_norms(self.prototypes[here], inverse_norm, factor=factor, factor_scale=self.scale * LOG2E, copy=copy)
         return copy, factor
 
     def _launch_tiles(
         self,
         features: Tensor,
         prototypes: Tensor,
-        feature_factor: Tensor,
         class_factor: Tensor,
-        rows: slice,
+        label: Tensor,
+        terms: Tensor,
         here: slice,
         slab: Tensor,
     ) -> None:
-        tile, upstream, (samples, classes) = self.tile, self.upstream, slab.shape
-        gradient = upstream.gradient[rows] if upstream.gradient.dim() else upstream.gradient
+        tile, (samples, classes) = self.tile, slab.shape
         class_tiles = triton.cdiv(classes, tile.classes)
         gradient_tile_kernel[(triton.cdiv(samples, tile.rows) * class_tiles,)](
             # inputs
-            block_source(features[rows], tile.rows, tile.depth, self.described),
+            block_source(features, tile.rows, tile.depth, self.described),
             block_source(prototypes, tile.classes, tile.depth, self.described),
-            feature_factor[rows],
             class_factor,
             None if self.prior is None else self.prior[here],
-            self.labels[rows],
-            upstream.coefficients[:, rows],
-            gradient,
-            upstream.inverse_total,
-            upstream.bound,
-            self.upstream_bound,
+            label,
+            terms,
             # outputs
             block_source(slab, tile.rows, tile.classes, self.described),
             # sizes
@@ -183,19 +208,15 @@ class BackwardPass:
             features.shape[1],
             here.start,
             class_tiles,
-            self.labels.stride(0),
-            upstream.coefficients.stride(0),
-            gradient.stride(0) if gradient.dim() else 0,
+            terms.stride(0),
             features.stride(0),
             prototypes.stride(0),
             slab.stride(0),
-            self.scale,
             # constants
             DESCRIBED=self.described,
             HAS_PRIOR=self.prior is not None,
-            HAS_TOTAL=upstream.inverse_total is not None,
-            SMOOTH=upstream.every_class,
-            SCALED=self.scaled,
+            SMOOTH=self.upstream.every_class,
+            FOLD=self.fold,
             PRECISION=self.precision,
             GROUP=_GROUP,
             BLOCK_ROWS=tile.rows,
@@ -246,7 +267,7 @@ class BackwardPass:
             *prototypes.stride(),
             self.labels.stride(0),
             upstream.coefficients.stride(0),
-            upstream.gradient.stride(0) if upstream.gradient.dim() else 0,
+            self.upstream_stride,
             self.ignore_index or 0,
             self.scale,
             # constants
@@ -254,9 +275,9 @@ class BackwardPass:
             PROTOTYPES=prototype_sum is not None,
             HAS_LABELS=self.ignore_index is not None,
             HAS_TOTAL=upstream.inverse_total is not None,
-            NORMALIZE=self.normalize,
+            FEATURE_COPY=self.feature_copy,
+            PROTOTYPE_COPY="none" if self.in_place else "scaled",
             LENGTH=upstream.coefficients.shape[0] == 5,
-            PROTOTYPES_COPIED=not self.in_place,
             SCALED=self.scaled,
             ROWS=tile.rows,
             WIDTH=tile.width,

@@ -1,7 +1,8 @@
 """Forward: log-sum-exp of the cosine logits over the other classes, and the own-class cosine.
 
-With l_ic = s·cos_ic + b_c, in units of log 2 throughout the tiles: l·log2 e = (x_i·w_c)·(1/‖w_c‖)·(s·log2 e/‖x_i‖) +
-b_c·log2 e. The matrix product runs on the rows as they are; both lengths enter behind it, in float32.
+With l_ic = s·cos_ic + b_c, in units of log 2 throughout the tiles: l·log2 e = (x̂_i·w_c)·(s·log2 e/‖w_c‖) + b_c·log2 e.
+Unit features are a small copy, rounded as plain PyTorch would round them; prototypes go into the product as they are,
+and their lengths enter behind it, in float32: one multiply-add per element.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -10,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ltloss_kernels.arithmetic import LN2, LOG2E, log, scaled_rows
+from ltloss_kernels.arithmetic import LN2, log, scaled_rows, unit_rows
 from ltloss_kernels.blocks import load_block
 
 __all__ = ["combine_kernel", "combine_splits", "cosine_logsumexp_kernel", "sample_kernel"]
@@ -23,7 +24,7 @@ def sample_kernel(
     prototypes_ptr,
     labels_ptr,
     # outputs
-    row_scale_ptr,
+    copy_ptr,
     inverse_norm_ptr,
     length_ptr,
     own_cosine_ptr,
@@ -39,12 +40,12 @@ def sample_kernel(
     prototypes_row_stride,
     prototypes_column_stride,
     labels_stride,
-    scale,
+    copy_stride,
     ignore_index,
     # constants
     SUPERVISED: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    COPIED: tl.constexpr,
+    HAS_COPY: tl.constexpr,
     RAGGED: tl.constexpr,
     FLAG_ROWS: tl.constexpr,
     FLAG_CLASSES: tl.constexpr,
@@ -54,8 +55,8 @@ def sample_kernel(
     """What the tiles and the margin need of each sample.
 
     features (samples, width), prototypes (classes, width), labels (samples,): any dtype and strides.
-    row_scale (samples,) s·log2 e/‖x‖ as the tiles apply it (to the scaled copy if COPIED; without 1/‖x‖ unless
-    NORMALIZE); inverse_norm (samples,) 1/‖x‖; length (samples,) ‖x‖ unless NORMALIZE.
+    copy (samples, width), in the dtype of the product: unit rows if NORMALIZE, else the rows as they are (if HAS_COPY).
+    inverse_norm (samples,) 1/‖x‖; length (samples,) ‖x‖ unless NORMALIZE.
     own_cosine (samples,): in float32 from the original rows, 0 without own class, NaN for a label that is neither a
     class nor ``ignore_index`` (if SUPERVISED). label (samples,) int32: the class; -1 ignored; -2 not a class.
     flags (row blocks, class_tiles) int8, cleared before: 1 where a tile holds the own class of one of its rows, and in
@@ -72,8 +73,12 @@ def sample_kernel(
         valid = valid & (label != ignore_index)
     cells = (columns < width)[None, :]
     offsets = rows.to(tl.int64)[:, None] * features_row_stride + columns.to(tl.int64)[None, :] * features_column_stride
-    x = tl.load(features_ptr + offsets, mask=inside[:, None] & cells, other=0.0).to(tl.float32)
-    x, x_power, x_inverse = scaled_rows(x)
+    values = tl.load(features_ptr + offsets, mask=inside[:, None] & cells, other=0.0).to(tl.float32)
+    x, x_power, x_inverse = scaled_rows(values)
+    if HAS_COPY:
+        copied = unit_rows(x, x_inverse) if NORMALIZE else values
+        copy_cells = copy_ptr + rows.to(tl.int64)[:, None] * copy_stride + columns[None, :]
+        tl.store(copy_cells, copied.to(copy_ptr.dtype.element_ty), mask=inside[:, None] & cells)
     own_row = tl.where(valid, label, 0)
     offsets = own_row[:, None] * prototypes_row_stride + columns.to(tl.int64)[None, :] * prototypes_column_stride
     w = tl.load(prototypes_ptr + offsets, mask=valid[:, None] & cells, other=0.0).to(tl.float32)
@@ -83,15 +88,9 @@ def sample_kernel(
     tl.store(own_cosine_ptr + rows, tl.where(ignored, 0.0, cosine), mask=inside)
     tl.store(label_ptr + rows, tl.where(valid, label, tl.where(ignored, -1, -2)).to(tl.int32), mask=inside)
     tl.store(inverse_norm_ptr + rows, x_inverse * x_power, mask=inside)
-    row_scale = tl.full((ROWS,), 1.0, tl.float32) * (scale * LOG2E)
-    if NORMALIZE:
-        row_scale = row_scale * x_inverse
-        if not COPIED:
-            row_scale = row_scale * x_power
-    else:
+    if not NORMALIZE:
         length = tl.sqrt_rn(tl.sum(x * x, 1))
         tl.store(length_ptr + rows, tl.div_rn(length, x_power), mask=inside)
-    tl.store(row_scale_ptr + rows, row_scale, mask=inside)
     flag_row = (rows // FLAG_ROWS).to(tl.int64) * class_tiles
     one = tl.full((ROWS,), 1, tl.int8)
     tl.store(flags_ptr + flag_row + own_row // FLAG_CLASSES, one, mask=valid)
@@ -115,7 +114,6 @@ def cosine_logsumexp_kernel(
     # inputs
     features,
     prototypes,
-    row_scale_ptr,
     class_factor_ptr,
     prior_ptr,
     label_ptr,
@@ -150,8 +148,8 @@ def cosine_logsumexp_kernel(
     """Partial sums over the other classes of exp(l - shift): one row block by one range of class tiles per program.
 
     features: (samples, width); prototypes: a slab of the classes, (slab_classes, width), whose first tile is the
-    ``first_tile``-th of all; both are descriptors if DESCRIBED. row_scale, label (samples,); class_factor, prior
-    (class_tiles · BLOCK_CLASSES,), 0 and -inf beyond the classes; flags (row blocks, class_tiles).
+    ``first_tile``-th of all; both are descriptors if DESCRIBED. label (samples,); class_factor s·log2 e/‖w‖ and prior
+    b·log2 e (class_tiles · BLOCK_CLASSES,), 0 and -inf beyond the classes; flags (row blocks, class_tiles).
     partial_sum (splits, samples): Σ 2^(l·log2 e - shift). The shift, in units of log 2, is the argument, or if ONLINE
     the running maximum of each row, which partial_max (splits, samples) returns. partial_logit (splits, samples):
     Σ s·cos over all classes of the range, if WITH_LOGIT_SUM.
@@ -160,13 +158,13 @@ def cosine_logsumexp_kernel(
     split = tl.program_id(1)
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < samples
-    row_scale = tl.load(row_scale_ptr + rows, mask=inside, other=0.0)[:, None]
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     logit_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, slab_tiles)
     flags_row = flags_ptr + block.to(tl.int64) * class_tiles
+    tl.assume(width > 0)  # else the flattened loop has a second body, for products of no columns
     for tile in tl.range(first, last, flatten=True):
         product = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
         for k in range(0, width, BLOCK_DEPTH):
@@ -183,11 +181,9 @@ def cosine_logsumexp_kernel(
         if WITH_LOGIT_SUM:
             logit_sum += tl.sum(logit, 1)
         if HAS_PRIOR:
-            logit = logit * row_scale + tl.load(prior_ptr + classes_here)[None, :]
-        elif ONLINE:
-            logit = logit * row_scale
-        else:
-            logit = logit * row_scale - shift
+            logit += tl.load(prior_ptr + classes_here)[None, :]
+        elif not ONLINE:
+            logit -= shift
         if tl.load(flags_row + first_tile + tile) != 0:
             label = tl.load(label_ptr + rows, mask=inside, other=-1)[:, None]
             here = classes_here[None, :]
@@ -204,8 +200,7 @@ def cosine_logsumexp_kernel(
     if ONLINE:
         tl.store(partial_max_ptr + cell, largest, mask=inside)
     if WITH_LOGIT_SUM:
-        row_scale = tl.load(row_scale_ptr + rows, mask=inside, other=0.0)
-        tl.store(partial_logit_ptr + cell, logit_sum * row_scale * LN2, mask=inside)
+        tl.store(partial_logit_ptr + cell, logit_sum * LN2, mask=inside)
 
 
 @triton.jit

@@ -17,11 +17,12 @@ from ltloss_kernels.operands import block_source, padded_matrix, product_dtype, 
 from ltloss_kernels.row_norm import row_norms
 from ltloss_kernels.workspace import forward_plan
 
-__all__ = ["ForwardPass", "Margin", "SampleSums", "fixed_shift"]
+__all__ = ["LOG2E", "ForwardPass", "Margin", "SampleSums", "fixed_shift"]
 
 # exp() of a float32 overflows above 88.7 and is flushed to zero below -87.3.
 _LARGEST_EXPONENT, _SMALLEST_EXPONENT = 87.0, -86.0
-_LOG2E = 1.4426950408889634
+# Logits are counted in units of log 2 throughout the tiles.
+LOG2E = 1.4426950408889634
 
 
 def fixed_shift(scale: float, classes: int) -> float | None:
@@ -98,15 +99,15 @@ class ForwardPass:
             self.tile.classes,
             2 * tiles.multiprocessors(device),
             0 if self.in_place else self.dtype.itemsize,
+            self.dtype.itemsize if normalize else 0,
         )
         shift = fixed_shift(scale, classes) if normalize and prior is None else None
-        self.online, self.shift = shift is None, (shift or 0.0) * _LOG2E
+        self.online, self.shift = shift is None, (shift or 0.0) * LOG2E
         self.class_tiles = triton.cdiv(classes, self.tile.classes)
         self.slabs = triton.cdiv(classes, self.plan.classes)
         self.splits = self.slabs * self.plan.splits
         padded = self.class_tiles * self.tile.classes
-        self._inverse_norm = self._float(padded)
-        self._class_factor = self._inverse_norm if self.in_place else self._float(padded)
+        self._inverse_norm, self._class_factor = self._float(padded), self._float(padded)
         self._scaled_prior = None if prior is None else self._float(padded)
         self._copy = (
             None if self.in_place else padded_matrix(min(self.plan.classes, classes), width, self.dtype, device)
@@ -117,6 +118,11 @@ class ForwardPass:
     def prototype_inverse_norm(self) -> Tensor:
         """1/‖w‖ (C,), complete after the pass."""
         return self._inverse_norm[: self.prototypes.shape[0]]
+
+    @property
+    def class_factor(self) -> Tensor:
+        """s·log2 e/‖w‖ (C,) of the prototypes as they went into the product, complete after the pass."""
+        return self._class_factor[: self.prototypes.shape[0]]
 
     def _float(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.features.device)
@@ -132,11 +138,8 @@ class ForwardPass:
     def _chunk(self, rows: slice, flags: Tensor) -> SampleSums:
         count = rows.stop - rows.start
         features = self.features[rows]
-        operand = features
-        if not readable_in_place(features, self.dtype):
-            operand = padded_matrix(count, features.shape[1], self.dtype, features.device)
-            scratch = self._float(count)
-            row_norms(features, scratch, factor=scratch, copy=operand, scale_copy=self.normalize)
+        copied = self.normalize or not readable_in_place(features, self.dtype)
+        operand = padded_matrix(count, features.shape[1], self.dtype, features.device) if copied else features
         sums = SampleSums(
             rows,
             self._float(self.splits, count),
@@ -146,14 +149,13 @@ class ForwardPass:
             None if self.normalize else self._float(count),
             torch.empty(count, dtype=torch.int32, device=features.device),
         )
-        row_scale = self._float(count)
         if rows.start > 0 and self.in_place:  # otherwise a launch of row_norms clears them on its way
             flags.zero_()
         for slab in range(self.slabs):
             prototypes = self._prepared_slab(slab, rows.start, flags)
             if slab == 0:
-                self._prepare_samples(features, operand is not features, row_scale, sums, flags)
-            self._launch_tiles(operand, prototypes, slab, row_scale, sums, flags)
+                self._prepare_samples(features, operand if copied else None, sums, flags)
+            self._launch_tiles(operand, prototypes, slab, sums, flags)
         return sums
 
     def _prepared_slab(self, slab: int, first_row: int, flags: Tensor) -> Tensor:
@@ -170,6 +172,7 @@ class ForwardPass:
             prototypes,
             self._inverse_norm[padded],
             factor=self._class_factor[padded],
+            factor_scale=self.scale * LOG2E,
             copy=copy,
             prior=None if self.prior is None else self.prior[start:stop],
             prior_out=None if self._scaled_prior is None else self._scaled_prior[padded],
@@ -177,9 +180,7 @@ class ForwardPass:
         )
         return prototypes if copy is None else copy
 
-    def _prepare_samples(
-        self, features: Tensor, copied: bool, row_scale: Tensor, sums: SampleSums, flags: Tensor
-    ) -> None:
+    def _prepare_samples(self, features: Tensor, copy: Tensor | None, sums: SampleSums, flags: Tensor) -> None:
         rows, tile = sums.rows, tiles.row_tile(features.shape[1])
         labels, (count, width), classes = self.labels[rows], features.shape, self.prototypes.shape[0]
         sample_kernel[(triton.cdiv(count, tile.rows),)](
@@ -188,7 +189,7 @@ class ForwardPass:
             self.prototypes,
             labels,
             # outputs
-            row_scale,
+            copy,
             self.feature_inverse_norm[rows],
             sums.length,
             sums.own_cosine,
@@ -202,12 +203,12 @@ class ForwardPass:
             *features.stride(),
             *self.prototypes.stride(),
             labels.stride(0),
-            self.scale,
+            0 if copy is None else copy.stride(0),
             0 if self.ignore_index is None else self.ignore_index,
             # constants
             SUPERVISED=self.ignore_index is not None,
             NORMALIZE=self.normalize,
-            COPIED=copied,
+            HAS_COPY=copy is not None,
             RAGGED=classes % self.tile.classes != 0,
             FLAG_ROWS=self.tile.rows,
             FLAG_CLASSES=self.tile.classes,
@@ -216,16 +217,13 @@ class ForwardPass:
             num_warps=tile.warps,
         )
 
-    def _launch_tiles(
-        self, features: Tensor, prototypes: Tensor, slab: int, row_scale: Tensor, sums: SampleSums, flags: Tensor
-    ) -> None:
+    def _launch_tiles(self, features: Tensor, prototypes: Tensor, slab: int, sums: SampleSums, flags: Tensor) -> None:
         tile, splits = self.tile, self.plan.splits
         (count, width), slab_tiles = features.shape, triton.cdiv(prototypes.shape[0], self.tile.classes)
         cosine_logsumexp_kernel[(triton.cdiv(count, tile.rows), splits)](
             # inputs
             block_source(features, tile.rows, tile.depth, self.described),
             block_source(prototypes, tile.classes, tile.depth, self.described),
-            row_scale,
             self._class_factor,
             self._scaled_prior,
             sums.label,

@@ -3,12 +3,14 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
+from typing import Literal
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ltloss_kernels import tiles
-from ltloss_kernels.arithmetic import LOG2E, scaled_rows
+from ltloss_kernels.arithmetic import LOG2E, scaled_rows, unit_rows
 
 __all__ = ["row_norm_kernel", "row_norms"]
 
@@ -35,9 +37,10 @@ def row_norm_kernel(
     labels_stride,
     copy_stride,
     ignore_index,
+    factor_scale,
     # constants
-    HAS_COPY: tl.constexpr,
-    SCALE_COPY: tl.constexpr,
+    COPY: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     HAS_PRIOR: tl.constexpr,
     CLEAR_FLAGS: tl.constexpr,
@@ -49,11 +52,11 @@ def row_norm_kernel(
     vectors (count, width) any dtype and strides; labels (count,): rows labelled ``ignore_index`` are taken as zero
     (they may hold NaN); prior (count,) float32.
     inverse_norm (padded,) float32 1/‖v‖, 0 for zero rows and beyond ``count``.
-    factor (padded,) float32: what makes a row of the copy a unit vector; 1 where the copy keeps its length, 0 for zero
-    rows, which have no direction and get no gradient.
-    copy (count, width) in the dtype of the product, each row times a power of two (if SCALE_COPY), so that neither the
-    cast nor the products leave the range. prior_out (padded,) prior·log2 e, -inf beyond ``count``. flags (flag_count,)
-    set to 0. One program per ROWS rows; the flags are shared out evenly.
+    copy (count, width) in the dtype of the product: "unit" rows; "scaled", each row times a power of two, so that
+    neither the cast nor the products leave the range; "plain", as they are; or "none".
+    factor (padded,) float32: factor_scale/‖row‖ of the row that goes into the product, the scaled copy or the original;
+    0 for zero rows and beyond ``count`` (if HAS_FACTOR). prior_out (padded,) prior·log2 e, -inf beyond ``count``.
+    flags (flag_count,) set to 0. One program per ROWS rows; the flags are shared out evenly.
     """
     program = tl.program_id(0)
     rows = program * ROWS + tl.arange(0, ROWS)
@@ -68,11 +71,17 @@ def row_norm_kernel(
     values = tl.load(vectors_ptr + offsets, mask=used[:, None] & cells, other=0.0).to(tl.float32)
     scaled, power, inverse = scaled_rows(values)
     tl.store(inverse_norm_ptr + rows, inverse * power, mask=rows < padded)
-    if HAS_COPY:
+    if COPY != "none":
+        copied = values
+        if COPY == "unit":
+            copied = unit_rows(scaled, inverse)
+        elif COPY == "scaled":
+            copied = scaled
         copy_offsets = rows.to(tl.int64)[:, None] * copy_stride + columns[None, :]
-        copied = scaled if SCALE_COPY else values
         tl.store(copy_ptr + copy_offsets, copied.to(copy_ptr.dtype.element_ty), mask=inside[:, None] & cells)
-        tl.store(factor_ptr + rows, inverse if SCALE_COPY else tl.where(inverse == 0.0, 0.0, 1.0), mask=rows < padded)
+    if HAS_FACTOR:
+        factor = inverse if COPY == "scaled" else inverse * power
+        tl.store(factor_ptr + rows, factor * factor_scale, mask=rows < padded)
     if HAS_PRIOR:
         prior = tl.load(prior_ptr + rows, mask=inside, other=float("-inf"))
         tl.store(prior_out_ptr + rows, prior * LOG2E, mask=rows < padded)
@@ -89,8 +98,9 @@ def row_norms(
     inverse_norm: Tensor,
     *,
     factor: Tensor | None = None,
+    factor_scale: float = 1.0,
     copy: Tensor | None = None,
-    scale_copy: bool = True,
+    copy_as: Literal["unit", "scaled", "plain"] = "scaled",
     labels: Tensor | None = None,
     ignore_index: int = 0,
     prior: Tensor | None = None,
@@ -102,8 +112,8 @@ def row_norms(
     Args:
         vectors: (K, D) any floating dtype, any strides.
         inverse_norm: (P,) float32, P >= K: written.
-        factor, copy: (P,) float32 and (K, D) with columns next to each other: both are written where given.
-        scale_copy: False copies the rows as they are, and ``factor`` becomes 1, or 0 for a zero row.
+        factor, factor_scale: (P,) float32: ``factor_scale`` over the length of the rows that go into the product.
+        copy, copy_as: (K, D) with columns next to each other, and what to write there.
         labels, ignore_index: (K,) integers; rows with the label ``ignore_index`` are taken as zero.
         prior, prior_out: (K,) and (P,) float32.
         flags: (F,) int8, cleared.
@@ -131,9 +141,10 @@ def row_norms(
         0 if labels is None else labels.stride(0),
         0 if copy is None else copy.stride(0),
         ignore_index,
+        factor_scale,
         # constants
-        HAS_COPY=copy is not None,
-        SCALE_COPY=scale_copy,
+        COPY="none" if copy is None else copy_as,
+        HAS_FACTOR=factor is not None,
         HAS_LABELS=labels is not None,
         HAS_PRIOR=prior is not None,
         CLEAR_FLAGS=flags is not None,

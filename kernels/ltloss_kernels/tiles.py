@@ -17,11 +17,13 @@ __all__ = [
     "SAMPLE_ROWS",
     "Tile",
     "architecture",
+    "candidate_tile",
     "forward_tile",
     "gradient_tile",
     "has_copy_engine",
     "multiprocessors",
     "row_tile",
+    "search_tile",
 ]
 
 # Compute capabilities that the ahead-of-time report compiles for: A100, H100/H200, B200.
@@ -57,6 +59,12 @@ _GRADIENT_HALF = {80: Tile(128, 64, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100
 _TF32 = {80: Tile(128, 128, 16, 8, 4), 90: Tile(128, 128, 32, 8, 3), 100: Tile(128, 128, 32, 8, 3)}
 # Exact float32 products run on the ordinary units, fed from shared memory: smaller tiles, no tensor core.
 _FLOAT32 = {80: Tile(64, 64, 16, 8, 3), 90: Tile(64, 64, 16, 8, 3), 100: Tile(64, 64, 16, 8, 3)}
+# The nearest prototype takes square tiles. Four warps on Hopper: the maxima over columns go through shared memory once
+# per warp.
+_SEARCH_HALF = {**_FORWARD_HALF}
+_SEARCH_TF32 = {**_TF32, 90: Tile(128, 128, 32, 4, 3)}
+_SEARCH_FLOAT32 = {**_FLOAT32, 100: Tile(64, 64, 16, 8, 2)}
+_CANDIDATE_ROWS = 64
 
 
 def architecture(device: torch.device) -> int:
@@ -95,6 +103,19 @@ def gradient_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
     if dtype != torch.float32:
         return _GRADIENT_HALF[arch]
     return (_TF32 if precision == "tf32" else _FLOAT32)[arch]
+
+
+def search_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
+    """Tile of the searches' first pass, square; arguments as for :func:`forward_tile`."""
+    if dtype != torch.float32:
+        return _SEARCH_HALF[arch]
+    return (_SEARCH_TF32 if precision == "tf32" else _SEARCH_FLOAT32)[arch]
+
+
+def candidate_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
+    """Tile of their second pass: ``rows`` gathered rows by the ``classes`` of a tile of the first."""
+    tile = search_tile(arch, dtype, precision)
+    return Tile(min(_CANDIDATE_ROWS, tile.rows), tile.classes, tile.depth, 8, min(3, tile.stages))
 
 
 def row_tile(width: int) -> RowTile:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["DEFAULT_BYTES", "BackwardPlan", "ForwardPlan", "backward_plan", "forward_plan"]
+__all__ = ["DEFAULT_BYTES", "BackwardPlan", "ForwardPlan", "backward_plan", "forward_plan", "search_rows"]
 
 DEFAULT_BYTES = 256 << 20
 
 # The forward promises less: what it holds beside its results stays in the second-level cache.
 _FORWARD_BYTES = 8 << 20
+# Unit features of the samples in work, and how few of them are still enough: each reads every prototype once more.
+_FEATURE_BYTES = 6 << 20
+_LEAST_ROWS = 512
 # Copied prototypes in the forward: large enough for a full wave of tiles, small enough to be read back from the cache.
 _COPY_BYTES = 32 << 20
 # However small the limit or long the batch, a slab holds this many classes: below, launches take longer than products.
@@ -36,6 +39,10 @@ def _round_down(value: int, unit: int) -> int:
     return max(unit, value // unit * unit)
 
 
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
 def splits_for(row_blocks: int, class_tiles: int, slots: int) -> int:
     """Into how many ranges to split the class tiles, so that all ``slots`` finish at about the same time.
 
@@ -49,12 +56,26 @@ def splits_for(row_blocks: int, class_tiles: int, slots: int) -> int:
 
 
 def forward_plan(
-    samples: int, classes: int, width: int, tile_rows: int, tile_classes: int, slots: int, copy_itemsize: int
+    samples: int,
+    classes: int,
+    width: int,
+    tile_rows: int,
+    tile_classes: int,
+    slots: int,
+    copy_itemsize: int,
+    feature_itemsize: int,
 ) -> ForwardPlan:
-    """Choose the forward's chunks; ``copy_itemsize`` is 0 where the prototypes are read in place."""
+    """Choose the forward's chunks; an itemsize, of the copies of either operand, is 0 where it is read in place."""
     class_tiles = -(-classes // tile_classes)
     # One flag per tile, and the partial sums, are all that grows with both N and C.
     rows = min(samples, _round_down(_FORWARD_BYTES // class_tiles * tile_rows, tile_rows))
+    if feature_itemsize:
+        # Copied prototypes are copied again for every chunk: then fewer chunks are worth more memory.
+        bytes_for_features = _COPY_BYTES if copy_itemsize else _FEATURE_BYTES
+        fits = max(_LEAST_ROWS, bytes_for_features // (width * feature_itemsize))
+        chunks = -(-samples // fits)  # of equal size: a short last one would leave the GPU half empty
+        rows = min(rows, _round_up(-(-samples // chunks), tile_rows))
+    rows = min(rows, samples)
     slab = class_tiles * tile_classes
     if copy_itemsize:
         slab = min(slab, _round_down(_COPY_BYTES // (width * copy_itemsize), tile_classes))
@@ -81,3 +102,9 @@ def backward_plan(
     slabs = -(-classes // slab)
     even = -(-classes // slabs)
     return BackwardPlan(rows, min(classes, -(-even // tile_classes) * tile_classes))
+
+
+def search_rows(rows: int, tiles: int, candidates: int, limit: int) -> int:
+    """Rows of a search for several classes at a time: 8 bytes for each tile, or for each candidate, and its choice."""
+    per_row = 3 * 8 * max(tiles, candidates)  # the keys, and twice as much while the largest are picked
+    return max(1, min(rows, limit // per_row))

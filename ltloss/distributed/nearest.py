@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ltloss import ops
 from ltloss.cpu import add_rows_, compute_dtype, inverse_norm, project_
+from ltloss.cpu_search import full_products
 from ltloss.distributed import comm
 from ltloss.distributed.layout import Layout, own_part
 from ltloss.distributed.pairs import best_of_rows, compare_blocks
@@ -56,7 +57,7 @@ class _Found(NamedTuple):
         return cls(bits[0].view(torch.float64).to(dtype), bits[1], bits[2])
 
 
-def nearest_prototype(prototypes: Tensor, rows: Tensor | None) -> NearestPrototype:
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> NearestPrototype:
     """As :func:`ltloss.functional.nearest_prototype` for a DTensor of prototypes (C, D).
 
     Returns:
@@ -64,28 +65,30 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None) -> NearestPrototy
         all ranks, two tensors (R,) that all ranks have.
     """
     layout = Layout.of(prototypes)
-    cosine, index = _search(prototypes, rows, layout)
+    cosine, index = _search(prototypes, rows, exact, layout)
     if rows is not None:
         return NearestPrototype(cosine, index)
     return NearestPrototype(layout.place(cosine), layout.place(index))
 
 
-def _search(prototypes: Tensor, rows: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+def _search(prototypes: Tensor, rows: Tensor | None, exact: bool, layout: Layout) -> tuple[Tensor, Tensor]:
     own = own_part(prototypes)
     found: tuple[Tensor, Tensor]
-    if rows is None:
-        found = _NearestOfAll.apply(own, layout, torch.is_grad_enabled() and own.requires_grad)  # type: ignore[no-untyped-call]
-    else:
-        found = _NearestOfRows.apply(own, rows, layout)  # type: ignore[no-untyped-call]
+    with full_products(exact):
+        if rows is None:
+            needs_grad = torch.is_grad_enabled() and own.requires_grad
+            found = _NearestOfAll.apply(own, layout, needs_grad)  # type: ignore[no-untyped-call]
+        else:
+            found = _NearestOfRows.apply(own, rows, layout)  # type: ignore[no-untyped-call]
     return found
 
 
 def min_angle_regularizer(
-    prototypes: Tensor, class_counts: Tensor | None, *, power: float, rows: Tensor | None
+    prototypes: Tensor, class_counts: Tensor | None, *, power: float, rows: Tensor | None, exact: bool
 ) -> Tensor:
     """As :func:`ltloss.functional.min_angle_regularizer` for a DTensor of prototypes: the same scalar on all ranks."""
     layout = Layout.of(prototypes)
-    cosine, _ = _search(prototypes, rows, layout)
+    cosine, _ = _search(prototypes, rows, exact, layout)
     if layout.num_classes == 1 or (rows is not None and rows.numel() == 0):
         return (cosine * 0.0).sum()
     if class_counts is None:
@@ -120,7 +123,7 @@ def _round(own: Tensor, layout: Layout) -> _Found:
     steps = ranks // 2
     coming = _next_block(own, 1, layout) if steps else None
     if own.shape[0] > 1:
-        cosine, index = ops.nearest_prototype(own, None)
+        cosine, index = ops.nearest_prototype(own, None, False)
         found = _Found(cosine, index + offset, row_keys(own, index))
     for step in range(1, steps + 1):
         assert coming is not None

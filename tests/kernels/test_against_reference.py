@@ -39,7 +39,8 @@ def test_every_shape(name: str, shape: tuple[int, int, int]) -> None:
     options = FAMILY[name](shape[1])
     if shape[2] == 1:  # cosines are ±1, where the reading of an angle is luck; the cosine margin has none
         options = {**options, "angular_margin": 0.0, "angle_multiplier": 1.0}
-    check(kernel_problem(*shape), smallest_size=1e-2, **options)
+    # Of a single class the loss is exactly 0: the difference of two equal logits, of size 8 and rounded each.
+    check(kernel_problem(*shape), smallest_size=0.1 if shape[1] == 1 else 1e-2, **options)
 
 
 @pytest.mark.parametrize("beyond_pi", ["monotone", "arcface"])

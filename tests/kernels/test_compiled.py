@@ -46,9 +46,11 @@ def run_compiler(script: str) -> str:
 def test_row_offsets_are_64_bit() -> None:
     """Wherever a row stride comes in at run time it is widened first; no product of it is formed in 32 bits."""
     script = """
-for name in ("row_norm fp32 to bf16, D = 512", "sample bf16, D = 512", "projection bf16, D = 512"):
+wide = [f"{name}, D = 512" for name in ("row_norm fp32 to bf16", "sample bf16", "projection bf16", "pair_cosine bf16")]
+ends = ("row_stride", "rows_stride", "copy_stride", "gradient_stride")
+for name in (*wide, "nearest_gradient bf16, D = 512", "tile_candidates bf16, nearest", "tile_candidates bf16, all"):
     ttir = compiled(cases[name])["ttir"].splitlines()
-    strides = [arg for arg in cases[name].signature if arg.endswith(("row_stride", "copy_stride", "gradient_stride"))]
+    strides = [arg for arg in cases[name].signature if arg.endswith(ends)]
     assert strides
     for stride in strides:
         uses = [line for line in ttir if f"%{stride}" in line and "tt.func" not in line]
@@ -58,13 +60,24 @@ print("64 bits")
     assert run_compiler(script) == "64 bits"
 
 
-def test_there_are_no_atomics() -> None:
-    """Results repeat bit for bit because every sum has one order."""
+def test_no_sum_depends_on_who_comes_first() -> None:
+    """Results repeat bit for bit: every sum of floats has one order, and only integers are combined by atomics.
+
+    A maximum of integers has no order, and an integer sum counts the pairs of a tile or says where the next one goes.
+    """
     script = """
 names = [name for name in cases if ("bf16" in name and "D = 4096" not in name and "8192" not in name)]
-names += [name for name in cases if "margin_cross_entropy" in name or name.startswith(("combine", "reduce"))]
-found = {name: re.findall(r"\\b(?:atom|red)\\.[a-z.]+", compiled(cases[name])["ptx"]) for name in names}
-assert len(names) > 10
-print({name: atomics for name, atomics in found.items() if atomics})
+names += [name for name in cases if name.startswith(("margin_cross", "combine", "reduce", "count_", "arrange_"))]
+atomic = re.compile(r"\\b(?:atom|red)\\.[a-z0-9.]*?([a-z]+)[.]([a-z][0-9]+)\\b")
+kinds = {name: {" ".join(kind) for kind in atomic.findall(compiled(cases[name])["ptx"])} for name in names}
+assert len(names) > 20
+print(sorted((name, *kind) for name, kind in kinds.items() if kind))
 """
-    assert run_compiler(script) == "{}"
+    assert run_compiler(script) == str(
+        [
+            ("arrange_pairs", "add u32"),
+            ("best_tile bf16, rows", "max s64"),
+            ("count_tiles", "add u32"),
+            ("nearest_prototype bf16", "max s64"),
+        ]
+    )

@@ -73,6 +73,55 @@ def test_half_precision(inputs: str, dtypes: tuple[torch.dtype, torch.dtype]) ->
     _check(labels, {"angular_margin": margin}, _plain)
 
 
+@pytest.fixture
+def bfloat16_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU rounds to bfloat16 is rounded here too.
+
+    The interpreter gets bfloat16 numbers in float32, since it multiplies bfloat16 wrongly. The unit features and the
+    slab of dZ are the tensors that the kernels themselves write in the dtype of the product.
+    """
+    if DEVICE != "cpu":
+        return
+    from ltloss_kernels.backward_pass import BackwardPass
+    from ltloss_kernels.forward_pass import ForwardPass
+
+    forward, begin = ForwardPass._prepare_samples, BackwardPass.__init__
+    prepare, tiles_of_slab = BackwardPass._prepare_samples, BackwardPass._launch_tiles
+
+    def round_(matrix: Tensor) -> None:
+        assert matrix.dtype == F32
+        matrix.copy_(matrix.bfloat16())
+
+    def rounded_forward(self: Any, features: Tensor, copy: Tensor, *args: Any) -> None:
+        forward(self, features, copy, *args)
+        round_(copy)
+
+    def folding(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self.fold = True
+
+    def rounded_samples(self: Any) -> tuple[Tensor, ...]:
+        copy, *rest = prepare(self)
+        round_(copy)
+        return (copy, *rest)
+
+    def rounded_slab(self: Any, *args: Any) -> None:
+        tiles_of_slab(self, *args)
+        round_(args[-1])
+
+    monkeypatch.setattr(ForwardPass, "_prepare_samples", rounded_forward)
+    monkeypatch.setattr(BackwardPass, "__init__", folding)
+    monkeypatch.setattr(BackwardPass, "_prepare_samples", rounded_samples)
+    monkeypatch.setattr(BackwardPass, "_launch_tiles", rounded_slab)
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_bfloat16_with_its_roundings(inputs: str, bfloat16_roundings: None) -> None:
+    margin = 0.0 if inputs in ANGLE_AT_ONE else 0.4
+    labels = [d._replace(labels=d.labels.clamp_min(-100)) for d in _draws(inputs, (BF16, BF16))]
+    _check(labels, {"angular_margin": margin}, _plain)
+
+
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_float32(inputs: str) -> None:
     floor = FLOOR + 30.0 * math.sin(0.4) * ANGLE_AT_ONE.get(inputs, 0.0)

@@ -8,7 +8,7 @@ import torch
 from kernel_problems import assert_close, exact_outcome, kernel_problem
 from losses import Problem, outcome
 
-from ltloss.functional import margin_cross_entropy
+from ltloss.functional import margin_cross_entropy, nearest_prototype, top_k
 
 FAR = (1 << 30) + 64  # three rows this far apart pass 2^31; a multiple of 16 bytes in every dtype
 
@@ -35,3 +35,22 @@ def test_rows_beyond_2_to_the_31(which: str, width: int) -> None:
     expected = outcome(given, angular_margin=0.2)
     assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
     assert_close(expected, exact_outcome(given, angular_margin=0.2), 2.0**-9)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="reserves address space of the host")
+@pytest.mark.parametrize("width", [16, 19])
+def test_searches_among_rows_beyond_2_to_the_31(width: int) -> None:
+    given = kernel_problem(4, 4, width, dtypes=(torch.float16, torch.float16), ignored=False)
+    far = _far_apart(given.prototypes).requires_grad_()
+    near = given.prototypes.clone().requires_grad_()
+    results = []
+    for prototypes in (far, near):
+        for rows in (None, torch.tensor([3, 1, 3])):
+            found = nearest_prototype(prototypes, rows)
+            upstream = torch.linspace(-1, 1, found.cosine.numel())
+            results.append((*found, torch.autograd.grad(found.cosine, prototypes, upstream)[0]))
+        results.append(tuple(top_k(given.features, prototypes, 3)))
+    for one, other in zip(results[:3], results[3:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    far_features = top_k(_far_apart(given.features), given.prototypes, 3)
+    assert all(torch.equal(a, b) for a, b in zip(far_features, results[-1], strict=True))

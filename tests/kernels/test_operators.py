@@ -53,7 +53,7 @@ def test_operator(case: str) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "LongTailLoss"])
+@pytest.mark.parametrize("name", MODULES)
 def test_module_is_one_graph(name: str, dynamic: bool) -> None:
     torch.compiler.reset()
     eager = MODULES[name](40, 8).to(DEVICE)
@@ -138,14 +138,25 @@ class TestMemory:
         assert backward_plan(1 << 20, 1 << 20, 2048, 2048, 2, 128, 1 << 20) == (32768, 1024)
 
     def test_extra_memory_of_the_forward(self) -> None:
-        """The flags and partial sums of the shapes that we make promises about."""
+        """Unit features, flags, partial sums and N-vectors of the shapes that we make promises about."""
         from ltloss_kernels.workspace import forward_plan
 
-        for samples, classes, promised in ((8192, 131072, 8), (4096, 1 << 20, 32)):
-            plan = forward_plan(samples, classes, 512, 128, 128, 264, 0)
+        shapes = ((8192, 131072, 512, 8), (4096, 1 << 20, 512, 32), (8192, 131072, 4096, 8), (8192, 131072, 128, 8))
+        for samples, classes, width, promised in shapes:
+            plan = forward_plan(samples, classes, width, 128, 128, 264, 0, 2)
+            unit_features = 2 * plan.rows * width
             flags = -(-plan.rows // 128) * (classes // 128)
-            vectors = 4 * (classes + plan.rows * (plan.splits + 4) + 8 * samples)
-            assert flags + vectors <= promised << 20
+            vectors = 4 * (2 * classes + plan.rows * (plan.splits + 4) + 8 * samples)
+            assert unit_features + flags + vectors <= promised << 20
+
+    @pytest.mark.parametrize("width", [16, 512, 4096, 8192])
+    @pytest.mark.parametrize("copied", [0, 2])
+    def test_chunks_of_samples_are_whole_tiles_and_not_too_small(self, width: int, copied: int) -> None:
+        from ltloss_kernels.workspace import forward_plan
+
+        for samples in (1, 100, 600, 8192, 8193, 100_000):
+            plan = forward_plan(samples, 10_000, width, 128, 128, 264, copied, 2)
+            assert plan.rows == samples or (plan.rows % 128 == 0 and plan.rows >= 256)
 
     @pytest.mark.parametrize(
         ("row_blocks", "tiles", "slots"), [(64, 1024, 264), (32, 8192, 264), (2, 8, 264), (1, 1, 264), (1000, 3, 264)]
@@ -264,6 +275,37 @@ class TestOnTheDevice:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    @staticmethod
+    def _searches(given: Any) -> tuple[torch.Tensor, ...]:
+        rows = torch.arange(0, 70, 3, device=DEVICE)
+        values = [functional.min_angle_regularizer(given.prototypes, rows=chosen) for chosen in (None, rows)]
+        gradient = torch.autograd.grad(values[0] + values[1], given.prototypes)[0]
+        return (*(value.detach() for value in values), gradient, *functional.top_k(given.features, given.prototypes, 5))
+
+    @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, F32)])
+    def test_searches_do_not_synchronise_and_can_be_captured(self, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        leaves, others = kernel_problem(dtypes=dtypes).leaves(), kernel_problem(dtypes=dtypes, seed=1)
+        with ltloss.debug(False):
+            self._searches(leaves)  # compiles
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self._searches(leaves)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._searches(leaves)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = self._searches(leaves)
+            with torch.no_grad():
+                leaves.prototypes.copy_(others.prototypes)
+            graph.replay()
+            for one, other in zip(captured, self._searches(leaves), strict=True):
+                assert torch.equal(one, other)
+
     @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F16, F32)])
     def test_cuda_graph(self, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
         leaves = kernel_problem(dtypes=dtypes).leaves()
@@ -287,17 +329,15 @@ class TestOnTheDevice:
 
 
 class TestRefusals:
-    def test_what_has_no_kernel(self) -> None:
-        given = kernel_problem()
-        with pytest.raises(RuntimeError, match="no kernel for nearest_prototype; use 'auto' or 'torch'"):
-            functional.nearest_prototype(given.prototypes)
-        with pytest.raises(RuntimeError, match="no kernel for top_k; use 'auto' or 'torch'"):
-            functional.top_k(given.features, given.prototypes)
-
     def test_float64(self) -> None:
         given = kernel_problem(dtypes=(torch.float64, torch.float64))
-        with pytest.raises(RuntimeError, match=r"'triton' was asked for.*not torch.float64.*use 'auto' or 'torch'"):
-            functional.margin_cross_entropy(*given)
+        for call in (
+            lambda: functional.margin_cross_entropy(*given),
+            lambda: functional.nearest_prototype(given.prototypes),
+            lambda: functional.top_k(given.features, given.prototypes),
+        ):
+            with pytest.raises(RuntimeError, match=r"'triton' was asked for.*not torch.float64.*use 'auto' or 'torch'"):
+                call()
         with ltloss.use_backend("auto"):
             assert functional.margin_cross_entropy(*given).dtype == torch.float64
 
@@ -321,10 +361,9 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match=r"tensors on cpu; .*TRITON_INTERPRET=1 .*before the first use"):
             functional.margin_cross_entropy(*(t.cpu() for t in given))
 
-    def test_auto_takes_the_kernels_on_a_gpu_when_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_auto_takes_the_kernels_on_a_gpu(self) -> None:
         given = kernel_problem()
         with ltloss.use_backend("auto"):
-            monkeypatch.setattr(ops, "KERNELS_UNDER_AUTO", False)
-            assert not ops.kernels_chosen(*given[:2])
-            monkeypatch.setattr(ops, "KERNELS_UNDER_AUTO", True)
             assert ops.kernels_chosen(*given[:2]) == (DEVICE == "cuda")
+        with ltloss.use_backend("torch"):
+            assert not ops.kernels_chosen(*given[:2])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ltloss
-from ltloss import doctor, functional, ops
+from ltloss import doctor, functional
 
 
 def test_a_sound_installation_passes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,9 +64,6 @@ def test_what_is_not_installed_says_what_it_is_for(
 
 
 def test_kernel_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "kernels_available", lambda: False)
-    assert "no kernels in this version; CUDA tensors take the chunked PyTorch path" in doctor.kernel_status()
-    monkeypatch.setattr(ops, "kernels_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "available, but there is no CUDA device" in doctor.kernel_status()
     monkeypatch.setattr(doctor, "_installed", lambda _: None)
