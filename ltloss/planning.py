@@ -221,7 +221,8 @@ def _wire(p: Problem) -> dict[str, float]:
 
 
 def _seconds(p: Problem, device: Device) -> dict[str, float]:
-    crowd = 1.0 if device.together is None or p.gpus == 1 else max(1.0, p.gpus / device.together) / device.shared
+    turns = 1.0 if device.together is None else max(1.0, p.gpus / device.together)
+    crowd = turns / device.shared if device.together is not None and p.gpus > 1 else turns
     products = 2.0 * p.batch / p.data * p.used_classes * p.dim
     matrix = 4.0 * p.used_classes * p.dim
     _, touched = OPTIMIZERS[p.optimizer]
@@ -233,7 +234,7 @@ def _seconds(p: Problem, device: Device) -> dict[str, float]:
         "forward pass": crowd * products / (device.product * device.forward_share),
         "backward pass": crowd * 3.0 * products / (device.product * device.backward_share),
         "optimizer": crowd * touched * matrix / device.copy,
-        "messages": crowd * sum(_wire(p).values()) / rate + messages * rounds * device.latency * crowd,
+        "messages": turns * (sum(_wire(p).values()) / rate + messages * rounds * device.latency),
     }
 
 
