@@ -11,6 +11,7 @@ import torch.distributed as dist
 import world
 from cases import BUILD, DIM, Case, batch, build, part, trace
 from losses import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltloss
 from ltloss.distributed import DistributedError, class_mesh, parallelize
@@ -55,6 +56,45 @@ def test_messages_of_a_step() -> None:
             elif name == "two by one":
                 # One class rank per data group: nothing to reduce over classes, and the weight's gradient over data.
                 assert forward + backward == [*STEP[:2], "allreduce"], name
+
+
+class Looks(TorchDispatchMode):
+    """Operators that would make the host wait for a GPU. Ours are opaque here; tests of their own look into them."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "equal", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in func._opname for name in self.NAMES):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _looks(rank: int) -> dict[str, tuple[list[str], list[str]]]:
+    """What a warm step looks at: the forward with a capacity, and the backward."""
+    seen = {}
+    for name in ("family everything", "family per_sample", "CosineSpaceLoss"):
+        case = Case(name, 12, ((4, 4),) * 2)
+        module = parallelize(build(case), class_mesh(), capacity=4)
+        features, labels = (tensor[part(case, 0, rank)] for tensor in batch(case, 0))
+        features.requires_grad_()
+        module(features, labels)
+        with Looks() as forward:
+            batch_of = module.batch(features, labels, lambda: None, padding=-100)  # type: ignore[attr-defined]
+        loss = module(features, labels)
+        with Looks() as backward:
+            torch.autograd.backward(loss.sum())
+        assert batch_of.features.shape == (8, DIM)
+        seen[name] = forward.found, backward.found
+    return seen
+
+
+def test_no_look_at_the_data_in_the_backward_nor_with_a_capacity() -> None:
+    for seen in world.run(_looks, 2):
+        assert all(found == ([], []) for found in seen.values()), seen
 
 
 def _no_grad(rank: int) -> list[str]:
