@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ltloss import class_balance, functional, reference
+    from ltloss import class_balance, distributed, functional, reference
     from ltloss.backend import current_backend, current_workspace, debug, use_backend, use_workspace
     from ltloss.centers import ClassCenters
     from ltloss.heads import (
@@ -44,6 +44,7 @@ __all__ = [
     "current_backend",
     "current_workspace",
     "debug",
+    "distributed",
     "functional",
     "reference",
     "use_backend",

@@ -1,4 +1,4 @@
-"""The `ltloss` command: train, compare, evaluate, predict, report, tune, doctor.
+"""The `ltloss` command: train, compare, evaluate, predict, report, tune, plan, doctor.
 
 Everything but the standard library is imported inside `reported`, so that a missing package, a wrong environment
 variable and an early Ctrl-C are reported like any other mistake: one line on stderr and exit code 2, 130 for Ctrl-C.
@@ -76,7 +76,7 @@ def reported(command: Callable[[], int | None], options: argparse.Namespace | No
 def _explain(error: Exception, command: str) -> str | None:
     """One line for what the user can put right; None for a defect of ltloss, whose traceback is wanted."""
     text = " ".join(str(error).split())
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) or type(error).__name__ == "DistributedError":
         return text
     if isinstance(error, ImportError):
         missing = (error.name or "a package").partition(".")[0]
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="compare methods over seeds, tuned alike")
     add_compare(compare)
-    _add_settings(compare, without=("loss", "seed"))
+    _add_settings(compare, without=("loss", "seed", "parallel"))
 
     evaluate = commands.add_parser("evaluate", help="measure a run on labelled pictures")
     evaluate.set_defaults(command=_evaluate, name="evaluate")
@@ -203,6 +203,26 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(default: bfloat16)"
     )
 
+    plan = commands.add_parser(
+        "plan",
+        help="memory, traffic and time of a head spread over devices",
+        description="What a training step of a head takes when its classes are spread over devices. Computes only. "
+        "Exit code 1 where it does not fit.",
+    )
+    plan.set_defaults(command=_plan, name="plan")
+    plan.add_argument("--classes", required=True, metavar="N", help="C, such as 100M or 250k")
+    plan.add_argument("--dim", required=True, metavar="N", help="D, the features'")
+    plan.add_argument("--batch", required=True, metavar="N", help="samples a step, of all devices together")
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="devices")
+    plan.add_argument("--data", type=int, default=1, metavar="N", help="groups that share the batch (default: 1)")
+    plan.add_argument(
+        "--device", default="h200", help="h200, or FILE.json that benchmarks.scaling wrote (default: h200)"
+    )
+    plan.add_argument("--dtype", default="bfloat16", help="of the features (default: bfloat16)")
+    plan.add_argument("--optimizer", default="sgd", help="sgd (with momentum) or adamw (default: sgd)")
+    plan.add_argument("--sample-rate", type=float, default=1.0, metavar="X", help="share of classes (default: 1)")
+    plan.add_argument("--json", action="store_true", help="for machine reading")
+
     doctor = commands.add_parser("doctor", help="show what this machine offers ltloss")
     doctor.set_defaults(command=_doctor, name="doctor")
     return parser
@@ -245,6 +265,8 @@ def _train(options: argparse.Namespace) -> int:
     from .training.trainer import train
 
     result = train(options.out, {**given, **on_line}, resume=options.resume, quiet=options.quiet)
+    if not result.ranks.first:
+        return 0
     report = write_report(options.out)
     if not options.quiet:
         print(result.evaluation.to_text())
@@ -302,6 +324,33 @@ def _tune(options: argparse.Namespace) -> int:
     from .tuning import tune
 
     return tune(shape, getattr(torch, options.dtype))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .planning import OPTIMIZERS, WIDTHS, Problem, make_plan, parse_count, read_device
+    from .training.errors import nearest
+
+    for name, known in (("dtype", WIDTHS), ("optimizer", OPTIMIZERS)):
+        if getattr(options, name) not in known:
+            raise UserError(f"--{name} {getattr(options, name)} is unknown; {nearest(getattr(options, name), known)}")
+    try:
+        device = read_device(options.device)
+        classes, dim, batch = (parse_count(getattr(options, name)) for name in ("classes", "dim", "batch"))
+        problem = Problem(
+            classes,
+            dim,
+            batch,
+            options.gpus,
+            data=options.data,
+            dtype=options.dtype,
+            optimizer=options.optimizer,
+            sample_rate=options.sample_rate,
+        )
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{error}; correct the option") from None
+    found = make_plan(problem, device)
+    print(found.to_json() if options.json else found.to_text())
+    return 0 if found.fits else 1
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ltloss.cpu import OwnColumn, add_rows_, block_sizes, compute_dtype, inverse_norm, project_, spans
 from ltloss.ties import Copies
 
-__all__ = ["nearest_prototype", "nearest_prototype_backward", "top_k"]
+__all__ = ["full_products", "nearest_prototype", "nearest_prototype_backward", "top_k"]
 
 
 class _Unit:
@@ -53,7 +53,7 @@ class _Best:
 
 
 @contextlib.contextmanager
-def _full_products(wanted: bool) -> Iterator[None]:
+def full_products(wanted: bool) -> Iterator[None]:
     """Within the block, products of float32 matrices in float32 (if ``wanted``)."""
     before = torch.get_float32_matmul_precision()
     if not wanted or before == "highest":
@@ -69,7 +69,7 @@ def _full_products(wanted: bool) -> Iterator[None]:
 def nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
     """See :func:`ltloss.ops.nearest_prototype`."""
     unit = _Unit(prototypes, compute_dtype(prototypes))
-    with _full_products(exact):
+    with full_products(exact):
         cosine, index = _nearest_of_all(unit) if rows is None else _nearest_of_rows(unit, rows)
     if prototypes.shape[0] == 1 or index.numel() == 0:
         return cosine, index

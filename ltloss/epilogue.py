@@ -19,7 +19,15 @@ from ltloss.cpu import compute_dtype
 from ltloss.margins import BeyondPi, MarginGradient, margin_cosine
 from ltloss.types import Reduction
 
-__all__ = ["OnePass", "fused_margin_cross_entropy", "gather_per_class", "margin_losses", "one_pass", "reduce_losses"]
+__all__ = [
+    "OnePass",
+    "fused_margin_cross_entropy",
+    "gather_per_class",
+    "margin_losses",
+    "one_pass",
+    "reduce_losses",
+    "wide_pass",
+]
 
 
 class OnePass(NamedTuple):
@@ -46,6 +54,23 @@ def gather_per_class(values: Tensor | float, labels: Tensor) -> Tensor | float:
     return values[labels.clamp(0, values.shape[0] - 1)]
 
 
+def wide_pass(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    log_prior: Tensor | None,
+    scale: float,
+    normalize_features: bool,
+    with_logit_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three N-vectors of :func:`ltloss.ops.cosine_logsumexp`, also where the prototypes lie on several ranks."""
+    arguments = (features, prototypes, labels, log_prior, scale, normalize_features, with_logit_sum)
+    if ops.is_sharded(prototypes):
+        return ops.distributed("one_pass").cosine_logsumexp(*arguments)  # type: ignore[no-any-return]
+    other, own, logit_sum, _, _ = ops.cosine_logsumexp(*arguments)
+    return other, own, logit_sum
+
+
 def one_pass(
     features: Tensor,
     prototypes: Tensor,
@@ -62,7 +87,7 @@ def one_pass(
     labels = ops.checked_labels(labels, num_classes, ignore_index)
     # An ignored sample sends nothing back, not even NaN times zero (padding is often not initialised).
     features = features.masked_fill((labels < 0)[:, None], 0.0)
-    other, own, logit_sum, _, _ = ops.cosine_logsumexp(
+    other, own, logit_sum = wide_pass(
         features, prototypes, labels, log_prior, scale, normalize_features, with_logit_sum
     )
     # Only reached on a GPU, where labels are not looked at: a label past the last class must not pass for a good

@@ -16,13 +16,14 @@ from ltloss import ops, reference
 from ltloss.backend import current_backend, debug
 from ltloss.class_balance import checked_counts
 from ltloss.cpu import compute_dtype
-from ltloss.epilogue import fused_margin_cross_entropy, margin_losses, one_pass, reduce_losses
+from ltloss.epilogue import fused_margin_cross_entropy, margin_losses, one_pass, reduce_losses, wide_pass
 from ltloss.margins import BeyondPi, MarginGradient, arccos
 from ltloss.norm_penalty import FeatureNormKind, norm_penalty
 from ltloss.types import NearestPrototype, Reduction, TopK
 from ltloss.validation import (
     check_choice,
     check_features,
+    check_k,
     check_number,
     check_pair,
     check_per_class,
@@ -136,13 +137,14 @@ def margin_cross_entropy(
         "normalize_features": normalize_features,
         "ignore_index": ignore_index,
     }
-    if current_backend() == "reference":
+    sharded = ops.is_sharded(prototypes)
+    if current_backend() == "reference" and not sharded:
         labels = ops.checked_labels(labels, prototypes.shape[0], ignore_index)
         wide["ignore_index"] = -1
         return reference.margin_cross_entropy(
             features, prototypes, labels, class_weight=class_weight, reduction=reduction, **per_class, **margins, **wide
         )
-    if ops.kernels_chosen(features, prototypes):
+    if not sharded and ops.kernels_chosen(features, prototypes):
         return fused_margin_cross_entropy(
             features, prototypes, labels, class_weight=class_weight, reduction=reduction, **per_class, **margins, **wide
         )
@@ -181,10 +183,10 @@ def cosine_logsumexp(
         like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
         log_prior = torch.as_tensor(check_per_class("log_prior", log_prior, prototypes.shape[0], like)).to(like)
         log_prior = log_prior.expand(prototypes.shape[0])
-    if current_backend() == "reference":
+    if current_backend() == "reference" and not ops.is_sharded(prototypes):
         return reference.cosine_logsumexp(features, prototypes, labels, scale=scale, log_prior=log_prior)
     labels = labels.to(torch.int64)
-    other, own, _, _, _ = ops.cosine_logsumexp(features, prototypes, labels, log_prior, float(scale), True, False)
+    other, own, _ = wide_pass(features, prototypes, labels, log_prior, float(scale), True, False)
     if log_prior is not None:
         inside = (labels >= 0) & (labels < prototypes.shape[0])
         own = own + torch.where(inside, log_prior[torch.where(inside, labels, 0)], 0.0)
@@ -216,6 +218,8 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, exact: 
     if rows is not None:
         rows = _checked_rows(rows, prototypes)
     check_type("exact", exact, bool)
+    if ops.is_sharded(prototypes):
+        return ops.distributed("nearest").nearest_prototype(prototypes, rows, exact)  # type: ignore[no-any-return]
     if current_backend() == "reference":
         return reference.nearest_prototype(prototypes, rows)
     cosine, index = ops.nearest_prototype(prototypes, rows, exact)
@@ -270,6 +274,10 @@ def min_angle_regularizer(
         class_counts = _checked_counts(class_counts, prototypes)
     if rows is not None:
         rows = _checked_rows(rows, prototypes)
+    if ops.is_sharded(prototypes):
+        return ops.distributed("nearest").min_angle_regularizer(  # type: ignore[no-any-return]
+            prototypes, class_counts, power=power, rows=rows, exact=exact
+        )
     if current_backend() == "reference":
         return reference.min_angle_regularizer(prototypes, class_counts, power=power, rows=rows)
     cosine: Tensor = ops.nearest_prototype(prototypes, rows, exact)[0]
@@ -343,8 +351,9 @@ def top_k(features: Tensor, prototypes: Tensor, k: int = 1) -> TopK:
         tensor([[1, 0]])
     """
     check_pair(features, prototypes)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= prototypes.shape[0]:
-        raise ValueError(f"k must be an integer between 1 and the number of classes {prototypes.shape[0]}; got {k!r}")
+    check_k(k, prototypes.shape[0])
+    if ops.is_sharded(prototypes):
+        return ops.distributed("search").top_k(features, prototypes, k)  # type: ignore[no-any-return]
     if current_backend() == "reference":
         return reference.top_k(features, prototypes, k)
     cosine, index = ops.top_k(features.detach(), prototypes.detach(), k)

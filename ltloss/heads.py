@@ -111,12 +111,17 @@ class PrototypeHead(nn.Module):
         """Draw the prototypes anew: uniform directions, length ≈ 1 (the length sets the step size on the sphere)."""
         nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
 
+    @property
+    def _constants_device(self) -> torch.device:
+        """The weight's; the CPU while the weight has no memory yet (``device="meta"``), for these hold values."""
+        return torch.device("cpu") if self.weight.is_meta else self.weight.device
+
     def _set_constant(self, name: str, value: Tensor | float | None) -> None:
         """Keep a number as it is, a vector as a buffer beside the weight that the state_dict leaves out."""
         if not isinstance(value, Tensor):
             setattr(self, name, value)
             return
-        value = value.detach().to(self.weight.device, torch.float32, copy=True)
+        value = value.detach().to(self._constants_device, torch.float32, copy=True)
         # Looked at once, here: in a training step it would cost a synchronisation.
         if bool(value.isnan().any()):
             raise ValueError(f"{name} must not contain NaN; got it for class {int(value.isnan().nonzero()[0, -1])}")
@@ -129,7 +134,10 @@ class PrototypeHead(nn.Module):
 
         Dense: for large C use :meth:`predict`.
         """
-        logits = self.scale * cosines(features, self.weight)
+        weight: Tensor = self.weight
+        if hasattr(weight, "full_tensor"):  # a DTensor
+            weight = weight.full_tensor()
+        logits = self.scale * cosines(features, weight)
         if not self.normalize_features:
             logits = logits * torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=logits.dtype)
         return logits
@@ -215,10 +223,11 @@ class CombinedMarginLoss(PrototypeHead):
             ("class_weight", class_weight),
         ):
             self._set_constant(name, value)
-        # A dry run over no samples: bad options are refused here and not in the first training step.
-        self._margin_cross_entropy(
-            self.weight.new_empty(0, embedding_size), torch.empty(0, dtype=torch.int64, device=device)
-        )
+        if not self.weight.is_meta:
+            # A dry run over no samples: bad options are refused here and not in the first training step.
+            self._margin_cross_entropy(
+                self.weight.new_empty(0, embedding_size), torch.empty(0, dtype=torch.int64, device=device)
+            )
 
     def set_class_weight(self, class_weight: Tensor | None) -> None:
         """Replace the class weights (C,), or remove them with None: what a deferred schedule does at its epoch."""

@@ -16,6 +16,7 @@ from ltloss.epilogue import margin_losses, one_pass, reduce_losses
 from ltloss.heads import CombinedMarginLoss, PriorOptions, PrototypeHead, _check_counts, _FromCounts
 from ltloss.margins import arccos
 from ltloss.norm_penalty import FeatureNormKind, norm_penalty
+from ltloss.ops import is_sharded
 from ltloss.validation import check_choice, check_number, check_per_class, check_supervised, check_type
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         self.feature_norm_weight, self.feature_norm = feature_norm_weight, feature_norm
         self.feature_norm_radius = 1.25 * embedding_size**0.5 if feature_norm_radius is None else feature_norm_radius
         counts = torch.as_tensor(class_counts)
-        self.register_buffer("class_counts", counts.detach().to(self.weight.device, copy=True), persistent=False)
+        self.register_buffer("class_counts", counts.detach().to(self._constants_device, copy=True), persistent=False)
         F.feature_norm_penalty(self.weight.new_empty(0, embedding_size), feature_norm, radius=self.feature_norm_radius)
         self.parts: dict[str, Tensor] = {}
 
@@ -230,7 +231,8 @@ class CosineSpaceLoss(PrototypeHead):
                 "the weights must satisfy ce_weight > inter_weight > intra_weight (γ > α > β), or pass strict=False; "
                 f"got ce_weight={ce_weight}, inter_weight={inter_weight}, intra_weight={intra_weight}"
             )
-        self._set_constant("margin", check_per_class("margin", margin, num_classes, self.weight))
+        like = torch.empty(0, dtype=self.weight.dtype, device=self._constants_device)
+        self._set_constant("margin", check_per_class("margin", margin, num_classes, like))
         check_number("epsilon", epsilon, at_least=0.0)
         check_number("start_step", start_step, at_least=0)
         check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
@@ -261,7 +263,7 @@ class CosineSpaceLoss(PrototypeHead):
     def _cross_entropies(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """L_inter and L_CE."""
         check_supervised(features, self.weight, labels)
-        if current_backend() == "reference":
+        if current_backend() == "reference" and not is_sharded(self.weight):
             inter, plain = (
                 F.margin_cross_entropy(
                     features,

@@ -22,8 +22,10 @@ __all__ = [
     "checked_labels",
     "cosine_logsumexp",
     "cosine_logsumexp_backward",
+    "distributed",
     "fused_margin_cross_entropy",
     "fused_margin_cross_entropy_backward",
+    "is_sharded",
     "kernels_chosen",
     "nearest_prototype",
     "nearest_prototype_backward",
@@ -70,6 +72,16 @@ def _has_triton() -> bool:
 
 
 _HAS_TRITON = _has_triton()
+
+
+def is_sharded(prototypes: Tensor) -> bool:
+    """Whether the classes are spread over ranks, or sampled: then :mod:`ltloss.distributed` does the wide work."""
+    return hasattr(prototypes, "device_mesh") or hasattr(prototypes, "class_sample")
+
+
+def distributed(module: str) -> Any:
+    """A module of :mod:`ltloss.distributed`, on first use: a single process never imports it."""
+    return importlib.import_module(f"ltloss.distributed.{module}")
 
 
 def _not_served(features: Tensor, prototypes: Tensor) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Copies"]
+__all__ = ["Copies", "row_keys"]
 
 # Odd constants of a multiplicative hash (2^64 divided by the golden ratio, and the finaliser of splitmix64).
 _GOLDEN, _MIX = -7046029254386353131, -7723592293110705685
@@ -25,6 +25,16 @@ def _row_keys(rows: Tensor) -> Tensor:
     # A product only carries upwards, so high bits (the sign, for one) are folded down before each of the two.
     mixed = ((bits ^ (bits >> 32)) + column) * _MIX
     return ((mixed ^ (mixed >> 31)) * _GOLDEN).sum(1)
+
+
+def row_keys(prototypes: Tensor, index: Tensor) -> Tensor:
+    """A 64-bit hash of the prototypes (C, D) at ``index`` (any shape), equal for equal ones, a piece at a time."""
+    flat = index.flatten()
+    keys = torch.empty_like(flat)
+    piece = max(1, (1 << 20) // max(1, prototypes.shape[1]))
+    for start in range(0, flat.numel(), piece):
+        keys[start : start + piece] = _row_keys(prototypes[flat[start : start + piece]])
+    return keys.view(index.shape)
 
 
 class Copies:

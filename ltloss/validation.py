@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "check_choice",
     "check_features",
+    "check_k",
     "check_label_range",
     "check_number",
     "check_pair",
@@ -91,6 +92,12 @@ def check_pair(features: Any, prototypes: Any) -> None:
             f"and prototypes {tuple(prototypes.shape)}"
         )
     check_same_device(features=features, prototypes=prototypes)
+
+
+def check_k(k: Any, num_classes: int) -> None:
+    """An integer between 1 and C."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= num_classes:
+        raise ValueError(f"k must be an integer between 1 and the number of classes {num_classes}; got {k!r}")
 
 
 def check_supervised(features: Any, prototypes: Any, labels: Any) -> None:

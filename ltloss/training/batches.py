@@ -25,24 +25,33 @@ class Batch:
     labels: Tensor
 
 
-def batch_count(samples: int, batch_size: int) -> int:
-    """How many batches `batches` makes of so many samples: no batch of one, which batch normalisation cannot use."""
-    return max(1, min(-(-samples // batch_size), samples // 2))
+def batch_count(samples: int, batch_size: int, ranks: int = 1) -> int:
+    """How many batches `batches` makes of so many samples; no part of one, which batch normalisation cannot use."""
+    return max(1, min(-(-samples // batch_size), samples // (2 * ranks)))
 
 
 def batches(
-    source: ImageSource, batch_size: int, order: np.ndarray | None = None, *, ahead: int = 3
+    source: ImageSource,
+    batch_size: int,
+    order: np.ndarray | None = None,
+    *,
+    ahead: int = 3,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[Batch]:
     """Every picture once, in `order` or as they come, about batch_size at a time.
 
     Batches are of equal size, give or take one, and none holds a single picture unless there is no other. Up to
-    `ahead` batches are read by a thread while the caller computes; an error there is raised here.
+    `ahead` batches are read by a thread while the caller computes; an error there is raised here. Of several `ranks`,
+    each gets its part of every batch.
     """
     if order is None:
         order = np.arange(len(source))
     if not len(order):
         return iter(())
-    parts = np.array_split(order, batch_count(len(order), batch_size))
+    parts = np.array_split(order, batch_count(len(order), batch_size, ranks))
+    if ranks > 1:
+        parts = [np.array_split(part, ranks)[rank] for part in parts]
     if isinstance(source, DeviceImages):
         return (Batch(images, labels) for images, labels in source.parts(parts))
     return _read_ahead(source, parts, ahead)

@@ -17,7 +17,8 @@ from .methods import STAGE_TWO_SETTINGS, Method, method, trials, variants, with_
 from .recipes import cpu_has_bfloat16
 from .recipes import recipe as recipe_settings
 
-_NOT_GIVEN = ("loss", "seed")  # what the grid itself decides
+# What the grid itself decides, or has no use for: each of its trainings is one process.
+NOT_GIVEN = {"loss": "it has --losses", "seed": "it has --seeds", "parallel": "it has --jobs"}
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Plan:
     def __post_init__(self) -> None:
         """Everything that can be wrong is found here, rather than after hours of training."""
         for name in self.given:
-            if name in _NOT_GIVEN:
-                raise UserError(f"{name} cannot be given to a comparison, which has --losses and --seeds; leave it out")
+            if name in NOT_GIVEN:
+                raise UserError(f"{name} cannot be given to a comparison: {NOT_GIVEN[name]}; leave it out")
             if name not in SETTINGS:
                 raise UserError(f"unknown setting {name}; {nearest(name, SETTINGS)}")
         for name in ("seeds", "tune_seeds", "validation_per_class"):
@@ -45,7 +46,7 @@ class Plan:
         if not self.methods:
             raise UserError("--losses names no method; give some, as ce,cosine,recommended")
         for name, varied in self.vary.items():
-            if name in _NOT_GIVEN or not varied:
+            if name in NOT_GIVEN or not varied:
                 raise UserError(f"--vary {name} cannot be varied, or has no values; give NAME=VALUE,VALUE")
         self._check_loss_options()
         for name in self.needed:

@@ -15,6 +15,8 @@ from .errors import UserError, nearest
 from .losses import LOSSES
 from .schedules import valid_schedule
 
+PARALLEL = ("none", "class")
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -107,6 +109,11 @@ class Settings:
     evaluate_every: int = _option(1, "epochs between looks at the test split", "at least 1", _at_least(1))
     device: str | None = _option(None, "cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     amp: bool | None = _option(None, "train in bfloat16 autocast (default: on a GPU)")
+    parallel: str = _option(
+        "none",
+        "class: under torchrun, the classes spread over the processes and the backbone under DDP",
+        choices=PARALLEL,
+    )
     workers: int = _option(4, "threads that decode pictures of a folder", "at least 1", _at_least(1))
 
     def __post_init__(self) -> None:

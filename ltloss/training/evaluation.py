@@ -17,6 +17,7 @@ from .classifier import Classifier
 from .config import RunConfig
 from .datasets import ImageSource, Split, check_same_classes, has_own_splits, load_data
 from .metrics import Metrics, MetricsAccumulator, number, own_angles, percent
+from .ranks import in_one_piece
 from .training_data import limited
 
 BATCH_SIZE = 512
@@ -38,7 +39,7 @@ def measure(
     """
     was_training = classifier.training
     classifier.eval()
-    prototypes = classifier.loss.weight
+    prototypes = in_one_piece(classifier.loss.weight)
     rows = max(1, _LOGITS_AT_ONCE // len(prototypes))
     found = MetricsAccumulator(classifier.config.class_counts, thresholds)
     for batch in batches(source, BATCH_SIZE):

@@ -25,6 +25,7 @@ from .evaluation import Evaluation, measure
 from .metrics import Metrics, percent
 from .mixup import mix
 from .progress import progress_bar
+from .ranks import Ranks, joined, put, spread, whole
 from .run_folder import check_same_data, open_run, write_config, write_metrics
 from .schedules import first_epoch, learning_rate
 from .seeds import derived_seed, numpy_generator, torch_generator
@@ -40,6 +41,7 @@ class TrainingResult:
     run: Path
     evaluation: Evaluation  # of the test split, after the last epoch
     history: list[dict[str, Any]]
+    ranks: Ranks
 
 
 def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: bool = False) -> TrainingResult:
@@ -51,48 +53,70 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
     the loss becomes NaN or infinite.
     """
     settings, stored = open_run(out, given, resume)
-    device = choose_device(settings.device)
-    data = prepare_data(settings)
-    if stored is not None:
-        check_same_data(stored, data.config, out)
-    trainer = Trainer(data.config, data.train, device)
-    checkpoint = latest_checkpoint(out)
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out)
-    write_config(out, data.config)
-    if trainer.history:
-        write_metrics(out, trainer.history)
-    with progress_bar(total=settings.epochs, done=len(trainer.history), quiet=quiet) as progress:
-        for epoch in range(len(trainer.history) + 1, settings.epochs + 1):
-            row = trainer.run_epoch(epoch, data.test)
-            save_checkpoint(out, epoch, trainer.checkpoint())
-            write_metrics(out, trainer.history)
+    with joined(settings.parallel, choose_device(settings.device)) as (ranks, device):
+        data = prepare_data(settings)
+        if stored is not None:
+            check_same_data(stored, data.config, out)
+        checkpoint = latest_checkpoint(out)
+        trainer = Trainer(data.config, data.train, device, ranks)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(out)
+            write_config(out, data.config)
+            if trainer.history:
+                write_metrics(out, trainer.history)
+        _run_epochs(trainer, data.test, out, quiet or not ranks.first)
+        metrics = measure(trainer.classifier, data.test, settings.thresholds)
+        evaluation = Evaluation(out, settings.data, "test", data.config, settings.thresholds, metrics)
+        if ranks.first:
+            write_file(out / "evaluation.json", evaluation.to_json().encode())
+        return TrainingResult(out, evaluation, trainer.history, ranks)
+
+
+def _run_epochs(trainer: Trainer, test: ImageSource, out: Path, quiet: bool) -> None:
+    """The epochs that are left, each with its checkpoint and its row of metrics."""
+    epochs = trainer.settings.epochs
+    with progress_bar(total=epochs, done=len(trainer.history), quiet=quiet) as progress:
+        for epoch in range(len(trainer.history) + 1, epochs + 1):
+            row = trainer.run_epoch(epoch, test)
+            checkpoint = trainer.checkpoint()
+            if trainer.ranks.first:
+                save_checkpoint(out, epoch, checkpoint)
+                write_metrics(out, trainer.history)
             progress.set_postfix(loss=f"{row['train_loss']:.3f}", test=percent(row["test_accuracy"]))
             progress.update()
-    metrics = measure(trainer.classifier, data.test, settings.thresholds)
-    evaluation = Evaluation(out, settings.data, "test", data.config, settings.thresholds, metrics)
-    write_file(out / "evaluation.json", evaluation.to_json().encode())
-    return TrainingResult(out, evaluation, trainer.history)
 
 
 class Trainer:
     """The state that training changes: the classifier, the optimizer and the history of the epochs so far."""
 
     def __init__(
-        self, config: RunConfig, source: ImageSource, device: torch.device, *, measure_amp: bool = False
+        self,
+        config: RunConfig,
+        source: ImageSource,
+        device: torch.device,
+        ranks: Ranks | None = None,
+        *,
+        measure_amp: bool = False,
     ) -> None:
         self.settings = config.settings
         self.source = source
         self.device = device
-        self.steps = batch_count(len(source), self.settings.batch_size)
+        self.ranks = ranks or Ranks()
+        if len(source) < 2 * self.ranks.count:
+            raise UserError(
+                f"{len(source)} training pictures are too few for {self.ranks.count} processes; start fewer"
+            )
+        self.steps = batch_count(len(source), self.settings.batch_size, self.ranks.count)
         self.amp = device.type == "cuda" if self.settings.amp is None else self.settings.amp
         self.measure_amp = measure_amp and self.amp
         with _seeded(derived_seed(self.settings.seed, "initial weights"), device):
             self.classifier = Classifier(config).to(device)
         if self.amp:  # convolutions and pooling in bfloat16 are several times slower in the other layout
             self.classifier.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.features = spread(self.classifier, self.ranks)
         self.class_weights = _deferred_weights(self.classifier, config)
         self.optimizer = build_optimizer(self.classifier, self.settings)
         self.history: list[dict[str, Any]] = []
@@ -102,7 +126,7 @@ class Trainer:
     def run_epoch(self, epoch: int, test: ImageSource) -> dict[str, Any]:
         """Train epoch number `epoch` (from 1), measure the test split if it is due, and return the new row."""
         start = time.perf_counter()
-        with _seeded(derived_seed(self.settings.seed, "dropout", epoch), self.device):
+        with _seeded(derived_seed(self.settings.seed, self.ranks.purpose("dropout"), epoch), self.device):
             loss, accuracy = self._train_epoch(epoch)
         self.train_seconds.append(time.perf_counter() - start)
         row = {
@@ -127,11 +151,12 @@ class Trainer:
         """Mean loss over the steps and training accuracy, both while the weights change."""
         settings = self.settings
         self._prepare_epoch(epoch)
-        generator = torch_generator(settings.seed, "augmentation", epoch)
-        mixing = numpy_generator(settings.seed, "mixup", epoch)
+        generator = torch_generator(settings.seed, self.ranks.purpose("augmentation"), epoch)
+        mixing = numpy_generator(settings.seed, "mixup", epoch)  # of all ranks alike: one share mixes the whole batch
         losses = torch.zeros(self.steps, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        for step, batch in enumerate(batches(self.source, settings.batch_size, self._order(epoch))):
+        mine = {"rank": self.ranks.rank, "ranks": self.ranks.count}
+        for step, batch in enumerate(batches(self.source, settings.batch_size, self._order(epoch), **mine)):
             images = augment(batch.images.to(self.device), settings.augment, generator, settings.crop_pad)
             labels = batch.labels.to(self.device)
             rate = learning_rate(settings, (epoch - 1) * self.steps + step, settings.epochs * self.steps)
@@ -146,7 +171,7 @@ class Trainer:
                 correct += (self.classifier.loss.predict(features.detach()).index[:, 0] == labels).sum()
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == self.steps:
                 _check_finite(losses[: step + 1], epoch, self.steps, rate)
-        return losses.double().mean().item(), correct.item() / len(self.source)
+        return losses.double().mean().item(), self.ranks.sum(correct).item() / len(self.source)
 
     def _prepare_epoch(self, epoch: int) -> None:
         self.classifier.train()
@@ -170,17 +195,20 @@ class Trainer:
 
     def _features(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return self.classifier.features(images)
+            features: Tensor = self.features(images)
+        return features
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that the next epoch depends on."""
+        """Everything that the next epoch depends on, in one piece also where classes are spread over ranks."""
         return Checkpoint(
-            model=self.classifier.state_dict(),
-            optimizer={
-                name: self.optimizer.state[parameter]["momentum_buffer"]
-                for name, parameter in self.classifier.named_parameters()
-                if self.optimizer.state[parameter].get("momentum_buffer") is not None
-            },
+            model=whole(self.classifier.state_dict()),
+            optimizer=whole(
+                {
+                    name: self.optimizer.state[parameter]["momentum_buffer"]
+                    for name, parameter in self.classifier.named_parameters()
+                    if self.optimizer.state[parameter].get("momentum_buffer") is not None
+                }
+            ),
             state={"epoch": len(self.history), "history": self.history},
         )
 
@@ -193,23 +221,26 @@ class Trainer:
         check_tensors(
             path / "optimizer.safetensors", checkpoint.optimizer, parameters if self.settings.momentum else {}
         )
-        self.classifier.load_state_dict(checkpoint.model)
+        for name, tensor in self.classifier.state_dict().items():
+            put(tensor, checkpoint.model[name])
         for name, momentum in checkpoint.optimizer.items():
-            self.optimizer.state[parameters[name]]["momentum_buffer"] = momentum.to(self.device)
+            buffer = torch.zeros_like(parameters[name], requires_grad=False)
+            put(buffer, momentum)
+            self.optimizer.state[parameters[name]]["momentum_buffer"] = buffer
         self.history = checkpoint.state["history"]
 
 
 def build_optimizer(classifier: nn.Module, settings: Settings) -> torch.optim.SGD:
     """SGD over what learns; biases and the factors of normalisation layers do not decay unless the settings say so."""
     parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    sharded = [p for p in parameters if hasattr(p, "device_mesh")]  # which torch does not update beside others
+    decay = settings.weight_decay
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {
-            "params": [p for p in parameters if p.ndim <= 1],
-            "weight_decay": settings.weight_decay if settings.decay_all else 0.0,
-        },
+        {"params": [p for p in parameters if p.ndim > 1 and p not in set(sharded)], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": decay if settings.decay_all else 0.0},
+        {"params": sharded, "weight_decay": decay},
     ]
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+    return torch.optim.SGD([group for group in groups if group["params"]], lr=settings.lr, momentum=settings.momentum)
 
 
 def _deferred_weights(classifier: Classifier, config: RunConfig) -> DeferredWeights | None:

@@ -1,0 +1,281 @@
+"""Scaling of class-parallel training over ranks, its traffic against the least possible, and `ltloss plan`'s error.
+
+    python -m benchmarks.scaling                                   # 1, 2 and 4 ranks on this machine's cores
+    torchrun --nproc-per-node 8 -m benchmarks.scaling --dtype bfloat16 --classes 1000000   # one GPU per rank
+
+Without torchrun it first measures this machine's rates (product, copy, gloo) and writes them for
+`ltloss plan --device benchmarks/results/scaling-rates.json`, then each case in fresh processes, and
+writes benchmarks/results/scaling.csv: seconds of a step (forward, backward, SGD with momentum), bytes sent per rank as
+PyTorch's collectives were called, the least that any method would send, and what the plan predicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.measure import RESULTS, cpu_name, stamp, write_rows
+from ltloss import ArcFaceLoss
+from ltloss.distributed import class_mesh, parallelize
+from ltloss.planning import DEVICES, Device, Problem, make_plan
+
+RATES = RESULTS / "scaling-rates.json"
+ROUNDS, WARM_UP = 7, 2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# On two cores: what one rank alone does in about a second.
+BATCH, DIM, STRONG, WEAK = 256, 256, 40_000, 20_000
+CALIBRATION = Problem(30_000, DIM, BATCH, 1, dtype="float32")
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that a rank sends, by the c10d calls of a step, if each collective sends as little as it can (a ring)."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.ranks, self.sent = ranks, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name, others = func._opname, self.ranks - 1
+            first = args[1] if "base" in name else args[0]
+            size = sum(t.numel() * t.element_size() for t in (first if isinstance(first, Sequence) else [first]))
+            if "allgather" in name or "all_gather" in name:
+                self.sent += others * size
+            elif "reduce_scatter" in name:
+                self.sent += others / self.ranks * size
+            elif "allreduce" in name:
+                self.sent += 2 * others / self.ranks * size
+            else:
+                raise RuntimeError(f"how many bytes does {name} send?")
+        return func(*args, **(kwargs or {}))
+
+
+def least_bytes(p: Problem, width: int) -> float:
+    """Every row to every rank, every gradient home, two N-vectors reduced: per rank."""
+    share = (p.gpus - 1) / p.gpus
+    return share * p.batch * (2 * p.dim * width + 8) + 2 * share * p.batch * 8
+
+
+def step_of(p: Problem, device: torch.device) -> Callable[[], None]:
+    """A training step of the head for one problem, on this rank."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    generator = torch.Generator().manual_seed(rank)
+    rows = p.batch // ranks
+    features = torch.randn(rows, p.dim, generator=generator).to(device, DTYPES[p.dtype]).requires_grad_()
+    labels = torch.randint(p.classes, (rows,), generator=generator).to(device)
+    head = parallelize(ArcFaceLoss(p.classes, p.dim, device="meta"), class_mesh(p.data), capacity=rows)
+    optimizer = torch.optim.SGD([head.weight], lr=0.1, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        features.grad = None
+        torch.autograd.backward(head(features, labels))
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return step
+
+
+def measured(p: Problem, device: torch.device) -> dict[str, float]:
+    """Median seconds of a step and bytes sent by this rank in one."""
+    step = step_of(p, device)
+    seconds = []
+    for number in range(WARM_UP + ROUNDS):
+        if dist.is_initialized():
+            dist.barrier()
+        start = time.perf_counter()
+        step()
+        if number >= WARM_UP:
+            seconds.append(time.perf_counter() - start)
+    with Traffic(p.gpus) as traffic:
+        step()
+    return {"seconds": statistics.median(seconds), "sent": traffic.sent}
+
+
+def row(kind: str, p: Problem, found: Mapping[str, float], device: Device | None) -> dict[str, Any]:
+    """One line of the table."""
+    width = DTYPES[p.dtype].itemsize
+    least = least_bytes(p, width)
+    values = {
+        "kind": kind,
+        "ranks": p.gpus,
+        "data": p.data,
+        "batch": p.batch,
+        "classes": p.classes,
+        "dim": p.dim,
+        "dtype": p.dtype,
+        "seconds": f"{found['seconds']:.5f}",
+        "sent_bytes": round(found["sent"]),
+        "least_bytes": round(least),
+        "sent_over_least": f"{found['sent'] / least:.3f}" if least else "",
+    }
+    if device is not None:
+        predicted = sum(make_plan(p, device).seconds.values())
+        error = predicted / found["seconds"] - 1
+        values |= {"predicted_seconds": f"{predicted:.5f}", "plan_error_percent": f"{100 * error:+.0f}"}
+    return {**values, **stamp()}
+
+
+def _rank_main(rank: int, ranks: int, store: str, function: Callable[..., Any], args: Any, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=ranks)
+    value = function(*args)
+    if rank == 0:
+        results.put(value)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
+    """What rank 0 of so many fresh processes returns."""
+    results = mp.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as store:
+        mp.spawn(_rank_main, (ranks, store, function, args, results), nprocs=ranks)
+    return results.get()
+
+
+def _best(action: Callable[[], Any], rounds: int = 7) -> float:
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def _single_rates() -> dict[str, float]:
+    left, right = torch.randn(1024, DIM), torch.randn(DIM, 8192)
+    out, long = torch.empty(1024, 8192), torch.randn(1 << 25)
+    into = torch.empty_like(long)
+    return {
+        "product": 2.0 * left.shape[0] * right.numel() / _best(lambda: torch.mm(left, right, out=out)),
+        "copy": 2.0 * 4.0 * long.numel() / _best(lambda: into.copy_(long)),
+    }
+
+
+def _gloo_rates() -> dict[str, float]:
+    small, large = torch.zeros(16, dtype=torch.uint8), torch.zeros(1 << 22, dtype=torch.uint8)
+    seconds = []
+    for message in (small, large):
+        into = [torch.empty_like(message) for _ in range(dist.get_world_size())]
+        seconds.append(_best(lambda into=into, message=message: dist.all_gather(into, message), 30))  # type: ignore[misc]
+    return {"latency": seconds[0], "link": large.numel() / (seconds[1] - seconds[0])}
+
+
+def _pass_rates(product: float) -> dict[str, float]:
+    """Shares of the product's rate that forward and backward reach, at a shape that no case below has."""
+    p = CALIBRATION
+    features = torch.randn(p.batch, p.dim, requires_grad=True)
+    labels = torch.randint(p.classes, (p.batch,))
+    head = ArcFaceLoss(p.classes, p.dim)
+    forward = _best(lambda: head(features, labels))
+    both = _best(lambda: head(features, labels).backward())
+    operations = 2.0 * p.batch * p.classes * p.dim
+    return {
+        "forward_share": operations / forward / product,
+        "backward_share": 3 * operations / (both - forward) / product,
+    }
+
+
+def this_machine() -> Device:
+    """The rates of one core of this machine, and of gloo between two of its processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rates = _single_rates()
+    rates |= _pass_rates(rates["product"])
+    torch.set_num_threads(threads)
+    rates |= on_ranks(2, _gloo_rates)
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = len(os.sched_getaffinity(0))
+    rates["shared"] = min(1.0, on_ranks(cores, _single_rates)["product"] / rates["product"])
+    return Device(
+        name=f"one core of {cpu_name()}",
+        memory=pages / cores,
+        network=rates["link"],
+        per_node=cores,
+        together=cores,
+        sources={"all": f"benchmarks/scaling.py, {datetime.date.today()}, float32, gloo"},
+        **rates,
+    )
+
+
+def here(most: int) -> list[dict[str, Any]]:
+    """Strong and weak scaling on this machine's cores."""
+    device = this_machine()
+    RATES.write_text(json.dumps(asdict(device), indent=2) + "\n")
+    print(f"rates of this machine: {RATES}")
+    rows = []
+    counts = [ranks for ranks in (1, 2, 4) if ranks <= most]
+    for kind, classes in (("strong", lambda ranks: STRONG), ("weak", lambda ranks: WEAK * ranks)):
+        for ranks in counts:
+            for data in [1, 2] if ranks == 4 and kind == "strong" else [1]:
+                p = Problem(classes(ranks), DIM, BATCH, ranks, data=data, dtype="float32")
+                rows.append(row(kind, p, on_ranks(ranks, measured, p, torch.device("cpu")), device))
+                print(show(rows[-1]), flush=True)
+    return rows
+
+
+def under_torchrun(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One case on the ranks that torchrun started; rank 0 returns it."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    ranks = dist.get_world_size()
+    known = DEVICES["h200"] if cuda and "H200" in torch.cuda.get_device_name() else None
+    rows = []
+    for kind, classes in (("strong", options.classes), ("weak", options.classes * ranks)):
+        p = Problem(classes, options.dim, options.batch, ranks, data=options.data, dtype=options.dtype)
+        found = measured(p, device)
+        rows.append(row(kind, p, found, known))
+        if cuda:
+            rows[-1]["device"] = torch.cuda.get_device_name()
+    first = dist.get_rank() == 0
+    dist.destroy_process_group()
+    return rows if first else []
+
+
+def show(values: Mapping[str, Any]) -> str:
+    """One row for the terminal."""
+    hidden = {"batch", "dim", "dtype", "least_bytes", *stamp()}
+    return "  ".join(f"{name}={value}" for name, value in values.items() if name not in hidden)
+
+
+def main() -> None:
+    """Measure, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--most", type=int, default=4, help="most ranks on this machine")
+    parser.add_argument("--classes", type=int, default=STRONG)
+    parser.add_argument("--dim", type=int, default=DIM)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--data", type=int, default=1)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    options = parser.parse_args()
+    launched = "RANK" in os.environ
+    rows = under_torchrun(options) if launched else here(options.most)
+    if not rows:
+        return
+    name = f"scaling-{rows[0]['device'].split()[-1].lower()}-{rows[0]['ranks']}.csv" if launched else "scaling.csv"
+    for line in rows if launched else []:
+        print(show(line))
+    write_rows(rows, RESULTS / name)
+
+
+if __name__ == "__main__":
+    main()

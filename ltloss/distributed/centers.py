@@ -1,0 +1,89 @@
+"""Class centres that live with their classes: each rank keeps those of its own block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltloss.centers import ClassCenters
+from ltloss.distributed import comm
+from ltloss.distributed.layout import Layout, local
+from ltloss.distributed.one_pass import send_home
+
+__all__ = ["ShardedCenters"]
+
+
+class ShardedCenters(ClassCenters):
+    """:class:`ltloss.centers.ClassCenters` whose buffers are DTensors, block by block on the class ranks.
+
+    Every rank gives it the global batch. The cosine to a centre is known to the centre's owner, so each step sums one
+    more N-vector over the class ranks, and its gradient is sent home by one more reduce-scatter.
+    """
+
+    def __init__(self, whole: ClassCenters, layout: Layout) -> None:
+        nn.Module.__init__(self)
+        self.update_rule, self.momentum, self.layout = whole.update_rule, whole.momentum, layout
+        for name, buffer in (("centers", whole.centers), ("counts", whole.counts)):
+            start, stop = layout.span()
+            # New centres are zero; those of a module that has been trained are the same on all ranks.
+            own = buffer[start:stop].to(layout.device, copy=True) if not buffer.is_meta else None
+            shape = (stop - start, *buffer.shape[1:])
+            own = torch.zeros(shape, dtype=buffer.dtype, device=layout.device) if own is None else own
+            self.register_buffer(name, layout.place(own, *buffer.shape[1:]))
+
+    def _own(self) -> ClassCenters:
+        """The centres of this rank as centres of their own, sharing the memory."""
+        start, stop = self.layout.span()
+        own = ClassCenters(max(1, stop - start), 1, update=self.update_rule, momentum=self.momentum)
+        own.centers, own.counts = local(self.centers), local(self.counts)
+        return own
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Take in the global batch: features (N, D), labels (N,) int64 or -1."""
+        if local(self.counts).numel():
+            self._own().update(features, self.layout.local_index(labels))
+
+    def cosine(self, features: Tensor, labels: Tensor) -> Tensor:
+        """cos(x_i, c_{y_i}) per sample of the global batch, (N,); 1 where the class was never seen."""
+        layout = self.layout
+        rows = layout.group_rows(features.shape[0])
+        index = layout.local_index(labels)
+        mine = index >= 0
+        if local(self.counts).numel():
+            cosine = torch.where(mine, self._own().cosine(_Partial.apply(features, layout, rows), index), 0.0)  # type: ignore[no-untyped-call]
+        else:
+            cosine = _Partial.apply(features, layout, rows)[:, 0] * 0.0  # type: ignore[no-untyped-call]
+        summed: Tensor = _SumOverClasses.apply(cosine, layout)  # type: ignore[no-untyped-call]
+        # A label that no rank has, -1, gets 1 as in the single process, where it reads class 0 and is not counted.
+        return torch.where(labels < 0, 1.0, summed)
+
+
+class _Partial(torch.autograd.Function):
+    """The features as they are; their gradients, which the class ranks hold in parts, are summed and sent home."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, layout: Layout, rows: slice) -> Tensor:
+        ctx.layout, ctx.rows = layout, rows
+        return features.view_as(features)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad_outputs[0]
+        return send_home(grad[ctx.rows].contiguous(), grad.shape[0], ctx.layout), None, None
+
+
+class _SumOverClasses(torch.autograd.Function):
+    """Sum of an N-vector over the class ranks, each of which then computes the same loss from it."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, layout: Layout) -> Tensor:
+        return comm.all_reduce(vector.clone(), layout.class_group)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None

@@ -1,0 +1,242 @@
+"""Checkpoints of sharded modules and optimizers, written by all ranks and read on any number of them.
+
+``torch.distributed.checkpoint`` writes each block once. The folder gets its name last, so whatever moment the job dies
+at, a folder of that name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ltloss.distributed.batch import agree
+from ltloss.distributed.layout import Layout
+from ltloss.distributed.parallel import ClassParallel
+from ltloss.distributed.sampling import ClassSampler
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+_STATE = "state.json"
+_PARTIAL = ".partial"
+
+
+def save_checkpoint(
+    path: str | Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Write modules and the state of their optimizers into the folder ``path``; all ranks call it alike.
+
+    Args:
+        path: a folder that does not exist yet, on a file system that all ranks see.
+        modules: by name; sharded ones beside ordinary ones that are the same on all ranks (of a DDP wrapper, what is
+            inside).
+        optimizers: by name; over parameters of these modules. Options such as the learning rate are not stored.
+        state: anything that JSON can hold.
+
+    Raises:
+        FileExistsError: there is something at ``path``. On all ranks, like any failed write.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import ArcFaceLoss
+        >>> from ltloss.distributed import load_checkpoint, save_checkpoint
+        >>> loss_fn = ArcFaceLoss(10, 4)
+        >>> save_checkpoint("step-1", {"loss": loss_fn}, state={"step": 1})
+        >>> load_checkpoint("step-1", {"loss": ArcFaceLoss(10, 4)})
+        {'step': 1}
+    """
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    target = Path(path)
+    partial = target.with_name(target.name + _PARTIAL)
+    text = json.dumps(dict(state or {}))
+    steps = {name: sampler.step for name, sampler in _samplers(modules).items()}
+
+    def prepare() -> None:
+        if target.exists():
+            raise FileExistsError(f"{target} exists; give the checkpoint a new name")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def publish() -> None:
+        (partial / _STATE).write_text(json.dumps({"state": json.loads(text), "sampler_steps": steps}))
+        _flush(partial)
+        os.rename(partial, target)
+
+    tensors = _module_tensors(modules)
+    tensors |= {name: tensor for name, (tensor, _) in _optimizer_tensors(modules, optimizers or {}).items()}
+    _on_first_rank(prepare)
+    with _quiet():
+        save(tensors, checkpoint_id=partial, no_dist=not _initialised())
+    _on_first_rank(publish)
+
+
+def load_checkpoint(
+    path: str | Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
+) -> dict[str, Any]:
+    """Read what :func:`save_checkpoint` wrote, in place; on any number of ranks, sharded or not.
+
+    Args:
+        path, modules, optimizers: as there; names and shapes must be those that were saved.
+
+    Returns:
+        The ``state``.
+
+    Raises:
+        FileNotFoundError: there is no whole checkpoint at ``path``.
+        ValueError: a tensor is missing there or has another shape; nothing was changed then.
+
+    Example: see :func:`save_checkpoint`.
+
+        >>> from ltloss import ArcFaceLoss
+        >>> from ltloss.distributed import load_checkpoint
+        >>> load_checkpoint("nowhere", {"loss": ArcFaceLoss(10, 4)})
+        Traceback (most recent call last):
+        FileNotFoundError: nowhere is no whole checkpoint (it has no state.json)
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    target = Path(path)
+    if not (target / _STATE).is_file():
+        raise FileNotFoundError(f"{target} is no whole checkpoint (it has no {_STATE})")
+    stored: dict[str, Any] = FileSystemReader(target).read_metadata().state_dict_metadata
+    record = json.loads((target / _STATE).read_text())
+    tensors = _module_tensors(modules)
+    created = _optimizer_slots(modules, optimizers or {}, stored)
+    tensors |= {name: slot[0] for name, slot in created.items()}
+    for name, tensor in tensors.items():
+        there = tuple(stored[name].size) if name in stored else "missing"
+        if there != tuple(tensor.shape):
+            raise ValueError(f"{target}: tensor {name} is {there} there and {tuple(tensor.shape)} here")
+    with _quiet():
+        load(tensors, checkpoint_id=target, no_dist=not _initialised())
+    for _, put in created.values():
+        put()
+    for name, sampler in _samplers(modules).items():
+        sampler.step = record["sampler_steps"].get(name, 0)
+    loaded: dict[str, Any] = record["state"]
+    return loaded
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _samplers(modules: Mapping[str, nn.Module]) -> dict[str, ClassSampler]:
+    parallel = {name: module for name, module in modules.items() if isinstance(module, ClassParallel)}
+    return {name: module.sampler for name, module in parallel.items() if module.sampler is not None}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "module", None)  # of a DDP wrapper
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def _module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name, module in modules.items()
+        for key, tensor in _inside(module).state_dict().items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def _parameter_names(modules: Mapping[str, nn.Module]) -> dict[Tensor, str]:
+    return {
+        parameter: f"{name}.{key}"
+        for name, module in modules.items()
+        for key, parameter in _inside(module).named_parameters()
+    }
+
+
+Slot = tuple[Tensor, Callable[[], None]]
+
+
+def _optimizer_tensors(
+    modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> dict[str, Slot]:
+    """Every tensor of the optimizers' state, by a name that says whose it is."""
+    names = _parameter_names(modules)
+    found: dict[str, Slot] = {}
+    for label, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in names:
+                    raise ValueError(f"optimizer {label!r} has a parameter {tuple(parameter.shape)} of no given module")
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        found[f"optimizer.{label}.{names[parameter]}.{key}"] = (value, lambda: None)
+    return found
+
+
+def _optimizer_slots(
+    modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], stored: Mapping[str, Any]
+) -> dict[str, Slot]:
+    """A tensor for every stored one of the optimizers' state, and how it is put in its place once it is read."""
+    names = _parameter_names(modules)
+    slots: dict[str, Slot] = {}
+    _optimizer_tensors(modules, optimizers)  # refuses foreign parameters
+    for label, optimizer in optimizers.items():
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            prefix = f"optimizer.{label}.{names[parameter]}."
+            for name in (name for name in stored if name.startswith(prefix)):
+                value = _like(parameter, stored[name])
+                state, key = optimizer.state[parameter], name.removeprefix(prefix)
+                slots[name] = (value, lambda state=state, key=key, value=value: state.__setitem__(key, value))  # type: ignore[misc]
+    return slots
+
+
+def _like(parameter: Tensor, stored: Any) -> Tensor:
+    """An empty tensor of the stored shape: placed as the parameter where it has a row per class, else whole."""
+    shape, dtype = tuple(stored.size), stored.properties.dtype
+    layout = Layout.of(parameter) if hasattr(parameter, "device_mesh") else None
+    if layout is None or not shape or shape[0] != parameter.shape[0]:
+        return torch.zeros(shape, dtype=dtype, device=parameter.device if shape else "cpu")
+    start, stop = layout.span()
+    return layout.place(torch.zeros(stop - start, *shape[1:], dtype=dtype, device=layout.device), *shape[1:])
+
+
+def _on_first_rank(action: Callable[[], None]) -> None:
+    """Do it on rank 0 alone; all ranks wait for it, and all fail where it does."""
+    error: Exception | None = None
+    if not _initialised() or dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as failure:
+            error = failure
+    if _initialised():
+        nccl = dist.get_backend() == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        agree([], error, dist.group.WORLD, device)
+    elif error is not None:
+        raise error
+
+
+def _flush(folder: Path) -> None:
+    """The files of a folder, on the disk before the folder gets its name."""
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())

@@ -1,0 +1,190 @@
+"""Who holds which classes and which rows of the batch. Everything follows from the mesh, C and the rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Layout", "class_mesh", "local", "mesh_device", "own_part"]
+
+
+def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh | None:
+    """The mesh over all ranks of this job, or None where ``torch.distributed`` was not initialised.
+
+    Args:
+        data: how many groups share the batch between them, each with all classes; 1 gives the mesh ``("class",)``,
+            more a mesh ``("data", "class")``.
+        device_type: ``"cuda"`` or ``"cpu"``; None follows the backend of the default group.
+
+    Raises:
+        ValueError: ``data`` does not divide the number of ranks.
+
+    Example:
+        >>> from ltloss.distributed import class_mesh
+        >>> class_mesh() is None  # a single process that initialised nothing
+        True
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    from torch.distributed.device_mesh import init_device_mesh
+
+    ranks = dist.get_world_size()
+    if data < 1 or ranks % data:
+        raise ValueError(f"data must divide the number of ranks, {ranks}; got {data}")
+    if device_type is None:
+        device_type = "cuda" if "nccl" in dist.get_backend() else "cpu"
+    if data == 1:
+        return init_device_mesh(device_type, (ranks,), mesh_dim_names=("class",))
+    return init_device_mesh(device_type, (data, ranks // data), mesh_dim_names=("data", "class"))
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor as a function of it; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its memory; any other tensor as it is. Without a gradient."""
+    return own_part(tensor.detach())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Classes in equal consecutive blocks over the class ranks, as DTensor's ``Shard(0)`` puts them.
+
+    The rows of the global batch stand in the order of the ranks of the mesh, equally many of each. ``data`` groups
+    share them: a rank multiplies the rows of its own group with its own classes.
+    """
+
+    mesh: DeviceMesh | None  # None: one process that initialised nothing
+    num_classes: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, prototypes: Tensor) -> Layout:
+        """The layout of prototypes (C, D) that :func:`ltloss.distributed.parallelize` made."""
+        return cls(getattr(prototypes, "device_mesh", None), prototypes.shape[0], prototypes.device)
+
+    @property
+    def placements(self) -> list[Any]:
+        """DTensor placements of the prototypes."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        return [Replicate(), Shard(0)] if self._has_data else [Shard(0)]
+
+    @property
+    def _has_data(self) -> bool:
+        return self.mesh is not None and self.mesh.ndim == 2
+
+    def place(self, own: Tensor, *shape: int) -> Tensor:
+        """The tensor (C, ...) of which ``own`` is this rank's block."""
+        if self.mesh is None:
+            return own
+        from torch.distributed.tensor import DTensor
+
+        stride = own.new_empty(1, *shape).stride() if shape else (1,)
+        whole = torch.Size((self.num_classes, *shape))
+        placed: Tensor = DTensor.from_local(own, self.mesh, self.placements, shape=whole, stride=stride)
+        return placed
+
+    @cached_property
+    def class_group(self) -> Any:
+        """The ranks that together hold all classes; None for one process."""
+        return self.mesh.get_group(self.mesh.ndim - 1) if self.mesh is not None else None
+
+    @cached_property
+    def data_group(self) -> Any:
+        """The ranks that hold the same classes, or None on a mesh of one dimension."""
+        return self.mesh.get_group(0) if self.mesh is not None and self._has_data else None
+
+    @cached_property
+    def group(self) -> Any:
+        """All ranks of the mesh, in its order."""
+        if self.mesh is None or not self._has_data:
+            return self.class_group
+        ranks = self.mesh.mesh.flatten().tolist()
+        if ranks == list(range(dist.get_world_size())):
+            return dist.group.WORLD
+        made = getattr(self.mesh, "_ltloss_group", None)  # a group is made once per mesh: making it is collective
+        if made is None:
+            made = dist.new_group(ranks, use_local_synchronization=True)
+            self.mesh._ltloss_group = made  # type: ignore[attr-defined]
+        return made
+
+    @cached_property
+    def class_ranks(self) -> int:
+        """How many ranks share the classes."""
+        return self.mesh.size(self.mesh.ndim - 1) if self.mesh is not None else 1
+
+    @cached_property
+    def class_rank(self) -> int:
+        """This rank's place among them."""
+        return self.mesh.get_local_rank(self.mesh.ndim - 1) if self.mesh is not None else 0
+
+    @cached_property
+    def data_ranks(self) -> int:
+        """How many groups share the batch."""
+        return self.mesh.size(0) if self.mesh is not None and self._has_data else 1
+
+    @cached_property
+    def data_rank(self) -> int:
+        """This rank's group."""
+        return self.mesh.get_local_rank(0) if self.mesh is not None and self._has_data else 0
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the mesh has."""
+        return self.data_ranks * self.class_ranks
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the order of the mesh."""
+        return self.data_rank * self.class_ranks + self.class_rank
+
+    @property
+    def block(self) -> int:
+        """Classes per rank; the last ranks may hold fewer, even none."""
+        return -(-self.num_classes // self.class_ranks)
+
+    def span(self, class_rank: int | None = None) -> tuple[int, int]:
+        """(start, stop) of the classes of a class rank, by default this one."""
+        rank = self.class_rank if class_rank is None else class_rank
+        start = min(rank * self.block, self.num_classes)
+        return start, min(start + self.block, self.num_classes)
+
+    def size(self, class_rank: int) -> int:
+        """How many classes a class rank holds."""
+        start, stop = self.span(class_rank)
+        return stop - start
+
+    def group_rows(self, rows: int) -> slice:
+        """The rows of this rank's data group among ``rows`` of the global batch."""
+        size = rows // self.data_ranks
+        return slice(self.data_rank * size, (self.data_rank + 1) * size)
+
+    def own_rows(self, rows: int) -> slice:
+        """The rows that came from this rank."""
+        size = rows // self.ranks
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def local_index(self, classes: Tensor) -> Tensor:
+        """Class indices counted from this rank's first class, -1 for those of other ranks."""
+        start, stop = self.span()
+        return torch.where((classes >= start) & (classes < stop), classes - start, -1)
+
+
+def mesh_device(mesh: DeviceMesh) -> torch.device:
+    """Where this rank's tensors live; ValueError for a mesh that is not (class,) or (data, class)."""
+    names = mesh.mesh_dim_names or ()
+    if mesh.ndim not in (1, 2) or ("class" in names and names[-1] != "class"):
+        raise ValueError(f"mesh must have the dimensions (class,) or (data, class); got {mesh.ndim} dimensions {names}")
+    kind = mesh.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

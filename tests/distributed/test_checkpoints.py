@@ -1,0 +1,255 @@
+"""Saved on some ranks, loaded on others; files of others; more classes; killed and resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import world
+from cases import BUILD, DIM, Case, whole
+from losses import long_tail_counts, problem
+
+import ltloss
+from ltloss.distributed import (
+    DistributedError,
+    SampledAdamW,
+    add_classes,
+    class_mesh,
+    export_safetensors,
+    import_insightface,
+    import_pytorch_metric_learning,
+    import_safetensors,
+    load_checkpoint,
+    parallelize,
+    save_checkpoint,
+)
+
+CLASSES = 11
+
+
+class Job:
+    """A backbone, a head and their optimizers, on ranks or in one process, and a batch for every step."""
+
+    def __init__(self, loss: str = "CosineSpaceLoss", sampled: bool = False) -> None:
+        torch.manual_seed(1)
+        self.backbone = torch.nn.Linear(4, DIM)
+        head = BUILD[loss](CLASSES, DIM)
+        head.load_state_dict({"weight": problem(1, CLASSES, DIM, dtype=torch.float32)[1]}, strict=False)
+        self.head = parallelize(head, class_mesh(), sample_rate=0.5 if sampled else 1.0)
+        self.optimizers = {"backbone": torch.optim.SGD(self.backbone.parameters(), lr=0.1)}
+        if sampled:
+            self.optimizers["head"] = SampledAdamW(self.head)
+        else:
+            self.optimizers["head"] = torch.optim.AdamW([self.head.weight], lr=0.05)
+        self.modules = {"backbone": self.backbone, "head": self.head}
+
+    def step(self, number: int) -> float:
+        """One step over the same global batch on any number of ranks."""
+        generator = torch.Generator().manual_seed(number)
+        images = torch.randn(12, 4, generator=generator)
+        labels = torch.randint(CLASSES, (12,), generator=generator)
+        mesh = class_mesh()
+        rank, ranks = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
+        loss = self.head(self.backbone(images[rank::ranks]), labels[rank::ranks])
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        if ranks > 1:
+            for parameter in self.backbone.parameters():
+                assert parameter.grad is not None
+                torch.distributed.all_reduce(parameter.grad)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        return float(loss.detach())
+
+
+def _save(rank: int, folder: Path) -> list[float]:
+    """Three steps, a checkpoint, and three more."""
+    curves = []
+    for loss, sampled in (("CosineSpaceLoss", False), ("ArcFaceLoss", True)):
+        job = Job(loss, sampled)
+        curves += [job.step(number) for number in range(3)]
+        save_checkpoint(folder / loss, job.modules, job.optimizers, {"step": 3})
+        curves += [job.step(number) for number in range(3, 6)]
+    return curves
+
+
+def _resume(rank: int, folder: Path, steps: int = 3) -> list[float]:
+    job = Job()
+    state = load_checkpoint(folder / "CosineSpaceLoss", job.modules, job.optimizers)
+    return [job.step(number) for number in range(state["step"], state["step"] + steps)]
+
+
+def _resume_sampled(rank: int, folder: Path) -> list[float]:
+    job = Job("ArcFaceLoss", sampled=True)
+    load_checkpoint(folder / "ArcFaceLoss", job.modules, job.optimizers)
+    return [job.step(number) for number in range(3, 6)]
+
+
+def test_saved_on_four_ranks_and_loaded_on_others(tmp_path: Path) -> None:
+    curves = world.run(_save, 4, tmp_path)
+    expected = torch.tensor(curves[0])
+    for ranks, steps in ((2, 3), (3, 3), (8, 1)):
+        for found in world.run(_resume, ranks, tmp_path, steps):
+            assert torch.allclose(torch.tensor(found), expected[3 : 3 + steps], rtol=1e-4)
+    with world.one_thread():
+        assert torch.allclose(torch.tensor(_resume(0, tmp_path)), expected[3:6], rtol=1e-4)
+    # A sample is drawn per shard, so only the same number of ranks draws the same classes again.
+    for found in world.run(_resume_sampled, 4, tmp_path):
+        assert found == curves[0][9:12]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    job = Job()
+    job.step(0)
+    save_checkpoint(tmp_path / "one", job.modules, job.optimizers, {"step": 1})
+    with pytest.raises(FileExistsError, match="give the checkpoint a new name"):
+        save_checkpoint(tmp_path / "one", job.modules)
+    larger = ltloss.CosineSpaceLoss(CLASSES + 1, DIM)
+    before = larger.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"tensor head.weight is \(11, 6\) there and \(12, 6\) here"):
+        load_checkpoint(tmp_path / "one", {"head": larger})
+    assert torch.equal(larger.weight, before)
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        load_checkpoint(tmp_path / "two", {"head": larger})
+    with pytest.raises(ValueError, match="of no given module"):
+        save_checkpoint(tmp_path / "three", {"head": job.head}, job.optimizers)
+
+
+def _killed(rank: int, folder: Path, moment: int) -> None:
+    """Train with a checkpoint every other step, from the newest one, until rank 1 is killed at a step."""
+    job = Job()
+    found = sorted(path for path in folder.glob("step-*") if path.suffix == "")
+    first = load_checkpoint(found[-1], job.modules, job.optimizers)["step"] if found else 0
+    for number in range(first, 12):
+        if rank == 1 and number == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss = job.step(number)
+        if rank == 0:
+            with (folder / "curve.txt").open("a") as file:
+                file.write(f"{number} {loss!r}\n")
+        if number % 2 == 1:
+            save_checkpoint(folder / f"step-{number + 1:02d}", job.modules, job.optimizers, {"step": number + 1})
+
+
+def _curve(folder: Path) -> dict[int, str]:
+    return dict(line.split() for line in (folder / "curve.txt").read_text().splitlines())
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_killed_and_resumed_continues_the_curve(tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    world.run(_killed, 2, tmp_path / "whole", -1)
+    for moment in (3, 8):
+        first, second = world.finish(world.start(_killed, 2, tmp_path / "killed", moment, timeout=20.0))
+        assert isinstance(first, DistributedError)
+        assert isinstance(second, world.Lost)
+    world.run(_killed, 2, tmp_path / "killed", -1)
+    assert _curve(tmp_path / "killed") == _curve(tmp_path / "whole")
+
+
+def _exported(rank: int, folder: Path) -> dict[str, torch.Tensor]:
+    job = Job()
+    job.step(0)
+    export_safetensors(job.head, folder / "head.safetensors")
+    other = parallelize(ltloss.CosineSpaceLoss(CLASSES, DIM), class_mesh())
+    import_safetensors(other, folder / "head.safetensors")
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(whole(tensor), whole(job.head.state_dict()[name]))
+    with pytest.raises((OSError, DistributedError)):
+        export_safetensors(job.head, folder / "no such folder" / "head.safetensors")
+    return {name: whole(tensor) for name, tensor in job.head.state_dict().items()}
+
+
+def test_one_safetensors_file(tmp_path: Path) -> None:
+    expected = world.run(_exported, 3, tmp_path)[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["head.safetensors"]
+    one = ltloss.CosineSpaceLoss(CLASSES, DIM)
+    import_safetensors(one, tmp_path / "head.safetensors")
+    theirs = pytest.importorskip("safetensors.torch").load_file(tmp_path / "head.safetensors")
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+        assert torch.equal(theirs[name], expected[name])
+    before = (tmp_path / "head.safetensors").read_bytes()
+    for content in (before[:40], before[:-5], b""):
+        (tmp_path / "damaged").write_bytes(content)
+        with pytest.raises(ValueError, match="no safetensors file, or damaged"):
+            import_safetensors(one, tmp_path / "damaged")
+    with pytest.raises(ValueError, match=r"tensor weight is \(11, 6\) there and \(5, 6\) in the head"):
+        import_safetensors(ltloss.ArcFaceLoss(5, DIM), tmp_path / "head.safetensors")
+
+
+def _imported(rank: int, folder: Path, weight: torch.Tensor) -> None:
+    for read in (
+        lambda head: import_insightface(head, folder),
+        lambda head: import_pytorch_metric_learning(head, weight.t()),
+    ):
+        head = parallelize(ltloss.ArcFaceLoss(CLASSES, DIM), class_mesh())
+        read(head)
+        assert torch.equal(whole(head.weight), weight)
+
+
+def test_files_of_others(tmp_path: Path) -> None:
+    weight = torch.randn(CLASSES, DIM)
+    for rank in range(3):  # as InsightFace cuts: the first ranks have one more
+        rows = slice(
+            CLASSES // 3 * rank + min(rank, CLASSES % 3), CLASSES // 3 * (rank + 1) + min(rank + 1, CLASSES % 3)
+        )
+        content: Any = weight[rows].clone()
+        torch.save(
+            {"weight": content, "weight_mom": content} if rank != 1 else content, tmp_path / f"softmax_fc_gpu_{rank}.pt"
+        )
+    _imported(0, tmp_path, weight)
+    world.run(_imported, 2, tmp_path, weight)
+    with pytest.raises(ValueError, match=r"holds prototypes \(11, 6\) \(C, D\); the head has \(12, 6\)"):
+        import_insightface(ltloss.ArcFaceLoss(12, DIM), tmp_path)
+    (tmp_path / "softmax_fc_gpu_1.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"for the ranks \[1\]"):
+        import_insightface(ltloss.ArcFaceLoss(CLASSES, DIM), tmp_path)
+    with pytest.raises(ValueError, match=r"holds prototypes \(6, 11\)"):
+        import_pytorch_metric_learning(ltloss.ArcFaceLoss(CLASSES, DIM), {"W": weight})
+
+
+def test_a_loss_of_pytorch_metric_learning() -> None:
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    theirs, ours = losses.CosFaceLoss(5, 4, margin=0.3, scale=7), ltloss.CosFaceLoss(5, 4, margin=0.3, scale=7.0)
+    import_pytorch_metric_learning(ours, theirs)
+    features, labels = torch.randn(6, 4), torch.randint(5, (6,))
+    assert torch.allclose(ours(features, labels), theirs(features, labels), rtol=1e-5)
+
+
+def _grown(rank: int | None) -> None:
+    for case in (Case("CosineSpaceLoss", 10, ()), Case("LDAMLoss", 10, ())):
+        head = BUILD[case.loss](case.classes, DIM)
+        if rank is not None:
+            head = parallelize(head, class_mesh())
+        head(torch.randn(4, DIM), torch.tensor([0, 3, 5, 9]))
+        margins = long_tail_counts(13).float()
+        vectors = {"cosine_margin": margins} if case.loss == "LDAMLoss" else {}
+        larger = add_classes(head, 3, **vectors)
+        assert larger.num_classes == 13
+        assert head.num_classes == head.weight.shape[0] == 10
+        assert torch.equal(whole(larger.weight)[:10], whole(head.weight))
+        assert bool((whole(larger.weight)[10:].norm(dim=1) > 0).all())
+        for name, tensor in head.state_dict().items():
+            if tensor.dim():
+                assert torch.equal(whole(larger.state_dict()[name])[:10], whole(tensor))
+        torch.autograd.backward(larger(torch.randn(2, DIM), torch.tensor([12, 0])))
+        assert larger.weight.grad is not None
+        assert larger.weight.grad.shape == (13, DIM)
+        assert head.weight.grad is None
+
+
+def test_more_classes_keep_the_old_rows() -> None:
+    _grown(None)
+    world.run(_grown, 3)
+    with pytest.raises(ValueError, match=r"needs the vectors \['cosine_margin'\] for 12 classes; got \[\]"):
+        add_classes(BUILD["LDAMLoss"](9, DIM), 3)
+    with pytest.raises(ValueError, match="count must be an integer >= 1; got 0"):
+        add_classes(ltloss.ArcFaceLoss(9, DIM), 0)

@@ -1,0 +1,69 @@
+"""Class-parallel training equals one process: loss, gradients, optimizer steps, centres and predictions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import world
+from cases import BUILD, Case, Trace, trace
+from losses import relative_error
+
+STEPS = 10
+# float32 sums over shards are taken in another order; ten steps with momentum carry the difference on.
+ONE_STEP, TEN_STEPS = 2e-5, 2e-4
+
+
+def sizes(ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Ragged batches whose lengths change from step to step; some ranks have nothing at times."""
+    pattern = ((5, 3, 0, 2), (4, 4, 4, 4), (0, 6, 1, 3), (7, 2, 9, 0))
+    return tuple(
+        tuple(pattern[(step + rank) % 4][rank] or (rank == 0) for rank in range(ranks)) for step in range(STEPS)
+    )
+
+
+def _cases(ranks: int) -> list[Case]:
+    """Ten steps of every module and of the member that has everything, two of the rest of the family."""
+    many = {name for name in BUILD if not name.startswith("family")} | {"family everything"}
+    every = [Case(name, 11, sizes(ranks)[: STEPS if name in many else 2]) for name in BUILD]
+    exact = [Case(name, 9, sizes(ranks), torch.float64) for name in ("family everything", "LongTailLoss")]
+    few = [Case(name, c, sizes(ranks)[:3]) for name in ("LongTailLoss", "CosineSpaceLoss") for c in (1, 2, 5)]
+    return every + exact + few
+
+
+def _all(rank: int, ranks: int, meshes: tuple[int, ...]) -> list[list[Trace]]:
+    return [[trace(case, rank, data) for case in _cases(ranks)] for data in meshes]
+
+
+@pytest.mark.parametrize(("ranks", "meshes"), [(1, (1,)), (2, (1, 2)), (3, (1,)), (4, (1, 2))])
+def test_equals_one_process(ranks: int, meshes: tuple[int, ...]) -> None:
+    """On meshes of one dimension, and of as many data groups as ``meshes`` says."""
+    found = world.run(_all, ranks, ranks, meshes)
+    with world.one_thread():
+        expected = [trace(case) for case in _cases(ranks)]
+    for place in range(len(meshes)):
+        for number, case in enumerate(_cases(ranks)):
+            _compare(case, [rank[place][number] for rank in found], expected[number])
+
+
+def _compare(case: Case, ranks: list[Trace], one: Trace) -> None:
+    scale = 1e-7 if case.dtype == torch.float64 else 1.0
+    for step, loss in enumerate(one.losses):
+        tolerance = scale * (ONE_STEP if step == 0 else TEN_STEPS)
+        shared = [rank.losses[step] for rank in ranks]
+        together = torch.cat(shared) if loss.dim() else shared[0]
+        assert all(torch.equal(other, shared[0]) for other in shared) or loss.dim(), "ranks have different losses"
+        assert relative_error(together, loss, 1e-3) <= tolerance, f"{case.loss}, C={case.classes}: loss of step {step}"
+        grads = torch.cat([rank.feature_grads[step] for rank in ranks])
+        error = relative_error(grads, one.feature_grads[step], 1e-2)
+        assert error <= tolerance, f"{case.loss}, C={case.classes}: features in step {step}: {error:.1e}"
+    for rank in ranks:
+        error = relative_error(rank.weight_grad, one.weight_grad, 1e-2)
+        assert error <= scale * ONE_STEP, f"{case.loss}, C={case.classes}: gradient of the weight: {error:.1e}"
+        error = relative_error(rank.weight, one.weight)
+        assert error <= scale * TEN_STEPS, f"{case.loss}, C={case.classes}: weight after all steps: {error:.1e}"
+        assert rank.state.keys() == one.state.keys()
+        for name, tensor in one.state.items():
+            assert relative_error(rank.state[name], tensor, 1e-2) <= scale * TEN_STEPS, f"{case.loss}: {name}"
+    cosine, index = (torch.cat([rank.predicted[part] for rank in ranks]) for part in (0, 1))
+    assert torch.equal(index, one.predicted[1]), case.loss
+    assert relative_error(cosine, one.predicted[0]) <= scale * TEN_STEPS

@@ -1,0 +1,291 @@
+"""What is sent in a step, counted by PyTorch's own operators; batches of changing lengths; mistakes on one rank."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import world
+from cases import BUILD, DIM, Case, batch, build, part, trace
+from losses import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ltloss
+from ltloss.distributed import DistributedError, class_mesh, parallelize
+from ltloss.distributed.layout import local
+
+# What c10d calls the three messages of a step; reduce-scatter may be named after its renamed function.
+STEP = ["allgather_base", "allgather_base", "reduce_scatter_base"]
+
+
+def _normal(calls: list[str]) -> list[str]:
+    names = {"all_gather_into_tensor": "allgather_base", "reduce_scatter_tensor": "reduce_scatter_base"}
+    return [names.get(call, call) for call in calls]
+
+
+def _counted(rank: int, name: str, data: int) -> tuple[list[str], list[str]]:
+    case = Case(name, 12, ((4, 4),) * 3)
+    module = parallelize(build(case), class_mesh(data))
+    calls: list[list[str]] = [[], []]
+    for step in range(2):  # the first one agrees on sizes
+        features, labels = (tensor[part(case, step, rank)] for tensor in batch(case, step))
+        features.requires_grad_()
+        with world.Collectives() as forward:
+            loss = module(features, labels)
+        with world.Collectives() as backward:
+            torch.autograd.backward(loss.sum())
+        calls = [_normal(forward.calls), _normal(backward.calls)]
+    return calls[0], calls[1]
+
+
+def _all_counted(rank: int) -> dict[str, Any]:
+    return {name: _counted(rank, name, 1) for name in BUILD} | {"two by one": _counted(rank, "ArcFaceLoss", 2)}
+
+
+def test_messages_of_a_step() -> None:
+    for found in world.run(_all_counted, 2):
+        for name, (forward, backward) in found.items():
+            if name.startswith("family") or name in ("CosFaceLoss", "ArcFaceLoss", "LDAMLoss", "CombinedMarginLoss"):
+                upstream = ["allgather_base"] if name == "family per_sample" else []
+                assert (forward + backward) == [*STEP[:2], *upstream, *STEP[2:]], name
+            elif name.startswith(("CosineSpace", "cosine-space")):
+                assert sorted(forward + backward) == sorted([*STEP, "allreduce", "reduce_scatter_base"]), name
+            elif name == "two by one":
+                # One class rank per data group: nothing to reduce over classes, and the weight's gradient over data.
+                assert forward + backward == [*STEP[:2], "allreduce"], name
+
+
+class Looks(TorchDispatchMode):
+    """Operators that would make the host wait for a GPU. Ours are opaque here; tests of their own look into them."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "equal", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in func._opname for name in self.NAMES):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _looks(rank: int) -> dict[str, tuple[list[str], list[str]]]:
+    """What a warm step looks at: the forward with a capacity, and the backward."""
+    seen = {}
+    for name in ("family everything", "family per_sample", "CosineSpaceLoss"):
+        case = Case(name, 12, ((4, 4),) * 2)
+        module = parallelize(build(case), class_mesh(), capacity=4)
+        features, labels = (tensor[part(case, 0, rank)] for tensor in batch(case, 0))
+        features.requires_grad_()
+        module(features, labels)
+        with Looks() as forward:
+            batch_of = module.batch(features, labels, lambda: None, padding=-100)  # type: ignore[attr-defined]
+        loss = module(features, labels)
+        with Looks() as backward:
+            torch.autograd.backward(loss.sum())
+        assert batch_of.features.shape == (8, DIM)
+        seen[name] = forward.found, backward.found
+    return seen
+
+
+def test_no_look_at_the_data_in_the_backward_nor_with_a_capacity() -> None:
+    for seen in world.run(_looks, 2):
+        assert all(found == ([], []) for found in seen.values()), seen
+
+
+def _no_grad(rank: int) -> list[str]:
+    case = Case("ArcFaceLoss", 12, ((4, 4),) * 2)
+    module = parallelize(build(case), class_mesh(), capacity=4)
+    features, labels = (tensor[part(case, 0, rank)] for tensor in batch(case, 0))
+    with torch.no_grad():
+        module(features, labels)
+        with world.Collectives() as counted:
+            module(features, labels)
+    return _normal(counted.calls)
+
+
+def test_without_gradients_only_the_two_forward_messages() -> None:
+    assert world.run(_no_grad, 2) == [STEP[:2]] * 2
+
+
+def _lengths(rank: int) -> list[float]:
+    """Growing batches, another dtype, frozen features on one rank: against one process, one after the other."""
+    errors = []
+    module = parallelize(build(Case("LongTailLoss", 9, ((1, 1),))), class_mesh())
+    one = build(Case("LongTailLoss", 9, ((1, 1),)))
+    for step, sizes in enumerate(((3, 0), (0, 40), (0, 0), (5, 2))):
+        for dtype in (torch.float32, torch.bfloat16):
+            case = Case("LongTailLoss", 9, (sizes,) * 4)
+            features, labels = batch(case, step)
+            features = features.to(dtype)
+            whole = features.clone().requires_grad_()
+            expected = one(whole, labels)
+            rows = part(case, 0, rank)
+            mine = features[rows].clone().requires_grad_(rank == 1)  # rank 0's backbone is frozen
+            loss = module(mine, labels[rows])
+            torch.autograd.backward(loss)
+            torch.autograd.backward(expected)
+            errors.append(relative_error(loss, expected, 1e-3))
+            assert whole.grad is not None
+            if rank == 1:
+                assert mine.grad is not None
+                errors.append(
+                    relative_error(mine.grad, whole.grad[rows], 1e-2) / (1e3 if dtype != torch.float32 else 1)
+                )
+    return errors
+
+
+def test_batches_of_any_lengths_and_dtypes() -> None:
+    for errors in world.run(_lengths, 2):
+        assert max(errors) <= 2e-5
+
+
+def _fixed(rank: int) -> Any:
+    case = Case("CosineSpaceLoss", 9, ((3, 1), (2, 3), (0, 2)))
+    return trace(case, rank, capacity=3), trace(case)
+
+
+def test_capacity_needs_no_look_at_the_data() -> None:
+    found = world.run(_fixed, 2)
+    for mine, one in found:
+        assert relative_error(mine.weight, one.weight) <= 2e-5
+    for step in range(3):
+        grads = torch.cat([mine.feature_grads[step] for mine, _ in found])
+        assert relative_error(grads, found[0][1].feature_grads[step], 1e-2) <= 2e-5
+
+
+def _scaled(rank: int) -> Any:
+    case = Case("ArcFaceLoss", 9, ((3, 1),))
+    return trace(case, rank, averaged_backbone=True).feature_grads[0], trace(case, rank).feature_grads[0]
+
+
+def test_gradients_for_a_backbone_that_averages() -> None:
+    for averaged, plain in world.run(_scaled, 2):
+        assert torch.allclose(averaged, 2 * plain)
+
+
+def _from_meta(rank: int, data: int) -> Any:
+    torch.manual_seed(5 + rank)  # rank 0's decides
+    with torch.device("cpu"):
+        counts = torch.arange(1, 10_001)
+    module = ltloss.LongTailLoss.from_counts(counts, 3, device="meta")
+    module = parallelize(module, class_mesh(data))
+    space = parallelize(ltloss.CosineSpaceLoss(7, 3, device="meta"), class_mesh(data))
+    space(torch.randn(2, 3), torch.tensor([1, 2]))
+    return module.weight.detach().full_tensor(), local(module.weight).shape, int(space.step), module.angular_margin
+
+
+def test_built_without_memory() -> None:
+    two, four = world.run(_from_meta, 2, 1), world.run(_from_meta, 4, 1)
+    for found in (*two, *four):
+        assert torch.equal(found[0], two[0][0])
+        assert found[2] == 1
+        assert torch.equal(found[3], ltloss.class_balance.margins_from_counts(torch.arange(1, 10_001), 0.5))
+    assert abs(float(two[0][0].norm(dim=1).square().mean()) - 1.0) < 0.05
+    assert four[3][1] == (2500, 3)
+
+
+MISTAKES: dict[str, tuple[type[Exception], str]] = {
+    "label": (IndexError, "labels must lie in [0, 9)"),
+    "label count": (ValueError, "labels must have one entry per row"),
+    "width": (ValueError, "the same width D"),
+    "not a tensor": (TypeError, "features must be a torch.Tensor"),
+    "dtype": (DistributedError, "the dtype of features must be the same on all ranks"),
+}
+
+
+def _mistake(rank: int, kind: str, warm: bool) -> tuple[str, str, float]:
+    """One rank is wrong; what every rank gets, and how long that takes."""
+    module = parallelize(ltloss.ArcFaceLoss(9, DIM), class_mesh())
+    features: Any = torch.randn(4, DIM)
+    labels = torch.tensor([0, 1, 2, 3])
+    if warm:
+        module(features, labels)
+    if rank == 1:
+        labels = {"label": torch.tensor([0, 1, 9, 3]), "label count": labels[:3]}.get(kind, labels)
+        features = {"width": torch.randn(4, 5), "not a tensor": "x", "dtype": features.double()}.get(kind, features)
+    start = time.perf_counter()
+    try:
+        module(features, labels)
+    except Exception as error:
+        said = type(error).__name__, str(error), time.perf_counter() - start
+        # The group still works, for all took part in everything.
+        module(torch.randn(2, DIM), torch.tensor([4, 5]))
+        return said
+    return "nothing", "", 0.0
+
+
+def _mistakes(rank: int) -> dict[tuple[str, bool], tuple[str, str, float]]:
+    return {(kind, warm): _mistake(rank, kind, warm) for kind in MISTAKES for warm in (False, True)}
+
+
+def test_a_mistake_on_one_rank_is_an_error_on_all() -> None:
+    found = world.run(_mistakes, 3)
+    for rank, errors in enumerate(found):
+        for (kind, warm), (name, text, seconds) in errors.items():
+            own, words = MISTAKES[kind]
+            expected = own.__name__ if rank == 1 else "DistributedError"
+            assert (name, words in text, seconds < 5) == (expected, True, True), (rank, kind, warm, name, text)
+            if rank != 1 and own is not DistributedError:
+                assert "rank 1 of 3 failed" in text
+
+
+def _other_modules(rank: int) -> list[str]:
+    said = []
+    for make in (
+        lambda: parallelize(ltloss.ArcFaceLoss(9 + rank, DIM), class_mesh()),
+        lambda: parallelize(ltloss.ArcFaceLoss(9, DIM, scale=30.0 + rank), class_mesh()),
+        lambda: parallelize(ltloss.ArcFaceLoss(9, DIM), class_mesh(), capacity=4 + rank),
+        lambda: parallelize(ltloss.ArcFaceLoss(9, DIM), class_mesh()).predict(torch.randn(2, DIM), k=1 + rank),
+    ):
+        with pytest.raises(DistributedError) as caught:
+            make()
+        said.append(str(caught.value))
+    return said
+
+
+def test_modules_that_differ_between_ranks() -> None:
+    for said in world.run(_other_modules, 2):
+        assert all("must be the same on all ranks" in text for text in said)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(TypeError, match="module must be a loss module"):
+        parallelize(torch.nn.Linear(2, 2), None)  # type: ignore[type-var]
+    for rate in (0.0, 1.5):
+        with pytest.raises(ValueError, match="sample_rate"):
+            parallelize(ltloss.ArcFaceLoss(4, 2), None, sample_rate=rate)
+    with pytest.raises(ValueError, match="capacity must be None or an integer >= 1; got 0"):
+        parallelize(ltloss.ArcFaceLoss(4, 2), None, capacity=0)
+    with pytest.raises(ValueError, match="label_smoothing=0"):
+        parallelize(ltloss.ArcFaceLoss(4, 2, label_smoothing=0.1), None, sample_rate=0.5)
+    module = ltloss.ArcFaceLoss(4, 2)
+    assert parallelize(module, None) is module
+    assert not dist.is_initialized()
+
+
+def _lost(rank: int) -> str:
+    module = parallelize(ltloss.ArcFaceLoss(9, DIM), class_mesh())
+    for step in range(50):
+        if rank == 1 and step == 3:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss = module(torch.randn(4, DIM, requires_grad=True), torch.tensor([0, 1, 2, 3]))
+        torch.autograd.backward(loss)
+    return "done"
+
+
+def test_a_rank_that_dies_ends_the_others_within_the_timeout() -> None:
+    start = time.perf_counter()
+    results = world.finish(world.start(_lost, 3, timeout=20.0), patience=40.0)
+    assert time.perf_counter() - start < 40.0
+    assert isinstance(results[1], world.Lost)
+    for rank in (0, 2):
+        assert isinstance(results[rank], DistributedError), results[rank]
+        assert "another rank ended or did not take part" in str(results[rank])

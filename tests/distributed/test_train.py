@@ -1,0 +1,81 @@
+"""`ltloss train --parallel class` on two ranks: files of one run, resumable, usable by one process."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import world
+
+pytest.importorskip("safetensors")
+pytest.importorskip("PIL")
+sys.path.append(str(Path(__file__).parents[1] / "training"))
+from toys import CLASS_NAMES, toy_images, toy_settings
+
+from ltloss.training.classifier import Classifier
+from ltloss.training.errors import UserError
+from ltloss.training.evaluation import evaluate_run
+from ltloss.training.trainer import train
+
+
+def _data(folder: Path) -> Path:
+    (x_train, y_train), (x_test, y_test) = toy_images(20), toy_images(5, seed=1)
+    path = folder / "toy.npz"
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, class_names=np.array(CLASS_NAMES))
+    return path
+
+
+def _settings(data: Path, epochs: int, loss: str = "cosine-space") -> dict[str, Any]:
+    return {**toy_settings(data, epochs=epochs, loss=loss, backbone="small-cnn"), "parallel": "class"}
+
+
+def _train(rank: int, data: Path, out: Path) -> tuple[float, float]:
+    result = train(out / "whole", _settings(data, 3), quiet=True)
+    if rank == 0:  # as a job leaves it that was killed in its third epoch
+        shutil.copytree(out / "whole", out / "resumed")
+        shutil.rmtree(out / "resumed" / "checkpoints" / "epoch-0003")
+    dist.barrier()
+    train(out / "resumed", _settings(data, 3), resume=True, quiet=True)
+    train(out / "long-tail", _settings(data, 1, "long-tail"), quiet=True)
+    with pytest.raises(UserError, match="softmax has no prototypes to spread"):
+        train(out / "softmax", _settings(data, 1, "softmax"), quiet=True)
+    return result.history[-1]["train_loss"], result.history[-1]["train_accuracy"]
+
+
+def _rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_train_on_two_ranks(tmp_path: Path) -> None:
+    data = _data(tmp_path)
+    first, second = world.run(_train, 2, data, tmp_path)
+    assert first == second
+    assert _rows(tmp_path / "whole") == _rows(tmp_path / "resumed")
+    losses = [float(row["train_loss"]) for row in _rows(tmp_path / "whole")]
+    assert losses[-1] < losses[0]
+    assert not (tmp_path / "softmax").exists()
+    classifier = Classifier.load(tmp_path / "whole")
+    assert type(classifier.loss.weight) is torch.nn.Parameter
+    evaluation = evaluate_run(tmp_path / "whole", None, split="test", device="cpu")
+    assert f"{evaluation.metrics.accuracy:.6f}" == f"{float(_rows(tmp_path / 'whole')[-1]['test_accuracy']):.6f}"
+
+
+def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
+    data = _data(tmp_path)
+    alone = train(tmp_path / "alone", _settings(data, 1), quiet=True).history
+    plain = train(tmp_path / "plain", {**_settings(data, 1), "parallel": "none"}, quiet=True).history
+    assert alone[0]["train_loss"] == plain[0]["train_loss"]
+
+
+def test_several_processes_without_parallel_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="add --parallel class"):
+        train(tmp_path / "run", {**_settings(_data(tmp_path), 1), "parallel": "none"}, quiet=True)
