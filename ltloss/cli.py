@@ -140,11 +140,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .training.config import SETTINGS
-
     parser = _Parser(prog="ltloss", description="Train and use image classifiers on long-tailed data.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_training(commands)
+    _add_using(commands)
+    _add_device_commands(commands)
+    return parser
 
+
+def _add_training(commands: Any) -> None:
     train = commands.add_parser("train", help="train a classifier", description="Train a classifier into a run folder.")
     train.set_defaults(command=_train, name="train")
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder to write")
@@ -157,6 +161,10 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="compare methods over seeds, tuned alike")
     add_compare(compare)
     _add_settings(compare, without=("loss", "seed", "parallel"))
+
+
+def _add_using(commands: Any) -> None:
+    from .training.config import SETTINGS
 
     evaluate = commands.add_parser("evaluate", help="measure a run on labelled pictures")
     evaluate.set_defaults(command=_evaluate, name="evaluate")
@@ -186,6 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report, name="report")
     report.add_argument("run", type=Path, metavar="RUN")
 
+
+def _add_device_commands(commands: Any) -> None:
     tune = commands.add_parser(
         "tune",
         help="find the fastest kernel tiles for this GPU",
@@ -225,7 +235,6 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="show what this machine offers ltloss")
     doctor.set_defaults(command=_doctor, name="doctor")
-    return parser
 
 
 def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:

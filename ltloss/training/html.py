@@ -41,6 +41,7 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem 1.25rem .3rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; }
 th { color: var(--quiet); font-weight: 600; white-space: nowrap; }
+td:first-child { min-width: 9rem; }  /* names break between words, not inside them, before a table scrolls */
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 summary { cursor: pointer; color: var(--accent); padding: .25rem 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem;
