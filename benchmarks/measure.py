@@ -82,12 +82,18 @@ def cpu_name() -> str:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit, "-dirty" where tracked files differ from it; results just renewed do not make the code another."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", f":(exclude){RESULTS.name}")
     except OSError:
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return (commit + ("-dirty" if changed else "")) or "unknown"
 
 
 def stamp() -> dict[str, str]:
