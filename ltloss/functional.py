@@ -17,7 +17,7 @@ from ltloss.backend import current_backend, debug
 from ltloss.class_balance import checked_counts
 from ltloss.cpu import compute_dtype
 from ltloss.epilogue import fused_margin_cross_entropy, margin_losses, one_pass, reduce_losses, wide_pass
-from ltloss.margins import BeyondPi, MarginGradient, arccos
+from ltloss.margins import BeyondPi, MarginGradient, mean_angle
 from ltloss.norm_penalty import FeatureNormKind, norm_penalty
 from ltloss.types import NearestPrototype, Reduction, TopK
 from ltloss.validation import (
@@ -284,12 +284,9 @@ def min_angle_regularizer(
     if num_classes == 1 or cosine.numel() == 0:
         return (cosine * 0.0).sum()
     if class_counts is None:
-        weights = torch.full_like(cosine, 1.0 / cosine.numel()).detach()
-    else:
-        chosen = class_counts if rows is None else class_counts[rows]
-        weights = chosen.to(dtype) ** -power
-        weights = weights / weights.sum()
-    return -(weights * arccos(cosine)).sum()
+        return mean_angle(cosine, torch.ones_like(cosine).detach())
+    chosen = class_counts if rows is None else class_counts[rows]
+    return mean_angle(cosine, chosen.to(dtype) ** -power)
 
 
 def _checked_counts(class_counts: Tensor, prototypes: Tensor) -> Tensor:

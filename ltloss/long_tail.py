@@ -14,7 +14,7 @@ from ltloss.centers import CenterUpdate, ClassCenters
 from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margins_from_counts
 from ltloss.epilogue import margin_losses, one_pass, reduce_losses
 from ltloss.heads import CombinedMarginLoss, PriorOptions, PrototypeHead, _check_counts, _FromCounts
-from ltloss.margins import arccos
+from ltloss.margins import mean_angle
 from ltloss.norm_penalty import FeatureNormKind, norm_penalty
 from ltloss.ops import is_sharded
 from ltloss.validation import check_choice, check_number, check_per_class, check_supervised, check_type
@@ -148,8 +148,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         rows = rows.clamp(0, beyond - 1)
         cosine = F.nearest_prototype(self.weight, rows, exact=exact).cosine
         weights = torch.where(first, self.class_counts[rows].to(cosine.dtype) ** -power, 0.0)
-        total = weights.sum()
-        angle = -(weights * arccos(cosine)).sum() / torch.where(total == 0.0, 1.0, total)
+        angle = mean_angle(cosine, weights)
         return angle if beyond > 1 else angle * 0.0
 
     def hyper_parameters(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["ANGLE_FLOOR", "BeyondPi", "MarginGradient", "arccos", "margin_cosine"]
+__all__ = ["ANGLE_FLOOR", "BeyondPi", "MarginGradient", "arccos", "margin_cosine", "mean_angle"]
 
 BeyondPi = Literal["monotone", "arcface"]
 MarginGradient = Literal["exact", "straight_through"]
@@ -153,3 +153,9 @@ def margin_cosine(
         cosine, angle_multiplier, angular_margin, beyond_pi, margin_gradient
     )
     return with_angle - cosine_margin
+
+
+def mean_angle(cosine: Tensor, weights: Tensor) -> Tensor:
+    """Minus the mean angle of cosines (R,) with weights (R,) >= 0; 0 where no weight is positive."""
+    total = weights.sum()
+    return -(weights / torch.where(total == 0.0, 1.0, total) * arccos(cosine)).sum()

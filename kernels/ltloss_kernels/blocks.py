@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["load_block", "store_block"]
+__all__ = ["load_block", "store_block", "tile_product"]
 
 
 @triton.jit
@@ -50,3 +50,35 @@ def store_block(
         pointers = target + at_row.to(tl.int64)[:, None] * stride + at_column[None, :]
         inside = (at_row < rows)[:, None] & (at_column < columns)[None, :]
         tl.store(pointers, block.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def tile_product(
+    rows_source,
+    classes_source,
+    block,
+    tile,
+    count,
+    classes,
+    width,
+    rows_stride,
+    classes_stride,
+    DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """x·w of one row block (of ``count`` rows) and one class tile: (BLOCK_ROWS, BLOCK_CLASSES) float32."""
+    tl.assume(width > 0)  # else a flattened loop around it has a second body, for products of no columns
+    product = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
+    for k in range(0, width, BLOCK_DEPTH):
+        x = load_block(
+            rows_source, block * BLOCK_ROWS, k, count, width, rows_stride, BLOCK_ROWS, BLOCK_DEPTH, DESCRIBED
+        )
+        w = load_block(
+            classes_source, tile * BLOCK_CLASSES, k, classes, width, classes_stride, BLOCK_CLASSES, BLOCK_DEPTH,
+            DESCRIBED,
+        )  # fmt: skip
+        product = tl.dot(x, w.T, product, input_precision=PRECISION)
+    return product

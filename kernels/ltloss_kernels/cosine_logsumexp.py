@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ltloss_kernels.arithmetic import LN2, log, scaled_rows, unit_rows
-from ltloss_kernels.blocks import load_block
+from ltloss_kernels.blocks import tile_product
 
 __all__ = ["combine_kernel", "combine_splits", "cosine_logsumexp_kernel", "sample_kernel"]
 
@@ -166,16 +166,10 @@ def cosine_logsumexp_kernel(
     flags_row = flags_ptr + block.to(tl.int64) * class_tiles
     tl.assume(width > 0)  # else the flattened loop has a second body, for products of no columns
     for tile in tl.range(first, last, flatten=True):
-        product = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
-        for k in range(0, width, BLOCK_DEPTH):
-            x = load_block(
-                features, block * BLOCK_ROWS, k, samples, width, features_stride, BLOCK_ROWS, BLOCK_DEPTH, DESCRIBED
-            )
-            w = load_block(
-                prototypes, tile * BLOCK_CLASSES, k, slab_classes, width, prototypes_stride, BLOCK_CLASSES, BLOCK_DEPTH,
-                DESCRIBED,
-            )  # fmt: skip
-            product = tl.dot(x, w.T, product, input_precision=PRECISION)
+        product = tile_product(
+            features, prototypes, block, tile, samples, slab_classes, width, features_stride, prototypes_stride,
+            DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
+        )  # fmt: skip
         classes_here = (first_tile + tile) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
         logit = product * tl.load(class_factor_ptr + classes_here)[None, :]
         if WITH_LOGIT_SUM:

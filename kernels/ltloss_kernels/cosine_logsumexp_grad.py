@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ltloss_kernels.arithmetic import LN2, LOG2E, TINY, log, power_of_two_below, scaled_rows, unit_rows
-from ltloss_kernels.blocks import load_block, store_block
+from ltloss_kernels.blocks import store_block, tile_product
 
 __all__ = ["gradient_tile_kernel", "projection_kernel", "sample_gradient_kernel"]
 
@@ -164,14 +164,14 @@ def gradient_tile_kernel(
     group = program // (GROUP * row_blocks)
     in_group = program % (GROUP * row_blocks)
     group_width = tl.minimum(class_tiles - group * GROUP, GROUP)
-    row = (in_group // group_width) * BLOCK_ROWS
-    column = (group * GROUP + in_group % group_width) * BLOCK_CLASSES
-    product = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
-    for k in range(0, width, BLOCK_DEPTH):
-        x = load_block(features, row, k, samples, width, features_stride, BLOCK_ROWS, BLOCK_DEPTH, DESCRIBED)
-        w = load_block(prototypes, column, k, classes, width, prototypes_stride, BLOCK_CLASSES, BLOCK_DEPTH, DESCRIBED)
-        product = tl.dot(x, w.T, product, input_precision=PRECISION)
+    block = in_group // group_width
+    tile = group * GROUP + in_group % group_width
+    product = tile_product(
+        features, prototypes, block, tile, samples, classes, width, features_stride, prototypes_stride,
+        DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
+    )  # fmt: skip
 
+    row, column = block * BLOCK_ROWS, tile * BLOCK_CLASSES
     rows = row + tl.arange(0, BLOCK_ROWS)
     here = column + tl.arange(0, BLOCK_CLASSES)
     inside = rows < samples
@@ -229,7 +229,7 @@ def project_rows(
     v = tl.load(vectors_ptr + offsets, mask=used[:, None] & cells, other=0.0).to(tl.float32)
     g = tl.load(gradient_ptr + wide * gradient_stride + columns[None, :], mask=inside[:, None] & cells, other=0.0)
     v, power, inverse = scaled_rows(v)
-    unit = v * inverse[:, None]
+    unit = unit_rows(v, inverse)
     g *= inverse_slab_scale
     if COPY == "plain":
         g = tl.where((inverse == 0.0)[:, None], 0.0, g) + along[:, None] * unit

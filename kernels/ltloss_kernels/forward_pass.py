@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ltloss_kernels import tiles
+from ltloss_kernels import arithmetic, tiles
 from ltloss_kernels.cosine_logsumexp import combine_kernel, cosine_logsumexp_kernel, sample_kernel
 from ltloss_kernels.margin_cross_entropy import margin_cross_entropy_kernel, reduce_kernel
 from ltloss_kernels.operands import block_source, padded_matrix, product_dtype, product_precision, readable_in_place
@@ -22,7 +22,7 @@ __all__ = ["LOG2E", "ForwardPass", "Margin", "SampleSums", "fixed_shift"]
 # exp() of a float32 overflows above 88.7 and is flushed to zero below -87.3.
 _LARGEST_EXPONENT, _SMALLEST_EXPONENT = 87.0, -86.0
 # Logits are counted in units of log 2 throughout the tiles.
-LOG2E = 1.4426950408889634
+LOG2E: float = arithmetic.LOG2E.value
 
 
 def fixed_shift(scale: float, classes: int) -> float | None:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ltloss_kernels import tiles
-from ltloss_kernels.arithmetic import scaled_rows
+from ltloss_kernels.arithmetic import scaled_rows, unit_rows
 
 __all__ = ["nearest_gradient", "nearest_gradient_kernel"]
 
@@ -67,7 +67,7 @@ def nearest_gradient_kernel(
         total += tl.sum(rows * (inverse * weight)[:, None], 0)[None, :]
     row = tl.load(prototypes_ptr + target * row_stride + column_offsets, mask=cells, other=0.0).to(tl.float32)
     row, power, inverse = scaled_rows(row)
-    unit = row * inverse[:, None]
+    unit = unit_rows(row, inverse)
     total = (total - tl.sum(total * unit, 1)[:, None] * unit) * inverse[:, None] * power[:, None]
     out = grad_ptr + target * width + columns[None, :]
     tl.store(out, total.to(grad_ptr.dtype.element_ty), mask=cells)

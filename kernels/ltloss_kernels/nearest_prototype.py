@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ltloss_kernels.blocks import load_block
+from ltloss_kernels.blocks import tile_product
 
 __all__ = [
     "LAST_NUMBER",
@@ -57,38 +57,6 @@ def order_key(value, number):
 def number_of(key):
     """The number (int32) in a key."""
     return ((key & _LAST) ^ _LAST).to(tl.int32)
-
-
-@triton.jit
-def tile_product(
-    rows_source,
-    classes_source,
-    block,
-    tile,
-    count,
-    classes,
-    width,
-    rows_stride,
-    classes_stride,
-    DESCRIBED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-):
-    """x·w of one row block (of ``count`` rows) and one class tile: (BLOCK_ROWS, BLOCK_CLASSES) float32."""
-    tl.assume(width > 0)  # else a flattened loop around it has a second body, for products of no columns
-    product = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
-    for k in range(0, width, BLOCK_DEPTH):
-        x = load_block(
-            rows_source, block * BLOCK_ROWS, k, count, width, rows_stride, BLOCK_ROWS, BLOCK_DEPTH, DESCRIBED
-        )
-        w = load_block(
-            classes_source, tile * BLOCK_CLASSES, k, classes, width, classes_stride, BLOCK_CLASSES, BLOCK_DEPTH,
-            DESCRIBED,
-        )  # fmt: skip
-        product = tl.dot(x, w.T, product, input_precision=PRECISION)
-    return product
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,3 +48,15 @@ def toy_folder(tmp_path: Path) -> Path:
 def toy_run(toy_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     """A finished run of two epochs. Do not change its files: copy them."""
     return train(tmp_path_factory.mktemp("runs") / "toy", toy_settings(toy_npz), quiet=True)
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(in_empty_folder: None, toy_run: TrainingResult) -> Path:
+    """A finished run in an empty working folder."""
+    shutil.copytree(toy_run.run, "run")
+    return Path("run")

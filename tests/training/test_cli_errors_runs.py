@@ -15,19 +15,8 @@ import torch
 from cli_errors import TRAIN, contents, fails
 
 from ltloss.cli import main
-from ltloss.training.trainer import TrainingResult
 
-
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def run(toy_run: TrainingResult) -> Path:
-    """A finished run in the working folder."""
-    shutil.copytree(toy_run.run, "run")
-    return Path("run")
+pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 
 @pytest.mark.parametrize(
