@@ -156,6 +156,18 @@ def margin_cosine(
 
 
 def mean_angle(cosine: Tensor, weights: Tensor) -> Tensor:
-    """Minus the mean angle of cosines (R,) with weights (R,) >= 0; 0 where no weight is positive."""
+    """Minus the mean angle of cosines (R,) with weights (R,) >= 0; 0 where no weight is positive.
+
+    What both minimum-angle terms end with: least where the prototypes are far apart.
+
+    Returns:
+        A scalar in radians, in the dtype of `cosine`.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.margins import mean_angle
+        >>> mean_angle(torch.zeros(2), torch.tensor([1.0, 3.0]))
+        tensor(-1.5708)
+    """
     total = weights.sum()
     return -(weights / torch.where(total == 0.0, 1.0, total) * arccos(cosine)).sum()
