@@ -51,7 +51,7 @@ class Study:
 
 
 _OMNIGLOT = "--imbalance 15 --many-above 7 --few-below 4 --recipe small --evaluate-every 5"
-_FASHION = "--imbalance 100 --recipe small --evaluate-every 5"
+_FASHION = "--imbalance 100 --recipe small --epochs 10 --evaluate-every 5"
 
 STUDIES = {
     "omniglot": Study(

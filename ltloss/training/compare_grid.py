@@ -20,6 +20,7 @@ from .compare_tables import Comparison, FinalRun, Trial, write_tables
 from .config import Settings
 from .errors import UserError
 from .methods import described, method
+from .search import next_points
 from .training_data import limited, load_split
 
 MANIFEST = "compare.json"
@@ -54,7 +55,8 @@ def compare(
         seeds: trainings of each method, with the seeds 0, 1, ...; all on the same pictures.
         vary: name of a setting or of an option of the losses -> values. Every combination becomes a variant of every
             method, on top of its chosen values.
-        tune: choose from each method's search space by the balanced accuracy of the last epoch on a validation split.
+        tune: choose from each method's search space by the balanced accuracy of the last epoch on a validation split,
+            with a climb along each axis (`ltloss.training.search.next_points`).
         tune_seeds: trainings of each trial, whose mean decides.
         validation_per_class: pictures of each class that are held out of the training file before the long tail is cut;
             None for a fifth of the smallest class. The test split is not read before tuning is over.
@@ -122,15 +124,25 @@ class _Grid:
         first = [name for name in plan.needed if method(name).stage_two is None]
         chosen: dict[str, Mapping[str, Any]] = {}
         for names in (first, [name for name in plan.needed if name not in first]):
-            tried = [
-                (name, values, self._trial_jobs(name, chosen, values)) for name in names for values in plan.space(name)
-            ]
-            self._run([job for *_, jobs in tried for job in jobs], "trial")
-            found = [Trial(name, values, *self._judged(jobs)) for name, values, jobs in tried]
-            for name in names:
-                best = _best([trial for trial in found if trial.method == name])
+            for name, found in self._climbed(names, chosen).items():
+                best = _best(found)
                 chosen[name] = best.values
-                yield from (replace(trial, chosen=trial is best) for trial in found if trial.method == name)
+                yield from (replace(trial, chosen=trial is best) for trial in found)
+
+    def _climbed(self, names: Sequence[str], chosen: _Chosen) -> dict[str, list[Trial]]:
+        """The trials of each method, in the order in which they were made; all methods climb side by side."""
+        found: dict[str, list[Trial]] = {name: [] for name in names}
+        while True:
+            asked = [
+                (name, values, self._trial_jobs(name, chosen, values))
+                for name in names
+                for values in next_points(self.plan.space(name), [(t.values, t.accuracy) for t in found[name]])
+            ]
+            if not asked:
+                return found
+            self._run([job for *_, jobs in asked for job in jobs], "trial")
+            for name, values, jobs in asked:
+                found[name].append(Trial(name, values, *self._judged(jobs)))
 
     def _trial_jobs(self, name: str, chosen: _Chosen, values: Mapping[str, Any]) -> list[Job]:
         held_out = self.plan.validation_per_class

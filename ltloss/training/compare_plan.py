@@ -13,7 +13,7 @@ from .compare_jobs import Job, checked
 from .config import SETTINGS, Settings
 from .errors import UserError, nearest
 from .losses import takes_option
-from .methods import STAGE_TWO_SETTINGS, Method, method, trials, variants, with_values
+from .methods import STAGE_TWO_SETTINGS, Method, method, search_space, variants, with_values
 from .recipes import cpu_has_bfloat16
 from .recipes import recipe as recipe_settings
 
@@ -52,7 +52,7 @@ class Plan:
         for name in self.needed:
             for values in [
                 {},
-                *(self.space(name) if self.tune else []),
+                *(variants(list(self.space(name).items())) if self.tune else []),
                 *(self.variants if name in self.methods else []),
             ]:
                 checked(self.job(name, {}, values, 0, ""))
@@ -92,11 +92,10 @@ class Plan:
         """Every combination of the varied values; an empty one where nothing is varied."""
         return variants(list(self.vary.items()))
 
-    def space(self, name: str) -> list[dict[str, Any]]:
-        """The trials of a method, without what was given, each combination once."""
+    def space(self, name: str) -> dict[str, list[Any]]:
+        """The axes of a method's search space, without those that were given."""
         fixed = {*self.given, *_loss_options(self.given)}
-        left = [{k: v for k, v in trial.items() if k not in fixed} for trial in trials(name, self.settings)]
-        return [trial for i, trial in enumerate(left) if trial not in left[:i]]
+        return {key: values for key, values in search_space(name, self.settings).items() if key not in fixed}
 
     def job(
         self,

@@ -1,7 +1,7 @@
 """The methods that `ltloss compare` knows: what each one sets, where it is from, and what is tuned.
 
 One table. A method's settings are the published ones where they do not depend on the data; its search space is a small
-grid of the values that matter most to it, the same number of trials for all.
+grid of the values that matter most to it, of which `search.py` tries some, for all methods in the same way.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Method:
         title: what it is called in tables.
         source: paper, and equation or section.
         settings: what it sets beside the recipe; names of settings, else options of the loss.
-        space: what is tuned: name -> values, of which every combination is tried.
+        space: what is tuned: name -> values in order; the search begins with the middle one of the first name.
         base: the method whose trained network a second stage begins with.
         stage_two: what that second stage does; its own settings are in `space` under the names of `stage_two.py`.
 
@@ -56,12 +56,12 @@ RECOMMENDED: dict[str, Any] = {
     "feature_norm_weight": 0.0,
 }
 
-_SCALES = (8.0, 16.0, 32.0)
-_TAUS = (0.5, 1.0, 1.5)
-_COSINE_MARGINS = (0.1, 0.2, 0.35)
-_ANGULAR_MARGINS = (0.1, 0.25, 0.5)
-_RATES = Factors((0.5, 1.0, 2.0))
-_SOFTMAX_SPACE = {"lr": _RATES, "weight_decay": Factors((0.4, 1.0, 2.5))}
+_SCALES = (4.0, 8.0, 16.0, 32.0, 64.0)
+_TAUS = (0.25, 0.5, 1.0, 1.5, 2.0)
+_COSINE_MARGINS = (0.1, 0.2, 0.35, 0.5, 0.7)
+_ANGULAR_MARGINS = (0.1, 0.25, 0.5, 0.75, 1.0)
+_RATES = Factors((0.25, 0.5, 1.0, 2.0, 4.0))
+_SOFTMAX_SPACE = {"lr": _RATES, "weight_decay": Factors((0.16, 0.4, 1.0, 2.5, 6.25))}
 
 METHODS: dict[str, Method] = {
     "ce": Method("cross-entropy", "", {"loss": "softmax"}, _SOFTMAX_SPACE),
@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
         "class-balanced weights",
         "Cui et al., Class-balanced loss based on effective number of samples, CVPR 2019, eq. 7",
         {"loss": "softmax", "drw_from": 0.0},
-        {"lr": _RATES, "beta": (0.9, 0.99, 0.9999)},
+        {"lr": _RATES, "beta": (0.9, 0.99, 0.999, 0.9999)},
     ),
     "balanced": Method(
         "balanced softmax",
@@ -123,13 +123,13 @@ METHODS: dict[str, Method] = {
         "LDAM",
         "Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, eq. 13",
         {"loss": "ldam"},
-        {"scale": _SCALES, "margin": (0.2, 0.35, 0.5)},
+        {"scale": _SCALES, "margin": (0.2, 0.35, 0.5, 0.75, 1.0)},
     ),
     "ldam-drw": Method(
         "LDAM-DRW",
         "Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, algorithm 1",
         {"loss": "ldam", "drw_from": 0.8},
-        {"scale": _SCALES, "margin": (0.2, 0.35, 0.5)},
+        {"scale": _SCALES, "margin": (0.2, 0.35, 0.5, 0.75, 1.0)},
     ),
     "arcface": Method(
         "ArcFace",
@@ -155,7 +155,7 @@ METHODS: dict[str, Method] = {
             "feature_norm_weight": 0.1,
             "tau": 0.0,
         },
-        {"scale": _SCALES, "margin": (0.25, 0.5, 1.0)},
+        {"scale": _SCALES, "margin": (0.125, 0.25, 0.5, 1.0, 2.0)},
     ),
     "cosine-space": Method(
         "cosine-space loss, as published",
@@ -167,7 +167,7 @@ METHODS: dict[str, Method] = {
         "long-tail loss, as recommended",
         "source A's angular margins per class with the log prior of Menon et al., ICLR 2021",
         {"loss": "long-tail", **RECOMMENDED},
-        {"scale": _SCALES, "margin": (0.25, 0.5, 0.75)},
+        {"scale": _SCALES, "margin": _ANGULAR_MARGINS},
     ),
 }
 
@@ -181,16 +181,14 @@ def method(name: str) -> Method:
     return METHODS[name]
 
 
-def trials(name: str, settings: Values) -> list[dict[str, Any]]:
-    """Every combination of the search space of a method; factors multiply what `settings`, the recipe's, say."""
-    space = method(name).space
-    values = [
-        [settings.get(key, SETTINGS[key].default) * factor for factor in choice.values]
+def search_space(name: str, settings: Values) -> dict[str, list[Any]]:
+    """The values of each axis of a method's search space; factors multiply what `settings`, the recipe's, say."""
+    return {
+        key: [settings.get(key, SETTINGS[key].default) * factor for factor in choice.values]
         if isinstance(choice, Factors)
         else list(choice)
-        for key, choice in space.items()
-    ]
-    return [dict(zip(space, combination, strict=True)) for combination in itertools.product(*values)]
+        for key, choice in method(name).space.items()
+    }
 
 
 def with_values(settings: Values, values: Values) -> dict[str, Any]:

@@ -148,10 +148,10 @@ def test_tuning_never_reads_the_test_split(toy_npz: Path, tmp_path: Path, monkey
         compare(tmp_path / "out", given, methods, seeds=1, tune=True, quiet=True)
     assert set(read[:-1]) == {"train"}
     trials = files_of(tmp_path / "out")
-    assert len(trials) == 27  # all of them were done by then
+    assert len(trials) >= 3 * 5  # all of them were done by then: along two axes that is the least
     monkeypatch.undo()
     found = compare(tmp_path / "out", given, methods, seeds=1, tune=True, quiet=True)
-    assert len(found.trials) == 27
+    assert len(found.trials) == len(trials)
     assert {name: time for name, time in files_of(tmp_path / "out").items() if name in trials} == trials
 
 
@@ -175,7 +175,7 @@ def test_the_chosen_trial_is_the_best_and_is_what_is_trained(toy_npz: Path, tmp_
     found = compare(tmp_path, small(toy_npz), ["ldam"], seeds=1, tune=True, tune_seeds=2, quiet=True)
     (best,) = [trial for trial in found.trials if trial.chosen]
     accuracies = [trial.accuracy for trial in found.trials if trial.accuracy is not None]
-    assert len(accuracies) == 9
+    assert len(accuracies) == len({tuple(trial.values.items()) for trial in found.trials}) >= 5
     assert best.accuracy == max(accuracies)
     assert best is next(trial for trial in found.trials if trial.accuracy == best.accuracy)  # the first of equals
     results = [json.loads(path.read_text()) for path in (tmp_path / "runs").iterdir()]
@@ -346,7 +346,7 @@ def test_the_methods_are_listed_without_other_options(capsys: pytest.CaptureFixt
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "recommended: long-tail loss, as recommended" in shown
-    assert "tunes  lr: the recipe's times 0.5, 1.0, 2.0" in shown
+    assert "tunes  lr: the recipe's times 0.25, 0.5, 1.0, 2.0, 4.0" in shown
 
 
 def test_folders_of_pictures_and_the_digits_can_be_compared(toy_folder: Path, tmp_path: Path) -> None:

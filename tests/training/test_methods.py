@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -8,8 +10,9 @@ from ltloss.training.compare_plan import Plan
 from ltloss.training.config import Settings
 from ltloss.training.errors import UserError
 from ltloss.training.losses import build_loss
-from ltloss.training.methods import METHODS, RECOMMENDED, listing, method, trials, variants, with_values
+from ltloss.training.methods import METHODS, RECOMMENDED, listing, method, search_space, variants, with_values
 from ltloss.training.recipes import recipe
+from ltloss.training.search import next_points
 
 COUNTS = [81, 16, 1]
 
@@ -27,11 +30,15 @@ def loss_of(name: str, **values: object) -> ltloss.CombinedMarginLoss:
     return head
 
 
-def test_every_method_has_the_same_number_of_trials_which_are_all_different() -> None:
-    for name in METHODS:
-        found = trials(name, recipe("small"))
-        assert len(found) == 9, name
-        assert all(trial not in found[:i] for i, trial in enumerate(found)), name
+def test_every_method_tunes_values_that_are_in_order_and_begins_in_their_middle() -> None:
+    for name, kind in METHODS.items():
+        space = search_space(name, recipe("small"))
+        assert math.prod(len(values) for values in space.values()) >= 9, name
+        assert all(values == sorted(set(values)) for values in space.values()), name
+        begins, published = next_points(space, [])[0], {**recipe("small"), **kind.settings}
+        at_rest = {"margin": (0.35, 0.5), "lr": (0.1,), "weight_decay": (5e-4,), "tau": (1.0,), "crt_epochs": (10,)}
+        assert all(begins[key] in at_rest[key] for key in begins if key in at_rest), name
+        assert published.get("margin", begins.get("margin")) == begins.get("margin", published.get("margin")), name
 
 
 def test_every_method_makes_a_job_and_says_where_it_is_from() -> None:
@@ -68,11 +75,11 @@ def test_weights_of_deferred_and_class_balanced_methods() -> None:
 
 
 def test_factors_multiply_the_recipe_and_what_is_given_is_not_tuned() -> None:
-    assert {trial["lr"] for trial in trials("ce", {"lr": 0.2})} == {0.1, 0.2, 0.4}
+    assert search_space("ce", {"lr": 0.2})["lr"] == [0.05, 0.1, 0.2, 0.4, 0.8]
     fixed = plan("ce", "cosine", "arcface", given={"lr": 0.3, "scale": 12.0})
-    assert all("lr" not in trial for trial in fixed.space("ce"))
-    assert len(fixed.space("ce")) == 3
-    assert fixed.space("cosine") == [{}]
+    assert list(fixed.space("ce")) == ["weight_decay"]
+    assert fixed.space("cosine") == {}
+    assert list(fixed.space("arcface")) == ["margin"]
     jobs = {name: fixed.job(name, {}, {}, 0, "").settings for name in fixed.methods}
     assert {name: (job["lr"], job.get("scale")) for name, job in jobs.items()} == {
         "ce": (0.3, None),
