@@ -212,9 +212,9 @@ def search_cases(small: bool) -> Iterator[SearchCase]:
             yield SearchCase(f"top {k}", wide, BF16, provider, _top_k(k, rows))
     step = Shape(12, 40, 16) if small else Shape(1024, 100_000, 512)
     for note, build in (
-        ("without the minimum angle", _long_tail_step("highest", min_angle_weight=0.0)),
-        ("minimum angle, rows=batch", _long_tail_step("highest", min_angle_rows="batch")),
-        ("minimum angle, all rows, TF32", _long_tail_step("high")),
-        ("minimum angle, all rows", _long_tail_step("highest")),
+        ("without the minimum angle", _long_tail_step("highest")),
+        ("minimum angle, rows=batch", _long_tail_step("highest", min_angle_weight=0.1, min_angle_rows="batch")),
+        ("minimum angle, all rows, TF32", _long_tail_step("high", min_angle_weight=0.1)),
+        ("minimum angle, all rows", _long_tail_step("highest", min_angle_weight=0.1)),
     ):
         yield SearchCase("long-tail step", step, BF16, "ltloss", build, 8, f"float32 prototypes, {note}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -13,6 +13,7 @@ from ltloss.backend import current_backend
 from ltloss.centers import CenterUpdate, ClassCenters
 from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margins_from_counts
 from ltloss.epilogue import margin_losses, one_pass, reduce_losses
+from ltloss.forms import FORMS, LongTailForm
 from ltloss.heads import CombinedMarginLoss, PriorOptions, PrototypeHead, _check_counts, _FromCounts
 from ltloss.margins import mean_angle
 from ltloss.norm_penalty import FeatureNormKind, norm_penalty
@@ -34,25 +35,31 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
     (:func:`ltloss.functional.min_angle_regularizer`); L3 the feature-length penalty
     (:func:`ltloss.functional.feature_norm_penalty`).
 
+    By default it is what measured best (docs/evidence.md): L1 with a log prior on the training logits, without L2 and
+    L3. ``form="published"`` is the source's: all three terms and no prior.
+
     Args:
         num_classes: C.
         embedding_size: D.
         class_counts: (C,) training samples per class, all > 0.
+        form: ``"recommended"`` or ``"published"``; decides what is left None below.
         margin: angular margin in radians of a class with one sample (with ``margin_normalize="max"``: of the rarest
-            class).
+            class). None: 0.5 in both forms.
         margin_power: 1/k for the margins.
-        margin_normalize: ``"none"`` as published, or ``"max"``.
-        min_angle_weight: λ1; 0 leaves L2 out.
+        margin_normalize: ``"none"``, which None is as published, or ``"max"``, which it is as recommended.
+        min_angle_weight: λ1; 0 leaves L2 out. None: 0.1 as published, 0 as recommended.
         min_angle_power: 1/k for the weights of L2.
         min_angle_rows: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of C²·D/2
             (how many they are depends on the data: ``torch.compile`` breaks its graph there).
         min_angle_exact: True searches with float32 products even where TF32 is allowed (see
             :func:`ltloss.functional.nearest_prototype`).
-        feature_norm_weight: λ2; 0 leaves L3 out.
+        feature_norm_weight: λ2; 0 leaves L3 out. None: 0.1 as published and where features keep their length
+            (``normalize_features=False``), which may shrink to nothing without it; else 0.
         feature_norm: the g of L3, by name or a function of the lengths (N,). ``"ring"`` with λ2 = 0.1 measured best, on
             long-tailed digits (docs/evidence.md).
         feature_norm_radius: the R or u of that g; None for 1.25·√D, a quarter more than batch normalisation gives.
-        tau: strength of the log prior τ·log π_c on the training logits; 0, as published, adds none.
+        tau: strength of the log prior τ·log π_c on the training logits; 0 adds none. None: 0 as published or where a
+            ``log_prior`` is given, 1 as recommended.
         options: see :class:`CombinedMarginLoss`.
 
     Attributes:
@@ -63,6 +70,10 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         >>> import torch
         >>> from ltloss import LongTailLoss
         >>> loss_fn = LongTailLoss.from_counts([500, 40, 3], embedding_size=16)
+        >>> loss = loss_fn(torch.randn(4, 16), torch.tensor([0, 0, 1, 2]))
+        >>> sorted(loss_fn.parts)
+        ['margin_cross_entropy']
+        >>> loss_fn = LongTailLoss.from_counts([500, 40, 3], embedding_size=16, form="published")
         >>> loss = loss_fn(torch.randn(4, 16), torch.tensor([0, 0, 1, 2]))
         >>> sorted(loss_fn.parts)
         ['feature_norm', 'margin_cross_entropy', 'min_angle']
@@ -76,38 +87,53 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         embedding_size: int,
         *,
         class_counts: Counts,
-        margin: float = 0.5,
+        form: LongTailForm = "recommended",
+        margin: float | None = None,
         margin_power: float = 0.25,
-        margin_normalize: Normalize = "none",
-        min_angle_weight: float = 0.1,
+        margin_normalize: Normalize | None = None,
+        min_angle_weight: float | None = None,
         min_angle_power: float = 0.25,
         min_angle_rows: AngleRows = "all",
         min_angle_exact: bool = False,
-        feature_norm_weight: float = 0.1,
+        feature_norm_weight: float | None = None,
         feature_norm: FeatureNormKind | Callable[[Tensor], Tensor] = "ring",
         feature_norm_radius: float | None = None,
-        tau: float = 0.0,
+        tau: float | None = None,
         **options: Unpack[PriorOptions],
     ) -> None:
         _check_counts(class_counts, num_classes)
-        check_number("tau", tau, at_least=0.0)
-        if tau:
+        check_choice("form", form, get_args(LongTailForm))
+        chosen = _of_form(
+            form,
+            options,
+            margin=margin,
+            margin_normalize=margin_normalize,
+            tau=tau,
+            min_angle_weight=min_angle_weight,
+            feature_norm_weight=feature_norm_weight,
+        )
+        for name in ("tau", "min_angle_weight", "feature_norm_weight"):
+            check_number(name, chosen[name], at_least=0.0)
+        if chosen["tau"]:
             if options.get("log_prior") is not None:
                 raise ValueError(
                     f"log_prior and tau both give a prior; pass one of them, got tau={tau:g} and a log_prior"
                 )
-            options["log_prior"] = log_prior_from_counts(class_counts, tau)
-        margins = margins_from_counts(class_counts, margin, power=margin_power, normalize=margin_normalize)
-        check_number("min_angle_weight", min_angle_weight, at_least=0.0)
-        check_number("feature_norm_weight", feature_norm_weight, at_least=0.0)
+            options["log_prior"] = log_prior_from_counts(class_counts, chosen["tau"])
+        margins = margins_from_counts(
+            class_counts, chosen["margin"], power=margin_power, normalize=chosen["margin_normalize"]
+        )
         check_choice("min_angle_rows", min_angle_rows, get_args(AngleRows))
         super().__init__(num_classes, embedding_size, angular_margin=margins, **options)
-        self.margin, self.margin_power, self.margin_normalize = margin, margin_power, margin_normalize
-        self.min_angle_weight, self.min_angle_power = min_angle_weight, min_angle_power
+        self.form, self.margin_power, self.min_angle_power = form, margin_power, min_angle_power
+        self.margin: float = chosen["margin"]
+        self.margin_normalize: Normalize = chosen["margin_normalize"]
+        self.tau: float = chosen["tau"]
+        self.min_angle_weight: float = chosen["min_angle_weight"]
+        self.feature_norm_weight: float = chosen["feature_norm_weight"]
         check_type("min_angle_exact", min_angle_exact, bool)
         self.min_angle_rows, self.min_angle_exact = min_angle_rows, min_angle_exact
-        self.tau = tau
-        self.feature_norm_weight, self.feature_norm = feature_norm_weight, feature_norm
+        self.feature_norm = feature_norm
         self.feature_norm_radius = 1.25 * embedding_size**0.5 if feature_norm_radius is None else feature_norm_radius
         counts = torch.as_tensor(class_counts)
         self.register_buffer("class_counts", counts.detach().to(self._constants_device, copy=True), persistent=False)
@@ -154,11 +180,21 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""
         names = (
-            "margin margin_power margin_normalize min_angle_weight min_angle_power min_angle_rows min_angle_exact "
+            "form margin margin_power margin_normalize min_angle_weight min_angle_power min_angle_rows min_angle_exact "
             "feature_norm_weight"
         )
         own = {name: getattr(self, name) for name in [*names.split(), "feature_norm", "feature_norm_radius", "tau"]}
         return {**super().hyper_parameters(), **own}
+
+
+def _of_form(form: LongTailForm, options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """The hyper-parameters that depend on the form: as given, or for None as the form has them."""
+    default = dict(FORMS[form])
+    if not options.get("normalize_features", True):
+        default["feature_norm_weight"] = FORMS["published"]["feature_norm_weight"]
+    if options.get("log_prior") is not None:
+        default["tau"] = 0.0
+    return {name: default[name] if value is None else value for name, value in given.items()}
 
 
 class CosineSpaceLoss(PrototypeHead):

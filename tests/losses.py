@@ -89,6 +89,9 @@ MODULES: dict[str, Callable[..., ltloss.PrototypeHead]] = {
         long_tail_counts(c), d, **options
     ),
     "LongTailLoss": lambda c, d, **options: ltloss.LongTailLoss.from_counts(long_tail_counts(c), d, **options),
+    "LongTailLoss as published": lambda c, d, **options: ltloss.LongTailLoss.from_counts(
+        long_tail_counts(c), d, form="published", **options
+    ),
     "CosineSpaceLoss": ltloss.CosineSpaceLoss,
 }
 

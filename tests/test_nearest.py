@@ -194,7 +194,7 @@ def test_the_module_passes_it_on(exact: bool, monkeypatch: pytest.MonkeyPatch) -
         return search(prototypes, rows, exact)
 
     monkeypatch.setattr(ops, "nearest_prototype", watched)
-    head = ltloss.LongTailLoss.from_counts([5, 3, 1], 4, min_angle_exact=exact)
+    head = ltloss.LongTailLoss.from_counts([5, 3, 1], 4, min_angle_weight=0.1, min_angle_exact=exact)
     head(torch.randn(2, 4), torch.tensor([0, 2]))
     assert asked == [exact]
     assert head.hyper_parameters()["min_angle_exact"] is exact

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ltloss.forms import FORMS
+
 from .config import SETTINGS
 from .errors import UserError, nearest
 
@@ -46,15 +48,6 @@ class Method:
     base: str = ""
     stage_two: StageTwo | None = None
 
-
-# The long-tail loss as this package recommends it, in one place: documentation and tables follow it.
-RECOMMENDED: dict[str, Any] = {
-    "margin": 0.5,
-    "margin_normalize": "max",
-    "tau": 1.0,
-    "min_angle_weight": 0.0,
-    "feature_norm_weight": 0.0,
-}
 
 _SCALES = (4.0, 8.0, 16.0, 32.0, 64.0)
 _TAUS = (0.25, 0.5, 1.0, 1.5, 2.0)
@@ -148,12 +141,8 @@ METHODS: dict[str, Method] = {
         "source A, Harbin Institute of Technology, Shenzhen; the weights of L2 and L3 are not published",
         {
             "loss": "long-tail",
-            "margin": 0.5,
-            "margin_normalize": "none",
-            "min_angle_weight": 0.1,
+            **FORMS["published"],
             "feature_norm": "ring",
-            "feature_norm_weight": 0.1,
-            "tau": 0.0,
         },
         {"scale": _SCALES, "margin": (0.125, 0.25, 0.5, 1.0, 2.0)},
     ),
@@ -166,7 +155,7 @@ METHODS: dict[str, Method] = {
     "recommended": Method(
         "long-tail loss, as recommended",
         "source A's angular margins per class with the log prior of Menon et al., ICLR 2021",
-        {"loss": "long-tail", **RECOMMENDED},
+        {"loss": "long-tail", **FORMS["recommended"]},
         {"scale": _SCALES, "margin": _ANGULAR_MARGINS},
     ),
 }

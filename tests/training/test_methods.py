@@ -10,7 +10,7 @@ from ltloss.training.compare_plan import Plan
 from ltloss.training.config import Settings
 from ltloss.training.errors import UserError
 from ltloss.training.losses import build_loss
-from ltloss.training.methods import METHODS, RECOMMENDED, listing, method, search_space, variants, with_values
+from ltloss.training.methods import METHODS, listing, method, search_space, variants, with_values
 from ltloss.training.recipes import recipe
 from ltloss.training.search import next_points
 
@@ -60,11 +60,13 @@ def test_margins_of_the_published_methods() -> None:
     torch.testing.assert_close(loss_of("arcface", tau=1.0).log_prior, prior)
 
 
-def test_the_recommended_loss_is_what_its_table_says() -> None:
-    head = loss_of("recommended")
-    assert isinstance(head, ltloss.LongTailLoss)
-    shown = head.hyper_parameters()
-    assert {name: shown[name] for name in RECOMMENDED} == RECOMMENDED
+@pytest.mark.parametrize(("name", "form"), [("recommended", "recommended"), ("long-tail", "published")])
+def test_both_forms_of_the_long_tail_loss_are_those_of_its_module(name: str, form: str) -> None:
+    torch.manual_seed(0)
+    ours, shown = loss_of(name), ltloss.LongTailLoss.from_counts(COUNTS, 8, form=form)
+    assert isinstance(ours, ltloss.LongTailLoss)
+    assert repr(ours).replace("form='recommended'", f"form='{form}'") == repr(shown)
+    assert torch.equal(ours.angular_margin, shown.angular_margin)
 
 
 def test_weights_of_deferred_and_class_balanced_methods() -> None:
