@@ -16,7 +16,7 @@ from ltloss.class_balance import Counts, log_prior_from_counts, margins_from_cou
 from ltloss.margins import BeyondPi, MarginGradient
 from ltloss.reference import cosines
 from ltloss.types import Reduction, TopK
-from ltloss.validation import check_number
+from ltloss.validation import check_count, check_number
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -98,9 +98,8 @@ class PrototypeHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
+        num_classes = check_count("num_classes", num_classes)
+        embedding_size = check_count("embedding_size", embedding_size)
         check_number("scale", scale, above=0.0)
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.scale, self.normalize_features = float(scale), normalize_features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "check_choice",
+    "check_count",
     "check_features",
     "check_k",
     "check_label_range",
@@ -42,6 +44,13 @@ def check_number(
         lower = f"> {above}" if above > at_least else f">= {at_least}"
         bounds = [bound for bound in (lower, f"<= {at_most}") if "inf" not in bound]
         raise ValueError(f"{name} must be finite{''.join(' and ' + bound for bound in bounds)}; got {given}")
+
+
+def check_count(name: str, given: Any) -> int:
+    """A whole number from 1, of Python or numpy (``labels.max() + 1``), as an int; ValueError for anything else."""
+    if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
+        raise ValueError(f"{name} must be an integer >= 1; got {given!r}")
+    return int(given)
 
 
 def check_type(name: str, given: Any, expected: type[int] | type[bool]) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -154,6 +155,7 @@ def test_modules_refuse_bad_options_when_they_are_made(what: str) -> None:
         (lambda: ltloss.ArcFaceLoss(0, 5), ValueError, ("num_classes", ">= 1", "got 0")),
         (lambda: ltloss.ArcFaceLoss(4, 5.0), ValueError, ("embedding_size", "integer", "got 5.0")),
         (lambda: ltloss.ArcFaceLoss(4, True), ValueError, ("embedding_size", "integer", "got True")),
+        (lambda: ltloss.ArcFaceLoss(np.float64(4), 5), ValueError, ("num_classes", "integer", "4.0")),
         (lambda: ltloss.ArcFaceLoss(4, 5, margin=torch.ones(3)), ValueError, ("angular_margin", "(4,)", "(3,)")),
         (lambda: ltloss.CosineSpaceLoss(4, 5, epsilon=-1.0), ValueError, ("epsilon", ">= 0.0", "got -1.0")),
         (lambda: ltloss.CosineSpaceLoss(4, 5, start_step=-1), ValueError, ("start_step", ">= 0", "got -1")),

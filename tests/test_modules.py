@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from losses import MODULES, long_tail_counts, outcome, problem
@@ -84,6 +85,12 @@ def test_long_tail_loss_adds_its_regularisers(rows: str, backend: str) -> None:
     expected = {"margin_cross_entropy": l1, "min_angle": l2, "feature_norm": l3}
     torch.testing.assert_close(module.parts, {name: value.detach() for name, value in expected.items()})
     assert not any(part.requires_grad for part in module.parts.values())
+
+
+def test_sizes_may_be_numbers_of_numpy() -> None:
+    labels = np.array([0, 3, 1])
+    module = ltloss.ArcFaceLoss(labels.max() + 1, np.int32(5))
+    assert (module.num_classes, type(module.num_classes), module.weight.shape) == (4, int, (4, 5))
 
 
 def test_angles_of_a_batch_without_a_class_that_counts() -> None:

@@ -25,6 +25,7 @@ from ltloss.distributed.centers import ShardedCenters
 from ltloss.distributed.layout import Layout, local
 from ltloss.distributed.parallel import ClassParallel
 from ltloss.heads import PrototypeHead
+from ltloss.validation import check_count
 
 __all__ = [
     "add_classes",
@@ -299,8 +300,7 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
         >>> add_classes(ArcFaceLoss(10, 4), 3).weight.shape
         torch.Size([13, 4])
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"count must be an integer >= 1; got {count!r}")
+    count = check_count("count", count)
     classes = head.num_classes + count
     vectors = {name for name, buffer in head.named_buffers(recurse=False) if buffer.shape == (head.num_classes,)}
     if vectors != set(per_class):
