@@ -53,8 +53,8 @@ _SCALES = (4.0, 8.0, 16.0, 32.0, 64.0)
 _TAUS = (0.25, 0.5, 1.0, 1.5, 2.0)
 _COSINE_MARGINS = (0.1, 0.2, 0.35, 0.5, 0.7)
 _ANGULAR_MARGINS = (0.1, 0.25, 0.5, 0.75, 1.0)
-_RATES = Factors((0.25, 0.5, 1.0, 2.0, 4.0))
-_SOFTMAX_SPACE = {"lr": _RATES, "weight_decay": Factors((0.16, 0.4, 1.0, 2.5, 6.25))}
+_RATES = Factors((0.25, 0.5, 1.0, 2.0, 4.0, 8.0))
+_SOFTMAX_SPACE = {"lr": _RATES, "weight_decay": Factors((0.16, 0.4, 1.0, 2.5, 6.25, 15.625))}
 
 METHODS: dict[str, Method] = {
     "ce": Method("cross-entropy", "", {"loss": "softmax"}, _SOFTMAX_SPACE),
@@ -110,31 +110,31 @@ METHODS: dict[str, Method] = {
         "cosine softmax with log prior",
         "Menon et al., Long-tail learning via logit adjustment, ICLR 2021, eq. 10, on cosine logits",
         {"loss": "logit-adjusted", "tau": 1.0},
-        {"scale": _SCALES, "tau": _TAUS},
+        {"scale": _SCALES, "tau": _TAUS, "lr": _RATES},
     ),
     "ldam": Method(
         "LDAM",
         "Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, eq. 13",
         {"loss": "ldam"},
-        {"scale": _SCALES, "margin": (0.2, 0.35, 0.5, 0.75, 1.0)},
+        {"scale": _SCALES, "margin": (0.2, 0.35, 0.5, 0.75, 1.0), "lr": _RATES},
     ),
     "ldam-drw": Method(
         "LDAM-DRW",
         "Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, algorithm 1",
         {"loss": "ldam", "drw_from": 0.8},
-        {"scale": _SCALES, "margin": (0.2, 0.35, 0.5, 0.75, 1.0)},
+        {"scale": _SCALES, "margin": (0.2, 0.35, 0.5, 0.75, 1.0), "lr": _RATES},
     ),
     "arcface": Method(
         "ArcFace",
         "Deng et al., ArcFace, CVPR 2019, eq. 3",
         {"loss": "arcface"},
-        {"scale": _SCALES, "margin": _ANGULAR_MARGINS},
+        {"scale": _SCALES, "margin": _ANGULAR_MARGINS, "lr": _RATES},
     ),
     "cosface": Method(
         "CosFace",
         "Wang et al., CosFace, CVPR 2018, eq. 4",
         {"loss": "cosface"},
-        {"scale": _SCALES, "margin": _COSINE_MARGINS},
+        {"scale": _SCALES, "margin": _COSINE_MARGINS, "lr": _RATES},
     ),
     "long-tail": Method(
         "long-tail loss, as published",
@@ -144,19 +144,19 @@ METHODS: dict[str, Method] = {
             **FORMS["published"],
             "feature_norm": "ring",
         },
-        {"scale": _SCALES, "margin": (0.125, 0.25, 0.5, 1.0, 2.0)},
+        {"scale": _SCALES, "margin": (0.125, 0.25, 0.5, 1.0, 2.0), "lr": _RATES},
     ),
     "cosine-space": Method(
         "cosine-space loss, as published",
         "source B, Southeast University; the weights are not published but for their order",
         {"loss": "cosine-space"},
-        {"scale": _SCALES, "margin": _COSINE_MARGINS},
+        {"scale": _SCALES, "margin": _COSINE_MARGINS, "lr": _RATES},
     ),
     "recommended": Method(
         "long-tail loss, as recommended",
         "source A's angular margins per class with the log prior of Menon et al., ICLR 2021",
         {"loss": "long-tail", **FORMS["recommended"]},
-        {"scale": _SCALES, "margin": _ANGULAR_MARGINS},
+        {"scale": _SCALES, "margin": _ANGULAR_MARGINS, "lr": _RATES},
     ),
 }
 
