@@ -1,7 +1,8 @@
-"""The search of `ltloss compare --tune`: one climb along each axis of a small grid, the same for every method."""
+"""The search of `ltloss compare --tune`: a climb along the axes of a small grid, the same for every method."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +16,8 @@ def next_points(
     """The points of a grid that the climb has to see next; none where it is over.
 
     It begins in the middle of every axis. Along one axis after the other it looks at both neighbours and goes to the
-    better one for as long as that is better than where it stands; so it leaves an axis where no neighbour is better,
-    or at its end.
+    better one for as long as that is better than where it stands, and begins again with the first axis until no
+    neighbour along any axis is better. Values that make up for each other (a large margin, a high rate) need that.
 
     Args:
         space: name of an axis -> its values in order; the first is climbed first.
@@ -38,8 +39,11 @@ def next_points(
         return -math.inf if found is None or math.isnan(found) else found
 
     at = {name: values[(len(values) - 1) // 2] for name, values in space.items()}
-    for name, values in space.items():
+    axes, left = itertools.cycle(space), len(space)  # axes to look along without moving before it is over
+    while left:
+        name = next(axes)
         while True:
+            values = space[name]
             here = values.index(at[name])
             near = [at, *({**at, name: values[i]} for i in (here - 1, here + 1) if 0 <= i < len(values))]
             unknown = [point for point in near if all(point != known for known, _ in tried)]
@@ -48,5 +52,6 @@ def next_points(
             best = max(near, key=score)  # of equal ones the first: it stays
             if best is at:
                 break
-            at = best
+            at, left = best, len(space)
+        left -= 1
     return [] if space or tried else [{}]

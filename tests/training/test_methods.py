@@ -77,7 +77,7 @@ def test_weights_of_deferred_and_class_balanced_methods() -> None:
 
 
 def test_factors_multiply_the_recipe_and_what_is_given_is_not_tuned() -> None:
-    assert search_space("ce", {"lr": 0.2})["lr"] == [0.05, 0.1, 0.2, 0.4, 0.8]
+    assert search_space("ce", {"lr": 0.2})["lr"] == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6]
     fixed = plan("ce", "cosine", "arcface", given={"lr": 0.3, "scale": 12.0})
     assert list(fixed.space("ce")) == ["weight_decay"]
     assert fixed.space("cosine") == {}

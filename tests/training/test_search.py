@@ -29,13 +29,27 @@ def test_a_single_hill_is_climbed_to_its_top(top: tuple[float, float]) -> None:
 
     tried, _ = climbed(GRID, height)
     assert max(tried, key=height) == {"a": top[0], "b": top[1]}
-    assert len(tried) <= 7
+    assert len(tried) <= 9
 
 
 def test_it_stays_in_the_middle_where_no_neighbour_is_better() -> None:
     tried, rounds = climbed(GRID, lambda _: 0.5)
     assert tried == [{"a": a, "b": b} for a, b in ((3, 20), (2, 20), (4, 20), (3, 10), (3, 30))]
     assert rounds == 2
+
+
+def test_it_goes_round_the_axes_until_no_neighbour_is_better() -> None:
+    """Large a needs large b: going along each axis once ends at (4, 5)."""
+    square = {"a": GRID["a"], "b": GRID["a"]}
+
+    def height(point: Point) -> float:
+        return point["a"] + point["b"] - 0.6 * (point["a"] - point["b"]) ** 2
+
+    tried, _ = climbed(square, height)
+    best = max(tried, key=height)
+    assert best == {"a": 5, "b": 5}
+    around = [{**best, name: best[name] + step} for name in best for step in (-1, 1)]
+    assert all(point in tried for point in around if all(1 <= value <= 5 for value in point.values()))
 
 
 def test_points_that_diverged_are_worse_than_all_others() -> None:
