@@ -26,7 +26,7 @@ def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Study, Path
     common = "--recipe small --imbalance 10 --epochs 1 --crop-pad 1 --limit-per-class 16 --limit-test 40 --device cpu"
     commands = (f"{common} --losses ce --seeds 2 --tune", f"{common} --losses recommended --seeds 1 --vary tau=0,1")
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
-    return Study("digits", "Digits.", commands), tmp_path
+    return Study("digits", "Digits", "few of them.", commands), tmp_path
 
 
 def test_a_study_is_run_and_shown_with_its_commands(digits: tuple[Study, Path]) -> None:
@@ -59,7 +59,7 @@ def test_a_study_is_run_and_shown_with_its_commands(digits: tuple[Study, Path]) 
 
 
 def test_a_study_that_fails_says_so(digits: tuple[Study, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    study = Study("digits", "Digits.", (f"{digits[0].commands[0]} --losses nonsense",))
+    study = Study("digits", "Digits", "few of them.", (f"{digits[0].commands[0]} --losses nonsense",))
     with pytest.raises(SystemExit, match="bad: command 1 of 1 failed"):
         evidence.run("bad", study, Path(), digits[1] / "kept", jobs=1)
     assert "--losses nonsense is unknown" in capsys.readouterr().err
