@@ -163,7 +163,7 @@ def test_other_test_pictures_change_no_choice(toy_npz: Path, tmp_path: Path) -> 
     tuning = []
     for data in (toy_npz, tmp_path / "poison.npz"):
         out = tmp_path / data.stem
-        compare(out, small(data, epochs=3), ["cosface"], seeds=1, tune=True, validation_per_class=4, quiet=True)
+        compare(out, small(data, epochs=6), ["cosface"], seeds=1, tune=True, validation_per_class=4, quiet=True)
         tuning.append(rows_of(out, "tuning.csv"))
     assert tuning[0] == tuning[1]
     assert len({row["balanced_accuracy"] for row in tuning[0]}) > 1
@@ -180,7 +180,7 @@ def test_the_chosen_trial_is_the_best_and_is_what_is_trained(toy_npz: Path, tmp_
     assert best is next(trial for trial in found.trials if trial.accuracy == best.accuracy)  # the first of equals
     results = [json.loads(path.read_text()) for path in (tmp_path / "runs").iterdir()]
     final = [result for result in results if result["validation_per_class"] is None]
-    assert [(r["settings"]["scale"], r["settings"]["margin"]) for r in final] == [tuple(best.values.values())]
+    assert [{name: r["settings"][name] for name in ("scale", "margin", "lr")} for r in final] == [best.values]
     held = [result for result in results if result["validation_per_class"]]
     assert {(tuple(r["class_counts"]), tuple(r["pictures"])) for r in held} == {((16, 8, 4), (28, 12))}  # 4 of 20 held
     assert {len(r["history"]) for r in held} == {2}
