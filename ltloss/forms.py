@@ -13,7 +13,8 @@ __all__ = ["FORMS", "LongTailForm"]
 
 LongTailForm = Literal["recommended", "published"]
 
-# "recommended" is what docs/evidence.md measured best. The source leaves λ1, λ2 and g open; see docs/mathematics.md.
+# "recommended" is what the ablation of docs/evidence.md measured best. The source leaves λ1, λ2 and g open; see
+# docs/mathematics.md.
 FORMS: Mapping[LongTailForm, Mapping[str, Any]] = MappingProxyType(
     {
         "recommended": {
