@@ -49,8 +49,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         margin_normalize: ``"none"``, which None is as published, or ``"max"``, which it is as recommended.
         min_angle_weight: λ1; 0 leaves L2 out. None: 0.1 as published, 0 as recommended.
         min_angle_power: 1/k for the weights of L2.
-        min_angle_rows: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of C²·D/2
-            (how many they are depends on the data: ``torch.compile`` breaks its graph there).
+        min_angle_rows: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of C²·D/2.
         min_angle_exact: True searches with float32 products even where TF32 is allowed (see
             :func:`ltloss.functional.nearest_prototype`).
         feature_norm_weight: λ2; 0 leaves L3 out. None: 0.1 as published and where features keep their length

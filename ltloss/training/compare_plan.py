@@ -52,7 +52,7 @@ class Plan:
         for name in self.needed:
             for values in [
                 {},
-                *(variants(list(self.space(name).items())) if self.tune else []),
+                *([{key: value} for key, axis in self.space(name).items() for value in axis] if self.tune else []),
                 *(self.variants if name in self.methods else []),
             ]:
                 checked(self.job(name, {}, values, 0, ""))
