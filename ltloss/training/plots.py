@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ _VARIABLES = dict(
 )
 _DASHES = (0, (4, 1.5))
 _RASTER_BLUE = "#2f8ac4"  # a raster image cannot follow the page; this one reads on white and on black
+_LABEL_WIDTH = 34  # characters; longer labels of rows would leave no room for the rows
 _RASTER_ABOVE = 3000  # points; as vectors they would make the page megabytes long
 
 _STYLE = {
@@ -189,18 +191,21 @@ def shares_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | 
     """Draw (label, mean, deviation) in percent, a dot with its deviation for each; ``None`` is shown as "none"."""
     texts = ["none" if mean is None else f"{mean:.1f} ± {spread:.1f}" for _, mean, spread in rows]
     words = "; ".join(f"{label}: {text}" for (label, _, _), text in zip(rows, texts, strict=True))
+    labels = [[_shown(line) for line in textwrap.wrap(label, _LABEL_WIDTH)] for label, _, _ in rows]
+    # A row is as high as its label has lines; it is drawn in the middle of them.
+    positions = [sum(map(len, labels[:i])) + len(lines) / 2 for i, lines in enumerate(labels)]
     known = [(mean - spread, mean + spread) for _, mean, spread in rows if mean is not None]
     low, high = min((left for left, _ in known), default=0.0), max((right for _, right in known), default=1.0)
     room = max(high - low, 1.0)
-    with _Drawing(name, height=0.8 + 0.26 * len(rows)) as drawing:
+    with _Drawing(name, height=0.8 + 0.26 * sum(map(len, labels))) as drawing:
         axes = drawing.axes
-        for position, ((_, mean, spread), text) in enumerate(zip(rows, texts, strict=True)):
+        for position, (_, mean, spread), text in zip(positions, rows, texts, strict=True):
             if mean is not None:
                 axes.errorbar(mean, position, xerr=spread, color=_ACCENT, fmt="o", markersize=4)
             right = low if mean is None else mean + spread
             axes.text(right + 0.04 * room, position, text, va="center", color=_QUIET if mean is None else _INK)
-        axes.set_yticks(range(len(rows)), [_shown(label) for label, _, _ in rows])
-        axes.invert_yaxis()
+        axes.set_yticks(positions, ["\n".join(lines) for lines in labels])
+        axes.set_ylim(sum(map(len, labels)), 0)
         axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 100])
         axes.set_xlim(low - 0.05 * room, high + 0.4 * room)
         axes.grid(visible=False, axis="y")

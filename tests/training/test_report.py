@@ -196,6 +196,16 @@ def test_figures_follow_the_colours_of_the_page() -> None:
     assert all(colour.startswith("var(--") for colour in colours), colours
 
 
+def test_a_long_label_is_broken_into_lines_and_leaves_room_for_its_row(recwarn: pytest.WarningsRecorder) -> None:
+    label = "long-tail loss, as recommended (normalize_features=False, scale=1.5, feature_norm_weight=0.1)"
+    plot = plots.shares_with_spread("l", "L", [(label, 0.5, 0.1), ("$a$", 0.4, 0.1)], axis="x")
+    assert not recwarn.list, [str(warning.message) for warning in recwarn]  # matplotlib's, about no room
+    lines = re.findall(r">([^<>]+)</(?:text|tspan)>", plot.svg)
+    assert "long-tail loss, as recommended" in lines
+    assert "$a$" in lines
+    assert label in plot.alt
+
+
 @pytest.mark.browser
 @needs_chromium
 @pytest.mark.parametrize("flags", [(), ("--window-size=390,800", "--blink-settings=preferredColorScheme=0")])
