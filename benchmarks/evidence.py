@@ -2,13 +2,14 @@
 
 A study is a list of `ltloss compare` command lines, which the documentation shows as they are. The results of every
 training are kept in --out, so an interrupted study continues; when it is done its rows go to
-``results/evidence_<study>.csv`` (and ``..._tuning.csv``). The page is made from these files.
+``results/evidence_<study>.csv`` (and ``..._tuning.csv``). The page, and the advice in the README, are made from these.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,28 +19,29 @@ from typing import Any
 from benchmarks.measure import RESULTS, write_rows
 from benchmarks.pages import markdown_table, renewed
 from ltloss.cli import main as ltloss
-from ltloss.training.compare_tables import summary
+from ltloss.forms import FORMS
+from ltloss.training.compare_tables import by_method, percents, summary
 from ltloss.training.methods import method
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
-_MAIN = "ce,balanced,post-hoc,tau-norm,logit-adjusted,ldam-drw,arcface,recommended"
-_EVERY = (
-    "ce,balanced,post-hoc,tau-norm,cosine,logit-adjusted,ldam,ldam-drw,arcface,cosface,long-tail,cosine-space,"
-    "recommended"
-)
+README = Path(__file__).parents[1] / "README.md"
+_MAIN = "ce,balanced,post-hoc,tau-norm,logit-adjusted,ldam-drw,recommended"
+_EVERY = "ce,balanced,post-hoc,tau-norm,cosine,logit-adjusted,ldam-drw,arcface,long-tail,cosine-space,recommended"
 # Each line changes one thing of the recommended loss; where a term is off there, the second --vary turns it on.
 _CHANGES = (
     "margin=0,0.25,0.5,0.75",
-    "margin_power=0,0.25",
     "tau=0,1,1.5",
     "scale=8,16,32",
     "min_angle_weight=0,0.1,1",
-    "min_angle_power=0 --vary min_angle_weight=0.1",
     "feature_norm_weight=0,0.1",
-    "feature_norm=hinge --vary feature_norm_weight=0.1",
     "normalize_features=false --vary scale=1.5 --vary feature_norm_weight=0,0.1",
-    "normalize_features=false --vary scale=1.5 --vary feature_norm_weight=0.1 --vary feature_norm=inverse,hinge",
     "drw_from=0.8",
+)
+_SMALLER_CHANGES = (
+    "margin_power=0,0.25",
+    "min_angle_power=0 --vary min_angle_weight=0.1",
+    "feature_norm=hinge --vary feature_norm_weight=0.1",
+    "normalize_features=false --vary scale=1.5 --vary feature_norm_weight=0.1 --vary feature_norm=inverse,hinge",
 )
 
 
@@ -54,6 +56,7 @@ class Study:
 
 
 _OMNIGLOT = "--imbalance 15 --many-above 7 --few-below 4 --recipe small --evaluate-every 5"
+_TUNED = "--lr 0.8 --scale 16"  # what the search chose for the recommended loss
 _FASHION = "--imbalance 100 --recipe small --epochs 6 --evaluate-every 3"
 
 STUDIES = {
@@ -72,10 +75,83 @@ STUDIES = {
     "ablation": Study(
         "omniglot28.npz",
         "Omniglot-LT",
-        "the recommended loss, one thing changed at a time.",
-        tuple(f"{_OMNIGLOT} --losses recommended --seeds 1 --vary {changed}" for changed in _CHANGES),
+        "the recommended loss at its tuned rate and scale, one thing changed at a time.",
+        tuple(f"{_OMNIGLOT} {_TUNED} --losses recommended --seeds 1 --vary {changed}" for changed in _CHANGES),
+    ),
+    "low-rate": Study(
+        "omniglot28.npz",
+        "Omniglot-LT",
+        "the recommended loss at the recipe's rate, an eighth of the tuned one.",
+        tuple(
+            f"{_OMNIGLOT} --losses recommended --seeds 1 --vary {changed}" for changed in (*_CHANGES, *_SMALLER_CHANGES)
+        ),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A line of the README's table: for which situation what, and the two rows of a study that say so."""
+
+    situation: str
+    use: str
+    study: str
+    row: tuple[str, str]  # method and variant
+    against: tuple[str, str]
+    called: str  # what stands against it
+
+
+_KEPT = "normalize_features=False, scale=1.5, feature_norm_weight="
+START_HERE = (
+    Advice(
+        "hundreds of classes or more, a handful of samples in most",
+        "`LongTailLoss.from_counts(counts, D, scale=16)`",
+        "omniglot",
+        ("recommended", ""),
+        ("ce", ""),
+        "cross-entropy",
+    ),
+    Advice(
+        "few classes, the largest a hundred times the smallest",
+        "`LongTailLoss.from_counts(counts, D, margin=0.1, scale=8)`",
+        "fashion",
+        ("recommended", ""),
+        ("ce", ""),
+        "cross-entropy",
+    ),
+    Advice(
+        "many classes, no margin wanted, and time to tune rate and scale",
+        "`LogitAdjustedLoss.from_counts(counts, D, scale=8)`",
+        "omniglot",
+        ("logit-adjusted", ""),
+        ("recommended", ""),
+        "with the margin",
+    ),
+    Advice(
+        "counts unknown",
+        "`ArcFaceLoss(C, D, scale=16)`",
+        "omniglot",
+        ("arcface", ""),
+        ("cosine", ""),
+        "cosine softmax",
+    ),
+    Advice(
+        "a trained softmax classifier that must stay as it is",
+        "post-hoc adjustment (`ltloss compare --losses post-hoc`)",
+        "omniglot",
+        ("post-hoc", ""),
+        ("ce", ""),
+        "cross-entropy",
+    ),
+    Advice(
+        "features that must keep their length",
+        "`LongTailLoss.from_counts(counts, D, normalize_features=False, scale=1.5)`, with its L3",
+        "low-rate",
+        ("recommended", f"{_KEPT}0.1"),
+        ("recommended", f"{_KEPT}0"),
+        "without L3",
+    ),
+)
 
 
 def run(name: str, study: Study, data_dir: Path, out: Path, jobs: int) -> None:
@@ -119,7 +195,29 @@ def section(study: Study, rows: Sequence[Mapping[str, str]], trials: Sequence[Ma
     chosen = [[method(row["method"]).title, row["chosen"]] for row in measured if row["seed"] == 0 and row["chosen"]]
     if chosen:
         parts.append(markdown_table([["method", "chosen on the validation split"], *chosen]))
+    pairs = with_and_without_margin(trials)
+    if len(pairs) > 1:
+        parts += ["The trials that differ in the margin alone, on the validation split:", markdown_table(pairs)]
     return "\n\n".join(parts)
+
+
+def with_and_without_margin(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """A header, and a line for each rate and scale at which the recommended loss was tried as it is and without margin.
+
+    Without margin it is cosine softmax with log prior; τ and margin are those of the form. One that diverged is "none".
+    """
+    places = []
+    for name, key in (("logit-adjusted", "tau"), ("recommended", "margin")):
+        found = [(json.loads(row["values"]), row["balanced_accuracy"]) for row in trials if row["method"] == name]
+        same_form = [(values, share) for values, share in found if values[key] == FORMS["recommended"][key]]
+        places.append({(v["lr"], v["scale"]): float(share) if share else None for v, share in same_form})
+    return [
+        ["rate", "scale", "log prior alone", "log prior and margin"],
+        *(
+            [f"{lr:g}", f"{scale:g}", *(percents([place[lr, scale]]) for place in places)]
+            for lr, scale in sorted(places[0].keys() & places[1].keys())
+        ),
+    ]
 
 
 def study_folder(study: Study) -> str:
@@ -156,6 +254,21 @@ def with_studies(page: str, results: Path = RESULTS) -> str:
     return page
 
 
+def start_here(page: str, results: Path = RESULTS) -> str:
+    """The README with its table of situations, each with the two rows of a study that it rests on."""
+    lines = [["your data", "start with", "measured (test accuracy, %)"]]
+    for advice in START_HERE:
+        path = results / f"evidence_{advice.study}.csv"
+        rows = by_method([_parsed(row) for row in read_rows(path)]) if path.is_file() else {}
+        measured = "not measured yet"
+        if advice.row in rows and advice.against in rows:
+            both = ([row["last_accuracy"] for row in rows[key]] for key in (advice.row, advice.against))
+            ours, theirs = map(percents, both)
+            measured = f"{STUDIES[advice.study].name}: **{ours}**; {advice.called} {theirs}"
+        lines.append([advice.situation, advice.use, measured])
+    return renewed(page, "start here", markdown_table(lines))
+
+
 def main() -> None:
     """Run studies, write their CSV files, and renew the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -173,7 +286,8 @@ def main() -> None:
         for name in options.study or STUDIES:
             run(name, STUDIES[name], options.data_dir, options.out, options.jobs)
     PAGE.write_text(with_studies(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"renewed {PAGE}")
+    README.write_text(start_here(README.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"renewed {PAGE} and the table in {README}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ __all__ = ["FORMS", "LongTailForm"]
 
 LongTailForm = Literal["recommended", "published"]
 
-# "recommended" is what the ablation of docs/evidence.md measured best. The source leaves λ1, λ2 and g open; see
-# docs/mathematics.md.
+# "recommended" follows docs/evidence.md: none was more accurate beyond the spread, and it bears a rate or a scale that
+# does not fit better than the loss without margin. The source leaves λ1, λ2 and g open; see docs/mathematics.md.
 FORMS: Mapping[LongTailForm, Mapping[str, Any]] = MappingProxyType(
     {
         "recommended": {

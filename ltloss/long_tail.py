@@ -35,8 +35,8 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
     (:func:`ltloss.functional.min_angle_regularizer`); L3 the feature-length penalty
     (:func:`ltloss.functional.feature_norm_penalty`).
 
-    By default it is what the ablation of docs/evidence.md measured best: L1 with a log prior on the training logits,
-    without L2 and L3. ``form="published"`` is the source's: all three terms and no prior.
+    By default it is the form that docs/evidence.md recommends: L1 with a log prior on the training logits, without L2
+    and L3. ``form="published"`` is the source's: all three terms and no prior.
 
     Args:
         num_classes: C.

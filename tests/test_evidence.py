@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks import evidence
-from benchmarks.evidence import STUDIES, Study, read_rows, section, with_studies
+from benchmarks.evidence import (
+    START_HERE,
+    STUDIES,
+    Study,
+    read_rows,
+    section,
+    start_here,
+    with_and_without_margin,
+    with_studies,
+)
 from benchmarks.pages import markdown_table, renewed
 
 PAGE = evidence.PAGE
@@ -17,7 +26,29 @@ PAGE = evidence.PAGE
 
 def test_the_committed_page_is_the_one_of_the_committed_results() -> None:
     page = PAGE.read_text(encoding="utf-8")
+    readme = evidence.README.read_text(encoding="utf-8")
     assert with_studies(page) == page, "python -m benchmarks.evidence --render, and commit the result"
+    assert start_here(readme) == readme, "python -m benchmarks.evidence --render, and commit the result"
+
+
+def test_every_advice_rests_on_two_rows_of_a_study_that_was_run() -> None:
+    shown = start_here(evidence.README.read_text(encoding="utf-8"))
+    assert "not measured yet" not in shown
+    for advice in START_HERE:
+        rows = read_rows(evidence.RESULTS / f"evidence_{advice.study}.csv")
+        accuracy = {
+            key: [float(row["last_accuracy"]) for row in rows if (row["method"], row["variant"]) == key]
+            for key in (advice.row, advice.against)
+        }
+        better, worse = (sum(values) / len(values) for values in accuracy.values())
+        assert better > worse, advice.situation
+        assert f"**{100 * better:.2f}" in shown
+        assert f"; {advice.called} {100 * worse:.2f}" in shown
+
+
+def test_advice_without_results_is_said_to_be_unmeasured(tmp_path: Path) -> None:
+    page = start_here("<!-- start here -->\n<!-- end of start here -->", tmp_path)
+    assert page.count("not measured yet") == len(START_HERE)
 
 
 @pytest.fixture
@@ -56,6 +87,23 @@ def test_a_study_is_run_and_shown_with_its_commands(digits: tuple[Study, Path]) 
     evidence.run("tiny", study, Path(), results / "kept", jobs=1)
     assert {path.name: path.stat().st_mtime_ns for path in (results / "kept" / "tiny" / "runs").iterdir()} == before
     assert read_rows(results / "evidence_tiny.csv") == rows
+
+
+def test_trials_that_differ_in_the_margin_alone_stand_side_by_side() -> None:
+    def trial(method: str, share: str, **values: float) -> dict[str, str]:
+        return {"method": method, "values": json.dumps(values), "balanced_accuracy": share}
+
+    trials = [
+        trial("logit-adjusted", "0.6", lr=0.1, scale=16.0, tau=1.0),
+        trial("logit-adjusted", "0.7", lr=0.2, scale=16.0, tau=1.0),
+        trial("logit-adjusted", "0.9", lr=0.1, scale=16.0, tau=2.0),
+        trial("recommended", "0.65", lr=0.1, scale=16.0, margin=0.5),
+        trial("recommended", "", lr=0.2, scale=16.0, margin=0.5),
+        trial("recommended", "0.9", lr=0.1, scale=16.0, margin=1.0),
+        trial("recommended", "0.5", lr=0.1, scale=32.0, margin=0.5),
+        trial("ce", "0.5", lr=0.1, weight_decay=0.1),
+    ]
+    assert with_and_without_margin(trials)[1:] == [["0.1", "16", "60.00", "65.00"], ["0.2", "16", "70.00", "none"]]
 
 
 def test_a_study_that_fails_says_so(digits: tuple[Study, Path], capsys: pytest.CaptureFixture[str]) -> None:
