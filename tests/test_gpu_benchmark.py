@@ -256,6 +256,7 @@ def test_a_verdict_takes_nan_for_wrong() -> None:
 def test_several_processes_compare_what_one_does() -> None:
     one = gpu_correctness.check_all("cpu", Deadline(600.0), quick=True)
     two = gpu_correctness.check_all("cpu", Deadline(600.0), quick=True, processes=2)
+    assert one.left_out == 0
     assert (two.compared, two.left_out, two.wrong, two.inaccurate) == (one.compared, 0, [], [])
     assert two.worst == pytest.approx(one.worst, rel=1e-3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import textwrap
 from collections.abc import Sequence
@@ -193,11 +194,12 @@ def shares_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | 
     words = "; ".join(f"{label}: {text}" for (label, _, _), text in zip(rows, texts, strict=True))
     labels = [[_shown(line) for line in textwrap.wrap(label, _LABEL_WIDTH)] for label, _, _ in rows]
     # A row is as high as its label has lines; it is drawn in the middle of them.
-    positions = [sum(map(len, labels[:i])) + len(lines) / 2 for i, lines in enumerate(labels)]
+    ends = list(itertools.accumulate(map(len, labels)))
+    positions = [end - len(lines) / 2 for end, lines in zip(ends, labels, strict=True)]
     known = [(mean - spread, mean + spread) for _, mean, spread in rows if mean is not None]
     low, high = min((left for left, _ in known), default=0.0), max((right for _, right in known), default=1.0)
     room = max(high - low, 1.0)
-    with _Drawing(name, height=0.8 + 0.26 * sum(map(len, labels))) as drawing:
+    with _Drawing(name, height=0.8 + 0.26 * ends[-1]) as drawing:
         axes = drawing.axes
         for position, (_, mean, spread), text in zip(positions, rows, texts, strict=True):
             if mean is not None:
@@ -205,7 +207,7 @@ def shares_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | 
             right = low if mean is None else mean + spread
             axes.text(right + 0.04 * room, position, text, va="center", color=_QUIET if mean is None else _INK)
         axes.set_yticks(positions, ["\n".join(lines) for lines in labels])
-        axes.set_ylim(sum(map(len, labels)), 0)
+        axes.set_ylim(ends[-1], 0)
         axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 100])
         axes.set_xlim(low - 0.05 * room, high + 0.4 * room)
         axes.grid(visible=False, axis="y")
