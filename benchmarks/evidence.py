@@ -126,7 +126,7 @@ START_HERE = (
     ),
     Advice(
         "counts unknown",
-        "`ArcFaceLoss(C, D, scale=16)`",
+        "`ArcFaceLoss(C, D, margin=1.0, scale=16)`",
         "omniglot",
         ("arcface", ""),
         ("cosine", ""),
@@ -253,16 +253,21 @@ def with_studies(page: str, results: Path = RESULTS) -> str:
 
 def start_here(page: str, results: Path = RESULTS) -> str:
     """The README with its table of situations, each with the two rows of a study that it rests on."""
-    lines = [["your data", "start with", "measured (test accuracy, %)"]]
+    lines = [["your data", "start with", "measured (test accuracy, %)", "its tuned values"]]
+    tables = {advice.study: results / f"evidence_{advice.study}.csv" for advice in START_HERE}
+    found = {
+        study: by_method([_parsed(row) for row in read_rows(path)]) if path.is_file() else {}
+        for study, path in tables.items()
+    }
     for advice in START_HERE:
-        path = results / f"evidence_{advice.study}.csv"
-        rows = by_method([_parsed(row) for row in read_rows(path)]) if path.is_file() else {}
-        measured = "not measured yet"
+        rows = found[advice.study]
+        measured, chosen = "not measured yet", ""
         if advice.row in rows and advice.against in rows:
             both = ([row["last_accuracy"] for row in rows[key]] for key in (advice.row, advice.against))
             ours, theirs = map(percents, both)
             measured = f"{STUDIES[advice.study].name}: **{ours}**; {advice.called} {theirs}"
-        lines.append([advice.situation, advice.use, measured])
+            chosen = rows[advice.row][0]["chosen"] or "none"
+        lines.append([advice.situation, advice.use, measured, chosen])
     return renewed(page, "start here", markdown_table(lines))
 
 
