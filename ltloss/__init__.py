@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ltloss import class_balance, distributed, functional, reference
     from ltloss.backend import current_backend, current_workspace, debug, use_backend, use_workspace
     from ltloss.centers import ClassCenters
+    from ltloss.forms import default_scale
     from ltloss.heads import (
         ArcFaceLoss,
         CombinedMarginLoss,
@@ -44,6 +45,7 @@ __all__ = [
     "current_backend",
     "current_workspace",
     "debug",
+    "default_scale",
     "distributed",
     "functional",
     "reference",
@@ -55,6 +57,7 @@ __all__ = [
 _HOMES = {
     "backend": ("current_backend", "current_workspace", "debug", "use_backend", "use_workspace"),
     "centers": ("ClassCenters",),
+    "forms": ("default_scale",),
     "heads": (
         "ArcFaceLoss",
         "CombinedMarginLoss",

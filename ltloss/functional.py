@@ -71,7 +71,7 @@ def margin_cross_entropy(
         features: (N, D), any floating dtype, any length, any strides.
         prototypes: (C, D), likewise; its dtype may differ from that of ``features``.
         labels: (N,) integers in [0, C), or ``ignore_index``.
-        scale: s > 0, the inverse temperature.
+        scale: s > 0, the inverse temperature. The modules take theirs from C: :func:`ltloss.default_scale`.
         angular_margin: m2 in radians, a number or (C,).
         cosine_margin: m3, a number or (C,).
         angle_multiplier: m1 > 0.

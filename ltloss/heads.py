@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ltloss import functional as F
 from ltloss.class_balance import Counts, log_prior_from_counts, margins_from_counts
+from ltloss.forms import default_scale
 from ltloss.margins import BeyondPi, MarginGradient
 from ltloss.reference import cosines
 from ltloss.types import Reduction, TopK
@@ -35,7 +36,7 @@ __all__ = [
 class LossOptions(TypedDict, total=False):
     """What every loss module takes besides its own margin; see :func:`ltloss.functional.margin_cross_entropy`."""
 
-    scale: float
+    scale: float | None
     angle_multiplier: float
     class_weight: Tensor | None
     label_smoothing: float
@@ -69,7 +70,8 @@ class PrototypeHead(nn.Module):
     Args:
         num_classes: C.
         embedding_size: D.
-        scale: s, the inverse temperature.
+        scale: s, the inverse temperature. None: :func:`ltloss.default_scale` of C, which without
+            ``normalize_features`` is divided by √D, the length that batch normalisation gives.
         normalize_features: False keeps the length of the features: logits are s·‖x‖·cos.
         device, dtype: of the weight. Keep it float32 whatever the dtype of the features: updates of a half-precision
             weight are lost.
@@ -92,7 +94,7 @@ class PrototypeHead(nn.Module):
         num_classes: int,
         embedding_size: int,
         *,
-        scale: float = 30.0,
+        scale: float | None = None,
         normalize_features: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -100,6 +102,8 @@ class PrototypeHead(nn.Module):
         super().__init__()
         num_classes = check_count("num_classes", num_classes)
         embedding_size = check_count("embedding_size", embedding_size)
+        if scale is None:
+            scale = default_scale(num_classes, 1.0 if normalize_features else embedding_size**0.5)
         check_number("scale", scale, above=0.0)
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.scale, self.normalize_features = float(scale), normalize_features
@@ -162,7 +166,7 @@ class CombinedMarginLoss(PrototypeHead):
     Args:
         num_classes: C.
         embedding_size: D.
-        scale: s.
+        scale: s; None as in :class:`PrototypeHead`.
         angle_multiplier: m1.
         angular_margin: m2 in radians, a number or (C,).
         cosine_margin: m3, a number or (C,).
@@ -194,7 +198,7 @@ class CombinedMarginLoss(PrototypeHead):
         num_classes: int,
         embedding_size: int,
         *,
-        scale: float = 30.0,
+        scale: float | None = None,
         angle_multiplier: float = 1.0,
         angular_margin: Tensor | float = 0.0,
         cosine_margin: Tensor | float = 0.0,

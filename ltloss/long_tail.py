@@ -205,7 +205,7 @@ class CosineSpaceLoss(PrototypeHead):
     Args:
         num_classes: C.
         embedding_size: D.
-        scale: s.
+        scale: s; None for :func:`ltloss.default_scale` of C.
         margin: cosine margin of L_inter, a number or (C,).
         inter_weight: α.
         intra_weight: β.
@@ -241,7 +241,7 @@ class CosineSpaceLoss(PrototypeHead):
         num_classes: int,
         embedding_size: int,
         *,
-        scale: float = 30.0,
+        scale: float | None = None,
         margin: Tensor | float = 0.35,
         inter_weight: float = 0.5,
         intra_weight: float = 0.25,

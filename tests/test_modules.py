@@ -61,7 +61,7 @@ def test_forward_is_the_function(name: str, options: dict[str, object], backend:
     features, labels = batch()
     labels = labels.masked_fill(labels < 0, int(options.get("ignore_index", -100)))
     expected = functional.margin_cross_entropy(
-        features, module.weight, labels, **{"scale": 30.0, **expected_margins()[name], **options}
+        features, module.weight, labels, **{"scale": ltloss.default_scale(C), **expected_margins()[name], **options}
     )
     torch.testing.assert_close(module(features, labels), expected)
 
@@ -71,7 +71,7 @@ def test_long_tail_loss_adds_its_regularisers(rows: str, backend: str) -> None:
     counts = long_tail_counts(C)
     module = ltloss.LongTailLoss.from_counts(
         counts, D, min_angle_weight=0.3, feature_norm_weight=0.2, feature_norm="ring", feature_norm_radius=2.0,
-        min_angle_rows=rows, min_angle_power=0.5, margin_normalize="max", tau=0.0,
+        min_angle_rows=rows, min_angle_power=0.5, margin_normalize="max", tau=0.0, scale=30.0,
     )  # fmt: skip
     features, labels = batch()
     counted = labels >= 0
@@ -85,6 +85,23 @@ def test_long_tail_loss_adds_its_regularisers(rows: str, backend: str) -> None:
     expected = {"margin_cross_entropy": l1, "min_angle": l2, "feature_norm": l3}
     torch.testing.assert_close(module.parts, {name: value.detach() for name, value in expected.items()})
     assert not any(part.requires_grad for part in module.parts.values())
+
+
+@pytest.mark.parametrize("classes", [1, 2, 54, 55, 1623, 10**7])
+def test_default_scale_leaves_a_well_placed_sample_little_to_gain(classes: int) -> None:
+    """Its cross-entropy among prototypes at right angles is at most 1/C."""
+    scale = ltloss.default_scale(classes)
+    loss = np.log1p((classes - 1) * np.exp(-scale))
+    assert loss <= 1 / classes
+    assert scale == max(8.0, 2 * np.log(classes))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_scale_follows_the_number_of_classes_unless_given(name: str) -> None:
+    assert MODULES[name](300, D).scale == ltloss.default_scale(300)
+    assert MODULES[name](300, D, scale=3).scale == 3.0
+    if name != "CosineSpaceLoss":
+        assert MODULES[name](300, D, normalize_features=False).scale == ltloss.default_scale(300, D**0.5)
 
 
 def test_sizes_may_be_numbers_of_numpy() -> None:
@@ -351,7 +368,7 @@ def _with_weight(module: ltloss.PrototypeHead, weight: Tensor):  # type: ignore[
 def test_cosine_space_loss_takes_a_margin_per_class() -> None:
     features, labels = batch()
     margins = torch.linspace(0.1, 0.5, 5)
-    module = ltloss.CosineSpaceLoss(5, features.shape[1], margin=margins)
+    module = ltloss.CosineSpaceLoss(5, features.shape[1], margin=margins, scale=30.0)
     module(features, labels % 5)
     expected = functional.margin_cross_entropy(features, module.weight, labels % 5, cosine_margin=margins)
     assert torch.equal(module.parts["inter"], expected.detach())
