@@ -20,7 +20,7 @@ from .compare_tables import Comparison, FinalRun, Trial, write_tables
 from .config import Settings
 from .errors import UserError
 from .methods import described, method
-from .search import next_points
+from .search import edges, next_points
 from .training_data import limited, load_split
 
 MANIFEST = "compare.json"
@@ -127,7 +127,8 @@ class _Grid:
             for name, found in self._climbed(names, chosen).items():
                 best = _best(found)
                 chosen[name] = best.values
-                yield from (replace(trial, chosen=trial is best) for trial in found)
+                ends = edges(plan.space(name), best.values)
+                yield from (replace(trial, chosen=True, edges=ends) if trial is best else trial for trial in found)
 
     def _climbed(self, names: Sequence[str], chosen: _Chosen) -> dict[str, list[Trial]]:
         """The trials of each method, in the order in which they were made; all methods climb side by side."""

@@ -88,12 +88,7 @@ def _chosen(found: Comparison) -> Iterator[str]:
         return
     yield '<p class="quiet">Tuned by the balanced accuracy of the last epoch on the validation split.</p>'
     trials = [
-        (
-            method(trial.method).title,
-            described(trial.values),
-            percents([trial.accuracy]),
-            "chosen" if trial.chosen else "",
-        )
+        (method(trial.method).title, trial.described, percents([trial.accuracy]), "chosen" if trial.chosen else "")
         for trial in found.trials
     ]
     yield details("Every trial", table(["method", "values", "balanced accuracy, %", ""], trials, numeric=(2,)))

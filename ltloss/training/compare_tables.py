@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,31 @@ TUNING_COLUMNS = ("method", "values", "balanced_accuracy", "seconds", "chosen")
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of a search space. `accuracy` is the balanced one on the validation split; None: it diverged."""
+    """One point of a search space.
+
+    Attributes:
+        method: its name.
+        values: the point.
+        accuracy: the balanced one on the validation split; None: it diverged.
+        seconds: what its trainings took.
+        chosen: whether it is the best of its method.
+        edges: axes at whose first or last value it lies, as `ltloss.training.search.edges` names them.
+
+    """
 
     method: str
     values: Mapping[str, Any]
     accuracy: float | None
     seconds: float
     chosen: bool = False
+    edges: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def described(self) -> str:
+        """Its values, and which of them a longer list might have bettered."""
+        known = described(self.values)
+        ends = ", ".join(f"{name} the {end} of its list" for name, end in self.edges.items())
+        return f"{known} ({ends})" if ends else known
 
 
 @dataclass(frozen=True)
@@ -123,7 +141,7 @@ class Comparison:
         lines = summary(self.rows)
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         shown = ["  ".join(_padded(line, widths)).rstrip() for line in lines]
-        chosen = [f"  {trial.method}: {described(trial.values)}" for trial in self.trials if trial.chosen]
+        chosen = [f"  {trial.method}: {trial.described}" for trial in self.trials if trial.chosen]
         return "\n".join([*shown, *(["", "chosen on the validation split:", *chosen] if chosen else [])])
 
 

@@ -55,3 +55,17 @@ def next_points(
             at, left = best, len(space)
         left -= 1
     return [] if space or tried else [{}]
+
+
+def edges(space: Mapping[str, Sequence[Any]], point: Point) -> dict[str, str]:
+    """The axes on which a point lies at an end of the list, where the climb could not go on: "first" or "last".
+
+    An axis with a single value has no ends.
+
+    Example:
+        >>> from ltloss.training.search import edges
+        >>> edges({"lr": [0.1, 0.2, 0.4], "scale": [8, 16, 32]}, {"lr": 0.4, "scale": 16})
+        {'lr': 'last'}
+    """
+    ends = {name: {values[-1]: "last", values[0]: "first"} for name, values in space.items() if len(values) > 1}
+    return {name: end[point[name]] for name, end in ends.items() if point[name] in end}

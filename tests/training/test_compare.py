@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from ltloss.training.compare_tables import COLUMNS, Comparison, FinalRun, Trial,
 from ltloss.training.datasets import ArrayImages
 from ltloss.training.errors import UserError
 from ltloss.training.evaluation import measure
+from ltloss.training.methods import search_space
+from ltloss.training.search import edges
 
 SMALL: dict[str, Any] = {"epochs": 2, "batch_size": 16, "embedding_size": 8, "device": "cpu", "imbalance": 4.0}
 _TIMES = ("seconds", "seconds_per_epoch")
@@ -178,6 +181,9 @@ def test_the_chosen_trial_is_the_best_and_is_what_is_trained(toy_npz: Path, tmp_
     assert len(accuracies) == len({tuple(trial.values.items()) for trial in found.trials}) >= 5
     assert best.accuracy == max(accuracies)
     assert best is next(trial for trial in found.trials if trial.accuracy == best.accuracy)  # the first of equals
+    space = search_space("ldam", found.settings)
+    assert best.edges == edges(space, best.values)
+    assert all(trial.edges == {} for trial in found.trials if trial is not best)
     results = [json.loads(path.read_text()) for path in (tmp_path / "runs").iterdir()]
     final = [result for result in results if result["validation_per_class"] is None]
     assert [{name: r["settings"][name] for name in ("scale", "margin", "lr")} for r in final] == [best.values]
@@ -185,6 +191,16 @@ def test_the_chosen_trial_is_the_best_and_is_what_is_trained(toy_npz: Path, tmp_
     assert {(tuple(r["class_counts"]), tuple(r["pictures"])) for r in held} == {((16, 8, 4), (28, 12))}  # 4 of 20 held
     assert {len(r["history"]) for r in held} == {2}
     assert all(r["history"][0]["test_accuracy"] is None for r in held)  # only the last epoch is measured
+
+
+def test_a_choice_at_the_end_of_its_list_is_said_in_table_and_page(toy_npz: Path, tmp_path: Path) -> None:
+    found = compare(tmp_path, {**small(toy_npz), "lr": 0.1}, ["cosine"], seeds=1, tune=True, quiet=True)
+    (best,) = [trial for trial in found.trials if trial.chosen]
+    told = replace(found, trials=(replace(best, values={"scale": 64.0}, edges={"scale": "last"}),))
+    assert "cosine: scale=64 (scale the last of its list)" in told.to_text()
+    assert "scale=64 (scale the last of its list)" in write_page(told).read_text()
+    middle = replace(found, trials=(replace(best, values={"scale": 16.0}, edges={}),))
+    assert "of its list" not in middle.to_text() + write_page(middle).read_text()
 
 
 def test_held_out_pictures_come_from_classes_that_can_spare_them() -> None:

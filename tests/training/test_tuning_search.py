@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
-from ltloss.training.search import Point, next_points
+from ltloss.training.search import Point, edges, next_points
 
 GRID: dict[str, Sequence[float]] = {"a": [1, 2, 3, 4, 5], "b": [10, 20, 30]}
 
@@ -61,3 +61,9 @@ def test_points_that_diverged_are_worse_than_all_others() -> None:
 
 def test_nothing_to_tune_is_one_trial() -> None:
     assert climbed({}, lambda _: 0.1) == ([{}], 1)
+
+
+def test_edges_are_where_a_longer_list_might_have_been_better() -> None:
+    assert edges(GRID, {"a": 1, "b": 30}) == {"a": "first", "b": "last"}
+    assert edges(GRID, {"a": 2, "b": 20}) == {}
+    assert edges({"a": [7]}, {"a": 7}) == {}
