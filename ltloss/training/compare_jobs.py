@@ -29,7 +29,7 @@ from .training_data import TrainingData
 
 # The pictures themselves are part of a job's key; the groups are made from the accuracies of the classes.
 _MAY_DIFFER = ("data", "device", "workers", "many_above", "few_below")
-_FORMAT = 1  # raise it where the same settings come to mean something else
+_FORMAT = 2  # raise it where the same settings come to mean something else
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class Job:
     def key(self) -> str:
         """A name that two jobs share if and only if they compute the same."""
         facts = {name: value for name, value in asdict(Settings(**self.settings)).items() if name not in _MAY_DIFFER}
-        known = [_FORMAT, facts, self.fingerprint, self.validation_per_class, dict(self.stage_two)]
+        facts["loss_options"] = {name: _number(value) for name, value in facts["loss_options"].items()}
+        stage_two = {name: _number(value) for name, value in self.stage_two.items()}
+        known = [_FORMAT, facts, self.fingerprint, self.validation_per_class, stage_two]
         known.append(self.base.key if self.base else None)
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
         return f"{self.settings['loss']}-seed{self.settings['seed']}-{digest}"
@@ -80,6 +82,11 @@ class Job:
             return None
         lacks_model = self.keep_model and not result["failed"] and not self.model_file(out).is_file()
         return None if lacks_model else result
+
+
+def _number(value: Any) -> Any:
+    """Whole numbers as floats, so that a weight of 0 and one of 0.0 are one training."""
+    return float(value) if type(value) is int else value
 
 
 def run_job(job: Job, out: Path) -> None:

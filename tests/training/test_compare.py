@@ -21,6 +21,7 @@ from ltloss.cli import main
 from ltloss.training import compare
 from ltloss.training.class_groups import Thresholds
 from ltloss.training.compare_data import fingerprint, validation_indices
+from ltloss.training.compare_jobs import Job
 from ltloss.training.compare_page import write_page
 from ltloss.training.compare_tables import COLUMNS, Comparison, FinalRun, Trial, numbers, percents, summary
 from ltloss.training.datasets import ArrayImages
@@ -120,6 +121,17 @@ def test_a_damaged_result_is_computed_again_and_a_method_can_join(toy_npz: Path,
     compare(tmp_path, given, ["ce", "tau-norm"], seeds=1, quiet=True)  # which needs the network, not kept before
     assert rows_of(tmp_path)[:1] == before
     assert [row["method"] for row in rows_of(tmp_path)] == ["ce", "tau-norm"]
+
+
+def test_one_training_has_one_key_however_its_numbers_are_written() -> None:
+    def key(stage_two: dict[str, Any] | None = None, **options: Any) -> str:
+        settings = {"data": "digits", "loss": "long-tail", "seed": 0, "loss_options": options}
+        return Job(settings, "pictures", stage_two=stage_two or {}).key
+
+    assert key(min_angle_weight=0, tau=1) == key(min_angle_weight=0.0, tau=1.0)
+    assert key({"norm_power": 1}) == key({"norm_power": 1.0})
+    different = [key(), key(tau=1), key(tau=0), key(min_angle_exact=True), key(min_angle_exact=1), key({"tau": 1})]
+    assert len(set(different)) == len(different)
 
 
 def test_other_groups_need_no_training(toy_npz: Path, tmp_path: Path) -> None:
