@@ -21,9 +21,9 @@ if TYPE_CHECKING:
         CosineSoftmaxLoss,
         LDAMLoss,
         LogitAdjustedLoss,
-        PrototypeHead,
     )
     from ltloss.long_tail import CosineSpaceLoss, LongTailLoss
+    from ltloss.prototype_head import PrototypeHead
     from ltloss.types import NearestPrototype, TopK
 
 __version__ = "0.1.0"
@@ -65,9 +65,9 @@ _HOMES = {
         "CosineSoftmaxLoss",
         "LDAMLoss",
         "LogitAdjustedLoss",
-        "PrototypeHead",
     ),
     "long_tail": ("CosineSpaceLoss", "LongTailLoss"),
+    "prototype_head": ("PrototypeHead",),
     "types": ("NearestPrototype", "TopK"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

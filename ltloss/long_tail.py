@@ -14,10 +14,11 @@ from ltloss.centers import CenterUpdate, ClassCenters
 from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margins_from_counts
 from ltloss.epilogue import margin_losses, one_pass, reduce_losses
 from ltloss.forms import FORMS, LongTailForm
-from ltloss.heads import CombinedMarginLoss, PriorOptions, PrototypeHead, _check_counts, _FromCounts
+from ltloss.heads import CombinedMarginLoss, PriorOptions, _check_counts, _FromCounts
 from ltloss.margins import mean_angle
 from ltloss.norm_penalty import FeatureNormKind, norm_penalty
 from ltloss.ops import is_sharded
+from ltloss.prototype_head import PrototypeHead
 from ltloss.validation import check_choice, check_number, check_per_class, check_supervised, check_type
 
 if TYPE_CHECKING:

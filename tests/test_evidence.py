@@ -104,6 +104,11 @@ def test_trials_that_differ_in_the_margin_alone_stand_side_by_side() -> None:
         trial("ce", "0.5", lr=0.1, weight_decay=0.1),
     ]
     assert with_and_without_margin(trials)[1:] == [["0.1", "16", "60.00", "65.00"], ["0.2", "16", "70.00", "none"]]
+    without_rate = [
+        trial("logit-adjusted", "0.6", scale=16.0, tau=1.0),
+        trial("recommended", "0.65", scale=16.0, margin=0.5),
+    ]
+    assert with_and_without_margin(without_rate)[1:] == [["as given", "16", "60.00", "65.00"]]
 
 
 def test_a_study_that_fails_says_so(digits: tuple[Study, Path], capsys: pytest.CaptureFixture[str]) -> None:

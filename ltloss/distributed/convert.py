@@ -24,7 +24,7 @@ from ltloss.distributed.batch import agree
 from ltloss.distributed.centers import ShardedCenters
 from ltloss.distributed.layout import Layout, local
 from ltloss.distributed.parallel import ClassParallel
-from ltloss.heads import PrototypeHead
+from ltloss.prototype_head import PrototypeHead
 from ltloss.validation import check_count
 
 __all__ = [

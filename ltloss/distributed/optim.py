@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ltloss.distributed.layout import Layout, local
 from ltloss.distributed.sampling import ClassSampler
-from ltloss.heads import PrototypeHead
+from ltloss.prototype_head import PrototypeHead
 from ltloss.validation import check_number
 
 __all__ = ["SampledAdamW", "SampledSGD"]

@@ -18,7 +18,7 @@ from ltloss.distributed.errors import DistributedError
 from ltloss.distributed.layout import Layout, local, mesh_device
 from ltloss.distributed.sampling import ClassSampler, seeded
 from ltloss.distributed.search import top_k
-from ltloss.heads import PrototypeHead
+from ltloss.prototype_head import PrototypeHead
 from ltloss.types import TopK
 from ltloss.validation import check_label_range, check_number, check_supervised
 

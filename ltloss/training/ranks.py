@@ -81,7 +81,7 @@ class _Features(nn.Module):
 def spread(classifier: Classifier, ranks: Ranks) -> nn.Module:
     """Spread the head's classes over the ranks; return what computes features, its gradients averaged by DDP."""
     from ltloss.distributed import class_mesh, parallelize
-    from ltloss.heads import PrototypeHead
+    from ltloss.prototype_head import PrototypeHead
 
     features = _Features(classifier)
     if ranks.count == 1:
