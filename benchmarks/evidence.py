@@ -25,7 +25,7 @@ from ltloss.training.methods import method
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 README = Path(__file__).parents[1] / "README.md"
-_MAIN = "ce,balanced,post-hoc,tau-norm,logit-adjusted,ldam-drw,recommended"
+_MAIN = "ce,balanced,post-hoc,tau-norm,cosine,logit-adjusted,ldam-drw,arcface,long-tail,cosine-space,recommended"
 _EVERY = (
     "ce,class-balanced,balanced,post-hoc,tau-norm,crt,cosine,logit-adjusted,ldam,ldam-drw,arcface,cosface,"
     "long-tail,cosine-space,recommended"
@@ -50,6 +50,10 @@ _MAIN_CHANGES = (
     "scale=8,15,30",
     "min_angle_weight=0.1",
     "feature_norm_weight=0.1",
+    "drw_from=0.8",
+    "lr=1.6",
+    "weight_decay=0.002",
+    "mixup=0.2",
 )
 
 
