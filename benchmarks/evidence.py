@@ -25,7 +25,7 @@ from ltloss.training.methods import method
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 README = Path(__file__).parents[1] / "README.md"
-_MAIN = "ce,balanced,post-hoc,tau-norm,cosine,logit-adjusted,ldam-drw,arcface,long-tail,cosine-space,recommended"
+_MAIN = "ce,balanced,post-hoc,tau-norm,logit-adjusted,ldam-drw,recommended"
 _EVERY = (
     "ce,class-balanced,balanced,post-hoc,tau-norm,crt,cosine,logit-adjusted,ldam,ldam-drw,arcface,cosface,"
     "long-tail,cosine-space,recommended"
@@ -211,10 +211,29 @@ def section(study: Study, rows: Sequence[Mapping[str, str]], trials: Sequence[Ma
     chosen = [[method(row["method"]).title, row["chosen"]] for row in measured if row["seed"] == 0 and row["chosen"]]
     if chosen:
         parts.append(markdown_table([["method", "chosen on the validation split"], *chosen]))
+    scales = best_at_each_scale(trials)
+    if len(scales) > 1:
+        parts += ["The best trial of each scale, whatever its other values, on the validation split:"]
+        parts += [markdown_table(scales)]
     pairs = with_and_without_margin(trials)
     if len(pairs) > 1:
         parts += ["The trials that differ in the margin alone, on the validation split:", markdown_table(pairs)]
     return "\n\n".join(parts)
+
+
+def best_at_each_scale(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """A header, and a line for each method whose scale was tuned; "none" where none was tried, or each one diverged."""
+    best: dict[str, dict[float, float]] = {}
+    for row in trials:
+        scale = json.loads(row["values"]).get("scale")
+        if scale is not None and row["balanced_accuracy"]:
+            known = best.setdefault(row["method"], {})
+            known[scale] = max(float(row["balanced_accuracy"]), known.get(scale, 0.0))
+    scales = sorted({scale for known in best.values() for scale in known})
+    return [
+        ["method", *(f"scale {scale:g}" for scale in scales)],
+        *([method(name).title, *(percents([known.get(scale)]) for scale in scales)] for name, known in best.items()),
+    ]
 
 
 def with_and_without_margin(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
@@ -272,7 +291,7 @@ def with_studies(page: str, results: Path = RESULTS) -> str:
 
 def start_here(page: str, results: Path = RESULTS) -> str:
     """The README with its table of situations, each with the two rows of a study that it rests on."""
-    lines = [["your data", "start with", "measured (test accuracy, %)", "its tuned values"]]
+    lines = [["your data", "start with", "measured (test accuracy, %)", "with these values"]]
     tables = {advice.study: results / f"evidence_{advice.study}.csv" for advice in START_HERE}
     found = {
         study: by_method([_parsed(row) for row in read_rows(path)]) if path.is_file() else {}
@@ -285,7 +304,7 @@ def start_here(page: str, results: Path = RESULTS) -> str:
             both = ([row["last_accuracy"] for row in rows[key]] for key in (advice.row, advice.against))
             ours, theirs = map(percents, both)
             measured = f"{STUDIES[advice.study].name}: **{ours}**; {advice.called} {theirs}"
-            chosen = rows[advice.row][0]["chosen"] or "none"
+            chosen = rows[advice.row][0]["chosen"] or advice.row[1]
         lines.append([advice.situation, advice.use, measured, chosen])
     return renewed(page, "start here", markdown_table(lines))
 

@@ -13,6 +13,7 @@ from benchmarks.evidence import (
     START_HERE,
     STUDIES,
     Study,
+    best_at_each_scale,
     read_rows,
     section,
     start_here,
@@ -89,10 +90,11 @@ def test_a_study_is_run_and_shown_with_its_commands(digits: tuple[Study, Path]) 
     assert read_rows(results / "evidence_tiny.csv") == rows
 
 
-def test_trials_that_differ_in_the_margin_alone_stand_side_by_side() -> None:
-    def trial(method: str, share: str, **values: float) -> dict[str, str]:
-        return {"method": method, "values": json.dumps(values), "balanced_accuracy": share}
+def trial(method: str, share: str, **values: float) -> dict[str, str]:
+    return {"method": method, "values": json.dumps(values), "balanced_accuracy": share}
 
+
+def test_trials_that_differ_in_the_margin_alone_stand_side_by_side() -> None:
     trials = [
         trial("logit-adjusted", "0.6", lr=0.1, scale=16.0, tau=1.0),
         trial("logit-adjusted", "0.7", lr=0.2, scale=16.0, tau=1.0),
@@ -109,6 +111,22 @@ def test_trials_that_differ_in_the_margin_alone_stand_side_by_side() -> None:
         trial("recommended", "0.65", scale=16.0, margin=0.5),
     ]
     assert with_and_without_margin(without_rate)[1:] == [["as given", "16", "60.00", "65.00"]]
+
+
+def test_the_best_trial_of_each_scale_is_shown_whatever_its_other_values() -> None:
+    trials = [
+        trial("cosine", "0.5", scale=8.0, lr=0.1),
+        trial("cosine", "0.7", scale=8.0, lr=0.4),
+        trial("cosine", "0.6", scale=8.0, lr=0.2),
+        trial("cosine", "", scale=16.0, lr=0.2),
+        trial("ldam", "0.4", scale=16.0, lr=0.2),
+        trial("ce", "0.9", lr=0.2),
+    ]
+    assert best_at_each_scale(trials) == [
+        ["method", "scale 8", "scale 16"],
+        ["cosine softmax", "70.00", "none"],
+        ["LDAM", "none", "40.00"],
+    ]
 
 
 def test_a_study_that_fails_says_so(digits: tuple[Study, Path], capsys: pytest.CaptureFixture[str]) -> None:
