@@ -70,7 +70,7 @@ class Settings:
         valid_schedule,
     )
     scale: float | None = _option(
-        None, "scale of the cosine logits (default: the loss's own)", "greater than 0", _positive
+        None, "scale of the cosine logits (default: 2 ln C, at least 8)", "greater than 0", _positive
     )
     margin: float | None = _option(None, "margin of the loss (default: the loss's own)", "at least 0", _at_least(0))
     tau: float | None = _option(
