@@ -25,7 +25,7 @@ from ltloss.training.methods import method
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 README = Path(__file__).parents[1] / "README.md"
-_MAIN = "ce,balanced,post-hoc,tau-norm,logit-adjusted,ldam-drw,recommended"
+_MAIN = "ce,balanced,post-hoc,tau-norm,logit-adjusted,ldam-drw,arcface,long-tail,recommended"
 _EVERY = (
     "ce,class-balanced,balanced,post-hoc,tau-norm,crt,cosine,logit-adjusted,ldam,ldam-drw,arcface,cosface,"
     "long-tail,cosine-space,recommended"
