@@ -31,7 +31,7 @@ _EVERY = (
     "long-tail,cosine-space,recommended"
 )
 # Each line changes one thing of the recommended loss; where a term is off there, the second --vary turns it on.
-_CHANGES = (
+_SLOW_CHANGES = (
     "margin=0,0.25,0.5,0.75",
     "margin_power=0,0.25",
     "tau=0,1,1.5",
@@ -44,7 +44,7 @@ _CHANGES = (
     "normalize_features=false --vary scale=1.5 --vary feature_norm_weight=0.1 --vary feature_norm=inverse,hinge",
     "drw_from=0.8",
 )
-_MAIN_CHANGES = (
+_TUNED_CHANGES = (
     "margin=0,0.25,0.5,0.75",
     "tau=0,1,1.5",
     "scale=8,15,30",
@@ -94,13 +94,13 @@ STUDIES = {
         "omniglot28.npz",
         "Omniglot-LT",
         "the recommended loss at its tuned rate and scale, one thing changed at a time.",
-        tuple(f"{_OMNIGLOT} {_TUNED} --losses recommended --seeds 1 --vary {changed}" for changed in _MAIN_CHANGES),
+        tuple(f"{_OMNIGLOT} {_TUNED} --losses recommended --seeds 1 --vary {changed}" for changed in _TUNED_CHANGES),
     ),
     "low-rate": Study(
         "omniglot28.npz",
         "Omniglot-LT",
         "the recommended loss at the recipe's rate, an eighth of the tuned one, and twice the tuned scale.",
-        tuple(f"{_OMNIGLOT} --scale 30 --losses recommended --seeds 1 --vary {changed}" for changed in _CHANGES),
+        tuple(f"{_OMNIGLOT} --scale 30 --losses recommended --seeds 1 --vary {changed}" for changed in _SLOW_CHANGES),
     ),
 }
 
@@ -213,8 +213,8 @@ def section(study: Study, rows: Sequence[Mapping[str, str]], trials: Sequence[Ma
         parts.append(markdown_table([["method", "chosen on the validation split"], *chosen]))
     scales = best_at_each_scale(trials)
     if len(scales) > 1:
-        parts += ["The best trial of each scale, whatever its other values, on the validation split:"]
-        parts += [markdown_table(scales)]
+        about_scales = "The best trial of each scale, whatever its other values, on the validation split:"
+        parts += [about_scales, markdown_table(scales)]
     pairs = with_and_without_margin(trials)
     if len(pairs) > 1:
         parts += ["The trials that differ in the margin alone, on the validation split:", markdown_table(pairs)]

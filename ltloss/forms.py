@@ -14,8 +14,9 @@ __all__ = ["FORMS", "LongTailForm", "default_scale"]
 
 LongTailForm = Literal["recommended", "published"]
 
-# "recommended" follows docs/evidence.md: none was more accurate beyond the spread, and it bears a rate or a scale that
-# does not fit better than the loss without margin. The source leaves λ1, λ2 and g open; see docs/mathematics.md.
+# "recommended" follows docs/evidence.md: tuned, the loss without margin is as accurate or up to a point more, but this
+# one bears a rate or a scale that does not fit better by far. The source leaves λ1, λ2 and g open; see
+# docs/mathematics.md.
 FORMS: Mapping[LongTailForm, Mapping[str, Any]] = MappingProxyType(
     {
         "recommended": {
