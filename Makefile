@@ -32,14 +32,14 @@ lint: $(VENV)/.installed  ## ruff and mypy --strict
 	@$(BIN)/mypy
 
 bench: $(VENV)/.installed  ## measure against the peers, write benchmarks/results/<device>.csv
-	@$(BIN)/python -m benchmarks.cpu
+	@$(BIN)/python -m benchmarks.loss_cpu
 
 kernel-report: $(VENV)/.installed  ## compile every kernel for sm_80, sm_90 and sm_100 (no GPU needed), write the table
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.kernel_report --documentation docs/kernels.md
 
 # A machine with a GPU has its PyTorch already: nothing is installed, and 9 minutes are enough.
 gpu:  ## check and measure on this machine's GPU, write benchmarks/results/<device>.csv
-	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu
+	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.loss_gpu
 
 clean:  ## remove everything that the other targets made
 	rm -rf $(VENV) demo runs .mypy_cache .ruff_cache .pytest_cache .benchmarks

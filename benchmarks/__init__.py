@@ -1,1 +1,1 @@
-"""What ltloss costs, beside the tools people use today: ``python -m benchmarks.cpu``."""
+"""What ltloss costs, beside the tools people use today: ``python -m benchmarks.loss_cpu``."""

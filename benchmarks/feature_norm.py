@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
-from benchmarks.measure import RESULTS, stamp, write_rows
-from ltloss.norm_penalty import FeatureNormKind
-from ltloss.training.trainer import train
+from benchmarks.timing import RESULTS, stamp, write_rows
+from ltloss.regularizers import FeatureNormKind
+from ltloss.training.run.trainer import train
 
 EPOCHS = 60
 WEIGHTS = (0.01, 0.1)

@@ -9,9 +9,9 @@ import sys
 
 import torch
 
-from benchmarks.measure import peak_extra_bytes
 from benchmarks.nearest import nearest_providers
-from benchmarks.providers import Inputs, Shape, run_step, training_step_providers
+from benchmarks.peers import Inputs, Shape, run_step, training_step_providers
+from benchmarks.timing import peak_extra_bytes
 
 
 def training_step(name: str, shape: Shape) -> int:

@@ -27,10 +27,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import RESULTS, cpu_name, stamp, write_rows
+from benchmarks.timing import RESULTS, cpu_name, stamp, write_rows
 from ltloss import ArcFaceLoss
 from ltloss.distributed import class_mesh, parallelize
-from ltloss.planning import DEVICES, Device, Problem, make_plan
+from ltloss.tools.plan import DEVICES, Device, Problem, make_plan
 
 RATES = RESULTS / "scaling-rates.json"
 ROUNDS, WARM_UP = 7, 2

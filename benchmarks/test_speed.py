@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.nearest import check_search, nearest_providers
-from benchmarks.providers import Inputs, Provider, Shape, check_step, exact_step, run_step, training_step_providers
+from benchmarks.peers import Inputs, Provider, Shape, check_step, exact_step, run_step, training_step_providers
 
 
 @pytest.mark.parametrize("provider", training_step_providers(), ids=lambda provider: provider.name)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ltloss import class_balance, distributed, functional, reference
-    from ltloss.backend import current_backend, current_workspace, debug, use_backend, use_workspace
-    from ltloss.centers import ClassCenters
-    from ltloss.forms import default_scale
-    from ltloss.heads import (
+    from ltloss._types import NearestPrototype, TopK
+    from ltloss.losses.class_centers import ClassCenters
+    from ltloss.losses.defaults import default_scale
+    from ltloss.losses.long_tail import CosineSpaceLoss, LongTailLoss
+    from ltloss.losses.margin_losses import (
         ArcFaceLoss,
         CombinedMarginLoss,
         CosFaceLoss,
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
         LDAMLoss,
         LogitAdjustedLoss,
     )
-    from ltloss.long_tail import CosineSpaceLoss, LongTailLoss
-    from ltloss.prototype_head import PrototypeHead
-    from ltloss.types import NearestPrototype, TopK
+    from ltloss.losses.prototype_head import PrototypeHead
+    from ltloss.runtime import current_backend, current_workspace, debug, use_backend, use_workspace
 
 __version__ = "0.1.0"
 
@@ -55,10 +55,10 @@ __all__ = [
 
 # Imported on first use: the `ltloss` command starts, and reports what goes wrong, before torch is there.
 _HOMES = {
-    "backend": ("current_backend", "current_workspace", "debug", "use_backend", "use_workspace"),
-    "centers": ("ClassCenters",),
-    "forms": ("default_scale",),
-    "heads": (
+    "runtime": ("current_backend", "current_workspace", "debug", "use_backend", "use_workspace"),
+    "losses.class_centers": ("ClassCenters",),
+    "losses.defaults": ("default_scale",),
+    "losses.margin_losses": (
         "ArcFaceLoss",
         "CombinedMarginLoss",
         "CosFaceLoss",
@@ -66,9 +66,9 @@ _HOMES = {
         "LDAMLoss",
         "LogitAdjustedLoss",
     ),
-    "long_tail": ("CosineSpaceLoss", "LongTailLoss"),
-    "prototype_head": ("PrototypeHead",),
-    "types": ("NearestPrototype", "TopK"),
+    "losses.long_tail": ("CosineSpaceLoss", "LongTailLoss"),
+    "losses.prototype_head": ("PrototypeHead",),
+    "_types": ("NearestPrototype", "TopK"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from .cli import main
+    from ltloss.cli.command import main
 
     code = main()
 except KeyboardInterrupt:  # before `main` could report it

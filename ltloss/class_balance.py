@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltloss.validation import check_choice, check_number
+from ltloss._validation import check_choice, check_number
 
 __all__ = [
     "DeferredWeights",

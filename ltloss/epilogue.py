@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from ltloss import autograd as _gradients  # noqa: F401 - importing it attaches the gradients to the operators
 from ltloss import ops
-from ltloss.cpu import compute_dtype
+from ltloss._types import Reduction
+from ltloss.chunked.logsumexp import compute_dtype
 from ltloss.margins import BeyondPi, MarginGradient, margin_cosine
-from ltloss.types import Reduction
 
 __all__ = [
     "OnePass",
@@ -66,7 +66,7 @@ def wide_pass(
     """The three N-vectors of :func:`ltloss.ops.cosine_logsumexp`, also where the prototypes lie on several ranks."""
     arguments = (features, prototypes, labels, log_prior, scale, normalize_features, with_logit_sum)
     if ops.is_sharded(prototypes):
-        return ops.distributed("one_pass").cosine_logsumexp(*arguments)  # type: ignore[no-any-return]
+        return ops.distributed("logsumexp").cosine_logsumexp(*arguments)  # type: ignore[no-any-return]
     other, own, logit_sum, _, _ = ops.cosine_logsumexp(*arguments)
     return other, own, logit_sum
 

@@ -13,14 +13,8 @@ import torch
 from torch import Tensor
 
 from ltloss import ops, reference
-from ltloss.backend import current_backend, debug
-from ltloss.class_balance import checked_counts
-from ltloss.cpu import compute_dtype
-from ltloss.epilogue import fused_margin_cross_entropy, margin_losses, one_pass, reduce_losses, wide_pass
-from ltloss.margins import BeyondPi, MarginGradient, mean_angle
-from ltloss.norm_penalty import FeatureNormKind, norm_penalty
-from ltloss.types import NearestPrototype, Reduction, TopK
-from ltloss.validation import (
+from ltloss._types import NearestPrototype, Reduction, TopK
+from ltloss._validation import (
     check_choice,
     check_features,
     check_k,
@@ -33,6 +27,12 @@ from ltloss.validation import (
     check_supervised,
     check_type,
 )
+from ltloss.chunked.logsumexp import compute_dtype
+from ltloss.class_balance import checked_counts
+from ltloss.epilogue import fused_margin_cross_entropy, margin_losses, one_pass, reduce_losses, wide_pass
+from ltloss.margins import BeyondPi, MarginGradient, mean_angle
+from ltloss.regularizers import FeatureNormKind, norm_penalty
+from ltloss.runtime import current_backend, debug
 
 __all__ = [
     "cosine_logsumexp",
@@ -350,7 +350,7 @@ def top_k(features: Tensor, prototypes: Tensor, k: int = 1) -> TopK:
     check_pair(features, prototypes)
     check_k(k, prototypes.shape[0])
     if ops.is_sharded(prototypes):
-        return ops.distributed("search").top_k(features, prototypes, k)  # type: ignore[no-any-return]
+        return ops.distributed("top_k").top_k(features, prototypes, k)  # type: ignore[no-any-return]
     if current_backend() == "reference":
         return reference.top_k(features, prototypes, k)
     cosine, index = ops.top_k(features.detach(), prototypes.detach(), k)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltloss import cpu, cpu_search
-from ltloss.backend import current_backend, debug
-from ltloss.validation import check_label_range
+from ltloss._validation import check_label_range
+from ltloss.chunked import logsumexp as cpu
+from ltloss.chunked import search as cpu_search
+from ltloss.runtime import current_backend, debug
 
 __all__ = [
     "checked_labels",

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ltloss._types import NearestPrototype, Reduction, TopK
 from ltloss.margins import BeyondPi, MarginGradient, arccos
-from ltloss.norm_penalty import FeatureNormKind, norm_penalty
-from ltloss.types import NearestPrototype, Reduction, TopK
+from ltloss.regularizers import FeatureNormKind, norm_penalty
 
 __all__ = [
     "cosine_logsumexp",

@@ -1,8 +1,8 @@
 """The operators on the Triton kernels: which tensors they serve, and how operator arguments become launches.
 
-Signatures are those of :mod:`ltloss.cpu`, plus the fused operator that only exists here; the searches are in
-:mod:`ltloss.triton_search`. Nothing in this module looks
-at data on the device, so a training step never waits for the GPU. Imported on first use: it needs Triton.
+Signatures are those of :mod:`ltloss.chunked.logsumexp`, plus the fused operator that only exists here; the
+searches are in :mod:`ltloss.triton_search`. Nothing in this module looks at data on the device, so a training step
+never waits for the GPU. Imported on first use: it needs Triton.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from ltloss_kernels import operands
 from ltloss_kernels.backward_pass import BackwardPass, Upstream
+from ltloss_kernels.config import operands
 from ltloss_kernels.forward_pass import LOG2E, ForwardPass, Margin, reduce_losses
 from torch import Tensor
 
-from ltloss.backend import current_workspace, debug
-from ltloss.validation import check_label_range
+from ltloss._validation import check_label_range
+from ltloss.runtime import current_workspace, debug
 
 __all__ = [
     "cosine_logsumexp",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from ltloss_kernels.nearest_gradient import nearest_gradient
-from ltloss_kernels.search_pass import nearest_prototypes, top_classes
+from ltloss_kernels.device.search_backward import nearest_gradient
+from ltloss_kernels.prototype_search import nearest_prototypes, top_classes
 from torch import Tensor
 
-from ltloss.backend import current_workspace
+from ltloss.runtime import current_workspace
 from ltloss.triton_backend import on_device, widened
 
 __all__ = ["nearest_prototype", "nearest_prototype_backward", "top_k"]

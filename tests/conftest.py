@@ -50,7 +50,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """Make every tile 3 rows by 4 classes, so that a small problem crosses many chunk boundaries."""
-    from ltloss import cpu, cpu_search
+    from ltloss.chunked import logsumexp as cpu
+    from ltloss.chunked import search as cpu_search
 
     blocks = cpu.Blocks(3, 4)
 

@@ -8,10 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ltloss_kernels import tiles
-from ltloss_kernels.cosine_logsumexp_grad import gradient_tile_kernel, projection_kernel, sample_gradient_kernel
-from ltloss_kernels.forward_pass import LOG2E
-from ltloss_kernels.operands import (
+from ltloss_kernels.config import tile_table as tiles
+from ltloss_kernels.config.chunking import backward_plan
+from ltloss_kernels.config.operands import (
     block_source,
     multiply_add,
     padded_matrix,
@@ -19,8 +18,9 @@ from ltloss_kernels.operands import (
     product_precision,
     readable_in_place,
 )
-from ltloss_kernels.row_norm import row_norms
-from ltloss_kernels.workspace import backward_plan
+from ltloss_kernels.device.logsumexp_backward import gradient_tile_kernel, projection_kernel, sample_gradient_kernel
+from ltloss_kernels.device.rows import row_norms
+from ltloss_kernels.forward_pass import LOG2E
 
 __all__ = ["BackwardPass", "Upstream"]
 

@@ -10,12 +10,19 @@ import torch
 import triton
 from torch import Tensor
 
-from ltloss_kernels import arithmetic, tiles
-from ltloss_kernels.cosine_logsumexp import combine_kernel, cosine_logsumexp_kernel, sample_kernel
-from ltloss_kernels.margin_cross_entropy import margin_cross_entropy_kernel, reduce_kernel
-from ltloss_kernels.operands import block_source, padded_matrix, product_dtype, product_precision, readable_in_place
-from ltloss_kernels.row_norm import row_norms
-from ltloss_kernels.workspace import forward_plan
+from ltloss_kernels.config import tile_table as tiles
+from ltloss_kernels.config.chunking import forward_plan
+from ltloss_kernels.config.operands import (
+    block_source,
+    padded_matrix,
+    product_dtype,
+    product_precision,
+    readable_in_place,
+)
+from ltloss_kernels.device import elementary as arithmetic
+from ltloss_kernels.device.logsumexp_forward import combine_kernel, cosine_logsumexp_kernel, sample_kernel
+from ltloss_kernels.device.margin_loss import margin_cross_entropy_kernel, reduce_kernel
+from ltloss_kernels.device.rows import row_norms
 
 __all__ = ["LOG2E", "ForwardPass", "Margin", "SampleSums", "fixed_shift"]
 

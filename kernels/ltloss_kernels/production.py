@@ -1,7 +1,7 @@
 """Every kernel in every configuration that a training step can launch, described for ahead-of-time compilation.
 
 The kernel report compiles these for GPUs that need not be there. Shapes, dtypes and constants come from
-:mod:`ltloss_kernels.tiles`, as they do in the launches.
+:mod:`ltloss_kernels.config.tile_table`, as they do in the launches.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
-from ltloss_kernels import tiles
-from ltloss_kernels.cosine_logsumexp import combine_kernel, cosine_logsumexp_kernel, sample_kernel
-from ltloss_kernels.cosine_logsumexp_grad import gradient_tile_kernel, projection_kernel, sample_gradient_kernel
-from ltloss_kernels.margin_cross_entropy import margin_cross_entropy_kernel, reduce_kernel
-from ltloss_kernels.nearest_gradient import nearest_gradient_kernel
-from ltloss_kernels.nearest_prototype import best_tile_kernel, nearest_prototype_kernel
-from ltloss_kernels.row_norm import row_norm_kernel
-from ltloss_kernels.search_pass import GROUP, PAIRS_PER_PROGRAM
-from ltloss_kernels.tile_candidates import (
+from ltloss_kernels.config import tile_table as tiles
+from ltloss_kernels.device.logsumexp_backward import gradient_tile_kernel, projection_kernel, sample_gradient_kernel
+from ltloss_kernels.device.logsumexp_forward import combine_kernel, cosine_logsumexp_kernel, sample_kernel
+from ltloss_kernels.device.margin_loss import margin_cross_entropy_kernel, reduce_kernel
+from ltloss_kernels.device.rows import row_norm_kernel
+from ltloss_kernels.device.search_backward import nearest_gradient_kernel
+from ltloss_kernels.device.search_first_pass import best_tile_kernel, nearest_prototype_kernel
+from ltloss_kernels.device.search_second_pass import (
     arrange_pairs_kernel,
     count_tiles_kernel,
     pair_cosine_kernel,
     tile_candidates_kernel,
 )
+from ltloss_kernels.prototype_search import GROUP, PAIRS_PER_PROGRAM
 
 __all__ = ["KernelCase", "production_kernels"]
 
@@ -410,7 +410,7 @@ def _sample_vector_cases() -> Iterator[KernelCase]:
 
 
 def production_kernels(arch: int) -> Iterator[KernelCase]:
-    """Yield every production configuration for a compute capability of :data:`ltloss_kernels.tiles.ARCHITECTURES`."""
+    """Yield every production configuration for a compute capability of ``tile_table.ARCHITECTURES``."""
     yield from _logsumexp_cases(arch)
     yield from _gradient_cases(arch)
     yield from _best_tile_cases(arch)

@@ -7,6 +7,7 @@ it, reading what others saved, and training a sample of the classes. ``docs/dist
 from __future__ import annotations
 
 from ltloss.distributed.checkpoint import load_checkpoint, save_checkpoint
+from ltloss.distributed.class_parallel import ClassParallel, parallelize
 from ltloss.distributed.convert import (
     add_classes,
     export_safetensors,
@@ -16,8 +17,7 @@ from ltloss.distributed.convert import (
 )
 from ltloss.distributed.errors import DistributedError
 from ltloss.distributed.layout import class_mesh
-from ltloss.distributed.optim import SampledAdamW, SampledSGD
-from ltloss.distributed.parallel import ClassParallel, parallelize
+from ltloss.distributed.sampled_optimizers import SampledAdamW, SampledSGD
 
 __all__ = [
     "ClassParallel",

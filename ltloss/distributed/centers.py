@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltloss.centers import ClassCenters
-from ltloss.distributed import comm
+from ltloss.distributed import collectives as comm
 from ltloss.distributed.layout import Layout, local
-from ltloss.distributed.one_pass import send_home
+from ltloss.distributed.logsumexp import send_home
+from ltloss.losses.class_centers import ClassCenters
 
 __all__ = ["ShardedCenters"]
 
 
 class ShardedCenters(ClassCenters):
-    """:class:`ltloss.centers.ClassCenters` whose buffers are DTensors, block by block on the class ranks.
+    """:class:`ltloss.losses.class_centers.ClassCenters` whose buffers are DTensors, block by block on the class ranks.
 
     Every rank gives it the global batch. The cosine to a centre is known to the centre's owner, so each step sums one
     more N-vector over the class ranks, and its gradient is sent home by one more reduce-scatter.

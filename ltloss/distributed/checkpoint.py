@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ltloss.distributed.batch import agree
+from ltloss.distributed.batch_gather import agree
+from ltloss.distributed.class_parallel import ClassParallel
 from ltloss.distributed.layout import Layout
-from ltloss.distributed.parallel import ClassParallel
 from ltloss.distributed.sampling import ClassSampler
 
 __all__ = ["load_checkpoint", "save_checkpoint"]

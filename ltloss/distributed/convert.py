@@ -18,14 +18,14 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ltloss.centers import ClassCenters
-from ltloss.distributed import comm
-from ltloss.distributed.batch import agree
+from ltloss._validation import check_count
+from ltloss.distributed import collectives as comm
+from ltloss.distributed.batch_gather import agree
 from ltloss.distributed.centers import ShardedCenters
+from ltloss.distributed.class_parallel import ClassParallel
 from ltloss.distributed.layout import Layout, local
-from ltloss.distributed.parallel import ClassParallel
-from ltloss.prototype_head import PrototypeHead
-from ltloss.validation import check_count
+from ltloss.losses.class_centers import ClassCenters
+from ltloss.losses.prototype_head import PrototypeHead
 
 __all__ = [
     "add_classes",

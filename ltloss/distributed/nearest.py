@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ltloss import ops
-from ltloss.cpu import add_rows_, compute_dtype, inverse_norm, project_
-from ltloss.cpu_search import full_products
-from ltloss.distributed import comm
+from ltloss._types import NearestPrototype
+from ltloss.chunked.equal_rows import row_keys
+from ltloss.chunked.logsumexp import add_rows_, compute_dtype, inverse_norm, project_
+from ltloss.chunked.search import full_products
+from ltloss.distributed import collectives as comm
+from ltloss.distributed.block_pairs import best_of_rows, compare_blocks
 from ltloss.distributed.layout import Layout, own_part
-from ltloss.distributed.pairs import best_of_rows, compare_blocks
 from ltloss.margins import arccos
-from ltloss.ties import row_keys
-from ltloss.types import NearestPrototype
 
 __all__ = ["min_angle_regularizer", "nearest_prototype"]
 

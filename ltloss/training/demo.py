@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from .checkpoint import write_file
-from .class_groups import Thresholds
-from .datasets import load_data
-from .errors import UserError
-from .metrics import Metrics
-from .prediction import predict_folder
-from .progress import progress_bar
-from .report import write_report
-from .trainer import train
+from ltloss.training.data.sources import load_data
+from ltloss.training.errors import UserError
+from ltloss.training.measure.class_groups import Thresholds
+from ltloss.training.measure.metrics import Metrics
+from ltloss.training.pages.run_report import write_report
+from ltloss.training.predict.predict import predict_folder
+from ltloss.training.run.checkpoint import write_file
+from ltloss.training.run.progress import progress_bar
+from ltloss.training.run.trainer import train
 
 # The digits have at most 146 training pictures a class, so the usual limits of 100 and 20 would leave few classes many.
 GROUPS = Thresholds(many_above=50, few_below=10)
@@ -45,7 +45,7 @@ _MANIFEST = "demo.json"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo and return the exit code, with mistakes reported as by the `ltloss` command."""
-    from ltloss.cli import reported
+    from ltloss.cli.command import reported
 
     # So small a network keeps one core busy: more threads would wait for each other, for long on a busy machine.
     torch.set_num_threads(1)

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import world
-from cases import BUILD, DIM, Case, whole
-from losses import long_tail_counts, problem
+from helpers import world
+from helpers.cases import BUILD, DIM, Case, whole
 
 import ltloss
 from ltloss.distributed import (
@@ -27,6 +26,7 @@ from ltloss.distributed import (
     parallelize,
     save_checkpoint,
 )
+from ltloss.testing import long_tail_counts, problem
 
 CLASSES = 11
 

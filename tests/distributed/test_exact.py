@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import world
-from cases import BUILD, Case, Trace, trace
-from losses import relative_error
+from helpers import world
+from helpers.cases import BUILD, Case, Trace, trace
+
+from ltloss.testing import relative_error
 
 STEPS = 10
 # float32 sums over shards are taken in another order; ten steps with momentum carry the difference on.

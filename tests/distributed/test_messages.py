@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import world
-from cases import BUILD, DIM, Case, batch, build, part, trace
-from losses import relative_error
+from helpers import world
+from helpers.cases import BUILD, DIM, Case, batch, build, part, trace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltloss
 from ltloss.distributed import DistributedError, class_mesh, parallelize
 from ltloss.distributed.layout import local
+from ltloss.testing import relative_error
 
 # What c10d calls the three messages of a step; reduce-scatter may be named after its renamed function.
 STEP = ["allgather_base", "allgather_base", "reduce_scatter_base"]

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-import world
-from cases import DIM
-from losses import problem, relative_error
+from helpers import world
+from helpers.cases import DIM
 from torch import Tensor
 
 import ltloss
 from ltloss.distributed import SampledAdamW, SampledSGD, class_mesh, parallelize
 from ltloss.distributed.layout import Layout, local
 from ltloss.distributed.sampling import ClassSampler
+from ltloss.testing import problem, relative_error
 
 CLASSES = 40
 

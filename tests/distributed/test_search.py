@@ -6,16 +6,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import world
-from cases import DIM, whole
-from losses import relative_error
-from memory import LargestTensor
+from helpers import world
+from helpers.cases import DIM, whole
+from helpers.memory import LargestTensor
 from torch import Tensor
 
 from ltloss import TopK, functional
 from ltloss.distributed import class_mesh
 from ltloss.distributed.layout import Layout, local
 from ltloss.distributed.nearest import _round
+from ltloss.testing import relative_error
 
 
 def _prototypes(classes: int, seed: int, copies: bool, width: int = DIM, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import world
+from helpers import world
 
 pytest.importorskip("safetensors")
 pytest.importorskip("PIL")
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-from toys import CLASS_NAMES, toy_images, toy_settings
+from helpers.toys import CLASS_NAMES, toy_images, toy_settings
 
-from ltloss.training.classifier import Classifier
 from ltloss.training.errors import UserError
-from ltloss.training.evaluation import evaluate_run
-from ltloss.training.trainer import train
+from ltloss.training.measure.evaluate import evaluate_run
+from ltloss.training.model.classifier import Classifier
+from ltloss.training.run.trainer import train
 
 
 def _data(folder: Path) -> Path:

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from kernel_problems import DEVICE, assert_close, exact_outcome, kernel_problem, options_on_device
-from losses import FAMILY, Problem, outcome, relative_error
+from helpers.kernel_problems import DEVICE, assert_close, exact_outcome, kernel_problem, options_on_device
 
 import ltloss
 from ltloss import functional, ops, reference
+from ltloss.testing import FAMILY, Problem, outcome, relative_error
 
 # (N, C, D): below, on and across the edges of tiles, rows of one element, a single class, a single sample.
 SHAPES = [(1, 1, 1), (16, 32, 16), (17, 33, 17), (15, 31, 8), (40, 5, 40), (3, 200, 24), (16, 1, 8), (1, 64, 3)]
@@ -106,7 +106,7 @@ def test_priors_of_any_range() -> None:
 def test_by_addresses_instead_of_the_copy_engine(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """What GPUs before Hopper run; bit for bit the same."""
     expected = outcome(kernel_problem(*shape), cosine_margin=0.2)
-    monkeypatch.setattr("ltloss_kernels.tiles.has_copy_engine", lambda arch: False)
+    monkeypatch.setattr("ltloss_kernels.config.tile_table.has_copy_engine", lambda arch: False)
     got = outcome(kernel_problem(*shape), cosine_margin=0.2)
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
@@ -156,7 +156,7 @@ class TestDtypes:
         assert relative_error(ours.features.cpu()[fits], exact.features[fits]) <= 2.0**-9
 
     def test_tf32_is_taken_where_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from ltloss_kernels import operands
+        from ltloss_kernels.config import operands
 
         assert operands.product_precision() == "ieee"
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")

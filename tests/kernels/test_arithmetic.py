@@ -9,9 +9,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_problems import DEVICE
-from ltloss_kernels import arithmetic
-from ltloss_kernels.margin_cross_entropy import margin_cosine
+from helpers.kernel_problems import DEVICE
+from ltloss_kernels.device import elementary as arithmetic
+from ltloss_kernels.device.margin_loss import margin_cosine
 
 from ltloss import margins
 

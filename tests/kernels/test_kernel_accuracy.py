@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_problems import DEVICE
-from losses import FAMILY, Outcome, Problem, outcome
-from ltloss_kernels import tiles
-from test_accuracy import ANGLE_AT_ONE, FACTOR, FLOOR, INPUTS, SEEDS, C, N, errors, rounded, widened
+from helpers.kernel_problems import DEVICE
+from ltloss_kernels.config import tile_table as tiles
 from torch import Tensor
 from torch.nn import functional as F
 
 from ltloss import reference
+from ltloss.testing import FAMILY, Outcome, Problem, outcome
+from tests.ops.test_accuracy import ANGLE_AT_ONE, FACTOR, FLOOR, INPUTS, SEEDS, C, N, errors, rounded, widened
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 

@@ -10,15 +10,16 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_problems import DEVICE
-from losses import copied_prototypes, long_tail_counts, lowest_nearest, problem, relative_error, signs, watching
-from ltloss_kernels import search_pass, tiles
-from ltloss_kernels.nearest_prototype import LOWEST_KEY, number_of, order_key, triangle_tile
-from memory import LargestTensor
+from helpers.kernel_problems import DEVICE
+from helpers.memory import LargestTensor
+from ltloss_kernels import prototype_search as search_pass
+from ltloss_kernels.config import tile_table as tiles
+from ltloss_kernels.device.search_first_pass import LOWEST_KEY, number_of, order_key, triangle_tile
 
 import ltloss
 from ltloss import ops, reference
 from ltloss.functional import min_angle_regularizer, nearest_prototype
+from ltloss.testing import copied_prototypes, long_tail_counts, lowest_nearest, problem, relative_error, signs, watching
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 INTERPRETED = DEVICE == "cpu"

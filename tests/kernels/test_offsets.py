@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernel_problems import assert_close, exact_outcome, kernel_problem
-from losses import Problem, outcome
+from helpers.kernel_problems import assert_close, exact_outcome, kernel_problem
 
 from ltloss.functional import margin_cross_entropy, nearest_prototype, top_k
+from ltloss.testing import Problem, outcome
 
 FAR = (1 << 30) + 64  # three rows this far apart pass 2^31; a multiple of 16 bytes in every dtype
 

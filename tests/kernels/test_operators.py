@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from kernel_problems import DEVICE, kernel_problem
-from losses import FAMILY, MODULES, outcome
+from helpers.kernel_problems import DEVICE, kernel_problem
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import ltloss
 from ltloss import functional, ops
+from ltloss.testing import FAMILY, MODULES, outcome
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 INTERPRETED = DEVICE == "cpu"
@@ -98,7 +98,8 @@ class TestMemory:
         self, name: str, width: int, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Classes in several slabs, samples in several chunks, in both directions."""
-        from ltloss_kernels import backward_pass, forward_pass, workspace
+        from ltloss_kernels import backward_pass, forward_pass
+        from ltloss_kernels.config import chunking as workspace
 
         options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in FAMILY[name](70).items()}
         whole = outcome(kernel_problem(d=width, dtypes=dtypes), **options)
@@ -123,7 +124,7 @@ class TestMemory:
         ],
     )
     def test_the_limit_is_kept(self, samples: int, classes: int, width: int, limit: int) -> None:
-        from ltloss_kernels.workspace import backward_plan
+        from ltloss_kernels.config.chunking import backward_plan
 
         limit <<= 20
         for per_class in (0, 4 * width, 6 * width):
@@ -133,13 +134,13 @@ class TestMemory:
             assert plan.classes == classes or plan.classes % 128 == 0
 
     def test_a_batch_beyond_the_limit_is_still_computed(self) -> None:
-        from ltloss_kernels.workspace import backward_plan
+        from ltloss_kernels.config.chunking import backward_plan
 
         assert backward_plan(1 << 20, 1 << 20, 2048, 2048, 2, 128, 1 << 20) == (32768, 1024)
 
     def test_extra_memory_of_the_forward(self) -> None:
         """Unit features, flags, partial sums and N-vectors of the shapes that we make promises about."""
-        from ltloss_kernels.workspace import forward_plan
+        from ltloss_kernels.config.chunking import forward_plan
 
         shapes = ((8192, 131072, 512, 8), (4096, 1 << 20, 512, 32), (8192, 131072, 4096, 8), (8192, 131072, 128, 8))
         for samples, classes, width, promised in shapes:
@@ -152,7 +153,7 @@ class TestMemory:
     @pytest.mark.parametrize("width", [16, 512, 4096, 8192])
     @pytest.mark.parametrize("copied", [0, 2])
     def test_chunks_of_samples_are_whole_tiles_and_not_too_small(self, width: int, copied: int) -> None:
-        from ltloss_kernels.workspace import forward_plan
+        from ltloss_kernels.config.chunking import forward_plan
 
         for samples in (1, 100, 600, 8192, 8193, 100_000):
             plan = forward_plan(samples, 10_000, width, 128, 128, 264, copied, 2)
@@ -162,7 +163,7 @@ class TestMemory:
         ("row_blocks", "tiles", "slots"), [(64, 1024, 264), (32, 8192, 264), (2, 8, 264), (1, 1, 264), (1000, 3, 264)]
     )
     def test_splits_fill_the_device(self, row_blocks: int, tiles: int, slots: int) -> None:
-        from ltloss_kernels.workspace import splits_for
+        from ltloss_kernels.config.chunking import splits_for
 
         splits = splits_for(row_blocks, tiles, slots)
         assert 1 <= splits <= tiles
@@ -217,9 +218,10 @@ class TestLaunches:
 
     @staticmethod
     def _counted(monkeypatch: pytest.MonkeyPatch, run: Any) -> Counter[str]:
-        from losses import watching
         from ltloss_kernels import backward_pass
         from triton.runtime.interpreter import GridExecutor
+
+        from ltloss.testing import watching
 
         launches: Counter[str] = Counter()
         execute = GridExecutor.__call__
@@ -354,7 +356,7 @@ class TestRefusals:
             functional.margin_cross_entropy(*kernel_problem())
 
     def test_cpu_tensors_without_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from ltloss_kernels import operands
+        from ltloss_kernels.config import operands
 
         monkeypatch.setattr(operands, "interpreting", lambda: False)
         given = kernel_problem()

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_problems import DEVICE, kernel_problem
-from losses import copied_prototypes, relative_error, signs, watching
-from ltloss_kernels.workspace import search_rows
-from memory import LargestTensor
+from helpers.kernel_problems import DEVICE, kernel_problem
+from helpers.memory import LargestTensor
+from ltloss_kernels.config.chunking import search_rows
 
 import ltloss
 from ltloss import ops, reference
 from ltloss.functional import top_k
+from ltloss.testing import copied_prototypes, relative_error, signs, watching
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 COSINE = 5e-7  # a cosine is a float32 sum of some ten to a hundred products

@@ -1,0 +1,1 @@
+"""Does it help? Trainings, their table and their page."""

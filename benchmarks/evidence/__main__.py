@@ -1,0 +1,334 @@
+"""``python -m benchmarks.evidence --data-dir DIR``: every table of docs/evidence.md that compares methods.
+
+A study is a list of `ltloss compare` command lines, which the documentation shows as they are. The results of every
+training are kept in --out, so an interrupted study continues; when it is done its rows go to
+``results/evidence_<study>.csv`` (and ``..._tuning.csv``). The page, and the advice in the README, are made from these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.pages import markdown_table, renewed
+from benchmarks.timing import RESULTS, write_rows
+from ltloss.cli.command import main as ltloss
+from ltloss.losses.defaults import FORMS
+from ltloss.training.comparison.methods import method
+from ltloss.training.comparison.tables import by_method, percents, summary
+
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
+README = Path(__file__).parents[2] / "README.md"
+_MAIN = "ce,balanced,post-hoc,tau-norm,logit-adjusted,ldam-drw,arcface,long-tail,recommended"
+_EVERY = (
+    "ce,class-balanced,balanced,post-hoc,tau-norm,crt,cosine,logit-adjusted,ldam,ldam-drw,arcface,cosface,"
+    "long-tail,cosine-space,recommended"
+)
+# Each line changes one thing of the recommended loss; where a term is off there, the second --vary turns it on.
+_SLOW_CHANGES = (
+    "margin=0,0.25,0.5,0.75",
+    "margin_power=0,0.25",
+    "tau=0,1,1.5",
+    "scale=8,16,32",
+    "min_angle_weight=0,0.1,1",
+    "min_angle_power=0 --vary min_angle_weight=0.1",
+    "feature_norm_weight=0,0.1",
+    "feature_norm=hinge --vary feature_norm_weight=0.1",
+    "normalize_features=false --vary scale=1.5 --vary feature_norm_weight=0,0.1",
+    "normalize_features=false --vary scale=1.5 --vary feature_norm_weight=0.1 --vary feature_norm=inverse,hinge",
+    "drw_from=0.8",
+)
+_TUNED_CHANGES = (
+    "margin=0,0.25,0.5,0.75",
+    "tau=0,1,1.5",
+    "scale=8,15,30",
+    "min_angle_weight=0.1",
+    "feature_norm_weight=0.1",
+    "drw_from=0.8",
+    "lr=1.6",
+    "weight_decay=0.002",
+    "mixup=0.2",
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Command lines of `ltloss compare` on one data file, but for --data, --out and --jobs."""
+
+    data: str  # a file in --data-dir, or digits
+    name: str
+    about: str
+    commands: tuple[str, ...]
+
+
+_OMNIGLOT = "--imbalance 15 --many-above 7 --few-below 4 --recipe small --evaluate-every 5"
+_TUNED = "--lr 0.8 --scale 16"  # what the search chose for the recommended loss
+_FASHION = "--imbalance 100 --recipe small --epochs 6 --evaluate-every 3"
+
+STUDIES = {
+    "omniglot": Study(
+        "omniglot28.npz",
+        "Omniglot-LT",
+        "1623 classes, imbalance 15.",
+        (f"{_OMNIGLOT} --losses {_EVERY} --seeds 3 --tune",),
+    ),
+    "decay": Study(
+        "omniglot28.npz",
+        "Omniglot-LT",
+        "the three best methods tuned again at four times the weight decay, and at the rate that all three chose.",
+        (f"{_OMNIGLOT} --lr 0.8 --weight-decay 0.002 --losses logit-adjusted,ldam-drw,recommended --seeds 3 --tune",),
+    ),
+    "fashion": Study(
+        "fashion_mnist.npz",
+        "Fashion-MNIST-LT",
+        "10 classes, imbalance 100.",
+        (f"{_FASHION} --losses {_MAIN} --seeds 3 --tune",),
+    ),
+    "ablation": Study(
+        "omniglot28.npz",
+        "Omniglot-LT",
+        "the recommended loss at its tuned rate and scale, one thing changed at a time.",
+        tuple(f"{_OMNIGLOT} {_TUNED} --losses recommended --seeds 1 --vary {changed}" for changed in _TUNED_CHANGES),
+    ),
+    "low-rate": Study(
+        "omniglot28.npz",
+        "Omniglot-LT",
+        "the recommended loss at the recipe's rate, an eighth of the tuned one, and twice the tuned scale.",
+        tuple(f"{_OMNIGLOT} --scale 30 --losses recommended --seeds 1 --vary {changed}" for changed in _SLOW_CHANGES),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A line of the README's table: for which situation what, and the two rows of a study that say so."""
+
+    situation: str
+    use: str
+    study: str
+    row: tuple[str, str]  # method and variant
+    against: tuple[str, str]
+    called: str  # what stands against it
+
+
+_KEPT = "normalize_features=False, scale=1.5, feature_norm_weight="
+START_HERE = (
+    Advice(
+        "hundreds of classes or more, a handful of samples in most",
+        "`LongTailLoss.from_counts(counts, D)`",
+        "omniglot",
+        ("recommended", ""),
+        ("ce", ""),
+        "cross-entropy",
+    ),
+    Advice(
+        "few classes, the largest a hundred times the smallest",
+        "`LongTailLoss.from_counts(counts, D, margin=0.1)`",
+        "fashion",
+        ("recommended", ""),
+        ("ce", ""),
+        "cross-entropy",
+    ),
+    Advice(
+        "many classes, no margin wanted, and time to tune rate and scale",
+        "`LogitAdjustedLoss.from_counts(counts, D, scale=8)`",
+        "omniglot",
+        ("logit-adjusted", ""),
+        ("recommended", ""),
+        "with the margin",
+    ),
+    Advice(
+        "counts unknown",
+        "`ArcFaceLoss(C, D, margin=1.0)`",
+        "omniglot",
+        ("arcface", ""),
+        ("cosine", ""),
+        "cosine softmax",
+    ),
+    Advice(
+        "a trained softmax classifier that must stay as it is",
+        "post-hoc adjustment (`ltloss compare --losses post-hoc`)",
+        "omniglot",
+        ("post-hoc", ""),
+        ("ce", ""),
+        "cross-entropy",
+    ),
+    Advice(
+        "features that must keep their length",
+        "`LongTailLoss.from_counts(counts, D, normalize_features=False)`, with its L3",
+        "low-rate",
+        ("recommended", f"{_KEPT}0.1"),
+        ("recommended", f"{_KEPT}0"),
+        "without L3",
+    ),
+)
+
+
+def run(name: str, study: Study, data_dir: Path, out: Path, jobs: int) -> None:
+    """Run the commands of a study and write its CSV files; what was trained before is not trained again."""
+    data = study.data if study.data == "digits" else str(data_dir / study.data)
+    rows: list[dict[str, str]] = []
+    trials: list[dict[str, str]] = []
+    for number, command in enumerate(study.commands):
+        where = ["--data", data, "--out", str(out / name), "--jobs", str(jobs)]
+        print(f"{name}: {command}", flush=True)
+        if ltloss(["compare", *shlex.split(command), *where]):
+            raise SystemExit(f"{name}: command {number + 1} of {len(study.commands)} failed; run it again")
+        rows += [{"command": str(number), **row} for row in read_rows(out / name / "results.csv")]
+        if "--tune" in command:
+            trials += [{"command": str(number), **row} for row in read_rows(out / name / "tuning.csv")]
+    write_rows(rows, RESULTS / f"evidence_{name}.csv")
+    if trials:
+        write_rows(trials, RESULTS / f"evidence_{name}_tuning.csv")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def section(study: Study, rows: Sequence[Mapping[str, str]], trials: Sequence[Mapping[str, str]]) -> str:
+    """What the page shows of a study: its commands, what they took, its table and the values that were chosen."""
+    commands = "\n".join(
+        f"ltloss compare --data {study.data} {command} --out {study_folder(study)}" for command in study.commands
+    )
+    measured = [_parsed(row) for row in rows]
+    seconds = sum(float(row["seconds"]) for row in (*rows, *trials))
+    facts = rows[0]
+    about = (
+        f"{study.name}: {study.about} "
+        f"{int(facts['pictures_train']):,} training and {int(facts['pictures_test']):,} test pictures. "
+        f"All trainings took {seconds / 3600:.1f} core hours on {facts['device']}, torch {facts['torch']}."
+    )
+    parts = [about, f"```sh\n{commands}\n```", markdown_table(summary(measured))]
+    chosen = [[method(row["method"]).title, row["chosen"]] for row in measured if row["seed"] == 0 and row["chosen"]]
+    if chosen:
+        parts.append(markdown_table([["method", "chosen on the validation split"], *chosen]))
+    scales = best_at_each_scale(trials)
+    if len(scales) > 1:
+        about_scales = "The best trial of each scale, whatever its other values, on the validation split:"
+        parts += [about_scales, markdown_table(scales)]
+    pairs = with_and_without_margin(trials)
+    if len(pairs) > 1:
+        parts += ["The trials that differ in the margin alone, on the validation split:", markdown_table(pairs)]
+    return "\n\n".join(parts)
+
+
+def best_at_each_scale(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """A header, and a line for each method whose scale was tuned; "none" where none was tried, or each one diverged."""
+    best: dict[str, dict[float, float]] = {}
+    for row in trials:
+        scale = json.loads(row["values"]).get("scale")
+        if scale is not None and row["balanced_accuracy"]:
+            known = best.setdefault(row["method"], {})
+            known[scale] = max(float(row["balanced_accuracy"]), known.get(scale, 0.0))
+    scales = sorted({scale for known in best.values() for scale in known})
+    return [
+        ["method", *(f"scale {scale:g}" for scale in scales)],
+        *([method(name).title, *(percents([known.get(scale)]) for scale in scales)] for name, known in best.items()),
+    ]
+
+
+def with_and_without_margin(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """A header, and a line for each rate and scale at which the recommended loss was tried as it is and without margin.
+
+    Without margin it is cosine softmax with log prior; τ and margin are those of the form. One that diverged is "none".
+    """
+    places = []
+    for name, key in (("logit-adjusted", "tau"), ("recommended", "margin")):
+        found = [(json.loads(row["values"]), row["balanced_accuracy"]) for row in trials if row["method"] == name]
+        same_form = [(values, share) for values, share in found if values[key] == FORMS["recommended"][key]]
+        places.append({(v.get("lr", 0.0), v["scale"]): float(share) if share else None for v, share in same_form})
+    return [
+        ["rate", "scale", "log prior alone", "log prior and margin"],
+        *(
+            [f"{lr:g}" if lr else "as given", f"{scale:g}", *(percents([place[lr, scale]]) for place in places)]
+            for lr, scale in sorted(places[0].keys() & places[1].keys())
+        ),
+    ]
+
+
+def study_folder(study: Study) -> str:
+    """The --out that the page shows."""
+    return f"runs/{Path(study.data).stem}"
+
+
+_TEXT = {"method", "title", "chosen", "variant", "device", "torch", "failed"}
+_WHOLE = {"seed", "last_epoch", "best_epoch", "many_above", "few_below"}
+
+
+def _parsed(row: Mapping[str, str]) -> dict[str, Any]:
+    """A row of results.csv as `summary` takes it; an empty cell was not measured."""
+
+    def value(name: str, text: str) -> Any:
+        if name in _TEXT:
+            return text
+        if not text:
+            return None
+        return int(text) if name in _WHOLE else float(text)
+
+    return {name: value(name, text) for name, text in row.items()}
+
+
+def with_studies(page: str, results: Path = RESULTS) -> str:
+    """The page with a section for each study that has results; the others say that they were not measured."""
+    for name, study in STUDIES.items():
+        path = results / f"evidence_{name}.csv"
+        text = "Not measured yet."
+        if path.is_file():
+            tuning = path.with_name(f"evidence_{name}_tuning.csv")
+            text = section(study, read_rows(path), read_rows(tuning) if tuning.is_file() else [])
+        page = renewed(page, name, text)
+    return page
+
+
+def start_here(page: str, results: Path = RESULTS) -> str:
+    """The README with its table of situations, each with the two rows of a study that it rests on."""
+    lines = [["your data", "start with", "measured (test accuracy, %)", "with these values"]]
+    tables = {advice.study: results / f"evidence_{advice.study}.csv" for advice in START_HERE}
+    found = {
+        study: by_method([_parsed(row) for row in read_rows(path)]) if path.is_file() else {}
+        for study, path in tables.items()
+    }
+    for advice in START_HERE:
+        rows = found[advice.study]
+        measured, chosen = "not measured yet", ""
+        if advice.row in rows and advice.against in rows:
+            both = ([row["last_accuracy"] for row in rows[key]] for key in (advice.row, advice.against))
+            ours, theirs = map(percents, both)
+            measured = f"{STUDIES[advice.study].name}: **{ours}**; {advice.called} {theirs}"
+            chosen = rows[advice.row][0]["chosen"] or advice.row[1]
+        lines.append([advice.situation, advice.use, measured, chosen])
+    return renewed(page, "start here", markdown_table(lines))
+
+
+def main() -> None:
+    """Run studies, write their CSV files, and renew the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="where fashion_mnist.npz and omniglot28.npz lie")
+    parser.add_argument(
+        "--study", action="append", choices=tuple(STUDIES), help="which (default: all; may be repeated)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="kept results (default: runs/evidence)")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side (default: 2)")
+    parser.add_argument("--render", action="store_true", help="only renew docs/evidence.md from the CSV files")
+    options = parser.parse_args()
+    if not options.render:
+        if options.data_dir is None:
+            parser.error("--data-dir is missing; give the folder of the data files, or --render")
+        for name in options.study or STUDIES:
+            run(name, STUDIES[name], options.data_dir, options.out, options.jobs)
+    PAGE.write_text(with_studies(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(start_here(README.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"renewed {PAGE} and the table in {README}")
+
+
+if __name__ == "__main__":
+    main()

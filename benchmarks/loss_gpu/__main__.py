@@ -1,0 +1,337 @@
+"""``python -m benchmarks.loss_gpu``: is it right on this GPU, how fast is it, and how much memory does it take?
+
+First every loss is compared with float64, compiled and not interpreted; nothing that is wrong is timed. Then forward
+and backward are measured apart, ours at every shape and then the peers, each beside a large bf16 product that gives P,
+the rate that the GPU reaches at that moment. Ends within ``--minutes`` whatever happens, and writes what it has to
+``results/<device>.csv``. Exit codes: 0 fine, 1 something is wrong, 2 cannot run here, 3 stopped at the deadline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.loss_gpu import (
+    correctness as gpu_correctness,
+)
+from benchmarks.loss_gpu import (
+    search as gpu_search,
+)
+from benchmarks.loss_gpu import (
+    system as gpu_system,
+)
+from benchmarks.loss_gpu import (
+    tune as gpu_tune,
+)
+from benchmarks.loss_gpu.measure import Deadline, Device, TooSlow, ends_within
+from benchmarks.loss_gpu.providers import PROVIDERS, TOLERANCE
+from benchmarks.peers import Inputs, Objective, Provider, Shape, Step, check_step, exact_step
+from benchmarks.timing import RESULTS, write_rows
+
+Row = dict[str, Any]
+
+MAIN = (Shape(8192, 131_072, 512), Shape(4096, 1_000_000, 512), Shape(8192, 131_072, 4096))
+OTHERS = (
+    *(Shape(8192, 131_072, width) for width in (128, 256, 1024)),
+    Shape(4096, 131_072, 1024),
+)
+LAUNCH_BOUND = Shape(256, 1000, 512)
+TINY = (Shape(12, 40, 16), Shape(5, 33, 8))  # for --device cpu
+
+# Operations per N·C·D: one product forwards; backwards two, and one to have the logits again (the count is the same
+# for providers that stored them, so that shares compare times).
+OPERATIONS = {"forward": 2, "backward": 6, "step": 8}
+_SEARCH_REPEATS = 10
+_SENTENCES = 20  # about mistakes are printed; the rest is counted
+_FLOAT64_LOGITS = 1 << 28  # of the exact reference at a time: 2 GiB, of which it holds about a dozen
+
+
+@dataclass
+class Bench:
+    """What every measurement needs, and where its rows go."""
+
+    device: Device
+    deadline: Deadline
+    output: Path | None
+    dtype: torch.dtype = torch.bfloat16
+    repeats: int = 20
+    providers: Sequence[Provider] = PROVIDERS
+    rows: list[Row] = field(default_factory=list)
+    failed: bool = False
+
+    def __post_init__(self) -> None:
+        size = 8192 if self.device.is_cuda else 64
+        self.stamp = self.device.stamp()
+        self._operands = tuple(torch.randn(size, size, device=self.device.kind, dtype=self.dtype) for _ in "ab")
+        self._result = torch.empty_like(self._operands[0])
+        self.product_operations = 2 * size**3
+
+    def product(self) -> None:
+        """The product that P is measured with."""
+        torch.mm(*self._operands, out=self._result)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Show rows, keep them, and write everything so far: a run that is stopped loses nothing."""
+        for row in rows:
+            self.rows.append({**self.stamp, **row})
+            print(_line(row), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Write every row so far."""
+        if self.output is not None and self.rows:
+            write_rows(self.rows, self.output)
+
+
+def _line(row: Row) -> str:
+    head = f"{row['N']}x{row['C']}x{row['D']:<6} {row['provider']:24}"
+    if not row.get("median_ms"):
+        return f"{head} left out: {row['note']}"
+    parts = [
+        f"{head} {row['phase']:9} {row['median_ms']:>9} ms  {row['tflops']:>6} TFLOP/s  {row['share_of_P']:>6} of P"
+    ]
+    parts += [f"{row[key]} {unit}" for key, unit in _OPTIONAL.items() if row.get(key) not in (None, "")]
+    return "  ".join(parts)
+
+
+_OPTIONAL = {"extra_mib": "MiB extra", "host_us": "us host", "launches": "launches"}
+
+
+def _head(shape: Shape, dtype: torch.dtype, provider: str) -> Row:
+    return {
+        "N": shape.n,
+        "C": shape.c,
+        "D": shape.d,
+        "dtype": str(dtype).removeprefix("torch."),
+        "provider": provider,
+    }
+
+
+def time_shape(bench: Bench, shape: Shape, providers: Sequence[Provider], share: float, *, host: bool = False) -> None:
+    """Check and time every provider at one shape, with at most ``share`` of the time that is left."""
+    deadline = bench.deadline.share(share)
+    inputs = Inputs.draw(shape, device=bench.device.kind, dtype=bench.dtype)
+    checked: list[tuple[Provider, Callable[[], torch.Tensor], float]] = []
+    exact: dict[Objective, Step] = {}
+    for provider in providers:  # first check all, then forget the exact gradients, which take memory
+        reason = ""
+        try:
+            deadline.allow(0.0)
+            loss = provider.build(inputs)
+            if provider.truth not in exact:
+                exact[provider.truth] = exact_step(provider.truth, inputs, max(1, _FLOAT64_LOGITS // shape.c))
+            error = check_step(provider.name, loss, inputs, exact[provider.truth], TOLERANCE[bench.dtype])
+            checked.append((provider, loss, error))
+        except Exception as failure:
+            reason = _reason(failure)
+        _note_failure(bench, shape, provider, reason)
+    exact.clear()
+    for provider, loss, error in checked:
+        reason = ""
+        try:
+            rows = _measure(bench, deadline, shape, loss, inputs, host=host)
+            head = _head(shape, bench.dtype, provider.name)
+            bench.add({**head, **row, "relative_error": f"{error:.1e}", "note": provider.note} for row in rows)
+        except Exception as failure:
+            reason = _reason(failure)
+        _note_failure(bench, shape, provider, reason)
+
+
+def _reason(failure: Exception) -> str:
+    if isinstance(failure, torch.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(failure, TooSlow):
+        return str(failure)
+    kind = "not importable" if isinstance(failure, ImportError) else type(failure).__name__
+    return f"{kind}: {' '.join(str(failure).split())[:200]}"
+
+
+def _note_failure(bench: Bench, shape: Shape, provider: Provider, reason: str) -> None:
+    """A row that says why there are no numbers. Peers may fail; if ours does for another reason than time, that is one.
+
+    Called outside of the except block, which would keep the failed step's tensors alive.
+    """
+    bench.device.release()
+    if reason:
+        bench.add([{**_head(shape, bench.dtype, provider.name), "note": reason}])
+        bench.failed |= provider.name == "ltloss" and not reason.startswith("too slow")
+
+
+def _measure(
+    bench: Bench, deadline: Deadline, shape: Shape, loss: Callable[[], torch.Tensor], inputs: Inputs, *, host: bool
+) -> list[Row]:
+    """Rows of forward, backward and both: medians of hot repeats, and the memory beyond inputs and gradients."""
+    device, state = bench.device, {}
+
+    def forward() -> None:
+        state["loss"] = loss()
+
+    def backward() -> None:
+        state.pop("loss").backward()
+
+    inputs.drop_gradients()
+    first = device.time(inputs.drop_gradients, bench.product, [forward, backward], 1)
+    a_round = 1e-3 * (sum(times[0] for times in first.steps) + first.product[0])
+    deadline.allow(1.2 * (bench.repeats + 3) * a_round)
+    device.time(inputs.drop_gradients, bench.product, [forward, backward], 2)
+    times = device.time(inputs.drop_gradients, bench.product, [forward, backward], bench.repeats)
+    inputs.drop_gradients()
+    peaks = device.peak_bytes([forward, backward])
+    if peaks[1] is not None:
+        peaks[1] = max(0, peaks[1] - inputs.gradient_bytes)
+    inputs.drop_gradients()
+    rate = bench.product_operations / statistics.median(times.product) * 1e-9
+    both = [sum(pair) for pair in zip(*times.steps, strict=True)]
+    rows = [
+        {
+            **_speed(shape, phase, OPERATIONS[phase], milliseconds, rate),
+            "extra_mib": "" if peak is None else f"{peak / (1 << 20):.1f}",
+        }
+        for phase, milliseconds, peak in zip(OPERATIONS, [*times.steps, both], [*peaks, None], strict=True)
+    ]
+    if host:
+        rows[0] |= {"host_us": f"{device.host_microseconds(loss):.0f}", "launches": device.launches(forward)}
+        rows[1]["launches"] = device.launches(backward)
+        rows[2]["host_us"] = f"{device.host_microseconds(lambda: loss().backward()):.0f}"
+        inputs.drop_gradients()
+    return rows
+
+
+def time_search(bench: Bench, case: gpu_search.SearchCase, deadline: Deadline) -> None:
+    """Check and time one search, and take the memory beyond its inputs."""
+    head = {**_head(case.shape, case.dtype, case.provider), "phase": case.phase}
+    reason = ""
+    try:
+        deadline.allow(0.0)
+        search = case.build(bench.device.kind, case.shape, case.dtype)
+        first = bench.device.time(lambda: None, bench.product, [search], 2)
+        deadline.allow(1.2e-3 * _SEARCH_REPEATS * (first.steps[0][-1] + first.product[-1]))
+        times = bench.device.time(lambda: None, bench.product, [search], min(bench.repeats, _SEARCH_REPEATS))
+        peak = bench.device.peak_bytes([search])[0]
+        rate = bench.product_operations / statistics.median(times.product) * 1e-9
+        speed = _speed(case.shape, case.phase, case.operations, times.steps[0], rate)
+        memory = "" if peak is None else f"{peak / (1 << 20):.1f}"
+        bench.add([{**head, **speed, "extra_mib": memory, "note": case.note}])
+        del search
+    except Exception as failure:
+        reason = _reason(failure)
+    bench.device.release()
+    if reason:
+        bench.add([{**head, "note": reason}])
+        bench.failed |= case.provider == "ltloss" and not reason.startswith("too slow")
+
+
+def _speed(shape: Shape, phase: str, operations: int, milliseconds: Sequence[float], rate: float) -> Row:
+    median = statistics.median(milliseconds)
+    reached = operations * shape.n * shape.c * shape.d / median * 1e-9
+    return {
+        "phase": phase,
+        "median_ms": f"{median:.4f}",
+        "min_ms": f"{min(milliseconds):.4f}",
+        "max_ms": f"{max(milliseconds):.4f}",
+        "repeats": len(milliseconds),
+        "tflops": f"{reached:.4g}",
+        "share_of_P": f"{reached / rate:.3f}",
+        "P_tflops": f"{rate:.4g}",
+    }
+
+
+def check(bench: Bench, quick: bool) -> bool:
+    """Compare with float64 and try what a GPU adds (streams, graphs, big tensors); False means: time nothing."""
+    processes = min(8, (os.cpu_count() or 2) // 2) if bench.device.is_cuda else 1
+    summary = gpu_correctness.check_all(bench.device.kind, bench.deadline.share(0.4), quick, processes)
+    system = gpu_system.check_all(bench.device, bench.deadline.share(0.3), quick)
+    for sentence in summary.inaccurate[:_SENTENCES]:
+        print(f"less accurate than promised: {sentence}")
+    for sentence in (*system.wrong, *summary.wrong[:_SENTENCES]):
+        print(f"WRONG: {sentence}")
+    print(
+        f"correctness: {summary.compared} comparisons with float64 and {system.compared} properties checked, "
+        f"{summary.left_out + system.left_out} left out for time, {len(summary.wrong) + len(system.wrong)} wrong, "
+        f"{len(summary.inaccurate)} less accurate than promised; worst error {summary.worst:.2f} of what is allowed",
+        flush=True,
+    )
+    bench.failed |= bool(summary.wrong or system.wrong or summary.inaccurate)
+    return not (summary.wrong or system.wrong)
+
+
+def run(bench: Bench, shapes: Sequence[Shape], quick: bool, usual: bool) -> None:
+    """Ours first at every shape, then the peers, the most telling shapes first; the searches with the usual shapes."""
+    ours = [provider for provider in bench.providers if provider.name == "ltloss"]
+    peers = [provider for provider in bench.providers if provider.name != "ltloss"]
+    small = LAUNCH_BOUND if bench.device.is_cuda else TINY[-1]
+    for shape in shapes:
+        time_shape(bench, shape, ours, 0.3)
+    time_shape(bench, small, ours, 0.3, host=True)
+    searches = list(gpu_search.search_cases(not bench.device.is_cuda)) if usual else []
+    section = bench.deadline.share(0.4)
+    for case in searches:
+        if case.provider == "ltloss" and ours:
+            time_search(bench, case, section)
+    for case in searches:
+        if case.provider != "ltloss" and peers and not quick:
+            time_search(bench, case, section)
+    for shape in () if quick else shapes:
+        time_shape(bench, shape, peers, 0.4)
+    time_shape(bench, small, peers, 1.0, host=True)
+
+
+def _shape(text: str) -> Shape:
+    numbers = re.fullmatch(r"(\d+)[x,](\d+)[x,](\d+)", text)
+    if not numbers or not all(int(number) for number in numbers.groups()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NxCxD, for instance 8192x131072x512")
+    return Shape(*(int(number) for number in numbers.groups()))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny shapes, to try the code")
+    parser.add_argument("--minutes", type=float, default=8.5, help="the run ends by then (default: 8.5)")
+    parser.add_argument("--repeats", type=int, default=20, help="timed repeats (default: 20)")
+    parser.add_argument("--shape", type=_shape, action="append", metavar="NxCxD", help="instead of the usual shapes")
+    names = [provider.name for provider in PROVIDERS]
+    parser.add_argument("--provider", action="append", choices=names, help="only these (default: all)")
+    parser.add_argument("--quick", action="store_true", help="fewer comparisons, one shape, no peers at large shapes")
+    parser.add_argument("--tune", action="store_true", help="time every candidate tile instead, and print the ranking")
+    parser.add_argument("--output", type=Path, help="CSV to write (default: results/<device>.csv; none for cpu)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, measure, write; see the module's text for the exit code."""
+    options = parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here; --device cpu tries the code on tiny shapes", file=sys.stderr)
+        return 2
+    device = Device(options.device)
+    output = options.output
+    if output is None and device.is_cuda:
+        output = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.name().lower()).strip("-") + ".csv")
+    deadline = Deadline(0.94 * 60 * options.minutes)
+    chosen = [one for one in PROVIDERS if options.provider is None or one.name in options.provider]
+    bench = Bench(device, deadline, output, repeats=options.repeats, providers=chosen)
+    shapes = options.shape or ((*MAIN, *OTHERS) if device.is_cuda else TINY)
+    shapes = shapes[:1] if options.quick else shapes
+    print(", ".join(f"{name} {value}" for name, value in bench.stamp.items()), flush=True)
+    with ends_within(60 * options.minutes, bench.write):
+        if options.tune:
+            return gpu_tune.tune(bench, shapes)
+        if check(bench, options.quick or not device.is_cuda):
+            run(bench, shapes, options.quick, usual=options.shape is None)
+    if output is not None and bench.rows:
+        print(f"wrote {output}: {len(bench.rows)} rows")
+    return 1 if bench.failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

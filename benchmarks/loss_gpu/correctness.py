@@ -1,0 +1,214 @@
+"""Is what the GPU computes right? Every loss of the family, dtypes, shapes and inputs, against float64.
+
+Two bounds. An error beyond ``WRONG`` times the allowed one, or a NaN, is a mistake: nothing is timed then. The allowed
+error is the project's promise: 1.5 times that of plain PyTorch, which multiplies in the same dtype, plus roundings of
+the result.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.loss_gpu.measure import Deadline
+from ltloss import functional, reference
+from ltloss.testing import FAMILY, Outcome, Problem, outcome, problem
+
+Dtypes = tuple[torch.dtype, torch.dtype]  # of features and prototypes
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FACTOR, WRONG = 1.5, 8.0
+# Of two equally good float32 implementations either may be the luckier; on three samples that is some dozen roundings.
+FLOOR = 2.0**-18
+
+SHAPES = (
+    (1, 1, 1),
+    (3, 2, 5),
+    (7, 130, 33),
+    (129, 257, 72),
+    (64, 300, 1000),
+    (256, 1000, 512),
+    (130, 5000, 96),
+    (33, 700, 4096),
+    (16, 300, 8192),
+)
+DTYPES: tuple[Dtypes, ...] = ((BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP32, BF16), (FP16, BF16))
+SCALES = (1.0, 64.0, 100.0, 512.0)
+
+
+class Case(NamedTuple):
+    """One comparison; ``given`` is float64 on the CPU, ``options`` are those of ``margin_cross_entropy``."""
+
+    name: str
+    given: Problem
+    dtypes: Dtypes
+    options: dict[str, Any]
+
+
+class Verdict(NamedTuple):
+    """Relative errors (2-norm) of loss, feature gradient and prototype gradient, and what each was allowed."""
+
+    case: str
+    errors: tuple[float, ...]
+    allowed: tuple[float, ...]
+
+    @property
+    def worst(self) -> float:
+        """Largest error as a multiple of what was allowed; infinite for NaN."""
+        ratios = [error / bound for error, bound in zip(self.errors, self.allowed, strict=True)]
+        return max(ratio if ratio == ratio else float("inf") for ratio in ratios)
+
+
+def _inputs(n: int, c: int, d: int) -> dict[str, Problem]:
+    """The kinds of inputs on which an implementation could be worse than PyTorch."""
+    given = problem(n, c, d)
+    own = given.prototypes[given.labels.clamp_min(0)]
+    trained = 3.0 * own + 0.15 * given.features
+    trained[::6] = 3.0 * given.prototypes[: len(trained[::6])]
+    return {
+        "trained": given._replace(features=trained),
+        "equal to the own prototype": given._replace(features=own.clone()),
+        "opposite to the own prototype": given._replace(features=-2.0 * own),
+        "duplicate prototypes": given._replace(prototypes=given.prototypes[torch.arange(c) % 10]),
+        "one feature": given._replace(features=given.prototypes[:1].expand(n, d).clone()),
+        "everything ignored": given._replace(labels=torch.full_like(given.labels, -100)),
+        "zero rows": Problem(given.features * (torch.arange(n) % 3 > 0)[:, None], given.prototypes, given.labels),
+    }
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """What is compared, the most telling first, in case the time runs out."""
+    n, c, d = 200, 1000, 96
+    for dtypes in DTYPES[: 1 if quick else 3]:
+        for loss, options in FAMILY.items():
+            yield Case(f"{loss}", problem(n, c, d), dtypes, options(c))
+    margins = FAMILY["long_tail"]
+    for dtypes in DTYPES[: 2 if quick else None]:
+        for shape in SHAPES[: 4 if quick else None]:
+            for loss in ("long_tail", "everything"):
+                yield Case(f"{loss} {shape}", problem(*shape), dtypes, FAMILY[loss](shape[1]))
+    for dtypes in DTYPES[:3]:
+        for kind, given in _inputs(150, 600, 64).items():
+            yield Case(f"long_tail on {kind}", given, dtypes, margins(600))
+        for scale in SCALES:
+            yield Case(f"scale {scale:g}", problem(150, 600, 64), dtypes, {**margins(600), "scale": scale})
+            kept: dict[str, Any] = {"normalize_features": False, "scale": scale / 8, "angular_margin": 0.3}
+            yield Case(f"length kept, scale {scale / 8:g}", problem(150, 600, 64), dtypes, kept)
+    empty = problem(2, 600, 64)
+    yield Case("empty batch", Problem(empty.features[:0], empty.prototypes, empty.labels[:0]), (BF16, BF16), {})
+
+
+def product_dtype(dtypes: Dtypes) -> torch.dtype:
+    """In what the product runs: the features' half precision, float32 where that or the pair does not allow it."""
+    features, prototypes = dtypes
+    return features if features != FP32 and prototypes in (features, FP32) else FP32
+
+
+def plain_pytorch(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The reference with its one matrix product, and the unit vectors that go in, in ``dtype``."""
+
+    def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
+        unit = reference.direction(features.to(dtype)), reference.direction(prototypes.to(dtype))
+        return (unit[0] @ unit[1].t()).float()
+
+    def loss(*tensors: Tensor, **options: Any) -> Tensor:
+        with mock.patch.object(reference, "cosines", cosines):
+            return reference.margin_cross_entropy(*tensors, **options)
+
+    return loss
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    size = float(other.double().norm())
+    return float((one.double() - other.double()).norm()) / (size or 1.0)
+
+
+def compare(case: Case, device: str) -> Verdict:
+    """Ours and plain PyTorch, both against float64 on the same, already rounded numbers."""
+    features, prototypes, labels = (tensor.to(device) for tensor in case.given)
+    given = Problem(features.to(case.dtypes[0]), prototypes.to(case.dtypes[1]), labels)
+    options = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in case.options.items()}
+    per_sample = options.get("reduction") == "none"
+    upstream = torch.linspace(-1.0, 2.0, 2 * len(labels), device=device)[::2] if per_sample else None
+    exact_upstream = None if upstream is None else upstream.double()
+    wide = Problem(given.features.double(), given.prototypes.double(), labels)
+    exact = outcome(wide, exact_upstream, loss=reference.margin_cross_entropy, **options)
+    plain = outcome(given, upstream, loss=plain_pytorch(product_dtype(case.dtypes)), **options)
+    found = outcome(given, upstream, loss=functional.margin_cross_entropy, **options)
+    rounding = [max(FLOOR, unit) for unit in (0.0, *(torch.finfo(dtype).eps for dtype in case.dtypes))]
+    allowed = [FACTOR * error + floor for error, floor in zip(_distances(plain, exact), rounding, strict=True)]
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in case.dtypes)
+    return Verdict(f"{case.name} ({names})", tuple(_distances(found, exact)), tuple(allowed))
+
+
+def _distances(found: Outcome, exact: Outcome) -> list[float]:
+    return [_distance(one, other) for one, other in zip(found, exact, strict=True)]
+
+
+@dataclass
+class Summary:
+    """Counts of one run, and the sentences about what went wrong."""
+
+    compared: int = 0
+    left_out: int = 0
+    worst: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+    inaccurate: list[str] = field(default_factory=list)
+
+    def add(self, verdict: Verdict) -> None:
+        """Take one comparison in."""
+        self.worst = max(self.worst, verdict.worst)
+        if verdict.worst > 1.0:
+            pairs = zip(("loss", "dX", "dW"), verdict.errors, verdict.allowed, strict=True)
+            text = ", ".join(f"{name} {error:.1e} (allowed {bound:.1e})" for name, error, bound in pairs)
+            (self.wrong if verdict.worst > WRONG else self.inaccurate).append(f"{verdict.case}: {text}")
+
+    def merge(self, other: Summary) -> None:
+        """Add the counts and sentences of another run."""
+        self.compared += other.compared
+        self.left_out += other.left_out
+        self.worst = max(self.worst, other.worst)
+        self.wrong += other.wrong
+        self.inaccurate += other.inaccurate
+
+
+def check_part(device: str, seconds: float, quick: bool, part: int, parts: int) -> Summary:
+    """Run every ``parts``-th case from the ``part``-th on, as far as the time allows."""
+    deadline, summary = Deadline(seconds), Summary()
+    for case in itertools.islice(cases(quick), part, None, parts):
+        if deadline.left() <= 0:
+            summary.left_out += 1
+            continue
+        summary.compared += 1
+        try:
+            summary.add(compare(case, device))
+        except Exception as error:  # one broken variant must not hide what the others do
+            summary.wrong.append(f"{case.name} {case.dtypes}: {type(error).__name__}: {str(error)[:300]}")
+    return summary
+
+
+def check_all(device: str, deadline: Deadline, quick: bool = False, processes: int = 1) -> Summary:
+    """Run every case that the time allows, in several processes: nearly all of the time is spent compiling."""
+    if processes <= 1:
+        return check_part(device, deadline.left(), quick, 0, 1)
+    summary, context = Summary(), multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        work = [pool.submit(check_part, device, deadline.left(), quick, i, processes) for i in range(processes)]
+        for done in work:
+            summary.merge(_result(done))
+    return summary
+
+
+def _result(done: concurrent.futures.Future[Summary]) -> Summary:
+    try:
+        return done.result()
+    except BrokenProcessPool:
+        return Summary(wrong=["a process that compared died (a crash, or out of memory)"])

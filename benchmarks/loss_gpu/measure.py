@@ -1,0 +1,185 @@
+"""How a GPU is measured: CUDA events, peak memory, host time, launches, and a deadline that is kept.
+
+Everything also runs on the CPU (`--device cpu`), with a wall clock and without memory figures, so that the whole
+benchmark can be tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import multiprocessing
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.timing import stamp
+
+Step = Callable[[], Any]
+
+
+class TooSlow(Exception):
+    """A provider whose repeats would not fit into the time that is left."""
+
+
+class Deadline:
+    """The time that the whole run may take, and what is left of it."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end = clock() + seconds
+
+    def left(self) -> float:
+        """Seconds until the end; negative afterwards."""
+        return self._end - self._clock()
+
+    def share(self, part: float) -> Deadline:
+        """A deadline of its own for a section that may take ``part`` of what is left."""
+        return Deadline(max(0.0, part * self.left()), self._clock)
+
+    def allow(self, seconds: float) -> None:
+        """Raise TooSlow where something that takes ``seconds`` would end too late."""
+        if seconds > self.left():
+            raise TooSlow(f"too slow: would take {seconds:.1f} s, {max(0.0, self.left()):.1f} s are left")
+
+
+@contextlib.contextmanager
+def ends_within(seconds: float, before_ending: Callable[[], None]) -> Iterator[None]:
+    """End the process and its workers after ``seconds``, whatever they wait for then (a compiler, the device): code 3.
+
+    A timer thread and not a signal: Python handles signals only between two of its own instructions.
+    """
+
+    def end() -> None:
+        try:
+            before_ending()
+        finally:
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(3)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class Phases(NamedTuple):
+    """Milliseconds of each repeat: one list per step, and one for the product that is measured between them."""
+
+    steps: list[list[float]]
+    product: list[float]
+
+
+class Device:
+    """Times steps on one device and says how much memory they take."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.is_cuda = kind == "cuda"
+
+    def name(self) -> str:
+        """Of the GPU, or of the processor."""
+        return torch.cuda.get_device_name() if self.is_cuda else stamp()["device"]
+
+    def stamp(self) -> dict[str, str]:
+        """Who measured, for every row."""
+        try:
+            import triton
+
+            version = triton.__version__
+        except ImportError:
+            version = ""
+        who = {name: value for name, value in stamp().items() if name in ("date", "commit", "python", "torch")}
+        return {**who, "device": self.name(), "triton": version, "cuda": torch.version.cuda or ""}
+
+    def synchronize(self) -> None:
+        """Wait until the device has done everything."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def release(self) -> None:
+        """Give memory that nobody holds back to the driver, so that one provider's fragments do not hit the next."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+    def time(self, before: Step, product: Step, steps: Sequence[Step], repeats: int) -> Phases:
+        """Repeat: ``before`` untimed, then the product, then the steps, one directly after the other.
+
+        The product comes first so that the host is ahead when the steps start: what is timed is the device.
+        """
+        times: list[list[float]] = []
+        for _ in range(repeats):
+            before()
+            times.append(self._one_round([product, *steps]))
+        columns = [list(column) for column in zip(*times, strict=True)]
+        return Phases(columns[1:], columns[0])
+
+    def _one_round(self, steps: Sequence[Step]) -> list[float]:
+        if not self.is_cuda:
+            moments = [time.perf_counter()]
+            for step in steps:
+                step()
+                moments.append(time.perf_counter())
+            return [1e3 * (after - before) for before, after in itertools.pairwise(moments)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+        torch.cuda.synchronize()
+        events[0].record()
+        for step, event in zip(steps, events[1:], strict=True):
+            step()
+            event.record()
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+
+    def peak_bytes(self, steps: Sequence[Step]) -> list[int | None]:
+        """How far each step drives the allocated memory above where it stood before the first; None on a CPU."""
+        if not self.is_cuda:
+            for step in steps:
+                step()
+            return [None] * len(steps)
+        self.release()
+        torch.cuda.synchronize()
+        start = torch.cuda.memory_allocated()
+        peaks: list[int | None] = []
+        for step in steps:
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            torch.cuda.synchronize()
+            peaks.append(torch.cuda.max_memory_allocated() - start)
+        return peaks
+
+    def host_microseconds(self, step: Step, calls: int = 10, rounds: int = 5) -> float:
+        """Time until a call returns, without waiting for the device: the median of rounds that fit its queue."""
+        seconds = []
+        for _ in range(rounds):
+            self.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                step()
+            seconds.append((time.perf_counter() - start) / calls)
+        self.synchronize()
+        return 1e6 * statistics.median(seconds)
+
+    def launches(self, step: Step) -> int | None:
+        """How many kernels, copies and fills a step starts on the device; None where the profiler cannot say."""
+        if not self.is_cuda:
+            return None
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        try:
+            with torch.profiler.profile(activities=activities) as profile:
+                step()
+                torch.cuda.synchronize()
+        except RuntimeError:  # containers may forbid it
+            return None
+        on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return len(on_device) or None

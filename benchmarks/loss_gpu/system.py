@@ -1,0 +1,200 @@
+"""What a GPU adds to being right: the same bits each time, no waiting for the device, graphs, very large tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.loss_gpu import search as gpu_search
+from benchmarks.loss_gpu.measure import Deadline, Device
+from benchmarks.peers import Inputs, Shape, run_step
+from ltloss import ArcFaceLoss, functional, use_backend
+
+Options = dict[str, Any]
+
+
+def _step(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and both gradients of the margin loss."""
+
+    def loss() -> Tensor:
+        return functional.margin_cross_entropy(
+            inputs.features, inputs.prototypes, inputs.labels, angular_margin=inputs.margins, **options
+        )
+
+    value = run_step(loss, inputs)
+    if inputs.features.grad is None or inputs.prototypes.grad is None:
+        raise RuntimeError("a gradient is missing")
+    return value, inputs.features.grad, inputs.prototypes.grad
+
+
+def _draw(device: Device, n: int, c: int, d: int, seed: int = 0) -> Inputs:
+    return Inputs.draw(Shape(n, c, d), seed, device=device.kind, dtype=torch.bfloat16)
+
+
+def _differ(one: tuple[Tensor, ...], other: tuple[Tensor, ...], tolerance: float) -> str:
+    """Which of loss and gradients differ by more than ``tolerance``, relative by norm."""
+    texts = []
+    for name, a, b in zip(("loss", "dX", "dW"), one, other, strict=True):
+        distance = float((a.double() - b.double()).norm() / b.double().norm())
+        if not distance <= tolerance:
+            texts.append(f"{name} differs by {distance:.1e}")
+    return ", ".join(texts)
+
+
+def repeatable(device: Device) -> str:
+    """Two runs give the same bits."""
+    inputs = _draw(device, 300, 5000, 96)
+    return _differ(_step(inputs), _step(inputs), 0.0)
+
+
+def outside_label(device: Device) -> str:
+    """A label that no class has gives a NaN loss on a GPU (an error on a CPU), and leaves the other samples alone."""
+    inputs = _draw(device, 8, 100, 32)
+    inputs.labels[3] = 100
+    try:
+        losses = functional.margin_cross_entropy(inputs.features, inputs.prototypes, inputs.labels, reduction="none")
+    except IndexError:
+        return "" if not device.is_cuda else "IndexError without ltloss.debug"
+    return "" if torch.isnan(losses).nonzero().flatten().tolist() == [3] else f"losses {losses.tolist()}"
+
+
+def not_contiguous(device: Device) -> str:
+    """Strided inputs give what their contiguous copies give, to the last rounding of the gradients."""
+    wide = _draw(device, 60, 400, 200)
+    view = Inputs(wide.features.detach()[:, 3:-1:2], wide.prototypes.detach()[:, 3:-1:2], wide.labels, wide.margins)
+    copy = Inputs(view.features.contiguous(), view.prototypes.contiguous(), wide.labels, wide.margins)
+    for inputs in (view, copy):
+        inputs.features.requires_grad_()
+        inputs.prototypes.requires_grad_()
+    return _differ(_step(view), _step(copy), 2.0**-8)
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _searches(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Minimum angle over all rows and over some, its gradient, and the best classes."""
+    rows = torch.arange(0, inputs.prototypes.shape[0], 3, device=inputs.prototypes.device)
+    values = [functional.min_angle_regularizer(inputs.prototypes, rows=chosen) for chosen in (None, rows)]
+    gradient = torch.autograd.grad(values[0] + values[1], inputs.prototypes)[0]
+    return (
+        *(value.detach() for value in values),
+        gradient,
+        functional.top_k(inputs.features, inputs.prototypes, 5).index,
+    )
+
+
+def no_waiting(device: Device) -> str:
+    """Nothing in a step waits for the device."""
+    inputs = _draw(device, 64, 500, 64)
+    _step(inputs)  # compiles, which may wait
+    _searches(inputs)
+    with _waiting_is_an_error():
+        _step(inputs)
+        _searches(inputs)
+    return ""
+
+
+def cuda_graph(device: Device) -> str:
+    """A captured step, replayed on other numbers, gives what running it gives."""
+    inputs, others = _draw(device, 64, 500, 64), _draw(device, 64, 500, 64, seed=1)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            _step(inputs)
+            _searches(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    inputs.drop_gradients()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _step(inputs)
+        found = _searches(inputs)
+    with torch.no_grad():
+        inputs.features.copy_(others.features)
+        inputs.prototypes.copy_(others.prototypes)
+        inputs.labels.copy_(others.labels)
+        inputs.margins.copy_(others.margins)
+    graph.replay()
+    if not all(torch.equal(one, other) for one, other in zip(found, _searches(others), strict=True)):
+        return "a captured search finds something else"
+    return _differ(captured, _step(others), 0.0)
+
+
+def compiled(device: Device) -> str:
+    """torch.compile of a module takes it without a graph break and gives the same loss."""
+    torch.manual_seed(0)
+    head = ArcFaceLoss(500, 64).to(device.kind)
+    inputs = _draw(device, 64, 500, 64)
+    eager = head(inputs.features, inputs.labels)
+    fast = torch.compile(head, fullgraph=True)(inputs.features, inputs.labels)
+    fast.backward()
+    return "" if float((fast - eager).abs()) <= 1e-6 * float(eager) else f"{float(fast)} instead of {float(eager)}"
+
+
+def _against_chunked(device: Device, inputs: Inputs) -> str:
+    found = tuple(tensor.clone() for tensor in _step(inputs))
+    with use_backend("torch"):
+        expected = _step(inputs)
+    keep = slice(-2000, None)  # the far end of the prototypes, which 32-bit offsets would miss
+    return _differ((*found[:2], found[2][keep]), (*expected[:2], expected[2][keep]), 1e-2)
+
+
+def prototypes_beyond_32_bits(device: Device) -> str:
+    """C·D > 2^31: the last prototypes are read and get their gradient."""
+    inputs = _draw(device, 64, (1 << 31) // 512 + 4096, 512)
+    inputs.labels.copy_(inputs.prototypes.shape[0] - 1 - 7 * torch.arange(64, device=device.kind))
+    return _against_chunked(device, inputs)
+
+
+def logits_beyond_32_bits(device: Device) -> str:
+    """N·C > 2^31: the last row blocks and class tiles are right."""
+    inputs = _draw(device, 16_384, 140_000, 32)
+    inputs.labels[-64:] = inputs.prototypes.shape[0] - 1 - torch.arange(64, device=device.kind)
+    return _against_chunked(device, inputs)
+
+
+ANYWHERE: tuple[Callable[[Device], str], ...] = (repeatable, outside_label, not_contiguous, *gpu_search.PROPERTIES)
+ON_A_GPU: tuple[Callable[[Device], str], ...] = (
+    no_waiting,
+    cuda_graph,
+    compiled,
+    prototypes_beyond_32_bits,
+    logits_beyond_32_bits,
+)
+
+
+class Summary(NamedTuple):
+    """How many properties were checked, and the sentences about those that do not hold."""
+
+    compared: int
+    left_out: int
+    wrong: list[str]
+
+
+def check_all(device: Device, deadline: Deadline, quick: bool = False) -> Summary:
+    """Check every property that this device can have and the time allows."""
+    todo = [*ANYWHERE, *(ON_A_GPU[: 2 if quick else None] if device.is_cuda else ())]
+    wrong, compared = [], 0
+    for holds in todo:
+        if deadline.left() <= 0:
+            break
+        compared += 1
+        try:
+            problem = holds(device)
+        except Exception as error:  # the others shall be checked too
+            problem = f"{type(error).__name__}: {str(error)[:300]}"
+        device.release()
+        if problem:
+            wrong.append(f"{holds.__name__.replace('_', ' ')}: {problem}")
+    return Summary(compared, len(todo) - compared, wrong)

@@ -1,0 +1,1 @@
+"""How a launch is shaped: tiles, chunks, operands."""

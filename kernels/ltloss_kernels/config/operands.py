@@ -1,0 +1,79 @@
+"""What the matrix unit is fed: the caller's rows where they can be read in place, copies of them otherwise.
+
+This is the one place that decides. The copy engine (TMA) reads rows that are contiguous and start at multiples of 16
+bytes; anything else, and anything of another dtype, is copied. Features are copied whole, prototypes slab by slab.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ltloss_kernels.device import rows as row_norm
+
+__all__ = [
+    "block_source",
+    "interpreting",
+    "multiply_add",
+    "padded_matrix",
+    "product_dtype",
+    "product_precision",
+    "readable_in_place",
+]
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def interpreting() -> bool:
+    """Whether the kernels run in Triton's interpreter; settled when they were decorated, by TRITON_INTERPRET."""
+    return not isinstance(row_norm.row_norm_kernel, triton.JITFunction)
+
+
+def product_dtype(features: torch.dtype, prototypes: torch.dtype) -> torch.dtype:
+    """The dtype of the matrix products: the features' half precision, or float32 if they are or the halves differ."""
+    return features if features in _HALVES and prototypes in (features, torch.float32) else torch.float32
+
+
+def product_precision() -> str:
+    """How float32 products are formed: as ``torch.set_float32_matmul_precision`` asks."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def readable_in_place(matrix: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the copy engine can read the rows of ``matrix`` (K, D) as they are, for a product in ``dtype``."""
+    row_bytes = matrix.stride(0) * matrix.element_size()
+    return (
+        matrix.dtype == dtype
+        and matrix.stride(1) == 1
+        and matrix.stride(0) >= matrix.shape[1]
+        and row_bytes % 16 == 0
+        and row_bytes < 1 << 40
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
+def padded_matrix(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised (rows, width) matrix that is readable in place."""
+    unit = 16 // dtype.itemsize
+    return torch.empty(rows, -(-width // unit) * unit, dtype=dtype, device=device)[:, :width]
+
+
+def block_source(matrix: Tensor, rows: int, columns: int, described: bool) -> TensorDescriptor | Tensor:
+    """``matrix`` as the kernels take it: described for the copy engine in blocks of rows by columns, or itself."""
+    if not described:
+        return matrix
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def multiply_add(target: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
+    """target += left @ right (or =), float32 results of any dtype of factors, by the library's matrix product."""
+    if left.dtype == torch.float32:
+        torch.mm(left, right, out=target) if overwrite else target.addmm_(left, right)
+    elif left.device.type != "cuda":  # the interpreter: a CPU has no product with a wider result
+        multiply_add(target, left.float(), right.float(), overwrite=overwrite)
+    elif overwrite:
+        torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=target)
+    else:
+        torch.ops.aten.addmm.dtype_out(target, left, right, torch.float32, out=target)

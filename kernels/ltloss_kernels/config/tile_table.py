@@ -1,0 +1,124 @@
+"""Tile shapes, warps and pipeline stages per architecture, dtype and kernel: the one place where they are chosen.
+
+Plain Python: nothing here imports Triton or touches a device, except :func:`architecture`, which asks for the
+capability of a CUDA device. Tests replace :func:`forward_tile` and :func:`gradient_tile` by tiny tiles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ltloss_kernels.config.tile_cache import tuned_tile
+
+__all__ = [
+    "ARCHITECTURES",
+    "SAMPLE_ROWS",
+    "Tile",
+    "architecture",
+    "candidate_tile",
+    "forward_tile",
+    "gradient_tile",
+    "has_copy_engine",
+    "multiprocessors",
+    "row_tile",
+    "search_tile",
+]
+
+# Compute capabilities that the ahead-of-time report compiles for: A100, H100/H200, B200.
+ARCHITECTURES = (80, 90, 100)
+
+# Rows that one program of the kernels on N-vectors takes.
+SAMPLE_ROWS = 128
+
+
+class Tile(NamedTuple):
+    """``rows`` samples by ``classes`` prototypes, the product taken ``depth`` columns at a time."""
+
+    rows: int
+    classes: int
+    depth: int
+    warps: int
+    stages: int
+
+
+class RowTile(NamedTuple):
+    """``rows`` whole rows of ``width`` >= D columns (a power of two) in registers."""
+
+    rows: int
+    width: int
+    warps: int
+
+
+# Two 128x128 blocks fit on a multiprocessor, so that the exponentials of one run under the matrix products of the
+# other. Registers and shared memory of each are in the kernel report.
+_FORWARD_HALF = {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100: Tile(128, 128, 64, 8, 3)}
+# The staging of the result for the store (32 KB) reuses the pipeline buffers, so three stages still leave room for two.
+_GRADIENT_HALF = {80: Tile(128, 64, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100: Tile(128, 128, 64, 8, 3)}
+_TF32 = {80: Tile(128, 128, 16, 8, 4), 90: Tile(128, 128, 32, 8, 3), 100: Tile(128, 128, 32, 8, 3)}
+# Exact float32 products run on the ordinary units, fed from shared memory: smaller tiles, no tensor core.
+_FLOAT32 = {80: Tile(64, 64, 16, 8, 3), 90: Tile(64, 64, 16, 8, 3), 100: Tile(64, 64, 16, 8, 3)}
+# The nearest prototype takes square tiles. Four warps on Hopper: the maxima over columns go through shared memory once
+# per warp.
+_SEARCH_HALF = {**_FORWARD_HALF}
+_SEARCH_TF32 = {**_TF32, 90: Tile(128, 128, 32, 4, 3)}
+_SEARCH_FLOAT32 = {**_FLOAT32, 100: Tile(64, 64, 16, 8, 2)}
+_CANDIDATE_ROWS = 64
+
+
+def architecture(device: torch.device) -> int:
+    """90 for compute capability 9.0; the newest known one at or below the device's. 90 without a GPU (interpreter)."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((known for known in ARCHITECTURES if known <= 10 * major + minor), default=ARCHITECTURES[0])
+
+
+def has_copy_engine(arch: int) -> bool:
+    """Whether blocks are fetched by TMA, described by the host; otherwise the kernels compute addresses."""
+    return arch >= 90
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device; 2 without a GPU, so that the interpreter sees splits too."""
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def forward_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
+    """Tile of the log-sum-exp kernel for operands of ``dtype`` (``precision`` is "ieee" or "tf32" for float32)."""
+    if (tuned := tuned_tile("forward", arch, dtype, precision)) is not None:
+        return Tile(*tuned)
+    if dtype != torch.float32:
+        return _FORWARD_HALF[arch]
+    return (_TF32 if precision == "tf32" else _FLOAT32)[arch]
+
+
+def gradient_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
+    """Tile of the kernel that writes dZ; arguments as for :func:`forward_tile`."""
+    if (tuned := tuned_tile("gradient", arch, dtype, precision)) is not None:
+        return Tile(*tuned)
+    if dtype != torch.float32:
+        return _GRADIENT_HALF[arch]
+    return (_TF32 if precision == "tf32" else _FLOAT32)[arch]
+
+
+def search_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
+    """Tile of the searches' first pass, square; arguments as for :func:`forward_tile`."""
+    if dtype != torch.float32:
+        return _SEARCH_HALF[arch]
+    return (_SEARCH_TF32 if precision == "tf32" else _SEARCH_FLOAT32)[arch]
+
+
+def candidate_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
+    """Tile of their second pass: ``rows`` gathered rows by the ``classes`` of a tile of the first."""
+    tile = search_tile(arch, dtype, precision)
+    return Tile(min(_CANDIDATE_ROWS, tile.rows), tile.classes, tile.depth, 8, min(3, tile.stages))
+
+
+def row_tile(width: int) -> RowTile:
+    """Whole rows for the kernels whose work is per row: some 2048 elements a program, one row at least."""
+    padded = max(16, 1 << (width - 1).bit_length())
+    return RowTile(max(1, 2048 // padded), padded, 4 if padded <= 4096 else 8)

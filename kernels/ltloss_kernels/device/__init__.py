@@ -1,0 +1,1 @@
+"""The kernels. Nothing here allocates or launches."""

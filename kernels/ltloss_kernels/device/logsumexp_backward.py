@@ -1,0 +1,330 @@
+"""Backward: the gradient of the logits tile by tile into a slab, and the way back through the norms.
+
+With G_ic = ∂L/∂l_ic, X̂ the features as the matrix unit gets them (unit rows, or as they are where their length counts)
+and W̃ the prototypes (as they are, or scaled by powers of two), a tile is dZ_ic = G_ic·s/‖w̃_c‖. Then dZ·W̃ and dZᵀ·X̂
+are the gradients for x̂ and w̃ up to the projection onto the tangent space, and no normalised prototypes exist.
+
+In float16 the slab is multiplied by a power of two that brings its largest possible entry to 2^13, and prototypes are
+always copies with a largest entry in [1, 2) per row; so nothing overflows, and only what is 2^-37 of the largest
+coefficient of the batch is lost.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ltloss_kernels.device.elementary import LN2, LOG2E, TINY, log, power_of_two_below, scaled_rows, unit_rows
+from ltloss_kernels.device.tile_io import store_block, tile_product
+
+__all__ = ["gradient_tile_kernel", "projection_kernel", "sample_gradient_kernel"]
+
+
+@triton.jit
+def slab_scale(bound_ptr, upstream_bound_ptr, inverse_total_ptr, scale, HAS_TOTAL: tl.constexpr):
+    """The power of two on a float16 slab, from the largest coefficient, upstream gradient and scale."""
+    bound = tl.load(bound_ptr) * tl.abs(tl.load(upstream_bound_ptr)) * scale
+    if HAS_TOTAL:
+        bound *= tl.load(inverse_total_ptr)
+    return 4096.0 * power_of_two_below(tl.where(bound < 1e-30, 1e-30, bound))
+
+
+@triton.jit(do_not_specialize=["samples", "classes", "coefficients_stride"])
+def sample_gradient_kernel(
+    # inputs
+    features_ptr,
+    labels_ptr,
+    coefficients_ptr,
+    upstream_ptr,
+    inverse_total_ptr,
+    bound_ptr,
+    upstream_bound_ptr,
+    # outputs
+    copy_ptr,
+    label_ptr,
+    terms_ptr,
+    # sizes
+    samples,
+    classes,
+    width,
+    features_row_stride,
+    features_column_stride,
+    labels_stride,
+    coefficients_stride,
+    upstream_stride,
+    copy_stride,
+    ignore_index,
+    scale,
+    # constants
+    COPY: tl.constexpr,
+    SUPERVISED: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
+    SCALED: tl.constexpr,
+    FOLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What the tiles of dZ need of each sample, with the upstream gradient in it.
+
+    features (samples, width), labels (samples,): any dtype and strides; coefficients (>= 4, samples) as
+    margin_cross_entropy_kernel writes them; upstream (samples,), stride 0 for a scalar; inverse_total, bound,
+    upstream_bound: scalars.
+    copy (samples, width) in the dtype of the product: unit rows if COPY is "unit", the rows as they are if "plain";
+    zero for the label ``ignore_index`` (if SUPERVISED), since 0·NaN in a product would reach every class.
+    label (samples,) int32: the class, or -1. terms (4, samples): shift, other, own and every, the last three times
+    upstream·ln 2 (ln 2 since the class factor of the tiles brings log2 e) and times the scale of a float16 slab.
+    FOLD puts the size of ``other`` into the shift, which saves the tiles a multiplication per element and costs some
+    1e-5 of a row's accuracy: nothing to a slab in half precision. Its sign stays in ``other``.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < samples
+    label = tl.load(labels_ptr + rows.to(tl.int64) * labels_stride, mask=inside, other=-1).to(tl.int64)
+    used = inside
+    if SUPERVISED:
+        used = inside & (label != ignore_index)
+    tl.store(label_ptr + rows, tl.where(used & (label >= 0) & (label < classes), label, -1).to(tl.int32), mask=inside)
+    columns = tl.arange(0, WIDTH)
+    cells = (columns < width)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * features_row_stride + columns.to(tl.int64)[None, :] * features_column_stride
+    copied = tl.load(features_ptr + offsets, mask=used[:, None] & cells, other=0.0).to(tl.float32)
+    if COPY == "unit":
+        scaled, _, inverse = scaled_rows(copied)
+        copied = unit_rows(scaled, inverse)
+    copy_cells = copy_ptr + rows.to(tl.int64)[:, None] * copy_stride + columns[None, :]
+    tl.store(copy_cells, copied.to(copy_ptr.dtype.element_ty), mask=inside[:, None] & cells)
+
+    at = coefficients_ptr + rows
+    stride = coefficients_stride.to(tl.int64)
+    shift = tl.load(at, mask=inside, other=float("inf"))
+    other = tl.load(at + stride, mask=inside, other=0.0)
+    own = tl.load(at + 2 * stride, mask=inside, other=0.0)
+    every = tl.load(at + 3 * stride, mask=inside, other=0.0)
+    upstream = tl.load(upstream_ptr + rows.to(tl.int64) * upstream_stride, mask=inside, other=0.0).to(tl.float32)
+    # An ignored sample sends nothing back, not even NaN times zero.
+    factor = tl.where((other == 0.0) & (own == 0.0), 0.0, upstream) * LN2
+    if HAS_TOTAL:
+        factor *= tl.load(inverse_total_ptr)
+    if SCALED:
+        factor *= slab_scale(bound_ptr, upstream_bound_ptr, inverse_total_ptr, scale, HAS_TOTAL)
+    other *= factor
+    if FOLD:
+        size = tl.abs(other)
+        shift -= tl.where(size < TINY, float("-inf"), log(size) * LOG2E)
+    at = terms_ptr + rows
+    stride = samples.to(tl.int64)
+    tl.store(at, shift, mask=inside)
+    tl.store(at + stride, other, mask=inside)
+    tl.store(at + 2 * stride, own * factor, mask=inside)
+    tl.store(at + 3 * stride, every * factor, mask=inside)
+
+
+@triton.jit(do_not_specialize=["samples", "classes", "first_class", "class_tiles", "terms_stride"])
+def gradient_tile_kernel(
+    # inputs
+    features,
+    prototypes,
+    class_factor_ptr,
+    prior_ptr,
+    label_ptr,
+    terms_ptr,
+    # outputs
+    slab,
+    # sizes
+    samples,
+    classes,
+    width,
+    first_class,
+    class_tiles,
+    terms_stride,
+    features_stride,
+    prototypes_stride,
+    slab_stride,
+    # constants
+    DESCRIBED: tl.constexpr,
+    HAS_PRIOR: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    FOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """One tile of dZ: 2^(l·log2 e - shift_i)·other_i + every_i, own_i in the column of the label, all times s/‖w̃_c‖.
+
+    features: (samples, width); prototypes: a slab (classes, width), whose first class is the ``first_class``-th of all;
+    both, and the result, are descriptors if DESCRIBED. class_factor (classes,) s·log2 e/‖w̃‖; prior (classes,) in
+    natural units; label (samples,) and terms (4, samples), rows ``terms_stride`` apart: see sample_gradient_kernel,
+    also for FOLD. slab: (samples, classes).
+    Class tiles are taken in groups, so that the programs at work at one time share feature rows and prototypes.
+    """
+    program = tl.program_id(0)
+    row_blocks = tl.cdiv(samples, BLOCK_ROWS)
+    group = program // (GROUP * row_blocks)
+    in_group = program % (GROUP * row_blocks)
+    group_width = tl.minimum(class_tiles - group * GROUP, GROUP)
+    block = in_group // group_width
+    tile = group * GROUP + in_group % group_width
+    product = tile_product(
+        features, prototypes, block, tile, samples, classes, width, features_stride, prototypes_stride,
+        DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
+    )  # fmt: skip
+
+    row, column = block * BLOCK_ROWS, tile * BLOCK_CLASSES
+    rows = row + tl.arange(0, BLOCK_ROWS)
+    here = column + tl.arange(0, BLOCK_CLASSES)
+    inside = rows < samples
+    known = here < classes
+    class_factor = tl.load(class_factor_ptr + here, mask=known, other=0.0)
+    at = terms_ptr + rows
+    stride = terms_stride.to(tl.int64)
+    shift = tl.load(at, mask=inside, other=float("inf"))
+    other = tl.load(at + stride, mask=inside, other=0.0)
+    logit = product * class_factor[None, :] - shift[:, None]
+    if HAS_PRIOR:
+        logit += (tl.load(prior_ptr + here, mask=known, other=0.0) * LOG2E)[None, :]
+    gradient = tl.exp2(logit)
+    if not FOLD:
+        gradient *= other[:, None]
+    elif tl.min(other, 0) < 0.0:  # a negative upstream gradient
+        gradient = tl.where((other < 0.0)[:, None], -gradient, gradient)
+    if SMOOTH:
+        gradient += tl.load(at + 3 * stride, mask=inside, other=0.0)[:, None]
+    label = tl.load(label_ptr + rows, mask=inside, other=-1) - first_class
+    if tl.max(((label >= column) & (label < column + BLOCK_CLASSES)).to(tl.int32), 0) != 0:
+        own = tl.load(at + 2 * stride, mask=inside, other=0.0)
+        gradient = tl.where(here[None, :] == label[:, None], own[:, None], gradient)
+    gradient *= class_factor[None, :]
+    store_block(slab, gradient, row, column, samples, classes, slab_stride, BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED)
+
+
+@triton.jit
+def project_rows(
+    gradient_ptr,
+    vectors_ptr,
+    used,
+    out_ptr,
+    rows,
+    inside,
+    width,
+    gradient_stride,
+    row_stride,
+    column_stride,
+    out_stride,
+    inverse_slab_scale,
+    along,
+    COPY: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """From g, the gradient for the rows that went into the product, to the gradient for the rows v themselves.
+
+    (g - (g·v̂) v̂)/S, times d(row of the product)/dv: 1 if COPY is "none", 2^p if "scaled", 1/‖v‖ if "unit". If it is
+    "plain", the length counts: g/S + along·v̂, and nothing for a zero row.
+    """
+    columns = tl.arange(0, WIDTH)
+    cells = (columns < width)[None, :]
+    wide = rows.to(tl.int64)[:, None]
+    offsets = wide * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    v = tl.load(vectors_ptr + offsets, mask=used[:, None] & cells, other=0.0).to(tl.float32)
+    g = tl.load(gradient_ptr + wide * gradient_stride + columns[None, :], mask=inside[:, None] & cells, other=0.0)
+    v, power, inverse = scaled_rows(v)
+    unit = unit_rows(v, inverse)
+    g *= inverse_slab_scale
+    if COPY == "plain":
+        g = tl.where((inverse == 0.0)[:, None], 0.0, g) + along[:, None] * unit
+    else:
+        g -= tl.sum(g * unit, 1)[:, None] * unit
+    if COPY == "scaled":
+        g *= power[:, None]
+    elif COPY == "unit":
+        g *= (power * inverse)[:, None]
+    out = out_ptr + wide * out_stride + columns[None, :]
+    tl.store(out, g.to(out_ptr.dtype.element_ty), mask=inside[:, None] & cells)
+
+
+@triton.jit(do_not_specialize=["samples", "classes", "feature_blocks", "coefficients_stride"])
+def projection_kernel(
+    # inputs
+    feature_gradient_ptr,
+    prototype_gradient_ptr,
+    features_ptr,
+    prototypes_ptr,
+    labels_ptr,
+    coefficients_ptr,
+    upstream_ptr,
+    inverse_total_ptr,
+    bound_ptr,
+    upstream_bound_ptr,
+    # outputs
+    grad_features_ptr,
+    grad_prototypes_ptr,
+    # sizes
+    samples,
+    classes,
+    width,
+    feature_blocks,
+    feature_gradient_stride,
+    features_row_stride,
+    features_column_stride,
+    prototype_gradient_stride,
+    prototypes_row_stride,
+    prototypes_column_stride,
+    labels_stride,
+    coefficients_stride,
+    upstream_stride,
+    ignore_index,
+    scale,
+    # constants
+    FEATURES: tl.constexpr,
+    PROTOTYPES: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
+    FEATURE_COPY: tl.constexpr,
+    PROTOTYPE_COPY: tl.constexpr,
+    LENGTH: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradients of the raw rows: the first ``feature_blocks`` programs take the features, the others a slab.
+
+    feature_gradient (samples, width) and prototype_gradient (classes, width) float32: the two products. features,
+    prototypes: the original rows, any dtype and strides, in the same order; labels (samples,): rows labelled
+    ``ignore_index`` count as zero (if HAS_LABELS). coefficients (5, samples), whose last row is ∂L/∂‖x‖ (if LENGTH);
+    upstream (samples,), stride 0 for a scalar; inverse_total, bound, upstream_bound: scalars. *_COPY: see project_rows.
+    grad_features, grad_prototypes: as large as the rows, their columns next to each other; may be the input itself.
+    """
+    program = tl.program_id(0)
+    inverse_slab_scale = 1.0
+    if SCALED:
+        inverse_slab_scale = 1.0 / slab_scale(bound_ptr, upstream_bound_ptr, inverse_total_ptr, scale, HAS_TOTAL)
+    if FEATURES:  # noqa: SIM102 - a constant and a value of the device do not go in one condition
+        if program < feature_blocks:
+            rows = program * ROWS + tl.arange(0, ROWS)
+            inside = rows < samples
+            used = inside
+            if HAS_LABELS:
+                labels = tl.load(labels_ptr + rows.to(tl.int64) * labels_stride, mask=inside, other=0)
+                used = inside & (labels != ignore_index)
+            along = tl.zeros((ROWS,), tl.float32)
+            if LENGTH:
+                last = coefficients_ptr + 4 * coefficients_stride.to(tl.int64)
+                along = tl.load(last + rows, mask=used, other=0.0)
+                along *= tl.load(upstream_ptr + rows.to(tl.int64) * upstream_stride, mask=used, other=0.0)
+                if HAS_TOTAL:
+                    along *= tl.load(inverse_total_ptr)
+            project_rows(
+                feature_gradient_ptr, features_ptr, used, grad_features_ptr, rows, inside, width,
+                feature_gradient_stride, features_row_stride, features_column_stride, width, inverse_slab_scale, along,
+                FEATURE_COPY, WIDTH,
+            )  # fmt: skip
+    if PROTOTYPES:  # noqa: SIM102 - likewise
+        if program >= feature_blocks:
+            rows = (program - feature_blocks) * ROWS + tl.arange(0, ROWS)
+            inside = rows < classes
+            project_rows(
+                prototype_gradient_ptr, prototypes_ptr, inside, grad_prototypes_ptr, rows, inside, width,
+                prototype_gradient_stride, prototypes_row_stride, prototypes_column_stride, width, inverse_slab_scale,
+                tl.zeros((ROWS,), tl.float32), PROTOTYPE_COPY, WIDTH,
+            )  # fmt: skip

@@ -1,0 +1,193 @@
+"""Searching without the matrix of cosines, first pass: the best tile of classes for every row.
+
+For one row the order of its cosines is the order of v_c = (x·w_c)/‖w_c‖, so its own length does not enter. What is kept
+of a tile is one 64-bit key per row: the bits of the largest v, made to compare like integers, above the inverted number
+of the tile. The largest key belongs to the largest v and, among equal ones, to the lowest tile; a maximum of integers
+has no order, so the result is the same each time, whoever comes first. Which class of the tile it is, the second pass
+finds (:mod:`ltloss_kernels.device.search_second_pass`).
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ltloss_kernels.device.tile_io import tile_product
+
+__all__ = [
+    "LAST_NUMBER",
+    "LOWEST_KEY",
+    "best_tile_kernel",
+    "largest",
+    "nearest_prototype_kernel",
+    "number_of",
+    "order_key",
+]
+
+# Below the key of every value; a row that keeps it has no candidate at all.
+LOWEST_KEY = -(1 << 63)
+# The largest number that fits a key, whose lower half is this minus the number.
+LAST_NUMBER = 0x7FFFFFFF
+
+_LAST = tl.constexpr(LAST_NUMBER)
+_LOWEST = tl.constexpr(LOWEST_KEY)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest(values, AXIS: tl.constexpr):
+    """Maximum along an axis, NaN where there is one (``tl.max`` would drop it), at the same price."""
+    return tl.reduce(values, AXIS, _larger)
+
+
+@triton.jit
+def order_key(value, number):
+    """A key (int64) that is larger for a larger float32, NaN being the largest, then for a smaller number >= 0."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 = +0: both zeros are equal
+    ordered = tl.where(value == value, bits ^ ((bits >> 31) & _LAST), _LAST)
+    return (ordered.to(tl.int64) << 32) + _LAST - number
+
+
+@triton.jit
+def number_of(key):
+    """The number (int32) in a key."""
+    return ((key & _LAST) ^ _LAST).to(tl.int32)
+
+
+@triton.jit
+def triangle_tile(tiles, GROUP: tl.constexpr):
+    """(row block, tile) of this program; every tile on or above the diagonal of (tiles, tiles) belongs to one program.
+
+    GROUP x GROUP tiles form a square: programs that work at one time share rows and columns in the second-level cache.
+    The squares of the triangle are folded into a rectangle: of G rows of squares number y has G - y and number G-1-y
+    has y + 1, G + 1 together. Programs without a tile of their own get a row block beyond their tile.
+    """
+    squares = tl.cdiv(tiles, GROUP)
+    inside = tl.program_id(0) % (GROUP * GROUP)
+    x, y = tl.program_id(0) // (GROUP * GROUP), tl.program_id(1)
+    folded = x >= squares - y
+    across = tl.where(folded, squares - 1 - y, y)
+    along = tl.where(folded, x - 1, y + x)
+    block, tile = across * GROUP + inside % GROUP, along * GROUP + inside // GROUP
+    alone = folded & (2 * y == squares - 1)  # the middle row of an odd number has no partner
+    return tl.where((tile >= tiles) | alone, tile + 1, block), tile
+
+
+@triton.jit(do_not_specialize=["classes", "tiles"])
+def nearest_prototype_kernel(
+    # inputs
+    rows_source,
+    prototypes,
+    class_factor_ptr,
+    # outputs
+    best_ptr,
+    # sizes
+    classes,
+    width,
+    tiles,
+    prototypes_stride,
+    # constants
+    DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """For every prototype the tile that holds its nearest other one: one square tile of the triangle per program.
+
+    rows_source, prototypes (classes, width): the same matrix, descriptors if DESCRIBED. class_factor (tiles ·
+    BLOCK_CLASSES,) float32: 1/‖w‖ of the rows of that matrix, 0 beyond the classes.
+    best (classes,) int64: the largest :func:`order_key` of each class, LOWEST_KEY before.
+
+    A tile off the diagonal serves its rows and its columns. Both use the formula (w_i·w_j)·(1/‖w_j‖) for candidate j,
+    so that no result depends on which side of the diagonal a pair is on.
+    """
+    block, tile = triangle_tile(tiles, GROUP)
+    if block <= tile:
+        product = tile_product(
+            rows_source, prototypes, block, tile, classes, classes, width, prototypes_stride, prototypes_stride,
+            DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
+        )  # fmt: skip
+        rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        here = tile * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
+        # The columns first: their products are not needed afterwards, which spares registers.
+        mirrored = largest(product * tl.load(class_factor_ptr + rows)[:, None], 0)
+        tl.atomic_max(
+            best_ptr + here, order_key(mirrored, block), mask=(here < classes) & (block < tile), sem="relaxed"
+        )
+        value = product * tl.load(class_factor_ptr + here)[None, :]
+        if (block == tile) | (tile == tiles - 1):  # the latter may reach beyond the classes
+            hidden = (here[None, :] == rows[:, None]) | (here >= classes)[None, :]
+            value = tl.where(hidden, float("-inf"), value)
+        tl.atomic_max(best_ptr + rows, order_key(largest(value, 1), tile), mask=rows < classes, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["count", "classes", "tiles", "tiles_per_split"])
+def best_tile_kernel(
+    # inputs
+    rows_source,
+    prototypes,
+    class_factor_ptr,
+    own_ptr,
+    # outputs
+    best_ptr,
+    # sizes
+    count,
+    classes,
+    width,
+    tiles,
+    tiles_per_split,
+    rows_stride,
+    prototypes_stride,
+    # constants
+    HAS_OWN: tl.constexpr,
+    EVERY_TILE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """For any rows, the largest (x_i·w_c)/‖w_c‖ of every tile, or the best tile: a row block by a range of tiles.
+
+    rows_source (count, width), prototypes (classes, width): descriptors if DESCRIBED. class_factor (tiles ·
+    BLOCK_CLASSES,) float32: 1/‖w‖ of the rows of ``prototypes`` as they are given. own (count,) int64: a class that
+    each row leaves out (if HAS_OWN).
+    best (count,) int64: the largest :func:`order_key` of a row, LOWEST_KEY before; if EVERY_TILE (count, tiles): the
+    key of every tile.
+    """
+    block, split = tl.program_id(0), tl.program_id(1)
+    rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < count
+    if HAS_OWN:
+        own = tl.load(own_ptr + rows, mask=inside, other=-1).to(tl.int32)
+    best = tl.full((BLOCK_ROWS,), _LOWEST, tl.int64)
+    end = tl.minimum((split + 1) * tiles_per_split, tiles)
+    for tile in tl.range(split * tiles_per_split, end, flatten=True):
+        product = tile_product(
+            rows_source, prototypes, block, tile, count, classes, width, rows_stride, prototypes_stride,
+            DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
+        )  # fmt: skip
+        here = tile * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
+        value = product * tl.load(class_factor_ptr + here)[None, :]
+        hides = tile == tiles - 1  # it may reach beyond the classes
+        if HAS_OWN:
+            hides |= tl.max((own // BLOCK_CLASSES == tile).to(tl.int32), 0) != 0
+        if hides:
+            hidden = (here >= classes)[None, :]
+            if HAS_OWN:
+                hidden |= here[None, :] == own[:, None]
+            value = tl.where(hidden, float("-inf"), value)
+        key = order_key(largest(value, 1), tile)
+        if EVERY_TILE:
+            tl.store(best_ptr + rows.to(tl.int64) * tiles + tile, key, mask=inside)
+        else:
+            best = tl.maximum(best, key)
+    if not EVERY_TILE:
+        tl.atomic_max(best_ptr + rows, best, mask=inside, sem="relaxed")

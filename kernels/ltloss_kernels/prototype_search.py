@@ -1,0 +1,284 @@
+"""The searches on the host: what is fed to the two passes, in which chunks, and the launches."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ltloss_kernels.config import tile_table as tiles
+from ltloss_kernels.config.chunking import search_rows, splits_for
+from ltloss_kernels.config.operands import block_source, padded_matrix, product_precision, readable_in_place
+from ltloss_kernels.device.rows import row_norms
+from ltloss_kernels.device.search_first_pass import LAST_NUMBER, LOWEST_KEY, best_tile_kernel, nearest_prototype_kernel
+from ltloss_kernels.device.search_second_pass import (
+    arrange_pairs_kernel,
+    count_tiles_kernel,
+    pair_cosine_kernel,
+    tile_candidates_kernel,
+)
+
+__all__ = ["GROUP", "PAIRS_PER_PROGRAM", "nearest_prototypes", "top_classes"]
+
+# Tiles of the triangle that are taken together; see triangle_tile.
+GROUP = 16
+PAIRS_PER_PROGRAM = 1024
+# Rows of a subset that are gathered at a time.
+_MOST_ROWS = 16384
+
+
+def _operand(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where the product of ``vectors`` (K, D) is read from: themselves, or memory of their own for a scaled copy."""
+    if readable_in_place(vectors, dtype):
+        return vectors
+    return padded_matrix(vectors.shape[0], vectors.shape[1], dtype, vectors.device)
+
+
+class _Classes:
+    """The prototypes (C, D) as the matrix unit reads them, and the launches over them.
+
+    Args:
+        prototypes: any half or float32 dtype, any strides.
+        dtype: of the product.
+        precision: "ieee" or "tf32", of a float32 product.
+    """
+
+    def __init__(self, prototypes: Tensor, dtype: torch.dtype, precision: str) -> None:
+        device = prototypes.device
+        arch = tiles.architecture(device)
+        self.original, self.precision, self.device = prototypes, precision, device
+        self.tile, self.described = tiles.search_tile(arch, dtype, precision), tiles.has_copy_engine(arch)
+        self.pair_tile = tiles.candidate_tile(arch, dtype, precision)
+        self.count, self.width = prototypes.shape
+        self.tiles = triton.cdiv(self.count, self.tile.classes)
+        self.factor = torch.empty(self.tiles * self.tile.classes, dtype=torch.float32, device=device)
+        self.matrix = _operand(prototypes, dtype)
+        copy = None if self.matrix is prototypes else self.matrix
+        row_norms(prototypes, self.factor, factor=None if copy is None else self.factor, copy=copy)
+
+    def _constants(self) -> dict[str, object]:
+        return {
+            "DESCRIBED": self.described,
+            "PRECISION": self.precision,
+            "BLOCK_ROWS": self.tile.rows,
+            "BLOCK_CLASSES": self.tile.classes,
+            "BLOCK_DEPTH": self.tile.depth,
+            "num_warps": self.tile.warps,
+            "num_stages": self.tile.stages,
+        }
+
+    def no_keys(self, rows: int) -> Tensor:
+        """(rows,) keys below all others."""
+        return torch.full((rows,), LOWEST_KEY, dtype=torch.int64, device=self.device)
+
+    def best_tiles_of_all(self) -> Tensor:
+        """For every prototype the key of the tile with its nearest other one, (C,): each unordered pair once."""
+        best = self.no_keys(self.count)
+        squares = triton.cdiv(self.tiles, GROUP)
+        nearest_prototype_kernel[(GROUP * GROUP * (squares + 1), triton.cdiv(squares, 2))](
+            # inputs
+            block_source(self.matrix, self.tile.rows, self.tile.depth, self.described),
+            block_source(self.matrix, self.tile.classes, self.tile.depth, self.described),
+            self.factor,
+            # outputs
+            best,
+            # sizes
+            self.count,
+            self.width,
+            self.tiles,
+            self.matrix.stride(0),
+            # constants
+            GROUP=GROUP,
+            **self._constants(),
+        )
+        return best
+
+    def best_tiles(self, rows: Tensor, own: Tensor | None, best: Tensor) -> None:
+        """Keys of rows (n, D): of the best tile, leaving out the class ``own`` (n,), for best (n,) of lowest keys;
+        of every tile for best (n, tiles)."""
+        row_blocks = triton.cdiv(rows.shape[0], self.tile.rows)
+        splits = splits_for(row_blocks, self.tiles, 2 * tiles.multiprocessors(self.device))
+        best_tile_kernel[(row_blocks, splits)](
+            # inputs
+            block_source(rows, self.tile.rows, self.tile.depth, self.described),
+            block_source(self.matrix, self.tile.classes, self.tile.depth, self.described),
+            self.factor,
+            own,
+            # outputs
+            best,
+            # sizes
+            rows.shape[0],
+            self.count,
+            self.width,
+            self.tiles,
+            triton.cdiv(self.tiles, splits),
+            rows.stride(0),
+            self.matrix.stride(0),
+            # constants
+            HAS_OWN=own is not None,
+            EVERY_TILE=best.dim() == 2,
+            **self._constants(),
+        )
+
+    def _arranged(self, best: Tensor) -> Tensor:
+        """The pairs with keys ``best`` (pairs,) in the order of their tiles, (pairs,) int32."""
+        order = torch.empty(best.shape, dtype=torch.int32, device=self.device)
+        counts = torch.zeros(self.tiles, dtype=torch.int32, device=self.device)
+        grid = (triton.cdiv(best.numel(), PAIRS_PER_PROGRAM),)
+        count_tiles_kernel[grid](best, counts, best.numel(), BLOCK=PAIRS_PER_PROGRAM)
+        starts = counts.cumsum(0, dtype=torch.int32).sub_(counts)
+        arrange_pairs_kernel[grid](best, starts, order, best.numel(), BLOCK=PAIRS_PER_PROGRAM)
+        return order
+
+    def candidates(
+        self, rows: Tensor, best: Tensor, own: Tensor | None, per_row: int, index: Tensor | None, keys: Tensor | None
+    ) -> None:
+        """The second pass over pairs (row, tile), tiles in ``best`` (pairs,).
+
+        Writes the nearest class to ``index`` (pairs,), or the keys of all classes of the tile to ``keys``
+        (pairs, classes of a tile). See :func:`tile_candidates_kernel` for ``rows`` and ``own``.
+        """
+        tile = self.pair_tile
+        tile_candidates_kernel[(triton.cdiv(best.numel(), tile.rows),)](
+            # inputs
+            rows,
+            self.matrix,
+            self.factor,
+            own,
+            best,
+            self._arranged(best),
+            # outputs
+            index,
+            keys,
+            # sizes
+            best.numel(),
+            per_row,
+            self.count,
+            self.width,
+            rows.stride(0),
+            self.matrix.stride(0),
+            # constants
+            NEAREST=index is not None,
+            HAS_OWN=own is not None,
+            PRECISION=self.precision,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_CLASSES=tile.classes,
+            BLOCK_DEPTH=tile.depth,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    def cosines(self, rows: Tensor, own: Tensor | None, per_row: int, index: Tensor, cosine: Tensor) -> None:
+        """Cosines of the original rows with the classes ``index``, in float32; both contiguous, (pairs,) or (n, k)."""
+        tile = tiles.row_tile(self.width)
+        pair_cosine_kernel[(triton.cdiv(index.numel(), tile.rows),)](
+            # inputs
+            rows,
+            self.original,
+            own,
+            index,
+            # outputs
+            cosine,
+            # sizes
+            index.numel(),
+            per_row,
+            self.width,
+            *rows.stride(),
+            *self.original.stride(),
+            # constants
+            HAS_OWN=own is not None,
+            ROWS=tile.rows,
+            WIDTH=tile.width,
+            num_warps=tile.warps,
+        )
+
+
+def nearest_prototypes(prototypes: Tensor, rows: Tensor | None, precision: str | None = None) -> tuple[Tensor, Tensor]:
+    """The largest cosine of each prototype to any other one, and its lowest index.
+
+    Args:
+        prototypes: (C, D) with C > 1; any half or float32 dtype, any strides.
+        rows: (R,) int64 in [0, C), or None for all.
+        precision: of a float32 product; None for what ``torch.set_float32_matmul_precision`` allows.
+
+    Returns:
+        Cosines (R,) float32 and indices (R,) int64.
+    """
+    classes = _Classes(prototypes, prototypes.dtype, precision or product_precision())
+    count = classes.count if rows is None else rows.shape[0]
+    cosine = torch.empty(count, dtype=torch.float32, device=prototypes.device)
+    index = torch.empty(count, dtype=torch.int64, device=prototypes.device)
+    for start in range(0, count, count if rows is None else _MOST_ROWS):
+        own = None if rows is None else rows[start : start + _MOST_ROWS].contiguous()
+        here = slice(start, count if own is None else start + own.shape[0])
+        if own is None:
+            best = classes.best_tiles_of_all()
+        else:
+            best = classes.no_keys(own.shape[0])
+            classes.best_tiles(_gathered(classes.matrix, own), own, best)
+        classes.candidates(classes.matrix, best, own, 1, index[here], None)
+        classes.cosines(prototypes, own, 1, index[here], cosine[here])
+    return cosine, index
+
+
+def _gathered(matrix: Tensor, rows: Tensor) -> Tensor:
+    """The given rows of a matrix, readable in place."""
+    gathered = matrix.index_select(0, rows)
+    if readable_in_place(gathered, matrix.dtype):
+        return gathered
+    return padded_matrix(gathered.shape[0], gathered.shape[1], matrix.dtype, matrix.device).copy_(gathered)
+
+
+def top_classes(features: Tensor, prototypes: Tensor, k: int, limit: int) -> tuple[Tensor, Tensor]:
+    """The k classes with the largest cosine to each feature, best first, equal cosines in class order.
+
+    The k best tiles of a row hold its k best classes: were one of them in another tile, k tiles would each have a class
+    that is better, or equal and lower.
+
+    Args:
+        features: (N, D) with N > 0, prototypes: (C, D) with C >= k; any half or float32 dtype, any strides.
+        k: at least 1.
+        limit: bytes for what is kept of a chunk of the features.
+
+    Returns:
+        Cosines (N, k) float32 and indices (N, k) int64.
+    """
+    same_half = features.dtype == prototypes.dtype != torch.float32
+    dtype = features.dtype if same_half else torch.float32  # nothing is rounded that was not rounded before
+    classes = _Classes(prototypes, dtype, product_precision())
+    tiles_per_row = min(k, classes.tiles)
+    cosine = torch.empty(features.shape[0], k, dtype=torch.float32, device=features.device)
+    index = torch.empty(features.shape[0], k, dtype=torch.int64, device=features.device)
+    chunk = search_rows(features.shape[0], classes.tiles, tiles_per_row * classes.tile.classes, limit)
+    for start in range(0, features.shape[0], chunk):
+        rows = features[start : start + chunk]
+        index[start : start + chunk], cosine[start : start + chunk] = _top_of_chunk(
+            classes, rows, dtype, k, tiles_per_row
+        )
+    return cosine, index
+
+
+def _top_of_chunk(
+    classes: _Classes, features: Tensor, dtype: torch.dtype, k: int, tiles_per_row: int
+) -> tuple[Tensor, Tensor]:
+    """Indices and cosines (n, k) of some features (n, D)."""
+    count, device = features.shape[0], features.device
+    rows = _operand(features, dtype)
+    if rows is not features:
+        scratch = torch.empty(count, dtype=torch.float32, device=device)
+        row_norms(features, scratch, factor=scratch, copy=rows)
+    keys = torch.empty(count, classes.tiles, dtype=torch.int64, device=device)
+    classes.best_tiles(rows, None, keys)
+    best = keys.topk(tiles_per_row, dim=1).values.contiguous().view(-1)
+    del keys
+    candidates = torch.empty(count * tiles_per_row, classes.tile.classes, dtype=torch.int64, device=device)
+    classes.candidates(rows, best, None, tiles_per_row, None, candidates)
+    # No two keys of a row are equal, so neither is any choice or order left open.
+    index = LAST_NUMBER - (candidates.view(count, -1).topk(k, dim=1).values & LAST_NUMBER)
+    del candidates
+    cosine = torch.empty(count, k, dtype=torch.float32, device=device)
+    classes.cosines(features, None, k, index, cosine)
+    # The cosines in float32 may order neighbours differently than the product did.
+    index, order = index.sort(dim=1)
+    cosine, second = cosine.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return index.gather(1, second), cosine

@@ -1,0 +1,88 @@
+"""The options of `ltloss compare`, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ltloss.cli.values import named_values, names
+
+_DESCRIPTION = (
+    "Train methods with several seeds into a folder; run again, it continues where it was. With a recipe, a CPU that "
+    "computes in bfloat16 trains in it, unless --no-amp."
+)
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add --recipe, which `train` and `compare` have."""
+    about = "start from the recipe cifar-lt or small; every setting can be overridden"
+    parser.add_argument("--recipe", metavar="NAME", help=about)
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """Add what `compare` has beside the settings of a training."""
+    parser.description = _DESCRIPTION
+    parser.set_defaults(command=_compare, name="compare")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of results to write")
+    listed = "methods, separated by commas; all for every one of them"
+    parser.add_argument("--losses", type=names, required=True, metavar="NAMES", help=listed)
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each method (default: 3)")
+    add_recipe(parser)
+    varied = "a setting or an option of the losses to vary; may be repeated"
+    parser.add_argument("--vary", action="append", type=named_values, default=[], metavar="NAME=V,V", help=varied)
+    parser.add_argument("--tune", action="store_true", help="choose each method's values on held-out pictures first")
+    parser.add_argument("--tune-seeds", type=int, default=1, metavar="N", help="trainings of each trial (default: 1)")
+    held = "pictures of each class to tune on (default: a fifth of the smallest class)"
+    parser.add_argument("--validation-per-class", type=int, metavar="N", help=held)
+    parser.add_argument("--jobs", type=int, metavar="N", help="trainings side by side (default: the cores; 1 on a GPU)")
+    parser.add_argument("--list", action=_ListMethods, help="show the methods and what is tuned of each, and stop")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+
+
+class _ListMethods(argparse.Action):
+    """Print the methods and stop, as --help does, whatever else is missing."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from ltloss.training.comparison.methods import listing
+
+        print(listing())
+        parser.exit()
+
+
+def _compare(options: argparse.Namespace) -> int:
+    import matplotlib.figure  # noqa: F401  needed after hours of training, and missed before them
+
+    from ltloss.training.comparison.grid import compare
+    from ltloss.training.comparison.methods import METHODS
+    from ltloss.training.comparison.workers import usable_cores
+    from ltloss.training.model.classifier import choose_device
+    from ltloss.training.run.settings import SETTINGS
+
+    given = {name: value for name, value in vars(options).items() if name in SETTINGS}
+    if "loss_options" in given:
+        given["loss_options"] = dict(given["loss_options"])
+    jobs = options.jobs
+    if jobs is None:
+        jobs = usable_cores() if choose_device(given.get("device")).type == "cpu" else 1
+    found = compare(
+        options.out,
+        given,
+        list(METHODS) if options.losses == ["all"] else options.losses,
+        recipe=options.recipe,
+        seeds=options.seeds,
+        vary=dict(options.vary),
+        tune=options.tune,
+        tune_seeds=options.tune_seeds,
+        validation_per_class=options.validation_per_class,
+        jobs=jobs,
+        quiet=options.quiet,
+    )
+    if not options.quiet:
+        print(found.to_text())
+        print(f"\nopen {found.page}; the rows are in {found.out / 'results.csv'}")
+    return 0

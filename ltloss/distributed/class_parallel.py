@@ -1,0 +1,227 @@
+"""`parallelize`: a loss module whose classes are spread over the ranks of a mesh."""
+
+from __future__ import annotations
+
+import zlib
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ltloss._types import TopK
+from ltloss._validation import check_label_range, check_number, check_supervised
+from ltloss.distributed import collectives as comm
+from ltloss.distributed.batch_gather import BatchGather, agree
+from ltloss.distributed.centers import ShardedCenters
+from ltloss.distributed.errors import DistributedError
+from ltloss.distributed.layout import Layout, local, mesh_device
+from ltloss.distributed.sampling import ClassSampler, seeded
+from ltloss.distributed.top_k import top_k
+from ltloss.losses.class_centers import ClassCenters
+from ltloss.losses.prototype_head import PrototypeHead
+from ltloss.runtime import debug
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["ClassParallel", "parallelize"]
+
+Head = TypeVar("Head", bound=PrototypeHead)
+
+_DRAWN_TOGETHER = 4096  # classes whose first prototypes come from one generator
+
+
+def parallelize(
+    module: Head,
+    mesh: DeviceMesh | None,
+    *,
+    capacity: int | None = None,
+    averaged_backbone: bool = False,
+    sample_rate: float = 1.0,
+    sample_seed: int = 0,
+    unbiased: bool = True,
+) -> Head:
+    """Spread the classes of a loss module over the ranks of a mesh, in place. All ranks call it alike.
+
+    Args:
+        module: any loss module of this package, the same on all ranks (the weight of rank 0 counts). Built with
+            ``device="meta"`` its weight never exists in one piece: each rank draws its own prototypes, which are the
+            same whatever the number of ranks.
+        mesh: ``(class,)`` or ``(data, class)``, for instance of :func:`class_mesh`; None for one process that
+            initialised nothing.
+        capacity: rows that no rank's batch ever exceeds. None allows any lengths and reads a few integers of each
+            step's message on the host.
+        averaged_backbone: True where DDP or FSDP divides the gradients of the backbone by the number of ranks: those
+            of the features are multiplied by it, so that the backbone gets the gradient of the global batch.
+        sample_rate: below 1, each training step takes the batch's own classes and random others up to this share of
+            each rank's classes, and only their prototypes get gradients, which :class:`SampledSGD` and
+            :class:`SampledAdamW` use. ``eval()`` computes with all classes.
+        sample_seed: with the step it decides which classes are drawn.
+        unbiased: correct the logits of drawn classes by −log of the probability that they were drawn.
+
+    Returns:
+        The module. ``weight`` is a DTensor, ``Shard(0)`` over the class ranks; class centres likewise. Margins, priors,
+        weights and counts (C,) stay whole on every rank, 4 to 8 bytes a class each. ``forward`` takes this rank's
+        features and labels and returns the loss of the global batch (with ``reduction="none"``: the losses of this
+        rank's samples); gradients equal those of one process. Every rank calls ``backward``, with the same factor.
+        ``predict`` answers for this rank's features.
+
+    Raises:
+        ValueError, TypeError: bad arguments.
+        DistributedError: the ranks have different modules.
+
+    Example:
+        >>> from ltloss import ArcFaceLoss
+        >>> from ltloss.distributed import class_mesh, parallelize
+        >>> loss_fn = parallelize(ArcFaceLoss(100, 16), class_mesh())  # the same line under torchrun and without
+    """
+    if not isinstance(module, PrototypeHead):
+        raise TypeError(f"module must be a loss module of ltloss; got {type(module).__name__}")
+    if isinstance(module, ClassParallel):
+        raise ValueError("module is parallel already")
+    if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
+        raise ValueError(f"capacity must be None or an integer >= 1; got {capacity!r}")
+    _check_sampling(module, sample_rate)
+    if mesh is None and sample_rate == 1.0 and not module.weight.is_meta:
+        return module
+    layout = Layout(mesh, module.num_classes, mesh_device(mesh) if mesh is not None else _memory_of(module))
+    _check_same_module(module, layout, [capacity or 0, int(sample_rate * (1 << 53)), sample_seed, int(unbiased)])
+    kind = type(module)
+    module.__class__ = type(f"ClassParallel{kind.__name__}", (ClassParallel, kind), {"__doc__": kind.__doc__})
+    assert isinstance(module, ClassParallel)
+    module.capacity, module.gradient_factor = capacity, float(layout.ranks) if averaged_backbone else 1.0
+    module.sampler = ClassSampler(sample_rate, sample_seed, unbiased) if sample_rate < 1.0 else None
+    module.rearrange(layout)
+    _shard(module, layout)
+    return module
+
+
+def _check_sampling(module: PrototypeHead, rate: float) -> None:
+    check_number("sample_rate", rate, above=0.0, at_most=1.0)
+    if rate == 1.0:
+        return
+    for name, why in (
+        ("label_smoothing", "it needs the logits of all classes"),
+        ("min_angle_weight", "its gradient would move classes outside of the sample"),
+    ):
+        if getattr(module, name, 0.0):
+            raise ValueError(f"sample_rate < 1 needs {name}=0, for {why}; got {name}={getattr(module, name)}")
+
+
+def _memory_of(module: PrototypeHead) -> torch.device:
+    return torch.device("cpu") if module.weight.is_meta else module.weight.device
+
+
+def _check_same_module(module: PrototypeHead, layout: Layout, numbers: list[int]) -> None:
+    options = f"{type(module).__name__}({module.extra_repr()})"
+    numbers = [module.num_classes, module.embedding_size, zlib.crc32(options.encode()), *numbers]
+    rows = agree(numbers, None, layout.group, layout.device)
+    different = [rank for rank, row in enumerate(rows) if row != rows[0]]
+    if different:
+        raise DistributedError(
+            f"the module and the options of parallelize must be the same on all ranks; those of rank 0 are not shared "
+            f"by {different}. Rank {layout.rank} has {options}, and numbers {rows[layout.rank]}"
+        )
+
+
+def _shard(module: ClassParallel, layout: Layout) -> None:
+    weight = module.weight
+    start, stop = layout.span()
+    if weight.is_meta:
+        own = torch.empty(stop - start, weight.shape[1], dtype=weight.dtype, device=layout.device)
+    else:  # the blocks of rank 0's, one after the other: nothing but they is sent
+        own = torch.empty(0)
+        for class_rank in range(layout.class_ranks):
+            block = weight.detach()[slice(*layout.span(class_rank))].to(layout.device, copy=True)
+            block = comm.broadcast(block, 0, layout.group)
+            own = block if class_rank == layout.class_rank else own
+    module.weight = nn.Parameter(layout.place(own, weight.shape[1]), requires_grad=weight.requires_grad)
+    if weight.is_meta:
+        module.reset_parameters()
+    for name, child in module.named_children():
+        if isinstance(child, ClassCenters):
+            setattr(module, name, ShardedCenters(child, layout))
+    for name, buffer in module.named_buffers(recurse=False):
+        buffer = torch.zeros_like(buffer, device=layout.device) if buffer.is_meta else buffer.to(layout.device)
+        module._buffers[name] = comm.broadcast(buffer, 0, layout.group)
+
+
+class ClassParallel(PrototypeHead):
+    """What :func:`parallelize` adds to a module: the batch is gathered before, and ``predict`` asks all ranks.
+
+    Attributes:
+        layout: which rank has which classes.
+        sampler: draws the classes of a step where ``sample_rate`` < 1, else None. Its ``step`` belongs to a checkpoint.
+
+    Example:
+        >>> from ltloss import CosFaceLoss
+        >>> from ltloss.distributed import ClassParallel, parallelize
+        >>> isinstance(parallelize(CosFaceLoss(10, 4), None, sample_rate=0.5), ClassParallel)
+        True
+    """
+
+    layout: Layout
+    capacity: int | None
+    gradient_factor: float
+    batch: BatchGather
+    queries: BatchGather
+    sampler: ClassSampler | None
+
+    def rearrange(self, layout: Layout) -> None:
+        """Take another layout: what the ranks had agreed on, and the gradients of sampled classes, are forgotten."""
+        self.layout = layout
+        self.batch = BatchGather(layout, self.capacity, self.gradient_factor)
+        self.queries = BatchGather(layout)
+        if self.sampler is not None:
+            self.sampler = self.sampler.fresh()
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Loss of the global batch for this rank's features (n, D) and labels (n,)."""
+        ignore_index: int = getattr(self, "ignore_index", -100)
+
+        def check() -> None:
+            check_supervised(features, self.weight, labels)
+            if labels.device.type == "cpu" or debug:
+                check_label_range(labels.to(torch.int64), self.num_classes, ignore_index)
+
+        batch = self.batch(features, labels, check, padding=ignore_index)
+        sampling = self.sampler.on(self.weight) if self.sampler is not None and self.training else nullcontext()
+        with sampling:
+            loss: Tensor = super().forward(batch.features, batch.labels)
+        if loss.dim() == 0:
+            return loss
+        return _OwnLosses.apply(loss, batch.own, batch.real, self.layout)  # type: ignore[no-any-return, no-untyped-call]
+
+    @torch.no_grad()
+    def predict(self, features: Tensor, k: int = 1) -> TopK:
+        """The k classes with the largest cosine for this rank's features (n, D); all ranks call it, with the same k."""
+        return top_k(features, self.weight, k, self.queries)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the prototypes anew, each rank its own; which they are does not depend on the number of ranks."""
+        layout, own = self.layout, local(self.weight)
+        seed = comm.broadcast(torch.randint(1 << 62, (1,)).to(layout.device), 0, layout.group)
+        start, stop = layout.span()
+        for number in range(start // _DRAWN_TOGETHER, -(-stop // _DRAWN_TOGETHER)):
+            first = number * _DRAWN_TOGETHER
+            drawn = torch.randn(_DRAWN_TOGETHER, own.shape[1], generator=seeded(int(seed), number))
+            low, high = max(first, start), min(first + _DRAWN_TOGETHER, stop)
+            own[low - start : high - start] = drawn[low - first : high - first] * self.embedding_size**-0.5
+
+
+class _OwnLosses(torch.autograd.Function):
+    """This rank's samples of the losses (N,), of which every rank needs the upstream gradients of all."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, own: slice, count: int, layout: Layout) -> Tensor:
+        ctx.layout, ctx.shape, ctx.rows = layout, losses.shape, own.stop - own.start
+        return losses[own.start : own.start + count].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        padded = grad_outputs[0].new_zeros(ctx.rows)
+        padded[: grad_outputs[0].shape[0]] = grad_outputs[0]
+        return comm.all_gather(padded, ctx.layout.group).view(ctx.shape), None, None, None

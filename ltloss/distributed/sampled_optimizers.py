@@ -1,0 +1,147 @@
+"""Optimizers that touch the sampled rows of the prototypes only: their weights, momentum and decay.
+
+A class that is not in the step's sample is left exactly as it is, its state too; with all classes sampled (or a module
+that does not sample) both do what torch.optim's optimizer of the same name does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltloss._validation import check_number
+from ltloss.distributed.layout import Layout, local
+from ltloss.distributed.sampling import ClassSampler
+from ltloss.losses.prototype_head import PrototypeHead
+
+__all__ = ["SampledAdamW", "SampledSGD"]
+
+
+class _SampledOptimizer(torch.optim.Optimizer):
+    """The step over rows that the two have in common."""
+
+    def __init__(self, module: PrototypeHead, defaults: dict[str, Any]) -> None:
+        if not isinstance(module, PrototypeHead):
+            raise TypeError(f"module must be a loss module of ltloss; got {type(module).__name__}")
+        super().__init__([module.weight], defaults)
+        self.sampler: ClassSampler | None = getattr(module, "sampler", None)
+        if self.sampler is not None:
+            self.sampler.has_optimizer = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the rows that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        (group,) = self.param_groups
+        (weight,) = group["params"]
+        given = self.sampler.gradient() if self.sampler is not None else None
+        if given is None and weight.grad is not None:
+            own = local(weight)
+            given = torch.arange(own.shape[0], device=own.device), local(weight.grad)
+        if given is not None and given[0].numel():
+            self._update(group, local(weight), *given, self._state_of(weight))
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of all sampled rows, and of the weight."""
+        super().zero_grad(set_to_none)
+        if self.sampler is not None:
+            self.sampler.clear()
+
+    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
+        state = self.state[weight]
+        for name, columns in self._needs().items():
+            if name not in state:
+                own = local(weight)
+                shape = (own.shape[0], own.shape[1])[: 2 if columns else 1]
+                # Placed as the weight is, so that a checkpoint can be loaded on another number of ranks.
+                state[name] = Layout.of(weight).place(own.new_zeros(shape), *own.shape[1:][: int(columns)])
+        return {name: local(tensor) for name, tensor in state.items()}
+
+    def _needs(self) -> dict[str, bool]:
+        """The state by name, and whether it has columns as the weight has."""
+        raise NotImplementedError
+
+    def _update(self, group: dict[str, Any], weight: Tensor, index: Tensor, grad: Tensor, state: Any) -> None:
+        raise NotImplementedError
+
+
+class SampledSGD(_SampledOptimizer):
+    """SGD with momentum over the sampled rows of a loss module's prototypes.
+
+    Args:
+        module: the loss module, after :func:`ltloss.distributed.parallelize`.
+        lr, momentum, weight_decay: as in ``torch.optim.SGD``.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import CosFaceLoss
+        >>> from ltloss.distributed import SampledSGD, parallelize
+        >>> loss_fn = parallelize(CosFaceLoss(1000, 8), None, sample_rate=0.1)
+        >>> optimizer = SampledSGD(loss_fn, lr=0.1, momentum=0.9)
+        >>> loss_fn(torch.randn(4, 8), torch.tensor([1, 2, 3, 4])).backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(self, module: PrototypeHead, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            check_number(name, value, at_least=0.0)
+        super().__init__(module, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def _needs(self) -> dict[str, bool]:
+        return {"momentum_buffer": True} if self.param_groups[0]["momentum"] else {}
+
+    def _update(self, group: dict[str, Any], weight: Tensor, index: Tensor, grad: Tensor, state: Any) -> None:
+        step = grad + group["weight_decay"] * weight[index] if group["weight_decay"] else grad
+        if group["momentum"]:
+            step = group["momentum"] * state["momentum_buffer"][index] + step
+            state["momentum_buffer"][index] = step
+        weight[index] -= group["lr"] * step
+
+
+class SampledAdamW(_SampledOptimizer):
+    """AdamW over the sampled rows; each class counts its own steps, so that a rare one is corrected as it should be.
+
+    Args:
+        module: the loss module, after :func:`ltloss.distributed.parallelize`.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
+
+    Example:
+        >>> from ltloss import CosFaceLoss
+        >>> from ltloss.distributed import SampledAdamW, parallelize
+        >>> optimizer = SampledAdamW(parallelize(CosFaceLoss(1000, 8), None, sample_rate=0.1), lr=0.01)
+    """
+
+    def __init__(
+        self,
+        module: PrototypeHead,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            check_number(name, value, at_least=0.0)
+        for beta in betas:
+            check_number("betas", beta, at_least=0.0, at_most=1.0)
+        super().__init__(module, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _needs(self) -> dict[str, bool]:
+        return {"exp_avg": True, "exp_avg_sq": True, "steps": False}
+
+    def _update(self, group: dict[str, Any], weight: Tensor, index: Tensor, grad: Tensor, state: Any) -> None:
+        (first, second), lr = group["betas"], group["lr"]
+        state["steps"][index] += 1
+        steps = state["steps"][index, None].double()
+        average = state["exp_avg"][index].lerp(grad, 1 - first)
+        square = second * state["exp_avg_sq"][index] + (1 - second) * grad * grad
+        state["exp_avg"][index], state["exp_avg_sq"][index] = average, square
+        rate = (lr / (1 - first**steps)).to(grad.dtype)
+        root = square.sqrt() / (1 - second**steps).sqrt().to(grad.dtype)
+        weight[index] = weight[index] * (1 - lr * group["weight_decay"]) - rate * average / (root + group["eps"])

@@ -1,0 +1,1 @@
+"""The loss modules: each holds the prototypes, computes its loss and predicts."""

@@ -1,0 +1,109 @@
+"""A centre per class in feature space, accumulated over the training, for losses that draw a class together."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ltloss._validation import check_choice, check_number
+from ltloss.chunked.logsumexp import add_rows_, compute_dtype
+from ltloss.reference import direction
+
+__all__ = ["CenterUpdate", "ClassCenters"]
+
+CenterUpdate = Literal["mean", "ema"]
+
+
+def _group_by_label(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Per sample (N,): a number in [0, N) shared by exactly the samples of its label, and whether it is the first.
+
+    A sort, because torch.unique has a data-dependent shape and would stop a GPU to tell it to the host.
+    """
+    ordered, order = labels.sort(stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    group = torch.empty_like(order).scatter_(0, order, first.cumsum(0) - 1)
+    return group, torch.empty_like(first).scatter_(0, order, first)
+
+
+class ClassCenters(nn.Module):
+    """Running centre of the unit features of each class; no gradient flows through it.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        update: ``"mean"`` keeps the mean over all unit features ever seen, ``"ema"`` an exponential average over
+            batches.
+        momentum: of the exponential average, in [0, 1).
+
+    Buffers (in the state_dict): ``centers`` (C, D) float32, zero for a class that was never seen; ``counts`` (C,)
+    int64 samples seen. A class absent from the batch keeps its centre; the first batch with a class sets it.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.losses.class_centers import ClassCenters
+        >>> centers = ClassCenters(2, 2)
+        >>> centers.update(torch.tensor([[5.0, 0.0], [0.0, 0.1]]), torch.tensor([0, 0]))
+        >>> centers.centers[0], centers.cosine(torch.tensor([[1.0, 1.0]]), torch.tensor([0]))
+        (tensor([0.5000, 0.5000]), tensor([1.0000]))
+    """
+
+    centers: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        update: CenterUpdate = "mean",
+        momentum: float = 0.9,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("update", update, get_args(CenterUpdate))
+        check_number("momentum", momentum, at_least=0.0)
+        if momentum >= 1.0:
+            raise ValueError(f"momentum must be < 1, or the centres never move; got {momentum}")
+        self.update_rule, self.momentum = update, momentum
+        self.register_buffer("centers", torch.zeros(num_classes, embedding_size, device=device))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Take in a batch: features (N, D) of any length, labels (N,) int64 or -1 for "leave out". O(N·D) work."""
+        if features.shape[0] == 0:
+            return
+        counted = labels >= 0
+        dtype = compute_dtype(features, self.centers)
+        unit = torch.where(counted[:, None], direction(features.to(dtype)), 0.0)
+        group, first = _group_by_label(labels)
+        # Sums of the batch per group, read back per sample: no buffer of size C is touched.
+        batch_sum = add_rows_(torch.zeros_like(unit), group, unit)[group]
+        batch_count = add_rows_(torch.zeros_like(group), group, torch.ones_like(group))[group]
+        rows = torch.where(counted, labels, 0)
+        old, seen = self.centers[rows].to(dtype), self.counts[rows]
+        if self.update_rule == "mean":
+            step = (batch_sum - batch_count[:, None] * old) / (seen + batch_count)[:, None]
+        else:
+            rate = torch.where(seen == 0, 1.0, 1.0 - self.momentum)
+            step = rate[:, None] * (batch_sum / batch_count[:, None] - old)
+        # Only the first sample of each class moves its centre; the others add zero, so the order does not matter.
+        moves = first & counted
+        add_rows_(self.centers, rows, torch.where(moves[:, None], step, 0.0).to(self.centers.dtype))
+        add_rows_(self.counts, rows, torch.where(moves, batch_count, 0))
+
+    def cosine(self, features: Tensor, labels: Tensor) -> Tensor:
+        """cos(x_i, c_{y_i}) per sample, (N,); 1 where the class was never seen, so that it contributes nothing."""
+        rows = labels.clamp_min(0)
+        dtype = compute_dtype(features, self.centers)
+        # Not vecdot, which autocast would compute in half precision.
+        cosine = (direction(features.to(dtype)) * direction(self.centers[rows].to(dtype))).sum(1)
+        return torch.where(self.counts[rows] == 0, 1.0, cosine)
+
+    def extra_repr(self) -> str:
+        """Shape and hyper-parameters."""
+        momentum = f", momentum={self.momentum}" if self.update_rule == "ema" else ""
+        return f"{self.centers.shape[0]}, {self.centers.shape[1]}, update={self.update_rule!r}{momentum}"

@@ -1,0 +1,342 @@
+"""The two published long-tail losses, built on the family: source A and source B of ``docs/mathematics.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ltloss import functional as F
+from ltloss._validation import check_choice, check_number, check_per_class, check_supervised, check_type
+from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margins_from_counts
+from ltloss.epilogue import margin_losses, one_pass, reduce_losses
+from ltloss.losses.class_centers import CenterUpdate, ClassCenters
+from ltloss.losses.defaults import FORMS, LongTailForm
+from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions, _check_counts, _FromCounts
+from ltloss.losses.prototype_head import PrototypeHead
+from ltloss.margins import mean_angle
+from ltloss.ops import is_sharded
+from ltloss.regularizers import FeatureNormKind, norm_penalty
+from ltloss.runtime import current_backend
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["CosineSpaceLoss", "LongTailLoss"]
+
+AngleRows = Literal["all", "batch"]
+
+
+class LongTailLoss(_FromCounts, CombinedMarginLoss):
+    """Source A: count-dependent angular margins, spread prototypes, long features. L = L1 + λ1·L2 + λ2·L3.
+
+    L1 is the margin cross-entropy with m_c = margin·n_c^(−power); L2 the count-weighted minimum-angle regulariser
+    (:func:`ltloss.functional.min_angle_regularizer`); L3 the feature-length penalty
+    (:func:`ltloss.functional.feature_norm_penalty`).
+
+    By default it is the form that docs/evidence.md recommends: L1 with a log prior on the training logits, without L2
+    and L3. ``form="published"`` is the source's: all three terms and no prior.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        class_counts: (C,) training samples per class, all > 0.
+        form: ``"recommended"`` or ``"published"``; decides what is left None below.
+        margin: angular margin in radians of a class with one sample (with ``margin_normalize="max"``: of the rarest
+            class). None: 0.5 in both forms.
+        margin_power: 1/k for the margins.
+        margin_normalize: ``"none"``, which None is as published, or ``"max"``, which it is as recommended.
+        min_angle_weight: λ1; 0 leaves L2 out. None: 0.1 as published, 0 as recommended.
+        min_angle_power: 1/k for the weights of L2.
+        min_angle_rows: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of C²·D/2.
+        min_angle_exact: True searches with float32 products even where TF32 is allowed (see
+            :func:`ltloss.functional.nearest_prototype`).
+        feature_norm_weight: λ2; 0 leaves L3 out. None: 0.1 as published and where features keep their length
+            (``normalize_features=False``), which may shrink to nothing without it; else 0.
+        feature_norm: the g of L3, by name or a function of the lengths (N,). ``"ring"`` with λ2 = 0.1 measured best, on
+            long-tailed digits (docs/evidence.md).
+        feature_norm_radius: the R or u of that g; None for 1.25·√D, a quarter more than batch normalisation gives.
+        tau: strength of the log prior τ·log π_c on the training logits; 0 adds none. None: 0 as published or where a
+            ``log_prior`` is given, 1 as recommended.
+        options: see :class:`CombinedMarginLoss`.
+
+    Attributes:
+        parts: after a call, the values of the terms that were computed, unweighted and detached:
+            ``{"margin_cross_entropy": L1, "min_angle": L2, "feature_norm": L3}``.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import LongTailLoss
+        >>> loss_fn = LongTailLoss.from_counts([500, 40, 3], embedding_size=16)
+        >>> loss = loss_fn(torch.randn(4, 16), torch.tensor([0, 0, 1, 2]))
+        >>> sorted(loss_fn.parts)
+        ['margin_cross_entropy']
+        >>> loss_fn = LongTailLoss.from_counts([500, 40, 3], embedding_size=16, form="published")
+        >>> loss = loss_fn(torch.randn(4, 16), torch.tensor([0, 0, 1, 2]))
+        >>> sorted(loss_fn.parts)
+        ['feature_norm', 'margin_cross_entropy', 'min_angle']
+    """
+
+    class_counts: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        class_counts: Counts,
+        form: LongTailForm = "recommended",
+        margin: float | None = None,
+        margin_power: float = 0.25,
+        margin_normalize: Normalize | None = None,
+        min_angle_weight: float | None = None,
+        min_angle_power: float = 0.25,
+        min_angle_rows: AngleRows = "all",
+        min_angle_exact: bool = False,
+        feature_norm_weight: float | None = None,
+        feature_norm: FeatureNormKind | Callable[[Tensor], Tensor] = "ring",
+        feature_norm_radius: float | None = None,
+        tau: float | None = None,
+        **options: Unpack[PriorOptions],
+    ) -> None:
+        _check_counts(class_counts, num_classes)
+        check_choice("form", form, get_args(LongTailForm))
+        chosen = _of_form(
+            form,
+            options,
+            margin=margin,
+            margin_normalize=margin_normalize,
+            tau=tau,
+            min_angle_weight=min_angle_weight,
+            feature_norm_weight=feature_norm_weight,
+        )
+        for name in ("tau", "min_angle_weight", "feature_norm_weight"):
+            check_number(name, chosen[name], at_least=0.0)
+        if chosen["tau"]:
+            if options.get("log_prior") is not None:
+                raise ValueError(
+                    f"log_prior and tau both give a prior; pass one of them, got tau={tau:g} and a log_prior"
+                )
+            options["log_prior"] = log_prior_from_counts(class_counts, chosen["tau"])
+        margins = margins_from_counts(
+            class_counts, chosen["margin"], power=margin_power, normalize=chosen["margin_normalize"]
+        )
+        check_choice("min_angle_rows", min_angle_rows, get_args(AngleRows))
+        super().__init__(num_classes, embedding_size, angular_margin=margins, **options)
+        self.form, self.margin_power, self.min_angle_power = form, margin_power, min_angle_power
+        self.margin: float = chosen["margin"]
+        self.margin_normalize: Normalize = chosen["margin_normalize"]
+        self.tau: float = chosen["tau"]
+        self.min_angle_weight: float = chosen["min_angle_weight"]
+        self.feature_norm_weight: float = chosen["feature_norm_weight"]
+        check_type("min_angle_exact", min_angle_exact, bool)
+        self.min_angle_rows, self.min_angle_exact = min_angle_rows, min_angle_exact
+        self.feature_norm = feature_norm
+        self.feature_norm_radius = 1.25 * embedding_size**0.5 if feature_norm_radius is None else feature_norm_radius
+        counts = torch.as_tensor(class_counts)
+        self.register_buffer("class_counts", counts.detach().to(self._constants_device, copy=True), persistent=False)
+        F.feature_norm_penalty(self.weight.new_empty(0, embedding_size), feature_norm, radius=self.feature_norm_radius)
+        self.parts: dict[str, Tensor] = {}
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """L1 + λ1·L2 + λ2·L3 for features (N, D) and labels (N,).
+
+        With ``reduction="none"`` L2 and L3 are added to every sample that counts.
+        """
+        loss = self._margin_cross_entropy(features, labels)
+        parts = {"margin_cross_entropy": loss.detach()}
+        regularizers = []
+        counted = labels.to(torch.int64) != self.ignore_index  # -100 compared with uint8 would be 156
+        if self.min_angle_weight:
+            angle = self._min_angle(labels, counted)
+            parts["min_angle"] = angle.detach()
+            regularizers.append(self.min_angle_weight * angle)
+        if self.feature_norm_weight:
+            length = norm_penalty(features, self.feature_norm, self.feature_norm_radius, counted)
+            parts["feature_norm"] = length.detach()
+            regularizers.append(self.feature_norm_weight * length)
+        self.parts = parts
+        for term in regularizers:
+            loss = loss + (torch.where(counted, term, 0.0) if self.reduction == "none" else term)
+        return loss
+
+    def _min_angle(self, labels: Tensor, counted: Tensor) -> Tensor:
+        """L2 over all classes, or over those of the batch, each once."""
+        power, exact = self.min_angle_power, self.min_angle_exact
+        if self.min_angle_rows == "all":
+            return F.min_angle_regularizer(self.weight, self.class_counts, power=power, exact=exact)
+        # Not torch.unique: how many classes there are would have to be read back from a GPU.
+        beyond = self.num_classes
+        rows = torch.where(counted, labels.to(torch.int64), beyond).sort().values
+        first = (rows < beyond) & (torch.cat([rows.new_full((1,), -1), rows[:-1]]) != rows)
+        rows = rows.clamp(0, beyond - 1)
+        cosine = F.nearest_prototype(self.weight, rows, exact=exact).cosine
+        weights = torch.where(first, self.class_counts[rows].to(cosine.dtype) ** -power, 0.0)
+        angle = mean_angle(cosine, weights)
+        return angle if beyond > 1 else angle * 0.0
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter by name."""
+        names = (
+            "form margin margin_power margin_normalize min_angle_weight min_angle_power min_angle_rows min_angle_exact "
+            "feature_norm_weight"
+        )
+        own = {name: getattr(self, name) for name in [*names.split(), "feature_norm", "feature_norm_radius", "tau"]}
+        return {**super().hyper_parameters(), **own}
+
+
+def _of_form(form: LongTailForm, options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """The hyper-parameters that depend on the form: as given, or for None as the form has them."""
+    default = dict(FORMS[form])
+    if not options.get("normalize_features", True):
+        default["feature_norm_weight"] = FORMS["published"]["feature_norm_weight"]
+    if options.get("log_prior") is not None:
+        default["tau"] = 0.0
+    return {name: default[name] if value is None else value for name, value in given.items()}
+
+
+class CosineSpaceLoss(PrototypeHead):
+    """Source B: spread the classes first, then draw each together. L = α·L_inter + β(t)·Trunc(L_intra − ε) + γ·L_CE.
+
+    L_inter is AM-Softmax with ``margin``, L_CE the same logits without margin (both from one pass over the prototypes),
+    L_intra the mean of 1 − cos(x_i, c_{y_i}) to a centre per class, β(t) is 0 until ``start_step`` batches were seen.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        scale: s; None for :func:`ltloss.default_scale` of C.
+        margin: cosine margin of L_inter, a number or (C,).
+        inter_weight: α.
+        intra_weight: β.
+        ce_weight: γ. The published order is γ > α > β.
+        epsilon: ε, the compactness (1 − cos) that is good enough.
+        start_step: batches before L_intra sets in.
+        truncate: max(·, 0) of the ``"batch"`` mean, or per ``"sample"`` before the mean.
+        center_update, center_momentum: see :class:`ltloss.losses.class_centers.ClassCenters`.
+        strict: False accepts weights in another order than γ > α > β.
+        label_smoothing, ignore_index: of both cross-entropies, as in :class:`CombinedMarginLoss`.
+        device, dtype: of the weight.
+
+    Attributes:
+        parts: after a call, ``{"inter": L_inter, "intra": L_intra, "cross_entropy": L_CE}``, unweighted, untruncated,
+            detached.
+        centers: the centres, which move in ``train()`` mode only. They and ``step`` (batches seen) are in the
+            state_dict.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import CosineSpaceLoss
+        >>> loss_fn = CosineSpaceLoss(10, 16, start_step=100)
+        >>> loss = loss_fn(torch.randn(4, 16), torch.tensor([0, 0, 1, 2]))
+        >>> int(loss_fn.step), sorted(loss_fn.parts)
+        (1, ['cross_entropy', 'inter', 'intra'])
+    """
+
+    step: Tensor
+    margin: Tensor | float
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        scale: float | None = None,
+        margin: Tensor | float = 0.35,
+        inter_weight: float = 0.5,
+        intra_weight: float = 0.25,
+        ce_weight: float = 1.0,
+        epsilon: float = 0.1,
+        start_step: int = 0,
+        truncate: Literal["batch", "sample"] = "batch",
+        center_update: CenterUpdate = "mean",
+        center_momentum: float = 0.9,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        strict: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale=scale, device=device, dtype=dtype)
+        for name, value in (("inter_weight", inter_weight), ("intra_weight", intra_weight), ("ce_weight", ce_weight)):
+            check_number(name, value, at_least=0.0)
+        if strict and not ce_weight > inter_weight > intra_weight:
+            raise ValueError(
+                "the weights must satisfy ce_weight > inter_weight > intra_weight (γ > α > β), or pass strict=False; "
+                f"got ce_weight={ce_weight}, inter_weight={inter_weight}, intra_weight={intra_weight}"
+            )
+        like = torch.empty(0, dtype=self.weight.dtype, device=self._constants_device)
+        self._set_constant("margin", check_per_class("margin", margin, num_classes, like))
+        check_number("epsilon", epsilon, at_least=0.0)
+        check_number("start_step", start_step, at_least=0)
+        check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
+        check_choice("truncate", truncate, ("batch", "sample"))
+        self.epsilon, self.start_step, self.truncate = epsilon, start_step, truncate
+        self.inter_weight, self.intra_weight, self.ce_weight = inter_weight, intra_weight, ce_weight
+        self.label_smoothing, self.ignore_index, self.strict = label_smoothing, ignore_index, strict
+        self.centers = ClassCenters(
+            num_classes, embedding_size, update=center_update, momentum=center_momentum, device=device
+        )
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
+        self.parts: dict[str, Tensor] = {}
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Loss of features (N, D) with labels (N,), a scalar. In ``train()`` mode the centres and the step move on."""
+        inter, cross_entropy = self._cross_entropies(features, labels)
+        labels = labels.to(torch.int64)
+        labels = labels.masked_fill(labels == self.ignore_index, -1)
+        features = features.masked_fill((labels < 0)[:, None], 0.0)  # what is ignored may hold NaN
+        intra_weight = torch.where(self.step >= self.start_step, self.intra_weight, 0.0)
+        if self.training:
+            self.centers.update(features.detach(), labels)
+            self.step += 1
+        intra, truncated = self._intra(features, labels)
+        self.parts = {"inter": inter.detach(), "intra": intra.detach(), "cross_entropy": cross_entropy.detach()}
+        return self.inter_weight * inter + intra_weight * truncated + self.ce_weight * cross_entropy
+
+    def _cross_entropies(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """L_inter and L_CE."""
+        check_supervised(features, self.weight, labels)
+        if current_backend() == "reference" and not is_sharded(self.weight):
+            inter, plain = (
+                F.margin_cross_entropy(
+                    features,
+                    self.weight,
+                    labels,
+                    scale=self.scale,
+                    cosine_margin=margin,
+                    label_smoothing=self.label_smoothing,
+                    ignore_index=self.ignore_index,
+                )
+                for margin in (self.margin, 0.0)
+            )
+            return inter, plain
+        result = one_pass(
+            features,
+            self.weight,
+            labels,
+            scale=self.scale,
+            ignore_index=self.ignore_index,
+            with_logit_sum=self.label_smoothing > 0.0,
+        )
+        inter, plain = (
+            margin_losses(result, cosine_margin=margin, label_smoothing=self.label_smoothing)
+            for margin in (self.margin, 0.0)
+        )
+        return reduce_losses(inter, result.labels, None, "mean"), reduce_losses(plain, result.labels, None, "mean")
+
+    def _intra(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """L_intra, and Trunc(L_intra − ε)."""
+        distance = 1.0 - self.centers.cosine(features, labels)
+        intra = reduce_losses(distance, labels, None, "mean")
+        if self.truncate == "batch":
+            return intra, (intra - self.epsilon).clamp_min(0.0)
+        return intra, reduce_losses((distance - self.epsilon).clamp_min(0.0), labels, None, "mean")
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter by name."""
+        names = (
+            "scale margin inter_weight intra_weight ce_weight epsilon start_step truncate label_smoothing ignore_index"
+        )
+        return {name: getattr(self, name) for name in [*names.split(), "strict"]}

@@ -1,0 +1,327 @@
+"""The losses as modules: each holds the prototypes, computes its loss and predicts.
+
+``state_dict`` holds what is learned (``weight``, and centres where there are any). Margins, priors and weights come
+from the constructor, so a state_dict moves freely between the losses that learn prototypes alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from ltloss import functional as F
+from ltloss._types import Reduction
+from ltloss.class_balance import Counts, log_prior_from_counts, margins_from_counts
+from ltloss.losses.prototype_head import PrototypeHead
+from ltloss.margins import BeyondPi, MarginGradient
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+__all__ = [
+    "ArcFaceLoss",
+    "CombinedMarginLoss",
+    "CosFaceLoss",
+    "CosineSoftmaxLoss",
+    "LDAMLoss",
+    "LogitAdjustedLoss",
+]
+
+
+class LossOptions(TypedDict, total=False):
+    """What every loss module takes besides its own margin; see :func:`ltloss.functional.margin_cross_entropy`."""
+
+    scale: float | None
+    angle_multiplier: float
+    class_weight: Tensor | None
+    label_smoothing: float
+    ignore_index: int
+    normalize_features: bool
+    beyond_pi: BeyondPi
+    margin_gradient: MarginGradient
+    reduction: Reduction
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class PriorOptions(LossOptions, total=False):
+    """``LossOptions`` and a prior on the training logits, for the losses that do not bring their own."""
+
+    log_prior: Tensor | None
+
+
+class CombinedMarginLoss(PrototypeHead):
+    """Cross-entropy with the combined margin cos(m1·θ + m2) − m3 on the own class: the general member of the family.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        scale: s; None as in :class:`PrototypeHead`.
+        angle_multiplier: m1.
+        angular_margin: m2 in radians, a number or (C,).
+        cosine_margin: m3, a number or (C,).
+        log_prior: (C,) added to the training logits, or None.
+        class_weight: (C,) factor on the loss of each class, or None; see :meth:`set_class_weight` for schedules.
+        label_smoothing, ignore_index, normalize_features, beyond_pi, margin_gradient, reduction: as in
+            :func:`ltloss.functional.margin_cross_entropy`, which this module calls.
+        device, dtype: of the weight.
+
+    Source: Deng et al., ArcFace, CVPR 2019, eq. 4.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import CombinedMarginLoss
+        >>> loss_fn = CombinedMarginLoss(num_classes=1000, embedding_size=64, angular_margin=0.3, cosine_margin=0.2)
+        >>> features, labels = torch.randn(8, 64, requires_grad=True), torch.randint(1000, (8,))
+        >>> loss_fn(features, labels).backward()
+        >>> loss_fn.predict(features, k=5).index.shape
+        torch.Size([8, 5])
+    """
+
+    angular_margin: Tensor | float
+    cosine_margin: Tensor | float
+    log_prior: Tensor | None
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        scale: float | None = None,
+        angle_multiplier: float = 1.0,
+        angular_margin: Tensor | float = 0.0,
+        cosine_margin: Tensor | float = 0.0,
+        log_prior: Tensor | None = None,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        normalize_features: bool = True,
+        beyond_pi: BeyondPi = "monotone",
+        margin_gradient: MarginGradient = "exact",
+        reduction: Reduction = "mean",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_classes, embedding_size, scale=scale, normalize_features=normalize_features, device=device, dtype=dtype
+        )
+        self.angle_multiplier, self.label_smoothing = angle_multiplier, label_smoothing
+        self.ignore_index, self.reduction = ignore_index, reduction
+        self.beyond_pi, self.margin_gradient = beyond_pi, margin_gradient
+        for name, value in (
+            ("angular_margin", angular_margin),
+            ("cosine_margin", cosine_margin),
+            ("log_prior", log_prior),
+            ("class_weight", class_weight),
+        ):
+            self._set_constant(name, value)
+        if not self.weight.is_meta:
+            # A dry run over no samples: bad options are refused here and not in the first training step.
+            self._margin_cross_entropy(
+                self.weight.new_empty(0, embedding_size), torch.empty(0, dtype=torch.int64, device=device)
+            )
+
+    def set_class_weight(self, class_weight: Tensor | None) -> None:
+        """Replace the class weights (C,), or remove them with None: what a deferred schedule does at its epoch."""
+        if class_weight is not None and not isinstance(class_weight, Tensor):
+            raise TypeError(
+                f"class_weight must be a tensor ({self.num_classes},) or None; got {type(class_weight).__name__}"
+            )
+        if class_weight is not None and class_weight.shape != (self.num_classes,):
+            raise ValueError(f"class_weight must have the shape ({self.num_classes},); got {tuple(class_weight.shape)}")
+        if hasattr(self, "class_weight"):
+            del self.class_weight
+        self._set_constant("class_weight", class_weight)
+
+    def _margin_cross_entropy(self, features: Tensor, labels: Tensor) -> Tensor:
+        return F.margin_cross_entropy(
+            features,
+            self.weight,
+            labels,
+            scale=self.scale,
+            angular_margin=self.angular_margin,
+            cosine_margin=self.cosine_margin,
+            angle_multiplier=self.angle_multiplier,
+            log_prior=self.log_prior,
+            class_weight=self.class_weight,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            normalize_features=self.normalize_features,
+            beyond_pi=self.beyond_pi,
+            margin_gradient=self.margin_gradient,
+            reduction=self.reduction,
+        )
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
+        return self._margin_cross_entropy(features, labels)
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter by name."""
+        names = "angle_multiplier angular_margin cosine_margin log_prior class_weight label_smoothing ignore_index"
+        own = {name: getattr(self, name) for name in [*names.split(), "beyond_pi", "margin_gradient", "reduction"]}
+        return {**super().hyper_parameters(), **own}
+
+
+class CosineSoftmaxLoss(CombinedMarginLoss):
+    """Softmax cross-entropy on s·cos θ, no margin: the baseline to compare every margin with, at equal scale.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        options: see :class:`CombinedMarginLoss`.
+
+    Source: Wang et al., NormFace, ACM MM 2017.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import CosineSoftmaxLoss
+        >>> loss_fn = CosineSoftmaxLoss(100, 16, scale=16.0)
+        >>> loss_fn(torch.randn(4, 16), torch.tensor([0, 7, 99, -100])).shape
+        torch.Size([])
+    """
+
+    def __init__(self, num_classes: int, embedding_size: int, **options: Unpack[PriorOptions]) -> None:
+        super().__init__(num_classes, embedding_size, **options)
+
+
+class CosFaceLoss(CombinedMarginLoss):
+    """Additive cosine margin: cos θ − margin on the own class (also called AM-Softmax).
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        margin: m3, a number or (C,).
+        options: see :class:`CombinedMarginLoss`.
+
+    Sources: Wang et al., CosFace, CVPR 2018, eq. 4; Wang et al., Additive margin softmax, 2018.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import CosFaceLoss
+        >>> loss_fn = CosFaceLoss(100, 16, margin=0.35)
+        >>> loss_fn(torch.randn(4, 16), torch.tensor([0, 7, 99, 3])).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, *, margin: Tensor | float = 0.35, **options: Unpack[PriorOptions]
+    ) -> None:
+        super().__init__(num_classes, embedding_size, cosine_margin=margin, **options)
+
+
+class ArcFaceLoss(CombinedMarginLoss):
+    """Additive angular margin: cos(θ + margin) on the own class.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        margin: m2 in radians, a number or (C,).
+        options: see :class:`CombinedMarginLoss`; ``beyond_pi="arcface"`` gives the original beyond θ + m = π.
+
+    Source: Deng et al., ArcFace, CVPR 2019, eq. 3.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import ArcFaceLoss
+        >>> loss_fn = ArcFaceLoss(100, 16, margin=0.5)
+        >>> loss_fn(torch.randn(4, 16), torch.tensor([0, 7, 99, 3])).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, *, margin: Tensor | float = 0.5, **options: Unpack[PriorOptions]
+    ) -> None:
+        super().__init__(num_classes, embedding_size, angular_margin=margin, **options)
+
+
+class _FromCounts:
+    """The constructor of losses that need to know how many training samples each class has."""
+
+    @classmethod
+    def from_counts(cls, class_counts: Counts, embedding_size: int, **options: Any) -> Self:
+        """Build the loss for the classes counted in ``class_counts`` (C,); the rest is as in the constructor."""
+        return cls(len(class_counts), embedding_size, class_counts=class_counts, **options)  # type: ignore[call-arg]
+
+
+def _check_counts(class_counts: Counts, num_classes: int) -> None:
+    if len(class_counts) != num_classes:
+        raise ValueError(f"class_counts must have one entry per class, {num_classes}; got {len(class_counts)}")
+
+
+class LDAMLoss(_FromCounts, CombinedMarginLoss):
+    """Label-distribution-aware margin: cos θ − m_c with m_c ∝ n_c^(−1/4), the rarest class having ``max_margin``.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        class_counts: (C,) training samples per class, all > 0.
+        max_margin: margin of the rarest class.
+        options: see :class:`CombinedMarginLoss`; ``set_class_weight`` with a ``DeferredWeights`` schedule makes it
+            LDAM-DRW.
+
+    Source: Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, eq. 13.
+
+    Example:
+        >>> from ltloss import LDAMLoss
+        >>> LDAMLoss.from_counts([16, 1], embedding_size=8).cosine_margin
+        tensor([0.2500, 0.5000])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        class_counts: Counts,
+        max_margin: float = 0.5,
+        **options: Unpack[PriorOptions],
+    ) -> None:
+        _check_counts(class_counts, num_classes)
+        self.max_margin = max_margin
+        margins = margins_from_counts(class_counts, max_margin, normalize="max")
+        super().__init__(num_classes, embedding_size, cosine_margin=margins, **options)
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter by name."""
+        return {**super().hyper_parameters(), "max_margin": self.max_margin}
+
+
+class LogitAdjustedLoss(_FromCounts, CombinedMarginLoss):
+    """Cosine softmax with τ·log π_c added to every logit in training: balanced softmax for τ = 1.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        class_counts: (C,) training samples per class, all > 0.
+        tau: strength of the prior.
+        options: see :class:`CombinedMarginLoss`.
+
+    Sources: Menon et al., Long-tail learning via logit adjustment, ICLR 2021, eq. 10; Ren et al., Balanced
+    meta-softmax, NeurIPS 2020.
+
+    Example:
+        >>> from ltloss import LogitAdjustedLoss
+        >>> LogitAdjustedLoss.from_counts([3, 1], embedding_size=8).log_prior.exp()
+        tensor([0.7500, 0.2500])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        class_counts: Counts,
+        tau: float = 1.0,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        _check_counts(class_counts, num_classes)
+        self.tau = tau
+        super().__init__(num_classes, embedding_size, log_prior=log_prior_from_counts(class_counts, tau), **options)
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter by name."""
+        return {**super().hyper_parameters(), "tau": self.tau}

@@ -1,0 +1,121 @@
+"""What all losses have in common: the prototypes, their logits and the prediction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltloss import functional as F
+from ltloss._types import TopK
+from ltloss._validation import check_count, check_number
+from ltloss.losses.defaults import default_scale
+from ltloss.reference import cosines
+
+__all__ = ["PrototypeHead"]
+
+
+def _describe(value: Any) -> str:
+    """A hyper-parameter for ``repr``: numbers as they are, vectors by shape and range."""
+    if not isinstance(value, Tensor):
+        return f"{value:g}" if isinstance(value, float) else repr(value)
+    if value.dim() == 0:
+        return f"{value.item():g}"
+    return f"({value.numel()},) in [{value.min().item():.4g}, {value.max().item():.4g}]"
+
+
+class PrototypeHead(nn.Module):
+    """Prototypes (C, D) of a cosine classifier: logits and prediction, no loss yet.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        scale: s, the inverse temperature. None: :func:`ltloss.default_scale` of C, which without
+            ``normalize_features`` is divided by √D, the length that batch normalisation gives.
+        normalize_features: False keeps the length of the features: logits are s·‖x‖·cos.
+        device, dtype: of the weight. Keep it float32 whatever the dtype of the features: updates of a half-precision
+            weight are lost.
+
+    Attributes:
+        weight: (C, D) parameter, drawn with length ≈ 1. Give it to the optimizer: ``loss.parameters()``.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import PrototypeHead
+        >>> head = PrototypeHead(num_classes=2, embedding_size=2, scale=10.0)
+        >>> head.load_state_dict({"weight": torch.tensor([[1.0, 0.0], [0.0, 3.0]])})
+        <All keys matched successfully>
+        >>> head.predict(torch.tensor([[3.0, 4.0]]))
+        TopK(cosine=tensor([[0.8000]]), index=tensor([[1]]))
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        scale: float | None = None,
+        normalize_features: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_classes = check_count("num_classes", num_classes)
+        embedding_size = check_count("embedding_size", embedding_size)
+        if scale is None:
+            scale = default_scale(num_classes, 1.0 if normalize_features else embedding_size**0.5)
+        check_number("scale", scale, above=0.0)
+        self.num_classes, self.embedding_size = num_classes, embedding_size
+        self.scale, self.normalize_features = float(scale), normalize_features
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the prototypes anew: uniform directions, length ≈ 1 (the length sets the step size on the sphere)."""
+        nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
+
+    @property
+    def _constants_device(self) -> torch.device:
+        """The weight's; the CPU while the weight has no memory yet (``device="meta"``), for these hold values."""
+        return torch.device("cpu") if self.weight.is_meta else self.weight.device
+
+    def _set_constant(self, name: str, value: Tensor | float | None) -> None:
+        """Keep a number as it is, a vector as a buffer beside the weight that the state_dict leaves out."""
+        if not isinstance(value, Tensor):
+            setattr(self, name, value)
+            return
+        value = value.detach().to(self._constants_device, torch.float32, copy=True)
+        # Looked at once, here: in a training step it would cost a synchronisation.
+        if bool(value.isnan().any()):
+            raise ValueError(f"{name} must not contain NaN; got it for class {int(value.isnan().nonzero()[0, -1])}")
+        if name == "class_weight" and bool((value < 0).any()):
+            raise ValueError(f"class_weight must not be negative; got {value.min().item():g}")
+        self.register_buffer(name, value, persistent=False)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits without margin or prior, as prediction uses them: (N, D) -> (N, C).
+
+        Dense: for large C use :meth:`predict`.
+        """
+        weight: Tensor = self.weight
+        if hasattr(weight, "full_tensor"):  # a DTensor
+            weight = weight.full_tensor()
+        logits = self.scale * cosines(features, weight)
+        if not self.normalize_features:
+            logits = logits * torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=logits.dtype)
+        return logits
+
+    @torch.no_grad()
+    def predict(self, features: Tensor, k: int = 1) -> TopK:
+        """The k classes with the largest cosine: (N, D) -> ``TopK(cosine (N, k), index (N, k))``, without N×C."""
+        return F.top_k(features, self.weight, k)
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter by name, in the order in which ``repr`` shows them."""
+        return {"scale": self.scale, "normalize_features": self.normalize_features}
+
+    def extra_repr(self) -> str:
+        """Shape and hyper-parameters."""
+        options = "".join(f", {name}={_describe(value)}" for name, value in self.hyper_parameters().items())
+        return f"{self.num_classes}, {self.embedding_size}{options}"

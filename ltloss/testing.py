@@ -1,0 +1,218 @@
+"""ONE list of the losses of the family, over which every law is checked, and the problems they are checked on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import ltloss
+from ltloss import functional
+from ltloss.class_balance import (
+    effective_number_weights,
+    inverse_frequency_weights,
+    log_prior_from_counts,
+    margins_from_counts,
+)
+
+Options = Callable[[int], dict[str, Any]]  # number of classes -> keyword arguments of margin_cross_entropy
+
+
+def long_tail_counts(num_classes: int) -> Tensor:
+    """Exponentially falling counts from 200 to 2, the usual long-tailed benchmark."""
+    position = torch.arange(num_classes, dtype=torch.float64) / max(1, num_classes - 1)
+    return (200.0 * 0.01**position).round().long()
+
+
+def _prior(num_classes: int, tau: float = 1.0) -> Tensor:
+    return log_prior_from_counts(long_tail_counts(num_classes), tau)
+
+
+def _weights(num_classes: int) -> Tensor:
+    return effective_number_weights(long_tail_counts(num_classes), beta=0.99)
+
+
+def _angular(num_classes: int) -> Tensor:
+    return margins_from_counts(long_tail_counts(num_classes), 0.8)
+
+
+def _cosine(num_classes: int) -> Tensor:
+    return margins_from_counts(long_tail_counts(num_classes), 0.5, normalize="max")
+
+
+FAMILY: dict[str, Options] = {
+    "cosine_softmax": lambda c: {},
+    "cosface": lambda c: {"cosine_margin": 0.35},
+    "arcface": lambda c: {"angular_margin": 0.5},
+    "arcface_original": lambda c: {"angular_margin": 0.9, "beyond_pi": "arcface"},
+    "arcface_large_margin": lambda c: {"angular_margin": 2.0},  # beyond π for half of the samples
+    "arcface_straight_through": lambda c: {"angular_margin": 0.5, "margin_gradient": "straight_through"},
+    "sphereface": lambda c: {"angle_multiplier": 3.0, "scale": 8.0},
+    "combined": lambda c: {"angle_multiplier": 1.2, "angular_margin": 0.3, "cosine_margin": 0.2},
+    "ldam": lambda c: {"cosine_margin": _cosine(c)},
+    "long_tail": lambda c: {"angular_margin": _angular(c)},
+    "balanced_softmax": lambda c: {"log_prior": _prior(c), "scale": 10.0},
+    "logit_adjusted": lambda c: {"log_prior": _prior(c, 2.0), "scale": 10.0, "cosine_margin": 0.1},
+    "class_weighted": lambda c: {"class_weight": _weights(c), "angular_margin": 0.2},
+    "inverse_frequency": lambda c: {"class_weight": inverse_frequency_weights(long_tail_counts(c), 0.5)},
+    "label_smoothing": lambda c: {"label_smoothing": 0.1, "cosine_margin": 0.2},
+    "feature_length": lambda c: {"normalize_features": False, "angular_margin": 0.3, "scale": 2.0},
+    "feature_length_smoothed": lambda c: {"normalize_features": False, "label_smoothing": 0.2, "scale": 3.0},
+    "sum": lambda c: {"reduction": "sum", "angular_margin": 0.5},
+    "per_sample": lambda c: {"reduction": "none", "angular_margin": 0.5, "class_weight": _weights(c)},
+    "everything": lambda c: {
+        "scale": 12.0,
+        "angular_margin": _angular(c),
+        "cosine_margin": _cosine(c),
+        "angle_multiplier": 1.1,
+        "log_prior": _prior(c),
+        "class_weight": _weights(c),
+        "label_smoothing": 0.05,
+    },
+}
+
+# Their gradient is by definition not the derivative of their value.
+NOT_A_DERIVATIVE = {"arcface_straight_through"}
+
+MODULES: dict[str, Callable[..., ltloss.PrototypeHead]] = {
+    "CosineSoftmaxLoss": ltloss.CosineSoftmaxLoss,
+    "CosFaceLoss": ltloss.CosFaceLoss,
+    "ArcFaceLoss": ltloss.ArcFaceLoss,
+    "CombinedMarginLoss": lambda c, d, **options: ltloss.CombinedMarginLoss(
+        c, d, angular_margin=_angular(c), cosine_margin=0.1, angle_multiplier=1.1, **options
+    ),
+    "LDAMLoss": lambda c, d, **options: ltloss.LDAMLoss.from_counts(long_tail_counts(c), d, **options),
+    "LogitAdjustedLoss": lambda c, d, **options: ltloss.LogitAdjustedLoss.from_counts(
+        long_tail_counts(c), d, **options
+    ),
+    "LongTailLoss": lambda c, d, **options: ltloss.LongTailLoss.from_counts(long_tail_counts(c), d, **options),
+    "LongTailLoss as published": lambda c, d, **options: ltloss.LongTailLoss.from_counts(
+        long_tail_counts(c), d, form="published", **options
+    ),
+    "CosineSpaceLoss": ltloss.CosineSpaceLoss,
+}
+
+
+class Problem(NamedTuple):
+    """Features (N, D), prototypes (C, D) and labels (N,)."""
+
+    features: Tensor
+    prototypes: Tensor
+    labels: Tensor
+
+    def leaves(self, dtype: torch.dtype | None = None) -> Problem:
+        """A copy whose features and prototypes ask for gradients."""
+        features, prototypes = (
+            tensor.detach().to(dtype or tensor.dtype).clone().requires_grad_() for tensor in self[:2]
+        )
+        return Problem(features, prototypes, self.labels)
+
+
+def problem(
+    n: int = 7, c: int = 9, d: int = 5, *, dtype: torch.dtype = torch.float64, ignored: bool = True, seed: int = 0
+) -> Problem:
+    """Random features and prototypes of differing lengths; the second label is ignored where there are several."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(rows: int) -> Tensor:
+        return torch.randn(rows, d, generator=generator, dtype=torch.float64)
+
+    labels = torch.randint(c, (n,), generator=generator)
+    if ignored and n > 1:
+        labels[1] = -100
+    return Problem((1.7 * random(n)).to(dtype), (0.6 * random(c)).to(dtype), labels)
+
+
+class Outcome(NamedTuple):
+    """A loss and the gradients of features and prototypes."""
+
+    loss: Tensor
+    features: Tensor
+    prototypes: Tensor
+
+
+def outcome(given: Problem, upstream: Tensor | None = None, *, loss: Any = None, **options: Any) -> Outcome:
+    """Loss and both gradients. Per-sample losses get an upstream gradient that differs in size and sign."""
+    leaves = given.leaves()
+    value = (loss or functional.margin_cross_entropy)(*leaves, **options)
+    if upstream is None:
+        upstream = torch.ones_like(value)
+        if value.dim():
+            upstream = torch.linspace(-1.0, 2.0, value.numel(), dtype=value.dtype).view(value.shape)
+    grads = torch.autograd.grad((value * upstream).sum(), leaves[:2])
+    return Outcome(value.detach(), *grads)
+
+
+def relative_error(actual: Tensor, exact: Tensor, smallest_size: float = 0.0) -> float:
+    """Largest deviation, relative to the largest entry of the exact tensor, or to ``smallest_size`` if that is more."""
+    assert actual.shape == exact.shape
+    if exact.numel() == 0:
+        return 0.0
+    actual, exact = actual.detach().double(), exact.detach().double()
+    deviation = float(torch.where(actual == exact, 0.0, (actual - exact).abs()).max())  # inf equals inf
+    size = max(float(exact.abs().max()), smallest_size)
+    return deviation / size if size and deviation else deviation
+
+
+def assert_same(actual: Outcome, exact: Outcome, tolerance: float, smallest_size: float = 0.0) -> None:
+    """Assert that loss and gradients agree, each to ``tolerance`` of its largest entry."""
+    for name, one, other in zip(Outcome._fields, actual, exact, strict=True):
+        error = relative_error(one, other, smallest_size)
+        assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+@contextmanager
+def watching(mode: Any, monkeypatch: Any) -> Iterator[Any]:
+    """Let a TorchDispatchMode see into our operators, which otherwise hide what they are made of."""
+    from ltloss import ops
+
+    find = ops._implementation
+
+    def implementation(name: str, args: Sequence[Any]) -> Callable[..., Any]:
+        found = find(name, args)
+
+        def watched(*args: Any) -> Any:
+            with mode:
+                return found(*args)
+
+        return watched
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "_implementation", implementation)
+        with mode:
+            yield mode
+
+
+def copied_prototypes(seed: int) -> tuple[Tensor, Tensor, int, int]:
+    """Prototypes (C, D) of a random shape with one exact copy, a query near it, and the two indices, lower first."""
+    generator = torch.Generator().manual_seed(seed)
+    c = int(torch.randint(3, 1400, (1,), generator=generator))
+    d = int(torch.randint(16, 300, (1,), generator=generator))  # wide enough for the query to be nearest to the two
+    prototypes = torch.randn(c, d, generator=generator)
+    low, high = sorted(torch.randperm(c, generator=generator)[:2].tolist())
+    prototypes[high] = prototypes[low].clone()
+    query = prototypes[low] + 0.3 * torch.randn(d, generator=generator)
+    return prototypes, query, low, high
+
+
+def signs(c: int, seed: int = 0) -> Tensor:
+    """Vectors of 16 entries ±1: their norm is 4, and their cosines exact in any order of summation. Ties abound.
+
+    Of general vectors only bitwise equal copies are told apart by class index (``chunked.equal_rows``): a product
+    sums differently at its edges, so cosines that are equal in exact arithmetic need not be so in floating point.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(2, (c, 16), generator=generator) * 2 - 1).float()
+
+
+def lowest_nearest(prototypes: Tensor) -> tuple[list[int], list[float]]:
+    """In integers, one row at a time."""
+    index, cosine = [], []
+    for i, row in enumerate((prototypes.long() @ prototypes.long().t()).tolist()):
+        row[i] = -99
+        index.append(row.index(max(row)))
+        cosine.append(max(row) / 16)
+    return index, cosine

@@ -1,0 +1,191 @@
+"""What this installation has, which implementation runs on which device, and whether the loss computes what it should.
+
+``python -m ltloss.tools.doctor`` and ``ltloss doctor`` print it. Needs nothing beyond the core's own requirements.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ltloss import functional, reference
+from ltloss.runtime import current_backend
+
+__all__ = ["Check", "kernel_status", "main", "self_check"]
+
+Row = tuple[str, str]
+
+_TRAIN = "pip install 'ltloss[train]'"
+_OPTIONAL = (  # distribution, what it is for, how to get it
+    ("triton", "the GPU kernels", "pip install triton (Linux)"),
+    ("pillow", "reading pictures", _TRAIN),
+    ("safetensors", "checkpoints", _TRAIN),
+    ("matplotlib", "the report page", _TRAIN),
+    ("scikit-learn", "the digits data set", _TRAIN),
+    ("tqdm", "progress bars", _TRAIN),
+    ("timm", "--backbone timm:NAME", "pip install timm"),
+)
+
+# The check's float32 results against float64: some hundred roundings of 6e-8 each. A wrong formula is off by far more.
+_TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison with the float64 reference: the largest error relative to the largest reference value."""
+
+    name: str
+    error: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within rounding; NaN is not."""
+        return self.error <= _TOLERANCE
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _versions() -> Iterator[Row]:
+    yield "ltloss", _installed("ltloss") or "not installed as a package (running from its source)"
+    yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
+    yield "platform", platform.platform()
+    yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})"
+    yield "numpy", _installed("numpy") or "not installed: needed always, pip install numpy"
+    for name, purpose, remedy in _OPTIONAL:
+        yield name, _installed(name) or f"not installed: needed for {purpose}, {remedy}"
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _devices() -> Iterator[Row]:
+    yield "CPU", f"{_cpu_model()}, {os.cpu_count()} logical cores, PyTorch uses {torch.get_num_threads()} threads"
+    for number in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(number)
+        memory = f"{device.total_memory / 2**30:.1f} GiB"
+        yield f"cuda:{number}", f"{device.name}, compute capability {device.major}.{device.minor}, {memory}"
+    if not torch.cuda.is_available():
+        reason = "no usable device" if torch.version.cuda else "this PyTorch is built without CUDA"
+        yield "CUDA", f"none: {reason}"
+
+
+def kernel_status() -> str:
+    """Say whether there are GPU kernels; the self-check on a CUDA device then compiles and runs them."""
+    if _installed("triton") is None:
+        return "cannot be compiled: triton is not installed; CUDA tensors take the chunked PyTorch path"
+    if not torch.cuda.is_available():
+        return "available, but there is no CUDA device to compile them for"
+    if current_backend() in ("auto", "triton"):
+        return "available; the self-check below compiles and runs them"
+    return "available, but the backend in force leaves them out"
+
+
+def _implementations() -> Iterator[Row]:
+    backend = current_backend()
+    chosen = f"backend {backend!r}" + (" (LTLOSS_BACKEND)" if "LTLOSS_BACKEND" in os.environ else " (the default)")
+    fixed = {"reference": "the dense reference", "triton": "the kernels, and an error where they cannot run"}
+    chunked = "chunked PyTorch"
+    yield "in force", chosen
+    yield "CPU tensors", fixed.get(backend, f"{chunked}: the kernels are for GPUs")
+    if backend in fixed:
+        cuda = fixed[backend]
+    elif backend == "torch":
+        cuda = f"{chunked}: the backend in force says so"
+    else:
+        cuda = chunked if _installed("triton") is None else f"the kernels where they serve, else {chunked}"
+    yield "CUDA tensors", cuda
+    yield "GPU kernels", kernel_status()
+
+
+def _relative_error(value: Tensor, expected: Tensor) -> float:
+    difference = (value.detach().double().cpu() - expected.detach().double().cpu()).abs().max()
+    return float(difference / expected.detach().double().abs().max().cpu())
+
+
+def self_check(device: torch.device | str) -> list[Check]:
+    """Compare the margin loss, its gradients and the nearest-prototype search on ``device`` with float64."""
+    generator = torch.Generator().manual_seed(0)
+    samples, classes, size = 96, 1500, 64
+    features = torch.randn(samples, size, generator=generator)
+    prototypes = torch.randn(classes, size, generator=generator)
+    labels = torch.randint(classes, (samples,), generator=generator)
+    margin = 0.2 + 0.5 * torch.rand(classes, generator=generator)
+    prior = torch.rand(classes, generator=generator).log()
+
+    x, w = features.to(device).requires_grad_(), prototypes.to(device).requires_grad_()
+    value = functional.margin_cross_entropy(
+        x, w, labels.to(device), angular_margin=margin.to(device), log_prior=prior.to(device)
+    )
+    gradients = torch.autograd.grad(value, (x, w))
+    x64, w64 = features.detach().double().requires_grad_(), prototypes.detach().double().requires_grad_()
+    expected = reference.margin_cross_entropy(
+        x64, w64, labels, angular_margin=margin.double(), log_prior=prior.double()
+    )
+    expected_gradients = torch.autograd.grad(expected, (x64, w64))
+    pairs = [
+        ("loss", value, expected),
+        ("gradient of the features", gradients[0], expected_gradients[0]),
+        ("gradient of the prototypes", gradients[1], expected_gradients[1]),
+    ]
+    nearest = functional.nearest_prototype(w.detach()).cosine, reference.nearest_prototype(w64.detach()).cosine
+    pairs.append(("nearest prototype", *nearest))
+    return [Check(name, _relative_error(found, wanted)) for name, found, wanted in pairs]
+
+
+def _print_section(title: str, rows: Iterator[Row]) -> None:
+    print(f"\n{title}")
+    for name, value in rows:
+        print(f"  {name:<28}{value}")
+
+
+def _check_rows(device: str, failures: list[str]) -> Iterator[Row]:
+    try:
+        checks = self_check(device)
+    except Exception as error:  # whatever breaks here is the finding that this command is run for
+        failures.append(device)
+        yield "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return
+    for check in checks:
+        if not check.passed:
+            failures.append(device)
+        verdict = "ok" if check.passed else f"FAILED, at most {_TOLERANCE:.0e} is rounding"
+        yield check.name, f"relative error {check.error:.1e}  {verdict}"
+
+
+def main() -> int:
+    """Print the findings; return 0, or 2 when the loss does not compute what the reference does."""
+    print("ltloss doctor")
+    _print_section("Versions", _versions())
+    _print_section("Devices", _devices())
+    _print_section("Implementation", _implementations())
+    failures: list[str] = []
+    for device in ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]:
+        _print_section(f"Self-check on {device}, against the float64 reference", _check_rows(device, failures))
+    if failures:
+        print(f"\nThe self-check failed on {', '.join(dict.fromkeys(failures))}: do not trust results from there.")
+        return 2
+    print("\nAll is well.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,260 @@
+"""What class-parallel training of a head takes: memory per device, bytes on the wire, seconds a step.
+
+Arithmetic on stored rates, no device touched. ``docs/distributed.md`` has the formulas, ``benchmarks/scaling.py``
+compares them with runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+__all__ = ["DEVICES", "Device", "Plan", "Problem", "make_plan", "parse_count", "read_device"]
+
+GIB = 1 << 30
+
+# Bytes of a feature element; statistics and prototypes are float32.
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Tensors of the prototypes' shape that an optimizer keeps, and that it reads or writes in a step.
+OPTIMIZERS = {"sgd": (1, 5), "adamw": (2, 7)}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of one device. Bytes and operations per second; ``sources`` says where each number is from."""
+
+    name: str
+    memory: float
+    product: float  # operations of a large matrix product in the dtype of the features
+    copy: float  # bytes read and written
+    link: float  # bytes sent per device, to devices of the same node
+    network: float  # bytes sent per device, to other nodes
+    per_node: int
+    latency: float  # seconds of a collective of no bytes, between two ranks; more ranks, more rounds
+    forward_share: float  # of ``product``, at 2·N·C·D operations
+    backward_share: float  # of ``product``, at 6·N·C·D operations
+    together: int | None = None  # ranks of one machine share its cores: from so many on each gets less; None: never
+    shared: float = 1.0  # what is left of ``product`` and ``copy`` when all cores work
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+DEVICES = {
+    "h200": Device(
+        name="NVIDIA H200 SXM",
+        memory=141e9,
+        product=790e12,
+        copy=4.3e12,
+        link=450e9,
+        network=50e9,
+        per_node=8,
+        latency=20e-6,
+        forward_share=0.80,
+        backward_share=0.75,
+        sources={
+            "memory, link": "NVIDIA H200 datasheet: 141 GB; NVLink 900 GB/s, both directions together",
+            "network": "NVIDIA DGX H200 datasheet: one 400 Gb/s ConnectX-7 per GPU",
+            "product, copy": "bfloat16 torch.mm and a large copy on one H200",
+            "latency": "assumed",
+            "forward_share, backward_share": "goals of the kernels (docs/kernels.md), not measured",
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A head and how it is to be trained. ``batch`` counts the samples of all ranks together."""
+
+    classes: int
+    dim: int
+    batch: int
+    gpus: int
+    data: int = 1
+    dtype: str = "bfloat16"
+    optimizer: str = "sgd"
+    sample_rate: float = 1.0
+    class_vectors: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "dim", "batch", "gpus", "data"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.gpus % self.data:
+            raise ValueError(f"data must divide gpus; got data={self.data} and gpus={self.gpus}")
+        if not 0.0 < self.sample_rate <= 1.0:
+            raise ValueError(f"sample_rate must be in (0, 1]; got {self.sample_rate}")
+
+    @property
+    def class_ranks(self) -> int:
+        """Ranks that share the classes."""
+        return self.gpus // self.data
+
+    @property
+    def own_classes(self) -> int:
+        """Classes of one rank."""
+        return -(-self.classes // self.class_ranks)
+
+    @property
+    def used_classes(self) -> int:
+        """Of these, the ones in a step."""
+        return min(self.own_classes, max(1, round(self.own_classes * self.sample_rate)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer, by part: bytes of memory, bytes sent per rank and step, seconds. ``advice`` if it does not fit."""
+
+    problem: Problem
+    device: Device
+    memory: Mapping[str, float]
+    wire: Mapping[str, float]
+    seconds: Mapping[str, float]
+    advice: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory suffices, a tenth left for the rest (the backbone's share is not counted)."""
+        return sum(self.memory.values()) <= 0.9 * self.device.memory
+
+    def to_json(self) -> str:
+        """Everything for machine reading."""
+        content: dict[str, Any] = asdict(self)
+        return json.dumps({**content, "fits": self.fits}, indent=2)
+
+    def to_text(self) -> str:
+        """Everything for reading."""
+        p = self.problem
+        lines = [
+            f"{p.classes:,} classes x {p.dim}, {p.batch:,} samples a step, {p.gpus} x {self.device.name}"
+            f"{f' as {p.data} x {p.class_ranks}' if p.data > 1 else ''}: {p.own_classes:,} classes a device",
+            *_table("memory per device", self.memory, lambda value: f"{value / GIB:10.3f} GiB"),
+            *_table("bytes sent per device and step", self.wire, lambda value: f"{value / 1e6:10.3f} MB"),
+            *_table("time of a step (head only)", self.seconds, lambda value: f"{value * 1e3:10.3f} ms"),
+            f"memory of the device {self.device.memory / GIB:.1f} GiB: {'fits' if self.fits else 'DOES NOT FIT'}",
+            *(f"  {advice}" for advice in self.advice),
+            "rates from:",
+            *(f"  {name}: {source}" for name, source in self.device.sources.items()),
+        ]
+        return "\n".join(lines)
+
+
+def _table(title: str, parts: Mapping[str, float], show: Any) -> list[str]:
+    rows = [f"  {show(value)}  {name}" for name, value in parts.items() if value]
+    return [f"{title}:", *rows, f"  {show(sum(parts.values()))}  together"]
+
+
+def read_device(name: str) -> Device:
+    """A stored device by name, or one whose rates ``benchmarks/scaling.py`` measured and wrote into a JSON file.
+
+    Raises:
+        ValueError: neither, or the file holds something else.
+    """
+    if name in DEVICES:
+        return DEVICES[name]
+    if not name.endswith(".json"):
+        raise ValueError(f"device must be one of {', '.join(DEVICES)} or a JSON file of rates; got {name!r}")
+    try:
+        return Device(**json.loads(Path(name).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"device: {name} cannot be read as rates ({error})") from None
+
+
+def parse_count(text: str) -> int:
+    """A count such as 8192, 100k, 1.5M or 2B.
+
+    Example:
+        >>> from ltloss.tools.plan import parse_count
+        >>> parse_count("1.5M")
+        1500000
+    """
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}.get(text[-1:].lower(), 1)
+    number = float(text[:-1] if factor > 1 else text) * factor
+    if number != int(number):
+        raise ValueError(f"{text!r} is no whole number")
+    return int(number)
+
+
+def make_plan(problem: Problem, device: Device) -> Plan:
+    """Memory, traffic and time of one training step of the head.
+
+    Example:
+        >>> from ltloss.tools.plan import DEVICES, Problem, make_plan
+        >>> plan = make_plan(Problem(classes=100_000_000, dim=512, batch=8192, gpus=64), DEVICES["h200"])
+        >>> plan.fits, round(plan.memory["prototypes (float32)"] / 2**30, 1)
+        (True, 3.0)
+    """
+    memory = _memory(problem)
+    plan = Plan(problem, device, memory, _wire(problem), _seconds(problem, device), ())
+    return plan if plan.fits else replace(plan, advice=_advice(problem, device))
+
+
+def _memory(p: Problem) -> dict[str, float]:
+    matrix = 4.0 * p.own_classes * p.dim
+    states, _ = OPTIMIZERS[p.optimizer]
+    width = WIDTHS[p.dtype]
+    used = 4.0 * p.used_classes * p.dim
+    return {
+        "prototypes (float32)": matrix,
+        "their gradient": used,
+        "sampled prototypes": used if p.sample_rate < 1.0 else 0.0,
+        f"state of {p.optimizer}": states * matrix,
+        "vectors with an entry per class": 4.0 * p.classes * p.class_vectors + 4.0 * p.own_classes,
+        "gathered batch and its gradient": p.batch * p.dim * (3.0 * width + 4.0) + 16.0 * p.batch * p.gpus / p.data,
+        "workspace of the backward": 256.0 * (1 << 20),
+    }
+
+
+def _wire(p: Problem) -> dict[str, float]:
+    """What a rank sends if every collective sends as little as it can (a ring)."""
+    ranks, width = p.gpus, WIDTHS[p.dtype]
+    own_rows, group_rows = p.batch / ranks, p.batch / p.data
+    within = (p.class_ranks - 1) / p.class_ranks
+    return {
+        "all-gather of features and labels": (ranks - 1) * own_rows * (p.dim * width + 8.0),
+        "all-gather of two N-vectors": (ranks - 1) * group_rows * 8.0,
+        "reduce-scatter of the features' gradient": within * group_rows * p.dim * width,
+        "all-reduce of the prototypes' gradient": 2.0 * (p.data - 1) / p.data * 4.0 * p.used_classes * p.dim,
+    }
+
+
+def _seconds(p: Problem, device: Device) -> dict[str, float]:
+    turns = 1.0 if device.together is None else max(1.0, p.gpus / device.together)
+    crowd = turns / device.shared if device.together is not None and p.gpus > 1 else turns
+    products = 2.0 * p.batch / p.data * p.used_classes * p.dim
+    matrix = 4.0 * p.used_classes * p.dim
+    _, touched = OPTIMIZERS[p.optimizer]
+    whole = p.gpus <= device.per_node
+    rate = device.link if whole else device.network
+    messages = 0 if p.gpus == 1 else 3 + (p.data > 1)
+    rounds = max(0, (p.gpus - 1).bit_length())
+    return {
+        "forward pass": crowd * products / (device.product * device.forward_share),
+        "backward pass": crowd * 3.0 * products / (device.product * device.backward_share),
+        "optimizer": crowd * touched * matrix / device.copy,
+        "messages": turns * (sum(_wire(p).values()) / rate + messages * rounds * device.latency),
+    }
+
+
+def _advice(p: Problem, device: Device) -> tuple[str, ...]:
+    """Single changes with which it would fit."""
+
+    def fits(changed: Problem) -> bool:
+        return sum(_memory(changed).values()) <= 0.9 * device.memory
+
+    found = []
+    gpus = next((n for n in (p.gpus * 2**i for i in range(1, 13)) if fits(replace(p, gpus=n))), None)
+    if gpus:
+        found.append(f"--gpus {gpus} would fit: each holds fewer classes")
+    if p.data > 1 and fits(replace(p, data=1)):
+        found.append("--data 1 would fit: all devices share the classes instead of repeating them")
+    if p.optimizer == "adamw" and fits(replace(p, optimizer="sgd")):
+        found.append("--optimizer sgd would fit: one state instead of two")
+    rate = next((r for r in (0.5, 0.3, 0.1, 0.03) if r < p.sample_rate and fits(replace(p, sample_rate=r))), None)
+    if rate:
+        found.append(f"--sample-rate {rate} would fit: gradients of the sampled classes only")
+    if not found:
+        found.append("no single change is enough: combine more --gpus with --sample-rate and a smaller --batch")
+    return tuple(found)

@@ -1,0 +1,157 @@
+"""Which tile is fastest on this GPU: times the candidates, and keeps the winners where later runs find them.
+
+Never done in a training step. ``ltloss tune`` asks for it, and ``python -m benchmarks.loss_gpu --tune``
+shows the ranking.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from ltloss_kernels.config import tile_cache as tuned_tiles
+from ltloss_kernels.config import tile_table as tiles
+from torch import Tensor
+
+from ltloss.functional import margin_cross_entropy
+
+__all__ = ["CANDIDATES", "Kernel", "Timing", "candidates", "rank", "remember"]
+
+Kernel = Literal["forward", "gradient"]
+
+# For half precision; operands of four bytes take half the depth. What does not fit the device fails and is left out.
+CANDIDATES = (
+    tiles.Tile(128, 128, 64, 4, 3),
+    tiles.Tile(128, 128, 64, 4, 2),
+    tiles.Tile(128, 128, 64, 8, 3),
+    tiles.Tile(128, 128, 64, 8, 4),
+    tiles.Tile(128, 128, 32, 8, 4),
+    tiles.Tile(128, 256, 64, 8, 3),
+    tiles.Tile(128, 256, 64, 8, 4),
+    tiles.Tile(256, 128, 64, 8, 3),
+    tiles.Tile(64, 256, 64, 4, 3),
+    tiles.Tile(64, 128, 64, 4, 4),
+    tiles.Tile(128, 64, 64, 4, 4),
+)
+
+
+class Timing(NamedTuple):
+    """A tile and its median time; ``problem`` says why it has none (the time is then infinite)."""
+
+    tile: tiles.Tile
+    milliseconds: float
+    problem: str = ""
+
+
+def _default(kernel: Kernel, arch: int, dtype: torch.dtype, precision: str) -> tiles.Tile:
+    choose = tiles.forward_tile if kernel == "forward" else tiles.gradient_tile
+    return choose(arch, dtype, precision)
+
+
+def candidates(kernel: Kernel, arch: int, dtype: torch.dtype, precision: str) -> list[tiles.Tile]:
+    """What is used now, first, and everything else that is tried."""
+    shrink = 2 if dtype == torch.float32 else 1
+    tried = (tile._replace(depth=tile.depth // shrink) for tile in CANDIDATES)
+    return list(dict.fromkeys([_default(kernel, arch, dtype, precision), *tried]))
+
+
+def rank(
+    kernel: Kernel, samples: int, classes: int, width: int, dtype: torch.dtype, device: str = "cuda", repeats: int = 20
+) -> list[Timing]:
+    """Time every candidate on random inputs, fastest first; those that fail or compute something else come last."""
+    generator = torch.Generator(device).manual_seed(0)
+    features = torch.randn(samples, width, generator=generator, device=device, dtype=dtype).requires_grad_()
+    prototypes = torch.randn(classes, width, generator=generator, device=device, dtype=dtype).requires_grad_()
+    labels = torch.randint(classes, (samples,), generator=generator, device=device)
+
+    def loss() -> Tensor:
+        return margin_cross_entropy(features, prototypes, labels, angular_margin=0.3)
+
+    def forward() -> tuple[Tensor, ...]:
+        return (loss().detach(),)
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(), (features, prototypes))
+
+    run = forward if kernel == "forward" else step
+    expected = run()
+    arch, precision = tiles.architecture(features.device), _precision()
+    timings = [_time(kernel, tile, run, expected, repeats) for tile in candidates(kernel, arch, dtype, precision)]
+    return sorted(timings, key=lambda timing: timing.milliseconds)
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _time(
+    kernel: Kernel, tile: tiles.Tile, run: Callable[[], tuple[Tensor, ...]], expected: tuple[Tensor, ...], repeats: int
+) -> Timing:
+    with tuned_tiles.trying(kernel, tile):
+        try:
+            found = run()
+        except Exception as error:  # out of shared memory, not compilable, ...: not a candidate on this device
+            return Timing(tile, float("inf"), f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
+        for one, other in zip(found, expected, strict=True):
+            if not float((one.double() - other.double()).norm()) <= 1e-2 * float(other.double().norm()):
+                return Timing(tile, float("inf"), "wrong result")
+        return Timing(tile, statistics.median(_milliseconds(run, expected[0].device) for _ in range(repeats)))
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":  # the interpreter, in tests
+        before = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - before)
+    event: Any = torch.cuda.Event  # untyped in some versions of PyTorch
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def remember(kernel: Kernel, fastest: Timing, dtype: torch.dtype, shape: tuple[int, int, int], file: Path) -> None:
+    """Store a winner in the file where ``ltloss_kernels.config.tile_table`` looks first."""
+    arch = tiles.architecture(torch.device("cuda"))
+    entry = {
+        "tile": list(fastest.tile),
+        "milliseconds": fastest.milliseconds,
+        "shape": "x".join(str(size) for size in shape),
+        "device": torch.cuda.get_device_name(),
+        "triton": tuned_tiles.triton_version(),
+    }
+    tuned_tiles.store({tuned_tiles.entry_name(kernel, arch, dtype, _precision()): entry}, file)
+
+
+def tune(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 20) -> int:
+    """What ``ltloss tune`` does: rank, show, remember. Returns the exit code."""
+    file = tuned_tiles.cache_file()
+    if file is None:
+        print("LTLOSS_TILES is empty, which switches tuned tiles off: nothing to do")
+        return 2
+    for kernel in get_args(Kernel):
+        ranking = rank(kernel, *shape, dtype, repeats=repeats)
+        print(show(kernel, shape, ranking))
+        if ranking[0].problem:
+            print(f"no tile works for {kernel}; nothing is stored")
+            return 1
+        remember(kernel, ranking[0], dtype, shape, file)
+    print(f"stored in {file}; later runs on this machine use it")
+    return 0
+
+
+def show(kernel: Kernel, shape: tuple[int, int, int], ranking: list[Timing]) -> str:
+    """A ranking, for reading."""
+    lines = [f"{kernel} at {'x'.join(str(size) for size in shape)}: rows x classes x depth, warps, stages"]
+    for timing in ranking:
+        rows, classes, depth, warps, stages = timing.tile
+        result = timing.problem or f"{timing.milliseconds:.3f} ms"
+        lines.append(f"  {rows:>4} x {classes:>3} x {depth:<3} {warps:>2} {stages:>2}   {result}")
+    return "\n".join(lines)

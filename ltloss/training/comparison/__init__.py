@@ -1,0 +1,1 @@
+"""`ltloss compare`: methods, tuning, final runs and tables."""

@@ -1,0 +1,196 @@
+"""`ltloss compare`: many methods and seeds on the same pictures, tuned alike, in a folder that can be continued."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ltloss.training.comparison.climb import edges, next_points
+from ltloss.training.comparison.data import default_validation, fingerprint
+from ltloss.training.comparison.jobs import Job
+from ltloss.training.comparison.methods import described, method
+from ltloss.training.comparison.plan import Plan, check_whole_number
+from ltloss.training.comparison.tables import Comparison, FinalRun, Trial, write_tables
+from ltloss.training.comparison.workers import Workers
+from ltloss.training.data.prepare import limited, load_split
+from ltloss.training.errors import UserError
+from ltloss.training.pages.comparison import write_page
+from ltloss.training.run.checkpoint import TEMPORARY, remove_leftovers, write_file
+from ltloss.training.run.settings import Settings
+
+MANIFEST = "compare.json"
+_Chosen = Mapping[str, Mapping[str, Any]]
+
+
+def compare(
+    out: str | Path,
+    given: Mapping[str, Any],
+    methods: Sequence[str],
+    *,
+    recipe: str | None = None,
+    seeds: int = 3,
+    vary: Mapping[str, Sequence[Any]] | None = None,
+    tune: bool = False,
+    tune_seeds: int = 1,
+    validation_per_class: int | None = None,
+    jobs: int = 1,
+    quiet: bool = False,
+) -> Comparison:
+    """Train every method with every seed; write results.csv, comparison.html and, where tuned, tuning.csv into `out`.
+
+    Each training leaves one file, so a comparison that was killed continues where it was when it is called again, and
+    methods or seeds that are added later join those that are there.
+
+    Args:
+        out: folder for the results; a new one, or that of an earlier comparison.
+        given: settings as for `ltloss train`, at least `data`; they override the recipe and the methods, and are not
+            tuned. Options of losses (`scale`, `margin`, `tau`, `loss_options`) hold for the losses that have them.
+        methods: names in `ltloss.training.comparison.methods.METHODS`.
+        recipe: a name in `ltloss.training.comparison.recipes.RECIPES`, or None for the defaults of `ltloss train`.
+        seeds: trainings of each method, with the seeds 0, 1, ...; all on the same pictures.
+        vary: name of a setting or of an option of the losses -> values. Every combination becomes a variant of every
+            method, on top of its chosen values.
+        tune: choose from each method's search space by the balanced accuracy of the last epoch on a validation split,
+            with a climb along each axis (`ltloss.training.comparison.climb.next_points`).
+        tune_seeds: trainings of each trial, whose mean decides.
+        validation_per_class: pictures of each class that are held out of the training file before the long tail is cut;
+            None for a fifth of the smallest class. The test split is not read before tuning is over.
+        jobs: trainings side by side, in processes of one thread each. More than one needs
+            `if __name__ == "__main__":` in a script.
+        quiet: no progress bar.
+
+    Returns:
+        The results; `print(comparison.to_text())` shows the table.
+
+    Raises:
+        UserError: before anything is trained, where settings, methods, data or `out` cannot be used.
+
+    Example:
+        >>> from ltloss.training import compare
+        >>> settings = {"data": "digits", "imbalance": 10, "epochs": 1, "batch_size": 128, "device": "cpu"}
+        >>> found = compare("comparison", settings, ["ce", "cosine"], seeds=1, quiet=True)
+        >>> [(run.method, run.seed) for run in found.runs]
+        [('ce', 0), ('cosine', 0)]
+    """
+    check_whole_number("jobs", jobs)
+    names = tuple(dict.fromkeys(methods))
+    plan = Plan(dict(given), names, recipe, seeds, dict(vary or {}), tune, tune_seeds, validation_per_class)
+    settings = Settings(**plan.settings)
+    train = load_split(settings, "train")
+    limited(train, settings, "train")  # which refuses an imbalance that the data does not allow
+    if tune and validation_per_class is None:
+        plan = replace(plan, validation_per_class=default_validation(train.labels))
+    _open_folder(Path(out), plan)
+    with Workers(Path(out), jobs, quiet=quiet) as workers:
+        grid = _Grid(plan, Path(out), workers, fingerprint(train))
+        trials = list(grid.tune()) if tune else []
+        runs = list(grid.final({trial.method: trial.values for trial in trials if trial.chosen}))
+    found = Comparison(Path(out), plan.settings, settings.thresholds, tuple(runs), tuple(trials))
+    write_tables(found)
+    write_page(found)
+    return found
+
+
+def _open_folder(out: Path, plan: Plan) -> None:
+    """Make the folder, or enter that of an earlier comparison; UserError where it holds anything else."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; choose a folder")
+    if out.is_dir() and not (out / MANIFEST).is_file() and any(path.suffix != TEMPORARY for path in out.iterdir()):
+        raise UserError(f"--out {out} holds other files than a comparison; choose an empty or a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in (out, out / "runs", out / "models"):
+        remove_leftovers(folder)
+    record = {name: getattr(plan, name) for name in ("recipe", "settings", "methods", "seeds", "vary", "tune")}
+    write_file(out / MANIFEST, (json.dumps(record, indent=2) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """A plan, the folder that it fills, who computes, and the checksum of the training file."""
+
+    plan: Plan
+    out: Path
+    workers: Workers
+    train: str
+
+    def tune(self) -> Iterator[Trial]:
+        """Every trial, the best of each method marked; first stages before second ones. Reads no test picture."""
+        plan = self.plan
+        first = [name for name in plan.needed if method(name).stage_two is None]
+        chosen: dict[str, Mapping[str, Any]] = {}
+        for names in (first, [name for name in plan.needed if name not in first]):
+            for name, found in self._climbed(names, chosen).items():
+                best = _best(found)
+                chosen[name] = best.values
+                ends = edges(plan.space(name), best.values)
+                yield from (replace(trial, chosen=True, edges=ends) if trial is best else trial for trial in found)
+
+    def _climbed(self, names: Sequence[str], chosen: _Chosen) -> dict[str, list[Trial]]:
+        """The trials of each method, in the order in which they were made; all methods climb side by side."""
+        found: dict[str, list[Trial]] = {name: [] for name in names}
+        while True:
+            asked = [
+                (name, values, self._trial_jobs(name, chosen, values))
+                for name in names
+                for values in next_points(self.plan.space(name), [(t.values, t.accuracy) for t in found[name]])
+            ]
+            if not asked:
+                return found
+            self._run([job for *_, jobs in asked for job in jobs], "trial")
+            for name, values, jobs in asked:
+                found[name].append(Trial(name, values, *self._judged(jobs)))
+
+    def _trial_jobs(self, name: str, chosen: _Chosen, values: Mapping[str, Any]) -> list[Job]:
+        held_out = self.plan.validation_per_class
+        return [self.plan.job(name, chosen, values, seed, self.train, held_out) for seed in range(self.plan.tune_seeds)]
+
+    def _judged(self, jobs: Sequence[Job]) -> tuple[float | None, float]:
+        """Mean balanced accuracy of the last epoch over the seeds, None where one diverged; and the seconds it took."""
+        results = [self._result(job) for job in jobs]
+        seconds = sum(float(result["seconds"]) for result in results)
+        if any(result["failed"] for result in results):
+            return None, seconds
+        return statistics.mean(float(result["last"]["balanced_accuracy"]) for result in results), seconds
+
+    def final(self, chosen: _Chosen) -> Iterator[FinalRun]:
+        """Train on the whole training file with the chosen values, and measure the test split."""
+        plan = self.plan
+        settings = Settings(**plan.settings)
+        pictures = f"{self.train}-{fingerprint(load_split(settings, 'test'))}"
+        planned = [
+            (name, variant, seed, plan.job(name, chosen, variant, seed, pictures))
+            for name in plan.methods
+            for variant in plan.variants
+            for seed in range(plan.seeds)
+        ]
+        self._run([job for *_, job in planned], "run")
+        for name, variant, seed, job in planned:
+            yield FinalRun.of(name, chosen.get(name, {}), variant, seed, self._result(job), settings.thresholds)
+
+    def _run(self, jobs: Sequence[Job], what: str) -> None:
+        """First stages before the second ones, which need their networks."""
+        bases = [job.base for job in jobs if job.base is not None]
+        first = [*bases, *(job for job in jobs if job.base is None)]
+        for part in (first, [job for job in jobs if job.base is not None]):
+            if part:
+                self.workers.run(part, what)
+
+    def _result(self, job: Job) -> dict[str, Any]:
+        result = job.result(self.out)
+        if result is None:
+            raise UserError(f"{job.result_file(self.out)} is gone or damaged; run the command again")
+        return result
+
+
+def _best(found: Sequence[Trial]) -> Trial:
+    worked = [trial for trial in found if trial.accuracy is not None and not math.isnan(trial.accuracy)]
+    if not worked:
+        raise UserError(
+            f"every trial of {found[0].method} diverged, the first with {described(found[0].values)}; lower --lr"
+        )
+    return max(worked, key=lambda trial: trial.accuracy or 0.0)

@@ -1,0 +1,178 @@
+"""One training of a comparison, as a job whose result is one file: either whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltloss.functional import nearest_prototype
+from ltloss.training.comparison.data import comparison_data
+from ltloss.training.comparison.second_stage import ClassifierRetraining, normalize_weights, post_hoc_offset
+from ltloss.training.data.prepare import TrainingData
+from ltloss.training.errors import DivergedError, UserError
+from ltloss.training.measure.evaluate import measure
+from ltloss.training.model.classifier import Classifier, choose_device
+from ltloss.training.run.checkpoint import read_tensors, to_bytes, write_file
+from ltloss.training.run.settings import Settings
+from ltloss.training.run.trainer import Trainer
+
+# The pictures themselves are part of a job's key; the groups are made from the accuracies of the classes.
+_MAY_DIFFER = ("data", "device", "workers", "many_above", "few_below")
+_FORMAT = 2  # raise it where the same settings come to mean something else
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train and on which pictures.
+
+    Attributes:
+        settings: all settings of the training, as `Settings` takes them.
+        fingerprint: checksum of the pictures.
+        validation_per_class: pictures of each class held out and measured; None measures the test split.
+        stage_two: what is done to the network of `base` instead of training one, by name of its setting.
+        base: the job of the first stage.
+        keep_model: whether a second stage needs the network.
+
+    """
+
+    settings: Mapping[str, Any]
+    fingerprint: str
+    validation_per_class: int | None = None
+    stage_two: Mapping[str, Any] = field(default_factory=dict)
+    base: Job | None = None
+    keep_model: bool = False
+
+    @property
+    def key(self) -> str:
+        """A name that two jobs share if and only if they compute the same."""
+        facts = {name: value for name, value in asdict(Settings(**self.settings)).items() if name not in _MAY_DIFFER}
+        facts["loss_options"] = {name: _number(value) for name, value in facts["loss_options"].items()}
+        stage_two = {name: _number(value) for name, value in self.stage_two.items()}
+        known = [_FORMAT, facts, self.fingerprint, self.validation_per_class, stage_two]
+        known.append(self.base.key if self.base else None)
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+        return f"{self.settings['loss']}-seed{self.settings['seed']}-{digest}"
+
+    def result_file(self, out: Path) -> Path:
+        """Where its result lies."""
+        return out / "runs" / f"{self.key}.json"
+
+    def model_file(self, out: Path) -> Path:
+        """Where its network lies, if it is kept."""
+        return out / "models" / f"{self.key}.safetensors"
+
+    def result(self, out: Path) -> dict[str, Any] | None:
+        """Its result, or None where it is still to be computed."""
+        try:
+            result = json.loads(self.result_file(out).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(result, dict) or not {"last", "best", "failed"} <= set(result):
+            return None
+        lacks_model = self.keep_model and not result["failed"] and not self.model_file(out).is_file()
+        return None if lacks_model else result
+
+
+def _number(value: Any) -> Any:
+    """Whole numbers as floats, so that a weight of 0 and one of 0.0 are one training."""
+    return float(value) if type(value) is int else value
+
+
+def run_job(job: Job, out: Path) -> None:
+    """Compute a job and write its result; a training that diverged is a result too."""
+    settings = Settings(**job.settings)
+    device = choose_device(settings.device)
+    data = comparison_data(settings, job.validation_per_class, device)
+    found: dict[str, Any] = {"history": [], "last": None, "best": None, "seconds_per_epoch": None, "angles": None}
+    found["failed"], start = None, time.perf_counter()
+    try:
+        classifier = _second_stage(job, out, data, device, found) if job.base else _first_stage(data, device, found)
+        found["angles"] = prototype_angles(classifier.loss.weight)
+        if job.keep_model:
+            write_file(job.model_file(out), to_bytes(classifier.state_dict()))
+    except DivergedError as error:
+        found["failed"] = str(error).partition(";")[0]  # the rest is advice about one run
+    facts = {
+        "settings": asdict(settings),
+        "stage_two": dict(job.stage_two),
+        "validation_per_class": job.validation_per_class,
+        "class_counts": data.config.class_counts,
+        "pictures": [len(data.train), len(data.test)],
+        "seconds": round(time.perf_counter() - start, 2),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": dict(data.config.versions),
+    }
+    write_file(job.result_file(out), (json.dumps({**found, **facts}) + "\n").encode())
+
+
+def _first_stage(data: TrainingData, device: torch.device, found: dict[str, Any]) -> Classifier:
+    trainer = Trainer(data.config, data.train, device, measure_amp=True)
+    return _trained(trainer, data, found)
+
+
+def _trained(trainer: Trainer, data: TrainingData, found: dict[str, Any]) -> Classifier:
+    found["history"] = trainer.history
+    for epoch in range(1, trainer.settings.epochs + 1):
+        row = trainer.run_epoch(epoch, data.test)
+        if row["test_accuracy"] is not None and trainer.measured is not None:
+            found["last"] = {"epoch": epoch, **asdict(trainer.measured)}
+            if found["best"] is None or row["test_accuracy"] > found["best"]["accuracy"]:
+                found["best"] = found["last"]
+    found["seconds_per_epoch"] = round(statistics.median(trainer.train_seconds), 4)
+    return trainer.classifier
+
+
+def _second_stage(job: Job, out: Path, data: TrainingData, device: torch.device, found: dict[str, Any]) -> Classifier:
+    assert job.base is not None
+    first = job.base.result(out)
+    if first is not None and first["failed"]:
+        raise DivergedError(f"the first stage diverged: {first['failed']}")
+    weights = read_tensors(job.base.model_file(out))
+    settings, given = data.config.settings, job.stage_two
+    if "crt_epochs" in given:
+        retrained = replace(settings, epochs=given["crt_epochs"], lr=given["crt_lr"], schedule="cosine", mixup=0.0)
+        config = replace(data.config, settings=retrained)
+        return _trained(ClassifierRetraining(config, data.train, device, weights, measure_amp=True), data, found)
+    classifier = Classifier(data.config)
+    classifier.load_state_dict(weights)
+    classifier.to(device)
+    offset: Tensor | None = None
+    if "post_hoc_tau" in given:
+        offset = post_hoc_offset(data.config.class_counts, given["post_hoc_tau"]).to(device)
+    else:
+        normalize_weights(classifier, given["norm_power"])
+    metrics = measure(classifier, data.test, settings.thresholds, amp=bool(settings.amp), logit_offset=offset)
+    found["last"] = {"epoch": settings.epochs, **asdict(metrics)}
+    return classifier
+
+
+def prototype_angles(prototypes: Tensor) -> dict[str, float] | None:
+    """Smallest and mean angle, in degrees, of the prototypes (C, D) to their nearest other; None for one class."""
+    if len(prototypes) < 2:
+        return None
+    cosine = nearest_prototype(prototypes.detach().float()).cosine.double().clamp(-1, 1)
+    angles = cosine.acos() * (180 / math.pi)
+    return {"min": angles.min().item(), "mean": angles.mean().item()}
+
+
+def checked(job: Job) -> Job:
+    """The job itself; UserError for settings, options of the loss or a second stage that cannot work."""
+    from ltloss.training.model.registry import loss_arguments
+
+    settings = Settings(**job.settings)
+    loss_arguments(settings.loss, settings.all_loss_options)
+    for name, value in job.stage_two.items():
+        whole = name == "crt_epochs"
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value >= whole:
+            raise UserError(f"{name} must be {'a whole number from 1' if whole else 'a number from 0'}, is {value!r}")
+    return job

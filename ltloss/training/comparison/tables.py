@@ -1,0 +1,218 @@
+"""The results of a comparison: a row for each run, and their mean and deviation over the seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ltloss.training.comparison.methods import described, method
+from ltloss.training.measure.class_groups import Thresholds
+from ltloss.training.run.run_folder import write_csv
+
+GROUPS = ("many", "medium", "few")
+_SHARES = ("accuracy", "balanced_accuracy", *GROUPS)
+COLUMNS = (
+    *("method", "title", "chosen", "variant", "seed", "last_epoch"),
+    *(f"last_{name}" for name in _SHARES),
+    "last_calibration_error",
+    "best_epoch",
+    *(f"best_{name}" for name in _SHARES),
+    *("angle_min_degrees", "angle_mean_degrees", "seconds_per_epoch", "seconds", "many_above", "few_below"),
+    *("pictures_train", "pictures_test", "device", "torch", "failed"),
+)
+TUNING_COLUMNS = ("method", "values", "balanced_accuracy", "seconds", "chosen")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of a search space.
+
+    Attributes:
+        method: its name.
+        values: the point.
+        accuracy: the balanced one on the validation split; None: it diverged.
+        seconds: what its trainings took.
+        chosen: whether it is the best of its method.
+        edges: axes at whose first or last value it lies, as `ltloss.training.comparison.climb.edges` names them.
+
+    """
+
+    method: str
+    values: Mapping[str, Any]
+    accuracy: float | None
+    seconds: float
+    chosen: bool = False
+    edges: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def described(self) -> str:
+        """Its values, and which of them a longer list might have bettered."""
+        known = described(self.values)
+        ends = ", ".join(f"{name} the {end} of its list" for name, end in self.edges.items())
+        return f"{known} ({ends})" if ends else known
+
+
+@dataclass(frozen=True)
+class FinalRun:
+    """One training measured on the test split; `columns` are those of results.csv."""
+
+    method: str
+    chosen: Mapping[str, Any]
+    variant: Mapping[str, Any]
+    seed: int
+    columns: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        chosen: Mapping[str, Any],
+        variant: Mapping[str, Any],
+        seed: int,
+        result: Mapping[str, Any],
+        thresholds: Thresholds,
+    ) -> FinalRun:
+        """The run that a job's result describes.
+
+        The best epoch is that of the highest test accuracy, the earliest of several: what many papers report, chosen
+        on the test split. A second stage without epochs has none.
+        """
+        good = not result["failed"]
+        last, best = (_measured(result[which] if good else None, result, thresholds) for which in ("last", "best"))
+        angles = result["angles"] or {}
+        columns = {
+            "method": name,
+            "title": method(name).title,
+            "chosen": described(chosen),
+            "variant": described(variant),
+            "seed": seed,
+            **{f"last_{column}": last.get(column) for column in ("epoch", *_SHARES, "calibration_error")},
+            **{f"best_{column}": best.get(column) for column in ("epoch", *_SHARES)},
+            "angle_min_degrees": angles.get("min"),
+            "angle_mean_degrees": angles.get("mean"),
+            "seconds_per_epoch": result["seconds_per_epoch"],
+            "seconds": result["seconds"],
+            **asdict(thresholds),
+            "pictures_train": result["pictures"][0],
+            "pictures_test": result["pictures"][1],
+            "device": result["device"],
+            "torch": result["versions"]["torch"],
+            "failed": result["failed"],
+        }
+        return cls(name, chosen, variant, seed, columns)
+
+
+def _measured(found: Mapping[str, Any] | None, result: Mapping[str, Any], thresholds: Thresholds) -> dict[str, Any]:
+    """What was measured after one epoch, with the groups that the thresholds make; empty where it was not measured."""
+    if found is None:
+        return {}
+    per_class = np.array([np.nan if value is None else value for value in found["per_class"]], dtype=np.float64)
+    return {**found, **thresholds.means(per_class, result["class_counts"])}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found; `runs` are the rows of results.csv, `trials` those of tuning.csv."""
+
+    out: Path
+    settings: Mapping[str, Any]
+    thresholds: Thresholds
+    runs: tuple[FinalRun, ...]
+    trials: tuple[Trial, ...]
+
+    @property
+    def rows(self) -> list[Mapping[str, Any]]:
+        """The rows of results.csv."""
+        return [run.columns for run in self.runs]
+
+    @property
+    def page(self) -> Path:
+        """The HTML page."""
+        return self.out / "comparison.html"
+
+    def to_text(self) -> str:
+        """The table for a terminal: percent, mean ± standard deviation over the seeds."""
+        lines = summary(self.rows)
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        shown = ["  ".join(_padded(line, widths)).rstrip() for line in lines]
+        chosen = [f"  {trial.method}: {trial.described}" for trial in self.trials if trial.chosen]
+        return "\n".join([*shown, *(["", "chosen on the validation split:", *chosen] if chosen else [])])
+
+
+def _padded(line: Sequence[str], widths: Sequence[int]) -> Iterable[str]:
+    return [
+        cell.ljust(width) if i == 0 else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ]
+
+
+def by_method(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    """Rows of results.csv by method and variant, in their order."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["method"], row["variant"]), []).append(row)
+    return found
+
+
+def row_title(name: str, variant: str) -> str:
+    """What a row of the tables is called."""
+    return method(name).title + (f" ({variant})" if variant else "")
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The table over the seeds of rows of results.csv, a header first; percent but for angles and seconds."""
+    thresholds = Thresholds(rows[0]["many_above"], rows[0]["few_below"])
+    words = thresholds.describe()
+    columns: list[tuple[str, str, Callable[[Sequence[float | None]], str]]] = [
+        ("last epoch", "last_accuracy", percents),
+        *((words[name], f"last_{name}", percents) for name in GROUPS),
+        ("best epoch", "best_accuracy", percents),
+        ("ECE", "last_calibration_error", percents),
+        ("least angle °", "angle_min_degrees", numbers),
+        ("mean angle °", "angle_mean_degrees", numbers),
+        ("s/epoch", "seconds_per_epoch", numbers),
+    ]
+    lines = [["method", "seeds", *(title for title, _, _ in columns)]]
+    for (name, variant), each in by_method(rows).items():
+        worked = [row for row in each if not row["failed"]]
+        failed = f" ({len(each) - len(worked)} diverged)" if len(worked) < len(each) else ""
+        cells = [show([row[column] for row in worked]) for _, column, show in columns]
+        lines.append([row_title(name, variant), f"{len(worked)}{failed}", *cells])
+    return lines
+
+
+def percents(shares: Sequence[float | None]) -> str:
+    """Shares as 'mean ± deviation' in percent with two decimals; 'none' where there is nothing to measure."""
+    return numbers([None if share is None else 100 * share for share in shares], 2)
+
+
+def numbers(values: Sequence[float | None], digits: int = 1) -> str:
+    """Numbers as 'mean ± deviation', a single one without; 'none' where there is nothing to measure."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "none"
+    mean = f"{statistics.mean(known):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
+
+
+def write_tables(found: Comparison) -> None:
+    """Write results.csv and tuning.csv."""
+    write_csv(found.out / "results.csv", COLUMNS, found.rows)
+    if found.trials:
+        rows = [
+            {
+                "method": trial.method,
+                "values": json.dumps(dict(trial.values)),
+                "balanced_accuracy": trial.accuracy,
+                "seconds": trial.seconds,
+                "chosen": int(trial.chosen),
+            }
+            for trial in found.trials
+        ]
+        write_csv(found.out / "tuning.csv", TUNING_COLUMNS, rows)

@@ -1,0 +1,109 @@
+"""Batches of pictures in a seeded order, read ahead of the training by a thread, and their augmentation."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltloss.training.data.on_device import DeviceImages
+from ltloss.training.data.sources import ImageSource
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures (B, channels, H, W) uint8 and labels (B,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def batch_count(samples: int, batch_size: int, ranks: int = 1) -> int:
+    """How many batches `batches` makes of so many samples; no part of one, which batch normalisation cannot use."""
+    return max(1, min(-(-samples // batch_size), samples // (2 * ranks)))
+
+
+def batches(
+    source: ImageSource,
+    batch_size: int,
+    order: np.ndarray | None = None,
+    *,
+    ahead: int = 3,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[Batch]:
+    """Every picture once, in `order` or as they come, about batch_size at a time.
+
+    Batches are of equal size, give or take one, and none holds a single picture unless there is no other. Up to
+    `ahead` batches are read by a thread while the caller computes; an error there is raised here. Of several `ranks`,
+    each gets its part of every batch.
+    """
+    if order is None:
+        order = np.arange(len(source))
+    if not len(order):
+        return iter(())
+    parts = np.array_split(order, batch_count(len(order), batch_size, ranks))
+    if ranks > 1:
+        parts = [np.array_split(part, ranks)[rank] for part in parts]
+    if isinstance(source, DeviceImages):
+        return (Batch(images, labels) for images, labels in source.parts(parts))
+    return _read_ahead(source, parts, ahead)
+
+
+def _read_ahead(source: ImageSource, parts: list[np.ndarray], ahead: int) -> Iterator[Batch]:
+    ready: queue.Queue[Batch | BaseException] = queue.Queue(ahead)
+    stopped = threading.Event()
+
+    def put(item: Batch | BaseException) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def read() -> None:
+        try:
+            for part in parts:
+                if stopped.is_set():
+                    return
+                put(Batch(source.batch(part), torch.from_numpy(source.labels[part])))
+        except BaseException as error:  # handed to the caller, who raises it
+            put(error)
+
+    threading.Thread(target=read, name="read-ahead", daemon=True).start()
+    try:
+        for _ in parts:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+
+
+def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int | None = None) -> Tensor:
+    """Augmented pictures (B, channels, H, W): each shifted at random, and mirrored at random for `crop-flip`.
+
+    The shift is at most `pad` pixels, or an eighth of the side (4 pixels of 32), black where it uncovers something.
+    `generator` is on the CPU, so that every device draws the same.
+    """
+    if kind == "none":
+        return images
+    count, channels, height, width = images.shape
+    pads = (round(height / 8), round(width / 8)) if pad is None else (pad, pad)
+    top, left = (torch.randint(0, 2 * pad + 1, (count, 1), generator=generator) for pad in pads)
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    if kind == "crop-flip":
+        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = F.pad(images, (pads[1], pads[1], pads[0], pads[0]))
+    device = images.device
+    sample = torch.arange(count, device=device).view(-1, 1, 1, 1)
+    channel = torch.arange(channels, device=device).view(1, -1, 1, 1)
+    return padded[sample, channel, rows.to(device).view(count, 1, -1, 1), columns.to(device).view(count, 1, 1, -1)]

@@ -1,0 +1,96 @@
+"""The pictures of one run: loaded, limited, long-tailed, and measured for normalisation."""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import ltloss
+from ltloss.training.data.batches import batches
+from ltloss.training.data.sources import ImageSource, Split, load_data
+from ltloss.training.data.splits import keep_per_class, long_tailed_subset
+from ltloss.training.run.seeds import numpy_generator
+from ltloss.training.run.settings import RunConfig, Settings
+
+_NORMALISATION_PICTURES = 4096
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Both splits and the configuration that follows from them."""
+
+    train: ImageSource
+    test: ImageSource
+    config: RunConfig
+
+
+def prepare_data(settings: Settings) -> TrainingData:
+    """Load both splits as the settings say. The long tail and the limit per class act on the training split only."""
+    train = load_split(settings, "train")
+    test = load_split(settings, "test", train.shape)
+    train, test = limited(train, settings, "train"), limited(test, settings, "test")
+    return TrainingData(train, test, run_config(settings, train))
+
+
+def load_split(settings: Settings, split: Split, shape: tuple[int, int, int] | None = None) -> ImageSource:
+    """One split of the data, whole; with pictures of `shape` (channels, height, width), or as the settings say."""
+    return load_data(
+        settings.data,
+        split=split,
+        image_size=settings.image_size if shape is None else shape[1:],
+        channels=settings.channels if shape is None else shape[0],
+        seed=settings.split_seed,
+        workers=settings.workers,
+    )
+
+
+def run_config(settings: Settings, train: ImageSource) -> RunConfig:
+    """The configuration of a run that is trained on all of `train`."""
+    mean, std = _normalisation(train, settings.split_seed)
+    return RunConfig(
+        settings=settings,
+        class_names=train.class_names,
+        class_counts=tuple(np.bincount(train.labels, minlength=len(train.class_names)).tolist()),
+        image_shape=train.shape,
+        mean=mean,
+        std=std,
+        versions={
+            "ltloss": ltloss.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )
+
+
+def limited(source: ImageSource, settings: Settings, split: Split) -> ImageSource:
+    """What a run uses of a split of its data: the long tail and the limits of its settings. `all` is left whole."""
+    seed = settings.split_seed
+    if split == "train":
+        if settings.limit_per_class is not None:
+            counts = np.full(len(source.class_names), settings.limit_per_class)
+            source = source.subset(keep_per_class(source.labels, counts, seed, "limit"))
+        return source.subset(long_tailed_subset(source.labels, settings.imbalance, seed))
+    if split == "test" and settings.limit_test is not None:
+        kept = numpy_generator(seed, "limit test").permutation(len(source))[: settings.limit_test]
+        return source.subset(np.sort(kept))
+    return source
+
+
+def _normalisation(source: ImageSource, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of (at most 4096 random) pictures with pixels in [0, 1]."""
+    sample = numpy_generator(seed, "normalisation").permutation(len(source))[:_NORMALISATION_PICTURES]
+    # Sums of integers: every machine finds the same mean, so a run can be resumed on another one.
+    total, squares = torch.zeros(2, source.shape[0], dtype=torch.int64)
+    for batch in batches(source, 512, np.sort(sample)):
+        pixels = batch.images.transpose(0, 1).flatten(1).long()
+        total += pixels.sum(1)
+        squares += pixels.square().sum(1)
+    count = len(sample) * source.shape[1] * source.shape[2]
+    mean = [value / count for value in total.tolist()]
+    variance = [value / count - m * m for value, m in zip(squares.tolist(), mean, strict=True)]
+    # One grey level is the least that pictures which all look the same can vary by.
+    return tuple(m / 255 for m in mean), tuple(math.sqrt(max(v, 1.0)) / 255 for v in variance)

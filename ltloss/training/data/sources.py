@@ -1,0 +1,347 @@
+"""Where pictures come from: arrays in memory (the digits, .npz files) and folders that are decoded on demand."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ltloss.training.data.decode import SUFFIXES, PictureError, open_picture, to_pixels
+from ltloss.training.data.splits import stratified_split
+from ltloss.training.errors import UserError
+
+Split = Literal["train", "test", "all"]
+Size = int | tuple[int, int] | None  # pixels: the side of a square, (height, width), or that of the data
+TEST_SHARE = 0.2
+SMALLEST_SIZE = 4  # what --image-size demands: the backbones pool pictures twice
+DEFAULT_FOLDER_SIZE = 64
+LARGEST_DEFAULT_SIZE = 128  # the size of the data is only used up to here: photos would need too much memory
+
+
+class ImageSource(Protocol):
+    """What training, evaluation and prediction consume."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels (N,) int64; -1 where unknown."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The C class names that the labels count."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """One display name per picture."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what `batch` returns."""
+
+    def __len__(self) -> int:
+        """Pictures in the source."""
+
+    def batch(self, indices: np.ndarray) -> torch.Tensor:
+        """Pixels (B, channels, height, width) uint8 of the pictures at indices (B,)."""
+
+    def picture(self, index: int) -> Image.Image:
+        """The original picture, for a gallery."""
+
+    def subset(self, indices: np.ndarray) -> ImageSource:
+        """The same source with only the pictures at indices."""
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Pictures in memory.
+
+    Args:
+        images: (N, H, W) or (N, H, W, 1 or 3) uint8.
+        labels: (N,) int64.
+        class_names: C names.
+        names: display names of the N pictures.
+
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    names: Sequence[str]
+
+    @cached_property
+    def _channels_first(self) -> np.ndarray:
+        images = self.images
+        return images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        channels, height, width = self._channels_first.shape[1:]
+        return channels, height, width
+
+    def __len__(self) -> int:
+        """Pictures in the source."""
+        return len(self.images)
+
+    def batch(self, indices: np.ndarray) -> torch.Tensor:
+        """Pixels (B, channels, height, width) uint8 of the pictures at indices (B,)."""
+        return torch.from_numpy(self._channels_first[indices])
+
+    def picture(self, index: int) -> Image.Image:
+        """The picture as it is stored."""
+        return Image.fromarray(self.images[index].squeeze())
+
+    def subset(self, indices: np.ndarray) -> ArrayImages:
+        """The pictures at indices."""
+        names = [self.names[i] for i in indices]
+        return ArrayImages(self.images[indices], self.labels[indices], self.class_names, names)
+
+    def reshaped(self, size: Size, channels: int | None) -> ArrayImages:
+        """The pictures at another size or number of channels; self where nothing changes."""
+        target = _target_shape(self.shape, size, channels)
+        if target == self.shape:
+            return self
+        pixels = [to_pixels(self.picture(i), target).transpose(1, 2, 0) for i in range(len(self))]
+        return ArrayImages(np.stack(pixels), self.labels, self.class_names, self.names)
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Pictures in files, decoded on demand by `workers` threads. `skipped` holds (name, reason) of those left out."""
+
+    folder: Path
+    names: Sequence[str]  # relative to folder
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    workers: int = 4
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+
+    def __len__(self) -> int:
+        """Pictures in the source."""
+        return len(self.names)
+
+    def picture(self, index: int) -> Image.Image:
+        """The picture at full size; UserError where the file was damaged or removed since it was checked."""
+        try:
+            return open_picture(self.folder / self.names[index])
+        except PictureError as reason:
+            raise UserError(
+                f"{self.folder / self.names[index]} {reason}; it changed since it was checked, restore it"
+            ) from None
+
+    def batch(self, indices: np.ndarray) -> torch.Tensor:
+        """Pixels (B, channels, height, width) uint8 of the pictures at indices (B,)."""
+        pixels = list(self._pool.map(lambda i: to_pixels(self.picture(i), self.shape), indices))
+        return torch.from_numpy(np.stack(pixels) if pixels else np.empty((0, *self.shape), np.uint8))
+
+    def subset(self, indices: np.ndarray) -> FolderImages:
+        """The pictures at indices."""
+        names = [self.names[i] for i in indices]
+        return FolderImages(
+            self.folder, names, self.labels[indices], self.class_names, self.shape, self.skipped, self.workers
+        )
+
+
+def load_data(
+    spec: str, *, split: Split, image_size: Size = None, channels: int | None = None, seed: int = 0, workers: int = 4
+) -> ImageSource:
+    """One split of `digits`, of a folder or of a FILE.npz.
+
+    A folder with exactly `train/` and `test/` (or `val/`) holds its splits there; of any other, and of the digits, a
+    seeded 20 % of each class is the test split. `all` is every picture.
+
+    Raises UserError for anything that cannot be used as classified pictures.
+    """
+    if spec == "digits":
+        return _digits(split, seed).reshaped(image_size, channels)
+    path = Path(spec)
+    if path.is_dir():
+        return _load_folder(path, split, image_size, channels, seed, workers)
+    if not path.exists():
+        raise UserError(f"data {spec!r} does not exist; give digits, a folder of class folders, or a FILE.npz")
+    if path.suffix != ".npz":
+        raise UserError(
+            f"data {spec} is a {path.suffix or 'plain'} file; give digits, a folder of class folders, or a FILE.npz"
+        )
+    from ltloss.training.data.npz import load_npz
+
+    return load_npz(path, split).reshaped(image_size, channels)
+
+
+def has_own_splits(spec: str) -> bool:
+    """Whether the data says itself which pictures are for training and for the test; else `load_data` draws them."""
+    path = Path(spec)
+    return spec != "digits" and (not path.is_dir() or _split_folders(path) is not None)
+
+
+def load_pictures(folder: Path, image_shape: tuple[int, int, int], *, workers: int = 4) -> FolderImages:
+    """Every picture below a folder, labels -1, for prediction; files that cannot be read are in `skipped`."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give a folder of pictures")
+    names = [str(path.relative_to(folder)) for path in _pictures_below(folder)]
+    source = _checked(folder, names, np.full(len(names), -1), (), lambda _: image_shape, workers)
+    if not len(source):
+        raise UserError(f"{folder} holds no picture that can be read; accepted are {', '.join(sorted(SUFFIXES))}")
+    return source
+
+
+def _digits(split: Split, seed: int) -> ArrayImages:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)
+    labels = data.target.astype(np.int64)
+    names = [f"digits/{i:05d}" for i in range(len(labels))]
+    source = ArrayImages(images, labels, tuple("0123456789"), names)
+    return source.subset(_split_indices(labels, split, seed))
+
+
+def _split_indices(labels: np.ndarray, split: Split, seed: int) -> np.ndarray:
+    if split == "all":
+        return np.arange(len(labels))
+    train, test = stratified_split(labels, TEST_SHARE, seed)
+    return train if split == "train" else test
+
+
+def _load_folder(folder: Path, split: Split, size: Size, channels: int | None, seed: int, workers: int) -> FolderImages:
+    class_names, names, labels = _listing(folder, split)
+    if split != "all" and _split_folders(folder) is None:
+        indices = _split_indices(labels, split, seed)
+        names, labels = [names[i] for i in indices], labels[indices]
+
+    def choose_shape(found: set[tuple[int, int, int]]) -> tuple[int, int, int]:
+        grey = all(shape[0] == 1 for shape in found)
+        sizes = {shape[1:] for shape in found}
+        common = sizes.pop() if len(sizes) == 1 else (DEFAULT_FOLDER_SIZE, DEFAULT_FOLDER_SIZE)
+        if size is None and max(common) > LARGEST_DEFAULT_SIZE:
+            print(
+                f"ltloss: the pictures of {folder} are {common[1]} x {common[0]} pixels, used at {DEFAULT_FOLDER_SIZE} "
+                f"x {DEFAULT_FOLDER_SIZE}; choose another size with --image-size",
+                file=sys.stderr,
+            )
+            common = (DEFAULT_FOLDER_SIZE, DEFAULT_FOLDER_SIZE)
+        return _target_shape((1 if grey else 3, *common), size, channels)
+
+    source = _checked(folder, names, labels, class_names, choose_shape, workers)
+    if split != "test":
+        present = np.bincount(source.labels, minlength=len(class_names))
+        empty = [name for name, count in zip(class_names, present, strict=True) if not count]
+        if empty:
+            raise UserError(
+                f"{folder}: no readable picture for class {_listed(empty)}; add pictures or remove the folder"
+            )
+    elif not len(source):
+        raise UserError(f"{folder}: no readable picture in the test split; add pictures")
+    return source
+
+
+def _split_folders(folder: Path) -> dict[str, str] | None:
+    """The folder's own splits {"train": ..., "test": ...}, where it has exactly two sub-folders of these names."""
+    present = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    for test in ("test", "val"):
+        if present == {"train", test}:
+            return {"train": "train", "test": test}
+    return None
+
+
+def _listing(folder: Path, split: Split) -> tuple[tuple[str, ...], list[str], np.ndarray]:
+    """Class names, picture names relative to `folder` and labels, before any picture is opened."""
+    splits = _split_folders(folder)
+    if splits is None:
+        roots = [folder]
+    else:
+        by_split = {name: _class_names(folder / place) for name, place in splits.items()}
+        check_same_classes(by_split["train"], by_split["test"], f"{folder}: train", f"{folder}: {splits['test']}")
+        roots = [folder / place for name, place in splits.items() if split in (name, "all")]
+    class_names = _class_names(roots[0])
+    names, labels = [], []
+    for root in roots:
+        for label, class_name in enumerate(class_names):
+            found = [str(path.relative_to(folder)) for path in _pictures_below(root / class_name)]
+            if not found:
+                raise UserError(f"{root / class_name} holds no pictures; add some or remove the folder")
+            names += found
+            labels += [label] * len(found)
+    return class_names, names, np.array(labels, dtype=np.int64)
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(names) < 2:
+        raise UserError(
+            f"{folder} has {len(names)} class sub-folders, at least 2 are needed; "
+            "sort the pictures as FOLDER/<class>/*.png"
+        )
+    return tuple(names)
+
+
+def check_same_classes(expected: Sequence[str], given: Sequence[str], expected_from: str, given_from: str) -> None:
+    """UserError that names the differing classes, unless both lists are equal."""
+    if tuple(expected) == tuple(given):
+        return
+    missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    parts = [f"{expected_from} has {_listed(missing)} which {given_from} lacks"] if missing else []
+    parts += [f"{given_from} has {_listed(extra)} which {expected_from} lacks"] if extra else []
+    raise UserError(f"the classes differ: {'; '.join(parts) or 'their order'}. Use data with the same classes")
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _checked(
+    folder: Path,
+    names: Sequence[str],
+    labels: np.ndarray,
+    class_names: tuple[str, ...],
+    choose_shape: Callable[[set[tuple[int, int, int]]], tuple[int, int, int]],
+    workers: int,
+) -> FolderImages:
+    """Decode every file once; those that fail are reported on stderr and left out, so training never meets them."""
+
+    def look(name: str) -> tuple[int, int, int] | PictureError:
+        try:
+            picture = open_picture(folder / name)
+        except PictureError as reason:
+            return reason
+        return len(picture.getbands()), picture.height, picture.width
+
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(look, names))
+    skipped = [
+        (name, str(result)) for name, result in zip(names, results, strict=True) if isinstance(result, PictureError)
+    ]
+    for name, reason in skipped:
+        print(f"ltloss: left out {folder / name}: {reason}", file=sys.stderr)
+    good = [i for i, result in enumerate(results) if not isinstance(result, PictureError)]
+    shapes = {result for result in results if not isinstance(result, PictureError)}
+    kept = [names[i] for i in good]
+    shape = choose_shape(shapes)
+    return FolderImages(folder, kept, labels[good], class_names, shape, skipped, workers)
+
+
+def _target_shape(shape: tuple[int, int, int], size: Size, channels: int | None) -> tuple[int, int, int]:
+    height, width = (size, size) if isinstance(size, int) else size or shape[1:]
+    if min(height, width) < SMALLEST_SIZE:
+        raise UserError(
+            f"the pictures are {width} x {height} pixels, each side must be at least {SMALLEST_SIZE}; "
+            "enlarge them with --image-size"
+        )
+    return channels or shape[0], height, width

@@ -1,0 +1,57 @@
+"""The long-tailed training subset that the literature uses, and other seeded selections of samples."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ltloss.training.errors import UserError
+from ltloss.training.run.seeds import numpy_generator
+
+
+def long_tailed_counts(available: np.ndarray, imbalance: float) -> np.ndarray:
+    """Samples to keep per class: n_i = floor(n_max * imbalance ** (-i / (C - 1))) for the class ranked i, (C,) int64.
+
+    Classes are ranked by size, equal ones by index (Cui et al. 2019, Cao et al. 2019 rank balanced data by index); a
+    class never keeps more than it has.
+
+    Raises UserError where the rarest class would keep nothing.
+    """
+    order = np.argsort(-available, kind="stable")
+    largest, classes = int(available[order[0]]), len(available)
+    # The last exponent is -1, where `largest / imbalance` may be whole: 1e-9 keeps rounding from taking one away.
+    exact = largest * imbalance ** (-np.arange(classes) / max(classes - 1, 1))
+    counts = np.empty(classes, dtype=np.int64)
+    counts[order] = np.minimum(np.floor(exact + 1e-9), available[order])
+    if counts.min() < 1:
+        raise UserError(
+            f"imbalance {imbalance:g} leaves nothing of the rarest of {classes} classes (the largest has {largest}); "
+            f"use at most {largest}"
+        )
+    return counts
+
+
+def long_tailed_subset(labels: np.ndarray, imbalance: float, seed: int) -> np.ndarray:
+    """Sorted indices of a seeded long-tailed subset of labels (N,); imbalance 1 keeps every sample."""
+    if imbalance == 1:
+        return np.arange(len(labels))
+    available = np.bincount(labels)
+    return keep_per_class(labels, long_tailed_counts(available, imbalance), seed, "long tail")
+
+
+def keep_per_class(labels: np.ndarray, counts: np.ndarray, seed: int, purpose: str) -> np.ndarray:
+    """Sorted indices of at most counts[c] random samples of each class c; `purpose` names the random stream."""
+    generator = numpy_generator(seed, purpose)
+    # One shuffle and one stable sort by class put every class's samples together in random order.
+    shuffled = generator.permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    sizes = np.bincount(labels, minlength=len(counts))
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(by_class[rank < counts[labels[by_class]]])
+
+
+def stratified_split(labels: np.ndarray, test_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted (train, test) indices with `test_share` of each class in test; a class of one sample stays in train."""
+    sizes = np.bincount(labels)
+    test_counts = np.where(sizes > 1, np.maximum(np.round(sizes * test_share), 1), 0).astype(np.int64)
+    test = keep_per_class(labels, test_counts, seed, "split")
+    return np.setdiff1d(np.arange(len(labels)), test), test

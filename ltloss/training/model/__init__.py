@@ -1,0 +1,1 @@
+"""Backbones, and the classifier that joins one to a loss."""

@@ -1,0 +1,93 @@
+"""The trained thing: pictures in, features and logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ltloss.training.errors import UserError
+from ltloss.training.model.backbones import build_backbone
+from ltloss.training.model.registry import LossHead, build_loss
+from ltloss.training.run.checkpoint import latest_checkpoint, read_tensors
+from ltloss.training.run.settings import RunConfig
+
+
+class Classifier(nn.Module):
+    """Normalisation of pixels, backbone, batch normalisation of the feature, and loss head of one run.
+
+    `features` maps pictures to features; `loss` maps features to the loss, to logits and to the best classes.
+    `loss.weight` (C, D) are the class prototypes, parameters of this module like any other.
+    """
+
+    loss: LossHead
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        settings = config.settings
+        self.config = config
+        self.backbone = build_backbone(settings.backbone, config.image_shape, settings.embedding_size)
+        # As InsightFace does: without it the features of a fresh network nearly coincide in direction, and a loss that
+        # sees directions alone starts slowly or not at all.
+        self.norm = nn.BatchNorm1d(settings.embedding_size) if settings.embedding_norm else nn.Identity()
+        self.loss = build_loss(settings.loss, config.class_counts, settings.embedding_size, settings.all_loss_options)
+        self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (N, D) of uint8 pictures (N, channels, H, W) of the shape `config.image_shape`."""
+        pixels = images.to(self.mean.device, self.mean.dtype) / 255
+        return cast(Tensor, self.norm(self.backbone((pixels - self.mean) / self.std)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, C) of uint8 pictures (N, channels, H, W)."""
+        return self.loss.logits(self.features(images))
+
+    @classmethod
+    def load(cls, run_dir: str | Path, device: str | torch.device | None = None) -> Classifier:
+        """The classifier of a run's newest checkpoint, in evaluation mode.
+
+        Raises UserError where run_dir is no run, has no checkpoint yet, or its checkpoint does not fit.
+        """
+        run = Path(run_dir)
+        classifier = cls(RunConfig.read(run))
+        checkpoint = latest_checkpoint(run)
+        if checkpoint is None:
+            raise UserError(f"{run} has no checkpoint yet; finish an epoch with `ltloss train --resume --out {run}`")
+        weights = read_tensors(checkpoint / "model.safetensors")
+        check_tensors(checkpoint / "model.safetensors", weights, classifier.state_dict())
+        classifier.load_state_dict(weights)
+        return classifier.to(choose_device(device)).eval()
+
+
+def check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """UserError that names the first tensor read from `path` which is missing, unknown or of another shape."""
+    for name in [*wanted, *stored]:
+        there = tuple(stored[name].shape) if name in stored else "missing"
+        here = tuple(wanted[name].shape) if name in wanted else "missing"
+        if there != here:
+            raise UserError(
+                f"{path}: tensor {name} is {there} there and {here} in the model that config.json describes; "
+                "restore the run's own files, or train again into a new --out"
+            )
+
+
+def choose_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, or a GPU where there is one; UserError where it cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not cpu, cuda or mps")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device {name} cannot be used ({str(error).splitlines()[0]}); use cpu, or leave it out"
+        ) from None
+    return device

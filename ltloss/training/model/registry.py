@@ -1,0 +1,127 @@
+"""The losses by name, as `ltloss train --loss NAME` builds them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from ltloss.training.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from ltloss._types import TopK
+
+
+class LossHead(Protocol):
+    """What the classifier needs of a loss module (an `nn.Module` too)."""
+
+    scale: float
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The class prototypes (C, D), a parameter."""
+
+    def __call__(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Scalar loss of features (N, D) with labels (N,)."""
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (N, C) without any margin."""
+
+    def predict(self, features: torch.Tensor, k: int = 1) -> TopK:
+        """The k best classes of each sample."""
+
+
+@dataclass(frozen=True)
+class LossKind:
+    """How one name on the command line becomes a module: the class, and what it calls the common options."""
+
+    class_name: str
+    takes_counts: bool = False
+    tau_as_prior: bool = False  # it has no tau of its own, but takes the prior that tau gives
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+LOSSES: dict[str, LossKind] = {
+    "softmax": LossKind("SoftmaxLoss", takes_counts=True),
+    "cosine": LossKind("CosineSoftmaxLoss", tau_as_prior=True),
+    "cosface": LossKind("CosFaceLoss", tau_as_prior=True),
+    "arcface": LossKind("ArcFaceLoss", tau_as_prior=True),
+    "combined": LossKind("CombinedMarginLoss", tau_as_prior=True, aliases={"margin": "angular_margin"}),
+    "ldam": LossKind("LDAMLoss", takes_counts=True, tau_as_prior=True, aliases={"margin": "max_margin"}),
+    "logit-adjusted": LossKind("LogitAdjustedLoss", takes_counts=True),
+    "long-tail": LossKind("LongTailLoss", takes_counts=True),
+    "cosine-space": LossKind("CosineSpaceLoss"),
+}
+
+# Decided by the data, the model and the training loop, so never an option of a run.
+_DECIDED_ELSEWHERE = {
+    *("self", "num_classes", "embedding_size", "class_counts"),
+    *("log_prior", "class_weight", "ignore_index", "reduction", "device", "dtype"),
+}
+
+
+def _loss_class(name: str) -> tuple[LossKind, Any]:
+    if name not in LOSSES:
+        raise UserError(f"--loss {name} is unknown; {nearest(name, LOSSES)}")
+    kind = LOSSES[name]
+    if name == "softmax":
+        from ltloss.training.model.softmax_loss import SoftmaxLoss
+
+        return kind, SoftmaxLoss
+    import ltloss
+
+    return kind, getattr(ltloss, kind.class_name)
+
+
+def _option_names(kind: LossKind, loss_class: Any) -> set[str]:
+    """What the constructor takes by name; `**options` are those that the whole family shares."""
+    from ltloss.losses.margin_losses import LossOptions
+
+    parameters = inspect.signature(loss_class.__init__).parameters
+    shared = set(LossOptions.__annotations__) if "options" in parameters else set()
+    own = (set(parameters) - {"options"} | shared) - _DECIDED_ELSEWHERE
+    return own | {"tau"} if kind.tau_as_prior else own
+
+
+def loss_arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments of the loss `name` for `options` (`scale`, `margin`, anything its class documents).
+
+    Raises UserError for an option that this loss does not take, naming those it takes.
+    """
+    kind, loss_class = _loss_class(name)
+    valid = _option_names(kind, loss_class)
+    arguments = {}
+    for option, value in options.items():
+        argument = kind.aliases.get(option, option)
+        if argument not in valid:
+            takes = ", ".join(sorted(valid)) or "none"
+            raise UserError(f"loss {name} has no option {option} (given: {value}); remove it. Its options are: {takes}")
+        arguments[argument] = value
+    return arguments
+
+
+def takes_option(name: str, option: str) -> bool:
+    """Whether the loss `name` has that option."""
+    kind, loss_class = _loss_class(name)
+    return kind.aliases.get(option, option) in _option_names(kind, loss_class)
+
+
+def build_loss(name: str, class_counts: Sequence[int], embedding_size: int, options: Mapping[str, Any]) -> LossHead:
+    """The loss module `name` for len(class_counts) classes; `options` as in `loss_arguments`."""
+    kind, loss_class = _loss_class(name)
+    arguments = loss_arguments(name, options)
+    try:
+        if kind.tau_as_prior and "tau" in arguments:
+            from ltloss.class_balance import log_prior_from_counts
+
+            arguments["log_prior"] = log_prior_from_counts(class_counts, arguments.pop("tau"))
+        if kind.takes_counts:
+            module = loss_class.from_counts(class_counts, embedding_size, **arguments)
+        else:
+            module = loss_class(len(class_counts), embedding_size, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"loss {name} with {dict(options)}: {' '.join(str(error).split())}") from error
+    return cast(LossHead, module)

@@ -1,0 +1,271 @@
+"""The page that shows classified pictures: by class, the least certain first, and the least certain of all on top."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import numpy as np
+from PIL import Image
+
+from ltloss.training.errors import UserError
+from ltloss.training.pages.html import details, escape, page, table, tiles
+
+if TYPE_CHECKING:
+    from ltloss.training.data.sources import ImageSource
+    from ltloss.training.predict.predict import Predictions
+
+__all__ = [
+    "EMBEDDED_PICTURES",
+    "THUMBNAIL_SIZE",
+    "UNCERTAIN_BELOW",
+    "Gallery",
+    "folder_address",
+    "percent",
+    "thumbnail",
+    "write_gallery",
+]
+
+THUMBNAIL_SIZE = 160  # pixels of the longer side
+EMBEDDED_PICTURES = 1000  # up to here the page holds its pictures (some 5 MB); beyond, they lie in a folder beside it
+UNCERTAIN_BELOW = 0.5  # a probability below this counts as uncertain
+_UNCERTAIN_SHOWN = 48  # how many of these the section on top repeats
+_CRISP_BELOW = 65  # pictures smaller than this are enlarged without smoothing: their pixels are the content
+
+_THREADS = 4  # decode and shrink pictures
+_AT_ONCE = 64  # previews in memory
+
+_STYLE = """
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.25rem, 1fr)); gap: .75rem; margin: .75rem 0; }
+.card { background: var(--card); border-radius: .5rem; overflow: hidden; margin: 0; font-size: .8rem;
+  line-height: 1.35; }
+.card img, .card .missing { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain;
+  background: color-mix(in srgb, var(--line) 45%, transparent); }
+.card .missing { display: grid; place-items: center; padding: .5rem; text-align: center; color: var(--quiet); }
+.crisp { image-rendering: pixelated; }
+.card figcaption { padding: .4rem .6rem .55rem; }
+.card .name { color: var(--quiet); display: block; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.card .class { display: block; overflow-wrap: anywhere; font-weight: 600; }
+.card .wrong { display: block; color: var(--contrast); overflow-wrap: anywhere; }
+.bar { display: block; height: 4px; margin: .25rem 0; border-radius: 2px; background: var(--line); }
+.bar i { display: block; height: 100%; border-radius: 2px; background: var(--accent); }
+.bar.low i { background: var(--contrast); }
+.group { content-visibility: auto; contain-intrinsic-size: auto 20rem; }
+.contents { columns: 14rem; padding: 0; list-style: none; font-size: .9rem; }
+.contents li { overflow-wrap: anywhere; }
+"""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What a gallery shows beside the pictures themselves.
+
+    Args:
+        title: the heading.
+        origin: one sentence: which pictures, which model.
+        class_names: by class index.
+        skipped: (name, reason) of every picture that could not be read.
+        originals: address of the folder that the names of the pictures are relative to (:func:`folder_address`);
+            each picture then links to its file.
+    """
+
+    title: str
+    origin: str
+    class_names: Sequence[str]
+    skipped: Sequence[tuple[str, str]] = field(default=())
+    originals: str | None = None
+
+    def class_label(self, class_index: int) -> str:
+        """Return the escaped name of a class, or words where it is empty."""
+        return escape(self.class_names[class_index]) or "(no name)"
+
+
+def folder_address(folder: Path, page_folder: Path) -> str:
+    """Return the URL of ``folder`` for a page in ``page_folder``: relative, so that both can move together."""
+    try:
+        relative = os.path.relpath(folder, page_folder)
+    except ValueError:  # another drive on Windows
+        return folder.resolve().as_uri()
+    # "./": a name such as "javascript:x" must stay a file name
+    return "./" + quote(os.fsencode(relative).replace(os.fsencode(os.sep), b"/"))
+
+
+def percent(probability: float) -> str:
+    """Return a probability for people; what is not certain is never shown as 100%."""
+    if 0.9995 <= probability < 1:
+        return "> 99.9%"
+    return f"{100 * probability:.1f}%"
+
+
+def thumbnail(picture: Image.Image) -> tuple[bytes, str]:
+    """Return a small copy of a picture of mode L or RGB as (bytes, "png" or "jpeg").
+
+    Tiny pictures keep every pixel (PNG).
+    """
+    stream = io.BytesIO()
+    picture.info.clear()  # no colour profile, no comment, no place where it was taken
+    if max(picture.size) < _CRISP_BELOW:
+        picture.save(stream, "PNG", optimize=True)
+        return stream.getvalue(), "png"
+    picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    picture.save(stream, "JPEG", quality=82)
+    return stream.getvalue(), "jpeg"
+
+
+class _Cards:
+    """Makes the cards of pictures, a few at a time, and their previews: inside the page, or in ``folder`` beside it."""
+
+    def __init__(
+        self, predictions: Predictions, source: ImageSource, gallery: Gallery, folder: Path | None, pool: Executor
+    ) -> None:
+        self.predictions, self.source, self.gallery, self.folder = predictions, source, gallery, folder
+        self._pool = pool
+        if folder is not None:
+            folder.mkdir()
+
+    def _address(self, number: int, content: bytes, kind: str) -> str:
+        if self.folder is None:
+            return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+        file = self.folder / f"{number:06d}.{'jpg' if kind == 'jpeg' else kind}"
+        if not file.exists():  # a picture of the section on top was there before
+            file.write_bytes(content)
+        return f"{self.folder.name}/{file.name}"
+
+    def _image(self, number: int, description: str) -> str:
+        try:
+            content, kind = thumbnail(self.source.picture(number))
+        except UserError as error:  # removed or damaged since it was classified
+            return f'<div class="missing">{escape(error)}</div>'
+        crisp = ' class="crisp"' if kind == "png" else ""
+        return (
+            f'<img src="{self._address(number, content, kind)}" alt="{escape(description)}"{crisp} loading="lazy" '
+            f'decoding="async" width="{THUMBNAIL_SIZE}" height="{THUMBNAIL_SIZE}">'
+        )
+
+    def _linked(self, image: str, name: str) -> str:
+        if self.gallery.originals is None:
+            return image
+        return f'<a href="{escape(self.gallery.originals)}/{quote(os.fsencode(Path(name).as_posix()))}">{image}</a>'
+
+    def card(self, number: int, *, with_class: bool) -> str:
+        """Return the HTML of picture ``number``; ``with_class`` where the section's heading does not name the class."""
+        label, name = self.gallery.class_label, self.source.names[number]
+        index, probability = self.predictions.index[number], self.predictions.probability[number]
+        predicted, likely = self.gallery.class_names[index[0]], float(probability[0])
+        lines = [f'<span class="class">{label(index[0])}</span>'] if with_class else []
+        truth = int(self.source.labels[number])
+        if truth not in (-1, index[0]):
+            lines.append(f'<span class="wrong">✗ labelled {label(truth)}</span>')
+        low = " low" if likely < UNCERTAIN_BELOW else ""
+        lines.append(f'<span class="bar{low}"><i style="width:{100 * likely:.0f}%"></i></span>')
+        lines.append(f"{percent(likely)} · {self.predictions.angle[number]:.0f}°")
+        if len(index) > 1:
+            lines.append(f'<span class="name">or {label(index[1])}, {percent(float(probability[1]))}</span>')
+        lines.append(f'<span class="name" title="{escape(name)}">{escape(name)}</span>')
+        image = self._linked(self._image(number, f"{name}: {predicted}, {percent(likely)}"), name)
+        return f'<figure class="card">{image}<figcaption>{"".join(lines)}</figcaption></figure>'
+
+    def grid(self, numbers: np.ndarray, *, with_class: bool) -> Iterator[str]:
+        """Yield the cards of ``numbers`` in that order."""
+        make = partial(self.card, with_class=with_class)
+        yield '<div class="cards">'
+        for start in range(0, len(numbers), _AT_ONCE):
+            yield from self._pool.map(make, numbers[start : start + _AT_ONCE].tolist())
+        yield "</div>"
+
+
+def _header(cards: _Cards, classes: int) -> Iterator[str]:
+    gallery, predictions = cards.gallery, cards.predictions
+    count = len(predictions.index)
+    labelled = cards.source.labels >= 0
+    agreeing = int((cards.source.labels == predictions.index[:, 0]).sum())
+    agreement = [("as labelled", f"{agreeing:,} of {labelled.sum():,}")] if labelled.any() else []
+    uncertain = int((predictions.probability[:, 0] < UNCERTAIN_BELOW).sum())
+    yield f'<h1>{escape(gallery.title)}</h1>\n<p class="quiet">{escape(gallery.origin)}</p>'
+    yield tiles(
+        [
+            ("pictures classified", f"{count:,}"),
+            ("classes found", f"{classes:,} of {len(gallery.class_names):,}"),
+            (f"uncertain (below {UNCERTAIN_BELOW:.0%})", f"{uncertain:,}"),
+            *agreement,
+            ("could not be read", f"{len(gallery.skipped):,}"),
+        ]
+    )
+    place = "inside this page" if cards.folder is None else "in the folder beside this page"
+    yield (
+        '<p class="quiet">Under each picture: the probability of its class, and the angle between its feature and the '
+        f"prototype of the class (0° is a perfect match, 90° unrelated). The previews, at most {THUMBNAIL_SIZE} pixels "
+        f"wide or high, are {place}.</p>"
+    )
+
+
+def _uncertain(cards: _Cards, by_certainty: np.ndarray) -> Iterator[str]:
+    probability = cards.predictions.probability[by_certainty, 0]
+    uncertain = by_certainty[probability < UNCERTAIN_BELOW]
+    yield '<section id="uncertain">\n<h2>Uncertain</h2>'
+    if len(uncertain) == 0:
+        yield f"<p>None: every picture has a probability of at least {UNCERTAIN_BELOW:.0%}.</p>"
+    elif len(uncertain) > _UNCERTAIN_SHOWN:
+        yield (
+            f"<p>The {_UNCERTAIN_SHOWN} least certain of {len(uncertain):,} pictures with a probability below "
+            f"{UNCERTAIN_BELOW:.0%}. The others are under their classes.</p>"
+        )
+    if len(uncertain):
+        yield from cards.grid(uncertain[:_UNCERTAIN_SHOWN], with_class=True)
+    yield "</section>"
+
+
+def _contents(gallery: Gallery, groups: dict[int, np.ndarray]) -> str:
+    entries = "\n".join(
+        f'<li><a href="#class-{c}">{gallery.class_label(c)}</a> <span class="quiet">{len(members):,}</span></li>'
+        for c, members in groups.items()
+    )
+    return details(f"Classes ({len(groups):,})", f'<ul class="contents">{entries}</ul>', opened=len(groups) <= 40)
+
+
+def _body(cards: _Cards) -> Iterator[str]:
+    gallery, predictions = cards.gallery, cards.predictions
+    by_certainty = np.argsort(predictions.probability[:, 0], kind="stable")
+    predicted = predictions.index[by_certainty, 0]
+    order = np.argsort(predicted, kind="stable")  # by class, and within it still by certainty
+    classes, starts = np.unique(predicted[order], return_index=True)
+    groups = dict(zip(classes.tolist(), np.split(by_certainty[order], starts[1:]), strict=True))
+    yield from _header(cards, len(groups))
+    yield from _uncertain(cards, by_certainty)
+    yield f"<section>\n<h2>By class</h2>\n{_contents(gallery, groups)}\n</section>"
+    for class_index, members in groups.items():
+        heading = f'{gallery.class_label(class_index)} <span class="quiet">{len(members):,}</span>'
+        yield f'<section class="group" id="class-{class_index}">\n<h2>{heading}</h2>'
+        yield from cards.grid(members, with_class=False)
+        yield "</section>"
+    if gallery.skipped:
+        yield '<section id="skipped">\n<h2>Could not be read</h2>'
+        yield table(["picture", "reason"], gallery.skipped)
+        yield "</section>"
+
+
+def write_gallery(path: Path, predictions: Predictions, source: ImageSource, gallery: Gallery, *, folder: str) -> None:
+    """Write the page that shows every picture of ``source`` under the class that was predicted for it.
+
+    Up to :data:`EMBEDDED_PICTURES` pictures the page is self-contained; beyond, the previews go into ``folder`` beside
+    it and a browser loads those that come into view.
+
+    Args:
+        path: the HTML file to write.
+        predictions: as :func:`ltloss.training.predict.predict.classify` returns them for ``source``.
+        source: the pictures; where it knows labels, wrong predictions are marked.
+        gallery: title, class names, skipped pictures.
+        folder: the name of the folder for previews, which must not exist yet.
+    """
+    beside = path.parent / folder if len(source) > EMBEDDED_PICTURES else None
+    with ThreadPoolExecutor(_THREADS) as pool, path.open("w", encoding="utf-8", newline="\n") as stream:
+        cards = _Cards(predictions, source, gallery, beside, pool)
+        stream.writelines(page(gallery.title, _body(cards), style=_STYLE))

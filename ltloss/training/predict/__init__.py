@@ -1,0 +1,1 @@
+"""Classify images with a run and sort them into folders."""

@@ -1,0 +1,250 @@
+"""Classify the pictures of a folder with a trained run: a table, a gallery page and, if wanted, sorted copies."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ltloss.training.data.batches import batches
+from ltloss.training.errors import UserError
+from ltloss.training.pages.gallery import UNCERTAIN_BELOW, Gallery, folder_address, write_gallery
+from ltloss.training.predict.output_folder import OutputFolder
+from ltloss.training.predict.sort_images import Sorter
+from ltloss.training.run.progress import progress_bar
+
+if TYPE_CHECKING:
+    from ltloss.training.data.sources import FolderImages, ImageSource
+    from ltloss.training.model.classifier import Classifier
+
+__all__ = ["PredictionSummary", "Predictions", "classify", "predict_folder"]
+
+_TABLE, _GALLERY, _SKIPPED, _SORTED, _MANIFEST = (
+    "predictions.csv",
+    "gallery.html",
+    "skipped.csv",
+    "sorted.csv",
+    "prediction.json",
+)
+_LOGITS_AT_ONCE = 1 << 22  # elements: 16 MiB of float32, however many classes there are
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The K best classes of N pictures, best first.
+
+    Attributes:
+        index: (N, K) int64 classes in order of the cosine between feature and prototype.
+        probability: (N, K) float64, of the softmax over all classes.
+        angle: (N,) float64 degrees between the feature and the prototype of the best class, in [0, 180].
+    """
+
+    index: np.ndarray
+    probability: np.ndarray
+    angle: np.ndarray
+
+
+@dataclass(frozen=True)
+class PredictionSummary:
+    """What :func:`predict_folder` did; ``str()`` of it is what the command line prints."""
+
+    out: Path
+    table: Path
+    gallery: Path
+    pictures: int
+    classes: int
+    uncertain: int
+    skipped: int
+    sorted_into: Path | None
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.pictures:,} pictures classified into {self.classes:,} classes, "
+            f"{self.uncertain:,} of them uncertain (below {UNCERTAIN_BELOW:.0%})"
+        ]
+        if self.skipped:
+            lines.append(f"{self.skipped:,} files could not be read, see {self.out / _SKIPPED}")
+        if self.sorted_into is not None:
+            lines.append(f"copies sorted into {self.sorted_into}")
+        return "\n".join([*lines, f"table: {self.table}", f"open {self.gallery}"])
+
+
+def _probabilities(classifier: Classifier, features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Softmax probabilities (B, K) of the classes ``index``; the logits exist for a few rows at a time only."""
+    rows = max(1, _LOGITS_AT_ONCE // len(classifier.config.class_names))
+    pieces = []
+    for start in range(0, len(features), rows):
+        logits = classifier.loss.logits(features[start : start + rows]).double()
+        wanted = logits.gather(1, index[start : start + rows])
+        pieces.append((wanted - logits.logsumexp(1, keepdim=True)).exp())
+    return torch.cat(pieces)
+
+
+def _check_finite(features: torch.Tensor, names: Sequence[str]) -> None:
+    finite = features.isfinite().all(1)
+    if not bool(finite.all()):
+        first = int((~finite).nonzero()[0, 0])
+        raise UserError(
+            f"the model gives a feature that is not finite for {names[first]!r}; "
+            "train it again, with a lower learning rate if its training diverged"
+        )
+
+
+@torch.inference_mode()
+def classify(classifier: Classifier, source: ImageSource, *, top: int = 2, batch_size: int = 256) -> Predictions:
+    """Return the ``top`` best classes (at most as many as there are) of every picture of ``source``.
+
+    Raises:
+        UserError: the model gives a feature that is not finite, as one does whose training diverged.
+    """
+    k = min(top, len(classifier.config.class_names))
+    classifier.eval()
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    done = 0
+    with progress_bar(len(source), what="picture") as progress:
+        for batch in batches(source, batch_size):
+            features = classifier.features(batch.images).float()
+            _check_finite(features, source.names[done : done + len(features)])
+            best = classifier.loss.predict(features, k)
+            probability = _probabilities(classifier, features, best.index)
+            angle = best.cosine[:, 0].double().clamp(-1, 1).acos().rad2deg()
+            parts.append((best.index.cpu(), probability.cpu(), angle.cpu()))
+            done += len(features)
+            progress.update(len(features))
+    return Predictions(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
+
+
+def _write_table(path: Path, header: list[str], rows: Iterator[list[str]]) -> None:
+    # surrogateescape: file names that are not UTF-8 come out as the bytes they are
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _prediction_header(ranks: int) -> list[str]:
+    header = ["image", "class", "probability", "angle_degrees", "runner_up", "runner_up_probability"]
+    return header + [name for rank in range(3, ranks + 1) for name in (f"class_{rank}", f"probability_{rank}")]
+
+
+def _prediction_rows(
+    predictions: Predictions, source: ImageSource, class_names: tuple[str, ...]
+) -> Iterator[list[str]]:
+    for name, index, probability, angle in zip(
+        source.names, predictions.index, predictions.probability, predictions.angle, strict=True
+    ):
+        ranked = [cell for c, p in zip(index, probability, strict=True) for cell in (class_names[c], f"{p:.6g}")]
+        ranked += [""] * (4 - len(ranked))  # a single class has no runner-up
+        yield [name, *ranked[:2], f"{angle:.3f}", *ranked[2:]]
+
+
+def _sort(source: ImageSource, images: Path, sorter: Sorter, predictions: Predictions) -> Iterator[list[str]]:
+    """Copy every picture and yield the record of it."""
+    for name, index in zip(source.names, predictions.index[:, 0], strict=True):
+        copy = sorter.copy(images / name, int(index))
+        yield [name, sorter.class_names[index], copy.relative_to(sorter.root).as_posix()]
+
+
+def _write_outputs(
+    staging: Path, source: FolderImages, gallery: Gallery, predictions: Predictions, class_names: tuple[str, ...]
+) -> None:
+    table = staging / _TABLE
+    rows = _prediction_rows(predictions, source, class_names)
+    _write_table(table, _prediction_header(predictions.index.shape[1]), rows)
+    _write_table(staging / _SKIPPED, ["image", "reason"], ([name, reason] for name, reason in source.skipped))
+    # A name of its own for each set of previews: an older page keeps working until the newer one has replaced it.
+    previews = "previews-" + hashlib.sha256(table.read_bytes()).hexdigest()[:12]
+    write_gallery(staging / _GALLERY, predictions, source, gallery, folder=previews)
+
+
+def _labels_by_folder(names: Sequence[str], class_names: tuple[str, ...]) -> np.ndarray:
+    """Labels (N,) where all pictures lie in folders named like classes, as sorted data does; -1 otherwise."""
+    numbers = {name: number for number, name in enumerate(class_names)}
+    labels = [numbers.get(Path(name).parts[0], -1) if len(Path(name).parts) > 1 else -1 for name in names]
+    return np.array(labels if -1 not in labels else [-1] * len(names), dtype=np.int64)
+
+
+def _refuse_nested(images: Path, out: Path, sort_into: Path | None) -> None:
+    """Refuse folders in which one run's output would be the next one's input, or would be replaced by it."""
+    inside = [("--out", out, "the pictures", images)]
+    if sort_into is not None:
+        inside += [("--sort-into", sort_into, "the pictures", images), ("--sort-into", sort_into, "--out", out)]
+        inside += [("--images", images, "--sort-into", sort_into)]
+    for name, folder, other_name, other in inside:
+        if folder.resolve().is_relative_to(other.resolve()):
+            raise UserError(f"{name} {folder} lies inside {other_name} {other}; choose a folder outside of it")
+
+
+def predict_folder(
+    run: Path,
+    images: Path,
+    out: Path,
+    *,
+    sort_into: Path | None = None,
+    top: int = 2,
+    device: str | None = None,
+    batch_size: int = 256,
+) -> PredictionSummary:
+    """Classify every picture below ``images`` with the newest checkpoint of ``run``.
+
+    Writes ``out/predictions.csv`` (image, class, probability, angle_degrees, runner_up, runner_up_probability),
+    ``out/gallery.html``, ``out/skipped.csv`` (image, reason) and ``out/prediction.json``; with ``sort_into`` also
+    copies to ``sort_into/<class>/`` and their record ``out/sorted.csv`` (image, class, copy). The files appear when all
+    of them are complete, and then replace those of an earlier prediction. Where the pictures already lie in folders
+    named like the classes, the gallery marks those that were classified otherwise.
+
+    Args:
+        run: the folder of a training run.
+        images: a folder with pictures, at any depth.
+        out: the folder for the results.
+        sort_into: a folder for copies of the pictures by predicted class; no file in it is overwritten. Copies made
+            before something fails stay there.
+        top: how many classes the table has per picture, at least 1; the best and the runner-up always are there.
+        device: where to run, such as "cuda:0"; a GPU where there is one if not given.
+        batch_size: pictures at a time.
+
+    Raises:
+        UserError: a folder is missing, has no readable picture, cannot be written to or holds other files.
+    """
+    from ltloss.training.data.sources import load_pictures
+    from ltloss.training.model.classifier import Classifier
+
+    for name, value in (("--top", top), ("--batch-size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, is {value}; correct it")
+    _refuse_nested(images, out, sort_into)
+    names = (_TABLE, _GALLERY, _SKIPPED, _SORTED, "previews-*")
+    with OutputFolder(out, names=names, manifest=_MANIFEST) as output:
+        classifier = Classifier.load(run, device)
+        class_names = classifier.config.class_names
+        source = load_pictures(images, classifier.config.image_shape)
+        source = replace(source, labels=_labels_by_folder(source.names, class_names))
+        predictions = classify(classifier, source, top=max(top, 2), batch_size=batch_size)
+        origin = f"{len(source):,} pictures of {images}, classified by {run} ({classifier.config.loss} loss)"
+        address = folder_address(images.resolve(), out.resolve())
+        gallery = Gallery(f"Predictions of {run.resolve().name}", origin, class_names, source.skipped, address)
+        _write_outputs(output.staging, source, gallery, predictions, class_names)
+        if sort_into is not None:
+            sorter = Sorter(sort_into, class_names)
+            copies = _sort(source, images, sorter, predictions)
+            _write_table(output.staging / _SORTED, ["image", "class", "copy"], copies)
+        output.publish(
+            {"run": str(run), "images": str(images), "pictures": len(source), "skipped": len(source.skipped)}
+        )
+    best = predictions.probability[:, 0]
+    return PredictionSummary(
+        out=out,
+        table=out / _TABLE,
+        gallery=out / _GALLERY,
+        pictures=len(source),
+        classes=len(np.unique(predictions.index[:, 0])),
+        uncertain=int((best < UNCERTAIN_BELOW).sum()),
+        skipped=len(source.skipped),
+        sorted_into=sort_into,
+    )

@@ -1,0 +1,1 @@
+"""One training run: settings, run folder, trainer, checkpoints."""

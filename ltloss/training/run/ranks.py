@@ -1,0 +1,117 @@
+"""One run on several processes: `torchrun -m ltloss.cli.command train --parallel class`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ltloss.training.errors import UserError
+
+if TYPE_CHECKING:
+    from ltloss.training.model.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among those of the run. Only the first one writes files."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def purpose(self, name: str) -> str:
+        """The purpose of a random stream that each rank has of its own."""
+        return name if self.count == 1 else f"{name} of rank {self.rank} of {self.count}"
+
+    def sum(self, number: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        if self.count > 1:
+            dist.all_reduce(number)
+        return number
+
+
+@contextmanager
+def joined(parallel: str, device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+    """The ranks of the run and this one's device; a single process without torchrun, or without `parallel`."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if parallel == "none":
+        if count > 1:
+            raise UserError("torchrun started several processes, but --parallel is none; add --parallel class")
+        yield Ranks(), device
+        return
+    if count == 1 and "RANK" not in os.environ and not dist.is_initialized():
+        yield Ranks(), device
+        return
+    if dist.is_initialized():  # by the caller, who will also end it
+        yield Ranks(dist.get_rank(), dist.get_world_size()), device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        dist.destroy_process_group()
+
+
+class _Features(nn.Module):
+    """The classifier without its head, as DDP wants it: parameters, and `forward` from pictures to features."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.backbone, self.norm = classifier.backbone, classifier.norm
+        self._classifier = [classifier]  # in a list, which hides the head's parameters
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._classifier[0].features(images)
+
+
+def spread(classifier: Classifier, ranks: Ranks) -> nn.Module:
+    """Spread the head's classes over the ranks; return what computes features, its gradients averaged by DDP."""
+    from ltloss.distributed import class_mesh, parallelize
+    from ltloss.losses.prototype_head import PrototypeHead
+
+    features = _Features(classifier)
+    if ranks.count == 1:
+        return features
+    head = classifier.loss
+    if not isinstance(head, PrototypeHead):
+        raise UserError("--parallel class needs one of the cosine losses; softmax has no prototypes to spread")
+    parallelize(head, class_mesh(), averaged_backbone=True)
+    if not any(parameter.requires_grad for parameter in features.parameters()):
+        return features
+    device = next(features.parameters()).device
+    return nn.parallel.DistributedDataParallel(features, device_ids=[device] if device.type == "cuda" else None)
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in one piece; all ranks call this."""
+    return {name: in_one_piece(tensor) for name, tensor in tensors.items()}
+
+
+def in_one_piece(tensor: Any) -> Tensor:
+    """The tensor, gathered from all ranks where it is sharded."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
+
+
+def put(target: Tensor, value: Tensor) -> None:
+    """Copy a tensor in one piece into one that may be sharded."""
+    from ltloss.distributed.layout import Layout, local
+
+    if hasattr(target, "device_mesh"):
+        value = value[slice(*Layout.of(target).span())]
+    with torch.no_grad():
+        local(target).copy_(value)

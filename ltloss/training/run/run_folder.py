@@ -1,0 +1,108 @@
+"""A run's folder: who may write into it, its config.json and its metrics.csv."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ltloss.training.data.sources import check_same_classes
+from ltloss.training.errors import UserError
+from ltloss.training.run.checkpoint import TEMPORARY, write_file
+from ltloss.training.run.settings import RunConfig, Settings, changed_settings
+
+COLUMNS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "balanced_accuracy",
+    "many",
+    "medium",
+    "few",
+    "calibration_error",
+    "feature_norm_mean",
+    "own_angle_mean",
+    "seconds",
+)
+
+
+def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Settings, RunConfig | None]:
+    """The settings of the run to do in `out`, and the stored configuration where it continues one. Writes nothing.
+
+    Raises UserError where `out` holds a run and `resume` is false, holds something else, or the run has other settings.
+    """
+    given = dict(given)
+    if given.get("data") not in (None, "", "digits"):
+        given["data"] = str(Path(given["data"]).expanduser().resolve())
+    if (out / "config.json").is_file():
+        if not resume:
+            raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+        stored = RunConfig.read(out)
+        changed = changed_settings(stored.settings, given)
+        if changed:
+            raise UserError(
+                f"--resume of {out} with other settings: {', '.join(changed)}; leave them out, or start a new --out"
+            )
+        settings = dataclasses.replace(stored.settings, **given)
+        _refuse_inside_data(out, settings.data)
+        return settings, stored
+    _check_usable(out)
+    if resume:
+        print(f"ltloss: {out} holds no run yet, starting from the beginning", file=sys.stderr)
+    if not given.get("data"):
+        raise UserError("--data is missing; give digits, a folder of class folders, or a FILE.npz")
+    _refuse_inside_data(out, given["data"])
+    return Settings(**given), None
+
+
+def _refuse_inside_data(out: Path, data: str) -> None:
+    if data != "digits" and Path(data).is_dir() and out.resolve().is_relative_to(Path(data).resolve()):
+        raise UserError(
+            f"--out {out} lies inside --data {data}, where it would count as a class; choose a folder outside of it"
+        )
+
+
+def _check_usable(out: Path) -> None:
+    """A new run needs a place where nothing lies, except what a run left that was killed before its first file."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; choose a folder")
+    if out.is_dir() and any(path.suffix != TEMPORARY for path in out.iterdir()):
+        raise UserError(f"--out {out} holds other files; choose an empty or a new folder")
+
+
+def check_same_data(stored: RunConfig, now: RunConfig, out: Path) -> None:
+    """UserError where the data is not what the run began with."""
+    check_same_classes(stored.class_names, now.class_names, f"run {out}", now.settings.data)
+    for name in ("image_shape", "class_counts", "mean", "std"):
+        if getattr(stored, name) != getattr(now, name):
+            raise UserError(
+                f"{now.settings.data} changed since the run {out} began ({name}); restore it, or start a new --out"
+            )
+    if stored.versions != now.versions:
+        print(f"ltloss: the run began with {stored.versions}, now {now.versions}: results may differ", file=sys.stderr)
+
+
+def write_config(out: Path, config: RunConfig) -> None:
+    """Write RUN/config.json."""
+    write_file(out / "config.json", config.to_json().encode())
+
+
+def write_metrics(out: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Write RUN/metrics.csv, one row per epoch."""
+    write_csv(out / "metrics.csv", COLUMNS, history)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a CSV file whole; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode())

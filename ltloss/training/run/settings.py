@@ -1,0 +1,282 @@
+"""Every setting of a training run: one table for the command line, configuration files and the run's config.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ltloss.training.errors import UserError, nearest
+from ltloss.training.measure.class_groups import Thresholds
+from ltloss.training.model.registry import LOSSES
+from ltloss.training.run.schedules import valid_schedule
+
+PARALLEL = ("none", "class")
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+AUGMENTATIONS = ("none", "crop", "crop-flip")
+
+
+def _option(
+    default: Any,
+    help: str,
+    expected: str = "",
+    valid: Callable[[Any], bool] | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """One setting: its default, what --help says, and the range that `Settings` enforces."""
+    return field(default=default, metadata={"help": help, "expected": expected, "valid": valid, "choices": choices})
+
+
+def _at_least(minimum: float) -> Callable[[Any], bool]:
+    return lambda value: value >= minimum and math.isfinite(value)
+
+
+def _positive(value: float) -> bool:
+    return value > 0 and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user chooses about a run. Raises UserError for a value out of range or of the wrong type."""
+
+    data: str = _option(
+        "", "digits, a folder (FOLDER/<class>/*.png ...), or FILE.npz with x_train, y_train, x_test, y_test"
+    )
+    loss: str = _option("long-tail", "the loss", choices=tuple(LOSSES))
+    backbone: str = _option("small-cnn", "small-cnn, resnet32, or a timm model as timm:NAME")
+    imbalance: float = _option(1.0, "long tail: largest class / smallest class", "at least 1", _at_least(1))
+    epochs: int = _option(30, "epochs", "at least 1", _at_least(1))
+    batch_size: int = _option(64, "samples a step, give or take one", "at least 2", _at_least(2))
+    lr: float = _option(0.05, "peak learning rate of SGD", "greater than 0", _positive)
+    weight_decay: float = _option(5e-4, "weight decay (not on biases and norms)", "at least 0", _at_least(0))
+    decay_all: bool = _option(False, "let weight decay act on biases and norms too")
+    momentum: float = _option(0.9, "momentum of SGD", "in [0, 1)", lambda v: 0 <= v < 1)
+    warmup: float = _option(
+        0.05, "share of the steps in which the rate rises to --lr", "in [0, 1)", lambda v: 0 <= v < 1
+    )
+    schedule: str = _option(
+        "cosine",
+        "after the warm-up: cosine, to 0, or steps as WHEN:FACTOR,... (WHEN an epoch, or a share of them below 1)",
+        "cosine, or rising WHEN:FACTOR pairs like 160:0.01,180:0.0001",
+        valid_schedule,
+    )
+    scale: float | None = _option(
+        None, "scale of the cosine logits (default: 2 ln C, at least 8)", "greater than 0", _positive
+    )
+    margin: float | None = _option(None, "margin of the loss (default: the loss's own)", "at least 0", _at_least(0))
+    tau: float | None = _option(
+        None, "strength of the log prior on the training logits (default: the loss's own)", "at least 0", _at_least(0)
+    )
+    drw_from: float | None = _option(
+        None,
+        "weigh classes by effective number from this epoch on, or share of the epochs below 1; 0: always",
+        "at least 0",
+        _at_least(0),
+    )
+    beta: float = _option(0.9999, "beta of those weights", "in [0, 1)", lambda v: 0 <= v < 1)
+    mixup: float = _option(0.0, "mix pairs of pictures, shares from Beta(X, X); 0: do not", "at least 0", _at_least(0))
+    loss_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "another option of the loss, as NAME=VALUE; may be repeated", "valid": None, "choices": None},
+    )
+    embedding_size: int = _option(64, "length of the feature vector", "at least 1", _at_least(1))
+    embedding_norm: bool = _option(True, "batch normalisation of the feature vector")
+    image_size: int | None = _option(
+        None, "side in pixels (default: that of the data; folders: 64 if large)", "at least 4", _at_least(4)
+    )
+    channels: int | None = _option(None, "1 or 3 (default: those of the data)", "1 or 3", lambda v: v in (1, 3))
+    augment: str = _option("crop", "random shift by --crop-pad, and flip", choices=AUGMENTATIONS)
+    crop_pad: int | None = _option(
+        None, "largest shift in pixels (default: an eighth of the side)", "at least 0", _at_least(0)
+    )
+    limit_per_class: int | None = _option(None, "use at most N training pictures a class", "at least 1", _at_least(1))
+    limit_test: int | None = _option(None, "use at most N test pictures", "at least 1", _at_least(1))
+    many_above: int = _option(100, "'many' classes have more training pictures than this", "at least 0", _at_least(0))
+    few_below: int = _option(20, "'few' classes have fewer training pictures than this", "at least 0", _at_least(0))
+    seed: int = _option(0, "decides everything random", "at least 0", _at_least(0))
+    data_seed: int | None = _option(
+        None, "decides the long tail and the split of the data (default: --seed)", "at least 0", _at_least(0)
+    )
+    evaluate_every: int = _option(1, "epochs between looks at the test split", "at least 1", _at_least(1))
+    device: str | None = _option(None, "cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    amp: bool | None = _option(None, "train in bfloat16 autocast (default: on a GPU)")
+    parallel: str = _option(
+        "none",
+        "class: under torchrun, the classes spread over the processes and the backbone under DDP",
+        choices=PARALLEL,
+    )
+    workers: int = _option(4, "threads that decode pictures of a folder", "at least 1", _at_least(1))
+
+    def __post_init__(self) -> None:
+        """Check types and ranges, so that no Settings object holds what a run cannot use."""
+        for item in fields(self):
+            object.__setattr__(self, item.name, _checked(item.name, getattr(self, item.name)))
+        _ = self.thresholds  # which refuses limits that overlap
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """What 'many' and 'few' mean in this run."""
+        return Thresholds(self.many_above, self.few_below)
+
+    @property
+    def split_seed(self) -> int:
+        """The seed of what is drawn of the data: the split, the long tail, the limits."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def all_loss_options(self) -> dict[str, Any]:
+        """`loss_options` with scale, margin and tau, where they were given."""
+        common = {"scale": self.scale, "margin": self.margin, "tau": self.tau}
+        return {**{name: value for name, value in common.items() if value is not None}, **self.loss_options}
+
+
+SETTINGS = {item.name: item for item in fields(Settings)}
+# A resumed run and its data may move (the pictures are compared); everything else is part of what its losses mean.
+MAY_CHANGE_ON_RESUME = ("data", "device", "workers")
+
+
+def setting_type(name: str) -> type:
+    """The type of a setting when it is given: bool, int, float, str or dict."""
+    annotation = str(SETTINGS[name].type).removesuffix(" | None").partition("[")[0]
+    return {"bool": bool, "int": int, "float": float, "str": str, "dict": dict}[annotation]
+
+
+def _checked(name: str, value: Any) -> Any:
+    item, expected_type = SETTINGS[name], setting_type(name)
+    if value is None and item.default is None:
+        return None
+    if expected_type is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected_type:
+        raise UserError(f"{name} must be of type {expected_type.__name__}, is {value!r}; correct it")
+    choices, valid = item.metadata["choices"], item.metadata["valid"]
+    if choices and value not in choices:
+        raise UserError(f"{name} {value!r} is unknown; {nearest(str(value), choices)}")
+    if valid and not valid(value):
+        raise UserError(f"{name} must be {item.metadata['expected']}, is {value}; correct it")
+    return value
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """RUN/config.json: the settings, and what the data turned them into. Enough to rebuild the classifier."""
+
+    settings: Settings
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]  # training pictures per class, after the long tail
+    image_shape: tuple[int, int, int]  # (channels, height, width)
+    mean: tuple[float, ...]  # per channel, pixels in [0, 1]
+    std: tuple[float, ...]
+    versions: Mapping[str, str]
+
+    @property
+    def loss(self) -> str:
+        """Name of the loss."""
+        return self.settings.loss
+
+    @property
+    def backbone(self) -> str:
+        """Name of the backbone."""
+        return self.settings.backbone
+
+    def to_json(self) -> str:
+        """The text of config.json: settings and facts side by side."""
+        facts = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "settings"}
+        return json.dumps({**asdict(self.settings), **facts}, indent=2) + "\n"
+
+    @classmethod
+    def read(cls, run: Path) -> RunConfig:
+        """Read RUN/config.json; UserError where it is no run or the file is damaged."""
+        path = run / "config.json"
+        if not path.is_file():
+            raise UserError(
+                f"{run} is not a run (it has no config.json); give the folder that `ltloss train --out` wrote"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            facts = {item.name: values[item.name] for item in fields(cls) if item.name != "settings"}
+            _check_facts(facts)
+            facts |= {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
+            return cls(Settings(**{name: values[name] for name in SETTINGS if name in values}), **facts)
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, UserError) as error:
+            raise UserError(f"{path} is damaged ({_in_one_line(error)}); train the run again") from error
+
+
+_FACTS = {item.name for item in fields(RunConfig)} - {"settings"}
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """ValueError where what config.json says about the data has another type, length or range than `RunConfig`."""
+    names, shape = facts["class_names"], facts["image_shape"]
+    channels = shape[0] if isinstance(shape, list) and shape else 0
+    versions = facts["versions"]
+    holds = {
+        "class_names": _list_of(names, str) and len(set(names)) == len(names) > 0,
+        "class_counts": _list_of(facts["class_counts"], int, len(names)) and min(facts["class_counts"]) >= 0,
+        "image_shape": _list_of(shape, int, 3) and channels in (1, 3) and min(shape) >= 1,
+        "mean": _list_of(facts["mean"], (int, float), channels) and all(map(math.isfinite, facts["mean"])),
+        "std": _list_of(facts["std"], (int, float), channels) and all(map(_positive, facts["std"])),
+        "versions": isinstance(versions, dict) and _list_of(list(versions.values()), str),
+    }
+    for name, good in holds.items():
+        if not good:
+            raise ValueError(f"{name} cannot be {str(facts[name])[:60]}")
+
+
+def _list_of(value: Any, kind: type | tuple[type, ...], length: int | None = None) -> bool:
+    """Whether `value` is a list of that length whose items are of that type; true and false are no numbers."""
+    if not isinstance(value, list) or (length is not None and len(value) != length):
+        return False
+    return all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+
+
+def _in_one_line(error: Exception) -> str:
+    known = isinstance(error, (ValueError, OSError, UserError, RecursionError))
+    return " ".join((str(error) if known else repr(error)).split())
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Settings from a TOML or JSON file; the facts in a run's own config.json are passed over.
+
+    Raises UserError for a file that cannot be read and for an unknown key, naming the nearest valid ones.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"--config {path} does not exist; give a TOML or JSON file") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"--config {path} cannot be read ({_in_one_line(error)}); correct the file") from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"--config {path} must hold names with values, holds a {type(values).__name__}; correct the file"
+        )
+    settings = {name.replace("-", "_"): value for name, value in values.items() if name not in _FACTS}
+    for name in settings:
+        if name not in SETTINGS:
+            raise UserError(f"--config {path}: unknown setting {name}; {nearest(name, SETTINGS)}")
+    try:
+        return {name: _checked(name, value) for name, value in settings.items()}
+    except OverflowError as error:
+        raise UserError(f"--config {path} holds a number beyond every range ({error}); correct the file") from error
+
+
+def changed_settings(stored: Settings, given: Mapping[str, Any]) -> list[str]:
+    """What keeps a run from being resumed with `given`: 'name (run: a, now: b)' for each; epochs may grow."""
+    differences = []
+    for name, value in given.items():
+        old = getattr(stored, name)
+        value = _checked(name, value)
+        allowed = name in MAY_CHANGE_ON_RESUME or (name == "epochs" and value >= old)
+        if value != old and not allowed:
+            differences.append(f"{name} (run: {old}, now: {value})")
+    return differences

@@ -1,0 +1,285 @@
+"""The training loop: SGD with momentum and a cosine schedule, one checkpoint an epoch, resumable at any moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ltloss.class_balance import DeferredWeights, effective_number_weights
+from ltloss.training.data.batches import augment, batch_count, batches
+from ltloss.training.data.mixup import mix
+from ltloss.training.data.prepare import prepare_data
+from ltloss.training.data.sources import ImageSource
+from ltloss.training.errors import DivergedError, UserError
+from ltloss.training.measure.evaluate import Evaluation, measure
+from ltloss.training.measure.metrics import Metrics, percent
+from ltloss.training.model.classifier import Classifier, check_tensors, choose_device
+from ltloss.training.run.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+    write_file,
+)
+from ltloss.training.run.progress import progress_bar
+from ltloss.training.run.ranks import Ranks, joined, put, spread, whole
+from ltloss.training.run.run_folder import check_same_data, open_run, write_config, write_metrics
+from ltloss.training.run.schedules import first_epoch, learning_rate
+from ltloss.training.run.seeds import derived_seed, numpy_generator, torch_generator
+from ltloss.training.run.settings import RunConfig, Settings
+
+_CHECK_EVERY = 20  # steps between looks at the losses: each look makes a GPU wait
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run leaves in memory; `history` holds the rows of metrics.csv."""
+
+    run: Path
+    evaluation: Evaluation  # of the test split, after the last epoch
+    history: list[dict[str, Any]]
+    ranks: Ranks
+
+
+def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: bool = False) -> TrainingResult:
+    """Train as the settings `given` say, and write the run folder `out`.
+
+    A run that was killed at any moment and continued with `resume` takes the same steps as one that was not.
+
+    Raises UserError before anything is written where the settings, the data or `out` cannot be used, and later where
+    the loss becomes NaN or infinite.
+    """
+    settings, stored = open_run(out, given, resume)
+    with joined(settings.parallel, choose_device(settings.device)) as (ranks, device):
+        data = prepare_data(settings)
+        if stored is not None:
+            check_same_data(stored, data.config, out)
+        checkpoint = latest_checkpoint(out)
+        trainer = Trainer(data.config, data.train, device, ranks)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(out)
+            write_config(out, data.config)
+            if trainer.history:
+                write_metrics(out, trainer.history)
+        _run_epochs(trainer, data.test, out, quiet or not ranks.first)
+        metrics = measure(trainer.classifier, data.test, settings.thresholds)
+        evaluation = Evaluation(out, settings.data, "test", data.config, settings.thresholds, metrics)
+        if ranks.first:
+            write_file(out / "evaluation.json", evaluation.to_json().encode())
+        return TrainingResult(out, evaluation, trainer.history, ranks)
+
+
+def _run_epochs(trainer: Trainer, test: ImageSource, out: Path, quiet: bool) -> None:
+    """The epochs that are left, each with its checkpoint and its row of metrics."""
+    epochs = trainer.settings.epochs
+    with progress_bar(total=epochs, done=len(trainer.history), quiet=quiet) as progress:
+        for epoch in range(len(trainer.history) + 1, epochs + 1):
+            row = trainer.run_epoch(epoch, test)
+            checkpoint = trainer.checkpoint()
+            if trainer.ranks.first:
+                save_checkpoint(out, epoch, checkpoint)
+                write_metrics(out, trainer.history)
+            progress.set_postfix(loss=f"{row['train_loss']:.3f}", test=percent(row["test_accuracy"]))
+            progress.update()
+
+
+class Trainer:
+    """The state that training changes: the classifier, the optimizer and the history of the epochs so far."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        source: ImageSource,
+        device: torch.device,
+        ranks: Ranks | None = None,
+        *,
+        measure_amp: bool = False,
+    ) -> None:
+        self.settings = config.settings
+        self.source = source
+        self.device = device
+        self.ranks = ranks or Ranks()
+        if len(source) < 2 * self.ranks.count:
+            raise UserError(
+                f"{len(source)} training pictures are too few for {self.ranks.count} processes; start fewer"
+            )
+        self.steps = batch_count(len(source), self.settings.batch_size, self.ranks.count)
+        self.amp = device.type == "cuda" if self.settings.amp is None else self.settings.amp
+        self.measure_amp = measure_amp and self.amp
+        with _seeded(derived_seed(self.settings.seed, "initial weights"), device):
+            self.classifier = Classifier(config).to(device)
+        if self.amp:  # convolutions and pooling in bfloat16 are several times slower in the other layout
+            self.classifier.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.features = spread(self.classifier, self.ranks)
+        self.class_weights = _deferred_weights(self.classifier, config)
+        self.optimizer = build_optimizer(self.classifier, self.settings)
+        self.history: list[dict[str, Any]] = []
+        self.measured: Metrics | None = None  # of the test split, the last time that it was looked at
+        self.train_seconds: list[float] = []  # of each epoch, without its look at the test split
+
+    def run_epoch(self, epoch: int, test: ImageSource) -> dict[str, Any]:
+        """Train epoch number `epoch` (from 1), measure the test split if it is due, and return the new row."""
+        start = time.perf_counter()
+        with _seeded(derived_seed(self.settings.seed, self.ranks.purpose("dropout"), epoch), self.device):
+            loss, accuracy = self._train_epoch(epoch)
+        self.train_seconds.append(time.perf_counter() - start)
+        row = {
+            "epoch": epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            **_test_columns(self._measure(test) if self._is_due(epoch) else None),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        self.history.append(row)
+        return row
+
+    def _is_due(self, epoch: int) -> bool:
+        return epoch % self.settings.evaluate_every == 0 or epoch == self.settings.epochs
+
+    def _measure(self, test: ImageSource) -> Metrics:
+        self.measured = measure(self.classifier, test, self.settings.thresholds, amp=self.measure_amp)
+        return self.measured
+
+    def _train_epoch(self, epoch: int) -> tuple[float, float]:
+        """Mean loss over the steps and training accuracy, both while the weights change."""
+        settings = self.settings
+        self._prepare_epoch(epoch)
+        generator = torch_generator(settings.seed, self.ranks.purpose("augmentation"), epoch)
+        mixing = numpy_generator(settings.seed, "mixup", epoch)  # of all ranks alike: one share mixes the whole batch
+        losses = torch.zeros(self.steps, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        mine = {"rank": self.ranks.rank, "ranks": self.ranks.count}
+        for step, batch in enumerate(batches(self.source, settings.batch_size, self._order(epoch), **mine)):
+            images = augment(batch.images.to(self.device), settings.augment, generator, settings.crop_pad)
+            labels = batch.labels.to(self.device)
+            rate = learning_rate(settings, (epoch - 1) * self.steps + step, settings.epochs * self.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            loss, features = self._forward(images, labels, mixing)
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            self.optimizer.step()
+            losses[step] = loss.detach()
+            with torch.no_grad():
+                correct += (self.classifier.loss.predict(features.detach()).index[:, 0] == labels).sum()
+            if (step + 1) % _CHECK_EVERY == 0 or step + 1 == self.steps:
+                _check_finite(losses[: step + 1], epoch, self.steps, rate)
+        return losses.double().mean().item(), self.ranks.sum(correct).item() / len(self.source)
+
+    def _prepare_epoch(self, epoch: int) -> None:
+        self.classifier.train()
+        if self.class_weights is not None:
+            self.classifier.loss.set_class_weight(self.class_weights(epoch - 1))  # type: ignore[attr-defined]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Indices of the pictures of an epoch, in the order in which they are seen."""
+        return numpy_generator(self.settings.seed, "order", epoch).permutation(len(self.source))
+
+    def _forward(self, images: Tensor, labels: Tensor, mixing: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Loss, a scalar, and features (B, D) of pictures (B, channels, H, W) with labels (B,)."""
+        head = self.classifier.loss
+        if not self.settings.mixup:
+            features = self._features(images)
+            return head(features, labels), features
+        mixed = mix(images, labels, self.settings.mixup, mixing)
+        features = self._features(mixed.images)
+        loss = mixed.share * head(features, labels) + (1 - mixed.share) * head(features, mixed.other_labels)
+        return loss, features
+
+    def _features(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            features: Tensor = self.features(images)
+        return features
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that the next epoch depends on, in one piece also where classes are spread over ranks."""
+        return Checkpoint(
+            model=whole(self.classifier.state_dict()),
+            optimizer=whole(
+                {
+                    name: self.optimizer.state[parameter]["momentum_buffer"]
+                    for name, parameter in self.classifier.named_parameters()
+                    if self.optimizer.state[parameter].get("momentum_buffer") is not None
+                }
+            ),
+            state={"epoch": len(self.history), "history": self.history},
+        )
+
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint directory; UserError where it is damaged or belongs to another model."""
+        checkpoint = load_checkpoint(path)
+        check_tensors(path / "model.safetensors", checkpoint.model, self.classifier.state_dict())
+        parameters = dict(self.classifier.named_parameters())
+        # Momentum belongs to every parameter or, with momentum 0, to none.
+        check_tensors(
+            path / "optimizer.safetensors", checkpoint.optimizer, parameters if self.settings.momentum else {}
+        )
+        for name, tensor in self.classifier.state_dict().items():
+            put(tensor, checkpoint.model[name])
+        for name, momentum in checkpoint.optimizer.items():
+            buffer = torch.zeros_like(parameters[name], requires_grad=False)
+            put(buffer, momentum)
+            self.optimizer.state[parameters[name]]["momentum_buffer"] = buffer
+        self.history = checkpoint.state["history"]
+
+
+def build_optimizer(classifier: nn.Module, settings: Settings) -> torch.optim.SGD:
+    """SGD over what learns; biases and the factors of normalisation layers do not decay unless the settings say so."""
+    parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    sharded = [p for p in parameters if hasattr(p, "device_mesh")]  # which torch does not update beside others
+    decay = settings.weight_decay
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1 and p not in set(sharded)], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": decay if settings.decay_all else 0.0},
+        {"params": sharded, "weight_decay": decay},
+    ]
+    return torch.optim.SGD([group for group in groups if group["params"]], lr=settings.lr, momentum=settings.momentum)
+
+
+def _deferred_weights(classifier: Classifier, config: RunConfig) -> DeferredWeights | None:
+    settings = config.settings
+    if settings.drw_from is None:
+        return None
+    if not hasattr(classifier.loss, "set_class_weight"):
+        raise UserError(f"loss {settings.loss} takes no class weights; leave --drw-from out, or choose another --loss")
+    weights = effective_number_weights(config.class_counts, settings.beta)
+    return DeferredWeights(weights, first_epoch(settings.drw_from, settings.epochs))
+
+
+def _check_finite(losses: Tensor, epoch: int, steps: int, rate: float) -> None:
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        step = int(bad[0]) + 1
+        raise DivergedError(
+            f"the loss is {losses[step - 1].item()} at step {step} of {steps} in epoch {epoch} "
+            f"(learning rate {rate:.3g}); start a new --out with a lower --lr, or with a smaller --scale where it is "
+            "extreme. Earlier checkpoints are untouched"
+        )
+
+
+def _test_columns(metrics: Metrics | None) -> dict[str, float | None]:
+    """The columns about the test split; None in all of them where it was not measured."""
+    names = ("balanced_accuracy", "many", "medium", "few", "calibration_error", "feature_norm_mean", "own_angle_mean")
+    columns = {"test_loss": "loss", "test_accuracy": "accuracy", **{name: name for name in names}}
+    return {column: None if metrics is None else getattr(metrics, name) for column, name in columns.items()}
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators (initialisation, dropout) start at `seed` inside, and are as before after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

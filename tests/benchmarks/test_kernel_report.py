@@ -1,0 +1,334 @@
+"""What the compiler makes of the kernels, held to limits without a GPU; and the parsers that find it out."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from benchmarks.kernel_report import sass
+from benchmarks.kernel_report.__main__ import missing_tools
+from benchmarks.kernel_report.model import ARCHITECTURES, Epilogue, Tile, predict, resident_blocks
+from benchmarks.kernel_report.tables import plain_table, with_tables
+
+ROOT = Path(__file__).parents[2]
+
+# Shortened from real outputs: the class loop of a forward kernel for sm_90, two exponentials per thread, with a branch
+# for tiles that hold a label, a wait loop, and a second copy of the epilogue that is reached without a product.
+LISTING = """
+	.section	.text.other,"ax",@progbits
+.text.other:
+        /*0000*/                   HMMA.16816.F32.BF16 R16, R164.reuse, R180, R16 ;
+	.section	.text.forward_kernel,"ax",@progbits
+	.sectionflags	@"SHF_BARRIERS=1"
+        .global         forward_kernel
+forward_kernel:
+.text.forward_kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/               @P0 BRA `(.L_x_0) ;
+        /*0020*/                   MUFU.EX2 R6, R6 ;
+        /*0030*/                   MUFU.EX2 R7, R7 ;
+        /*0040*/                   FADD R6, R6, R7 ;
+        /*0050*/                   BRA `(.L_x_4) ;
+.L_x_0:
+        /*0060*/                   UTMALDG.2D [UR8], [UR4] ;
+        /*0070*/              @!P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0080*/                   HGMMA.64x128x16.F32.BF16 R88, gdesc[UR4], R88 ;
+        /*0090*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], R24, gsb0 ;
+        /*00a0*/               @P1 BRA `(.L_x_3) ;
+        /*00b0*/                   FMUL R24, R24, R5 ;
+        /*00c0*/                   FFMA R24, R24, R4, -R3 ;
+        /*00d0*/              @!P2 BRA `(.L_x_2) ;
+        /*00e0*/                   FSEL R24, R24, -INF , P3 ;
+        /*00f0*/                   FSEL R25, R25, -INF , P3 ;
+.L_x_2:
+        /*0100*/                   MUFU.EX2 R24, R24 ;
+        /*0110*/                   MUFU.EX2 R25, R25 ;
+        /*0120*/                   FADD R24, R24, R25 ;
+.L_x_3:
+        /*0130*/                   BRA.U UP0, `(.L_x_1) ;
+.L_x_4:
+        /*0140*/               @P1 EXIT ;
+        /*0150*/                   STG.E desc[UR4][R2.64], R24 ;
+        /*0160*/                   EXIT ;
+.L_x_5:
+        /*0170*/                   BRA `(.L_x_5);
+"""
+
+USAGE = """
+Resource usage:
+ Common:
+  GLOBAL:11 CONSTANT[4]:8
+ Function forward_kernel:
+  REG:254 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:1016 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function another:
+  REG:8 STACK:0 SHARED:0 LOCAL:0
+"""
+
+
+def test_the_resources_of_the_kernel_are_found() -> None:
+    assert sass.parse_resources(USAGE, "forward_kernel") == (254, 16, 1024)
+    assert sass.parse_resources(USAGE, "another") == (8, 0, 0)
+    with pytest.raises(ValueError, match="'missing'"):
+        sass.parse_resources(USAGE, "missing")
+
+
+def test_instructions_are_counted_in_the_kernel_only() -> None:
+    listing = sass.parse_listing(LISTING, "forward_kernel")
+    assert len(listing.instructions) == 24
+    assert listing.matrix_opcodes() == ["HGMMA.64x128x16.F32.BF16"]
+    assert listing.count("UTMALDG") == 1
+    assert listing.count("STL|LDL") == 0
+    with pytest.raises(ValueError, match="'missing'"):
+        sass.parse_listing(LISTING, "missing")
+
+
+def test_the_epilogue_is_the_cheapest_walk_that_does_all_the_work() -> None:
+    """Without the label's branch, without the copy before the loop, without the matrix instructions."""
+    listing = sass.parse_listing(LISTING, "forward_kernel")
+    walk = sass.cheapest_epilogue(listing, 2)
+    expected = {"BRA": 2, "FMUL": 1, "FFMA": 1, "MUFU.EX2": 2, "FADD": 1, "BRA.U": 1}
+    assert walk == Counter(expected)
+    assert sass.float32_operations(Counter(expected)) == 3
+    assert sass.cheapest_epilogue(listing, 3) is None, "no walk between two products has three exponentials"
+
+
+def test_a_jump_by_call_is_followed_and_a_call_of_a_function_returns() -> None:
+    text = """
+	.section	.text.k,"ax",@progbits
+        /*0000*/                   HMMA.16816.F32.BF16 R16, R164, R180, R16 ;
+        /*0010*/              @!P5 CALL.REL.NOINC `(.L_x_0) ;
+        /*0020*/                   NOP ;
+        /*0030*/                   NOP ;
+        /*0040*/                   EXIT ;
+.L_x_0:
+        /*0050*/                   CALL.REL.NOINC `($__internal_0) ;
+        /*0060*/                   MUFU.EX2 R1, R1 ;
+        /*0070*/                   EXIT ;
+$__internal_0:
+        /*0080*/                   RET.REL.NODEC R2 `(k) ;
+"""
+    walk = sass.cheapest_epilogue(sass.parse_listing(text, "k"), 1)
+    assert walk == Counter({"CALL.REL.NOINC": 2, "MUFU.EX2": 1, "EXIT": 1})
+
+
+def test_packed_arithmetic_counts_twice() -> None:
+    executed = Counter({"FFMA2": 3, "FMUL2.FTZ": 1, "FADD.FTZ": 2, "FMNMX.NAN": 5, "FMNMX3": 2, "FMUL32I": 1})
+    assert sass.float32_operations(executed) == 11
+    assert sass.times_executed(executed, sass.MAXIMUM) == 9
+
+
+def test_a_walk_may_be_asked_for_other_instructions() -> None:
+    listing = sass.parse_listing(LISTING, "forward_kernel")
+    walk = sass.cheapest_epilogue(listing, 2, "FSEL")
+    assert walk == Counter({"BRA": 2, "FMUL": 1, "FFMA": 1, "FSEL": 2, "MUFU.EX2": 2, "FADD": 1, "BRA.U": 1})
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "columns", "blocks"),
+    [
+        (255, 115_712, 4, 0, 2),
+        (255, 115_840, 4, 0, 1),  # two blocks' kilobytes for the driver do not fit any more
+        (128, 98_448, 8, 0, 2),
+        (129, 98_448, 8, 0, 1),
+        (32, 0, 4, 0, 16),
+        (16, 0, 1, 0, 32),
+        (64, 40_000, 4, 256, 2),
+        (64, 233_000, 4, 0, 0),
+    ],
+)
+def test_resident_blocks(registers: int, shared: int, warps: int, columns: int, blocks: int) -> None:
+    assert (
+        resident_blocks(ARCHITECTURES["sm_90" if not columns else "sm_100"], registers, shared, warps, columns)
+        == blocks
+    )
+
+
+def test_the_prediction_agrees_with_the_hand_calculation() -> None:
+    """128x128 on sm_90 at D = 512: 4096 clocks of product, 1024 of exponentials, 448 of other instructions."""
+    found = predict(ARCHITECTURES["sm_90"], Tile(128, 128, "bf16"), Epilogue(4.5, 1.0, 2.15), blocks=2, width=512)
+    assert found.serial_low == pytest.approx(4096 / (4096 + 1024 + 448))
+    assert found.serial_high == pytest.approx(4096 / (4096 + 1024))
+    assert found.overlapped == 1.0
+    assert found.operand_bytes_per_clock == 64.0
+    narrow = predict(ARCHITECTURES["sm_90"], Tile(128, 128, "bf16"), Epilogue(4.5, 1.0, 2.15), blocks=2, width=128)
+    assert narrow.overlapped == pytest.approx(1024 / ((1024 + 1024 + 448) / 2))
+    alone = predict(ARCHITECTURES["sm_90"], Tile(128, 128, "bf16"), Epilogue(4.5, 1.0, 2.15), blocks=1, width=512)
+    assert alone.overlapped == alone.serial_low
+    search = predict(ARCHITECTURES["sm_90"], Tile(128, 128, "bf16"), Epilogue(4.0, 0.0, 2.0, 3.0), blocks=1, width=512)
+    assert search.serial_low == search.serial_high == pytest.approx(4096 / (4096 + 768))  # three maxima at 64 a clock
+
+
+# Every kernel, and of the variants those that differ most: all of them would take three minutes on two cores.
+VARIANTS = "|".join(
+    (
+        "bf16, (fixed|online|prior, logit sum|plain|prior, smoothing)$",
+        "(fp16|fp32|tf32), (fixed|plain)$",
+        "nearest_prototype|best_tile (bf16|fp32),|candidates (bf16|fp32),|tiles$|pairs$",
+        "D = 512$|combine|everything|reduce",
+    )
+)
+
+
+class Most(NamedTuple):
+    """Limits for a kernel on sm_90, a little above what it takes."""
+
+    per_element: float  # instructions executed between two products, but for the matrix instructions
+    float32: float  # of them FADD, FMUL and FFMA
+    registers: int
+    instructions: int  # in the whole kernel: one body, without a second copy of the epilogue
+    shared_bytes: int = 115_712  # two blocks fit
+
+
+LIMITS = {
+    "cosine_logsumexp bf16, fixed": Most(5.05, 2.10, 200, 1550),
+    "cosine_logsumexp fp16, fixed": Most(5.05, 2.10, 200, 1550),
+    "cosine_logsumexp bf16, online": Most(7.4, 3.15, 205, 1850),
+    "gradient_tile bf16, plain": Most(5.1, 2.05, 205, 1600),
+    "gradient_tile fp16, plain": Most(5.1, 2.05, 205, 1600),
+    "nearest_prototype bf16": Most(9.5, 2.35, 210, 1850),
+    "nearest_prototype fp32 tf32": Most(9.5, 2.35, 210, 1850),
+    "best_tile bf16, rows": Most(4.5, 1.05, 205, 1480),
+    "best_tile bf16, every tile": Most(4.1, 1.05, 185, 1120),
+}
+
+Row = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """The report, made in a process that compiles: this one may hold interpreted kernels."""
+    if why := missing_tools():
+        pytest.skip(f"{why}: kernels cannot be compiled ahead of time here")
+    output = tmp_path_factory.mktemp("report") / "rows.csv"
+    command = [sys.executable, "-m", "benchmarks.kernel_report", "--kernel", VARIANTS, "--output", str(output)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert output.exists(), done.stderr[-2000:]
+    with output.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def violations(rows: list[Row], holds: Callable[[Row], bool]) -> list[str]:
+    shown = ("registers", "stack_bytes", "shared_bytes", "blocks_per_sm", "matrix_instructions", "error")
+    return [
+        f"{row['kernel']} on {row['architecture']}: { ({name: row[name] for name in shown}) }"
+        for row in rows
+        if not holds(row)
+    ]
+
+
+def on_hopper(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["architecture"] == "sm_90"]
+
+
+def test_every_kernel_compiles_for_every_architecture(rows: list[Row]) -> None:
+    assert violations(rows, lambda row: not row["error"]) == []
+    kernels = Counter(row["kernel"] for row in rows)
+    assert set(kernels.values()) == {len(ARCHITECTURES)}
+    families = {name.split()[0].rstrip(",") for name in kernels}
+    forward = {"row_norm", "sample", "cosine_logsumexp", "combine", "margin_cross_entropy", "reduce"}
+    searches = {"nearest_prototype", "best_tile", "tile_candidates", "count_tiles", "arrange_pairs", "pair_cosine"}
+    backward = {"sample_gradient", "gradient_tile", "projection", "nearest_gradient"}
+    assert families == forward | backward | searches
+
+
+def test_no_kernel_spills(rows: list[Row]) -> None:
+    assert violations(rows, lambda row: row["stack_bytes"] == row["spill_instructions"] == "0") == []
+
+
+def test_products_run_on_the_tensor_core(rows: list[Row]) -> None:
+    opcodes = {"sm_80": "HMMA.", "sm_90": "HGMMA.", "sm_100": "UTC"}
+    wide = [row for row in rows if row["needs_tensor_core"] == "1"]
+    assert wide
+
+    def holds(row: Row) -> bool:
+        found = row["matrix_instructions"].split()
+        return bool(found) and all(one.startswith(opcodes[row["architecture"]]) for one in found)
+
+    assert violations(wide, holds) == []
+
+
+def test_operands_are_fetched_ahead(rows: list[Row]) -> None:
+    """By the copy engine where there is one, by cp.async otherwise: a product never waits for its own loads."""
+    wide = [row for row in rows if row["needs_tensor_core"] == "1"]
+
+    def holds(row: Row) -> bool:
+        engine, threads = int(row["bulk_loads"]), int(row["async_copies"])
+        gathers = row["kernel"].startswith("tile_candidates")  # rows that are not next to each other
+        return engine == 0 < threads if row["architecture"] == "sm_80" or gathers else engine > 0 == threads
+
+    assert violations(wide, holds) == []
+    writing = [row for row in wide if row["kernel"].startswith("gradient_tile") and row["architecture"] != "sm_80"]
+    assert violations(writing, lambda row: int(row["bulk_stores"]) > 0) == []
+
+
+def test_a_product_stays_in_flight_on_hopper(rows: list[Row]) -> None:
+    half = [row for row in on_hopper(rows) if row["dtype"] in ("bf16", "fp16")]
+    assert violations(half, lambda row: int(row["waits_in_flight"]) >= 1) == []
+
+
+def test_two_blocks_of_half_precision_tiles_fit_a_hopper_multiprocessor(rows: list[Row]) -> None:
+    half = [row for row in on_hopper(rows) if row["dtype"] in ("bf16", "fp16")]
+    assert len(half) == 11, [row["kernel"] for row in half]
+    assert violations(half, lambda row: int(row["blocks_per_sm"]) >= 2) == []
+
+
+def test_one_exponential_per_element(rows: list[Row]) -> None:
+    """A running maximum costs one more per row of the tile."""
+    tiles = [row for row in rows if row["exponentials_per_element"]]
+    assert len(tiles) >= 3 * 10
+
+    def holds(row: Row) -> bool:
+        found = row["exponentials_per_element"]
+        fixed = "fixed" in row["kernel"] or "gradient" in row["kernel"]
+        return found == "1.00" if fixed else found != "fewer" and 1.0 <= float(found) <= 1.3
+
+    assert violations(tiles, holds) == []
+
+
+def test_the_nearest_prototype_costs_two_maxima_and_two_products_per_element(rows: list[Row]) -> None:
+    """One for its row and one for its column; the rest is the way across the threads."""
+    half = [row for row in on_hopper(rows) if row["kernel"].startswith("nearest_prototype") and row["dtype"] != "fp32"]
+    assert len(half) == 3
+    assert violations(half, lambda row: 2.0 <= float(row["maxima_per_element"]) <= 2.65) == []
+
+
+@pytest.mark.parametrize("kernel", LIMITS)
+def test_the_main_kernels_stay_as_small_as_they_are(rows: list[Row], kernel: str) -> None:
+    row = next(row for row in on_hopper(rows) if row["kernel"] == kernel)
+    most = LIMITS[kernel]
+    assert float(row["epilogue_per_element"]) <= most.per_element
+    assert float(row["float32_per_element"]) <= most.float32
+    assert int(row["registers"]) <= most.registers
+    assert int(row["instructions"]) <= most.instructions
+    assert int(row["shared_bytes"]) <= most.shared_bytes
+
+
+def test_the_committed_report_covers_every_kernel_and_is_the_table_in_the_documentation(rows: list[Row]) -> None:
+    with (ROOT / "benchmarks" / "results" / "kernel_report.csv").open(newline="") as file:
+        committed = list(csv.DictReader(file))
+    names = {(row["kernel"], row["architecture"], row["tile"], row["warps"], row["stages"]) for row in committed}
+    now = {(row["kernel"], row["architecture"], row["tile"], row["warps"], row["stages"]) for row in rows}
+    assert now <= names, "make kernel-report, and commit the result"
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    assert with_tables(page, committed) == page, "docs/kernels.md shows another report; make kernel-report renews it"
+
+
+def test_a_kernel_that_does_not_compile_is_in_the_table() -> None:
+    row = {"kernel": "forward", "architecture": "sm_90", "error": "CompilationError: no"}
+    assert plain_table([row]).splitlines()[1].split() == ["forward", "sm_90", "CompilationError:", "no"]
+
+
+def test_a_page_without_a_place_for_the_tables_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 places for the table 'table'"):
+        with_tables("no marks", [])

@@ -1,0 +1,282 @@
+"""The GPU benchmark, as far as it can be tried without a GPU: every section runs here on tiny shapes."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.loss_gpu import __main__ as gpu
+from benchmarks.loss_gpu import correctness as gpu_correctness
+from benchmarks.loss_gpu import search as gpu_search
+from benchmarks.loss_gpu import system as gpu_system
+from benchmarks.loss_gpu.measure import Deadline, Device, TooSlow
+from benchmarks.loss_gpu.providers import PROVIDERS, TOLERANCE, dense_margin_loss
+from benchmarks.peers import Inputs, Provider, Shape, check_step, exact_step, margin_truth
+from ltloss import functional
+
+ROOT = Path(__file__).parents[2]
+TINY = Shape(5, 33, 8)
+
+
+@pytest.fixture(autouse=True)
+def as_users_run_it(default_algorithms: None) -> None:
+    """Peers use operators that have no deterministic variant."""
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_deadline_shares_what_is_left() -> None:
+    clock = Clock()
+    deadline = Deadline(60.0, clock)
+    clock.now += 20.0
+    section = deadline.share(0.5)
+    assert (deadline.left(), section.left()) == (40.0, 20.0)
+    section.allow(20.0)
+    with pytest.raises(TooSlow, match=r"would take 21\.0 s, 20\.0 s are left"):
+        section.allow(21.0)
+    clock.now += 50.0
+    assert deadline.left() == -10.0
+    assert deadline.share(0.5).left() == 0.0
+    with pytest.raises(TooSlow, match=r"0\.0 s are left"):
+        deadline.allow(0.0)
+
+
+HANGS = """
+import multiprocessing, sys, time
+from pathlib import Path
+from benchmarks.loss_gpu.measure import ends_within
+
+worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+worker.start()
+with ends_within(0.2, lambda: Path(sys.argv[1]).write_text(str(worker.pid))):
+    time.sleep(600)
+"""
+
+
+def ends(process: int) -> bool:
+    """Whether a process is gone, or will be in seconds: it may have been killed and not yet have noticed."""
+    status = Path(f"/proc/{process}/status")
+    for _ in range(100):
+        try:
+            if "zombie" in status.read_text():
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_run_that_hangs_is_ended_after_writing_what_it_has(tmp_path: Path) -> None:
+    start = time.monotonic()
+    command = [sys.executable, "-c", HANGS, str(tmp_path / "rows")]
+    done = subprocess.run(command, cwd=ROOT, timeout=100, check=False)
+    assert done.returncode == 3
+    assert time.monotonic() - start < 90
+    worker = int((tmp_path / "rows").read_text())
+    assert ends(worker), "the worker outlived the run"
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_section_runs_on_tiny_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = [name for one in PROVIDERS if (name := one.name) != "torch.compile"]  # takes half a minute
+    command = ["--device", "cpu", "--minutes", "2", "--repeats", "3", "--output", str(tmp_path / "rows.csv")]
+    assert gpu.main([*command, *(part for name in chosen for part in ("--provider", name))]) == 0
+    shown = capsys.readouterr().out
+    assert " 0 wrong, 0 less accurate than promised" in shown
+    written = read(tmp_path / "rows.csv")
+    rows = [row for row in written if not row["phase"] or row["phase"] in gpu.OPERATIONS]
+    searches = [row for row in written if row not in rows]
+    cases = list(gpu_search.search_cases(small=True))
+    assert {(row["phase"], row["provider"]) for row in searches} == {(case.phase, case.provider) for case in cases}
+    assert len(searches) == len(cases)
+    assert all(row["median_ms"] for row in searches), [row["note"] for row in searches]
+    assert {row["provider"] for row in rows} == set(chosen)
+    shapes = {tuple(int(row[axis]) for axis in "NCD") for row in rows}
+    assert shapes == {(one.n, one.c, one.d) for one in gpu.TINY}
+    for row in rows:
+        assert row["commit"]
+        assert row["device"]
+        assert row["torch"] == torch.__version__
+        assert row["median_ms"] or row["note"]
+    ours = [row for row in rows if row["provider"] == "ltloss"]
+    assert [row["phase"] for row in ours] == ["forward", "backward", "step"] * 3
+    assert ours[-3]["host_us"], "the launch-bound shape has the host's time"
+    for row in ours:
+        operations = {"forward": 2, "backward": 6, "step": 8}[row["phase"]]
+        rate = operations * int(row["N"]) * int(row["C"]) * int(row["D"]) / float(row["median_ms"]) * 1e-9
+        assert float(row["tflops"]) == pytest.approx(rate, rel=2e-2)
+        assert float(row["min_ms"]) <= float(row["median_ms"]) <= float(row["max_ms"])
+        assert int(row["repeats"]) == 3
+        assert float(row["relative_error"]) < TOLERANCE[torch.bfloat16]
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = functional.margin_cross_entropy
+
+    def wrong(features: Tensor, prototypes: Tensor, labels: Tensor, **options: object) -> Tensor:
+        return right(features, prototypes, labels, **options) * 1.5  # type: ignore[arg-type]
+
+    monkeypatch.setattr(functional, "margin_cross_entropy", wrong)
+    assert gpu.main(["--device", "cpu", "--quick", "--minutes", "1"]) == 1
+    shown = capsys.readouterr().out
+    assert "WRONG: arcface (bfloat16, bfloat16): loss" in shown
+    assert " of P" not in shown
+
+
+def bench(provider: Provider, seconds: float = 60.0) -> gpu.Bench:
+    return gpu.Bench(Device("cpu"), Deadline(seconds), None, repeats=2, providers=[provider])
+
+
+def failing(error: Exception) -> Provider:
+    def build(inputs: Inputs) -> object:
+        raise error
+
+    return Provider("peer", build, margin_truth)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImportError("No module named 'peer'"), "not importable: No module named 'peer'"),
+        (torch.OutOfMemoryError("tried to allocate"), "out of memory"),
+        (ValueError("two\nlines"), "ValueError: two lines"),
+    ],
+)
+def test_a_peer_that_cannot_run_says_why(error: Exception, reason: str) -> None:
+    state = bench(failing(error))
+    gpu.time_shape(state, TINY, state.providers, 1.0)
+    assert [row["note"] for row in state.rows] == [reason]
+    assert not state.failed
+
+
+def test_ours_must_run() -> None:
+    state = bench(dataclasses.replace(failing(RuntimeError("no kernel")), name="ltloss"))
+    gpu.time_shape(state, TINY, state.providers, 1.0)
+    assert state.failed
+
+
+def test_a_provider_that_computes_something_else_is_not_timed() -> None:
+    def build(inputs: Inputs) -> object:
+        return lambda: 2.0 * dense_margin_loss(inputs)
+
+    state = bench(Provider("peer", build, margin_truth))  # type: ignore[arg-type]
+    gpu.time_shape(state, TINY, state.providers, 1.0)
+    assert "relative errors" in state.rows[0]["note"]
+    assert len(state.rows) == 1
+
+
+def test_after_the_deadline_nothing_is_started() -> None:
+    state = bench(PROVIDERS[0], seconds=0.0)
+    gpu.time_shape(state, TINY, state.providers, 1.0)
+    assert [row["note"][:8] for row in state.rows] == ["too slow"]
+    assert not state.failed, "being out of time is no mistake"
+    assert gpu_correctness.check_all("cpu", Deadline(0.0), quick=True).compared == 0
+    assert gpu_system.check_all(Device("cpu"), Deadline(0.0)).left_out == len(gpu_system.ANYWHERE)
+
+
+def test_no_gpu_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["8192x131072", "0x2x3", "axbxc", ""])
+def test_a_shape_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.parse(["--shape", text])
+    assert "is not NxCxD" in capsys.readouterr().err
+    assert gpu.parse(["--shape", "8x16x32"]).shape == [Shape(8, 16, 32)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 7])
+def test_the_exact_step_does_not_depend_on_how_it_is_cut(rows: int) -> None:
+    inputs = Inputs.draw(TINY)
+    for part, whole in zip(exact_step(margin_truth, inputs, rows), exact_step(margin_truth, inputs), strict=True):
+        torch.testing.assert_close(part, whole)
+
+
+def test_the_dense_provider_is_the_reference_in_float32() -> None:
+    inputs = Inputs.draw(TINY)
+    assert check_step("dense", lambda: dense_margin_loss(inputs), inputs, exact_step(margin_truth, inputs)) < 1e-5
+
+
+def test_a_search_that_finds_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = functional.nearest_prototype
+
+    def wrong(prototypes: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        cosine, index = right(prototypes, rows)
+        return cosine, (index + 1) % prototypes.shape[0]
+
+    monkeypatch.setattr(functional, "nearest_prototype", wrong)
+    state = bench(PROVIDERS[0])
+    case = next(iter(gpu_search.search_cases(small=True)))
+    gpu.time_search(state, case, Deadline(60.0))
+    assert state.failed
+    assert "off by" in state.rows[0]["note"]
+    assert any("nearest is right" in sentence for sentence in gpu_system.check_all(Device("cpu"), Deadline(60.0)).wrong)
+
+
+@pytest.mark.parametrize("spoil", ["cosine", "index", "twice", "nan"])
+def test_a_shortfall_is_seen(spoil: str) -> None:
+    features, prototypes = torch.randn(6, 8), torch.randn(30, 8)
+    cosine, index = (tensor.clone() for tensor in functional.top_k(features, prototypes, 3))
+    assert gpu_search.shortfall((cosine, index), features, prototypes) < 1e-6
+    if spoil == "cosine":
+        cosine[2, 1] += 1e-3
+    elif spoil == "index":
+        index[3, 0] = (index[3].max() + 1) % 30
+    elif spoil == "twice":
+        cosine[4, 1], index[4, 1] = cosine[4, 0], index[4, 0]
+    else:
+        cosine[0, 0] = torch.nan
+    assert not gpu_search.shortfall((cosine, index), features, prototypes) < 9e-4
+
+
+def test_a_verdict_takes_nan_for_wrong() -> None:
+    verdict = gpu_correctness.Verdict("case", (float("nan"), 0.0, 0.0), (1.0, 1.0, 1.0))
+    assert verdict.worst > gpu_correctness.WRONG
+    assert gpu_correctness.Verdict("case", (0.5, 3.0, 0.0), (1.0, 2.0, 1.0)).worst == 1.5
+
+
+def test_several_processes_compare_what_one_does() -> None:
+    one = gpu_correctness.check_all("cpu", Deadline(600.0), quick=True)
+    two = gpu_correctness.check_all("cpu", Deadline(600.0), quick=True, processes=2)
+    assert one.left_out == 0
+    assert (two.compared, two.left_out, two.wrong, two.inaccurate) == (one.compared, 0, [], [])
+    assert two.worst == pytest.approx(one.worst, rel=1e-3)
+
+
+def test_the_product_runs_in_half_precision_only_where_both_allow_it() -> None:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for dtypes, product in (
+        ((bf16, bf16), bf16),
+        ((bf16, fp32), bf16),
+        ((fp16, fp16), fp16),
+        ((fp32, bf16), fp32),
+        ((bf16, fp16), fp32),
+        ((fp32, fp32), fp32),
+    ):
+        assert gpu_correctness.product_dtype(dtypes) == product
+
+
+def test_every_case_of_the_comparison_has_a_name_of_its_own() -> None:
+    names = [(case.name, case.dtypes) for case in gpu_correctness.cases(quick=False)]
+    assert len(names) == len(set(names)) > 200

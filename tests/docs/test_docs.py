@@ -1,0 +1,93 @@
+"""What the documentation shows runs: docstring examples, README.md and docs/*.md; and every public name has one."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ltloss
+
+ROOT = Path(__file__).parents[2]
+NEEDS_EXTRAS = {"matplotlib", "PIL", "sklearn", "safetensors", "tqdm", "tomli"}
+
+
+def module_names() -> list[str]:
+    found = [info.name for info in pkgutil.walk_packages(ltloss.__path__, "ltloss.")]
+    return ["ltloss", *(name for name in found if not name.endswith("__main__"))]
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # an example may write files
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name in NEEDS_EXTRAS:
+            pytest.skip(f"needs {error.name}")
+        raise
+    with torch.random.fork_rng():
+        failed, _ = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0
+
+
+def public_objects() -> Iterator[tuple[str, Any]]:
+    """Functions and classes that users are meant to call, by the ``__all__`` of the modules that serve them."""
+    modules = [ltloss, ltloss.functional, ltloss.class_balance]
+    modules += [
+        importlib.import_module(f"ltloss.{name}") for name in ("margins", "losses.class_centers", "distributed")
+    ]
+    for module in modules:
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if inspect.isfunction(thing) or (inspect.isclass(thing) and not issubclass(thing, tuple)):
+                yield f"{module.__name__}.{name}", thing
+
+
+@pytest.mark.parametrize(
+    ("name", "thing"), list(public_objects()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_public_name_has_an_example(name: str, thing: Any) -> None:
+    assert thing.__doc__, f"{name} has no docstring"
+    assert ">>>" in thing.__doc__, f"{name} has no example"
+
+
+@pytest.mark.parametrize("name", [name for name in module_names() if not name.startswith("ltloss.training")])
+def test_everything_says_what_it_is(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for attribute in getattr(module, "__all__", ()):
+        thing = getattr(module, attribute)
+        if isinstance(thing, types.FunctionType | type):
+            assert thing.__doc__, f"{name}.{attribute}"
+
+
+@pytest.mark.parametrize("name", ltloss.functional.__all__)
+def test_reference_twins_have_the_same_signature(name: str) -> None:
+    ours, twin = (inspect.signature(getattr(m, name)) for m in (ltloss.functional, ltloss.reference))
+    assert ours.parameters == twin.parameters
+
+
+FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_examples_of_the_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every ```python block, in order and in one namespace per page."""
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {"__name__": "example"}
+    for match in FENCE.finditer(text):
+        line = text.count("\n", 0, match.start(1))
+        code = compile("\n" * line + match[1], str(page.name), "exec")  # errors then name the line of the page
+        exec(code, namespace)

@@ -1,0 +1,62 @@
+"""Small data and runs that the training tests share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers.toys import CLASS_NAMES, toy_images, toy_settings
+from ltloss.training.run.trainer import TrainingResult, train
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The networks here are so small that threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def toy_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "toy.npz"
+    x_train, y_train = toy_images(20)
+    x_test, y_test = toy_images(5, seed=1)
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, class_names=np.array(CLASS_NAMES))
+    return path
+
+
+@pytest.fixture
+def toy_folder(tmp_path: Path) -> Path:
+    """FOLDER/<class>/*.png: ten pictures of each of the three classes."""
+    folder = tmp_path / "pictures"
+    for index, (image, label) in enumerate(zip(*toy_images(10), strict=True)):
+        path = folder / CLASS_NAMES[label] / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_run(toy_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
+    """A finished run of two epochs. Do not change its files: copy them."""
+    return train(tmp_path_factory.mktemp("runs") / "toy", toy_settings(toy_npz), quiet=True)
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(in_empty_folder: None, toy_run: TrainingResult) -> Path:
+    """A finished run in an empty working folder."""
+    shutil.copytree(toy_run.run, "run")
+    return Path("run")

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import ltloss
+from ltloss import functional
+from ltloss.tools import doctor
+
+
+def test_a_sound_installation_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    for part in ("python", "torch", "numpy", "safetensors", "CPU tensors", "CUDA tensors", "All is well"):
+        assert part in printed
+    assert f"{torch.get_num_threads()} threads" in printed
+    assert printed.count("relative error") == 4 * (1 + torch.cuda.device_count())
+
+
+def test_the_self_check_compares_with_float64() -> None:
+    checks = {check.name: check for check in doctor.self_check("cpu")}
+    assert set(checks) == {"loss", "gradient of the features", "gradient of the prototypes", "nearest prototype"}
+    assert all(0 < check.error < 2e-5 and check.passed for check in checks.values())
+
+
+def distorted(function: Callable[..., torch.Tensor], by: float) -> Callable[..., torch.Tensor]:
+    return lambda *given, **named: function(*given, **named) * by
+
+
+@pytest.mark.parametrize("by", [1.001, float("nan")])
+def test_a_wrong_loss_fails(by: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(functional, "margin_cross_entropy", distorted(functional.margin_cross_entropy, by))
+    assert doctor.main() == 2
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED") >= 3
+    assert "The self-check failed on cpu" in printed
+
+
+def test_an_error_in_the_self_check_is_a_finding(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("the kernel\ndid not compile")
+
+    monkeypatch.setattr(functional, "margin_cross_entropy", breaks)
+    assert doctor.main() == 2
+    assert "RuntimeError: the kernel did not compile" in capsys.readouterr().out
+
+
+def test_what_is_not_installed_says_what_it_is_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed = doctor._installed
+    absent = {"triton", "matplotlib", "safetensors"}
+    monkeypatch.setattr(doctor, "_installed", lambda name: None if name in absent else installed(name))
+    assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    assert "not installed: needed for the report page, pip install 'ltloss[train]'" in printed
+    assert "not installed: needed for the GPU kernels" in printed
+
+
+def test_kernel_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "available, but there is no CUDA device" in doctor.kernel_status()
+    monkeypatch.setattr(doctor, "_installed", lambda _: None)
+    assert "triton is not installed" in doctor.kernel_status()
+
+
+def test_the_backend_in_force_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with ltloss.use_backend("reference"):
+        assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    assert "backend 'reference'" in printed
+    assert printed.count("the dense reference") == 2
+
+
+def test_it_needs_no_extras() -> None:
+    """Neither Triton nor anything of the train extra is imported, directly or indirectly."""
+    program = (
+        "import sys\n"
+        "for name in ('triton', 'matplotlib', 'PIL', 'safetensors', 'sklearn', 'tqdm'):\n"
+        "    sys.modules[name] = None\n"
+        "from ltloss.tools import doctor\n"
+        "sys.exit(doctor.main())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert "All is well" in result.stdout

@@ -1,0 +1,121 @@
+"""`ltloss plan`: what it counts, what it advises, and how it answers mistakes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from ltloss.cli.command import main
+from ltloss.tools.plan import DEVICES, Device, Problem, make_plan, parse_count
+
+H200 = DEVICES["h200"]
+LARGE = Problem(classes=100_000_000, dim=512, batch=8192, gpus=64)
+
+
+def test_counts_of_a_plan_by_hand() -> None:
+    plan = make_plan(LARGE, H200)
+    own = 100_000_000 // 64
+    assert plan.memory["prototypes (float32)"] == own * 512 * 4
+    assert plan.memory["state of sgd"] == own * 512 * 4
+    assert plan.wire["all-gather of features and labels"] == 63 * 128 * (512 * 2 + 8)
+    assert plan.wire["reduce-scatter of the features' gradient"] == 63 / 64 * 8192 * 512 * 2
+    assert plan.wire["all-gather of two N-vectors"] == 63 * 8192 * 8
+    assert plan.seconds["forward pass"] == pytest.approx(2 * 8192 * own * 512 / (790e12 * 0.8))
+    assert plan.fits
+    assert not plan.advice
+
+
+def test_a_single_device_sends_nothing() -> None:
+    plan = make_plan(replace(LARGE, classes=1_000_000, gpus=1), H200)
+    assert sum(plan.wire.values()) == 0
+    assert plan.seconds["messages"] == 0
+
+
+def test_more_devices_take_less_each() -> None:
+    sizes = [make_plan(replace(LARGE, gpus=n), H200) for n in (8, 16, 32, 64)]
+    for name in ("prototypes (float32)", "their gradient"):
+        assert [plan.memory[name] for plan in sizes] == sorted((plan.memory[name] for plan in sizes), reverse=True)
+    times = [plan.seconds["backward pass"] for plan in sizes]
+    assert times == sorted(times, reverse=True)
+
+
+def test_data_groups_repeat_the_classes_and_reduce_their_gradient() -> None:
+    one, two = (make_plan(replace(LARGE, data=data), H200) for data in (1, 2))
+    assert two.memory["prototypes (float32)"] == 2 * one.memory["prototypes (float32)"]
+    assert one.wire["all-reduce of the prototypes' gradient"] == 0
+    assert two.wire["all-reduce of the prototypes' gradient"] == 4 * 3_125_000 * 512
+    assert two.seconds["forward pass"] == pytest.approx(one.seconds["forward pass"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gpus": 2}, "--gpus 8 would fit"),
+        ({"gpus": 4, "optimizer": "adamw", "classes": 80_000_000}, "--optimizer sgd would fit"),
+        ({"gpus": 8, "data": 8, "classes": 30_000_000}, "--data 1 would fit"),
+        ({"gpus": 4, "classes": 90_000_000}, "--sample-rate 0.3 would fit"),
+        ({"gpus": 1, "classes": 10**14}, "no single change is enough"),
+    ],
+)
+def test_advice_names_what_would_fit(changes: dict[str, object], words: str) -> None:
+    plan = make_plan(replace(LARGE, **changes), H200)  # type: ignore[arg-type]
+    assert not plan.fits
+    assert any(words in advice for advice in plan.advice), plan.advice
+    assert "DOES NOT FIT" in plan.to_text()
+
+
+def test_ranks_on_shared_cores_take_turns() -> None:
+    device = Device("core", 1e12, 1e9, 1e9, 1e9, 1e9, 2, 0.0, 1.0, 1.0, together=2)
+    alone, both, four = (make_plan(Problem(1000, 8, 16, n), device).seconds["forward pass"] for n in (1, 2, 4))
+    assert both == pytest.approx(alone / 2)
+    assert four == pytest.approx(alone / 2)
+    crowded = make_plan(Problem(1000, 8, 16, 2), replace(device, shared=0.5)).seconds["forward pass"]
+    assert crowded == pytest.approx(alone)
+
+
+@pytest.mark.parametrize(("text", "count"), [("8192", 8192), ("100k", 100_000), ("1.5M", 1_500_000), ("2B", 2 * 10**9)])
+def test_counts_with_a_letter(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+def test_rates_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rates.json"
+    file.write_text(json.dumps(asdict(replace(H200, name="mine", product=1e12))))
+    assert (
+        main([*["plan", "--classes", "1M", "--dim", "64", "--batch", "256", "--gpus", "4", "--device"], str(file)]) == 0
+    )
+    assert "4 x mine" in capsys.readouterr().out
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["plan", "--classes", "100M", "--dim", "512", "--batch", "8192", "--gpus", "64"]
+    assert main(line) == 0
+    text = capsys.readouterr().out
+    assert "1,562,500 classes a device" in text
+    assert "not measured" in text  # what the rates of the kernels are
+    assert main([*line, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"] is True
+    assert main([*line[:-1], "1"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["--classes", "many"], "could not convert"),
+        (["--classes", "1.5"], "no whole number"),
+        (["--gpus", "0"], "gpus must be at least 1; got 0"),
+        (["--data", "3"], "data must divide gpus; got data=3 and gpus=4"),
+        (["--device", "h2000"], "device must be one of h200 or a JSON file of rates; got 'h2000'"),
+        (["--device", "nowhere.json"], "nowhere.json cannot be read as rates"),
+        (["--dtype", "int8"], "--dtype int8 is unknown"),
+        (["--sample-rate", "0"], "sample_rate must be in (0, 1]; got 0.0"),
+    ],
+)
+def test_mistakes_end_in_one_line(changed: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *["--classes", "1M", "--dim", "64", "--batch", "256", "--gpus", "4"], *changed]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1

@@ -1,0 +1,144 @@
+"""Tuned tiles: kept in a file of the user's, used when they are there, left alone when they do not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ltloss_kernels.config import tile_cache as tuned_tiles
+from ltloss_kernels.config import tile_table as tiles
+
+import ltloss
+from ltloss.cli.command import main
+from ltloss.tools import tune_tiles as tuning
+
+BF16 = torch.bfloat16
+NAME = "forward/90/bfloat16/ieee"
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    path = tmp_path / "cache" / "tiles.json"
+    monkeypatch.setenv("LTLOSS_TILES", str(path))
+    tuned_tiles.stored.cache_clear()
+    yield path
+    tuned_tiles.stored.cache_clear()
+
+
+def entry(**changed: object) -> dict[str, object]:
+    return {"tile": [64, 32, 16, 4, 2], "triton": tuned_tiles.triton_version(), **changed}
+
+
+def test_a_stored_tile_is_used_and_only_where_it_was_measured(file: Path) -> None:
+    usual = tiles.forward_tile(90, BF16, "ieee")
+    tuned_tiles.store({NAME: entry()}, file)
+    assert tiles.forward_tile(90, BF16, "ieee") == tiles.Tile(64, 32, 16, 4, 2)
+    assert tiles.forward_tile(90, BF16, "tf32") == tiles.Tile(64, 32, 16, 4, 2), "precision is for float32 only"
+    assert tiles.forward_tile(90, torch.float16, "ieee") == usual
+    assert tiles.forward_tile(80, BF16, "ieee") != tiles.Tile(64, 32, 16, 4, 2)
+    assert tiles.gradient_tile(90, BF16, "ieee") != tiles.Tile(64, 32, 16, 4, 2)
+
+
+def test_storing_keeps_the_other_entries(file: Path) -> None:
+    tuned_tiles.store({NAME: entry()}, file)
+    tuned_tiles.store({"gradient/90/bfloat16/ieee": entry(tile=[32, 32, 16, 4, 2])}, file)
+    assert tiles.forward_tile(90, BF16, "ieee").rows == 64
+    assert tiles.gradient_tile(90, BF16, "ieee").rows == 32
+    assert [path.name for path in file.parent.iterdir()] == ["tiles.json"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [entry(triton="0.1"), entry(tile=[64, 32]), entry(tile=[64, 32, 16, 4, "2"]), entry(tile=[64, 32, 16, 4, 0]), 7],
+)
+def test_an_entry_that_does_not_fit_is_not_used(file: Path, bad: object) -> None:
+    usual = tiles.forward_tile(90, BF16, "ieee")
+    tuned_tiles.store({NAME: bad}, file)
+    assert tiles.forward_tile(90, BF16, "ieee") == usual
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
+def test_a_damaged_file_is_left_out_with_one_warning(file: Path, text: str) -> None:
+    usual = tiles._FORWARD_HALF[90]
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.warns(UserWarning, match=r"tiles\.json is left out .* `ltloss tune`"):
+        assert tiles.forward_tile(90, BF16, "ieee") == usual
+    assert tiles.forward_tile(90, BF16, "ieee") == usual  # no second warning, which would be an error here
+
+
+def test_an_empty_setting_switches_stored_tiles_off(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned_tiles.store({NAME: entry()}, file)
+    monkeypatch.setenv("LTLOSS_TILES", "")
+    assert tiles.forward_tile(90, BF16, "ieee") == tiles._FORWARD_HALF[90]
+
+
+def test_the_file_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LTLOSS_TILES")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert tuned_tiles.cache_file() == Path("/somewhere/ltloss/tiles.json")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert tuned_tiles.cache_file() == Path.home() / ".cache" / "ltloss" / "tiles.json"
+
+
+@pytest.mark.parametrize("kernel", ["forward", "gradient"])
+def test_every_candidate_is_timed_and_a_broken_one_comes_last(
+    kernel: tuning.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, broken = tiles.Tile(16, 16, 16, 1, 1), tiles.Tile(16, 16, 12, 1, 1)  # a depth that is no power of two
+    monkeypatch.setattr(tuning, "CANDIDATES", (small, broken))
+    monkeypatch.setattr(tiles, "_FORWARD_HALF", {90: tiles.Tile(32, 16, 16, 1, 1)})
+    monkeypatch.setattr(tiles, "_GRADIENT_HALF", {90: tiles.Tile(32, 16, 16, 1, 1)})
+    with ltloss.use_backend("triton"):
+        ranking = tuning.rank(kernel, 20, 40, 24, torch.float16, device="cpu", repeats=1)
+    assert [timing.tile for timing in ranking[-1:]] == [broken]
+    assert ranking[-1].problem
+    assert {timing.tile for timing in ranking[:2]} == {small, tiles.Tile(32, 16, 16, 1, 1)}
+    assert all(0 < timing.milliseconds < float("inf") and not timing.problem for timing in ranking[:2])
+    shown = tuning.show(kernel, (20, 40, 24), ranking)
+    assert len(shown.splitlines()) == 4
+    assert ranking[-1].problem in shown
+
+
+def test_a_tile_that_computes_something_else_has_no_time() -> None:
+    for wrong in (torch.tensor(1.1), torch.tensor(float("nan"))):
+        timing = tuning._time(
+            "forward", tiles.Tile(16, 16, 16, 1, 1), lambda found=wrong: (found,), (torch.ones(()),), 1
+        )
+        assert timing.problem == "wrong result"
+        assert timing.milliseconds == float("inf")
+
+
+def test_float32_operands_take_half_the_depth() -> None:
+    half, full = (tuning.candidates("forward", 90, dtype, "tf32") for dtype in (BF16, torch.float32))
+    assert half[0] == tiles.forward_tile(90, BF16, "tf32")
+    assert {tile.depth for tile in half[1:]} == {32, 64}
+    assert {tile.depth for tile in full[1:]} == {16, 32}
+
+
+def test_a_tried_tile_is_forgotten_afterwards() -> None:
+    usual = tiles.gradient_tile(90, BF16, "ieee")
+    with tuned_tiles.trying("gradient", (16, 16, 16, 1, 1)):
+        assert tiles.gradient_tile(90, BF16, "ieee").rows == 16
+    assert tiles.gradient_tile(90, BF16, "ieee") == usual
+
+
+def test_what_was_stored_says_where_it_comes_from(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    tuning.remember("forward", tuning.Timing(tiles.Tile(64, 32, 16, 4, 2), 1.5), BF16, (1, 2, 3), file)
+    stored = json.loads(file.read_text())[NAME]
+    assert stored == {**entry(), "milliseconds": 1.5, "shape": "1x2x3", "device": "a GPU"}
+    assert tiles.forward_tile(90, BF16, "ieee").rows == 64
+
+
+def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["tune"]) == 2
+    assert capsys.readouterr().err.startswith("ltloss: error: tune needs a CUDA device")

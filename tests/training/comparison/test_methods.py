@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import ltloss
+from ltloss.training.comparison.climb import next_points
+from ltloss.training.comparison.methods import METHODS, listing, method, search_space, variants, with_values
+from ltloss.training.comparison.plan import Plan
+from ltloss.training.comparison.recipes import recipe
+from ltloss.training.errors import UserError
+from ltloss.training.model.registry import build_loss
+from ltloss.training.run.settings import Settings
+
+COUNTS = [81, 16, 1]
+
+
+def plan(*methods: str, **changes: object) -> Plan:
+    asked = {"recipe": "small", "seeds": 1, "vary": {}, "tune": False, "tune_seeds": 1, "validation_per_class": None}
+    given = {"data": "digits", "device": "cpu", **changes.pop("given", {})}  # type: ignore[dict-item]
+    return Plan(given=given, methods=methods, **{**asked, **changes})  # type: ignore[arg-type]
+
+
+def loss_of(name: str, **values: object) -> ltloss.CombinedMarginLoss:
+    settings = Settings(**plan(name).job(name, {}, values, 0, "").settings)
+    head = build_loss(settings.loss, COUNTS, 8, settings.all_loss_options)
+    assert isinstance(head, ltloss.CombinedMarginLoss)
+    return head
+
+
+def test_every_method_tunes_values_that_are_in_order_and_begins_in_their_middle() -> None:
+    for name, kind in METHODS.items():
+        space = search_space(name, recipe("small"))
+        assert math.prod(len(values) for values in space.values()) >= 9, name
+        assert all(values == sorted(set(values)) for values in space.values()), name
+        begins = next_points(space, [])[0]
+        at_rest = {"margin": (0.35, 0.5), "lr": (0.1,), "weight_decay": (5e-4,), "tau": (1.0,), "crt_epochs": (10,)}
+        assert all(begins[key] in at_rest[key] for key in begins if key in at_rest), name
+        if "margin" in kind.settings:
+            assert begins["margin"] == kind.settings["margin"], name
+
+
+def test_every_method_makes_a_job_and_says_where_it_is_from() -> None:
+    every = plan(*METHODS, tune=True, validation_per_class=1)  # which checks the whole of every search space
+    for name, kind in METHODS.items():
+        assert every.job(name, {}, {}, 0, "").settings["seed"] == 0
+        assert kind.source or name == "ce"
+        assert f"\n{name}: {kind.title}" in f"\n{listing()}"
+
+
+def test_margins_of_the_published_methods() -> None:
+    rarest_first = torch.tensor(COUNTS, dtype=torch.float64) ** -0.25
+    torch.testing.assert_close(loss_of("ldam", margin=0.4).cosine_margin, (0.4 * rarest_first).float())  # n = 1: 0.4
+    torch.testing.assert_close(loss_of("long-tail").angular_margin, (0.5 * rarest_first).float())
+    assert loss_of("long-tail").log_prior is None
+    prior = (torch.tensor(COUNTS) / sum(COUNTS)).log()
+    for name in ("logit-adjusted", "recommended"):
+        torch.testing.assert_close(loss_of(name, tau=1.5).log_prior, 1.5 * prior)
+    torch.testing.assert_close(loss_of("arcface", tau=1.0).log_prior, prior)
+
+
+@pytest.mark.parametrize(("name", "form"), [("recommended", "recommended"), ("long-tail", "published")])
+def test_both_forms_of_the_long_tail_loss_are_those_of_its_module(name: str, form: str) -> None:
+    torch.manual_seed(0)
+    ours, shown = loss_of(name), ltloss.LongTailLoss.from_counts(COUNTS, 8, form=form)
+    assert isinstance(ours, ltloss.LongTailLoss)
+    assert repr(ours).replace("form='recommended'", f"form='{form}'") == repr(shown)
+    assert torch.equal(ours.angular_margin, shown.angular_margin)
+
+
+def test_weights_of_deferred_and_class_balanced_methods() -> None:
+    both = plan("ldam-drw", "class-balanced", recipe="cifar-lt")
+    drw, balanced = (Settings(**both.job(name, {}, {}, 0, "").settings) for name in both.methods)
+    assert (drw.loss, drw.drw_from, drw.beta, drw.epochs) == ("ldam", 0.8, 0.9999, 200)
+    assert (balanced.loss, balanced.drw_from) == ("softmax", 0.0)
+
+
+def test_factors_multiply_the_recipe_and_what_is_given_is_not_tuned() -> None:
+    assert search_space("ce", {"lr": 0.2})["lr"] == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6]
+    fixed = plan("ce", "cosine", "arcface", given={"lr": 0.3, "scale": 12.0})
+    assert list(fixed.space("ce")) == ["weight_decay"]
+    assert fixed.space("cosine") == {}
+    assert list(fixed.space("arcface")) == ["margin"]
+    jobs = {name: fixed.job(name, {}, {}, 0, "").settings for name in fixed.methods}
+    assert {name: (job["lr"], job.get("scale")) for name, job in jobs.items()} == {
+        "ce": (0.3, None),
+        "cosine": (0.3, 12.0),
+        "arcface": (0.3, 12.0),
+    }
+
+
+def test_what_is_given_wins_over_the_method_and_variants_over_both() -> None:
+    asked = plan("long-tail", given={"loss_options": {"margin_power": 0.5}, "tau": 2.0}, vary={"tau": [0, 1]})
+    settings = Settings(**asked.job("long-tail", {"long-tail": {"scale": 8.0}}, {"tau": 1}, 3, "").settings)
+    assert (settings.tau, settings.scale, settings.seed, settings.loss_options["margin_power"]) == (1.0, 8.0, 3, 0.5)
+
+
+def test_variants_are_every_combination() -> None:
+    assert variants([]) == [{}]
+    assert variants([("a", [1, 2]), ("b", [3])]) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
+    merged = with_values({"lr": 1, "loss_options": {"x": 1}}, {"lr": 2, "y": 3})
+    assert merged == {"lr": 2, "loss_options": {"x": 1, "y": 3}}
+
+
+def test_the_same_training_has_the_same_key_whatever_it_is_called() -> None:
+    asked = plan("logit-adjusted", "ce", "post-hoc")
+    key = asked.job("ce", {}, {}, 0, "p").key
+    assert asked.job("post-hoc", {}, {}, 0, "p").base.key == key  # type: ignore[union-attr]
+    moved = plan("ce", given={"data": "digits", "many_above": 7, "few_below": 3, "workers": 1})
+    assert moved.job("ce", {}, {}, 0, "p").key == key
+    others = [
+        asked.job("ce", {}, {}, 1, "p"),
+        asked.job("ce", {}, {}, 0, "q"),
+        asked.job("ce", {}, {"lr": 1.0}, 0, "p"),
+    ]
+    others += [asked.job("ce", {}, {}, 0, "p", 3), asked.job("post-hoc", {}, {}, 0, "p")]
+    assert len({key, *(job.key for job in others)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"given": {"loss": "ldam"}}, "loss cannot be given to a comparison"),
+        ({"given": {"epoch": 3}}, "unknown setting epoch; did you mean epochs"),
+        ({"given": {"margn": 3}}, "unknown setting margn; did you mean margin"),
+        ({"given": {"lr": -1.0}}, "lr must be greater than 0"),
+        ({"given": {"loss_options": {"margin_power": 1}}}, "none of the losses softmax has an option margin_power"),
+        ({"given": {"data": ""}}, "--data is missing"),
+        ({"recipe": "tiny"}, "--recipe tiny is unknown"),
+        ({"seeds": 0}, "seeds must be a whole number from 1, is 0"),
+        ({"tune_seeds": 1.5}, "tune_seeds must be a whole number from 1"),
+        ({"validation_per_class": 0}, "validation_per_class must be a whole number from 1"),
+        ({"vary": {"margin": [1.0]}}, "loss softmax has no option margin"),
+        ({"vary": {"seed": [1]}}, "--vary seed cannot be varied"),
+        ({"vary": {"lr": []}}, "--vary lr cannot be varied, or has no values"),
+        ({"vary": {"mixup": [-1.0]}}, "mixup must be at least 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_trained(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan("ce", **changes)
+
+
+def test_unknown_methods_are_named() -> None:
+    with pytest.raises(UserError, match="--losses ldamdrw is unknown; did you mean ldam-drw"):
+        plan("ce", "ldamdrw")
+    with pytest.raises(UserError, match="--losses names no method"):
+        plan()
+    with pytest.raises(UserError, match="norm_power must be a number from 0, is -1"):
+        plan("tau-norm", vary={"norm_power": [-1]})
+    with pytest.raises(UserError, match=r"crt_epochs must be a whole number from 1, is 0\.5"):
+        plan("crt", vary={"crt_epochs": [0.5]})
+    assert method("crt").base == "ce"

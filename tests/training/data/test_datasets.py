@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.toys import CLASS_NAMES, toy_images
+from PIL import Image
+
+from ltloss.training.data.decode import PictureError, open_picture, to_pixels
+from ltloss.training.data.sources import FolderImages, load_data, load_pictures
+from ltloss.training.errors import UserError
+
+
+def huge_png(side: int) -> bytes:
+    """A valid header for side x side pixels, with next to no data behind it."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_digits_are_split_by_class_without_overlap() -> None:
+    train, test = (load_data("digits", split=split, seed=1) for split in ("train", "test"))
+    assert (len(train), len(test)) == (1438, 359)
+    assert not set(train.names) & set(test.names)
+    assert np.bincount(test.labels).tolist() == [36, 36, 35, 37, 36, 36, 36, 36, 35, 36]
+    assert train.shape == (1, 8, 8)
+    assert int(train.batch(np.arange(100)).max()) == 255
+    other = load_data("digits", split="test", seed=2)
+    assert other.names != test.names
+
+
+def test_npz_keeps_its_own_splits_and_names(toy_npz: Path) -> None:
+    train, test, both = (load_data(str(toy_npz), split=split) for split in ("train", "test", "all"))
+    assert (len(train), len(test), len(both)) == (60, 15, 75)
+    assert train.class_names == CLASS_NAMES
+    assert test.names[4] == "test/00004"
+    assert torch.equal(both.batch(np.array([60])), test.batch(np.array([0])))
+
+
+def test_colour_npz_is_channels_first_and_can_be_resized(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 10, 12, 3)).astype(np.uint8)
+    labels = np.array([0, 1, 0, 1, 0, 1])
+    np.savez(tmp_path / "colour.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    source = load_data(str(tmp_path / "colour.npz"), split="train")
+    assert source.shape == (3, 10, 12)
+    assert np.array_equal(source.batch(np.array([2]))[0].permute(1, 2, 0), images[2])
+    assert source.class_names == ("0", "1")
+    small = load_data(str(tmp_path / "colour.npz"), split="train", image_size=8, channels=1)
+    assert small.shape == (1, 8, 8)
+    assert small.batch(np.arange(6)).shape == (6, 1, 8, 8)
+
+
+def test_folder_without_splits_keeps_a_fifth_for_the_test(toy_folder: Path) -> None:
+    train, test = (load_data(str(toy_folder), split=split, seed=0) for split in ("train", "test"))
+    assert (len(train), len(test)) == (24, 6)
+    assert sorted([*train.names, *test.names]) == sorted(load_data(str(toy_folder), split="all").names)
+    assert train.class_names == CLASS_NAMES
+    assert train.shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("test_name", ["test", "val"])
+def test_folder_with_splits_uses_them(toy_folder: Path, tmp_path: Path, test_name: str) -> None:
+    root = tmp_path / "split"
+    shutil.copytree(toy_folder, root / "train")
+    for name in CLASS_NAMES:
+        (root / test_name / name).mkdir(parents=True)
+        shutil.copy(toy_folder / name / next((toy_folder / name).iterdir()).name, root / test_name / name)
+    train, test = (load_data(str(root), split=split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (30, 3)
+    assert test.names[0].startswith(f"{test_name}/apple/")
+
+
+def test_folder_and_array_give_the_same_pixels(toy_folder: Path) -> None:
+    images, labels = toy_images(10)
+    source = load_data(str(toy_folder), split="all")
+    assert source.labels.tolist() == labels.tolist()
+    assert np.array_equal(source.batch(np.arange(30))[:, 0], images)
+    assert np.array_equal(np.asarray(source.picture(7)), images[7])
+    chosen = source.subset(np.array([4, 25]))
+    assert np.array_equal(chosen.batch(np.array([1]))[0, 0], images[25])
+
+
+def test_bad_pictures_are_reported_once_and_left_out(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = (toy_folder / "apple" / "000.png").read_bytes()
+    bad = {"cut.png": good[: len(good) // 2], "empty.png": b"", "text.jpg": b"hello", "huge.png": huge_png(50_000)}
+    for name, content in bad.items():
+        (toy_folder / "apple" / name).write_bytes(content)
+    source = load_data(str(toy_folder), split="all")
+    assert isinstance(source, FolderImages)
+    assert len(source) == 30
+    reasons = {Path(name).name: reason for name, reason in source.skipped}
+    assert reasons.keys() == bad.keys()
+    assert "0 bytes" in reasons["empty.png"]
+    assert "damaged" in reasons["cut.png"]
+    assert "not a picture" in reasons["text.jpg"]
+    assert "50000 x 50000" in reasons["huge.png"] or "pixels" in reasons["huge.png"]
+    reported = capsys.readouterr().err.splitlines()
+    assert len(reported) == 4
+    assert all(str(toy_folder) in line for line in reported)
+
+
+def test_a_bad_picture_does_not_move_others_between_the_splits(toy_folder: Path) -> None:
+    before = {split: set(load_data(str(toy_folder), split=split).names) for split in ("train", "test")}
+    (toy_folder / "bean" / "013.png").write_bytes(b"")
+    for split in ("train", "test"):
+        assert before[split] - set(load_data(str(toy_folder), split=split).names) <= {"bean/013.png"}
+
+
+def test_pictures_of_different_sizes_become_one_size(toy_folder: Path) -> None:
+    Image.new("RGB", (30, 20), "red").save(toy_folder / "corn" / "wide.png")
+    assert load_data(str(toy_folder), split="all").shape == (3, 64, 64)
+    assert load_data(str(toy_folder), split="all", image_size=16, channels=1).shape == (1, 16, 16)
+
+
+def test_photos_of_one_size_are_not_used_at_full_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (160, 120), "red").save(tmp_path / name)
+    assert load_data(str(tmp_path), split="train").shape == (3, 64, 64)
+    told = "are 160 x 120 pixels, used at 64 x 64; choose another size with --image-size"
+    assert capsys.readouterr().err.splitlines() == [f"ltloss: the pictures of {tmp_path} {told}"]
+    assert load_data(str(tmp_path), split="train", image_size=(120, 160)).shape == (3, 120, 160)
+    assert capsys.readouterr().err == ""
+    for path in tmp_path.rglob("*.png"):
+        Image.new("RGB", (128, 100), "red").save(path)
+    assert load_data(str(tmp_path), split="train").shape == (3, 100, 128)
+
+
+def test_pictures_too_small_to_train_on_are_refused(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+        (tmp_path / "folder" / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.new("L", (5, 3)).save(tmp_path / "folder" / name)
+    images, labels = np.zeros((4, 3, 5), np.uint8), np.array([0, 1, 0, 1])
+    np.savez(tmp_path / "data.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    for data in ("folder", "data.npz"):
+        with pytest.raises(UserError, match=r"are 5 x 3 pixels, each side must be at least 4; enlarge .* --image-size"):
+            load_data(str(tmp_path / data), split="train")
+        assert load_data(str(tmp_path / data), split="train", image_size=4).shape == (1, 4, 4)
+
+
+def test_pictures_to_classify_have_no_label(toy_folder: Path) -> None:
+    (toy_folder / "loose.PNG").write_bytes((toy_folder / "apple" / "000.png").read_bytes())
+    source = load_pictures(toy_folder, image_shape=(3, 12, 12))
+    assert len(source) == 31
+    assert set(source.labels) == {-1}
+    assert source.batch(np.array([0, 30])).shape == (2, 3, 12, 12)
+
+
+def test_modes_are_brought_to_grey_or_colour(tmp_path: Path) -> None:
+    def saved(picture: Image.Image, name: str = "picture.png") -> np.ndarray:
+        picture.save(tmp_path / name)
+        return np.asarray(open_picture(tmp_path / name))
+
+    assert saved(Image.new("RGBA", (4, 4), (255, 0, 0, 0)))[0, 0].tolist() == [255, 255, 255]
+    assert saved(Image.fromarray(np.full((4, 4), 0x8080, np.uint16)))[0, 0] == 0x80
+    assert saved(Image.new("1", (4, 4), 1))[0, 0] == 255
+    assert saved(Image.new("P", (4, 4)), "picture.gif").shape == (4, 4, 3)
+    turned = Image.new("L", (8, 4))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # stored lying on its side
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert open_picture(tmp_path / "turned.png").size == (4, 8)
+
+
+def test_resizing_keeps_the_aspect_ratio() -> None:
+    wide = np.zeros((10, 40), np.uint8)
+    wide[:, 12:28] = 200
+    assert to_pixels(Image.fromarray(wide), (1, 5, 5)).tolist() == np.full((1, 5, 5), 200).tolist()
+
+
+def test_a_missing_picture_is_a_picture_error(tmp_path: Path) -> None:
+    with pytest.raises(PictureError, match="does not exist"):
+        open_picture(tmp_path / "none.png")

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.toys import toy_images
+
+from ltloss.training.data.sources import load_data
+from ltloss.training.errors import UserError
+
+
+def arrays(**changes: np.ndarray) -> dict[str, np.ndarray]:
+    images, labels = toy_images(4)
+    return {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels, **changes}
+
+
+def refuses(path: Path, expected: str) -> None:
+    with pytest.raises(UserError, match=expected) as caught:
+        load_data(str(path), split="all")
+    assert "\n" not in str(caught.value)
+    assert "pickle.load" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (np.arange(12) * 10**9, r"y_train goes up to 11000000000 but has only 12 labels.*return_inverse=True"),
+        (np.arange(12, dtype=np.uint64) + 2**63, r"y_train goes up to 9223372036854775819, .*return_inverse=True"),
+    ],
+)
+def test_large_labels_are_refused_before_their_classes_are_counted(
+    labels: np.ndarray, expected: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "data.npz", **arrays(y_train=labels))
+    refuses(tmp_path / "data.npz", expected)
+
+
+def test_unsigned_labels_work(tmp_path: Path) -> None:
+    labels = toy_images(4)[1].astype(np.uint64)
+    np.savez(tmp_path / "data.npz", **arrays(y_train=labels, y_test=labels))
+    assert load_data(str(tmp_path / "data.npz"), split="all").class_names == ("0", "1", "2")
+
+
+def test_one_array_is_no_npz(tmp_path: Path) -> None:
+    np.save(tmp_path / "data.npy", np.zeros(3))
+    (tmp_path / "data.npy").rename(tmp_path / "data.npz")
+    refuses(tmp_path / "data.npz", "holds one array; give an .npz with x_train")
+
+
+def test_text_is_no_npz(tmp_path: Path) -> None:
+    (tmp_path / "data.npz").write_text("label,pixels\n")
+    refuses(tmp_path / "data.npz", r"cannot be read \(it is no .npz file\); write it with numpy.savez")
+
+
+def test_any_flipped_byte_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez_compressed(path, **arrays())
+    good, caught = path.read_bytes(), 0
+    for position in range(0, len(good), 7):
+        damaged = bytearray(good)
+        damaged[position] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            load_data(str(path), split="all")
+        except UserError as error:
+            caught += "cannot be read" in str(error)
+    assert caught > len(good) // 14
+
+
+def test_an_encrypted_archive_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, **arrays())
+    content = bytearray(path.read_bytes())
+    for mark, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = content.find(mark)
+        while at >= 0:
+            (flags,) = struct.unpack_from("<H", content, at + offset)
+            struct.pack_into("<H", content, at + offset, flags | 1)
+            at = content.find(mark, at + 4)
+    path.write_bytes(content)
+    refuses(path, "cannot be read .*(encrypted|password)")
+
+
+def test_members_that_are_no_arrays_are_reported(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
+        for name in arrays():
+            archive.writestr(name, "text")
+    refuses(tmp_path / "data.npz", "y_train is a file of another kind, not an array")

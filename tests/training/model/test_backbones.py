@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ltloss.training.errors import UserError
+from ltloss.training.model.backbones import BACKBONES, ResNet32, build_backbone
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 20)])
+@pytest.mark.parametrize("embedding_size", [64, 10])
+def test_any_picture_becomes_a_feature(name: str, shape: tuple[int, int, int], embedding_size: int) -> None:
+    features = build_backbone(name, shape, embedding_size)(torch.rand(2, *shape))
+    assert features.shape == (2, embedding_size)
+
+
+def test_resnet32_has_the_published_size() -> None:
+    # He et al. 2016, table 6: 0.46 million, with the 10-way classifier of 650 parameters.
+    parameters = sum(p.numel() for p in ResNet32(3, 64).parameters()) + 650
+    assert parameters == 464_154
+    assert sum(isinstance(module, nn.Conv2d) for module in ResNet32(3, 64).modules()) == 31
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "resnet18"])
+def test_without_timm_its_models_are_an_error_that_says_what_to_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"timm is not installed; (install it with `pip install timm`|did you mean)"):
+        build_backbone(name, (3, 32, 32), 16)
+
+
+class Pooled(nn.Module):
+    """What a timm model is with num_classes=0."""
+
+    num_features = 99  # as for some of them, not what comes out
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).mean(dim=(2, 3))
+
+
+@pytest.fixture
+def timm_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A module of timm's name with its three functions, which records how models are made."""
+    calls: list[dict[str, Any]] = []
+
+    def create_model(name: str, **arguments: Any) -> nn.Module:
+        if name == "convnet" and "img_size" in arguments:
+            raise TypeError("img_size")
+        calls.append({"name": name, **arguments})
+        return Pooled(arguments["in_chans"])
+
+    module = types.ModuleType("timm")
+    module.__spec__ = importlib.machinery.ModuleSpec("timm", None)
+    functions = {"create_model": create_model, "is_model": {"convnet", "vit"}.__contains__}
+    vars(module).update(functions, list_models=lambda: ["convnet", "vit"])
+    monkeypatch.setitem(sys.modules, "timm", module)
+    return calls
+
+
+@pytest.mark.parametrize(("name", "size"), [("timm:convnet", None), ("convnet", None), ("vit", (16, 16))])
+def test_timm_models_are_made_for_the_pictures_without_weights(
+    name: str, size: tuple[int, int] | None, timm_calls: list[dict[str, Any]]
+) -> None:
+    model = build_backbone(name, (1, 16, 16), 7)
+    assert model(torch.rand(2, 1, 16, 16)).shape == (2, 7)
+    (call,) = timm_calls
+    assert call["pretrained"] is False
+    assert call["num_classes"] == 0
+    assert call.get("img_size") == size
+
+
+def test_pictures_too_small_for_a_model_are_an_error(timm_calls: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match=r"timm:convnet cannot take pictures of 2 x 2 .*; use --image-size"):
+        build_backbone("timm:convnet", (1, 2, 2), 7)
+
+
+def test_a_name_that_timm_does_not_know_is_an_error(timm_calls: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match="timm:convnetx is unknown, to timm too; did you mean convnet"):
+        build_backbone("timm:convnetx", (1, 16, 16), 7)
+    assert timm_calls == []

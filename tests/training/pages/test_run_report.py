@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.browser import needs_chromium, render
+from helpers.pages import Page
+from helpers.small_run import HOSTILE, history, make_run
+
+from ltloss.training.errors import UserError
+from ltloss.training.pages import plots
+from ltloss.training.pages.run_report import write_report
+from ltloss.training.run.checkpoint import Checkpoint, save_checkpoint
+from ltloss.training.run.trainer import TrainingResult
+
+FIGURES = {
+    "Loss",
+    "Accuracy",
+    "Many, medium and few",
+    "Accuracy and class size",
+    "Feature lengths",
+    "Angles between prototypes",
+}
+DIGITS = tuple("0123456789")
+
+
+def figures(page: Page) -> dict[str, str]:
+    """The first words of each figure's description by title."""
+    text = page.path.read_text(encoding="utf-8")
+    titles = re.findall(r"<figcaption>(.*?)<span", text)
+    return dict(zip(titles, (a["aria-label"] for a in page.all("div") if a.get("role") == "img"), strict=True))
+
+
+def cells(page: Page) -> dict[str, str]:
+    """Tables of two columns as a mapping."""
+    rows = re.findall(r"<tr><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td></tr>", page.path.read_text(encoding="utf-8"))
+    return dict(rows)
+
+
+@pytest.fixture(scope="module")
+def trained(toy_run: TrainingResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was really trained, with its report."""
+    folder = tmp_path_factory.mktemp("report") / "toy"
+    shutil.copytree(toy_run.run, folder)
+    write_report(folder)
+    return folder
+
+
+def test_report_of_a_trained_run_has_every_figure(trained: Path) -> None:
+    page = Page(trained / "report.html")
+    page.check()
+    assert set(figures(page)) == FIGURES
+    assert len(page.all("svg")) == len(FIGURES)
+    assert "Not shown" not in page.text
+    assert cells(page)["epochs"] == "2"
+    assert cells(page)["training pictures"] == "60"
+
+
+def test_report_is_the_same_each_time(trained: Path) -> None:
+    first = (trained / "report.html").read_bytes()
+    assert write_report(trained).read_bytes() == first
+
+
+def test_numbers_are_those_of_the_last_epoch(tmp_path: Path) -> None:
+    rows = history(3)
+    rows[1]["test_accuracy"] = 0.99
+    rows[2].update(test_accuracy=0.4321, train_accuracy=0.8765)
+    make_run(tmp_path / "run", DIGITS, shape=(1, 8, 8), rows=rows)
+    page = Page(write_report(tmp_path / "run"))
+    tiles = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page.path.read_text(encoding="utf-8")))
+    assert tiles["test accuracy, last epoch (3)"] == "43.2%"
+    assert tiles["training accuracy, last epoch"] == "87.6%"
+    assert tiles["medium, last epoch"] == "–"
+    assert "99.0%" not in page.text
+    assert "medium (20-100): none" in figures(page)["Many, medium and few"]
+    assert ">none</text>" in page.path.read_text(encoding="utf-8")
+
+
+def test_accuracy_by_class_is_measured_on_the_test_pictures(tmp_path: Path) -> None:
+    from ltloss.training.measure.evaluate import evaluate_run
+
+    make_run(tmp_path / "run", DIGITS, shape=(1, 8, 8))
+    page = Page(write_report(tmp_path / "run"))
+    per_class = evaluate_run(tmp_path / "run").metrics.per_class
+    mean = 100 * np.mean(per_class)
+    assert "10 in all, 10 to 100 training pictures" in figures(page)["Accuracy and class size"]
+    assert f"{mean:.1f}% on average" in figures(page)["Accuracy and class size"]
+
+
+def test_a_stored_evaluation_serves_only_if_it_is_of_the_last_epoch(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_run(run, ("a", "b"), data="gone.npz", rows=history(3, test_accuracy=0.25))
+    stored = {"accuracy": 0.25, "pictures": 4, "per_class": {"a": 0.5, "b": None}}
+    (run / "evaluation.json").write_text(json.dumps(stored))
+    page = Page(write_report(run))
+    assert "1 in all, 10 to 10 training pictures" in figures(page)["Accuracy and class size"]
+    assert "Feature lengths, which need the test pictures" in page.text
+    (run / "evaluation.json").write_text(json.dumps({**stored, "accuracy": 0.75}))
+    assert "Accuracy and class size" not in figures(Page(write_report(run)))
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_run(run, ("a", "b", "c"), data="nowhere/pictures")
+    page = Page(write_report(run))
+    page.check()
+    assert set(figures(page)) == FIGURES - {"Feature lengths", "Accuracy and class size"}
+    assert "Accuracy by class and feature lengths, which need the test pictures" in page.text
+    assert "'nowhere/pictures' does not exist" in page.text
+    shutil.rmtree(run / "checkpoints")
+    page = Page(write_report(run))
+    assert set(figures(page)) == {"Loss", "Accuracy", "Many, medium and few"}
+    assert "has no checkpoint yet" in page.text
+
+
+def test_angles_are_those_between_the_prototypes(tmp_path: Path) -> None:
+    classifier = make_run(tmp_path / "run", ("a", "b", "c"), data="gone.npz", embedding_size=4)
+    w = torch.nn.functional.normalize(classifier.loss.weight.detach().double(), dim=1)
+    cosine = (w @ w.T).fill_diagonal_(-1).amax(1)
+    degrees = sorted(math.degrees(math.acos(c)) for c in cosine.tolist())
+    page = Page(write_report(tmp_path / "run"))
+    words = figures(page)["Angles between prototypes"]
+    assert f"{degrees[0]:.3g} to {degrees[-1]:.3g}" in words
+    assert "evenly spread: 120.0°" in words
+    assert f"{degrees[0]:.1f}°" in page.text
+
+
+@pytest.mark.parametrize("names", [("only",), HOSTILE, tuple(f"class {n}" for n in range(3500))])
+def test_any_classes(names: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_run(run, names, data="<b>&.npz", embedding_size=4, rows=history(1, test_accuracy=0.25))
+    accuracy = np.random.default_rng(0).random(len(names)).tolist()
+    stored = {"accuracy": 0.25, "pictures": 9, "per_class": dict(zip(names, accuracy, strict=True))}
+    (run / "evaluation.json").write_text(json.dumps(stored))
+    page = Page(write_report(run))
+    page.check()
+    assert page.path.stat().st_size < 1_000_000
+    weakest = names[int(np.argmin(accuracy))]
+    assert weakest in page.text
+    assert f"{len(names)} in all" in figures(page)["Accuracy and class size"]
+    if len(names) == 1:
+        assert "there is only one class" in page.text
+
+
+def test_a_run_that_stopped_early_says_so(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", ("a", "b"), data="gone.npz", epochs=40)
+    assert "The run stands at epoch 3 of 40." in Page(write_report(tmp_path / "run")).text
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: shutil.rmtree(run), "is not a run"),
+        (lambda run: (run / "metrics.csv").unlink(), "has no finished epoch"),
+        (lambda run: (run / "metrics.csv").write_text("epoch,lr\n"), "has no finished epoch"),
+        (lambda run: (run / "metrics.csv").write_text("epoch,lr\n1,much\n"), "is damaged"),
+        (lambda run: (run / "metrics.csv").write_bytes(b"\xff\xfe\x00"), "is damaged"),
+        (lambda run: (run / "config.json").write_text("{"), "is damaged"),
+    ],
+)
+def test_mistakes_are_one_line(damage: object, message: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_run(run, ("a", "b"), data="gone.npz")
+    assert callable(damage)
+    damage(run)
+    with pytest.raises(UserError, match=message) as caught:
+        write_report(run)
+    assert "\n" not in str(caught.value)
+    assert not (run / "report.html").exists()
+
+
+def test_equal_values_make_a_histogram() -> None:
+    for value in (0.0, 5.0, -1e-20):
+        plot = plots.histogram("h", "H", np.full(7, value), axis="x (m)", what="things")
+        assert "7 things by x (m)" in plot.alt
+        assert "nan" not in plot.svg.lower()
+
+
+def test_gaps_in_a_curve_are_left_out() -> None:
+    series = {"training": [3.0, 2.0, 1.0], "test": [math.nan, 2.5, math.nan]}
+    plot = plots.learning_curve("c", "C", [1, 2, 3], series, axis="loss")
+    assert "nan" not in plot.svg
+    assert "epochs 1 to 3" in plot.alt
+
+
+def test_figures_follow_the_colours_of_the_page() -> None:
+    svg = plots.groups("g", [("many (>100)", 0.5), ("few (<20)", None)]).svg
+    colours = set(re.findall(r"(?:fill|stroke): ?([^;\"]+)", svg)) - {"none"}
+    assert colours
+    assert all(colour.startswith("var(--") for colour in colours), colours
+
+
+def test_a_long_label_is_broken_into_lines_and_leaves_room_for_its_row(recwarn: pytest.WarningsRecorder) -> None:
+    label = "long-tail loss, as recommended (normalize_features=False, scale=1.5, feature_norm_weight=0.1)"
+    plot = plots.shares_with_spread("l", "L", [(label, 0.5, 0.1), ("$a$", 0.4, 0.1)], axis="x")
+    assert not recwarn.list, [str(warning.message) for warning in recwarn]  # matplotlib's, about no room
+    lines = re.findall(r">([^<>]+)</(?:text|tspan)>", plot.svg)
+    assert "long-tail loss, as recommended" in lines
+    assert "$a$" in lines
+    assert label in plot.alt
+
+
+@pytest.mark.browser
+@needs_chromium
+@pytest.mark.parametrize("flags", [(), ("--window-size=390,800", "--blink-settings=preferredColorScheme=0")])
+def test_browser_shows_the_report(trained: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    rendered = render(trained / "report.html", tmp_path, *flags)
+    assert rendered.console == []
+    assert rendered.found["requests"] == []
+    assert rendered.found["scripts"] == 0
+    assert len(rendered.found["figures"]) == len(FIGURES)
+    assert all(width > 250 for width in rendered.found["figures"])
+    assert rendered.found["overflow"] <= 0
+    assert "test accuracy, last epoch (2)" in rendered.found["text"]
+
+
+@pytest.mark.parametrize("epoch", ["nan", "", "inf", "1.5", "0", "x"])
+def test_a_history_with_a_bad_epoch_is_named(trained: Path, tmp_path: Path, epoch: str) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.csv"
+    head, first, *_ = path.read_text().splitlines()
+    path.write_text(f"{head}\n{epoch},{first.partition(',')[2]}\n")
+    with pytest.raises(UserError, match=r"metrics.csv is damaged"):
+        write_report(tmp_path / "run")
+
+
+def test_infinite_metrics_are_gaps(tmp_path: Path) -> None:
+    infinite = dict.fromkeys(("train_loss", "test_loss", "test_accuracy", "many", "seconds"), math.inf)
+    make_run(tmp_path / "run", DIGITS, rows=history(3, **infinite))
+    Page(write_report(tmp_path / "run")).check()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(None)], ids=["one class", "all"])
+def test_a_diverged_model_is_said_on_the_page(tmp_path: Path, value: float, rows: slice) -> None:
+    classifier = make_run(tmp_path / "run", DIGITS, shape=(1, 8, 8))
+    classifier.loss.weight.data[rows] = value
+    classifier.norm.weight.data.fill_(value)  # type: ignore[union-attr, operator]
+    save_checkpoint(tmp_path / "run", 4, Checkpoint(classifier.state_dict(), {}, {"history": history(3)}))
+    page = Page(write_report(tmp_path / "run"))
+    page.check()
+    assert "Feature lengths" not in figures(page)
+    assert "not finite, so the training diverged" in page.text

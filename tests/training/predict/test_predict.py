@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import csv
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.small_run import HOSTILE, make_run
+from PIL import Image
+
+from ltloss.training.data.sources import ArrayImages, load_pictures
+from ltloss.training.errors import UserError
+from ltloss.training.model.classifier import Classifier
+from ltloss.training.predict import predict as prediction
+from ltloss.training.predict.predict import classify, predict_folder
+from ltloss.training.predict.sort_images import Sorter, folder_names
+
+CLASSES = ("cat", "dog", "bird", "fish")
+HEADER = ["image", "class", "probability", "angle_degrees", "runner_up", "runner_up_probability"]
+
+
+def read(path: Path) -> list[list[str]]:
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        return list(csv.reader(stream))
+
+
+def picture(seed: int, size: tuple[int, int] = (24, 18)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def write_pictures(folder: Path, count: int = 6) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        picture(number).save(folder / f"{number}.png")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    make_run(folder, CLASSES)
+    return folder
+
+
+def test_table_holds_what_the_model_says(run: Path, tmp_path: Path) -> None:
+    images = write_pictures(tmp_path / "in")
+    summary = predict_folder(run, images, tmp_path / "out", device="cpu", top=3, batch_size=4)
+    classifier = Classifier.load(run, "cpu")
+    source = load_pictures(images, classifier.config.image_shape)
+    features = classifier.features(source.batch(np.arange(6))).double()
+    cosine = torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(classifier.loss.weight.double()).T
+    cosine = cosine.detach()
+    probability = (classifier.loss.scale * cosine).softmax(1)
+    rows = read(summary.table)
+    assert rows[0] == [*HEADER, "class_3", "probability_3"]
+    assert [row[0] for row in rows[1:]] == [f"{n}.png" for n in range(6)]
+    for number, row in enumerate(rows[1:]):
+        ranked = cosine[number].argsort(descending=True)
+        assert [row[1], row[4], row[6]] == [CLASSES[c] for c in ranked[:3]]
+        found = [float(cell) for cell in (row[2], row[5], row[7])]
+        assert found == pytest.approx(probability[number, ranked[:3]].tolist(), rel=1e-3)
+        assert float(row[3]) == pytest.approx(math.degrees(math.acos(cosine[number, ranked[0]])), abs=0.01)
+    assert (summary.pictures, summary.skipped) == (6, 0)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "cosine", "long-tail", "logit-adjusted"])
+def test_every_kind_of_loss_gives_probabilities(loss: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", CLASSES, loss=loss)
+    summary = predict_folder(tmp_path / "run", write_pictures(tmp_path / "in"), tmp_path / "out", top=9)
+    rows = read(summary.table)[1:]
+    assert {len(row) for row in rows} == {10}  # --top 9 of four classes
+    for row in rows:
+        probabilities = [float(row[i]) for i in (2, 5, 7, 9)]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-4)
+        assert 0 <= float(row[3]) <= 180
+
+
+def test_one_class_has_no_runner_up(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", ["only"])
+    summary = predict_folder(tmp_path / "run", write_pictures(tmp_path / "in", 1), tmp_path / "out")
+    assert read(summary.table)[1][:3] == ["0.png", "only", "1"]
+    assert read(summary.table)[1][4:] == ["", ""]
+
+
+def test_many_classes_never_get_all_their_logits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = make_run(tmp_path / "run", [f"c{n}" for n in range(1000)])
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    source = ArrayImages(images, np.full(20, -1), (), [str(n) for n in range(20)])
+    whole = classify(classifier, source, batch_size=20)
+    logits, sizes = classifier.loss.logits, []
+
+    def watched(features: torch.Tensor) -> torch.Tensor:
+        result = logits(features)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(classifier.loss, "logits", watched)
+    monkeypatch.setattr(prediction, "_LOGITS_AT_ONCE", 3500)
+    pieces = classify(classifier, source, batch_size=8)
+    assert max(sizes) == 3000
+    assert sum(sizes) == 20_000
+    assert pieces.index.shape == (20, 2)
+    assert np.array_equal(pieces.index, whole.index)
+    assert pieces.probability == pytest.approx(whole.probability, rel=1e-4)
+
+
+def odd_pictures(folder: Path) -> set[str]:
+    """Write a picture of every kind that has to work, and return their names."""
+    folder.mkdir()
+    grey = np.linspace(0, 65535, 24 * 18).reshape(18, 24).astype(np.uint16)
+    base = picture(1)
+    saved = {
+        "grey.png": base.convert("L"),
+        "palette.png": base.quantize(16),
+        "alpha.png": base.convert("RGBA"),
+        "sixteen.png": Image.fromarray(grey),
+        "cmyk.jpg": base.convert("CMYK"),
+        "bilevel.tif": base.convert("1"),
+    }
+    for name, image in saved.items():
+        image.save(folder / name)
+    frames = [picture(n) for n in range(3)]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    return {*saved, "moving.gif"}
+
+
+def test_unusual_pictures_work_and_damaged_ones_are_listed(run: Path, tmp_path: Path) -> None:
+    images = tmp_path / "in"
+    good = odd_pictures(images)
+    (images / "empty.png").write_bytes(b"")
+    (images / "noise.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing of a picture")
+    half = (images / "cmyk.jpg").read_bytes()
+    (images / "half.jpg").write_bytes(half[: len(half) // 2])
+    (images / "notes.txt").write_text("not a picture, and not listed")
+    summary = predict_folder(run, images, tmp_path / "out")
+    assert {row[0] for row in read(summary.table)[1:]} == good
+    skipped = dict(read(tmp_path / "out" / "skipped.csv")[1:])
+    assert set(skipped) == {"empty.png", "noise.jpg", "half.jpg"}
+    assert "0 bytes" in skipped["empty.png"]
+    assert summary.skipped == 3
+    assert "3 files could not be read" in str(summary)
+
+
+def test_exif_orientation_is_respected(run: Path, tmp_path: Path) -> None:
+    images = tmp_path / "in"
+    images.mkdir()
+    upright = picture(5, (40, 40)).resize((40, 40))
+    upright.save(images / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90° clockwise to view"
+    upright.rotate(90).save(images / "turned.png", exif=exif)
+    rows = read(predict_folder(run, images, tmp_path / "out").table)
+    assert rows[1][1:] == rows[2][1:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux file names are arbitrary bytes")
+def test_any_file_name_survives_the_table(run: Path, tmp_path: Path) -> None:
+    names = [b"a,b.png", b'say "hi".png', b"two\nlines.png", b"caf\xe9.png", "猫.png".encode(), b"=1+1.png", b"%2e.png"]
+    images = tmp_path / "in"
+    images.mkdir()
+    for number, name in enumerate(names):
+        picture(number).save(images / "x.png")
+        os.rename(images / "x.png", os.fsencode(images) + b"/" + name)
+    summary = predict_folder(run, images, tmp_path / "out", sort_into=tmp_path / "sorted")
+    assert {os.fsencode(row[0]) for row in read(summary.table)[1:]} == set(names)
+    copies = [tmp_path / "sorted" / row[2] for row in read(tmp_path / "out" / "sorted.csv")[1:]]
+    assert {os.fsencode(copy.name) for copy in copies} == set(names)
+    assert all(copy.is_file() for copy in copies)
+
+
+def test_sorting_never_overwrites(run: Path, tmp_path: Path) -> None:
+    images = tmp_path / "in"
+    for number in range(3):  # the same picture under the same name: the same class, three times
+        (images / str(number)).mkdir(parents=True)
+        picture(7).save(images / str(number) / "same.png")
+    sorted_into = tmp_path / "sorted"
+    rows = read(predict_folder(run, images, tmp_path / "out", sort_into=sorted_into).table)
+    folder = sorted_into / rows[1][1]
+    assert {p.name for p in folder.iterdir()} == {"same.png", "same-2.png", "same-3.png"}
+    before = contents(sorted_into)
+    (folder / "same.png").write_bytes(b"mine")
+    predict_folder(run, images, tmp_path / "out", sort_into=sorted_into)
+    after = contents(sorted_into)
+    assert after[f"{rows[1][1]}/same.png"] == b"mine"
+    assert len(after) == 2 * len(before)
+    record = read(tmp_path / "out" / "sorted.csv")
+    assert record[0] == ["image", "class", "copy"]
+    assert [row[2] for row in record[1:]] == [f"{rows[1][1]}/same-{n}.png" for n in (4, 5, 6)]
+
+
+def test_folder_names_are_safe_and_distinct() -> None:
+    names = [
+        *HOSTILE,
+        "a_b",
+        "A_B",
+        "a?b",
+        ".",
+        "..",
+        ".hidden",
+        "nul.txt",
+        "x" * 500,
+        "x" * 501,
+        "é" * 200,
+        "\udcff",
+        " end. ",
+    ]
+    folders = folder_names(names)
+    assert len({folder.casefold() for folder in folders}) == len(names)
+    for folder in folders:
+        assert 0 < len(folder.encode()) <= 120
+        assert not set(folder) & set('<>:"/\\|?*\n')
+        assert not folder.startswith(".")
+        assert folder == folder.strip(" .")
+        assert folder.partition(".")[0].lower() not in {"con", "nul"}
+    assert folders[names.index("a_b")] == "a_b"
+    assert folder_names(CLASSES) == list(CLASSES)
+
+
+def test_hostile_class_names_stay_inside_the_sorted_folder(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", HOSTILE)
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+    sorter = Sorter(tmp_path / "sorted", HOSTILE)
+    for number in range(len(HOSTILE)):
+        copy = sorter.copy(tmp_path / "p.png", number)
+        assert copy.resolve().parent.parent == (tmp_path / "sorted").resolve()
+    assert len(list((tmp_path / "sorted").iterdir())) == len(HOSTILE)
+    predict_folder(tmp_path / "run", write_pictures(tmp_path / "in"), tmp_path / "out", sort_into=tmp_path / "again")
+    assert sum(1 for p in (tmp_path / "again").glob("*/*.png")) == 6
+
+
+def test_earlier_results_are_replaced_and_foreign_files_are_not(run: Path, tmp_path: Path) -> None:
+    images, out = write_pictures(tmp_path / "in"), tmp_path / "out"
+    predict_folder(run, images, out, sort_into=tmp_path / "sorted")
+    first = contents(out)
+    assert set(first) == {"predictions.csv", "gallery.html", "skipped.csv", "sorted.csv", "prediction.json"}
+    (images / "5.png").unlink()
+    predict_folder(run, images, out)
+    assert len(read(out / "predictions.csv")) == 6
+    assert set(contents(out)) == set(first) - {"sorted.csv"}
+    (out / "thesis.doc").write_text("years of work")
+    before = contents(out)
+    with pytest.raises(UserError, match=r"holds 'thesis.doc', which no earlier prediction wrote"):
+        predict_folder(run, images, out)
+    assert contents(out) == before
+
+
+def test_a_table_that_is_not_ours_is_not_replaced(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "predictions.csv").write_text("mine")
+    with pytest.raises(UserError, match=r"predictions\.csv"):
+        predict_folder(run, write_pictures(tmp_path / "in"), out)
+    assert contents(out) == {"predictions.csv": b"mine"}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_breaks_off_leaves_the_old_results_untouched(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    images, out = write_pictures(tmp_path / "in"), tmp_path / "out"
+    predict_folder(run, images, out)
+    before = contents(out)
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(prediction, "write_gallery", fails)
+    (images / "0.png").unlink()
+    for folder in (out, tmp_path / "new"):
+        with pytest.raises(type(error)):
+            predict_folder(run, images, folder)
+    assert contents(out) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_leftovers_of_a_killed_prediction_do_not_matter(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for process in (1, os.getpid()):
+        (out / f".unfinished-{process}").mkdir(parents=True)
+        (out / f".unfinished-{process}" / "sorted.csv").write_text("half")
+    predict_folder(run, write_pictures(tmp_path / "in"), out)
+    assert set(contents(out)) == {"predictions.csv", "gallery.html", "skipped.csv", "prediction.json"}
+    assert not [p for p in out.iterdir() if p.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": "nowhere"}, "is not a run"),
+        ({"images": "nowhere"}, "is not a folder"),
+        ({"images": "file"}, "is not a folder"),
+        ({"images": "empty"}, "holds no picture"),
+        ({"images": "damaged"}, "holds no picture"),
+        ({"out": "file"}, "is a file"),
+        ({"out": "file/below"}, "cannot write"),
+        ({"out": "in/results"}, "lies inside"),
+        ({"sort_into": "in/sorted"}, "lies inside"),
+        ({"sort_into": "out/sorted"}, "lies inside"),
+        ({"images": "in/a", "sort_into": "in"}, "--images .* lies inside --sort-into"),
+        ({"sort_into": "file"}, "cannot make the folder"),
+        ({"top": 0}, "--top must be at least 1"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"device": "gpu!"}, "device gpu! cannot be used"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    run: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    write_pictures(tmp_path / "in", 2)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "x.png").write_bytes(b"")
+    paths = {
+        name: tmp_path / str(value) for name, value in change.items() if name not in ("top", "batch_size", "device")
+    }
+    given = {"run": run, "images": tmp_path / "in", "out": tmp_path / "out", **change, **paths}
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        predict_folder(**given)
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_diverged_model_is_reported(tmp_path: Path) -> None:
+    classifier = make_run(tmp_path / "run", CLASSES)
+    with torch.no_grad():
+        next(classifier.backbone.parameters()).fill_(math.nan)
+    images = np.zeros((3, 16, 16, 3), dtype=np.uint8)
+    with pytest.raises(UserError, match="not finite for 'first'"):
+        classify(classifier, ArrayImages(images, np.full(3, -1), (), ["first", "b", "c"]))

@@ -1,0 +1,64 @@
+"""A run that is killed at any moment and continued is the run that was never killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.toys import toy_settings
+
+from ltloss.cli.command import main
+from ltloss.training.run.trainer import train
+from tests.training.run.test_trainer import losses_of, weights_of
+
+EPOCHS = 20
+
+
+def _run(arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    raise SystemExit(main(arguments))
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """New processes that need not import torch again: each is forked from one that did nothing but import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ltloss.cli.command", "ltloss.training.run.trainer"])
+    return context
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="no SIGKILL on this system")
+def test_killed_run_continues_bit_for_bit(toy_npz: Path, tmp_path: Path, processes: ForkServerContext) -> None:
+    train(tmp_path / "whole", toy_settings(toy_npz, epochs=EPOCHS, loss="cosine-space"), quiet=True)
+    arguments = ["train", "--quiet", "--resume", "--out", str(tmp_path / "killed"), "--data", str(toy_npz)]
+    arguments += f"--epochs {EPOCHS} --batch-size 16 --embedding-size 8 --device cpu --loss cosine-space".split()
+
+    moments, checkpoints = random.Random(0), tmp_path / "killed" / "checkpoints"
+    seen = []
+    for target in (0, 3, 7, 11):
+        process = processes.Process(target=_run, args=(arguments,))
+        process.start()
+        while process.is_alive() and target and not (checkpoints / f"epoch-{target:04d}").exists():
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.06))
+        process.kill()
+        process.join()
+        assert process.exitcode == -9, "the run ended before it could be killed; raise EPOCHS"
+        seen.append(max((int(path.name[6:10]) for path in checkpoints.glob("epoch-????")), default=0))
+    assert seen == sorted(seen)
+    assert seen[1] >= 3
+    assert seen[-1] < EPOCHS
+
+    process = processes.Process(target=_run, args=(arguments,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
+    whole, killed = (weights_of(tmp_path / name, EPOCHS) for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"epoch-{n:04d}" for n in (EPOCHS - 1, EPOCHS)]
