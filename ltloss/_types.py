@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["NearestPrototype", "Reduction", "TopK"]
+__all__ = ["MarginLoss", "NearestPrototype", "Partials", "Reduction", "TopK"]
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -31,3 +31,46 @@ class TopK(NamedTuple):
 
     cosine: Tensor
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index
+
+
+class Partials(NamedTuple):
+    """What the pass over the prototypes leaves of each sample, before the splits of the classes are added.
+
+    A chunk of a CPU, a split of a GPU and a rank of a process group are splits alike: they concatenate along S.
+
+    Attributes:
+        sum: (S, N) Σ exp(l_c − max) over the classes of a split but the target.
+        max: (S, N).
+        logit_sum: (S, N) Σ s·cos_c over all classes of a split, or None where it was not asked for.
+        target_cosine: (N,) cos_y: 0 where the target is not among these classes, NaN for a label that is no class.
+        norm: (N,) ‖x‖ where features keep their length, else None.
+        class_factor: (C,) 1/‖w‖, for the backward.
+    """
+
+    sum: Tensor
+    max: Tensor
+    logit_sum: Tensor | None
+    target_cosine: Tensor
+    norm: Tensor | None
+    class_factor: Tensor
+
+
+class MarginLoss(NamedTuple):
+    """The loss and what the backward needs of each sample.
+
+    Attributes:
+        loss: a scalar, or (N,) for ``reduction="none"``.
+        coefficients: (4, N), or (5, N) where features keep their length; times the weight of the class:
+            0 shift     log-sum-exp over the other classes
+            1 d_lse     ∂loss/∂(log-sum-exp)
+            2 d_target  the whole gradient at the target logit
+            3 d_all     the gradient that label smoothing gives every class
+            4 d_norm    ∂loss/∂‖x‖
+        inverse_total: scalar, 1/Σ weights for ``reduction="mean"``, else 1.
+        bound: scalar, the largest coefficient; what float16 is scaled by.
+    """
+
+    loss: Tensor
+    coefficients: Tensor
+    inverse_total: Tensor
+    bound: Tensor

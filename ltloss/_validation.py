@@ -152,12 +152,13 @@ def check_rows(rows: Any, prototypes: Tensor) -> None:
     check_same_device(prototypes=prototypes, rows=rows)
 
 
-def check_label_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_label_range(labels: Tensor, num_classes: int, ignore_index: int, name: str = "labels") -> None:
     """Raise IndexError for a label that is neither in [0, C) nor ``ignore_index``. Looks at the data."""
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bool(bad.any()):
         first = int(bad.nonzero()[0, 0])
+        allowed = f" or be ignore_index={ignore_index}" if name == "labels" else ""
         raise IndexError(
-            f"labels must lie in [0, {num_classes}) or be ignore_index={ignore_index}; "
-            f"got {int(labels[first])} at position {first} ({int(bad.sum())} such labels in all)"
+            f"{name} must lie in [0, {num_classes}){allowed}; "
+            f"got {int(labels[first])} at position {first} ({int(bad.sum())} such {name} in all)"
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ltloss._validation import check_choice, check_number
+from ltloss.ops.labels import checked_labels
 
 __all__ = [
     "DeferredWeights",
@@ -39,10 +40,8 @@ def counts_from_labels(labels: Counts, num_classes: int, *, ignore_index: int = 
     vector = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels).flatten()
     if vector.is_floating_point():
         raise TypeError(f"labels must be integers; got {vector.dtype}")
-    from ltloss import ops  # here, so that counting labels does not depend on the operators' import order
-
-    checked = ops.checked_labels(vector, num_classes, ignore_index)
-    return torch.bincount(checked[checked >= 0], minlength=num_classes)
+    checked = checked_labels(vector, num_classes, ignore_index, "labels")
+    return torch.bincount(checked[checked != ignore_index], minlength=num_classes)
 
 
 def checked_counts(class_counts: Counts) -> Tensor:

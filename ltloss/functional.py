@@ -7,12 +7,11 @@ for float64 inputs) whatever the dtype of features and prototypes; gradients com
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ltloss import ops, reference
 from ltloss._types import NearestPrototype, Reduction, TopK
 from ltloss._validation import (
     check_choice,
@@ -27,12 +26,16 @@ from ltloss._validation import (
     check_supervised,
     check_type,
 )
-from ltloss.chunked.logsumexp import compute_dtype
 from ltloss.class_balance import checked_counts
-from ltloss.epilogue import fused_margin_cross_entropy, margin_losses, one_pass, reduce_losses, wide_pass
-from ltloss.margins import BeyondPi, MarginGradient, mean_angle
-from ltloss.regularizers import FeatureNormKind, norm_penalty
-from ltloss.runtime import current_backend, debug
+from ltloss.margins import BeyondPi, Margin, MarginGradient
+from ltloss.numerics import compute_dtype
+from ltloss.ops import margin_cross_entropy as margin_ops
+from ltloss.ops import prototype_search
+from ltloss.ops._dispatch import at_hand, distributed, is_sharded
+from ltloss.ops.labels import NOTHING, checked_labels
+from ltloss.ops.logsumexp import Logits, logsumexp_stats
+from ltloss.regularizers import FeatureNormKind, mean_angle, norm_penalty
+from ltloss.runtime import debug
 
 __all__ = [
     "cosine_logsumexp",
@@ -62,9 +65,9 @@ def margin_cross_entropy(
     margin_gradient: MarginGradient = "exact",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Softmax cross-entropy on cosine logits with a margin on the own class: the whole family in one function.
+    r"""Softmax cross-entropy on cosine logits with a margin on the target class: the whole family in one function.
 
-    With θ_c the angle between feature and prototype c, the own-class logit is
+    With θ_c the angle between feature and prototype c, the target logit is
     s·(cos(m1·θ_y + m2_y) − m3_y) + log-prior_y and the others are s·cos θ_c + log-prior_c.
 
     Args:
@@ -113,44 +116,30 @@ def margin_cross_entropy(
     check_choice("margin_gradient", margin_gradient, get_args(MarginGradient))
     check_choice("reduction", reduction, get_args(Reduction))
     like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
-    per_class: dict[str, Any] = {
-        name: None if given is None else check_per_class(name, given, prototypes.shape[0], like)
-        for name, given in (
-            ("angular_margin", angular_margin),
-            ("cosine_margin", cosine_margin),
-            ("log_prior", log_prior),
-            ("class_weight", class_weight),
-        )
-    }
-    margins: dict[str, Any] = {
-        "angle_multiplier": angle_multiplier,
-        "label_smoothing": label_smoothing,
-        "beyond_pi": beyond_pi,
-        "margin_gradient": margin_gradient,
-    }
-    log_prior, class_weight = per_class.pop("log_prior"), per_class.pop("class_weight")
-    if not isinstance(log_prior, Tensor) or log_prior.dim() == 0:
-        log_prior = None  # the same constant on every logit cancels
-    wide: dict[str, Any] = {
-        "scale": float(scale),
-        "log_prior": log_prior,
-        "normalize_features": normalize_features,
-        "ignore_index": ignore_index,
-    }
-    sharded = ops.is_sharded(prototypes)
-    if current_backend() == "reference" and not sharded:
-        labels = ops.checked_labels(labels, prototypes.shape[0], ignore_index)
-        wide["ignore_index"] = -1
-        return reference.margin_cross_entropy(
-            features, prototypes, labels, class_weight=class_weight, reduction=reduction, **per_class, **margins, **wide
-        )
-    if not sharded and ops.kernels_chosen(features, prototypes):
-        return fused_margin_cross_entropy(
-            features, prototypes, labels, class_weight=class_weight, reduction=reduction, **per_class, **margins, **wide
-        )
-    result = one_pass(features, prototypes, labels, with_logit_sum=label_smoothing > 0.0, **wide)
-    losses = margin_losses(result, **per_class, **margins)
-    return reduce_losses(losses, result.labels, class_weight, reduction)
+    classes = prototypes.shape[0]
+    angle, cosine = (
+        check_per_class(name, given, classes, like)
+        for name, given in (("angular_margin", angular_margin), ("cosine_margin", cosine_margin))
+    )
+    angle, cosine = (v.expand(classes) if isinstance(v, Tensor) else v for v in (angle, cosine))
+    prior, weight = (
+        None if given is None else torch.as_tensor(check_per_class(name, given, classes, like)).to(like)
+        for name, given in (("log_prior", log_prior), ("class_weight", class_weight))
+    )
+    prototypes, shard = at_hand(prototypes, labels)
+    return margin_ops.margin_cross_entropy(
+        features,
+        prototypes,
+        labels,
+        prior if prior is not None and prior.dim() else None,  # the same constant on every logit cancels
+        None if weight is None else weight.expand(classes),
+        Margin(angle, cosine, angle_multiplier, beyond_pi, margin_gradient),
+        Logits(float(scale), normalize_features, ignore_index),
+        float(label_smoothing),
+        reduction,
+        shard,
+        classes,
+    )
 
 
 def cosine_logsumexp(
@@ -161,8 +150,8 @@ def cosine_logsumexp(
     Args:
         features: (N, D).
         prototypes: (C, D).
-        labels: (N,) integers. A label outside [0, C) means "the own class is not among these prototypes": nothing is
-            left out of the log-sum-exp and the own logit is 0. That is what a shard of the classes needs.
+        labels: (N,) integers. A label outside [0, C) means "the target is not among these prototypes": nothing is
+            left out of the log-sum-exp and the target logit is 0. That is what a shard of the classes needs.
         scale: s > 0.
         log_prior: (C,) or None.
 
@@ -183,14 +172,15 @@ def cosine_logsumexp(
         like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
         log_prior = torch.as_tensor(check_per_class("log_prior", log_prior, prototypes.shape[0], like)).to(like)
         log_prior = log_prior.expand(prototypes.shape[0])
-    if current_backend() == "reference" and not ops.is_sharded(prototypes):
-        return reference.cosine_logsumexp(features, prototypes, labels, scale=scale, log_prior=log_prior)
     labels = labels.to(torch.int64)
-    other, own, _ = wide_pass(features, prototypes, labels, log_prior, float(scale), True, False)
+    inside = (labels >= 0) & (labels < prototypes.shape[0])
+    prototypes, shard = at_hand(prototypes, labels)
+    other, target, _ = logsumexp_stats(
+        features, prototypes, labels, log_prior, Logits(float(scale), True, None), False, shard
+    )
     if log_prior is not None:
-        inside = (labels >= 0) & (labels < prototypes.shape[0])
-        own = own + torch.where(inside, log_prior[torch.where(inside, labels, 0)], 0.0)
-    return other, own
+        target = target + torch.where(inside, log_prior[torch.where(inside, labels, 0)], 0.0)
+    return other, target
 
 
 def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, exact: bool = False) -> NearestPrototype:
@@ -218,20 +208,12 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, exact: 
     if rows is not None:
         rows = _checked_rows(rows, prototypes)
     check_type("exact", exact, bool)
-    if ops.is_sharded(prototypes):
-        return ops.distributed("nearest").nearest_prototype(prototypes, rows, exact)  # type: ignore[no-any-return]
-    if current_backend() == "reference":
-        return reference.nearest_prototype(prototypes, rows)
-    cosine, index = ops.nearest_prototype(prototypes, rows, exact)
-    return NearestPrototype(cosine, index)
+    return prototype_search.nearest_prototype(prototypes, rows, exact)
 
 
 def _checked_rows(rows: Tensor, prototypes: Tensor) -> Tensor:
     check_rows(rows, prototypes)
-    try:  # the check of labels, with nothing to ignore
-        return ops.checked_labels(rows, prototypes.shape[0], -(1 << 62))  # type: ignore[no-any-return]
-    except IndexError as error:
-        raise IndexError(str(error).replace("labels", "rows", 1)) from None
+    return checked_labels(rows, prototypes.shape[0], NOTHING, "rows")  # type: ignore[no-any-return]
 
 
 def min_angle_regularizer(
@@ -269,24 +251,22 @@ def min_angle_regularizer(
     check_number("power", power, at_least=0.0)
     check_type("exact", exact, bool)
     num_classes = prototypes.shape[0]
-    dtype = compute_dtype(prototypes)
     if class_counts is not None:
         class_counts = _checked_counts(class_counts, prototypes)
     if rows is not None:
         rows = _checked_rows(rows, prototypes)
-    if ops.is_sharded(prototypes):
-        return ops.distributed("nearest").min_angle_regularizer(  # type: ignore[no-any-return]
+    if is_sharded(prototypes):
+        angle: Tensor = distributed("nearest").min_angle_regularizer(
             prototypes, class_counts, power=power, rows=rows, exact=exact
         )
-    if current_backend() == "reference":
-        return reference.min_angle_regularizer(prototypes, class_counts, power=power, rows=rows)
-    cosine: Tensor = ops.nearest_prototype(prototypes, rows, exact)[0]
+        return angle
+    cosine = prototype_search.nearest_in_one_piece(prototypes, rows, exact).cosine
     if num_classes == 1 or cosine.numel() == 0:
         return (cosine * 0.0).sum()
     if class_counts is None:
         return mean_angle(cosine, torch.ones_like(cosine).detach())
     chosen = class_counts if rows is None else class_counts[rows]
-    return mean_angle(cosine, chosen.to(dtype) ** -power)
+    return mean_angle(cosine, chosen.to(cosine.dtype) ** -power)
 
 
 def _checked_counts(class_counts: Tensor, prototypes: Tensor) -> Tensor:
@@ -349,9 +329,4 @@ def top_k(features: Tensor, prototypes: Tensor, k: int = 1) -> TopK:
     """
     check_pair(features, prototypes)
     check_k(k, prototypes.shape[0])
-    if ops.is_sharded(prototypes):
-        return ops.distributed("top_k").top_k(features, prototypes, k)  # type: ignore[no-any-return]
-    if current_backend() == "reference":
-        return reference.top_k(features, prototypes, k)
-    cosine, index = ops.top_k(features.detach(), prototypes.detach(), k)
-    return TopK(cosine, index)
+    return prototype_search.top_k(features, prototypes, k)

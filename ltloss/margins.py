@@ -1,4 +1,4 @@
-"""The margin on the own-class cosine: its value and its slope, on N-vectors.
+"""The margin on the target cosine: its value and its slope, on N-vectors.
 
 Everything a margin does happens on one number per sample, so this file is all that tells ArcFace from CosFace. The
 wide work, which is the same for every loss, is in :mod:`ltloss.ops`.
@@ -7,12 +7,14 @@ wide work, which is the same for every loss, is in :mod:`ltloss.ops`.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["ANGLE_FLOOR", "BeyondPi", "MarginGradient", "arccos", "margin_cosine", "mean_angle"]
+from ltloss._validation import check_choice
+
+__all__ = ["ANGLE_FLOOR", "BeyondPi", "Margin", "MarginGradient", "arccos", "margin_cosine"]
 
 BeyondPi = Literal["monotone", "arcface"]
 MarginGradient = Literal["exact", "straight_through"]
@@ -23,8 +25,67 @@ MarginGradient = Literal["exact", "straight_through"]
 ANGLE_FLOOR = 2.0**-11
 
 
-def _clamped(angle: Tensor) -> Tensor:
-    return angle.clamp(ANGLE_FLOOR, math.pi - ANGLE_FLOOR)
+class Margin(NamedTuple):
+    """cos(m1·θ + m2) − m3 on the target cosine: everything that tells one loss of the family from another.
+
+    Attributes:
+        angle: m2 in radians, a number or a vector.
+        cosine: m3, a number or a vector.
+        multiplier: m1.
+        beyond_pi, gradient: see :func:`margin_cosine`.
+
+    A vector is per class, (C,), where the loss function takes it, and per sample, (N,), after :meth:`of_samples`.
+    """
+
+    angle: Tensor | float = 0.0
+    cosine: Tensor | float = 0.0
+    multiplier: float = 1.0
+    beyond_pi: BeyondPi = "monotone"
+    gradient: MarginGradient = "exact"
+
+    @property
+    def turns(self) -> bool:
+        """Whether an angle is involved at all; if not, the cosine is exact and no arccos loses digits of it."""
+        return self.multiplier != 1.0 or isinstance(self.angle, Tensor) or self.angle != 0.0
+
+    def of_samples(self, classes: Tensor) -> Margin:
+        """Vectors per class, read at the class of each sample (N,)."""
+        angle, cosine = (value[classes] if isinstance(value, Tensor) and value.dim() else value for value in self[:2])
+        return self._replace(angle=angle, cosine=cosine)
+
+    def to(self, dtype: torch.dtype) -> Margin:
+        """Its vectors in another dtype."""
+        angle, cosine = (value.to(dtype) if isinstance(value, Tensor) else value for value in self[:2])
+        return self._replace(angle=angle, cosine=cosine)
+
+    def value(self, cosine: Tensor) -> Tensor:
+        """cos(m1·θ + m2) − m3 of target cosines (N,), continued beyond π."""
+        return (self._turned(cosine) if self.turns else cosine) - self.cosine
+
+    def _turned(self, cosine: Tensor) -> Tensor:
+        phase = self.multiplier * cosine.clamp(-1.0, 1.0).acos() + self.angle
+        if self.beyond_pi == "arcface":
+            return torch.where(phase > math.pi, cosine - self.angle * _sin(self.angle), phase.cos())
+        # On the k-th stretch of length pi: (-1)^k cos(phase) - 2k. Continuous and falling everywhere; k = 1 is the
+        # -2 - cos(theta + m) of the text, k > 1 only occurs with a multiplier (SphereFace).
+        stretch = torch.floor(phase / math.pi).clamp_min(0)
+        return (1 - 2 * stretch.remainder(2)) * phase.cos() - 2 * stretch
+
+    def slope(self, cosine: Tensor) -> Tensor:
+        """d value / d cosine = m1·sin(m1·θ + m2)/sin(θ), with the sign of the stretch that the phase is on."""
+        if not self.turns or self.gradient == "straight_through":
+            return torch.ones_like(cosine)
+        # The bound as a literal: torch.compile(dynamic=True) takes globals for inputs of the graph.
+        angle = arccos(cosine).clamp(2.0**-11, math.pi - 2.0**-11)
+        phase = self.multiplier * angle + self.angle
+        slope = self.multiplier * phase.sin() / angle.sin()
+        if self.beyond_pi == "arcface":
+            return torch.where(phase > math.pi, torch.ones_like(slope), slope)
+        return (1 - 2 * torch.floor(phase / math.pi).clamp_min(0).remainder(2)) * slope
+
+
+def _sin(angle: Tensor | float) -> Tensor | float:
+    return angle.sin() if isinstance(angle, Tensor) else math.sin(angle)
 
 
 class _Arccos(torch.autograd.Function):
@@ -32,18 +93,14 @@ class _Arccos(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cosine: Tensor) -> Tensor:
-        angle = cosine.clamp(-1.0, 1.0).acos()
-        ctx.save_for_backward(angle)
-        return angle
+        ctx.save_for_backward(cosine)
+        return cosine.clamp(-1.0, 1.0).acos()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        (angle,) = ctx.saved_tensors
-        # ANGLE_FLOOR, which is its own sine, as a literal: torch.compile(dynamic=True) takes globals for inputs of the
-        # graph and stumbles over their use in two autograd functions of one module.
-        slope: Tensor = -1.0 / angle.sin().clamp_min(2.0**-11)
-        return grad_outputs[0] * slope
+        (cosine,) = ctx.saved_tensors
+        # Of differentiable operations, so that it can be differentiated again.
+        return grad_outputs[0] * (-1.0 / arccos(cosine).sin().clamp_min(2.0**-11))
 
 
 def arccos(cosine: Tensor) -> Tensor:
@@ -53,7 +110,8 @@ def arccos(cosine: Tensor) -> Tensor:
         cosine: any shape; values a rounding error outside [-1, 1] are taken as ±1, NaN stays NaN.
 
     Returns:
-        Angles in [0, π], same shape and dtype. The slope is bounded by 2048 (see ``ANGLE_FLOOR``).
+        Angles in [0, π], same shape and dtype. The slope is bounded by 2048 (see ``ANGLE_FLOOR``). Differentiable any
+        number of times.
 
     Example:
         >>> import torch
@@ -61,52 +119,22 @@ def arccos(cosine: Tensor) -> Tensor:
         >>> arccos(torch.tensor([1.0, 0.0]))
         tensor([0.0000, 1.5708])
     """
+    if not (torch.is_grad_enabled() and cosine.requires_grad):
+        return cosine.clamp(-1.0, 1.0).acos()
     return _Arccos.apply(cosine)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _value(cosine: Tensor, multiplier: float, angular: Tensor | float, beyond_pi: BeyondPi) -> Tensor:
-    phase = multiplier * cosine.clamp(-1.0, 1.0).acos() + angular
-    if beyond_pi == "arcface":
-        return torch.where(phase > math.pi, cosine - angular * _sin(angular), phase.cos())
-    # On the k-th stretch of length pi: (-1)^k cos(phase) - 2k. Continuous and falling everywhere; k = 1 is the
-    # -2 - cos(theta + m) of the text, k > 1 only occurs with a multiplier (SphereFace).
-    stretch = torch.floor(phase / math.pi).clamp_min(0)
-    return (1 - 2 * stretch.remainder(2)) * phase.cos() - 2 * stretch
-
-
-def _slope(cosine: Tensor, multiplier: float, angular: Tensor | float, beyond_pi: BeyondPi) -> Tensor:
-    """d value / d cosine = m1·sin(m1·theta + m2)/sin(theta), with the sign of the stretch that the phase is on."""
-    angle = _clamped(cosine.clamp(-1.0, 1.0).acos())
-    phase = multiplier * angle + angular
-    slope = multiplier * phase.sin() / angle.sin()
-    if beyond_pi == "arcface":
-        return torch.where(phase > math.pi, torch.ones_like(slope), slope)
-    return (1 - 2 * torch.floor(phase / math.pi).clamp_min(0).remainder(2)) * slope
-
-
-def _sin(angle: Tensor | float) -> Tensor | float:
-    return angle.sin() if isinstance(angle, Tensor) else math.sin(angle)
 
 
 class _MarginCosine(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        cosine: Tensor,
-        multiplier: float,
-        angular: Tensor | float,
-        beyond_pi: BeyondPi,
-        gradient: MarginGradient,
-    ) -> Tensor:
-        if gradient == "exact":
-            ctx.save_for_backward(_slope(cosine, multiplier, angular, beyond_pi))
-        return _value(cosine, multiplier, angular, beyond_pi)
+    def forward(ctx: Any, cosine: Tensor, margin: Margin) -> Tensor:
+        ctx.save_for_backward(cosine)
+        ctx.margin = margin
+        return margin.value(cosine)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
-        grad = grad_outputs[0]
-        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (cosine,) = ctx.saved_tensors
+        return grad_outputs[0] * ctx.margin.slope(cosine), None
 
 
 def margin_cosine(
@@ -118,19 +146,19 @@ def margin_cosine(
     beyond_pi: BeyondPi = "monotone",
     margin_gradient: MarginGradient = "exact",
 ) -> Tensor:
-    """The own-class cosine after its margin: cos(m1·θ + m2) − m3, per sample.
+    """The target cosine after its margin: cos(m1·θ + m2) − m3, per sample.
 
     Args:
-        cosine: (N,) own-class cosines.
+        cosine: (N,) target cosines.
         angular_margin: m2 in radians, a number or (N,), already gathered per sample. Not differentiated.
-        cosine_margin: m3, a number or (N,).
+        cosine_margin: m3, a number or (N,). Not differentiated.
         angle_multiplier: m1.
         beyond_pi: what happens where m1·θ + m2 passes π and the cosine would rise again. ``"monotone"`` goes on falling
             with −2 − cos(·); ``"arcface"`` takes cos θ − m2·sin m2, as the original does.
         margin_gradient: ``"exact"``, or ``"straight_through"``, which takes d margin / d cos as 1 (InsightFace).
 
     Returns:
-        (N,) cosines after the margin, in the dtype of ``cosine``.
+        (N,) cosines after the margin, in the dtype of ``cosine``. Differentiable any number of times.
 
     Sources: Deng et al., ArcFace, CVPR 2019, eq. 3 and 4 (combined margin); Liu et al., SphereFace, CVPR 2017, eq. 7
     (monotone).
@@ -141,33 +169,7 @@ def margin_cosine(
         >>> margin_cosine(torch.tensor([0.5]), cosine_margin=0.2)
         tensor([0.3000])
     """
-    for name, given, known in (
-        ("beyond_pi", beyond_pi, get_args(BeyondPi)),
-        ("margin_gradient", margin_gradient, get_args(MarginGradient)),
-    ):
-        if given not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; got {given!r}")
-    if angle_multiplier == 1.0 and isinstance(angular_margin, float | int) and angular_margin == 0:
-        return cosine - cosine_margin  # no angle involved: exact, and no arccos to lose digits in
-    with_angle: Tensor = _MarginCosine.apply(  # type: ignore[no-untyped-call]
-        cosine, angle_multiplier, angular_margin, beyond_pi, margin_gradient
-    )
-    return with_angle - cosine_margin
-
-
-def mean_angle(cosine: Tensor, weights: Tensor) -> Tensor:
-    """Minus the mean angle of cosines (R,) with weights (R,) >= 0; 0 where no weight is positive.
-
-    What both minimum-angle terms end with: least where the prototypes are far apart.
-
-    Returns:
-        A scalar in radians, in the dtype of `cosine`.
-
-    Example:
-        >>> import torch
-        >>> from ltloss.margins import mean_angle
-        >>> mean_angle(torch.zeros(2), torch.tensor([1.0, 3.0]))
-        tensor(-1.5708)
-    """
-    total = weights.sum()
-    return -(weights / torch.where(total == 0.0, 1.0, total) * arccos(cosine)).sum()
+    check_choice("beyond_pi", beyond_pi, get_args(BeyondPi))
+    check_choice("margin_gradient", margin_gradient, get_args(MarginGradient))
+    margin = Margin(angular_margin, cosine_margin, angle_multiplier, beyond_pi, margin_gradient)
+    return _MarginCosine.apply(cosine, margin)  # type: ignore[no-any-return, no-untyped-call]

@@ -106,6 +106,28 @@ def cosine_logsumexp(
     return _own_and_others(logits, labels)
 
 
+def logsumexp_stats(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    log_prior: Tensor | None,
+    scale: float,
+    normalize_features: bool,
+    ignore_index: int | None,
+    with_logit_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Dense twin of :func:`ltloss.ops.margin_cross_entropy.logsumexp_stats`."""
+    if ignore_index is not None:
+        features = torch.where((labels == ignore_index)[:, None], 0.0, features)
+        labels = torch.where(labels == ignore_index, -1, labels)
+    cosine = scale * cosines(features, prototypes)
+    if not normalize_features:
+        cosine = cosine * torch.linalg.vector_norm(features.to(cosine.dtype), dim=1, keepdim=True)
+    _, target = _own_and_others(cosine, labels)
+    r, _ = _own_and_others(cosine if log_prior is None else cosine + log_prior, labels)
+    return r, target, cosine.sum(1) if with_logit_sum else None
+
+
 def margin_cross_entropy(
     features: Tensor,
     prototypes: Tensor,

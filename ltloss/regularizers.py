@@ -1,4 +1,7 @@
-"""The functions g(‖x‖) that L3 of the long-tail loss can use. The reference shares them: they are one formula each."""
+"""The two regularisers on N- and C-vectors: the mean angle (L2) and the functions g(‖x‖) of L3.
+
+Every backend shares them, the reference too: they are one formula each.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ltloss._validation import check_choice
-from ltloss.chunked.logsumexp import compute_dtype
+from ltloss.margins import arccos
+from ltloss.numerics import compute_dtype
 
-__all__ = ["FeatureNormKind", "norm_penalty"]
+__all__ = ["FeatureNormKind", "mean_angle", "norm_penalty"]
 
 FeatureNormKind = Literal["inverse", "magface", "ring", "hinge", "neglog"]
 
@@ -47,3 +51,21 @@ def norm_penalty(
     if counted is None:
         return values.sum() / max(1, values.numel())
     return torch.where(counted, values, 0.0).sum() / counted.sum().clamp_min(1)
+
+
+def mean_angle(cosine: Tensor, weights: Tensor) -> Tensor:
+    """Minus the mean angle of cosines (R,) with weights (R,) >= 0; 0 where no weight is positive.
+
+    What both minimum-angle terms end with: least where the prototypes are far apart.
+
+    Returns:
+        A scalar in radians, in the dtype of `cosine`.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.regularizers import mean_angle
+        >>> mean_angle(torch.zeros(2), torch.tensor([1.0, 3.0]))
+        tensor(-1.5708)
+    """
+    total = weights.sum()
+    return -(weights / torch.where(total == 0.0, 1.0, total) * arccos(cosine)).sum()

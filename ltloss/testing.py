@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -167,21 +167,14 @@ def assert_same(actual: Outcome, exact: Outcome, tolerance: float, smallest_size
 @contextmanager
 def watching(mode: Any, monkeypatch: Any) -> Iterator[Any]:
     """Let a TorchDispatchMode see into our operators, which otherwise hide what they are made of."""
-    from ltloss import ops
+    from ltloss.ops import _dispatch
 
-    find = ops._implementation
-
-    def implementation(name: str, args: Sequence[Any]) -> Callable[..., Any]:
-        found = find(name, args)
-
-        def watched(*args: Any) -> Any:
-            with mode:
-                return found(*args)
-
-        return watched
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        with mode:
+            return function(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "_implementation", implementation)
+        patch.setattr(_dispatch, "run", run)
         with mode:
             yield mode
 

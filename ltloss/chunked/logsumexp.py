@@ -9,21 +9,22 @@ three of a dense implementation that streams its N×C logits through memory seve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["cosine_logsumexp", "cosine_logsumexp_backward"]
+from ltloss._types import MarginLoss, Partials, Reduction
+from ltloss.margins import Margin
+from ltloss.numerics import compute_dtype, inverse_norm, project_, spans
+
+__all__ = ["coefficients", "gradients", "logsumexp", "margin_loss", "of_ranks", "partials"]
 
 # exp() below this is set to zero. e^-80 is far below float32's resolution of a probability, yet far enough above its
 # smallest normal number for products with it to stay normal too: denormals slow a matrix product tenfold and more.
 # In float64 the bound lies as far above its own smallest normal, so that confident samples keep their tiny gradient.
 SMALLEST_EXPONENT = {torch.float32: -80.0, torch.float64: -700.0}
-
-# Squares of numbers outside this range leave float32's, so such rows get their norm in float64.
-_TRUSTED_NORM = (1e-15, 1e15)
 
 
 class Blocks(NamedTuple):
@@ -45,71 +46,23 @@ def block_sizes(rows: int, classes: int, width: int, device: torch.device) -> Bl
     return Blocks(row_block, min(class_block, classes))
 
 
-def spans(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of consecutive pieces of at most ``size``, as equal in length as they can be.
-
-    A ragged last piece of one row would be multiplied by another routine (gemv), whose sums round differently: equal
-    prototypes would then not have equal cosines.
-    """
-    pieces = -(-total // size)
-    for piece in range(pieces):
-        yield piece * total // pieces, (piece + 1) * total // pieces
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where an input has it, float32 otherwise: half precision is never accumulated in."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def add_rows_(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """``target[index[i]] += rows[i]``, in place, the same bits each time also where indices repeat.
-
-    On a CPU index_put_(accumulate=True) adds float32 with atomics from several threads; on a GPU index_add_ does.
-    """
-    if target.device.type == "cpu":
-        return target.index_add_(0, index, rows)
-    return target.index_put_((index,), rows, accumulate=True)
-
-
-def inverse_norm(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """1/‖v‖ of every row, and 0 for a zero row, which makes its direction 0.
-
-    Args:
-        vectors: (K, D), any floating dtype.
-        dtype: of the result and of the sum of squares.
-
-    Returns:
-        (K,). Rows whose squares leave float32's range are computed in float64.
-    """
-    norm = torch.linalg.vector_norm(vectors, dim=1, dtype=dtype)
-    inverse = _reciprocal(norm, dtype)
-    if dtype != torch.float64:
-        suspicious = ~((norm > _TRUSTED_NORM[0]) & (norm < _TRUSTED_NORM[1]))
-        if vectors.device.type == "cpu":
-            if bool(suspicious.any()):
-                exact = torch.linalg.vector_norm(vectors[suspicious], dim=1, dtype=torch.float64)
-                inverse[suspicious] = _reciprocal(exact, dtype)
-        else:  # no look at the data: that would synchronise with the host
-            exact = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
-            inverse = torch.where(suspicious, _reciprocal(exact, dtype), inverse)
-    return inverse
-
-
-def _reciprocal(norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """1/norm in ``dtype``; 0 where it would overflow there: so short a row counts as zero."""
-    return torch.where(norm < torch.finfo(dtype).tiny, 0.0, norm.reciprocal()).to(dtype)
-
-
-def _scaled_features(features: Tensor, inverse: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """u = s·x̂, or s·x where no inverse norms are given."""
-    u = features.to(dtype)
-    if inverse.numel():
-        u = u * inverse[:, None]  # one factor at a time: inverse * scale may overflow for a tiny row
+def _scaled_features(
+    features: Tensor,
+    labels: Tensor,
+    scale: float,
+    normalize_features: bool,
+    ignore_index: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """u = s·x̂, or s·x where features keep their length; 0 where ignored."""
+    u = _counted(features, labels, ignore_index).to(dtype)
+    if normalize_features:
+        u = u * inverse_norm(u, dtype)[:, None]  # one factor at a time: inverse * scale may overflow for a tiny row
     return u * scale
 
 
-class OwnColumn:
-    """Reads and writes the own-class entry of every row of a tile, for labels inside and outside of it alike.
+class TargetColumn:
+    """Reads and writes the target entry of every row of a tile, for labels inside and outside of it alike.
 
     Gather, select and scatter on N-vectors need no list of the labels inside, hence no host synchronisation on a GPU.
     """
@@ -150,7 +103,7 @@ class _Tiles:
         return tile
 
 
-def cosine_logsumexp(
+def partials(
     features: Tensor,
     prototypes: Tensor,
     labels: Tensor,
@@ -158,31 +111,86 @@ def cosine_logsumexp(
     scale: float,
     normalize_features: bool,
     with_logit_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`ltloss.ops.cosine_logsumexp`."""
+    ignore_index: int | None,
+) -> Partials:
+    """One pass of features (N, D) over prototypes (C, D): one split, in natural units.
+
+    Labels (N,): those of samples that are not counted equal ``ignore_index``; None takes every label outside [0, C) for
+    "the target is not among these prototypes".
+    """
     dtype = compute_dtype(features, prototypes)
     n, (c, d) = features.shape[0], prototypes.shape
-    feature_inverse = inverse_norm(features, dtype) if normalize_features else features.new_empty(0, dtype=dtype)
-    u = _scaled_features(features, feature_inverse, scale, dtype)
+    labels = _target_labels(labels, c, ignore_index)
+    u = _scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
     blocks = block_sizes(n, c, d, features.device)
-    prototype_inverse = u.new_empty(c)
-    tiles = _Tiles(u, prototypes, prototype_inverse, None if log_prior is None else log_prior.to(dtype), blocks)
+    inverse = u.new_empty(c)
+    tiles = _Tiles(u, prototypes, inverse, None if log_prior is None else log_prior.to(dtype), blocks)
     maximum = u.new_full((n,), -math.inf)
     total = u.new_zeros(n)
     unit_sum = u.new_zeros(d)
     for start, stop in spans(c, blocks.classes):
-        prototype_inverse[start:stop] = inverse_norm(prototypes[start:stop], dtype)
+        inverse[start:stop] = inverse_norm(prototypes[start:stop], dtype)
         unit = tiles.unit_prototypes(start, stop)
         if with_logit_sum:
             unit_sum += unit.sum(0)
         for row in spans(n, blocks.rows):
             rows = slice(*row)
             tile = tiles.logits(unit, rows, start, stop)
-            OwnColumn(labels[rows], start, stop - start).fill(tile, -math.inf)
+            TargetColumn(labels[rows], start, stop - start).fill(tile, -math.inf)
             _accumulate_exp(tile, maximum[rows], total[rows])
-    own = _own_logit(u, prototypes, prototype_inverse, labels)
-    logit_sum = u @ unit_sum if with_logit_sum else u.new_empty(0)
-    return maximum + total.log(), own, logit_sum, feature_inverse, prototype_inverse
+    return Partials(
+        sum=total[None],
+        max=maximum[None],
+        logit_sum=(u @ unit_sum)[None] if with_logit_sum else None,
+        target_cosine=_target_cosine(features, prototypes, inverse, labels, ignore_index),
+        norm=None if normalize_features else _length(features, labels, ignore_index, dtype),
+        class_factor=inverse,
+    )
+
+
+# Labels as the passes below use them: a class, -1 for "no target here", -2 for what is neither a class nor ignored.
+_NOT_HERE, _NOT_A_CLASS = -1, -2
+
+
+def _target_labels(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
+    labels = labels.to(torch.int64)
+    outside = (labels < 0) | (labels >= num_classes)
+    if ignore_index is None:
+        return labels.masked_fill(outside, _NOT_HERE)
+    return labels.masked_fill(outside, _NOT_A_CLASS).masked_fill(labels == ignore_index, _NOT_HERE)
+
+
+def _counted(vectors: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
+    """Rows that are ignored may hold anything, NaN too: they are taken as zero."""
+    return vectors if ignore_index is None else vectors.masked_fill((labels == _NOT_HERE)[:, None], 0.0)
+
+
+def _length(features: Tensor, labels: Tensor, ignore_index: int | None, dtype: torch.dtype) -> Tensor:
+    """‖x‖ (N,), through float64, so that no square leaves its range; 0 where the direction is 0."""
+    features = _counted(features, labels, ignore_index)
+    norm = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64)
+    return torch.where(norm < torch.finfo(dtype).tiny, 0.0, norm).to(dtype)
+
+
+def _target_cosine(
+    features: Tensor, prototypes: Tensor, inverse: Tensor, labels: Tensor, ignore_index: int | None
+) -> Tensor:
+    """cos_y per sample in float64, 0 without a target here, NaN for a label that is no class.
+
+    N·D work. Near ±1 an angular margin magnifies the rounding of the cosine by 1/sin θ, so it is not taken from a tile.
+    """
+    here = labels >= 0
+    cosine = features.new_zeros(features.shape[0], dtype=torch.float64)
+    for start, stop in spans(features.shape[0], 1024):  # two small float64 copies, not two of all N rows
+        rows = slice(start, stop)
+        target = torch.where(here[rows], labels[rows], 0)
+        x = _counted(features[rows], labels[rows], ignore_index).double()
+        w = prototypes[target].double()
+        lengths = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(w, dim=1)
+        zero = (lengths == 0) | (inverse[target] == 0)
+        cosine[rows] = torch.linalg.vecdot(x, w).div_(torch.where(zero, math.inf, lengths)).clamp_(-1.0, 1.0)
+    cosine = torch.where(here, cosine, 0.0)
+    return cosine.masked_fill_(labels == _NOT_A_CLASS, math.nan)
 
 
 def _accumulate_exp(tile: Tensor, maximum: Tensor, total: Tensor) -> None:
@@ -194,12 +202,75 @@ def _accumulate_exp(tile: Tensor, maximum: Tensor, total: Tensor) -> None:
     maximum.copy_(new)
 
 
-def _own_logit(u: Tensor, prototypes: Tensor, inverse: Tensor, labels: Tensor) -> Tensor:
-    """u·ŵ_y per sample, 0 where the label lies outside the prototypes. N·D work, and no rounding from a tile."""
-    inside = (labels >= 0) & (labels < prototypes.shape[0])
-    safe = torch.where(inside, labels, 0)
-    own = torch.linalg.vecdot(u, prototypes[safe].to(u.dtype) * inverse[safe, None])
-    return torch.where(inside, own, 0.0)
+def margin_loss(
+    partials: Partials,
+    labels: Tensor,
+    log_prior: Tensor | None,
+    class_weight: Tensor | None,
+    margin: Margin,
+    *,
+    scale: float,
+    label_smoothing: float,
+    ignore_index: int,
+    num_classes: int,
+    reduction: Reduction,
+) -> MarginLoss:
+    """Margin, loss and coefficients: work on N-vectors, in float64, which costs nothing there.
+
+    With ℓ = s, or s·‖x‖ where features keep their length, z' = ℓ·margin(cos_y), z = z' + b_y and p = σ(r − z):
+
+        loss = softplus(r − z) + ε·(z − mean),   mean = (Σ_c l_c − l_y + z')/C
+        ∂loss/∂r = p,   ∂loss/∂z' = −p + ε − ε/C,   ∂loss/∂(Σ_c l_c) = −ε/C,   d_target = ∂loss/∂z'·slope
+    """
+    labels = _target_labels(labels, num_classes, ignore_index)
+    counted, target = labels != _NOT_HERE, labels.clamp_min(0)
+    r, cosine = logsumexp(partials), partials.target_cosine.double()
+    of_samples = margin.of_samples(target).to(torch.float64)
+    turned, slope = of_samples.value(cosine), of_samples.slope(cosine)
+    logit_scale = scale if partials.norm is None else scale * partials.norm.double()
+    target_logit = logit_scale * turned
+    z = target_logit if log_prior is None else target_logit + log_prior.double()[target]
+    loss, other = -F.logsigmoid(z - r), torch.sigmoid(r - z)
+    by_target, every = -other, torch.zeros_like(other)
+    if partials.logit_sum is not None:
+        share = label_smoothing / num_classes
+        whole = partials.logit_sum.double().sum(0)
+        if log_prior is not None:
+            whole = whole + log_prior.double().sum()
+        loss = loss + label_smoothing * (z - (whole - logit_scale * cosine + target_logit) / num_classes)
+        by_target, every = by_target + (label_smoothing - share), every - share
+    rows = [other, by_target * slope, every]
+    if partials.norm is not None:
+        rows.append(by_target * (turned - cosine * slope) * scale)
+    weight = counted.double() if class_weight is None else counted * class_weight.double()[target]
+    rows = [r, *(torch.where(counted, weight * row, 0.0) for row in rows)]
+    loss = torch.where(counted, loss * weight, 0.0)
+    divisor = weight.new_ones(())
+    if reduction == "mean":
+        divisor = torch.where(weight.sum() == 0, 1.0, weight.sum())
+    if reduction != "none":
+        loss = loss.sum() / divisor
+    dtype = partials.sum.dtype
+    coefficients = torch.stack(rows).to(dtype)
+    return MarginLoss(loss.to(dtype), coefficients, divisor.reciprocal().to(dtype), coefficients.new_zeros(()))
+
+
+def logsumexp(partials: Partials) -> Tensor:
+    """log Σ exp over the other classes, (N,) in float64; -inf where there is no other."""
+    total, maximum = partials.sum.double(), partials.max.double()
+    largest = maximum.amax(0)
+    base = torch.where(largest == -math.inf, 0.0, largest)
+    return base + (total * (maximum - base).exp()).sum(0).log()
+
+
+def of_ranks(logsumexp: Tensor) -> Partials:
+    """Log-sum-exps (S, N) of parts of the classes, as partial sums."""
+    return Partials(torch.ones_like(logsumexp), logsumexp, None, logsumexp[0], None, logsumexp[0])
+
+
+def coefficients(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (4 or 5, N) of :class:`ltloss._types.MarginLoss` as :func:`gradients` takes them: they are that already."""
+    return rows, rows.new_zeros(())
 
 
 class _Upstream(NamedTuple):
@@ -207,59 +278,64 @@ class _Upstream(NamedTuple):
 
     shift: Tensor  # (N,) r - log|a|
     factor: Tensor  # (N,) sign of a, times what rounding the shift has lost
-    own: Tensor  # (N,) d / factor
-    logit_sum: Tensor | None  # (N,) e
+    target: Tensor  # (N,) what the target's entry of a tile gets, over factor
 
     @classmethod
-    def of(cls, grads: tuple[Tensor | None, Tensor | None, Tensor | None], other_logsumexp: Tensor) -> _Upstream:
+    def of(cls, r: Tensor, a: Tensor, target: Tensor) -> _Upstream:
         """|a|·exp(l - r) in one exponential: the coefficient goes into the exponent and its sign onto u and d.
 
         That spares one pass over every tile. Where there is nothing to send back (a = 0, or no other class at all) the
         shift is +inf. For a large scale, rounding r - log|a| would be the largest error of all; it is the same for a
         whole row, and goes with the sign.
         """
-        zeros = torch.zeros_like(other_logsumexp)
-        a, d = (zeros if grad is None else grad for grad in grads[:2])
-        nothing = (a == 0) | (other_logsumexp == -math.inf)
+        nothing = (a == 0) | (r == -math.inf)
         log_a = a.abs().log()
-        shift = other_logsumexp - log_a
-        lost = torch.where(nothing, 0.0, (shift - other_logsumexp) + log_a)
-        factor = torch.where(a < 0, -1.0, 1.0).to(zeros.dtype) * lost.exp()
-        return cls(torch.where(nothing, math.inf, shift), factor, d / factor, grads[2])
+        shift = r - log_a
+        lost = torch.where(nothing, 0.0, (shift - r) + log_a)
+        factor = torch.where(a < 0, -1.0, 1.0).to(r.dtype) * lost.exp()
+        return cls(torch.where(nothing, math.inf, shift), factor, target / factor)
 
 
-def cosine_logsumexp_backward(
-    grad_other: Tensor | None,
-    grad_own: Tensor | None,
-    grad_sum: Tensor | None,
+def gradients(
+    grad_loss: Tensor,
     features: Tensor,
     prototypes: Tensor,
     labels: Tensor,
     log_prior: Tensor | None,
-    other_logsumexp: Tensor,
-    feature_inverse: Tensor,
-    prototype_inverse: Tensor,
+    coefficients: Tensor,
+    class_factor: Tensor,
+    inverse_total: Tensor,
+    bound: Tensor,
     scale: float,
+    smooth: bool,
     normalize_features: bool,
+    ignore_index: int | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`ltloss.ops.cosine_logsumexp_backward`."""
+    """Gradients of features (N, D) and prototypes (C, D), each in its dtype; (0,) where ``needs`` is False.
+
+    ``coefficients`` as :func:`margin_loss` makes them, ``grad_loss`` a scalar or (N,); ``smooth``: row 3 counts.
+    """
     dtype = compute_dtype(features, prototypes)
     n, (c, d) = features.shape[0], prototypes.shape
     if n == 0:
         return features.new_empty((0, d) if needs[0] else 0), prototypes.new_zeros((c, d) if needs[1] else 0)
-    u = _scaled_features(features, feature_inverse, scale, dtype)
+    labels = _target_labels(labels, c, ignore_index)
+    feature_inverse = inverse_norm(_counted(features, labels, ignore_index), dtype)
+    u = _scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
     blocks = block_sizes(n, c, d, features.device)
-    tiles = _Tiles(u, prototypes, prototype_inverse, None if log_prior is None else log_prior.to(dtype), blocks)
-    upstream = _Upstream.of((grad_other, grad_own, grad_sum), other_logsumexp)
+    tiles = _Tiles(u, prototypes, class_factor, None if log_prior is None else log_prior.to(dtype), blocks)
+    rows_of = coefficients[1:] * (grad_loss.to(dtype) * inverse_total)
+    every = rows_of[2] if smooth else None
+    upstream = _Upstream.of(coefficients[0], rows_of[0], rows_of[1] if every is None else rows_of[1] - every)
     grad_u = torch.zeros_like(u) if needs[0] else None
     grad_w = prototypes.new_empty(c, d) if needs[1] else None
     signed_u = u * upstream.factor[:, None]
-    sum_row = None if grad_sum is None else grad_sum @ u
+    sum_row = None if every is None else every @ u
     unit_sum = u.new_zeros(d)
     for start, stop in spans(c, blocks.classes):
         unit = tiles.unit_prototypes(start, stop)
-        if grad_sum is not None:
+        if every is not None:
             unit_sum += unit.sum(0)
         in_place = grad_w is not None and grad_w.dtype == dtype
         chunk = grad_w[start:stop] if grad_w is not None and in_place else torch.empty_like(unit)
@@ -272,16 +348,19 @@ def cosine_logsumexp_backward(
                 chunk.addmm_(tile.t(), signed_u[rows], beta=0 if row[0] == 0 else 1)
         if grad_w is not None:
             chunk = chunk if sum_row is None else chunk.add_(sum_row)
-            project_(chunk, unit, prototype_inverse[start:stop])
+            project_(chunk, unit, class_factor[start:stop])
             if not in_place:
                 grad_w[start:stop] = chunk
     if grad_u is not None:
         grad_u *= upstream.factor[:, None]
-        if grad_sum is not None:
-            grad_u.addr_(grad_sum, unit_sum)
+        if every is not None:
+            grad_u.addr_(every, unit_sum)
         grad_u *= scale  # u = s·x̂, or s·x
+        x_hat = _counted(features, labels, ignore_index).to(dtype) * feature_inverse[:, None]
         if normalize_features:
-            project_(grad_u, features.to(dtype) * feature_inverse[:, None], feature_inverse)
+            project_(grad_u, x_hat, feature_inverse)
+        else:  # a zero feature has no direction: no gradient
+            grad_u.addcmul_(x_hat, rows_of[3][:, None]).masked_fill_((feature_inverse == 0)[:, None], 0.0)
     return (
         features.new_empty(0) if grad_u is None else grad_u.to(features.dtype),
         prototypes.new_empty(0) if grad_w is None else grad_w,
@@ -291,13 +370,8 @@ def cosine_logsumexp_backward(
 def _gradient_tile(
     tiles: _Tiles, unit: Tensor, rows: slice, classes: tuple[int, int], labels: Tensor, upstream: _Upstream
 ) -> Tensor:
-    """G with the factor of the row still to come: |a|·exp(l - r), and d / factor at the own class."""
+    """G with the factor of the row still to come: |a|·exp(l - r), and target / factor at the target class."""
     tile = tiles.logits(unit, rows, *classes).sub_(upstream.shift[rows, None])
     torch.threshold_(tile, SMALLEST_EXPONENT[tile.dtype], -math.inf).exp_()
-    OwnColumn(labels, classes[0], tile.shape[1]).fill(tile, upstream.own[rows])
+    TargetColumn(labels, classes[0], tile.shape[1]).fill(tile, upstream.target[rows])
     return tile
-
-
-def project_(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """Through v̂ = v/‖v‖: dv = (dv̂ − (dv̂·v̂) v̂)/‖v‖, in place; 0 for a zero row."""
-    return grad.addcmul_(unit, torch.linalg.vecdot(grad, unit)[:, None], value=-1).mul_(inverse[:, None])

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ltloss.chunked.equal_rows import Copies
-from ltloss.chunked.logsumexp import OwnColumn, add_rows_, block_sizes, compute_dtype, inverse_norm, project_, spans
+from ltloss.chunked.logsumexp import TargetColumn, block_sizes
+from ltloss.numerics import add_rows_, compute_dtype, inverse_norm, project_, spans
 
-__all__ = ["full_products", "nearest_prototype", "nearest_prototype_backward", "top_k"]
+__all__ = ["full_products", "nearest_prototype", "nearest_prototype_gradient", "top_k"]
 
 
 class _Unit:
@@ -67,7 +68,7 @@ def full_products(wanted: bool) -> Iterator[None]:
 
 
 def nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
-    """See :func:`ltloss.ops.nearest_prototype`."""
+    """See :func:`ltloss.functional.nearest_prototype`."""
     unit = _Unit(prototypes, compute_dtype(prototypes))
     with full_products(exact):
         cosine, index = _nearest_of_all(unit) if rows is None else _nearest_of_rows(unit, rows)
@@ -114,13 +115,13 @@ def _nearest_of_rows(unit: _Unit, rows: Tensor) -> tuple[Tensor, Tensor]:
         for row in spans(rows.shape[0], blocks.rows):
             own = rows[slice(*row)]
             tile = unit[own] @ right.t()
-            OwnColumn(own, start, stop - start).fill(tile, -math.inf)
+            TargetColumn(own, start, stop - start).fill(tile, -math.inf)
             best.update(slice(*row), tile, 1, start)
     return best.result()
 
 
-def nearest_prototype_backward(grad_cosine: Tensor, prototypes: Tensor, rows: Tensor | None, index: Tensor) -> Tensor:
-    """See :func:`ltloss.ops.nearest_prototype_backward`."""
+def nearest_prototype_gradient(grad_cosine: Tensor, prototypes: Tensor, rows: Tensor | None, index: Tensor) -> Tensor:
+    """Gradient (C, D) along the found pairs only, deterministic also where several share one nearest prototype."""
     dtype = compute_dtype(prototypes)
     c, d = prototypes.shape
     unit = _Unit(prototypes, dtype)
@@ -140,7 +141,7 @@ def nearest_prototype_backward(grad_cosine: Tensor, prototypes: Tensor, rows: Te
 
 
 def top_k(features: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """See :func:`ltloss.ops.top_k`."""
+    """See :func:`ltloss.functional.top_k`."""
     dtype = compute_dtype(features, prototypes)
     n, (c, d) = features.shape[0], prototypes.shape
     unit, query = _Unit(prototypes, dtype), _Unit(features, dtype)

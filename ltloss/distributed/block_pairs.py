@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ltloss import ops
 from ltloss.chunked.equal_rows import Copies
-from ltloss.chunked.logsumexp import block_sizes, compute_dtype, spans
+from ltloss.chunked.logsumexp import block_sizes
 from ltloss.chunked.search import _Best, _Unit
+from ltloss.numerics import compute_dtype, spans
+from ltloss.ops.prototype_search import top_k_in_one_piece
 
 __all__ = ["best_of_rows", "compare_blocks"]
 
@@ -25,7 +26,7 @@ def compare_blocks(left: Tensor, right: Tensor, *, both: bool) -> tuple[Pair | N
     if not left.shape[0] or not right.shape[0]:
         return None, None
     if not both:
-        cosine, index = ops.top_k(left, right, 1)
+        cosine, index = top_k_in_one_piece(left, right, 1)
         return (cosine[:, 0], index[:, 0]), None
     dtype = compute_dtype(left, right)
     units = _Unit(left, dtype), _Unit(right, dtype)
@@ -55,7 +56,7 @@ def best_of_rows(query: Tensor, own: Tensor, itself: Tensor) -> Pair | None:
     """
     if not own.shape[0] or not query.shape[0]:
         return None
-    cosine, index = ops.top_k(query, own, min(2, own.shape[0]))
+    cosine, index = top_k_in_one_piece(query, own, min(2, own.shape[0]))
     if own.shape[0] == 1:
         blank = torch.full_like(cosine, -torch.inf), torch.full_like(index, -1)
         cosine, index = torch.cat([cosine, blank[0]], 1), torch.cat([index, blank[1]], 1)

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ltloss import ops
 from ltloss._types import NearestPrototype
 from ltloss.chunked.equal_rows import row_keys
-from ltloss.chunked.logsumexp import add_rows_, compute_dtype, inverse_norm, project_
 from ltloss.chunked.search import full_products
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.block_pairs import best_of_rows, compare_blocks
 from ltloss.distributed.layout import Layout, own_part
 from ltloss.margins import arccos
+from ltloss.numerics import add_rows_, compute_dtype, inverse_norm, project_
+from ltloss.ops.prototype_search import nearest_in_one_piece
 
 __all__ = ["min_angle_regularizer", "nearest_prototype"]
 
@@ -123,7 +123,7 @@ def _round(own: Tensor, layout: Layout) -> _Found:
     steps = ranks // 2
     coming = _next_block(own, 1, layout) if steps else None
     if own.shape[0] > 1:
-        cosine, index = ops.nearest_prototype(own, None, False)
+        cosine, index = nearest_in_one_piece(own.detach(), None, False)
         found = _Found(cosine, index + offset, row_keys(own, index))
     for step in range(1, steps + 1):
         assert coming is not None

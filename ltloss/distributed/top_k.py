@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ltloss import ops
 from ltloss._types import TopK
 from ltloss._validation import check_k, check_pair
 from ltloss.chunked.equal_rows import row_keys
-from ltloss.chunked.logsumexp import compute_dtype
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.batch_gather import BatchGather
 from ltloss.distributed.layout import Layout, local
+from ltloss.numerics import compute_dtype
+from ltloss.ops.prototype_search import top_k_in_one_piece
 
 __all__ = ["top_k"]
 
@@ -59,7 +59,7 @@ def _candidates(block: Tensor, own: Tensor, layout: Layout, k: int) -> tuple[Ten
     keys = torch.zeros_like(index)
     found = min(k, own.shape[0])
     if found and block.shape[0]:
-        cosine[:, :found], here = ops.top_k(block, own, found)
+        cosine[:, :found], here = top_k_in_one_piece(block, own, found)
         index[:, :found] = here + layout.span()[0]
         keys[:, :found] = row_keys(own, here)
     return cosine, index, keys

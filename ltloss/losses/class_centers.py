@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ltloss._validation import check_choice, check_number
-from ltloss.chunked.logsumexp import add_rows_, compute_dtype
+from ltloss.numerics import add_rows_, compute_dtype
 from ltloss.reference import direction
 
 __all__ = ["CenterUpdate", "ClassCenters"]

@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 
 from ltloss import functional as F
-from ltloss._validation import check_choice, check_number, check_per_class, check_supervised, check_type
+from ltloss._validation import check_choice, check_number, check_per_class, check_type
 from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margins_from_counts
-from ltloss.epilogue import margin_losses, one_pass, reduce_losses
+from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.losses.class_centers import CenterUpdate, ClassCenters
 from ltloss.losses.defaults import FORMS, LongTailForm
 from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions, _check_counts, _FromCounts
 from ltloss.losses.prototype_head import PrototypeHead
-from ltloss.margins import mean_angle
-from ltloss.ops import is_sharded
-from ltloss.regularizers import FeatureNormKind, norm_penalty
-from ltloss.runtime import current_backend
+from ltloss.regularizers import FeatureNormKind, mean_angle, norm_penalty
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -297,22 +294,7 @@ class CosineSpaceLoss(PrototypeHead):
 
     def _cross_entropies(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """L_inter and L_CE."""
-        check_supervised(features, self.weight, labels)
-        if current_backend() == "reference" and not is_sharded(self.weight):
-            inter, plain = (
-                F.margin_cross_entropy(
-                    features,
-                    self.weight,
-                    labels,
-                    scale=self.scale,
-                    cosine_margin=margin,
-                    label_smoothing=self.label_smoothing,
-                    ignore_index=self.ignore_index,
-                )
-                for margin in (self.margin, 0.0)
-            )
-            return inter, plain
-        result = one_pass(
+        stats = logsumexp_stats(
             features,
             self.weight,
             labels,
@@ -321,18 +303,20 @@ class CosineSpaceLoss(PrototypeHead):
             with_logit_sum=self.label_smoothing > 0.0,
         )
         inter, plain = (
-            margin_losses(result, cosine_margin=margin, label_smoothing=self.label_smoothing)
+            reduce_losses(
+                margin_losses(stats, cosine_margin=margin, label_smoothing=self.label_smoothing), stats.labels
+            )
             for margin in (self.margin, 0.0)
         )
-        return reduce_losses(inter, result.labels, None, "mean"), reduce_losses(plain, result.labels, None, "mean")
+        return inter, plain
 
     def _intra(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """L_intra, and Trunc(L_intra − ε)."""
         distance = 1.0 - self.centers.cosine(features, labels)
-        intra = reduce_losses(distance, labels, None, "mean")
+        intra = reduce_losses(distance, labels)
         if self.truncate == "batch":
             return intra, (intra - self.epsilon).clamp_min(0.0)
-        return intra, reduce_losses((distance - self.epsilon).clamp_min(0.0), labels, None, "mean")
+        return intra, reduce_losses((distance - self.epsilon).clamp_min(0.0), labels)
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""

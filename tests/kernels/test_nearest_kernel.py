@@ -17,7 +17,7 @@ from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.device.search_first_pass import LOWEST_KEY, number_of, order_key, triangle_tile
 
 import ltloss
-from ltloss import ops, reference
+from ltloss import reference
 from ltloss.functional import min_angle_regularizer, nearest_prototype
 from ltloss.testing import copied_prototypes, long_tail_counts, lowest_nearest, problem, relative_error, signs, watching
 

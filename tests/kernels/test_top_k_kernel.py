@@ -12,8 +12,9 @@ from helpers.memory import LargestTensor
 from ltloss_kernels.config.chunking import search_rows
 
 import ltloss
-from ltloss import ops, reference
+from ltloss import reference
 from ltloss.functional import top_k
+from ltloss.ops.prototype_search import OPERATORS
 from ltloss.testing import copied_prototypes, relative_error, signs, watching
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -135,7 +136,7 @@ def test_operator() -> None:
     """Schema, fake tensors, autograd registration, and tracing with dynamic shapes."""
     given = kernel_problem(5, 20, 8)
     arguments: tuple[Any, ...] = (given.features, given.prototypes, 3)
-    torch.library.opcheck(ops.top_k, arguments)
+    torch.library.opcheck(OPERATORS["top_k"]["triton"], arguments)
 
 
 def test_prediction() -> None:

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltloss import autograd, ops
+from ltloss.ops import logsumexp, margin_cross_entropy, prototype_search
+from ltloss.ops.labels import checked_labels
 from ltloss.testing import MODULES, problem
-
-assert autograd is not None  # importing it attaches the gradients
 
 # Compiling reorders float32 sums of some ten products.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -23,56 +22,59 @@ def _problem(n: int = 4, requires_grad: bool = True) -> tuple[Tensor, Tensor, Te
     return features.requires_grad_(requires_grad), prototypes.requires_grad_(requires_grad), labels
 
 
-def _backward_arguments(needs: list[bool], with_sum: bool) -> tuple[Any, ...]:
-    features, prototypes, labels = _problem(requires_grad=False)
-    r, _, _, x_inverse, w_inverse = ops.cosine_logsumexp(features, prototypes, labels, None, 9.0, True, with_sum)
-    grad_sum = torch.randn(4) if with_sum else None
-    return (
-        torch.randn(4),
-        torch.randn(4),
-        grad_sum,
-        features,
-        prototypes,
-        labels,
-        None,
-        r,
-        x_inverse,
-        w_inverse,
-        9.0,
-        True,
-        needs,
-    )
+OPERATORS = {**margin_cross_entropy.OPERATORS, **logsumexp.OPERATORS, **prototype_search.OPERATORS}
 
 
-OPERATORS: dict[str, Any] = {
-    "cosine_logsumexp": lambda: (*_problem(), None, 9.0, True, False),
-    "cosine_logsumexp prior": lambda: (*_problem(), torch.randn(6), 9.0, True, True),
-    "cosine_logsumexp length": lambda: (*_problem(), None, 9.0, False, True),
-    "cosine_logsumexp empty": lambda: (*_problem(0), None, 9.0, True, False),
-    "cosine_logsumexp_backward": lambda: _backward_arguments([True, True], False),
-    "cosine_logsumexp_backward features": lambda: _backward_arguments([True, False], True),
-    "cosine_logsumexp_backward prototypes": lambda: _backward_arguments([False, True], False),
-    "nearest_prototype": lambda: (_problem()[1], None, False),
-    "nearest_prototype rows": lambda: (_problem()[1], torch.tensor([0, 3, 3]), True),
-    "nearest_prototype_backward": lambda: (torch.randn(6), _problem(0, False)[1], None, torch.arange(6).flip(0)),
+def _loss_arguments(reduction: str = "mean", normalize: bool = True, n: int = 4) -> tuple[Any, ...]:
+    vector = torch.linspace(0.1, 0.4, 6)
+    margin = ([vector, None], [0.0, 0.2, 1.1], "monotone", "exact")
+    return (*_problem(n, requires_grad=False), -vector, vector + 1, *margin, 9.0, normalize, 0.1, -100, reduction)
+
+
+def _margin_arguments() -> tuple[Any, ...]:
+    margin = ([None, None], [0.3, 0.0, 1.0], "arcface", "exact")
+    vectors = (torch.rand(3, 4), torch.empty(0), torch.rand(4), torch.empty(0), torch.tensor([0, 1, 5, -100]))
+    return (*vectors, None, None, *margin, 9.0, 0.0, -100, 6, "sum")
+
+
+def _gradient_arguments(needs: list[bool], n: int = 4) -> tuple[Any, ...]:
+    _, coefficients, inverse, bound, factor = OPERATORS["margin_cross_entropy"]["torch"](*_loss_arguments(n=n))
+    given = _problem(n, requires_grad=False)
+    return (torch.tensor(0.7), *given, None, coefficients, factor, inverse, bound, 9.0, True, True, -100, needs)
+
+
+CASES: dict[str, Any] = {
+    "margin_cross_entropy": _loss_arguments,
+    "margin_cross_entropy none": lambda: _loss_arguments("none", False),
+    "margin_cross_entropy empty": lambda: _loss_arguments("sum", n=0),
+    "margin_loss": _margin_arguments,
+    "logsumexp_stats": lambda: (*_problem(requires_grad=False), None, 9.0, True, False, -100),
+    "logsumexp_stats prior": lambda: (*_problem(requires_grad=False), torch.randn(6), 9.0, True, True, None),
+    "logsumexp_stats length": lambda: (*_problem(requires_grad=False), None, 9.0, False, True, -100),
+    "logsumexp_stats empty": lambda: (*_problem(0, requires_grad=False), None, 9.0, True, False, -100),
+    "logsumexp_gradients": lambda: _gradient_arguments([True, True]),
+    "logsumexp_gradients features": lambda: _gradient_arguments([True, False]),
+    "logsumexp_gradients prototypes": lambda: _gradient_arguments([False, True]),
+    "nearest_prototype": lambda: (_problem(requires_grad=False)[1], None, False),
+    "nearest_prototype rows": lambda: (_problem(requires_grad=False)[1], torch.tensor([0, 3, 3]), True),
+    "nearest_prototype_gradient": lambda: (torch.randn(6), _problem(0, False)[1], None, torch.arange(6).flip(0)),
     "top_k": lambda: (*_problem(requires_grad=False)[:2], 3),
-    "checked_labels": lambda: (torch.tensor([0, 3, -100], dtype=torch.int32), 6, -100),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("case", OPERATORS)
+@pytest.mark.parametrize("case", CASES)
 def test_operator(case: str) -> None:
-    """Schema, fake tensors, autograd registration, and tracing with dynamic shapes."""
-    torch.library.opcheck(getattr(ops, case.split()[0]), OPERATORS[case]())
+    """Schema, fake tensors, and tracing with dynamic shapes."""
+    torch.library.opcheck(OPERATORS[case.split()[0]]["torch"], CASES[case]())
+
+
+def test_the_operator_of_labels() -> None:
+    torch.library.opcheck(checked_labels, (torch.tensor([0, 3, -100], dtype=torch.int32), 6, -100, "labels"))
 
 
 @pytest.mark.parametrize("needs", [[True, False], [False, True]])
-def test_fake_backward_of_an_empty_batch_has_the_right_shapes(needs: list[bool]) -> None:
-    features, prototypes, labels = _problem(0, requires_grad=False)
-    r, _, _, x_inverse, w_inverse = ops.cosine_logsumexp(features, prototypes, labels, None, 9.0, True, False)
-    grad = torch.zeros(0)
-    arguments = (grad, grad, None, features, prototypes, labels, None, r, x_inverse, w_inverse, 9.0, True, needs)
-    real = ops.cosine_logsumexp_backward(*arguments)
+def test_gradients_of_an_empty_batch_have_the_right_shapes(needs: list[bool]) -> None:
+    real = OPERATORS["logsumexp_gradients"]["torch"](*_gradient_arguments(needs, 0))
     assert [tuple(t.shape) for t in real] == [(0, 3) if needs[0] else (0,), (6, 3) if needs[1] else (0,)]
 
 

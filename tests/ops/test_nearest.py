@@ -10,9 +10,10 @@ import torch
 from helpers.memory import LargestTensor
 
 import ltloss
-from ltloss import ops, reference
+from ltloss import reference
 from ltloss.chunked import logsumexp as cpu
 from ltloss.functional import min_angle_regularizer, nearest_prototype
+from ltloss.ops import prototype_search
 from ltloss.testing import copied_prototypes, lowest_nearest, problem, relative_error, signs, watching
 
 EXACT = 1e-13  # float64 cosines, sums of some ten products
@@ -188,13 +189,13 @@ def test_exact_products_are_asked_for_and_only_then(
 @pytest.mark.parametrize("exact", [False, True])
 def test_the_module_passes_it_on(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    search = ops.nearest_prototype
+    search = prototype_search.nearest_in_one_piece
 
     def watched(prototypes: torch.Tensor, rows: torch.Tensor | None, exact: bool) -> Any:
         asked.append(exact)
         return search(prototypes, rows, exact)
 
-    monkeypatch.setattr(ops, "nearest_prototype", watched)
+    monkeypatch.setattr(prototype_search, "nearest_in_one_piece", watched)
     head = ltloss.LongTailLoss.from_counts([5, 3, 1], 4, min_angle_weight=0.1, min_angle_exact=exact)
     head(torch.randn(2, 4), torch.tensor([0, 2]))
     assert asked == [exact]

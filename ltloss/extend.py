@@ -1,0 +1,240 @@
+"""The extension interface: one pass over the prototypes, then any function of two numbers per sample.
+
+Every loss here is a function of r_i = log Σ_{c≠y} exp(l_ic) and the target logit. :func:`logsumexp_stats` computes both
+without N×C, forward and backward, on every backend; what follows is ordinary PyTorch on (N,) vectors, differentiated by
+autograd. :func:`margin_losses` and :func:`reduce_losses` are the two steps that most losses want next. Several margins
+may be put on one pass. Under ``ltloss.use_backend("reference")`` everything is differentiable any number of times.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ltloss._types import Reduction
+from ltloss._validation import check_choice, check_number, check_per_class, check_supervised, check_type
+from ltloss.margins import BeyondPi, MarginGradient, margin_cosine
+from ltloss.numerics import compute_dtype
+from ltloss.ops import logsumexp as ops
+from ltloss.ops._dispatch import at_hand
+from ltloss.ops.labels import checked_labels
+from ltloss.ops.logsumexp import Logits
+from ltloss.reference import direction
+
+__all__ = ["LogSumExpStats", "logsumexp_stats", "margin_losses", "reduce_losses"]
+
+
+class LogSumExpStats(NamedTuple):
+    """What a pass over the prototypes leaves of each sample.
+
+    Attributes:
+        labels: (N,) int64, -1 for samples that do not count. A class-parallel batch is padded with such samples, so a
+            mean of your own must leave them out, as :func:`reduce_losses` does.
+        logsumexp: (N,) r, over the classes without the target; -inf where there is no other class.
+        target_logit: (N,) s·cos_y, without the prior.
+        logit_scale: what multiplies the cosine: s, or (N,) s·‖x‖ or s_i.
+        target_prior: (N,) the prior of the target, or 0.
+        logit_sum: (N,) Σ_c l_c over all classes with the prior, if it was asked for, else None.
+        num_classes: C.
+    """
+
+    labels: Tensor
+    logsumexp: Tensor
+    target_logit: Tensor
+    logit_scale: Tensor | float
+    target_prior: Tensor | float
+    logit_sum: Tensor | None
+    num_classes: int
+
+
+def logsumexp_stats(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    *,
+    scale: float | Tensor,
+    log_prior: Tensor | None = None,
+    normalize_features: bool = True,
+    ignore_index: int = -100,
+    with_logit_sum: bool = False,
+) -> LogSumExpStats:
+    """One pass of features over prototypes: r_i and the target logit of every sample, both differentiable.
+
+    Args:
+        features: (N, D).
+        prototypes: (C, D).
+        labels: (N,) integers in [0, C), or ``ignore_index``.
+        scale: s > 0; or (N,), a scale per sample, with gradient.
+        log_prior: (C,) added to the logits, or None.
+        normalize_features: False multiplies the logits by ‖x‖; with a scale per sample it must stay True.
+        ignore_index: label of samples that do not count.
+        with_logit_sum: also Σ_c l_c, which label smoothing needs.
+
+    Raises:
+        ValueError, TypeError, IndexError: arguments that do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.extend import logsumexp_stats
+        >>> stats = logsumexp_stats(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), scale=4.0)
+        >>> stats.logsumexp, stats.target_logit
+        (tensor([0., 0.]), tensor([4., 4.]))
+    """
+    check_supervised(features, prototypes, labels)
+    check_type("ignore_index", ignore_index, int)
+    check_type("normalize_features", normalize_features, bool)
+    num_classes, dtype = prototypes.shape[0], compute_dtype(features, prototypes)
+    if log_prior is not None:
+        prior = check_per_class("log_prior", log_prior, num_classes, features.new_empty(0, dtype=dtype))
+        log_prior = torch.as_tensor(prior).to(features.device, dtype).expand(num_classes)
+    labels = checked_labels(labels, num_classes, ignore_index, "labels")
+    counted = labels != ignore_index
+    logit_scale: Tensor | float
+    if isinstance(scale, Tensor):
+        if scale.shape != labels.shape or not normalize_features:
+            raise ValueError(
+                f"scale must be a number, or with normalize_features=True a tensor {tuple(labels.shape)} of a scale "
+                f"per sample; got {tuple(scale.shape)} and normalize_features={normalize_features}"
+            )
+        logit_scale = scale.to(dtype)
+        features = direction(features.masked_fill(~counted[:, None], 0.0).to(dtype)) * logit_scale[:, None]
+        logits = Logits(1.0, False, ignore_index)
+    else:
+        check_number("scale", scale, above=0.0)
+        logit_scale = float(scale)
+        if not normalize_features:
+            counted_features = features.masked_fill(~counted[:, None], 0.0)
+            logit_scale = scale * torch.linalg.vector_norm(counted_features, dim=1, dtype=dtype)
+        logits = Logits(float(scale), normalize_features, ignore_index)
+    own, shard = at_hand(prototypes, labels)
+    r, target, logit_sum = ops.logsumexp_stats(features, own, labels, log_prior, logits, with_logit_sum, shard)
+    labels = torch.where(counted, labels, -1)
+    if logit_sum is not None and log_prior is not None:
+        logit_sum = logit_sum + log_prior.sum()
+    target_prior = 0.0 if log_prior is None else log_prior[labels.clamp(0, num_classes - 1)]
+    return LogSumExpStats(labels, r, target, logit_scale, target_prior, logit_sum, num_classes)
+
+
+def _of_samples(
+    name: str, per_class: Tensor | float, per_sample: Tensor | None, stats: LogSumExpStats
+) -> Tensor | float:
+    """A number, or a value per sample; (C,) and (N,) come under names of their own and are never guessed apart."""
+    given = check_per_class(name, per_class, stats.num_classes, stats.logsumexp)
+    value = given[stats.labels.clamp(0, stats.num_classes - 1)] if isinstance(given, Tensor) and given.dim() else given
+    if per_sample is None:
+        return value
+    if not isinstance(per_sample, Tensor) or per_sample.shape != stats.labels.shape:
+        shown = tuple(per_sample.shape) if isinstance(per_sample, Tensor) else type(per_sample).__name__
+        raise ValueError(f"sample_{name} must be a tensor {tuple(stats.labels.shape)}, one per sample; got {shown}")
+    if per_sample.requires_grad:
+        raise ValueError(f"sample_{name} is treated as a constant and gets no gradient; pass sample_{name}.detach()")
+    return value + per_sample.to(stats.logsumexp.dtype)
+
+
+def margin_losses(
+    stats: LogSumExpStats,
+    *,
+    angular_margin: Tensor | float = 0.0,
+    cosine_margin: Tensor | float = 0.0,
+    sample_angular_margin: Tensor | None = None,
+    sample_cosine_margin: Tensor | None = None,
+    angle_multiplier: float = 1.0,
+    label_smoothing: float = 0.0,
+    beyond_pi: BeyondPi = "monotone",
+    margin_gradient: MarginGradient = "exact",
+) -> Tensor:
+    """Per-sample losses (N,), unweighted, 0 where a sample does not count.
+
+    With z = scale·margin(cos_y) + prior_y: loss = log(e^r + e^z) − z = softplus(r − z), which neither cancels nor has
+    a floor.
+
+    Args:
+        stats: from :func:`logsumexp_stats`.
+        angular_margin, cosine_margin: m2 in radians and m3, a number or (C,).
+        sample_angular_margin, sample_cosine_margin: (N,), added to them. Constants: no gradient flows into a margin.
+        angle_multiplier, label_smoothing, beyond_pi, margin_gradient: as in
+            :func:`ltloss.functional.margin_cross_entropy`. Smoothing needs ``with_logit_sum=True``.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.extend import logsumexp_stats, margin_losses
+        >>> stats = logsumexp_stats(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), scale=4.0)
+        >>> margin_losses(stats, cosine_margin=0.5)
+        tensor([0.1269, 0.1269])
+    """
+    check_number("angle_multiplier", angle_multiplier, above=0.0)
+    check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
+    check_choice("beyond_pi", beyond_pi, get_args(BeyondPi))
+    check_choice("margin_gradient", margin_gradient, get_args(MarginGradient))
+    if label_smoothing > 0.0 and stats.logit_sum is None:
+        raise ValueError(
+            f"label_smoothing={label_smoothing} needs the sum of all logits: call logsumexp_stats with "
+            "with_logit_sum=True"
+        )
+    scale = stats.logit_scale
+    # A zero feature that keeps its length has logit 0 and direction 0; the bound only makes 0/0 into 0.
+    divisor = scale.clamp_min(torch.finfo(scale.dtype).tiny) if isinstance(scale, Tensor) else scale
+    target_with_margin = scale * margin_cosine(
+        stats.target_logit / divisor,
+        angular_margin=_of_samples("angular_margin", angular_margin, sample_angular_margin, stats),
+        cosine_margin=_of_samples("cosine_margin", cosine_margin, sample_cosine_margin, stats),
+        angle_multiplier=float(angle_multiplier),
+        beyond_pi=beyond_pi,
+        margin_gradient=margin_gradient,
+    )
+    z = target_with_margin + stats.target_prior
+    losses = -F.logsigmoid(z - stats.logsumexp)
+    if stats.logit_sum is not None and label_smoothing > 0.0:
+        # (1-e)(lse - z) + e(lse - mean z) with lse = loss + z; the target enters the mean with its margin.
+        mean = (stats.logit_sum - stats.target_logit + target_with_margin) / stats.num_classes
+        losses = losses + label_smoothing * (z - mean)
+    return losses.masked_fill(stats.labels < 0, 0.0)
+
+
+def reduce_losses(
+    losses: Tensor,
+    labels: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Weight the losses (N,) and reduce them; ``mean`` divides by the summed weights of the counted samples.
+
+    Args:
+        losses: (N,).
+        labels: (N,), -1 for samples that do not count (``stats.labels``).
+        class_weight: (C,), or None.
+        sample_weight: (N,), or None; multiplies the class's.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or (N,) for ``"none"``. A mean over nothing is 0, with zero gradients.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.extend import reduce_losses
+        >>> reduce_losses(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([0, 1, -1]))
+        tensor(2.)
+    """
+    check_choice("reduction", reduction, get_args(Reduction))
+    counted = labels >= 0
+    weights = counted.to(losses.dtype)
+    if class_weight is not None:
+        weights = weights * class_weight[labels.clamp(0, class_weight.shape[0] - 1)].to(losses.dtype)
+    if sample_weight is not None:
+        if sample_weight.shape != losses.shape:
+            raise ValueError(
+                f"sample_weight must have the shape {tuple(losses.shape)}; got {tuple(sample_weight.shape)}"
+            )
+        weights = weights * sample_weight.to(losses.dtype)
+    weighted = torch.where(counted, losses, 0.0) * weights
+    if reduction == "none":
+        return weighted
+    if reduction == "sum":
+        return weighted.sum()
+    total = weights.sum()
+    return weighted.sum() / torch.where(total == 0, 1.0, total)

@@ -1,0 +1,1 @@
+"""One file per operator: schema, fake, gradient and the choice of the backend side by side."""

@@ -1,0 +1,291 @@
+"""The wide pass over the prototypes: two numbers per sample, and the gradients that follow from them.
+
+A backend is a module with ``partials``, ``logsumexp``, ``margin_loss``, ``coefficients`` and ``gradients``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ltloss import reference
+from ltloss._types import Partials
+from ltloss.chunked import logsumexp as chunked
+from ltloss.numerics import compute_dtype
+from ltloss.ops._dispatch import choose_backend, define, no_gradient
+
+__all__ = [
+    "BACKENDS",
+    "LocalWork",
+    "Logits",
+    "Shard",
+    "Stats",
+    "gathered_stats",
+    "logsumexp_stats",
+    "propagated",
+]
+
+
+class Logits(NamedTuple):
+    """How logits are formed: scale·cos_c + log_prior_c, the first term times ‖x‖ unless ``normalize_features``."""
+
+    scale: float
+    normalize_features: bool = True
+    ignore_index: int | None = -100  # the label of samples that do not count; None: see `logsumexp_stats`
+
+
+class Shard(Protocol):
+    """Which of the classes the prototypes at hand are, and how the other ranks hear of them."""
+
+    def rows(self, samples: int) -> slice:
+        """The rows of the global batch that this rank multiplies with its prototypes."""
+
+    def local_labels(self, labels: Tensor) -> Tensor:
+        """Labels (N,) as indices of the prototypes at hand, -1 for those of other ranks."""
+
+    def local_prior(self, log_prior: Tensor | None) -> Tensor | None:
+        """The prior (C,) of the prototypes at hand."""
+
+    def gather(self, vectors: Tensor) -> Tensor:
+        """(k, n) of this rank's rows -> (class ranks, k, N) of all."""
+
+    def reduce_features(self, gradient: Tensor, samples: int) -> Tensor:
+        """Gradient (n, D) of this rank's rows, summed over the class ranks, as (N, D)."""
+
+    def reduce_prototypes(self, gradient: Tensor) -> Tensor:
+        """Gradient of the prototypes at hand, summed over the ranks that hold the same."""
+
+
+def _kernels() -> Any:
+    return importlib.import_module("ltloss.ops._triton")  # on first use: `import ltloss` needs no Triton
+
+
+BACKENDS: dict[str, Callable[[], Any]] = {"torch": lambda: chunked, "triton": _kernels}
+
+
+def _empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """An operator returns tensors only: nothing is (0,)."""
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def _stats(backend: Callable[[], Any]) -> Callable[..., tuple[Tensor, ...]]:
+    def run(features: Tensor, prototypes: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        implementation = backend()
+        partials: Partials = implementation.partials(features, prototypes, *rest)
+        like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
+        logit_sum = None if partials.logit_sum is None else partials.logit_sum.sum(0)
+        return (
+            implementation.logsumexp(partials).to(like.dtype),
+            partials.target_cosine.to(like.dtype),
+            _empty(logit_sum, like),
+            _empty(partials.norm, like),
+            partials.class_factor,
+        )
+
+    return run
+
+
+def _fake_stats(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    log_prior: Tensor | None,
+    scale: float,
+    normalize_features: bool,
+    with_logit_sum: bool,
+    ignore_index: int | None,
+) -> tuple[Tensor, ...]:
+    like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
+    n = features.shape[0]
+    lengths = (n, n, n if with_logit_sum else 0, 0 if normalize_features else n, prototypes.shape[0])
+    return tuple(like.new_empty(length) for length in lengths)
+
+
+STATS = define(
+    "logsumexp_stats(Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, float scale, "
+    "bool normalize_features, bool with_logit_sum, int? ignore_index) -> (Tensor logsumexp, Tensor target_cosine, "
+    "Tensor logit_sum, Tensor norm, Tensor class_factor)",
+    _fake_stats,
+    **{name: _stats(backend) for name, backend in BACKENDS.items()},
+)
+
+
+def _gradients(backend: Callable[[], Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(*args: Any) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = backend().gradients(*args)
+        return found
+
+    return run
+
+
+def _fake_gradients(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    needs = rest[-1]
+    return (
+        features.new_empty(features.shape) if needs[0] else features.new_empty(0),
+        prototypes.new_empty(prototypes.shape) if needs[1] else prototypes.new_empty(0),
+    )
+
+
+_GRADIENTS = define(
+    "logsumexp_gradients(Tensor grad_loss, Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, "
+    "Tensor coefficients, Tensor class_factor, Tensor inverse_total, Tensor bound, float scale, bool smooth, "
+    "bool normalize_features, int? ignore_index, bool[] needs) -> (Tensor features, Tensor prototypes)",
+    _fake_gradients,
+    **{name: _gradients(backend) for name, backend in BACKENDS.items()},
+)
+no_gradient(_GRADIENTS)
+OPERATORS = {"logsumexp_stats": STATS, "logsumexp_gradients": _GRADIENTS}
+
+
+class LocalWork(NamedTuple):
+    """This rank's part of the work: its rows of the batch, and labels and prior of its classes."""
+
+    features: Tensor
+    labels: Tensor
+    prior: Tensor | None
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor, prior: Tensor | None, logits: Logits, shard: Shard) -> LocalWork:
+        """Of the global batch; features that do not count become 0, since they may hold NaN."""
+        rows = shard.rows(features.shape[0])
+        ignored = torch.eq(labels[rows], -1 if logits.ignore_index is None else logits.ignore_index)
+        return cls(
+            features[rows].masked_fill(ignored[:, None], 0.0),
+            shard.local_labels(torch.where(ignored, -1, labels[rows])),
+            shard.local_prior(prior),
+        )
+
+
+def gathered_stats(
+    local: LocalWork, prototypes: Tensor, logits: Logits, with_logit_sum: bool, backend: str, shard: Shard
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Of all ranks (logsumexp (S, N), logit_sum (S, N), target_cosine (N,), norm (N,)); and its class factor."""
+    if prototypes.shape[0]:
+        *vectors, class_factor = STATS[backend](
+            local.features, prototypes, local.labels, local.prior, *logits[:2], with_logit_sum, None
+        )
+    else:  # a rank without classes
+        like = local.features.new_zeros(local.features.shape[0], dtype=compute_dtype(local.features, prototypes))
+        norm = torch.linalg.vector_norm(local.features, dim=1, dtype=like.dtype)
+        vectors = [like - torch.inf, like, like[: len(like) * with_logit_sum], norm]
+        class_factor = like[:0]
+    r, cosine, logit_sum, norm = vectors
+    parts = [r, cosine] + [logit_sum] * with_logit_sum + [norm] * (not logits.normalize_features)
+    whole = shard.gather(torch.stack(parts))
+    none = whole.new_empty(0)
+    return (
+        whole[:, 0],
+        whole[:, 2] if with_logit_sum else none,
+        whole[:, 1].sum(0),  # a target has one owner, and the others have 0
+        none if logits.normalize_features else whole[0, -1],
+    ), class_factor
+
+
+def propagated(
+    grad_loss: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    prior: Tensor | None,
+    coefficients: Tensor,
+    saved: list[Tensor],
+    ctx: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dX and dW, summed over the ranks of a shard."""
+    shard, needs, samples = ctx.shard, list(ctx.needs_input_grad[:2]), coefficients.shape[1]
+    if shard is not None:
+        rows = shard.rows(samples)
+        coefficients = coefficients[:, rows].contiguous()
+        grad_loss = grad_loss[rows] if grad_loss.dim() else grad_loss
+    scale, normalize_features, ignore_index = ctx.logits
+    rest = (*saved, scale, ctx.smooth, normalize_features, ignore_index, needs)
+    if prototypes.shape[0]:
+        grad_features, grad_prototypes = _GRADIENTS[ctx.backend](
+            grad_loss, features, prototypes, labels, prior, coefficients, *rest
+        )
+    else:  # a rank without classes
+        grad_features, grad_prototypes = torch.zeros_like(features), torch.zeros_like(prototypes)
+    if shard is not None:
+        grad_features = shard.reduce_features(grad_features, samples) if needs[0] else grad_features
+        grad_prototypes = shard.reduce_prototypes(grad_prototypes) if needs[1] else grad_prototypes
+    return grad_features if needs[0] else None, grad_prototypes if needs[1] else None
+
+
+class Stats(NamedTuple):
+    """Per sample, differentiable: see :class:`ltloss.extend.LogSumExpStats`."""
+
+    logsumexp: Tensor
+    target_logit: Tensor
+    logit_sum: Tensor | None
+
+
+def logsumexp_stats(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    log_prior: Tensor | None,
+    logits: Logits,
+    with_logit_sum: bool,
+    shard: Shard | None = None,
+) -> Stats:
+    """r = log Σ_{c≠y} exp(l_c), the target logit without its prior, and Σ_c s·cos_c, each (N,) and differentiable.
+
+    ``logits.ignore_index=None`` takes every label outside [0, C) for "the target is not among these prototypes".
+    """
+    backend = choose_backend(features, prototypes, sharded=shard is not None)
+    if backend == "reference":
+        return Stats(*reference.logsumexp_stats(features, prototypes, labels, log_prior, *logits, with_logit_sum))
+    r, target, logit_sum = _LogSumExpStats.apply(  # type: ignore[no-untyped-call]
+        features, prototypes, labels, log_prior, logits, with_logit_sum, backend, shard
+    )
+    return Stats(r, target, logit_sum if with_logit_sum else None)
+
+
+class _LogSumExpStats(torch.autograd.Function):
+    """The wide pass for those who bring their own function of the two numbers per sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        prototypes: Tensor,
+        labels: Tensor,
+        log_prior: Tensor | None,
+        logits: Logits,
+        with_logit_sum: bool,
+        backend: str,
+        shard: Shard | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if shard is None:
+            r, cosine, logit_sum, norm, class_factor = STATS[backend](
+                features, prototypes, labels, log_prior, *logits[:2], with_logit_sum, logits.ignore_index
+            )
+            prior = log_prior
+        else:
+            local = LocalWork.of(features, labels, log_prior, logits, shard)
+            (parts, sums, cosine, norm), class_factor = gathered_stats(
+                local, prototypes, logits, with_logit_sum, backend, shard
+            )
+            r, logit_sum = torch.logsumexp(parts, 0), sums.sum(0) if with_logit_sum else sums
+            features, labels, prior = local.features, local.labels, local.prior
+            logits = logits._replace(ignore_index=None)
+        scale = logits.scale if logits.normalize_features else logits.scale * norm
+        ctx.save_for_backward(features, prototypes, labels, prior, r, class_factor)
+        ctx.logits, ctx.smooth, ctx.backend, ctx.shard = logits, with_logit_sum, backend, shard
+        return r, cosine * scale, logit_sum
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        features, prototypes, labels, prior, r, class_factor = ctx.saved_tensors
+        every = grads[2] if ctx.smooth else torch.zeros_like(r)
+        # The target logit s·‖x‖·cos_y is linear in x: no part of its gradient goes by the length alone.
+        rows = [r, grads[0], grads[1] + every, every] + [torch.zeros_like(r)] * (not ctx.logits.normalize_features)
+        one = r.new_ones(())
+        coefficients, bound = BACKENDS[ctx.backend]().coefficients(torch.stack(rows))
+        saved = [class_factor, one, bound]
+        gradients = propagated(one, features, prototypes, labels, prior, coefficients, saved, ctx)
+        return *gradients, *(None,) * 6
