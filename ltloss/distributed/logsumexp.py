@@ -34,6 +34,11 @@ class ClassShard:
     index: Tensor | None = None
     correction: Tensor | None = None
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first of the class ranks."""
+        return self.layout.class_rank == 0
+
     def rows(self, samples: int) -> slice:
         """The rows of this rank's data group."""
         return self.layout.group_rows(samples)

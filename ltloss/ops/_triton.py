@@ -38,7 +38,7 @@ def _on_device(function: Callable[..., _Result]) -> Callable[..., _Result]:
 
     @functools.wraps(function)
     def run(tensor: Any, *args: Any, **options: Any) -> _Result:
-        device = (tensor.sum if isinstance(tensor, tuple) else tensor).device
+        device = (tensor.sum if isinstance(tensor, kernels.Partials) else tensor).device
         if device.type == "cuda":
             with torch.cuda.device(device):
                 return function(tensor, *args, **options)

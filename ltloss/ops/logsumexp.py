@@ -41,6 +41,10 @@ class Logits(NamedTuple):
 class Shard(Protocol):
     """Which of the classes the prototypes at hand are, and how the other ranks hear of them."""
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank adds what belongs to a sample but to no class."""
+
     def rows(self, samples: int) -> slice:
         """The rows of the global batch that this rank multiplies with its prototypes."""
 
@@ -200,6 +204,8 @@ def propagated(
     if shard is not None:
         rows = shard.rows(samples)
         coefficients = coefficients[:, rows].contiguous()
+        if coefficients.shape[0] == 5 and not shard.is_first:  # the length of a feature belongs to no class: once
+            coefficients[4] = 0.0
         grad_loss = grad_loss[rows] if grad_loss.dim() else grad_loss
     scale, normalize_features, ignore_index = ctx.logits
     rest = (*saved, scale, ctx.smooth, normalize_features, ignore_index, needs)

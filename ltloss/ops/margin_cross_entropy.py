@@ -231,6 +231,7 @@ class _MarginCrossEntropy(torch.autograd.Function):
         shard: Shard | None,
         num_classes: int,
     ) -> Tensor:
+        loss: Tensor
         if shard is None:
             loss, coefficients, inverse_total, bound, class_factor = _LOSS_AND_COEFFICIENTS[backend](
                 features,

@@ -6,39 +6,30 @@ bytes; anything else, and anything of another dtype, is copied. Features are cop
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ltloss_kernels.device import rows as row_norm
+from ltloss_kernels.config.chunking import ceil_div
 
 __all__ = [
     "block_source",
-    "interpreting",
     "multiply_add",
     "padded_matrix",
     "product_dtype",
-    "product_precision",
     "readable_in_place",
+    "vector",
 ]
 
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def interpreting() -> bool:
-    """Whether the kernels run in Triton's interpreter; settled when they were decorated, by TRITON_INTERPRET."""
-    return not isinstance(row_norm.row_norm_kernel, triton.JITFunction)
-
-
 def product_dtype(features: torch.dtype, prototypes: torch.dtype) -> torch.dtype:
     """The dtype of the matrix products: the features' half precision, or float32 if they are or the halves differ."""
     return features if features in _HALVES and prototypes in (features, torch.float32) else torch.float32
-
-
-def product_precision() -> str:
-    """How float32 products are formed: as ``torch.set_float32_matmul_precision`` asks."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def readable_in_place(matrix: Tensor, dtype: torch.dtype) -> bool:
@@ -57,7 +48,7 @@ def readable_in_place(matrix: Tensor, dtype: torch.dtype) -> bool:
 def padded_matrix(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised (rows, width) matrix that is readable in place."""
     unit = 16 // dtype.itemsize
-    return torch.empty(rows, -(-width // unit) * unit, dtype=dtype, device=device)[:, :width]
+    return torch.empty(rows, ceil_div(width, unit) * unit, dtype=dtype, device=device)[:, :width]
 
 
 def block_source(matrix: Tensor, rows: int, columns: int, described: bool) -> TensorDescriptor | Tensor:
@@ -67,13 +58,47 @@ def block_source(matrix: Tensor, rows: int, columns: int, described: bool) -> Te
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
+def vector(values: Tensor | None) -> Tensor | None:
+    """(C,) as the kernels read it: float32, entries next to each other."""
+    return None if values is None else values.to(torch.float32).contiguous()
+
+
+@contextmanager
+def _wide_sums() -> Iterator[None]:
+    """Within the block, the library adds up half-precision products in float32.
+
+    It refuses products of halves with a float32 result under ``allow_fp16_accumulation``, which asks for the contrary,
+    and under TunableOp, which does not know them.
+    """
+    matmul, tunable = torch.backends.cuda.matmul, torch.cuda.tunable
+    narrow = getattr(matmul, "allow_fp16_accumulation", False)  # from PyTorch 2.7 on
+    tuned = torch.version.cuda is not None and tunable.is_enabled()
+    if narrow:
+        matmul.allow_fp16_accumulation = False
+    if tuned:
+        tunable.enable(False)
+    try:
+        yield
+    finally:
+        if narrow:
+            matmul.allow_fp16_accumulation = True
+        if tuned:
+            tunable.enable(True)
+
+
 def multiply_add(target: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
     """target += left @ right (or =), float32 results of any dtype of factors, by the library's matrix product."""
     if left.dtype == torch.float32:
         torch.mm(left, right, out=target) if overwrite else target.addmm_(left, right)
     elif left.device.type != "cuda":  # the interpreter: a CPU has no product with a wider result
         multiply_add(target, left.float(), right.float(), overwrite=overwrite)
-    elif overwrite:
-        torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=target)
     else:
-        torch.ops.aten.addmm.dtype_out(target, left, right, torch.float32, out=target)
+        _multiply_add_halves(target, left, right, overwrite)
+
+
+def _multiply_add_halves(target: Tensor, left: Tensor, right: Tensor, overwrite: bool) -> None:
+    with _wide_sums():
+        if overwrite:
+            torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=target)
+        else:
+            torch.ops.aten.addmm.dtype_out(target, left, right, torch.float32, out=target)
