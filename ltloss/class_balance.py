@@ -40,7 +40,7 @@ def counts_from_labels(labels: Counts, num_classes: int, *, ignore_index: int = 
     vector = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels).flatten()
     if vector.is_floating_point():
         raise TypeError(f"labels must be integers; got {vector.dtype}")
-    checked = checked_labels(vector, num_classes, ignore_index, "labels")
+    checked = checked_labels(vector, num_classes, ignore_index, "labels").to(torch.int64)
     return torch.bincount(checked[checked != ignore_index], minlength=num_classes)
 
 

@@ -90,7 +90,7 @@ def logsumexp_stats(
     if log_prior is not None:
         prior = check_per_class("log_prior", log_prior, num_classes, features.new_empty(0, dtype=dtype))
         log_prior = torch.as_tensor(prior).to(features.device, dtype).expand(num_classes)
-    labels = checked_labels(labels, num_classes, ignore_index, "labels")
+    labels = checked_labels(labels, num_classes, ignore_index, "labels").to(torch.int64)
     counted = labels != ignore_index
     logit_scale: Tensor | float
     if isinstance(scale, Tensor):

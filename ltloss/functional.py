@@ -213,7 +213,7 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, exact: 
 
 def _checked_rows(rows: Tensor, prototypes: Tensor) -> Tensor:
     check_rows(rows, prototypes)
-    return checked_labels(rows, prototypes.shape[0], NOTHING, "rows")  # type: ignore[no-any-return]
+    return checked_labels(rows, prototypes.shape[0], NOTHING, "rows").to(torch.int64)
 
 
 def min_angle_regularizer(

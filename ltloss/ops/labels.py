@@ -1,4 +1,4 @@
-"""Labels: an operator, so that torch.compile does not have to look into a check that depends on the data."""
+"""Labels: the check of their range, and the operator that hides it from torch.compile."""
 
 from __future__ import annotations
 
@@ -9,22 +9,38 @@ from ltloss._validation import check_label_range
 from ltloss.ops._dispatch import define
 from ltloss.runtime import debug
 
-__all__ = ["checked_labels"]
+__all__ = ["NOTHING", "OPERATOR", "checked_labels"]
 
 # An index vector has nothing to ignore.
 NOTHING = -(1 << 62)
 
 
 def _checked(labels: Tensor, num_classes: int, ignore_index: int, name: str) -> Tensor:
+    _check(labels, num_classes, ignore_index, name)
+    return labels.clone()
+
+
+def _check(labels: Tensor, num_classes: int, ignore_index: int, name: str) -> None:
     if labels.device.type == "cpu" or debug:
         check_label_range(labels, num_classes, ignore_index, name)
-    return labels.to(torch.int64, copy=True)
 
 
-checked_labels = define(
+# torch.compile cannot look into a check that depends on the data.
+OPERATOR = define(
     "checked_labels(Tensor labels, int num_classes, int ignore_index, str name) -> Tensor",
-    lambda labels, num_classes, ignore_index, name: labels.new_empty(labels.shape, dtype=torch.int64),
+    lambda labels, num_classes, ignore_index, name: torch.empty_like(labels),
     any=_checked,
 )["any"]
-"""Labels (N,) as int64. On the CPU (on a GPU under ``ltloss.debug``) a label that is neither in [0, C) nor
-``ignore_index`` raises IndexError, naming the argument ``name``."""
+
+
+def checked_labels(labels: Tensor, num_classes: int, ignore_index: int, name: str) -> Tensor:
+    """Labels (N,) as they are; on the CPU (on a GPU under ``ltloss.debug``) their range is checked.
+
+    Raises:
+        IndexError: a label that is neither in [0, C) nor ``ignore_index``, naming the argument ``name``.
+    """
+    if torch.compiler.is_compiling():
+        checked: Tensor = OPERATOR(labels, num_classes, ignore_index, name)
+        return checked
+    _check(labels, num_classes, ignore_index, name)
+    return labels

@@ -5,7 +5,6 @@ A backend is a module with ``partials``, ``logsumexp``, ``margin_loss``, ``coeff
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -65,7 +64,9 @@ class Shard(Protocol):
 
 
 def _kernels() -> Any:
-    return importlib.import_module("ltloss.ops._triton")  # on first use: `import ltloss` needs no Triton
+    from ltloss.ops import _triton  # on first use: `import ltloss` needs no Triton
+
+    return _triton
 
 
 BACKENDS: dict[str, Callable[[], Any]] = {"torch": lambda: chunked, "triton": _kernels}

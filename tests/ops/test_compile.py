@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ltloss.ops import logsumexp, margin_cross_entropy, prototype_search
-from ltloss.ops.labels import checked_labels
+from ltloss.ops.labels import OPERATOR as checked_labels
 from ltloss.testing import MODULES, problem
 
 # Compiling reorders float32 sums of some ten products.
