@@ -1,0 +1,119 @@
+"""The extension interface: values, gradients of any order, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ltloss
+from ltloss import functional, reference
+from ltloss.extend import LogSumExpStats, logsumexp_stats, margin_losses, reduce_losses
+from ltloss.testing import FAMILY, NOT_A_DERIVATIVE, problem, relative_error
+
+EXACT = 1e-10
+
+
+def _loss(features: Tensor, prototypes: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """The family again, out of the three steps."""
+    scale = options.pop("scale", 30.0)
+    wide = {name: options.pop(name) for name in ("log_prior", "normalize_features", "ignore_index") if name in options}
+    ends = {name: options.pop(name) for name in ("class_weight", "reduction") if name in options}
+    smooth = options.get("label_smoothing", 0.0) > 0.0
+    stats = logsumexp_stats(features, prototypes, labels, scale=scale, with_logit_sum=smooth, **wide)
+    return reduce_losses(margin_losses(stats, **options), stats.labels, **ends)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_three_steps_are_the_one_function(name: str, backend: str) -> None:
+    given = problem().leaves()
+    ours, law = _loss(*given, **FAMILY[name](9)), functional.margin_cross_entropy(*given, **FAMILY[name](9))
+    assert relative_error(ours, law) <= EXACT
+    upstream = torch.linspace(-1.0, 2.0, ours.numel(), dtype=ours.dtype).view(ours.shape)
+    for one, other in zip(*(torch.autograd.grad((v * upstream).sum(), given[:2]) for v in (ours, law)), strict=True):
+        assert relative_error(one, other) <= EXACT
+
+
+@pytest.mark.parametrize("build", [functional.margin_cross_entropy, _loss], ids=["function", "extension"])
+@pytest.mark.parametrize("name", [name for name in FAMILY if name not in NOT_A_DERIVATIVE])
+def test_the_reference_is_differentiable_twice(name: str, build: Any) -> None:
+    """A gradient penalty needs it. Samples whose target is no class have no gradient, and NaN nowhere."""
+    features, prototypes, labels = problem(4, 5, 3).leaves()
+    options = FAMILY[name](5)
+    with ltloss.use_backend("reference"):
+        assert torch.autograd.gradgradcheck(
+            lambda x, w: build(x, w, labels, **options), (features, prototypes), atol=1e-4, rtol=1e-3
+        )
+
+
+def test_two_calls_of_grad_are_the_second_derivative() -> None:
+    x = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+
+    def margin(cosine: Tensor) -> Tensor:
+        from ltloss.margins import margin_cosine
+
+        return margin_cosine(cosine, angular_margin=0.4)
+
+    assert torch.autograd.gradgradcheck(margin, (x,))
+
+
+def test_a_scale_per_sample_gets_its_gradient() -> None:
+    features, prototypes, labels = problem(ignored=False).leaves()
+    scale = torch.linspace(3.0, 9.0, 7, dtype=torch.float64, requires_grad=True)
+
+    def loss(scale: Tensor) -> Tensor:
+        stats = logsumexp_stats(features, prototypes, labels, scale=scale)
+        return margin_losses(stats, cosine_margin=0.1).sum()
+
+    assert torch.autograd.gradcheck(loss, (scale,))
+    single = loss(torch.full((7,), 5.0, dtype=torch.float64))
+    law = functional.margin_cross_entropy(features, prototypes, labels, scale=5.0, cosine_margin=0.1, reduction="sum")
+    assert relative_error(single, law) <= EXACT
+
+
+def test_margins_and_weights_per_sample() -> None:
+    features, prototypes, labels = problem(9, 9, 5)  # N = C: the two kinds of vector are told apart by name
+    margins, weights = torch.linspace(0.0, 0.5, 9).double(), torch.linspace(1.0, 2.0, 9).double()
+    stats = logsumexp_stats(features, prototypes, labels, scale=8.0)
+    per_sample = margin_losses(stats, sample_angular_margin=margins)
+    for index in range(9):
+        alone = reference.margin_cross_entropy(
+            features, prototypes, labels, scale=8.0, angular_margin=float(margins[index]), reduction="none"
+        )
+        assert relative_error(per_sample[index], alone[index]) <= EXACT
+    counted = labels >= 0
+    mean = reduce_losses(per_sample, stats.labels, sample_weight=weights)
+    expected = (per_sample * weights)[counted].sum() / weights[counted].sum()
+    assert relative_error(mean, expected) <= EXACT
+
+
+def _stats(**options: Any) -> LogSumExpStats:
+    return logsumexp_stats(*problem(), **{"scale": 8.0, **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: margin_losses(_stats(), angular_margin=torch.ones(7)), ValueError, "angular_margin"),
+        (lambda: margin_losses(_stats(), sample_cosine_margin=torch.ones(9)), ValueError, "sample_cosine_margin"),
+        (lambda: margin_losses(_stats(), label_smoothing=0.1), ValueError, "with_logit_sum"),
+        (lambda: margin_losses(_stats(), beyond_pi="up"), ValueError, "beyond_pi"),  # type: ignore[arg-type]
+        (lambda: _stats(scale=torch.tensor(3.0)), ValueError, "scale"),
+        (lambda: _stats(scale=torch.ones(7), normalize_features=False), ValueError, "scale"),
+        (lambda: _stats(scale=-1.0), ValueError, "scale"),
+        (
+            lambda: reduce_losses(torch.ones(3), torch.zeros(3).long(), sample_weight=torch.ones(2)),
+            ValueError,
+            "weight",
+        ),
+    ],
+)
+def test_what_is_refused(call: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        call()
+
+
+def test_an_integer_margin_is_a_number() -> None:
+    assert torch.equal(margin_losses(_stats(), cosine_margin=1), margin_losses(_stats(), cosine_margin=1.0))
