@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from ltloss_kernels.config.precision import float32_products
 from torch import Tensor
 from torch.nn import functional as torch_functional
 
@@ -182,14 +183,10 @@ def _long_tail_step(precision: str, **options: Any) -> Callable[[str, Shape, tor
         labels = torch.randint(shape.c, (shape.n,), device=device)
 
         def step() -> None:
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision(precision)
-            try:
+            with float32_products(precision):
                 head.zero_grad()
                 features.grad = None
                 head(features, labels).backward()
-            finally:
-                torch.set_float32_matmul_precision(before)
 
         return step
 

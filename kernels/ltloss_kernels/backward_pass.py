@@ -15,9 +15,9 @@ from ltloss_kernels.config.operands import (
     multiply_add,
     padded_matrix,
     product_dtype,
-    product_precision,
     readable_in_place,
 )
+from ltloss_kernels.config.precision import product_precision
 from ltloss_kernels.device.logsumexp_backward import gradient_tile_kernel, projection_kernel, sample_gradient_kernel
 from ltloss_kernels.device.rows import row_norms
 from ltloss_kernels.forward_pass import LOG2E

@@ -16,9 +16,9 @@ from ltloss_kernels.config.operands import (
     block_source,
     padded_matrix,
     product_dtype,
-    product_precision,
     readable_in_place,
 )
+from ltloss_kernels.config.precision import product_precision
 from ltloss_kernels.device import elementary as arithmetic
 from ltloss_kernels.device.logsumexp_forward import combine_kernel, cosine_logsumexp_kernel, sample_kernel
 from ltloss_kernels.device.margin_loss import margin_cross_entropy_kernel, reduce_kernel

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.config.chunking import search_rows, splits_for
-from ltloss_kernels.config.operands import block_source, padded_matrix, product_precision, readable_in_place
+from ltloss_kernels.config.operands import block_source, padded_matrix, readable_in_place
+from ltloss_kernels.config.precision import product_precision
 from ltloss_kernels.device.rows import row_norms
 from ltloss_kernels.device.search_first_pass import LAST_NUMBER, LOWEST_KEY, best_tile_kernel, nearest_prototype_kernel
 from ltloss_kernels.device.search_second_pass import (

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 
 import torch
+from ltloss_kernels.config.precision import float32_products
 from torch import Tensor
 
 from ltloss.chunked.equal_rows import Copies
@@ -52,18 +52,9 @@ class _Best:
         return torch.where(alone, -1.0, self.cosine.clamp(-1.0, 1.0)), self.index
 
 
-@contextlib.contextmanager
-def full_products(wanted: bool) -> Iterator[None]:
+def full_products(wanted: bool) -> contextlib.AbstractContextManager[None]:
     """Within the block, products of float32 matrices in float32 (if ``wanted``)."""
-    before = torch.get_float32_matmul_precision()
-    if not wanted or before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return float32_products("highest") if wanted else contextlib.nullcontext()
 
 
 def nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from ltloss_kernels.config import tile_cache as tuned_tiles
 from ltloss_kernels.config import tile_table as tiles
+from ltloss_kernels.config.precision import product_precision
 from torch import Tensor
 
 from ltloss.functional import margin_cross_entropy
@@ -79,13 +80,9 @@ def rank(
 
     run = forward if kernel == "forward" else step
     expected = run()
-    arch, precision = tiles.architecture(features.device), _precision()
+    arch, precision = tiles.architecture(features.device), product_precision()
     timings = [_time(kernel, tile, run, expected, repeats) for tile in candidates(kernel, arch, dtype, precision)]
     return sorted(timings, key=lambda timing: timing.milliseconds)
-
-
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _time(
@@ -127,7 +124,7 @@ def remember(kernel: Kernel, fastest: Timing, dtype: torch.dtype, shape: tuple[i
         "device": torch.cuda.get_device_name(),
         "triton": tuned_tiles.triton_version(),
     }
-    tuned_tiles.store({tuned_tiles.entry_name(kernel, arch, dtype, _precision()): entry}, file)
+    tuned_tiles.store({tuned_tiles.entry_name(kernel, arch, dtype, product_precision()): entry}, file)
 
 
 def tune(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 20) -> int:

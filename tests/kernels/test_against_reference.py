@@ -155,13 +155,6 @@ class TestDtypes:
         fits = (exact.features.abs().amax(1) < 6e4) & (exact.features.abs().amax(1) > 1e-3)
         assert relative_error(ours.features.cpu()[fits], exact.features[fits]) <= 2.0**-9
 
-    def test_tf32_is_taken_where_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from ltloss_kernels.config import operands
-
-        assert operands.product_precision() == "ieee"
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-        assert operands.product_precision() == "tf32"
-
 
 class TestLabels:
     def test_all_ignored(self) -> None:

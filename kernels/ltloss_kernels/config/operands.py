@@ -19,7 +19,6 @@ __all__ = [
     "multiply_add",
     "padded_matrix",
     "product_dtype",
-    "product_precision",
     "readable_in_place",
 ]
 
@@ -34,11 +33,6 @@ def interpreting() -> bool:
 def product_dtype(features: torch.dtype, prototypes: torch.dtype) -> torch.dtype:
     """The dtype of the matrix products: the features' half precision, or float32 if they are or the halves differ."""
     return features if features in _HALVES and prototypes in (features, torch.float32) else torch.float32
-
-
-def product_precision() -> str:
-    """How float32 products are formed: as ``torch.set_float32_matmul_precision`` asks."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def readable_in_place(matrix: Tensor, dtype: torch.dtype) -> bool:

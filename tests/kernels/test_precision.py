@@ -1,0 +1,94 @@
+"""The precision of float32 products, by either interface of PyTorch and by both at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ltloss_kernels
+import pytest
+import torch
+from helpers.kernel_problems import kernel_problem
+from ltloss_kernels.config.precision import float32_products, product_precision
+
+import ltloss
+from ltloss import functional
+from ltloss.tools import tune_tiles
+
+NEW_INTERFACE = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if NEW_INTERFACE else ()
+
+
+def settings() -> list[str]:
+    return [backend.fp32_precision for backend in BACKENDS]
+
+
+@pytest.fixture(autouse=True)
+def unchanged() -> Iterator[None]:
+    """Whatever a test sets is set back."""
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def mixed() -> None:
+    """TF32 asked for by the new interface: the old question is refused from then on."""
+    if not NEW_INTERFACE:
+        pytest.skip("this PyTorch has the old interface only")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+        torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize(("asked", "precision"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_the_old_interface(asked: str, precision: str) -> None:
+    torch.set_float32_matmul_precision(asked)
+    assert product_precision() == precision
+    with float32_products("highest"):
+        assert product_precision() == "ieee"
+    assert torch.get_float32_matmul_precision() == asked
+
+
+def test_both_interfaces(mixed: None) -> None:
+    assert product_precision() == "tf32"
+    before = settings()
+    for asked, precision in (("highest", "ieee"), ("medium", "tf32")):
+        with float32_products(asked):
+            assert product_precision() == precision
+        assert settings() == before
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_every_operator_runs(backend: Any, mixed: None) -> None:
+    given = kernel_problem().leaves()
+    before = settings()
+    with ltloss.use_backend(backend):
+        functional.margin_cross_entropy(*given, angular_margin=0.2).backward()
+        functional.min_angle_regularizer(given.prototypes).backward()
+        functional.nearest_prototype(given.prototypes, exact=True)
+        functional.top_k(given.features, given.prototypes, 3)
+    assert settings() == before
+
+
+def test_tiles_are_tuned(mixed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = tune_tiles.candidates("forward", 90, torch.float32, "tf32")[:1]
+    monkeypatch.setattr(tune_tiles, "candidates", lambda *_: usual)
+    (timing,) = tune_tiles.rank("forward", 8, 12, 8, torch.float32, device="cpu", repeats=1)
+    assert not timing.problem
+
+
+def test_precision_needs_no_triton() -> None:
+    script = """
+import sys
+sys.modules["triton"] = None
+from ltloss_kernels.config.precision import product_precision
+print(product_precision())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(ltloss_kernels.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "ieee"
