@@ -10,15 +10,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import ltloss_kernels
 import torch
-from ltloss_kernels.backward_pass import BackwardPass, Upstream
-from ltloss_kernels.config import operands
-from ltloss_kernels.forward_pass import LOG2E, ForwardPass, Margin, reduce_losses
 from torch import Tensor
 
 from ltloss._validation import check_label_range
+from ltloss.chunked.logsumexp import inverse_norm
 from ltloss.runtime import current_workspace, debug
 
 __all__ = [
@@ -42,7 +41,7 @@ def on_device(function: Callable[..., _Result]) -> Callable[..., _Result]:
         if device.type == "cuda":
             with torch.cuda.device(device):
                 return function(*args)
-        if not operands.interpreting():
+        if not ltloss_kernels.interpreting():
             raise RuntimeError(
                 f"backend 'triton' was asked for tensors on {device}; kernels run on a GPU, or interpreted (slowly) "
                 "where the environment variable TRITON_INTERPRET=1 is set before the first use. Use 'auto' or 'torch'"
@@ -54,12 +53,17 @@ def on_device(function: Callable[..., _Result]) -> Callable[..., _Result]:
 
 def widened(tensor: Tensor) -> Tensor:
     """As it is; float32 for bfloat16 in the interpreter, which multiplies bfloat16 wrongly."""
-    return tensor.float() if tensor.dtype == torch.bfloat16 and operands.interpreting() else tensor
+    return tensor.float() if tensor.dtype == torch.bfloat16 and ltloss_kernels.interpreting() else tensor
 
 
-def _vector(values: Tensor | None) -> Tensor | None:
-    """A (C,) vector as the kernels read it."""
-    return None if values is None else values.to(torch.float32).contiguous()
+class _Margin(NamedTuple):
+    """See :class:`ltloss_kernels.Margin`."""
+
+    angle: Tensor | float
+    cosine: Tensor | float
+    multiplier: float
+    beyond_pi: str
+    gradient: str
 
 
 def _as(gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -77,25 +81,40 @@ def cosine_logsumexp(
     with_logit_sum: bool,
 ) -> tuple[Tensor, ...]:
     """See :func:`ltloss.ops.cosine_logsumexp`."""
-    samples = features.shape[0]
-    other, own = (features.new_empty(samples, dtype=torch.float32) for _ in range(2))
-    logit_sum = features.new_empty(samples if with_logit_sum else 0, dtype=torch.float32)
-    if samples == 0:
-        return other, own, logit_sum, torch.empty_like(other), other.new_zeros(prototypes.shape[0])
-    run = ForwardPass(
+    if features.shape[0] == 0:
+        nothing = features.new_empty(0, dtype=torch.float32)
+        return nothing, nothing.clone(), nothing.clone(), nothing.clone(), nothing.new_zeros(prototypes.shape[0])
+    partials = ltloss_kernels.logsumexp_partials(
         widened(features),
         widened(prototypes),
         labels,
-        _vector(log_prior),
+        log_prior,
         scale=scale,
-        normalize=normalize_features,
+        normalize_features=normalize_features,
         with_logit_sum=with_logit_sum,
         ignore_index=None,
     )
-    for sums in run.chunks():
-        run.combine(sums, other, own, logit_sum)
-    feature_inverse = run.feature_inverse_norm if normalize_features else other.new_empty(0)
-    return other, own, logit_sum, feature_inverse, run.prototype_inverse_norm
+    target = partials.target_cosine * scale if partials.norm is None else partials.target_cosine * scale * partials.norm
+    # A sum over classes is taken away from others of its size: none of the additions of its parts may round it.
+    logit_sum = target.new_empty(0) if partials.logit_sum is None else partials.logit_sum.double().sum(0).float()
+    empty = target.new_empty(0)
+    feature_inverse = inverse_norm(features, torch.float32) if normalize_features else empty
+    prototype_inverse = (partials.class_factor.double() * (math.log(2.0) / scale)).float()
+    return _logsumexp(partials), target, logit_sum, feature_inverse, prototype_inverse
+
+
+def _logsumexp(partials: ltloss_kernels.Partials) -> Tensor:
+    """r = log Σ over the parts, (N,) float32, -inf where all are empty.
+
+    In float64: sum and maximum are large numbers that may cancel, and (S, N) is nothing beside the pass itself.
+    """
+    total = partials.sum.double()
+    if partials.max is None:
+        return ((partials.shift + total.sum(0).log2()) * math.log(2.0)).float()
+    largest = partials.max.double()
+    base = largest.amax(0)
+    base = torch.where(base == -math.inf, 0.0, base)
+    return ((base + (total * torch.exp2(largest - base)).sum(0).log2()) * math.log(2.0)).float()
 
 
 @on_device
@@ -126,19 +145,23 @@ def cosine_logsumexp_backward(
     other = torch.where(nothing, 0.0, a * torch.exp2(shift.double() - exact).float())
     shift = torch.where(nothing, math.inf, shift)
     coefficients = torch.stack([shift, other, d + e, e])
-    run = BackwardPass(
+    grad_features, grad_prototypes = ltloss_kernels.logsumexp_gradients(
+        zeros.new_ones(()),
         widened(features),
         widened(prototypes),
         labels,
-        _vector(log_prior),
-        prototype_inverse * (scale * LOG2E),
-        Upstream(coefficients, zeros.new_ones(()), None, coefficients[1:].abs().amax(), grad_sum is not None),
+        log_prior,
+        coefficients,
+        prototype_inverse * (scale / math.log(2.0)),
+        None,
+        coefficients[1:].abs().amax(),
         scale=scale,
-        normalize=normalize_features,
+        smooth=grad_sum is not None,
+        normalize_features=normalize_features,
         ignore_index=None,
+        needs=(needs[0], needs[1]),
         limit=current_workspace(),
     )
-    grad_features, grad_prototypes = run.gradients(needs[0], needs[1])
     return _as(grad_features, features), _as(grad_prototypes, prototypes)
 
 
@@ -174,42 +197,40 @@ def fused_margin_cross_entropy(
     if labels.device.type == "cpu" or debug:
         check_label_range(labels, prototypes.shape[0], ignore_index)
     samples = features.shape[0]
-    losses = features.new_empty(samples, dtype=torch.float32)
-    coefficients = losses.new_empty(4 if normalize_features else 5, samples)
     if samples == 0:
-        scalar = losses.new_zeros(())
-        loss = losses if reduction == "none" else scalar
-        return loss, coefficients, losses.new_zeros(prototypes.shape[0]), scalar + 1.0, scalar.clone()
-    prior = _vector(log_prior)
-    margin = Margin(
-        angular_vector=_vector(angular_margins),
-        angular=angular_margin,
-        cosine_vector=_vector(cosine_margins),
-        cosine=cosine_margin,
-        weight_vector=_vector(class_weights),
-        weight=class_weight,
-        prior_sum=None if prior is None or label_smoothing == 0.0 else prior.sum(),
-        angle_multiplier=angle_multiplier,
-        label_smoothing=label_smoothing,
-        arcface_beyond_pi=beyond_pi == "arcface",
-        exact_gradient=margin_gradient == "exact",
-    )
-    run = ForwardPass(
+        scalar = features.new_zeros((), dtype=torch.float32)
+        loss = scalar.new_empty(0) if reduction == "none" else scalar
+        coefficients = scalar.new_empty(4 if normalize_features else 5, 0)
+        return loss, coefficients, scalar.new_zeros(prototypes.shape[0]), scalar + 1.0, scalar.clone()
+    partials = ltloss_kernels.logsumexp_partials(
         widened(features),
         widened(prototypes),
         labels,
-        prior,
+        log_prior,
         scale=scale,
-        normalize=normalize_features,
+        normalize_features=normalize_features,
         with_logit_sum=label_smoothing > 0.0,
         ignore_index=ignore_index,
     )
-    block_sums = losses.new_empty(3, run.blocks(samples))
-    for sums in run.chunks():
-        run.losses(sums, margin, losses, coefficients, block_sums)
-    loss, inverse_total, bound = reduce_losses(block_sums, mean=reduction == "mean")
-    loss = losses if reduction == "none" else loss
-    return loss, coefficients, run.class_factor, inverse_total, bound
+    loss, coefficients, inverse_total, bound = ltloss_kernels.margin_loss(
+        partials,
+        labels,
+        log_prior,
+        _Margin(
+            angular_margin if angular_margins is None else angular_margins,
+            cosine_margin if cosine_margins is None else cosine_margins,
+            angle_multiplier,
+            beyond_pi,
+            margin_gradient,
+        ),
+        class_weight=class_weight if class_weights is None else class_weights,
+        label_smoothing=label_smoothing,
+        scale=scale,
+        ignore_index=ignore_index,
+        num_classes=prototypes.shape[0],
+        reduction=reduction,
+    )
+    return loss, coefficients, partials.class_factor, inverse_total, bound
 
 
 @on_device
@@ -232,17 +253,21 @@ def fused_margin_cross_entropy_backward(
     """See :func:`ltloss.ops.fused_margin_cross_entropy_backward`."""
     if features.shape[0] == 0:
         return _no_samples(features, prototypes, needs)
-    run = BackwardPass(
+    grad_features, grad_prototypes = ltloss_kernels.logsumexp_gradients(
+        grad_loss,
         widened(features),
         widened(prototypes),
         labels,
-        _vector(log_prior),
+        log_prior,
+        coefficients,
         class_factor,
-        Upstream(coefficients, grad_loss, inverse_total, bound, smooth),
+        inverse_total,
+        bound,
         scale=scale,
-        normalize=normalize_features,
+        smooth=smooth,
+        normalize_features=normalize_features,
         ignore_index=ignore_index,
+        needs=(needs[0], needs[1]),
         limit=current_workspace(),
     )
-    grad_features, grad_prototypes = run.gradients(needs[0], needs[1])
     return _as(grad_features, features), _as(grad_prototypes, prototypes)

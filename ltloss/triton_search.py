@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import ltloss_kernels
 import torch
-from ltloss_kernels.device.search_backward import nearest_gradient
-from ltloss_kernels.prototype_search import nearest_prototypes, top_classes
 from torch import Tensor
 
 from ltloss.runtime import current_workspace
@@ -20,7 +19,7 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> t
     if prototypes.shape[0] == 1 or count == 0:
         alone = torch.full((count,), -1, dtype=torch.int64, device=prototypes.device)
         return alone.to(torch.float32), alone
-    return nearest_prototypes(widened(prototypes), rows, "ieee" if exact else None)
+    return ltloss_kernels.nearest_prototype(widened(prototypes), rows, "ieee" if exact else None)
 
 
 @on_device
@@ -28,7 +27,7 @@ def nearest_prototype_backward(grad_cosine: Tensor, prototypes: Tensor, rows: Te
     """See :func:`ltloss.ops.nearest_prototype_backward`."""
     if prototypes.shape[0] == 1 or index.numel() == 0:
         return torch.zeros(prototypes.shape, dtype=prototypes.dtype, device=prototypes.device)
-    return nearest_gradient(grad_cosine, widened(prototypes), rows, index).to(prototypes.dtype)
+    return ltloss_kernels.nearest_prototype_gradient(grad_cosine, widened(prototypes), rows, index).to(prototypes.dtype)
 
 
 @on_device
@@ -36,4 +35,4 @@ def top_k(features: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, Tensor]
     """See :func:`ltloss.ops.top_k`."""
     if features.shape[0] == 0:
         return features.new_empty((0, k), dtype=torch.float32), features.new_empty((0, k), dtype=torch.int64)
-    return top_classes(widened(features), widened(prototypes), k, current_workspace())
+    return ltloss_kernels.top_k(widened(features), widened(prototypes), k, current_workspace())

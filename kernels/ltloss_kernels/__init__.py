@@ -1,1 +1,39 @@
-"""Fused Triton kernels for large-class margin softmax: tensors in, tensors out."""
+"""Triton kernels for large-class margin softmax: tensors in, tensors out. What is listed here is all that is public.
+
+Imported on first use, so that ``ltloss_kernels.config`` can be read where there is no Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ltloss_kernels.cosine_logsumexp import Partials, logsumexp_partials
+    from ltloss_kernels.cosine_logsumexp_gradients import logsumexp_gradients
+    from ltloss_kernels.margin_loss import Margin, margin_loss
+    from ltloss_kernels.prototype_search import nearest_prototype, nearest_prototype_gradient, top_k
+    from ltloss_kernels.row_norms import interpreting
+
+__all__ = [
+    "Margin",
+    "Partials",
+    "interpreting",
+    "logsumexp_gradients",
+    "logsumexp_partials",
+    "margin_loss",
+    "nearest_prototype",
+    "nearest_prototype_gradient",
+    "top_k",
+]
+
+_FILES = ("cosine_logsumexp", "cosine_logsumexp_gradients", "margin_loss", "prototype_search", "row_norms")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # All files at once: afterwards no import of a file hides the function of the same name, margin_loss.
+    files = [importlib.import_module(f"{__name__}.{file}") for file in _FILES]
+    globals().update({each: vars(file)[each] for file in files for each in file.__all__ if each in __all__})
+    return globals()[name]

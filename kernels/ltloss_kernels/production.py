@@ -14,8 +14,8 @@ import torch
 
 from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.device.logsumexp_backward import gradient_tile_kernel, projection_kernel, sample_gradient_kernel
-from ltloss_kernels.device.logsumexp_forward import combine_kernel, cosine_logsumexp_kernel, sample_kernel
-from ltloss_kernels.device.margin_loss import margin_cross_entropy_kernel, reduce_kernel
+from ltloss_kernels.device.logsumexp_forward import cosine_logsumexp_kernel, sample_kernel
+from ltloss_kernels.device.margin_loss import margin_loss_kernel, reduce_kernel
 from ltloss_kernels.device.rows import row_norm_kernel
 from ltloss_kernels.device.search_backward import nearest_gradient_kernel
 from ltloss_kernels.device.search_first_pass import best_tile_kernel, nearest_prototype_kernel
@@ -63,6 +63,7 @@ def _case(name: str, fn: Any, types: dict[str, str], constants: dict[str, Any], 
 
     What a launch passes as None, or as a 1 that is specialised on, is a constant here too.
     """
+    constants = {name: value for name, value in constants.items() if name in fn.arg_names}
     signature = {arg: types.get(arg, "constexpr" if arg in constants else "i32") for arg in fn.arg_names}
     aligned = [i for i, (arg, kind) in enumerate(signature.items()) if kind.startswith("*") or arg in _ALIGNED_SIZES]
     return KernelCase(
@@ -276,7 +277,7 @@ def _row_cases() -> Iterator[KernelCase]:
 def _row_norm_cases(width: int, rows: dict[str, int], warps: int) -> Iterator[KernelCase]:
     for kind, copy in (("bf16", "none"), ("fp32 to bf16", "scaled")):
         types = _pointers(row_norm_kernel, flags_ptr="*i8", copy_ptr="*bf16", vectors_ptr=f"*{kind.split()[0]}")
-        missing = ["labels_ptr", "prior_ptr", "prior_out_ptr"] + ["copy_ptr"] * (copy == "none")
+        missing = ["prior_ptr", "prior_out_ptr"] + ["copy_ptr", "copy_factor_ptr"] * (copy == "none")
         yield _case(
             f"row_norm {kind}, D = {width}",
             row_norm_kernel,
@@ -299,13 +300,13 @@ def _sample_case(width: int, rows: dict[str, int], warps: int) -> KernelCase:
     flag_tile = tiles.forward_tile(90, torch.bfloat16, "ieee")
     halves = dict.fromkeys(("features_ptr", "prototypes_ptr", "copy_ptr"), "*bf16")
     types = _pointers(sample_kernel, labels_ptr="*i64", label_ptr="*i32", flags_ptr="*i8", **halves)
-    del types["length_ptr"]
+    del types["norm_ptr"]
     return _case(
         f"sample bf16, D = {width}",
         sample_kernel,
         types,
         {
-            "length_ptr": None,
+            "norm_ptr": None,
             "features_column_stride": 1,
             "prototypes_column_stride": 1,
             "labels_stride": 1,
@@ -370,18 +371,11 @@ def _sample_vector_cases() -> Iterator[KernelCase]:
     scalars = (
         "shift",
         "scale",
-        "angular_margin",
+        "angle_margin",
         "cosine_margin",
         "class_weight",
         "angle_multiplier",
         "label_smoothing",
-    )
-    yield _case(
-        "combine, online",
-        combine_kernel,
-        _pointers(combine_kernel) | {"shift": "fp32", "scale": "fp32"},
-        {"ONLINE": True, "NORMALIZE": False, "WITH_LOGIT_SUM": True, "ROWS": tiles.SAMPLE_ROWS},
-        4,
     )
     flags = (
         "HAS_ANGULAR_VECTOR",
@@ -394,9 +388,9 @@ def _sample_vector_cases() -> Iterator[KernelCase]:
     )
     for arcface in (False, True):
         yield _case(
-            f"margin_cross_entropy, everything, {'arcface' if arcface else 'monotone'}",
-            margin_cross_entropy_kernel,
-            _pointers(margin_cross_entropy_kernel, label_ptr="*i32") | dict.fromkeys(scalars, "fp32"),
+            f"margin_loss, everything, {'arcface' if arcface else 'monotone'}",
+            margin_loss_kernel,
+            _pointers(margin_loss_kernel, labels_ptr="*i64") | dict.fromkeys(scalars, "fp32"),
             {
                 **dict.fromkeys(flags, True),
                 "ONLINE": True,

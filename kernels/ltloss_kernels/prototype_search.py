@@ -1,16 +1,15 @@
-"""The searches on the host: what is fed to the two passes, in which chunks, and the launches."""
+"""Searches among prototypes on the host: nearest prototype, its gradient, and the k best classes."""
 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ltloss_kernels.config import tile_table as tiles
-from ltloss_kernels.config.chunking import search_rows, splits_for
+from ltloss_kernels.config.chunking import ceil_div, search_rows, splits_for
 from ltloss_kernels.config.operands import block_source, padded_matrix, readable_in_place
 from ltloss_kernels.config.precision import product_precision
-from ltloss_kernels.device.rows import row_norms
+from ltloss_kernels.device.search_backward import nearest_gradient_kernel
 from ltloss_kernels.device.search_first_pass import LAST_NUMBER, LOWEST_KEY, best_tile_kernel, nearest_prototype_kernel
 from ltloss_kernels.device.search_second_pass import (
     arrange_pairs_kernel,
@@ -18,8 +17,9 @@ from ltloss_kernels.device.search_second_pass import (
     pair_cosine_kernel,
     tile_candidates_kernel,
 )
+from ltloss_kernels.row_norms import row_norms
 
-__all__ = ["GROUP", "PAIRS_PER_PROGRAM", "nearest_prototypes", "top_classes"]
+__all__ = ["GROUP", "PAIRS_PER_PROGRAM", "nearest_prototype", "nearest_prototype_gradient", "top_k"]
 
 # Tiles of the triangle that are taken together; see triangle_tile.
 GROUP = 16
@@ -51,11 +51,13 @@ class _Classes:
         self.tile, self.described = tiles.search_tile(arch, dtype, precision), tiles.has_copy_engine(arch)
         self.pair_tile = tiles.candidate_tile(arch, dtype, precision)
         self.count, self.width = prototypes.shape
-        self.tiles = triton.cdiv(self.count, self.tile.classes)
+        self.tiles = ceil_div(self.count, self.tile.classes)
         self.factor = torch.empty(self.tiles * self.tile.classes, dtype=torch.float32, device=device)
         self.matrix = _operand(prototypes, dtype)
-        copy = None if self.matrix is prototypes else self.matrix
-        row_norms(prototypes, self.factor, factor=None if copy is None else self.factor, copy=copy)
+        if self.matrix is prototypes:
+            row_norms(prototypes, factor=self.factor)
+        else:
+            row_norms(prototypes, copy=self.matrix, copy_factor=self.factor)
 
     def _constants(self) -> dict[str, object]:
         return {
@@ -75,8 +77,8 @@ class _Classes:
     def best_tiles_of_all(self) -> Tensor:
         """For every prototype the key of the tile with its nearest other one, (C,): each unordered pair once."""
         best = self.no_keys(self.count)
-        squares = triton.cdiv(self.tiles, GROUP)
-        nearest_prototype_kernel[(GROUP * GROUP * (squares + 1), triton.cdiv(squares, 2))](
+        squares = ceil_div(self.tiles, GROUP)
+        nearest_prototype_kernel[(GROUP * GROUP * (squares + 1), ceil_div(squares, 2))](
             # inputs
             block_source(self.matrix, self.tile.rows, self.tile.depth, self.described),
             block_source(self.matrix, self.tile.classes, self.tile.depth, self.described),
@@ -97,7 +99,7 @@ class _Classes:
     def best_tiles(self, rows: Tensor, own: Tensor | None, best: Tensor) -> None:
         """Keys of rows (n, D): of the best tile, leaving out the class ``own`` (n,), for best (n,) of lowest keys;
         of every tile for best (n, tiles)."""
-        row_blocks = triton.cdiv(rows.shape[0], self.tile.rows)
+        row_blocks = ceil_div(rows.shape[0], self.tile.rows)
         splits = splits_for(row_blocks, self.tiles, 2 * tiles.multiprocessors(self.device))
         best_tile_kernel[(row_blocks, splits)](
             # inputs
@@ -112,11 +114,10 @@ class _Classes:
             self.count,
             self.width,
             self.tiles,
-            triton.cdiv(self.tiles, splits),
+            ceil_div(self.tiles, splits),
             rows.stride(0),
             self.matrix.stride(0),
             # constants
-            HAS_OWN=own is not None,
             EVERY_TILE=best.dim() == 2,
             **self._constants(),
         )
@@ -125,7 +126,7 @@ class _Classes:
         """The pairs with keys ``best`` (pairs,) in the order of their tiles, (pairs,) int32."""
         order = torch.empty(best.shape, dtype=torch.int32, device=self.device)
         counts = torch.zeros(self.tiles, dtype=torch.int32, device=self.device)
-        grid = (triton.cdiv(best.numel(), PAIRS_PER_PROGRAM),)
+        grid = (ceil_div(best.numel(), PAIRS_PER_PROGRAM),)
         count_tiles_kernel[grid](best, counts, best.numel(), BLOCK=PAIRS_PER_PROGRAM)
         starts = counts.cumsum(0, dtype=torch.int32).sub_(counts)
         arrange_pairs_kernel[grid](best, starts, order, best.numel(), BLOCK=PAIRS_PER_PROGRAM)
@@ -140,7 +141,7 @@ class _Classes:
         (pairs, classes of a tile). See :func:`tile_candidates_kernel` for ``rows`` and ``own``.
         """
         tile = self.pair_tile
-        tile_candidates_kernel[(triton.cdiv(best.numel(), tile.rows),)](
+        tile_candidates_kernel[(ceil_div(best.numel(), tile.rows),)](
             # inputs
             rows,
             self.matrix,
@@ -159,8 +160,6 @@ class _Classes:
             rows.stride(0),
             self.matrix.stride(0),
             # constants
-            NEAREST=index is not None,
-            HAS_OWN=own is not None,
             PRECISION=self.precision,
             BLOCK_ROWS=tile.rows,
             BLOCK_CLASSES=tile.classes,
@@ -172,7 +171,7 @@ class _Classes:
     def cosines(self, rows: Tensor, own: Tensor | None, per_row: int, index: Tensor, cosine: Tensor) -> None:
         """Cosines of the original rows with the classes ``index``, in float32; both contiguous, (pairs,) or (n, k)."""
         tile = tiles.row_tile(self.width)
-        pair_cosine_kernel[(triton.cdiv(index.numel(), tile.rows),)](
+        pair_cosine_kernel[(ceil_div(index.numel(), tile.rows),)](
             # inputs
             rows,
             self.original,
@@ -187,14 +186,13 @@ class _Classes:
             *rows.stride(),
             *self.original.stride(),
             # constants
-            HAS_OWN=own is not None,
             ROWS=tile.rows,
             WIDTH=tile.width,
             num_warps=tile.warps,
         )
 
 
-def nearest_prototypes(prototypes: Tensor, rows: Tensor | None, precision: str | None = None) -> tuple[Tensor, Tensor]:
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None, precision: str | None = None) -> tuple[Tensor, Tensor]:
     """The largest cosine of each prototype to any other one, and its lowest index.
 
     Args:
@@ -230,7 +228,7 @@ def _gathered(matrix: Tensor, rows: Tensor) -> Tensor:
     return padded_matrix(gathered.shape[0], gathered.shape[1], matrix.dtype, matrix.device).copy_(gathered)
 
 
-def top_classes(features: Tensor, prototypes: Tensor, k: int, limit: int) -> tuple[Tensor, Tensor]:
+def top_k(features: Tensor, prototypes: Tensor, k: int, limit: int) -> tuple[Tensor, Tensor]:
     """The k classes with the largest cosine to each feature, best first, equal cosines in class order.
 
     The k best tiles of a row hold its k best classes: were one of them in another tile, k tiles would each have a class
@@ -267,7 +265,7 @@ def _top_of_chunk(
     rows = _operand(features, dtype)
     if rows is not features:
         scratch = torch.empty(count, dtype=torch.float32, device=device)
-        row_norms(features, scratch, factor=scratch, copy=rows)
+        row_norms(features, copy=rows, copy_factor=scratch)
     keys = torch.empty(count, classes.tiles, dtype=torch.int64, device=device)
     classes.best_tiles(rows, None, keys)
     best = keys.topk(tiles_per_row, dim=1).values.contiguous().view(-1)
@@ -283,3 +281,45 @@ def _top_of_chunk(
     index, order = index.sort(dim=1)
     cosine, second = cosine.gather(1, order).sort(dim=1, descending=True, stable=True)
     return index.gather(1, second), cosine
+
+
+def nearest_prototype_gradient(grad_cosine: Tensor, prototypes: Tensor, own: Tensor | None, near: Tensor) -> Tensor:
+    """Gradient for the prototypes.
+
+    Args:
+        grad_cosine: (R,) any strides.
+        prototypes: (C, D) with C > 1; any half or float32 dtype, any strides.
+        own: (R,) int64, or None for all classes in order (R = C).
+        near: (R,) int64, the nearest prototype of each.
+
+    Returns:
+        (C, D) in the dtype of ``prototypes``.
+    """
+    classes, width = prototypes.shape
+    every = torch.arange(classes + 1, device=prototypes.device)
+    # A stable sort keeps the pairs of a class in their order, so that its sum is the same each time.
+    ends, order = torch.cat([every[:-1] if own is None else own, near]).sort(stable=True)
+    starts = torch.searchsorted(ends, every)
+    grad = torch.empty(classes, width, dtype=prototypes.dtype, device=prototypes.device)
+    tile = tiles.row_tile(width)
+    nearest_gradient_kernel[(classes,)](
+        # inputs
+        prototypes,
+        own,
+        near,
+        grad_cosine,
+        order,
+        starts,
+        # outputs
+        grad,
+        # sizes
+        near.shape[0],
+        width,
+        *prototypes.stride(),
+        grad_cosine.stride(0),
+        # constants
+        ENTRIES=tile.rows,
+        WIDTH=tile.width,
+        num_warps=tile.warps,
+    )
+    return grad

@@ -71,7 +71,7 @@ def test_every_scale(scale: float, opposite: bool) -> None:
 @pytest.mark.parametrize("value", [-1.0, 1.0])
 def test_fixed_shift_at_the_end_of_its_range(value: float) -> None:
     """All cosines 1 or all -1 at the largest scale that the fixed shift takes: neither overflow nor underflow."""
-    from ltloss_kernels.forward_pass import fixed_shift
+    from ltloss_kernels.cosine_logsumexp import fixed_shift
 
     c = 70
     scale = max(s for s in range(60, 100) if fixed_shift(float(s), c) is not None)

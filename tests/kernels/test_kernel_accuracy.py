@@ -82,18 +82,18 @@ def bfloat16_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     if DEVICE != "cpu":
         return
-    from ltloss_kernels.backward_pass import BackwardPass
-    from ltloss_kernels.forward_pass import ForwardPass
+    from ltloss_kernels.cosine_logsumexp import _Forward
+    from ltloss_kernels.cosine_logsumexp_gradients import _Backward
 
-    forward, begin = ForwardPass._prepare_samples, BackwardPass.__init__
-    prepare, tiles_of_slab = BackwardPass._prepare_samples, BackwardPass._launch_tiles
+    forward, begin = _Forward._prepare_samples, _Backward.__init__
+    prepare, tiles_of_slab = _Backward._prepare_samples, _Backward._launch_tiles
 
     def round_(matrix: Tensor) -> None:
         assert matrix.dtype == F32
         matrix.copy_(matrix.bfloat16())
 
-    def rounded_forward(self: Any, features: Tensor, copy: Tensor, *args: Any) -> None:
-        forward(self, features, copy, *args)
+    def rounded_forward(self: Any, rows: slice, copy: Tensor, *args: Any) -> None:
+        forward(self, rows, copy, *args)
         round_(copy)
 
     def folding(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -109,10 +109,10 @@ def bfloat16_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
         tiles_of_slab(self, *args)
         round_(args[-1])
 
-    monkeypatch.setattr(ForwardPass, "_prepare_samples", rounded_forward)
-    monkeypatch.setattr(BackwardPass, "__init__", folding)
-    monkeypatch.setattr(BackwardPass, "_prepare_samples", rounded_samples)
-    monkeypatch.setattr(BackwardPass, "_launch_tiles", rounded_slab)
+    monkeypatch.setattr(_Forward, "_prepare_samples", rounded_forward)
+    monkeypatch.setattr(_Backward, "__init__", folding)
+    monkeypatch.setattr(_Backward, "_prepare_samples", rounded_samples)
+    monkeypatch.setattr(_Backward, "_launch_tiles", rounded_slab)
 
 
 @pytest.mark.parametrize("inputs", INPUTS)

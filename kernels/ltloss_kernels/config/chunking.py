@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["DEFAULT_BYTES", "BackwardPlan", "ForwardPlan", "backward_plan", "forward_plan", "search_rows"]
-
-DEFAULT_BYTES = 256 << 20
+__all__ = [
+    "BackwardPlan",
+    "ForwardPlan",
+    "backward_plan",
+    "ceil_div",
+    "forward_plan",
+    "search_rows",
+    "splits_for",
+]
 
 # The forward promises less: what it holds beside its results stays in the second-level cache.
 _FORWARD_BYTES = 8 << 20
@@ -35,12 +41,17 @@ class BackwardPlan(NamedTuple):
     classes: int
 
 
+def ceil_div(value: int, unit: int) -> int:
+    """⌈value/unit⌉ of plain integers."""
+    return -(-value // unit)
+
+
 def _round_down(value: int, unit: int) -> int:
     return max(unit, value // unit * unit)
 
 
 def _round_up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
+    return ceil_div(value, unit) * unit
 
 
 def splits_for(row_blocks: int, class_tiles: int, slots: int) -> int:
@@ -50,9 +61,11 @@ def splits_for(row_blocks: int, class_tiles: int, slots: int) -> int:
     choices the fewest splits.
     """
     candidates = {max(1, min(class_tiles, wave * slots // row_blocks)) for wave in range(1, 5)}
-    return min(
-        sorted(candidates), key=lambda splits: -(-row_blocks * splits // slots) * (1 + -(-class_tiles // splits))
-    )
+
+    def time(splits: int) -> int:
+        return ceil_div(row_blocks * splits, slots) * (1 + ceil_div(class_tiles, splits))
+
+    return min(sorted(candidates), key=time)
 
 
 def forward_plan(
@@ -66,20 +79,20 @@ def forward_plan(
     feature_itemsize: int,
 ) -> ForwardPlan:
     """Choose the forward's chunks; an itemsize, of the copies of either operand, is 0 where it is read in place."""
-    class_tiles = -(-classes // tile_classes)
+    class_tiles = ceil_div(classes, tile_classes)
     # One flag per tile, and the partial sums, are all that grows with both N and C.
     rows = min(samples, _round_down(_FORWARD_BYTES // class_tiles * tile_rows, tile_rows))
     if feature_itemsize:
         # Copied prototypes are copied again for every chunk: then fewer chunks are worth more memory.
         bytes_for_features = _COPY_BYTES if copy_itemsize else _FEATURE_BYTES
         fits = max(_LEAST_ROWS, bytes_for_features // (width * feature_itemsize))
-        chunks = -(-samples // fits)  # of equal size: a short last one would leave the GPU half empty
-        rows = min(rows, _round_up(-(-samples // chunks), tile_rows))
+        chunks = ceil_div(samples, fits)  # of equal size: a short last one would leave the GPU half empty
+        rows = min(rows, _round_up(ceil_div(samples, chunks), tile_rows))
     rows = min(rows, samples)
     slab = class_tiles * tile_classes
     if copy_itemsize:
         slab = min(slab, _round_down(_COPY_BYTES // (width * copy_itemsize), tile_classes))
-    splits = splits_for(-(-rows // tile_rows), slab // tile_classes, slots)
+    splits = splits_for(ceil_div(rows, tile_rows), slab // tile_classes, slots)
     return ForwardPlan(rows, slab, splits)
 
 
@@ -98,10 +111,10 @@ def backward_plan(
     rows = min(samples, _MOST_ROWS)
     left = limit - samples * per_sample
     fits = _round_down(left // (rows * itemsize + per_class), tile_classes) if left > 0 else tile_classes
-    slab = max(fits, min(_LEAST_CLASSES, -(-classes // tile_classes) * tile_classes))
-    slabs = -(-classes // slab)
-    even = -(-classes // slabs)
-    return BackwardPlan(rows, min(classes, -(-even // tile_classes) * tile_classes))
+    slab = max(fits, min(_LEAST_CLASSES, _round_up(classes, tile_classes)))
+    slabs = ceil_div(classes, slab)
+    even = ceil_div(classes, slabs)
+    return BackwardPlan(rows, min(classes, _round_up(even, tile_classes)))
 
 
 def search_rows(rows: int, tiles: int, candidates: int, limit: int) -> int:

@@ -7,27 +7,21 @@ bytes; anything else, and anything of another dtype, is copied. Features are cop
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ltloss_kernels.device import rows as row_norm
+from ltloss_kernels.config.chunking import ceil_div
 
 __all__ = [
     "block_source",
-    "interpreting",
     "multiply_add",
     "padded_matrix",
     "product_dtype",
     "readable_in_place",
+    "vector",
 ]
 
 _HALVES = (torch.float16, torch.bfloat16)
-
-
-def interpreting() -> bool:
-    """Whether the kernels run in Triton's interpreter; settled when they were decorated, by TRITON_INTERPRET."""
-    return not isinstance(row_norm.row_norm_kernel, triton.JITFunction)
 
 
 def product_dtype(features: torch.dtype, prototypes: torch.dtype) -> torch.dtype:
@@ -51,7 +45,7 @@ def readable_in_place(matrix: Tensor, dtype: torch.dtype) -> bool:
 def padded_matrix(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised (rows, width) matrix that is readable in place."""
     unit = 16 // dtype.itemsize
-    return torch.empty(rows, -(-width // unit) * unit, dtype=dtype, device=device)[:, :width]
+    return torch.empty(rows, ceil_div(width, unit) * unit, dtype=dtype, device=device)[:, :width]
 
 
 def block_source(matrix: Tensor, rows: int, columns: int, described: bool) -> TensorDescriptor | Tensor:
@@ -59,6 +53,11 @@ def block_source(matrix: Tensor, rows: int, columns: int, described: bool) -> Te
     if not described:
         return matrix
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def vector(values: Tensor | None) -> Tensor | None:
+    """(C,) as the kernels read it: float32, entries next to each other."""
+    return None if values is None else values.to(torch.float32).contiguous()
 
 
 def multiply_add(target: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:

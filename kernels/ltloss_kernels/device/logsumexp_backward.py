@@ -22,10 +22,10 @@ __all__ = ["gradient_tile_kernel", "projection_kernel", "sample_gradient_kernel"
 
 
 @triton.jit
-def slab_scale(bound_ptr, upstream_bound_ptr, inverse_total_ptr, scale, HAS_TOTAL: tl.constexpr):
+def slab_scale(bound_ptr, upstream_bound_ptr, inverse_total_ptr, scale):
     """The power of two on a float16 slab, from the largest coefficient, upstream gradient and scale."""
     bound = tl.load(bound_ptr) * tl.abs(tl.load(upstream_bound_ptr)) * scale
-    if HAS_TOTAL:
+    if inverse_total_ptr is not None:
         bound *= tl.load(inverse_total_ptr)
     return 4096.0 * power_of_two_below(tl.where(bound < 1e-30, 1e-30, bound))
 
@@ -58,9 +58,6 @@ def sample_gradient_kernel(
     scale,
     # constants
     COPY: tl.constexpr,
-    SUPERVISED: tl.constexpr,
-    HAS_TOTAL: tl.constexpr,
-    SCALED: tl.constexpr,
     FOLD: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -68,20 +65,20 @@ def sample_gradient_kernel(
     """What the tiles of dZ need of each sample, with the upstream gradient in it.
 
     features (samples, width), labels (samples,): any dtype and strides; coefficients (>= 4, samples) as
-    margin_cross_entropy_kernel writes them; upstream (samples,), stride 0 for a scalar; inverse_total, bound,
-    upstream_bound: scalars.
+    margin_loss_kernel writes them; upstream (samples,), stride 0 for a scalar. Scalars or None: inverse_total, a factor
+    of the upstream gradient; bound and upstream_bound, the largest of each, for a float16 slab.
     copy (samples, width) in the dtype of the product: unit rows if COPY is "unit", the rows as they are if "plain";
-    zero for the label ``ignore_index`` (if SUPERVISED), since 0·NaN in a product would reach every class.
-    label (samples,) int32: the class, or -1. terms (4, samples): shift, other, own and every, the last three times
+    zero for the label ``ignore_index`` (unless None), since 0·NaN in a product would reach every class.
+    label (samples,) int32: the class, or -1. terms (4, samples): shift, d_lse, d_target and d_all, the last three times
     upstream·ln 2 (ln 2 since the class factor of the tiles brings log2 e) and times the scale of a float16 slab.
-    FOLD puts the size of ``other`` into the shift, which saves the tiles a multiplication per element and costs some
-    1e-5 of a row's accuracy: nothing to a slab in half precision. Its sign stays in ``other``.
+    FOLD puts the size of d_lse into the shift, which saves the tiles a multiplication per element and costs some 1e-5
+    of a row's accuracy: nothing to a slab in half precision. Its sign stays in d_lse.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < samples
     label = tl.load(labels_ptr + rows.to(tl.int64) * labels_stride, mask=inside, other=-1).to(tl.int64)
     used = inside
-    if SUPERVISED:
+    if ignore_index is not None:
         used = inside & (label != ignore_index)
     tl.store(label_ptr + rows, tl.where(used & (label >= 0) & (label < classes), label, -1).to(tl.int32), mask=inside)
     columns = tl.arange(0, WIDTH)
@@ -97,26 +94,26 @@ def sample_gradient_kernel(
     at = coefficients_ptr + rows
     stride = coefficients_stride.to(tl.int64)
     shift = tl.load(at, mask=inside, other=float("inf"))
-    other = tl.load(at + stride, mask=inside, other=0.0)
-    own = tl.load(at + 2 * stride, mask=inside, other=0.0)
-    every = tl.load(at + 3 * stride, mask=inside, other=0.0)
+    d_lse = tl.load(at + stride, mask=inside, other=0.0)
+    d_target = tl.load(at + 2 * stride, mask=inside, other=0.0)
+    d_all = tl.load(at + 3 * stride, mask=inside, other=0.0)
     upstream = tl.load(upstream_ptr + rows.to(tl.int64) * upstream_stride, mask=inside, other=0.0).to(tl.float32)
     # An ignored sample sends nothing back, not even NaN times zero.
-    factor = tl.where((other == 0.0) & (own == 0.0), 0.0, upstream) * LN2
-    if HAS_TOTAL:
+    factor = tl.where((d_lse == 0.0) & (d_target == 0.0), 0.0, upstream) * LN2
+    if inverse_total_ptr is not None:
         factor *= tl.load(inverse_total_ptr)
-    if SCALED:
-        factor *= slab_scale(bound_ptr, upstream_bound_ptr, inverse_total_ptr, scale, HAS_TOTAL)
-    other *= factor
+    if bound_ptr is not None:
+        factor *= slab_scale(bound_ptr, upstream_bound_ptr, inverse_total_ptr, scale)
+    d_lse *= factor
     if FOLD:
-        size = tl.abs(other)
+        size = tl.abs(d_lse)
         shift -= tl.where(size < TINY, float("-inf"), log(size) * LOG2E)
     at = terms_ptr + rows
     stride = samples.to(tl.int64)
     tl.store(at, shift, mask=inside)
-    tl.store(at + stride, other, mask=inside)
-    tl.store(at + 2 * stride, own * factor, mask=inside)
-    tl.store(at + 3 * stride, every * factor, mask=inside)
+    tl.store(at + stride, d_lse, mask=inside)
+    tl.store(at + 2 * stride, d_target * factor, mask=inside)
+    tl.store(at + 3 * stride, d_all * factor, mask=inside)
 
 
 @triton.jit(do_not_specialize=["samples", "classes", "first_class", "class_tiles", "terms_stride"])
@@ -142,7 +139,6 @@ def gradient_tile_kernel(
     slab_stride,
     # constants
     DESCRIBED: tl.constexpr,
-    HAS_PRIOR: tl.constexpr,
     SMOOTH: tl.constexpr,
     FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -151,12 +147,12 @@ def gradient_tile_kernel(
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    """One tile of dZ: 2^(l·log2 e - shift_i)·other_i + every_i, own_i in the column of the label, all times s/‖w̃_c‖.
+    """One tile of dZ: 2^(l·log2 e - shift)·d_lse + d_all, d_target in the column of the label, all times s/‖w̃_c‖.
 
     features: (samples, width); prototypes: a slab (classes, width), whose first class is the ``first_class``-th of all;
     both, and the result, are descriptors if DESCRIBED. class_factor (classes,) s·log2 e/‖w̃‖; prior (classes,) in
-    natural units; label (samples,) and terms (4, samples), rows ``terms_stride`` apart: see sample_gradient_kernel,
-    also for FOLD. slab: (samples, classes).
+    natural units or None; label (samples,) and terms (4, samples), rows ``terms_stride`` apart: see
+    sample_gradient_kernel, also for FOLD. slab: (samples, classes).
     Class tiles are taken in groups, so that the programs at work at one time share feature rows and prototypes.
     """
     program = tl.program_id(0)
@@ -180,21 +176,21 @@ def gradient_tile_kernel(
     at = terms_ptr + rows
     stride = terms_stride.to(tl.int64)
     shift = tl.load(at, mask=inside, other=float("inf"))
-    other = tl.load(at + stride, mask=inside, other=0.0)
+    d_lse = tl.load(at + stride, mask=inside, other=0.0)
     logit = product * class_factor[None, :] - shift[:, None]
-    if HAS_PRIOR:
+    if prior_ptr is not None:
         logit += (tl.load(prior_ptr + here, mask=known, other=0.0) * LOG2E)[None, :]
     gradient = tl.exp2(logit)
     if not FOLD:
-        gradient *= other[:, None]
-    elif tl.min(other, 0) < 0.0:  # a negative upstream gradient
-        gradient = tl.where((other < 0.0)[:, None], -gradient, gradient)
+        gradient *= d_lse[:, None]
+    elif tl.min(d_lse, 0) < 0.0:  # a negative upstream gradient
+        gradient = tl.where((d_lse < 0.0)[:, None], -gradient, gradient)
     if SMOOTH:
         gradient += tl.load(at + 3 * stride, mask=inside, other=0.0)[:, None]
     label = tl.load(label_ptr + rows, mask=inside, other=-1) - first_class
     if tl.max(((label >= column) & (label < column + BLOCK_CLASSES)).to(tl.int32), 0) != 0:
-        own = tl.load(at + 2 * stride, mask=inside, other=0.0)
-        gradient = tl.where(here[None, :] == label[:, None], own[:, None], gradient)
+        d_target = tl.load(at + 2 * stride, mask=inside, other=0.0)
+        gradient = tl.where(here[None, :] == label[:, None], d_target[:, None], gradient)
     gradient *= class_factor[None, :]
     store_block(slab, gradient, row, column, samples, classes, slab_stride, BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED)
 
@@ -243,7 +239,7 @@ def project_rows(
     tl.store(out, g.to(out_ptr.dtype.element_ty), mask=inside[:, None] & cells)
 
 
-@triton.jit(do_not_specialize=["samples", "classes", "feature_blocks", "coefficients_stride"])
+@triton.jit(do_not_specialize=["samples", "classes", "feature_blocks"])
 def projection_kernel(
     # inputs
     feature_gradient_ptr,
@@ -251,7 +247,7 @@ def projection_kernel(
     features_ptr,
     prototypes_ptr,
     labels_ptr,
-    coefficients_ptr,
+    d_norm_ptr,
     upstream_ptr,
     inverse_total_ptr,
     bound_ptr,
@@ -271,55 +267,48 @@ def projection_kernel(
     prototypes_row_stride,
     prototypes_column_stride,
     labels_stride,
-    coefficients_stride,
     upstream_stride,
     ignore_index,
     scale,
     # constants
-    FEATURES: tl.constexpr,
-    PROTOTYPES: tl.constexpr,
-    HAS_LABELS: tl.constexpr,
-    HAS_TOTAL: tl.constexpr,
     FEATURE_COPY: tl.constexpr,
     PROTOTYPE_COPY: tl.constexpr,
-    LENGTH: tl.constexpr,
-    SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """The gradients of the raw rows: the first ``feature_blocks`` programs take the features, the others a slab.
 
-    feature_gradient (samples, width) and prototype_gradient (classes, width) float32: the two products. features,
-    prototypes: the original rows, any dtype and strides, in the same order; labels (samples,): rows labelled
-    ``ignore_index`` count as zero (if HAS_LABELS). coefficients (5, samples), whose last row is ∂L/∂‖x‖ (if LENGTH);
-    upstream (samples,), stride 0 for a scalar; inverse_total, bound, upstream_bound: scalars. *_COPY: see project_rows.
+    feature_gradient (samples, width) and prototype_gradient (classes, width) float32: the two products, or None for one
+    that is not needed. features, prototypes: the original rows, any dtype and strides, in the same order; labels
+    (samples,): rows labelled ``ignore_index`` count as zero (unless None). d_norm (samples,) ∂L/∂‖x‖, or None; upstream
+    (samples,), stride 0 for a scalar; inverse_total, bound, upstream_bound: as for sample_gradient_kernel. *_COPY: see
+    project_rows.
     grad_features, grad_prototypes: as large as the rows, their columns next to each other; may be the input itself.
     """
     program = tl.program_id(0)
     inverse_slab_scale = 1.0
-    if SCALED:
-        inverse_slab_scale = 1.0 / slab_scale(bound_ptr, upstream_bound_ptr, inverse_total_ptr, scale, HAS_TOTAL)
-    if FEATURES:  # noqa: SIM102 - a constant and a value of the device do not go in one condition
+    if bound_ptr is not None:
+        inverse_slab_scale = 1.0 / slab_scale(bound_ptr, upstream_bound_ptr, inverse_total_ptr, scale)
+    if feature_gradient_ptr is not None:  # noqa: SIM102 - a constant and a value of the device do not go in one condition
         if program < feature_blocks:
             rows = program * ROWS + tl.arange(0, ROWS)
             inside = rows < samples
             used = inside
-            if HAS_LABELS:
+            if ignore_index is not None:
                 labels = tl.load(labels_ptr + rows.to(tl.int64) * labels_stride, mask=inside, other=0)
                 used = inside & (labels != ignore_index)
             along = tl.zeros((ROWS,), tl.float32)
-            if LENGTH:
-                last = coefficients_ptr + 4 * coefficients_stride.to(tl.int64)
-                along = tl.load(last + rows, mask=used, other=0.0)
+            if d_norm_ptr is not None:
+                along = tl.load(d_norm_ptr + rows, mask=used, other=0.0)
                 along *= tl.load(upstream_ptr + rows.to(tl.int64) * upstream_stride, mask=used, other=0.0)
-                if HAS_TOTAL:
+                if inverse_total_ptr is not None:
                     along *= tl.load(inverse_total_ptr)
             project_rows(
                 feature_gradient_ptr, features_ptr, used, grad_features_ptr, rows, inside, width,
                 feature_gradient_stride, features_row_stride, features_column_stride, width, inverse_slab_scale, along,
                 FEATURE_COPY, WIDTH,
             )  # fmt: skip
-    if PROTOTYPES:  # noqa: SIM102 - likewise
+    if prototype_gradient_ptr is not None:  # noqa: SIM102 - likewise
         if program >= feature_blocks:
             rows = (program - feature_blocks) * ROWS + tl.arange(0, ROWS)
             inside = rows < classes

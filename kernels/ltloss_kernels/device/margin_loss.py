@@ -9,10 +9,7 @@ import triton.language as tl
 from ltloss_kernels.device.elementary import ANGLE_FLOOR, LN2, LOG2E, PI, arccos, exp_of_negative, log1p, sine_cosine
 from ltloss_kernels.device.logsumexp_forward import add_splits, combine_splits
 
-__all__ = ["COEFFICIENTS", "margin_cross_entropy_kernel", "reduce_kernel"]
-
-# Rows of the coefficient matrix, see margin_cross_entropy_kernel.
-COEFFICIENTS = ("shift", "other", "own", "every", "length")
+__all__ = ["margin_cosine", "margin_loss_kernel", "reduce_kernel"]
 
 
 @triton.jit
@@ -53,25 +50,25 @@ def margin_cosine(cosine, multiplier, angular, ARCFACE: tl.constexpr, EXACT_GRAD
 
 
 @triton.jit
-def per_class(vector_ptr, number, classes_of_rows, known, HAS_VECTOR: tl.constexpr):
-    """The entry of each row's class in a vector (classes,), or the same number for all."""
+def per_class(vector_ptr, number, classes_of_rows, known):
+    """The entry of each row's class in a vector (classes,), or the same number for all if that is None."""
     values = tl.full(classes_of_rows.shape, 1.0, tl.float32) * number
-    if HAS_VECTOR:
+    if vector_ptr is not None:
         values = tl.load(vector_ptr + classes_of_rows, mask=known, other=0.0).to(tl.float32)
     return values
 
 
-@triton.jit(do_not_specialize=["samples", "classes", "splits", "coefficients_stride", "blocks", "first_block"])
-def margin_cross_entropy_kernel(
+@triton.jit(do_not_specialize=["samples", "classes", "splits", "coefficients_stride", "blocks"])
+def margin_loss_kernel(
     # inputs
     partial_sum_ptr,
     partial_max_ptr,
     partial_logit_ptr,
-    own_cosine_ptr,
-    length_ptr,
-    label_ptr,
-    angular_margin_ptr,
-    cosine_margin_ptr,
+    target_cosine_ptr,
+    norm_ptr,
+    labels_ptr,
+    angle_ptr,
+    cosine_ptr,
     prior_ptr,
     prior_sum_ptr,
     weight_ptr,
@@ -83,103 +80,103 @@ def margin_cross_entropy_kernel(
     samples,
     classes,
     splits,
+    labels_stride,
     coefficients_stride,
     blocks,
-    first_block,
+    ignore_index,
     shift,
     scale,
-    angular_margin,
+    angle_margin,
     cosine_margin,
     class_weight,
     angle_multiplier,
     label_smoothing,
     # constants
-    ONLINE: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    HAS_ANGLE: tl.constexpr,
     ARCFACE: tl.constexpr,
     EXACT_GRADIENT: tl.constexpr,
-    HAS_ANGULAR_VECTOR: tl.constexpr,
-    HAS_COSINE_VECTOR: tl.constexpr,
-    HAS_PRIOR: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    SMOOTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """From the partial sums to weighted losses and to everything that the backward needs of a sample.
 
-    With ℓ = s, or s·‖x‖ unless NORMALIZE, margin z' = ℓ·(cos(m1·θ + m2) - m3), own logit z = z' + b_y and
+    With ℓ = s, or s·‖x‖ where there is a norm, margin z' = ℓ·(cos(m1·θ + m2) - m3), target logit z = z' + b_y and
     p = σ(r - z), the probability of all other classes:
 
         loss = softplus(r - z) + ε·(z - mean),   mean = (Σ_c l_c - t + z')/C   (ε: label smoothing)
         ∂loss/∂r = p,   ∂loss/∂z' = -p + ε - ε/C,   ∂loss/∂(Σ_c l_c) = -ε/C,   ∂loss/∂t = ∂loss/∂z'·slope + ε/C
 
-    partial_* (splits, samples); own_cosine, length, label (samples,); angular_margin, cosine_margin, prior, weight
-    (classes,); prior_sum a scalar. loss (samples,): times the weight of the class, 0 where ignored. block_sums
-    (3, blocks): Σ loss, Σ weight and the largest coefficient of each program's rows. coefficients (5, samples), times
-    the weight too. shift: r in units of log 2; other: ∂loss/∂r, times what rounding the shift has lost, so that
-    2^(l·log2 e - shift) times it is right; own: the whole gradient at the own class; every: what every class gets;
-    length: ∂loss/∂‖x‖.
+    partial_* (splits, samples), the maximum and the sum of logits or None (then without ε); target_cosine, norm
+    (samples,); labels (samples,) any integers: ``ignore_index`` (an integer or None) does not count, and outside
+    [0, classes) nothing is read. angle (m2), cosine (m3), prior, weight: (classes,), or None, where the number
+    angle_margin, cosine_margin, 0 or class_weight is everyone's; angle_margin None: there is no angle. prior_sum: a
+    scalar.
+    loss (samples,): times the weight of the class, 0 where ignored. block_sums (3, blocks): Σ loss, Σ weight and the
+    largest coefficient of each program's rows. coefficients (5, samples), times the weight too:
+
+        0  shift     log-sum-exp over the other classes, in units of log 2, rounded to float32
+        1  d_lse     ∂loss/∂r, corrected for the rounding of row 0: d_lse·2^(l·log2 e - shift) is right
+        2  d_target  the whole gradient at the target logit
+        3  d_all     what label smoothing gives every class
+        4  d_norm    ∂loss/∂‖x‖ (only where there is a norm)
     """
     program = tl.program_id(0)
     rows = program * ROWS + tl.arange(0, ROWS)
     inside = rows < samples
-    base, total, log_total = combine_splits(
-        partial_sum_ptr, partial_max_ptr, rows, inside, samples, splits, shift, ONLINE
-    )
+    base, total, log_total = combine_splits(partial_sum_ptr, partial_max_ptr, rows, inside, samples, splits, shift)
     other_logsumexp = base * LN2 + log_total
-    label = tl.load(label_ptr + rows, mask=inside, other=-1)
-    counted = label != -1
-    known = label >= 0
-    cosine = tl.load(own_cosine_ptr + rows, mask=inside, other=0.0)
+    label = tl.load(labels_ptr + rows.to(tl.int64) * labels_stride, mask=inside, other=0).to(tl.int64)
+    counted = inside
+    if ignore_index is not None:
+        counted = inside & (label != ignore_index)
+    known = counted & (label >= 0) & (label < classes)
+    cosine = tl.load(target_cosine_ptr + rows, mask=inside, other=0.0)
     logit_scale = tl.full((ROWS,), 1.0, tl.float32) * scale
-    if not NORMALIZE:
-        logit_scale = logit_scale * tl.load(length_ptr + rows, mask=inside, other=0.0)
+    if norm_ptr is not None:
+        logit_scale = logit_scale * tl.load(norm_ptr + rows, mask=inside, other=0.0)
     margin, slope = cosine, tl.full((ROWS,), 1.0, tl.float32)
-    if HAS_ANGLE:
-        angular = per_class(angular_margin_ptr, angular_margin, label, known, HAS_ANGULAR_VECTOR)
-        margin, slope = margin_cosine(cosine, angle_multiplier, angular, ARCFACE, EXACT_GRADIENT)
-    subtracted = per_class(cosine_margin_ptr, cosine_margin, label, known, HAS_COSINE_VECTOR)
-    own_with_margin = logit_scale * (margin - subtracted)
-    z = own_with_margin + per_class(prior_ptr, 0.0, label, known, HAS_PRIOR)
+    if angle_margin is not None:
+        angle = per_class(angle_ptr, angle_margin, label, known)
+        margin, slope = margin_cosine(cosine, angle_multiplier, angle, ARCFACE, EXACT_GRADIENT)
+    subtracted = per_class(cosine_ptr, cosine_margin, label, known)
+    with_margin = logit_scale * (margin - subtracted)
+    z = with_margin + per_class(prior_ptr, 0.0, label, known)
 
     difference = other_logsumexp - z
     e = exp_of_negative(-tl.abs(difference))
     loss = tl.where(difference > 0.0, difference, 0.0) + log1p(e)
     other_probability = tl.div_rn(tl.where(difference > 0.0, 1.0, e), 1.0 + e)
-    own_slope = -other_probability
-    every = tl.zeros((ROWS,), tl.float32)
-    if SMOOTH:
+    target_slope = -other_probability
+    d_all = tl.zeros((ROWS,), tl.float32)
+    if partial_logit_ptr is not None:
         logit_sum = add_splits(partial_logit_ptr, rows, inside, samples, splits)
-        if HAS_PRIOR:
+        if prior_ptr is not None:
             logit_sum += tl.load(prior_sum_ptr)
         share = label_smoothing / classes
-        mean = (logit_sum - logit_scale * cosine + own_with_margin) / classes
+        mean = (logit_sum - logit_scale * cosine + with_margin) / classes
         loss += label_smoothing * (z - mean)
-        own_slope += label_smoothing - share
-        every -= share
-    weight = tl.where(counted, per_class(weight_ptr, class_weight, label, known, HAS_WEIGHT), 0.0)
+        target_slope += label_smoothing - share
+        d_all -= share
+    weight = tl.where(counted, per_class(weight_ptr, class_weight, label, known), 0.0)
     loss = tl.where(counted, loss * weight, 0.0)
     tl.store(loss_ptr + rows, loss, mask=inside)
 
-    nothing = (total == 0.0) | (label == -1)
+    nothing = (total == 0.0) | ~counted
     tile_shift = base + log_total * LOG2E
     rounding = tl.div_rn(tl.exp2(tile_shift - base), tl.where(total == 0.0, 1.0, total))
-    other = tl.where(nothing, 0.0, weight * other_probability * rounding)
-    own = tl.where(counted, weight * own_slope * slope, 0.0)
+    d_lse = tl.where(nothing, 0.0, weight * other_probability * rounding)
+    d_target = tl.where(counted, weight * target_slope * slope, 0.0)
     at = coefficients_ptr + rows
     stride = coefficients_stride.to(tl.int64)
     tl.store(at, tl.where(nothing, float("inf"), tile_shift), mask=inside)
-    tl.store(at + stride, other, mask=inside)
-    tl.store(at + 2 * stride, own, mask=inside)
-    tl.store(at + 3 * stride, tl.where(counted, weight * every, 0.0), mask=inside)
-    if not NORMALIZE:
-        by_length = own_slope * (margin - subtracted - cosine * slope) * scale
-        tl.store(at + 4 * stride, tl.where(counted, weight * by_length, 0.0), mask=inside)
-    sums = block_sums_ptr + first_block + program
+    tl.store(at + stride, d_lse, mask=inside)
+    tl.store(at + 2 * stride, d_target, mask=inside)
+    tl.store(at + 3 * stride, tl.where(counted, weight * d_all, 0.0), mask=inside)
+    if norm_ptr is not None:
+        d_norm = target_slope * (margin - subtracted - cosine * slope) * scale
+        tl.store(at + 4 * stride, tl.where(counted, weight * d_norm, 0.0), mask=inside)
+    sums = block_sums_ptr + program
     tl.store(sums, tl.sum(tl.where(inside, loss, 0.0), 0))
     tl.store(sums + blocks, tl.sum(tl.where(inside, weight, 0.0), 0))
-    tl.store(sums + 2 * blocks, tl.max(tl.where(inside, tl.maximum(tl.abs(other), tl.abs(own)), 0.0), 0))
+    tl.store(sums + 2 * blocks, tl.max(tl.where(inside, tl.maximum(tl.abs(d_lse), tl.abs(d_target)), 0.0), 0))
 
 
 @triton.jit(do_not_specialize=["blocks"])

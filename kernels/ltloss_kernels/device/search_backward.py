@@ -3,15 +3,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.device.elementary import scaled_rows, unit_rows
 
-__all__ = ["nearest_gradient", "nearest_gradient_kernel"]
+__all__ = ["nearest_gradient_kernel"]
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -32,14 +29,13 @@ def nearest_gradient_kernel(
     column_stride,
     grad_cosine_stride,
     # constants
-    HAS_OWN: tl.constexpr,
     ENTRIES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """dw_c = (g − (g·ŵ_c) ŵ_c)/‖w_c‖ with g = Σ grad·ŵ_partner over the pairs that c is in; one class per program.
 
-    prototypes (classes, width): any dtype and strides. Pair p is (own_p, near_p), both (pairs,) int64, own_p = p unless
-    HAS_OWN; grad_cosine (pairs,), strided. Entry p < pairs stands for the own end of pair p, entry pairs + p for the
+    prototypes (classes, width): any dtype and strides. Pair p is (own_p, near_p), both (pairs,) int64, own_p = p if
+    own is None; grad_cosine (pairs,), strided. Entry p < pairs stands for the own end of pair p, pairs + p for the
     other one: order (2·pairs,) int64 are the entries sorted by the class at their end, starts (classes + 1,) int64
     where each class begins. grad (classes, width): columns next to each other.
     """
@@ -56,7 +52,7 @@ def nearest_gradient_kernel(
         is_own = entry < pairs
         pair = tl.where(is_own, entry, entry - pairs)
         partner = tl.load(near_ptr + pair, mask=inside & is_own, other=0)
-        if HAS_OWN:
+        if own_ptr is not None:
             partner = tl.where(is_own, partner, tl.load(own_ptr + pair, mask=inside & ~is_own, other=0))
         else:
             partner = tl.where(is_own, partner, pair)
@@ -71,46 +67,3 @@ def nearest_gradient_kernel(
     total = (total - tl.sum(total * unit, 1)[:, None] * unit) * inverse[:, None] * power[:, None]
     out = grad_ptr + target * width + columns[None, :]
     tl.store(out, total.to(grad_ptr.dtype.element_ty), mask=cells)
-
-
-def nearest_gradient(grad_cosine: Tensor, prototypes: Tensor, own: Tensor | None, near: Tensor) -> Tensor:
-    """Gradient for the prototypes.
-
-    Args:
-        grad_cosine: (R,) any strides.
-        prototypes: (C, D) with C > 1; any half or float32 dtype, any strides.
-        own: (R,) int64, or None for all classes in order (R = C).
-        near: (R,) int64, the nearest prototype of each.
-
-    Returns:
-        (C, D) in the dtype of ``prototypes``.
-    """
-    classes, width = prototypes.shape
-    every = torch.arange(classes + 1, device=prototypes.device)
-    # A stable sort keeps the pairs of a class in their order, so that its sum is the same each time.
-    ends, order = torch.cat([every[:-1] if own is None else own, near]).sort(stable=True)
-    starts = torch.searchsorted(ends, every)
-    grad = torch.empty(classes, width, dtype=prototypes.dtype, device=prototypes.device)
-    tile = tiles.row_tile(width)
-    nearest_gradient_kernel[(classes,)](
-        # inputs
-        prototypes,
-        own,
-        near,
-        grad_cosine,
-        order,
-        starts,
-        # outputs
-        grad,
-        # sizes
-        near.shape[0],
-        width,
-        *prototypes.stride(),
-        grad_cosine.stride(0),
-        # constants
-        HAS_OWN=own is not None,
-        ENTRIES=tile.rows,
-        WIDTH=tile.width,
-        num_warps=tile.warps,
-    )
-    return grad

@@ -146,7 +146,6 @@ def best_tile_kernel(
     rows_stride,
     prototypes_stride,
     # constants
-    HAS_OWN: tl.constexpr,
     EVERY_TILE: tl.constexpr,
     DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -158,14 +157,14 @@ def best_tile_kernel(
 
     rows_source (count, width), prototypes (classes, width): descriptors if DESCRIBED. class_factor (tiles ·
     BLOCK_CLASSES,) float32: 1/‖w‖ of the rows of ``prototypes`` as they are given. own (count,) int64: a class that
-    each row leaves out (if HAS_OWN).
+    each row leaves out, or None.
     best (count,) int64: the largest :func:`order_key` of a row, LOWEST_KEY before; if EVERY_TILE (count, tiles): the
     key of every tile.
     """
     block, split = tl.program_id(0), tl.program_id(1)
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < count
-    if HAS_OWN:
+    if own_ptr is not None:
         own = tl.load(own_ptr + rows, mask=inside, other=-1).to(tl.int32)
     best = tl.full((BLOCK_ROWS,), _LOWEST, tl.int64)
     end = tl.minimum((split + 1) * tiles_per_split, tiles)
@@ -177,11 +176,11 @@ def best_tile_kernel(
         here = tile * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
         value = product * tl.load(class_factor_ptr + here)[None, :]
         hides = tile == tiles - 1  # it may reach beyond the classes
-        if HAS_OWN:
+        if own_ptr is not None:
             hides |= tl.max((own // BLOCK_CLASSES == tile).to(tl.int32), 0) != 0
         if hides:
             hidden = (here >= classes)[None, :]
-            if HAS_OWN:
+            if own_ptr is not None:
                 hidden |= here[None, :] == own[:, None]
             value = tl.where(hidden, float("-inf"), value)
         key = order_key(largest(value, 1), tile)

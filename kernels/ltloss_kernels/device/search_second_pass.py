@@ -61,8 +61,6 @@ def tile_candidates_kernel(
     rows_stride,
     prototypes_stride,
     # constants
-    NEAREST: tl.constexpr,
-    HAS_OWN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
@@ -72,8 +70,8 @@ def tile_candidates_kernel(
 
     rows (any, width), prototypes (classes, width): columns next to each other; class_factor (classes,) float32: 1/‖w‖
     of the rows of ``prototypes``. best (pairs,) int64: keys with the tile; order (pairs,) int32.
-    NEAREST: the row of a pair is a prototype, number own (pairs,) int64 (if HAS_OWN) or the pair itself, which is left
-    out; index (pairs,) int64 receives the nearest class of the tile, the lowest where several are. Otherwise
+    With an index (pairs,) int64: the row of a pair is a prototype, number own (pairs,) int64 (if not None) or the pair
+    itself, which is left out; index receives the nearest class of the tile, the lowest where several are. Without:
     ``pairs_per_row`` pairs follow each other for each row, and candidates (pairs, BLOCK_CLASSES) int64 receives the
     :func:`order_key` of every class; beyond the classes that of -inf.
     """
@@ -82,7 +80,7 @@ def tile_candidates_kernel(
     pair = tl.load(order_ptr + at, mask=inside, other=0).to(tl.int64)
     wanted = tl.where(inside, number_of(tl.load(best_ptr + pair, mask=inside, other=0)), _NO_TILE)
     row = pair // pairs_per_row
-    if HAS_OWN:
+    if own_ptr is not None:
         row = tl.load(own_ptr + pair, mask=inside, other=0).to(tl.int64)
     row_pointers = rows_ptr + row[:, None] * rows_stride
     depth = tl.arange(0, BLOCK_DEPTH)
@@ -100,10 +98,10 @@ def tile_candidates_kernel(
             product = tl.dot(x, w.T, product, input_precision=PRECISION)
         value = product * tl.load(class_factor_ptr + here, mask=known, other=0.0)[None, :]
         hidden = (here >= classes)[None, :]
-        if NEAREST:
+        if index_ptr is not None:
             hidden |= here[None, :] == row[:, None]
         value = tl.where(hidden, float("-inf"), value)
-        if NEAREST:
+        if index_ptr is not None:
             most = largest(value, 1)[:, None]
             found = (value == most) | (value != value)
             index = tl.min(tl.where(found & ~hidden, here[None, :], _NO_TILE), 1)
@@ -132,20 +130,19 @@ def pair_cosine_kernel(
     right_row_stride,
     right_column_stride,
     # constants
-    HAS_OWN: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """The cosine of every pair in float32 from the original rows, in [-1, 1]; NaN where a row holds NaN or infinity.
 
     left (any, width), right (classes, width): any dtype and strides. The left row of a pair is own (pairs,) int64 (if
-    HAS_OWN) or the pair's number divided by ``pairs_per_row``; the right one index (pairs,) int64.
+    not None) or the pair's number divided by ``pairs_per_row``; the right one index (pairs,) int64.
     cosine (pairs,) float32.
     """
     pair = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = pair < pairs
     row = pair // pairs_per_row
-    if HAS_OWN:
+    if own_ptr is not None:
         row = tl.load(own_ptr + pair, mask=inside, other=0).to(tl.int64)
     other = tl.load(index_ptr + pair, mask=inside, other=0)
     columns = tl.arange(0, WIDTH).to(tl.int64)[None, :]

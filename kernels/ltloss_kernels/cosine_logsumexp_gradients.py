@@ -2,52 +2,74 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-import triton
 from torch import Tensor
 
 from ltloss_kernels.config import tile_table as tiles
-from ltloss_kernels.config.chunking import backward_plan
+from ltloss_kernels.config.chunking import backward_plan, ceil_div
 from ltloss_kernels.config.operands import (
     block_source,
     multiply_add,
     padded_matrix,
     product_dtype,
     readable_in_place,
+    vector,
 )
 from ltloss_kernels.config.precision import product_precision
+from ltloss_kernels.cosine_logsumexp import LOG2E
 from ltloss_kernels.device.logsumexp_backward import gradient_tile_kernel, projection_kernel, sample_gradient_kernel
-from ltloss_kernels.device.rows import row_norms
-from ltloss_kernels.forward_pass import LOG2E
+from ltloss_kernels.row_norms import row_norms
 
-__all__ = ["BackwardPass", "Upstream"]
+__all__ = ["logsumexp_gradients"]
 
 # Class tiles that are worked on together; their prototypes and a block of features stay in the second-level cache.
 _GROUP = 8
 
 
-class Upstream(NamedTuple):
-    """What arrives from behind: coefficients of each sample, and the gradient of the loss."""
-
-    coefficients: Tensor  # (4 or 5, N), see margin_cross_entropy_kernel
-    gradient: Tensor  # scalar or (N,)
-    inverse_total: Tensor | None  # scalar that multiplies the gradient
-    bound: Tensor  # scalar: the largest |coefficient|; read for float16 only
-    every_class: bool  # whether row 3 of the coefficients is used
-
-
-class BackwardPass:
-    """Gradients of features (N, D) and prototypes (C, D), N >= 1.
+def logsumexp_gradients(
+    grad_loss: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    log_prior: Tensor | None,
+    coefficients: Tensor,
+    class_factor: Tensor,
+    inverse_total: Tensor | None,
+    bound: Tensor,
+    *,
+    scale: float,
+    smooth: bool,
+    normalize_features: bool,
+    ignore_index: int | None,
+    needs: tuple[bool, bool],
+    limit: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients for features (N, D) and prototypes (C, D), N >= 1.
 
     Args:
-        features, prototypes, labels, prior, scale, normalize: as for the forward.
+        grad_loss: upstream gradient, a scalar or (N,) of any stride.
+        features, prototypes, labels, log_prior, scale, normalize_features: as for ``logsumexp_partials``.
+        coefficients: (4 or 5, N) of ``margin_loss``.
+        class_factor: (C,) s·log2 e/‖w‖, of the partials.
+        inverse_total: scalar that multiplies the upstream gradient, or None.
+        bound: scalar, the largest |coefficient|; read for float16 only.
+        smooth: whether row 3 of the coefficients is used.
         ignore_index: rows with this label may hold anything, also NaN; None: all rows count.
-        class_factor: (C,) s·log2 e/‖w‖, from the forward; used where the prototypes are read in place.
-        upstream: see :class:`Upstream`.
+        needs: which of the two gradients are computed.
         limit: bytes of memory beside the gradients, see ``backward_plan``.
+
+    Returns:
+        Each gradient in the dtype of its tensor, or None where it is not needed.
     """
+    run = _Backward(features, prototypes, labels, vector(log_prior), scale, normalize_features, ignore_index)
+    run.take(grad_loss, coefficients, class_factor, inverse_total, bound, smooth)
+    return run.gradients(*needs, limit)
+
+
+class _Backward:
+    """The pass; C classes are taken a slab at a time, N samples ``plan.rows`` at a time."""
 
     def __init__(
         self,
@@ -55,30 +77,39 @@ class BackwardPass:
         prototypes: Tensor,
         labels: Tensor,
         prior: Tensor | None,
-        class_factor: Tensor,
-        upstream: Upstream,
-        *,
         scale: float,
         normalize: bool,
         ignore_index: int | None,
-        limit: int,
     ) -> None:
         self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
-        self.class_factor, self.upstream = class_factor, upstream
-        self.scale, self.normalize, self.ignore_index, self.limit = scale, normalize, ignore_index, limit
+        self.scale, self.ignore_index = scale, ignore_index
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
-        self.scaled, self.fold = self.dtype == torch.float16, self.dtype != torch.float32
+        self.fold = self.dtype != torch.float32
         self.feature_copy: Literal["unit", "plain"] = "unit" if normalize else "plain"
         # Power-of-two scaled copies keep float16 in range; other dtypes have the range of float32.
-        self.in_place = readable_in_place(prototypes, self.dtype) and not self.scaled
+        self.in_place = readable_in_place(prototypes, self.dtype) and self.dtype != torch.float16
         arch = tiles.architecture(features.device)
         self.tile, self.described = tiles.gradient_tile(arch, self.dtype, self.precision), tiles.has_copy_engine(arch)
-        gradient = upstream.gradient
-        self.upstream_bound = gradient.abs().amax() if self.scaled and gradient.dim() else gradient
-        self.upstream_stride = gradient.stride(0) if gradient.dim() else 0
 
-    def gradients(self, need_features: bool, need_prototypes: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Each gradient in the dtype of its tensor, or None where it is not needed."""
+    def take(
+        self,
+        upstream: Tensor,
+        coefficients: Tensor,
+        class_factor: Tensor,
+        inverse_total: Tensor | None,
+        bound: Tensor,
+        smooth: bool,
+    ) -> None:
+        """What arrives from behind."""
+        self.upstream, self.upstream_stride = upstream, upstream.stride(0) if upstream.dim() else 0
+        self.coefficients, self.class_factor, self.smooth = coefficients, class_factor, smooth
+        self.inverse_total = inverse_total
+        scaled = self.dtype == torch.float16  # then the slab is multiplied by a power of two, see slab_scale
+        self.bound = bound if scaled else None
+        self.upstream_bound = (upstream.abs().amax() if upstream.dim() else upstream) if scaled else None
+
+    def gradients(self, need_features: bool, need_prototypes: bool, limit: int) -> tuple[Tensor | None, Tensor | None]:
+        """Launch everything."""
         features, prototypes = self.features, self.prototypes
         samples, (classes, width), device = features.shape[0], prototypes.shape, features.device
         wide_features = need_features and features.dtype != torch.float32
@@ -91,7 +122,7 @@ class BackwardPass:
             per_class=width * (size * (not self.in_place) + 4 * wide_prototypes),
             itemsize=size,
             tile_classes=self.tile.classes,
-            limit=self.limit,
+            limit=limit,
         )
         grad_features = torch.empty((samples, width), dtype=features.dtype, device=device) if need_features else None
         grad_prototypes = (
@@ -103,22 +134,22 @@ class BackwardPass:
         slab_sum = torch.empty((plan.classes, width), dtype=torch.float32, device=device) if wide_prototypes else None
         copy = None if self.in_place else padded_matrix(plan.classes, width, self.dtype, device)
         slab = padded_matrix(plan.rows, plan.classes, self.dtype, device)
-        operand, label, terms = self._prepare_samples()
+        x, label, terms = self._prepare_samples()
         for start in range(0, classes, plan.classes):
             here = slice(start, min(start + plan.classes, classes))
             count = here.stop - here.start
-            weights, class_factor = self._prototype_operand(here, copy)
+            w, class_factor = self._prototype_operand(here, copy)
             prototype_sum = None
             if grad_prototypes is not None:
                 prototype_sum = grad_prototypes[here] if slab_sum is None else slab_sum[:count]
             for first in range(0, samples, plan.rows):
                 rows = slice(first, min(first + plan.rows, samples))
                 part = slab[: rows.stop - first, :count]
-                self._launch_tiles(operand[rows], weights, class_factor, label[rows], terms[:, rows], here, part)
+                self._launch_tiles(x[rows], w, class_factor, label[rows], terms[:, rows], here, part)
                 if feature_sum is not None:
-                    multiply_add(feature_sum[rows], part, weights, overwrite=start == 0)
+                    multiply_add(feature_sum[rows], part, w, overwrite=start == 0)
                 if prototype_sum is not None:
-                    multiply_add(prototype_sum, part.t(), operand[rows], overwrite=first == 0)
+                    multiply_add(prototype_sum, part.t(), x[rows], overwrite=first == 0)
             self._project(
                 feature_sum if here.stop == classes else None,
                 grad_features,
@@ -130,19 +161,19 @@ class BackwardPass:
 
     def _prepare_samples(self) -> tuple[Tensor, Tensor, Tensor]:
         """Features as an operand (N, D), clean labels (N,), and the terms of dZ that belong to a sample (4, N)."""
-        (samples, width), device, upstream = self.features.shape, self.features.device, self.upstream
+        (samples, width), device = self.features.shape, self.features.device
         copy = padded_matrix(samples, width, self.dtype, device)
         label = torch.empty(samples, dtype=torch.int32, device=device)
         terms = torch.empty(4, samples, dtype=torch.float32, device=device)
         tile = tiles.row_tile(width)
-        sample_gradient_kernel[(triton.cdiv(samples, tile.rows),)](
+        sample_gradient_kernel[(ceil_div(samples, tile.rows),)](
             # inputs
             self.features,
             self.labels,
-            upstream.coefficients,
-            upstream.gradient,
-            upstream.inverse_total,
-            upstream.bound,
+            self.coefficients,
+            self.upstream,
+            self.inverse_total,
+            self.bound,
             self.upstream_bound,
             # outputs
             copy,
@@ -154,16 +185,13 @@ class BackwardPass:
             width,
             *self.features.stride(),
             self.labels.stride(0),
-            upstream.coefficients.stride(0),
+            self.coefficients.stride(0),
             self.upstream_stride,
             copy.stride(0),
-            self.ignore_index or 0,
+            self.ignore_index,
             self.scale,
             # constants
             COPY=self.feature_copy,
-            SUPERVISED=self.ignore_index is not None,
-            HAS_TOTAL=upstream.inverse_total is not None,
-            SCALED=self.scaled,
             FOLD=self.fold,
             ROWS=tile.rows,
             WIDTH=tile.width,
@@ -176,8 +204,7 @@ class BackwardPass:
             return self.prototypes[here], self.class_factor[here]
         copy = copy[: here.stop - here.start]
         factor = torch.empty(copy.shape[0], dtype=torch.float32, device=copy.device)
-        inverse_norm = torch.empty_like(factor)
-        row_norms(self.prototypes[here], inverse_norm, factor=factor, factor_scale=self.scale * LOG2E, copy=copy)
+        row_norms(self.prototypes[here], copy=copy, copy_factor=factor, factor_scale=self.scale * LOG2E)
         return copy, factor
 
     def _launch_tiles(
@@ -191,8 +218,8 @@ class BackwardPass:
         slab: Tensor,
     ) -> None:
         tile, (samples, classes) = self.tile, slab.shape
-        class_tiles = triton.cdiv(classes, tile.classes)
-        gradient_tile_kernel[(triton.cdiv(samples, tile.rows) * class_tiles,)](
+        class_tiles = ceil_div(classes, tile.classes)
+        gradient_tile_kernel[(ceil_div(samples, tile.rows) * class_tiles,)](
             # inputs
             block_source(features, tile.rows, tile.depth, self.described),
             block_source(prototypes, tile.classes, tile.depth, self.described),
@@ -214,8 +241,7 @@ class BackwardPass:
             slab.stride(0),
             # constants
             DESCRIBED=self.described,
-            HAS_PRIOR=self.prior is not None,
-            SMOOTH=self.upstream.every_class,
+            SMOOTH=self.smooth,
             FOLD=self.fold,
             PRECISION=self.precision,
             GROUP=_GROUP,
@@ -237,10 +263,10 @@ class BackwardPass:
         """Finish the gradients of all features and of a slab of prototypes, whichever are given, in one launch."""
         if feature_sum is None and prototype_sum is None:
             return
-        upstream, (samples, width), classes = self.upstream, self.features.shape, prototypes.shape[0]
+        (samples, width), classes = self.features.shape, prototypes.shape[0]
         tile = tiles.row_tile(width)
-        feature_blocks = 0 if feature_sum is None else triton.cdiv(samples, tile.rows)
-        prototype_blocks = 0 if prototype_sum is None else triton.cdiv(classes, tile.rows)
+        feature_blocks = 0 if feature_sum is None else ceil_div(samples, tile.rows)
+        prototype_blocks = 0 if prototype_sum is None else ceil_div(classes, tile.rows)
         projection_kernel[(feature_blocks + prototype_blocks,)](
             # inputs
             feature_sum,
@@ -248,10 +274,10 @@ class BackwardPass:
             self.features,
             prototypes,
             self.labels,
-            upstream.coefficients,
-            upstream.gradient,
-            upstream.inverse_total,
-            upstream.bound,
+            self.coefficients[4] if self.coefficients.shape[0] == 5 else None,
+            self.upstream,
+            self.inverse_total,
+            self.bound,
             self.upstream_bound,
             # outputs
             grad_features,
@@ -266,19 +292,12 @@ class BackwardPass:
             width,
             *prototypes.stride(),
             self.labels.stride(0),
-            upstream.coefficients.stride(0),
             self.upstream_stride,
-            self.ignore_index or 0,
+            self.ignore_index,
             self.scale,
             # constants
-            FEATURES=feature_sum is not None,
-            PROTOTYPES=prototype_sum is not None,
-            HAS_LABELS=self.ignore_index is not None,
-            HAS_TOTAL=upstream.inverse_total is not None,
             FEATURE_COPY=self.feature_copy,
             PROTOTYPE_COPY="none" if self.in_place else "scaled",
-            LENGTH=upstream.coefficients.shape[0] == 5,
-            SCALED=self.scaled,
             ROWS=tile.rows,
             WIDTH=tile.width,
             num_warps=tile.warps,

@@ -1,0 +1,66 @@
+"""Norms and scaled copies of whole rows on the host, for every pass; and whether the kernels are interpreted."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+
+from ltloss_kernels.config import tile_table as tiles
+from ltloss_kernels.config.chunking import ceil_div
+from ltloss_kernels.device.rows import row_norm_kernel
+
+__all__ = ["interpreting", "row_norms"]
+
+
+def interpreting() -> bool:
+    """Whether the kernels run in Triton's interpreter; settled when they were decorated, by TRITON_INTERPRET."""
+    return not isinstance(row_norm_kernel, triton.JITFunction)
+
+
+def row_norms(
+    vectors: Tensor,
+    *,
+    factor: Tensor | None = None,
+    copy: Tensor | None = None,
+    copy_factor: Tensor | None = None,
+    factor_scale: float = 1.0,
+    prior: Tensor | None = None,
+    prior_out: Tensor | None = None,
+    flags: Tensor | None = None,
+) -> None:
+    """Launch :func:`row_norm_kernel`.
+
+    Args:
+        vectors: (K, D) any floating dtype, any strides.
+        factor: (P,) float32, P >= K: receives ``factor_scale``/‖v‖.
+        copy, copy_factor: (K, D), columns next to each other, receives the rows times a power of two each; (P,) float32
+            receives ``factor_scale`` over their lengths. Both or neither, and these or ``factor``, or all.
+        prior, prior_out: (K,) and (P,) float32; the second receives prior·log2 e. Both or neither.
+        flags: (F,) int8, cleared.
+    """
+    tile = tiles.row_tile(vectors.shape[1])
+    lengths = [one.shape[0] for one in (factor, copy_factor) if one is not None]
+    padded = lengths[0]
+    row_norm_kernel[(ceil_div(padded, tile.rows),)](
+        # inputs
+        vectors,
+        prior,
+        # outputs
+        factor,
+        copy,
+        copy_factor,
+        prior_out,
+        flags,
+        # sizes
+        vectors.shape[0],
+        vectors.shape[1],
+        padded,
+        0 if flags is None else flags.numel(),
+        *vectors.stride(),
+        0 if copy is None else copy.stride(0),
+        factor_scale,
+        # constants
+        ROWS=tile.rows,
+        WIDTH=tile.width,
+        num_warps=tile.warps,
+    )
