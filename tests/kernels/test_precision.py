@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ltloss_kernels
 import pytest
 import torch
-from helpers.kernel_problems import kernel_problem
+from helpers.kernel_problems import DEVICE, kernel_problem
+from ltloss_kernels.config import operands
 from ltloss_kernels.config.precision import float32_products, product_precision
 
 import ltloss
@@ -92,3 +94,28 @@ print(product_precision())
     environment = {**os.environ, "PYTHONPATH": str(Path(ltloss_kernels.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "ieee"
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_products_of_halves_are_added_up_in_float32(overwrite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library refuses a float32 result while it may add in float16, or while TunableOp is on: off around it."""
+    left, right = (torch.ones(size, dtype=torch.float16, device=DEVICE) for size in ((4, 8), (8, 4)))
+    target = torch.full((4, 4), 2.0, device=DEVICE)
+    seen: list[bool] = []
+
+    def product(*args: torch.Tensor, out: torch.Tensor) -> None:
+        seen.append(torch.backends.cuda.matmul.allow_fp16_accumulation)
+        added = args[0] if not overwrite else 0.0
+        out.copy_(left.float() @ right.float() + added)
+
+    if DEVICE == "cpu":  # which has no such product
+        name = "mm" if overwrite else "addmm"
+        monkeypatch.setattr(torch.ops.aten, name, SimpleNamespace(dtype_out=product))
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    try:
+        operands._multiply_add_halves(target, left, right, overwrite)
+        assert torch.backends.cuda.matmul.allow_fp16_accumulation
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    assert not any(seen)
+    assert (target == (8.0 if overwrite else 10.0)).all()

@@ -6,6 +6,9 @@ bytes; anything else, and anything of another dtype, is copied. Features are cop
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -60,13 +63,42 @@ def vector(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.to(torch.float32).contiguous()
 
 
+@contextmanager
+def _wide_sums() -> Iterator[None]:
+    """Within the block, the library adds up half-precision products in float32.
+
+    It refuses products of halves with a float32 result under ``allow_fp16_accumulation``, which asks for the contrary,
+    and under TunableOp, which does not know them.
+    """
+    matmul, tunable = torch.backends.cuda.matmul, torch.cuda.tunable
+    narrow = getattr(matmul, "allow_fp16_accumulation", False)  # from PyTorch 2.7 on
+    tuned = torch.version.cuda is not None and tunable.is_enabled()
+    if narrow:
+        matmul.allow_fp16_accumulation = False
+    if tuned:
+        tunable.enable(False)
+    try:
+        yield
+    finally:
+        if narrow:
+            matmul.allow_fp16_accumulation = True
+        if tuned:
+            tunable.enable(True)
+
+
 def multiply_add(target: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
     """target += left @ right (or =), float32 results of any dtype of factors, by the library's matrix product."""
     if left.dtype == torch.float32:
         torch.mm(left, right, out=target) if overwrite else target.addmm_(left, right)
     elif left.device.type != "cuda":  # the interpreter: a CPU has no product with a wider result
         multiply_add(target, left.float(), right.float(), overwrite=overwrite)
-    elif overwrite:
-        torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=target)
     else:
-        torch.ops.aten.addmm.dtype_out(target, left, right, torch.float32, out=target)
+        _multiply_add_halves(target, left, right, overwrite)
+
+
+def _multiply_add_halves(target: Tensor, left: Tensor, right: Tensor, overwrite: bool) -> None:
+    with _wide_sums():
+        if overwrite:
+            torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=target)
+        else:
+            torch.ops.aten.addmm.dtype_out(target, left, right, torch.float32, out=target)
