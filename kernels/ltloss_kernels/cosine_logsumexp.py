@@ -33,8 +33,9 @@ def fixed_shift(scale: float, classes: int) -> float | None:
 class Partials(NamedTuple):
     """What one pass over the prototypes leaves of N samples: sums over S parts of the classes, all float32.
 
-    Those of several shards of the classes concatenate along S. With m the maximum of a part, or the shift:
-    Σ_{c≠y} exp(l_c) = Σ_S sum·2^m.
+    With m the maximum of a part, or the shift: Σ_{c≠y} exp(l_c) = Σ_S sum·2^m. Those of several shards of the classes
+    concatenate along S. Where their shifts differ, or only some have a maximum, a maximum that is everywhere the shift
+    replaces it first.
     """
 
     sum: Tensor  # (S, N): Σ 2^(l·log2 e - m) over the other classes of each part

@@ -82,7 +82,7 @@ class _Backward:
         ignore_index: int | None,
     ) -> None:
         self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
-        self.scale, self.ignore_index = scale, ignore_index
+        self.scale, self.ignore_index = float(scale), ignore_index
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
         self.fold = self.dtype != torch.float32
         self.feature_copy: Literal["unit", "plain"] = "unit" if normalize else "plain"

@@ -113,12 +113,12 @@ def margin_loss(
         block_sums.shape[1],
         ignore_index,
         partials.shift,
-        scale,
+        float(scale),  # an integer would be compiled in
         angle if has_angle else None,
         cosine,
         weight,
-        margin.multiplier,
-        label_smoothing,
+        float(margin.multiplier),
+        float(label_smoothing),
         # constants
         ARCFACE=margin.beyond_pi == "arcface",
         EXACT_GRADIENT=margin.gradient == "exact",

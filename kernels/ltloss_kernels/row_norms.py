@@ -34,13 +34,12 @@ def row_norms(
         vectors: (K, D) any floating dtype, any strides.
         factor: (P,) float32, P >= K: receives ``factor_scale``/‖v‖.
         copy, copy_factor: (K, D), columns next to each other, receives the rows times a power of two each; (P,) float32
-            receives ``factor_scale`` over their lengths. Both or neither, and these or ``factor``, or all.
+            receives ``factor_scale`` over their lengths. Both or neither, and at least these or ``factor``.
         prior, prior_out: (K,) and (P,) float32; the second receives prior·log2 e. Both or neither.
         flags: (F,) int8, cleared.
     """
     tile = tiles.row_tile(vectors.shape[1])
-    lengths = [one.shape[0] for one in (factor, copy_factor) if one is not None]
-    padded = lengths[0]
+    padded = next(one.shape[0] for one in (factor, copy_factor) if one is not None)
     row_norm_kernel[(ceil_div(padded, tile.rows),)](
         # inputs
         vectors,
