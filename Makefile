@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench kernel-report gpu clean
+.PHONY: help demo test test-fast test-compile lint bench kernel-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1|/' | column -t -s '|'
@@ -23,8 +23,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## train four losses on long-tailed digits, print the table, classify the test pictures
 	@$(BIN)/python -m ltloss.training.demo
 
-test: $(VENV)/.installed  ## run every test
-	@$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## run every test, in two processes
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: $(VENV)/.installed  ## what one runs while working: a minute or so
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not compile and not browser"
+
+test-compile: $(VENV)/.installed  ## compile the kernels ahead of time and hold their limits (`make test` does it too)
+	@$(BIN)/python -m pytest -n 2 -m compile
 
 lint: $(VENV)/.installed  ## ruff and mypy --strict
 	@$(BIN)/ruff check .

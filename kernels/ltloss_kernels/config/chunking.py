@@ -16,7 +16,8 @@ __all__ = [
 
 # The forward promises less: what it holds beside its results stays in the second-level cache.
 _FORWARD_BYTES = 8 << 20
-# Unit features of the samples in work, and how few of them are still enough: each reads every prototype once more.
+# Bytes of unit features held at a time. Smaller chunks of samples read all prototypes once more each, so a chunk never
+# falls below the number of rows on the next line.
 _FEATURE_BYTES = 6 << 20
 _LEAST_ROWS = 512
 # Copied prototypes in the forward: large enough for a full wave of tiles, small enough to be read back from the cache.

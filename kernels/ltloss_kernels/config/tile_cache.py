@@ -2,7 +2,7 @@
 
 The file is ``$LTLOSS_TILES`` (set but empty: none), or ``ltloss/tiles.json`` in ``$XDG_CACHE_HOME`` or ``~/.cache``: a
 JSON object with one entry per kernel, architecture, dtype and precision. An entry that was measured with another
-version of Triton is not used, for that one compiles differently.
+version of Triton is not used: the fastest tile differs between versions.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 For one row the order of its cosines is the order of v_c = (x·w_c)/‖w_c‖, so its own length does not enter. What is kept
 of a tile is one 64-bit key per row: the bits of the largest v, made to compare like integers, above the inverted number
-of the tile. The largest key belongs to the largest v and, among equal ones, to the lowest tile; a maximum of integers
-has no order, so the result is the same each time, whoever comes first. Which class of the tile it is, the second pass
-finds (:mod:`ltloss_kernels.device.search_second_pass`).
+of the tile. The largest key belongs to the largest v and, among equal ones, to the lowest tile. The maximum of integers
+does not depend on their order, so the result has the same bits each time. The second pass
+(:mod:`ltloss_kernels.device.search_second_pass`) finds the class within the tile.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls

@@ -1,0 +1,101 @@
+"""Imports point one way, and nothing is imported in a circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {"ltloss": ROOT / "ltloss", "ltloss_kernels": ROOT / "kernels" / "ltloss_kernels"}
+
+# (who, must not import): prefixes of module names.
+FORBIDDEN = [
+    ("ltloss_kernels", "ltloss."),
+    ("ltloss_kernels.device", "ltloss_kernels.config"),
+    ("ltloss_kernels.config", "ltloss_kernels.device"),
+    ("ltloss.chunked", "ltloss.ops"),
+    ("ltloss.ops", "ltloss.losses"),
+    ("ltloss.ops", "ltloss.functional"),
+    ("ltloss.functional", "ltloss.losses"),
+    ("ltloss.losses", "ltloss.training"),
+    ("ltloss.distributed", "ltloss.training"),
+    ("ltloss.training", "ltloss.cli"),
+    ("ltloss.training.data", "ltloss.training.run"),
+    ("ltloss.tools", "ltloss.cli"),
+]
+
+
+def _modules() -> dict[str, Path]:
+    found = {}
+    for package, root in PACKAGES.items():
+        for file in sorted(root.rglob("*.py")):
+            parts = file.relative_to(root).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = file
+    return found
+
+
+MODULES = _modules()
+
+
+def _imports(module: str, *, deferred: bool) -> Iterator[str]:
+    """Modules of ours that a module imports; with ``deferred``, also inside functions. Type checking does not count."""
+    file = MODULES[module]
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    pending: list[ast.AST] = [ast.parse(file.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+            continue
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not deferred:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = ".".join(parts[: len(parts) - node.level + 1] + ([node.module] if node.module else []))
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                if name in MODULES or base in MODULES:
+                    yield name if name in MODULES else base
+        pending += ast.iter_child_nodes(node)
+
+
+@cache
+def _reached(module: str) -> frozenset[str]:
+    """What importing a module imports with it, directly and further on."""
+    seen: set[str] = set()
+    ahead = list(_imports(module, deferred=False))
+    while ahead:
+        one = ahead.pop()
+        if one not in seen:
+            seen.add(one)
+            ahead += _imports(one, deferred=False)
+    return frozenset(seen)
+
+
+@pytest.mark.parametrize(("who", "what"), FORBIDDEN, ids=lambda name: name)
+def test_nobody_imports_upwards(who: str, what: str) -> None:
+    wrong = [
+        f"{module} imports {used}"
+        for module in MODULES
+        if f"{module}.".startswith(f"{who}.")
+        for used in _imports(module, deferred=True)
+        if f"{used}.".startswith(what if what.endswith(".") else f"{what}.")
+    ]
+    assert not wrong, wrong
+
+
+def test_there_are_no_circles() -> None:
+    assert [module for module in MODULES if module in _reached(module)] == []
+
+
+def test_the_library_reaches_neither_triton_nor_the_command() -> None:
+    reached = _reached("ltloss.functional") | _reached("ltloss.losses.long_tail")
+    assert not [name for name in reached if name.startswith(("ltloss_kernels", "ltloss.cli", "ltloss.training"))]
