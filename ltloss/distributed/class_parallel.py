@@ -169,12 +169,10 @@ class ClassParallel(PrototypeHead):
     sampler: ClassSampler | None
 
     def rearrange(self, layout: Layout) -> None:
-        """Take another layout: what the ranks had agreed on, and the gradients of sampled classes, are forgotten."""
+        """Take another layout: what the ranks had agreed on is forgotten."""
         self.layout = layout
         self.batch = BatchGather(layout, self.capacity, self.gradient_factor)
         self.queries = BatchGather(layout)
-        if self.sampler is not None:
-            self.sampler = self.sampler.fresh()
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Loss of the global batch for this rank's features (n, D) and labels (n,)."""

@@ -1,7 +1,8 @@
-"""Optimizers that touch the sampled rows of the prototypes only: their weights, momentum and decay.
+"""Optimizers that touch the prototypes that have a gradient only: their weights, momentum and decay.
 
-A class that is not in the step's sample is left exactly as it is, its state too; with all classes sampled (or a module
-that does not sample) both do what torch.optim's optimizer of the same name does.
+A class whose gradient is zero, as that of a class outside of the step's sample is, is left exactly as it is, its state
+too. With all classes sampled (or a module that does not sample) both do what torch.optim's optimizer of the same name
+does. ``torch.optim`` itself may be used as well: it moves the other classes by momentum and decay.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from ltloss._validation import check_number
 from ltloss.distributed.layout import Layout, local
-from ltloss.distributed.sampling import ClassSampler
 from ltloss.losses.prototype_head import PrototypeHead
 
 __all__ = ["SampledAdamW", "SampledSGD"]
@@ -27,32 +27,22 @@ class _SampledOptimizer(torch.optim.Optimizer):
         if not isinstance(module, PrototypeHead):
             raise TypeError(f"module must be a loss module of ltloss; got {type(module).__name__}")
         super().__init__([module.weight], defaults)
-        self.sampler: ClassSampler | None = getattr(module, "sampler", None)
-        if self.sampler is not None:
-            self.sampler.has_optimizer = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the rows that have a gradient."""
+        """Update the rows whose gradient is not all zero."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         (group,) = self.param_groups
         (weight,) = group["params"]
-        given = self.sampler.gradient() if self.sampler is not None else None
-        if given is None and weight.grad is not None:
-            own = local(weight)
-            given = torch.arange(own.shape[0], device=own.device), local(weight.grad)
-        if given is not None and given[0].numel():
-            self._update(group, local(weight), *given, self._state_of(weight))
+        if weight.grad is not None:
+            grad = local(weight.grad)
+            index = grad.any(1).nonzero()[:, 0]
+            if index.numel():
+                self._update(group, local(weight), index, grad[index], self._state_of(weight))
         return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients of all sampled rows, and of the weight."""
-        super().zero_grad(set_to_none)
-        if self.sampler is not None:
-            self.sampler.clear()
 
     def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
         state = self.state[weight]
@@ -73,7 +63,7 @@ class _SampledOptimizer(torch.optim.Optimizer):
 
 
 class SampledSGD(_SampledOptimizer):
-    """SGD with momentum over the sampled rows of a loss module's prototypes.
+    """SGD with momentum over the rows with a gradient of a loss module's prototypes.
 
     Args:
         module: the loss module, after :func:`ltloss.distributed.parallelize`.
@@ -106,7 +96,7 @@ class SampledSGD(_SampledOptimizer):
 
 
 class SampledAdamW(_SampledOptimizer):
-    """AdamW over the sampled rows; each class counts its own steps, so that a rare one is corrected as it should be.
+    """AdamW over the rows with a gradient. Each class counts its own steps, which its bias correction goes by.
 
     Args:
         module: the loss module, after :func:`ltloss.distributed.parallelize`.

@@ -9,6 +9,7 @@ import torch
 from helpers import world
 from helpers.cases import DIM
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import ltloss
 from ltloss.distributed import SampledAdamW, SampledSGD, class_mesh, parallelize
@@ -105,11 +106,8 @@ def test_the_loss_is_that_of_the_sampled_classes() -> None:
     loss.backward()
     assert relative_error(loss, expected) <= 1e-6
     assert relative_error(features.grad, exact) <= 1e-5
-    found, rows = head.sampler.gradient()
-    assert torch.equal(found, index)
-    assert dense.weight.grad is not None
-    assert relative_error(rows, dense.weight.grad[index]) <= 1e-5
-    assert head.weight.grad is None
+    assert torch.equal(head.weight.grad.any(1).nonzero()[:, 0], index)
+    assert relative_error(head.weight.grad, dense.weight.grad) <= 1e-5
     head.eval()
     assert relative_error(head(features, labels), _head()(features, labels)) <= 1e-6
 
@@ -126,23 +124,108 @@ def test_only_sampled_rows_are_touched(name: str) -> None:
         optimizer.zero_grad()
         for piece in (slice(0, 2), slice(2, 4)):  # two passes before one step
             head(features[piece], labels[piece]).backward()
-        index, rows = head.sampler.gradient()
+        index = head.weight.grad.any(1).nonzero()[:, 0]
+        assert 10 <= index.numel() <= 20  # a quarter of 40, drawn twice
         optimizer.step()
         others = torch.ones(CLASSES, dtype=torch.bool)
         others[index] = False
-        assert rows.shape == (index.numel(), DIM)
         assert torch.equal(head.weight[others], before[0][others])
         assert bool((head.weight[index] != before[0][index]).any(1).all())
         for key, value in before[1].items():
             assert torch.equal(optimizer.state[head.weight][key][others], value[others])
 
 
-def test_an_optimizer_that_would_not_train_the_weight_is_refused() -> None:
+def _step(order: str, optimizer: str = "sampled") -> tuple[Tensor, Tensor]:
+    """One step of training in an order of calls: the gradient that torch sees, and the weight after it."""
     head = parallelize(_head(), None, sample_rate=0.25)
-    features, _, labels = problem(4, CLASSES, DIM, dtype=torch.float32)
+    sgd = SampledSGD(head, lr=0.1) if optimizer == "sampled" else torch.optim.SGD([head.weight], lr=0.1)
+    features, _, labels = problem(6, CLASSES, DIM, dtype=torch.float32)
+    head(features, labels)  # a forward without a backward leaves nothing behind
+    loss = head(features, labels)
+    if order == "forward, optimizer.zero_grad, backward":
+        sgd.zero_grad()
+    elif order == "forward, module.zero_grad, backward":
+        head.zero_grad()
+    loss.backward()
+    grad = head.weight.grad.clone()
+    sgd.step()
+    return grad, head.weight.detach()
+
+
+ORDERS = ["forward, backward", "forward, optimizer.zero_grad, backward", "forward, module.zero_grad, backward"]
+
+
+@pytest.mark.parametrize("optimizer", ["sampled", "torch"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order_of_calls_trains(order: str, optimizer: str) -> None:
+    grad, weight = _step(order, optimizer)
+    assert bool(grad.any())
+    assert torch.equal(grad, _step(ORDERS[0])[0])
+    torch.testing.assert_close(weight, _head().weight.detach() - 0.1 * grad)
+
+
+def test_the_gradient_is_torchs() -> None:
+    head = parallelize(_head(), None, sample_rate=0.25)
+    features, _, labels = problem(6, CLASSES, DIM, dtype=torch.float32)
     head(features, labels).backward()
-    with pytest.raises(RuntimeError, match="SampledSGD or SampledAdamW"):
-        head(features, labels)
+    once = head.weight.grad.clone()
+    assert float(torch.nn.utils.clip_grad_norm_([head.weight], 1e-3)) == pytest.approx(float(once.norm()))
+    assert float(head.weight.grad.norm()) == pytest.approx(1e-3, rel=1e-3)
+    head.zero_grad()
+    assert head.weight.grad is None
+    for _ in range(2):  # the same labels in the same step draw the same classes
+        head(features, labels).backward()
+    torch.testing.assert_close(head.weight.grad, 2 * once)
+
+
+def test_a_grad_scaler_divides_its_scale_out() -> None:
+    results = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        head = parallelize(_head(), None, sample_rate=0.25)
+        optimizer = SampledSGD(head, lr=0.1, momentum=0.9)
+        features, _, labels = problem(6, CLASSES, DIM, dtype=torch.float32)
+        loss = head(features, labels)
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(head.weight.detach().clone())
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_draws_the_same_classes(reentrant: bool) -> None:
+    results = []
+    for checkpointed in (False, True):
+        head = parallelize(_head(), None, sample_rate=0.25)
+        features, _, labels = problem(6, CLASSES, DIM, dtype=torch.float32)
+        leaf, losses = features.requires_grad_(), []
+        for piece in (slice(0, 3), slice(3, 6)):  # both before a backward
+            given = leaf[piece], labels[piece]
+            losses.append(checkpoint(head, *given, use_reentrant=reentrant) if checkpointed else head(*given))
+        sum(losses).backward()
+        results.append((leaf.grad.clone(), head.weight.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_each_step_and_each_micro_batch_draws_anew() -> None:
+    head = parallelize(_head(), None, sample_rate=0.25)
+    optimizer = SampledSGD(head, lr=0.1)
+    features, _, labels = problem(6, CLASSES, DIM, dtype=torch.float32, ignored=False)
+    drawn = []
+    for _ in range(3):
+        for piece in (slice(0, 3), slice(3, 6)):
+            optimizer.zero_grad()
+            head(features[piece], labels[piece]).backward()
+            drawn.append(tuple(head.weight.grad.any(1).nonzero()[:, 0].tolist()))
+        optimizer.step()
+    assert len(set(drawn)) == 6
+    assert head.sampler.step == 2
+    assert head.sampler.next_step(head.weight) == 3
 
 
 def test_what_cannot_be_sampled_is_refused() -> None:
