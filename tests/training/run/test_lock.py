@@ -44,6 +44,14 @@ def test_second_training_names_the_owner_and_touches_nothing(
         assert contents(Path("run")) == before
 
 
+def test_second_comparison_names_the_owner_and_touches_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with owner(Path("grid").resolve()) as first:
+        before = contents(Path("grid"))
+        arguments = ["compare", "--data", "digits", "--losses", "ce", "--out", "grid", "--device", "cpu", "--quiet"]
+        fails(arguments, f"grid is being written by process {first.pid} on", capsys)
+        assert contents(Path("grid")) == before
+
+
 def test_lock_of_a_dead_owner_is_taken_over() -> None:
     with owner(Path("run").resolve()):
         pass
