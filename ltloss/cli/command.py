@@ -133,7 +133,10 @@ def _need(*modules: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argparse, with its errors as ours: one line."""
+    """Argparse, with its errors as ours: one line; an option has one spelling, its whole name."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**{**given, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
