@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.installed  ## train four losses on long-tailed digits, print the table, classify the test pictures
-	@$(BIN)/python -m ltloss.training.demo
+	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed  ## run every test, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -133,7 +133,10 @@ def _need(*modules: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argparse, with its errors as ours: one line."""
+    """Argparse, with its errors as ours: one line; an option has one spelling, its whole name."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**{**given, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -186,6 +189,9 @@ def _add_using(commands: Any) -> None:
     )
     predict.add_argument("--out", type=Path, required=True, help="folder for the results")
     predict.add_argument("--sort-into", type=Path, metavar="FOLDER", help="also copy each picture to FOLDER/<class>/")
+    predict.add_argument(
+        "--overwrite", action="store_true", help="replace the results of an earlier prediction in --out"
+    )
     predict.add_argument("--top", type=int, default=2, metavar="K", help="classes a picture in the table (default: 2)")
     predict.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
     predict.add_argument("--device", help=SETTINGS["device"].metadata["help"])
@@ -310,6 +316,7 @@ def _predict(options: argparse.Namespace) -> int:
         top=options.top,
         device=options.device,
         batch_size=options.batch_size,
+        overwrite=options.overwrite,
     )
     print(summary)
     return 0

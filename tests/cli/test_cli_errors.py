@@ -219,3 +219,7 @@ def test_picture_that_disappears_while_training(
 
     monkeypatch.setattr("ltloss.training.run.trainer.prepare_data", prepare)
     fails([*TRAIN, "--data", str(toy_folder)], "does not exist .*it changed since it was checked, restore it", capsys)
+
+
+def test_options_have_no_abbreviations(capsys: pytest.CaptureFixture[str]) -> None:
+    fails([*TRAIN[:-2], "--epoch", "1"], "unrecognized arguments: --epoch 1", capsys)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ltloss.training.demo import LOSSES, SCALE, _clear, main
+from examples.demo import LOSSES, SCALE, _clear, main
 
 
 def test_demo_ends_with_a_table_and_files_to_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

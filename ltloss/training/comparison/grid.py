@@ -21,6 +21,7 @@ from ltloss.training.data.prepare import limited, load_split
 from ltloss.training.errors import UserError
 from ltloss.training.pages.comparison import write_page
 from ltloss.training.run.checkpoint import TEMPORARY, remove_leftovers, write_file
+from ltloss.training.run.lock import LOCK, owned, refuse_if_written
 from ltloss.training.run.settings import Settings
 
 MANIFEST = "compare.json"
@@ -85,8 +86,8 @@ def compare(
     limited(train, settings, "train")  # which refuses an imbalance that the data does not allow
     if tune and validation_per_class is None:
         plan = replace(plan, validation_per_class=default_validation(train.labels))
-    _open_folder(Path(out), plan)
-    with Workers(Path(out), jobs, quiet=quiet) as workers:
+    _check_folder(Path(out))
+    with owned(Path(out)), Workers(_open_folder(Path(out), plan), jobs, quiet=quiet) as workers:
         grid = _Grid(plan, Path(out), workers, fingerprint(train))
         trials = list(grid.tune()) if tune else []
         runs = list(grid.final({trial.method: trial.values for trial in trials if trial.chosen}))
@@ -96,17 +97,23 @@ def compare(
     return found
 
 
-def _open_folder(out: Path, plan: Plan) -> None:
-    """Make the folder, or enter that of an earlier comparison; UserError where it holds anything else."""
+def _check_folder(out: Path) -> None:
+    """UserError unless the folder is new, empty, or that of an earlier comparison which nobody continues now."""
+    refuse_if_written(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a folder")
-    if out.is_dir() and not (out / MANIFEST).is_file() and any(path.suffix != TEMPORARY for path in out.iterdir()):
+    foreign = out.is_dir() and any(path.suffix != TEMPORARY and path.name != LOCK for path in out.iterdir())
+    if foreign and not (out / MANIFEST).is_file():
         raise UserError(f"--out {out} holds other files than a comparison; choose an empty or a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+
+
+def _open_folder(out: Path, plan: Plan) -> Path:
+    """Write the manifest, remove what a killed comparison left, and return the folder."""
     for folder in (out, out / "runs", out / "models"):
         remove_leftovers(folder)
     record = {name: getattr(plan, name) for name in ("recipe", "settings", "methods", "seeds", "vary", "tune")}
     write_file(out / MANIFEST, (json.dumps(record, indent=2) + "\n").encode())
+    return out
 
 
 @dataclass(frozen=True)

@@ -266,6 +266,8 @@ def _listing(folder: Path, split: Split) -> tuple[tuple[str, ...], list[str], np
         check_same_classes(by_split["train"], by_split["test"], f"{folder}: train", f"{folder}: {splits['test']}")
         roots = [folder / place for name, place in splits.items() if split in (name, "all")]
     class_names = _class_names(roots[0])
+    if split != "test":  # once for a training, which reads both
+        _report_hidden(roots[0])
     names, labels = [], []
     for root in roots:
         for label, class_name in enumerate(class_names):
@@ -285,6 +287,13 @@ def _class_names(folder: Path) -> tuple[str, ...]:
             "sort the pictures as FOLDER/<class>/*.png"
         )
     return tuple(names)
+
+
+def _report_hidden(folder: Path) -> None:
+    """Say which sub-folders are no classes because their names begin with a dot."""
+    hidden = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith("."))
+    if hidden:
+        print(f"ltloss: left out hidden folders of {folder}: {_listed(hidden)}; rename those to use", file=sys.stderr)
 
 
 def check_same_classes(expected: Sequence[str], given: Sequence[str], expected_from: str, given_from: str) -> None:

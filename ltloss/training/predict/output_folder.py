@@ -21,25 +21,28 @@ class OutputFolder(AbstractContextManager["OutputFolder"]):
     """Write results into ``staging`` inside a ``with`` block; :meth:`publish` moves them to ``path``.
 
     The folder carries a manifest, by which its own former results are told from somebody else's files: the former are
-    replaced, the latter make the constructor refuse. Leaving the block without publishing leaves the folder as it was.
+    replaced where `overwrite` allows it, the latter make the constructor refuse. Leaving the block without publishing
+    leaves the folder as it was.
     Files are moved one by one into the existing folder, because a folder that is a mount point cannot be renamed.
 
     Args:
         path: the folder; made when absent.
         names: the first-level names that results of this kind may have; a trailing ``*`` stands for any ending.
         manifest: the file name of the manifest, a JSON object.
+        overwrite: whether former results may be replaced.
 
     Raises:
-        UserError: ``path`` is not a folder, cannot be written to, or holds files that are not former results.
+        UserError: ``path`` is not a folder, cannot be written to, holds files that are not former results, or
+            holds former results and `overwrite` is false.
     """
 
-    def __init__(self, path: Path, *, names: tuple[str, ...], manifest: str) -> None:
+    def __init__(self, path: Path, *, names: tuple[str, ...], manifest: str, overwrite: bool = False) -> None:
         self.path = path
         self._names = (*names, manifest)
         self._manifest = manifest
         self._existed = path.is_dir()
         self.staging = path / f"{_STAGING}{os.getpid()}"
-        self._refuse_foreign_files()
+        self._refuse_present_files(overwrite)
         shutil.rmtree(self.staging, ignore_errors=True)  # of a killed process with the same number, usual in containers
         try:
             self.staging.mkdir(parents=True)
@@ -53,7 +56,7 @@ class OutputFolder(AbstractContextManager["OutputFolder"]):
             name.startswith(known[:-1]) if known.endswith("*") else name == known for known in self._names
         )
 
-    def _refuse_foreign_files(self) -> None:
+    def _refuse_present_files(self, overwrite: bool) -> None:
         try:
             present = sorted(os.listdir(self.path)) if self._existed else []
         except OSError as error:
@@ -66,6 +69,11 @@ class OutputFolder(AbstractContextManager["OutputFolder"]):
             raise UserError(
                 f"--out {self.path} holds {foreign[0]!r}{' and more' if len(foreign) > 1 else ''}, which no earlier "
                 "prediction wrote; give a new or empty folder"
+            )
+        if former and not overwrite:
+            raise UserError(
+                f"--out {self.path} holds the results of an earlier prediction; give --overwrite to replace "
+                "them, or a new folder"
             )
 
     def publish(self, record: Mapping[str, object]) -> None:

@@ -190,14 +190,15 @@ def predict_folder(
     top: int = 2,
     device: str | None = None,
     batch_size: int = 256,
+    overwrite: bool = False,
 ) -> PredictionSummary:
     """Classify every picture below ``images`` with the newest checkpoint of ``run``.
 
     Writes ``out/predictions.csv`` (image, class, probability, angle_degrees, runner_up, runner_up_probability),
     ``out/gallery.html``, ``out/skipped.csv`` (image, reason) and ``out/prediction.json``; with ``sort_into`` also
     copies to ``sort_into/<class>/`` and their record ``out/sorted.csv`` (image, class, copy). The files appear when all
-    of them are complete, and then replace those of an earlier prediction. Where the pictures already lie in folders
-    named like the classes, the gallery marks those that were classified otherwise.
+    of them are complete, and with ``overwrite`` then replace those of an earlier prediction. Where the pictures already
+    lie in folders named like the classes, the gallery marks those that were classified otherwise.
 
     Args:
         run: the folder of a training run.
@@ -208,9 +209,11 @@ def predict_folder(
         top: how many classes the table has per picture, at least 1; the best and the runner-up always are there.
         device: where to run, such as "cuda:0"; a GPU where there is one if not given.
         batch_size: pictures at a time.
+        overwrite: replace the results of an earlier prediction in ``out``, which is refused otherwise.
 
     Raises:
-        UserError: a folder is missing, has no readable picture, cannot be written to or holds other files.
+        UserError: a folder is missing, has no readable picture, cannot be written to, holds other files, or earlier
+            results without ``overwrite``.
     """
     from ltloss.training.data.sources import load_pictures
     from ltloss.training.model.classifier import Classifier
@@ -220,7 +223,7 @@ def predict_folder(
             raise UserError(f"{name} must be at least 1, is {value}; correct it")
     _refuse_nested(images, out, sort_into)
     names = (_TABLE, _GALLERY, _SKIPPED, _SORTED, "previews-*")
-    with OutputFolder(out, names=names, manifest=_MANIFEST) as output:
+    with OutputFolder(out, names=names, manifest=_MANIFEST, overwrite=overwrite) as output:
         classifier = Classifier.load(run, device)
         class_names = classifier.config.class_names
         source = load_pictures(images, classifier.config.image_shape)

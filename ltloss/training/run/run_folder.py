@@ -13,6 +13,7 @@ from typing import Any
 from ltloss.training.data.sources import check_same_classes
 from ltloss.training.errors import UserError
 from ltloss.training.run.checkpoint import TEMPORARY, write_file
+from ltloss.training.run.lock import LOCK, refuse_if_written
 from ltloss.training.run.settings import RunConfig, Settings, changed_settings
 
 COLUMNS = (
@@ -36,14 +37,16 @@ COLUMNS = (
 def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Settings, RunConfig | None]:
     """The settings of the run to do in `out`, and the stored configuration where it continues one. Writes nothing.
 
-    Raises UserError where `out` holds a run and `resume` is false, holds something else, or the run has other settings.
+    Raises UserError where another process writes `out`, where it holds a run and `resume` is false, where it holds
+    something else, or where the run has other settings.
     """
+    refuse_if_written(out)
     given = dict(given)
     if given.get("data") not in (None, "", "digits"):
         given["data"] = str(Path(given["data"]).expanduser().resolve())
     if (out / "config.json").is_file():
         if not resume:
-            raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+            raise _holds_a_run(out)
         stored = RunConfig.read(out)
         changed = changed_settings(stored.settings, given)
         if changed:
@@ -62,6 +65,16 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
     return Settings(**given), None
 
 
+def check_still_new(out: Path) -> None:
+    """UserError where a run began in `out` since `open_run` found none."""
+    if (out / "config.json").is_file():
+        raise _holds_a_run(out)
+
+
+def _holds_a_run(out: Path) -> UserError:
+    return UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+
+
 def _refuse_inside_data(out: Path, data: str) -> None:
     if data != "digits" and Path(data).is_dir() and out.resolve().is_relative_to(Path(data).resolve()):
         raise UserError(
@@ -73,7 +86,7 @@ def _check_usable(out: Path) -> None:
     """A new run needs a place where nothing lies, except what a run left that was killed before its first file."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a folder")
-    if out.is_dir() and any(path.suffix != TEMPORARY for path in out.iterdir()):
+    if out.is_dir() and any(path.suffix != TEMPORARY and path.name != LOCK for path in out.iterdir()):
         raise UserError(f"--out {out} holds other files; choose an empty or a new folder")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from ltloss.training.run.checkpoint import (
     save_checkpoint,
     write_file,
 )
+from ltloss.training.run.lock import owned
 from ltloss.training.run.progress import progress_bar
 from ltloss.training.run.ranks import Ranks, joined, put, spread, whole
-from ltloss.training.run.run_folder import check_same_data, open_run, write_config, write_metrics
+from ltloss.training.run.run_folder import check_same_data, check_still_new, open_run, write_config, write_metrics
 from ltloss.training.run.schedules import first_epoch, learning_rate
 from ltloss.training.run.seeds import derived_seed, numpy_generator, torch_generator
 from ltloss.training.run.settings import RunConfig, Settings
@@ -63,22 +64,25 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
         data = prepare_data(settings)
         if stored is not None:
             check_same_data(stored, data.config, out)
-        checkpoint = latest_checkpoint(out)
-        trainer = Trainer(data.config, data.train, device, ranks)
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-        if ranks.first:
-            out.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(out)
-            write_config(out, data.config)
-            if trainer.history:
-                write_metrics(out, trainer.history)
-        _run_epochs(trainer, data.test, out, quiet or not ranks.first)
-        metrics = measure(trainer.classifier, data.test, settings.thresholds)
-        evaluation = Evaluation(out, settings.data, "test", data.config, settings.thresholds, metrics)
-        if ranks.first:
-            write_file(out / "evaluation.json", evaluation.to_json().encode())
-        return TrainingResult(out, evaluation, trainer.history, ranks)
+        # Before the checkpoint is looked for: whoever owned the folder has written its last one.
+        with owned(out) if ranks.first else nullcontext():
+            if ranks.first and stored is None:
+                check_still_new(out)
+            checkpoint = latest_checkpoint(out)
+            trainer = Trainer(data.config, data.train, device, ranks)
+            if checkpoint is not None:
+                trainer.restore(checkpoint)
+            if ranks.first:
+                remove_leftovers(out)
+                write_config(out, data.config)
+                if trainer.history:
+                    write_metrics(out, trainer.history)
+            _run_epochs(trainer, data.test, out, quiet or not ranks.first)
+            metrics = measure(trainer.classifier, data.test, settings.thresholds)
+            evaluation = Evaluation(out, settings.data, "test", data.config, settings.thresholds, metrics)
+            if ranks.first:
+                write_file(out / "evaluation.json", evaluation.to_json().encode())
+            return TrainingResult(out, evaluation, trainer.history, ranks)
 
 
 def _run_epochs(trainer: Trainer, test: ImageSource, out: Path, quiet: bool) -> None:

@@ -179,3 +179,9 @@ def test_resizing_keeps_the_aspect_ratio() -> None:
 def test_a_missing_picture_is_a_picture_error(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match="does not exist"):
         open_picture(tmp_path / "none.png")
+
+
+def test_hidden_class_folders_are_left_out_with_a_word(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (toy_folder / ".net").mkdir()
+    assert ".net" not in load_data(str(toy_folder), split="train").class_names
+    assert f"left out hidden folders of {toy_folder}: .net" in capsys.readouterr().err

@@ -137,7 +137,7 @@ def test_pictures_in_folders_named_like_the_classes_are_compared_with_them(tmp_p
     page = Page(tmp_path / "out" / "gallery.html")
     assert f"as labelled{agreeing} of 8" in page.text
     (images / "elsewhere.png").write_bytes((next(images.rglob("*.png"))).read_bytes())
-    predict_folder(tmp_path / "run", images, tmp_path / "out")
+    predict_folder(tmp_path / "run", images, tmp_path / "out", overwrite=True)
     assert "as labelled" not in Page(tmp_path / "out" / "gallery.html").text
 
 
@@ -155,7 +155,7 @@ def test_beyond_the_limit_previews_lie_beside_the_page(tmp_path: Path, monkeypat
     (previews,) = [path for path in out.iterdir() if path.is_dir()]
     assert {f"{previews.name}/{path.name}" for path in previews.iterdir()} == files
     next(images.rglob("*.png")).unlink()
-    predict_folder(tmp_path / "run", images, out)
+    predict_folder(tmp_path / "run", images, out, overwrite=True)
     assert not [path for path in out.iterdir() if path.is_dir()]  # five fit into the page again
 
 

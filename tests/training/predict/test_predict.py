@@ -188,7 +188,7 @@ def test_sorting_never_overwrites(run: Path, tmp_path: Path) -> None:
     assert {p.name for p in folder.iterdir()} == {"same.png", "same-2.png", "same-3.png"}
     before = contents(sorted_into)
     (folder / "same.png").write_bytes(b"mine")
-    predict_folder(run, images, tmp_path / "out", sort_into=sorted_into)
+    predict_folder(run, images, tmp_path / "out", sort_into=sorted_into, overwrite=True)
     after = contents(sorted_into)
     assert after[f"{rows[1][1]}/same.png"] == b"mine"
     assert len(after) == 2 * len(before)
@@ -243,7 +243,10 @@ def test_earlier_results_are_replaced_and_foreign_files_are_not(run: Path, tmp_p
     first = contents(out)
     assert set(first) == {"predictions.csv", "gallery.html", "skipped.csv", "sorted.csv", "prediction.json"}
     (images / "5.png").unlink()
-    predict_folder(run, images, out)
+    with pytest.raises(UserError, match=r"out holds the results of an earlier prediction; give --overwrite"):
+        predict_folder(run, images, out)
+    assert contents(out) == first
+    predict_folder(run, images, out, overwrite=True)
     assert len(read(out / "predictions.csv")) == 6
     assert set(contents(out)) == set(first) - {"sorted.csv"}
     (out / "thesis.doc").write_text("years of work")
@@ -277,7 +280,7 @@ def test_what_breaks_off_leaves_the_old_results_untouched(
     (images / "0.png").unlink()
     for folder in (out, tmp_path / "new"):
         with pytest.raises(type(error)):
-            predict_folder(run, images, folder)
+            predict_folder(run, images, folder, overwrite=True)
     assert contents(out) == before
     assert not (tmp_path / "new").exists()
 

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # So small a network keeps one core busy: more threads would wait for each other, for long on a busy machine.
     torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(prog="python -m ltloss.training.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python examples/demo.py", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write (default: demo)")
     parser.add_argument("--fast", action="store_true", help="two epochs and two seeds, to see that everything works")
     options = parser.parse_args(arguments)

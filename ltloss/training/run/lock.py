@@ -1,0 +1,81 @@
+"""One process at a time writes a run folder; a second one learns who does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ltloss.training.errors import UserError
+
+LOCK = ".lock"
+
+
+def refuse_if_written(folder: Path) -> None:
+    """UserError where a living process owns `folder`. Writes nothing."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+        try:
+            if not _locked(descriptor):
+                raise _being_written(folder)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Own `folder` inside the block, which makes it where it is absent; UserError where a living process owns it.
+
+    The operating system gives the lock back when its owner ends, however it ends: a lock left behind is taken over.
+    The file holds the owner's process id and host, for the one who is refused.
+    """
+    existed = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    descriptor = _acquire(path, folder)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        if not existed:
+            with suppress(OSError):  # not empty: something was written
+                folder.rmdir()
+
+
+def _acquire(path: Path, folder: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if not _locked(descriptor):
+            os.close(descriptor)
+            raise _being_written(folder)
+        # The owner before may have removed the file between the two calls: then this lock is on nothing.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Take the lock without waiting; True also where the system has none to give."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _being_written(folder: Path) -> UserError:
+    owner = "another process"
+    with suppress(OSError):
+        owner = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip() or owner
+    return UserError(f"{folder} is being written by {owner}; wait until it ends, or choose another --out")
