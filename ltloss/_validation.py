@@ -7,10 +7,12 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
+    "check_angles",
     "check_choice",
     "check_count",
     "check_features",
@@ -25,6 +27,9 @@ __all__ = [
     "check_supervised",
     "check_type",
 ]
+
+
+_PI = math.pi + 1e-6  # that of float32 is larger than that of float64
 
 
 def check_choice(name: str, given: Any, known: Sequence[str]) -> None:
@@ -137,10 +142,22 @@ def check_per_class(name: str, given: Any, num_classes: int, like: Tensor) -> Te
         check_same_device(features=like, **{name: given})
         return given.to(like.dtype)
     if isinstance(given, bool) or not isinstance(given, int | float):
+        if isinstance(given, np.number):  # a number of numpy's
+            return check_per_class(name, given.item(), num_classes, like)
         raise TypeError(f"{name} must be a number or a tensor ({num_classes},); got {type(given).__name__} {given!r}")
     if given != given:  # not math.isnan, see check_number
         raise ValueError(f"{name} must not be NaN")
     return float(given)
+
+
+def check_angles(name: str, given: Tensor | float) -> None:
+    """Raise ValueError unless angles lie in [-π, π]; looks at tensors on the CPU only, and not while compiling."""
+    if isinstance(given, Tensor):
+        if given.device.type != "cpu" or given.numel() == 0 or torch.compiler.is_compiling():
+            return
+        given = float(given.abs().max())
+    if given > _PI or given < -_PI:
+        raise ValueError(f"{name} must lie in [-π, π] radians; got {given:g}, which looks like degrees")
 
 
 def check_rows(rows: Any, prototypes: Tensor) -> None:

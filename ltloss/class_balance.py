@@ -46,8 +46,17 @@ def counts_from_labels(labels: Counts, num_classes: int, *, ignore_index: int = 
 
 def checked_counts(class_counts: Counts) -> Tensor:
     """Counts (C,) as float64, all of them positive; anything else raises."""
-    counts = torch.as_tensor(np.asarray(class_counts) if not isinstance(class_counts, Tensor) else class_counts)
-    counts = counts.detach().to(torch.float64)
+    if not isinstance(class_counts, Tensor):
+        array = np.asarray(class_counts)
+        if array.dtype.kind not in "iuf":
+            raise TypeError(
+                "class_counts must be numbers, one per class in the order of the labels (C,); got "
+                f"{type(class_counts).__name__} of {array.dtype}"
+            )
+        class_counts = torch.as_tensor(array, device="cpu")  # also where the default device is meta
+    if class_counts.is_meta:
+        raise ValueError("class_counts must hold values; got a tensor on the meta device")
+    counts = class_counts.detach().to(torch.float64)
     if counts.dim() != 1 or counts.numel() == 0:
         raise ValueError(f"class_counts must be a vector (C,) with C >= 1; got shape {tuple(counts.shape)}")
     if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ltloss._types import NearestPrototype, Reduction, TopK
 from ltloss._validation import (
+    check_angles,
     check_choice,
     check_features,
     check_k,
@@ -31,10 +32,10 @@ from ltloss.margins import BeyondPi, Margin, MarginGradient
 from ltloss.numerics import compute_dtype
 from ltloss.ops import margin_cross_entropy as margin_ops
 from ltloss.ops import prototype_search
-from ltloss.ops._dispatch import at_hand, distributed, is_sharded
+from ltloss.ops._dispatch import at_hand
 from ltloss.ops.labels import NOTHING, checked_labels
 from ltloss.ops.logsumexp import Logits, logsumexp_stats
-from ltloss.regularizers import FeatureNormKind, mean_angle, norm_penalty
+from ltloss.regularizers import FeatureNormKind, norm_penalty
 from ltloss.runtime import debug
 
 __all__ = [
@@ -121,6 +122,7 @@ def margin_cross_entropy(
         check_per_class(name, given, classes, like)
         for name, given in (("angular_margin", angular_margin), ("cosine_margin", cosine_margin))
     )
+    check_angles("angular_margin", angle)
     angle, cosine = (v.expand(classes) if isinstance(v, Tensor) else v for v in (angle, cosine))
     prior, weight = (
         None if given is None else torch.as_tensor(check_per_class(name, given, classes, like)).to(like)
@@ -250,23 +252,11 @@ def min_angle_regularizer(
     check_prototypes(prototypes)
     check_number("power", power, at_least=0.0)
     check_type("exact", exact, bool)
-    num_classes = prototypes.shape[0]
     if class_counts is not None:
         class_counts = _checked_counts(class_counts, prototypes)
     if rows is not None:
         rows = _checked_rows(rows, prototypes)
-    if is_sharded(prototypes):
-        angle: Tensor = distributed("nearest").min_angle_regularizer(
-            prototypes, class_counts, power=power, rows=rows, exact=exact
-        )
-        return angle
-    cosine = prototype_search.nearest_in_one_piece(prototypes, rows, exact).cosine
-    if num_classes == 1 or cosine.numel() == 0:
-        return (cosine * 0.0).sum()
-    if class_counts is None:
-        return mean_angle(cosine, torch.ones_like(cosine).detach())
-    chosen = class_counts if rows is None else class_counts[rows]
-    return mean_angle(cosine, chosen.to(cosine.dtype) ** -power)
+    return prototype_search.min_angle(prototypes, class_counts, power, rows, exact)
 
 
 def _checked_counts(class_counts: Tensor, prototypes: Tensor) -> Tensor:

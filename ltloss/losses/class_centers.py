@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,19 @@ class ClassCenters(nn.Module):
         self.update_rule, self.momentum = update, momentum
         self.register_buffer("centers", torch.zeros(num_classes, embedding_size, device=device))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget all centres."""
+        self.centers.zero_(), self.counts.zero_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Centres are means over a training: they keep their dtype, whatever that of the weight becomes."""
+        centers = self.centers
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.centers.dtype != centers.dtype:
+            self.centers = centers.to(self.centers.device)
+        return self
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:

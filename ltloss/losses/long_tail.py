@@ -16,6 +16,7 @@ from ltloss.losses.class_centers import CenterUpdate, ClassCenters
 from ltloss.losses.defaults import FORMS, LongTailForm
 from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions, _check_counts, _FromCounts
 from ltloss.losses.prototype_head import PrototypeHead
+from ltloss.ops.prototype_search import min_angle
 from ltloss.regularizers import FeatureNormKind, mean_angle, norm_penalty
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
 
     class_counts: Tensor
 
+    _settled = ("form", "margin", "margin_power", "margin_normalize", "tau")
+
     def __init__(
         self,
         num_classes: int,
@@ -132,8 +135,8 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         self.min_angle_rows, self.min_angle_exact = min_angle_rows, min_angle_exact
         self.feature_norm = feature_norm
         self.feature_norm_radius = 1.25 * embedding_size**0.5 if feature_norm_radius is None else feature_norm_radius
-        counts = torch.as_tensor(class_counts)
-        self.register_buffer("class_counts", counts.detach().to(self._constants_device, copy=True), persistent=False)
+        counts = torch.as_tensor(class_counts, device=None if isinstance(class_counts, Tensor) else "cpu")
+        self._keep("class_counts", counts)
         F.feature_norm_penalty(self.weight.new_empty(0, embedding_size), feature_norm, radius=self.feature_norm_radius)
         self.parts: dict[str, Tensor] = {}
 
@@ -163,7 +166,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         """L2 over all classes, or over those of the batch, each once."""
         power, exact = self.min_angle_power, self.min_angle_exact
         if self.min_angle_rows == "all":
-            return F.min_angle_regularizer(self.weight, self.class_counts, power=power, exact=exact)
+            return min_angle(self.weight, self.class_counts, power, None, exact)
         # Not torch.unique: how many classes there are would have to be read back from a GPU.
         beyond = self.num_classes
         rows = torch.where(counted, labels.to(torch.int64), beyond).sort().values
@@ -277,6 +280,14 @@ class CosineSpaceLoss(PrototypeHead):
         )
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self.parts: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the prototypes anew, and forget the centres and the step."""
+        super().reset_parameters()
+        if "step" in self._buffers:  # not yet while the prototypes are drawn for the first time
+            self.centers.reset_parameters()
+            self.step.zero_()
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Loss of features (N, D) with labels (N,), a scalar. In ``train()`` mode the centres and the step move on."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ltloss import functional as F
 from ltloss._types import Reduction
+from ltloss._validation import check_number
 from ltloss.class_balance import Counts, log_prior_from_counts, margins_from_counts
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.margins import BeyondPi, MarginGradient
@@ -271,6 +272,8 @@ class LDAMLoss(_FromCounts, CombinedMarginLoss):
         tensor([0.2500, 0.5000])
     """
 
+    _settled = ("max_margin",)
+
     def __init__(
         self,
         num_classes: int,
@@ -281,9 +284,9 @@ class LDAMLoss(_FromCounts, CombinedMarginLoss):
         **options: Unpack[PriorOptions],
     ) -> None:
         _check_counts(class_counts, num_classes)
-        self.max_margin = max_margin
         margins = margins_from_counts(class_counts, max_margin, normalize="max")
         super().__init__(num_classes, embedding_size, cosine_margin=margins, **options)
+        self.max_margin = max_margin
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""
@@ -309,6 +312,8 @@ class LogitAdjustedLoss(_FromCounts, CombinedMarginLoss):
         tensor([0.7500, 0.2500])
     """
 
+    _settled = ("tau",)
+
     def __init__(
         self,
         num_classes: int,
@@ -319,8 +324,9 @@ class LogitAdjustedLoss(_FromCounts, CombinedMarginLoss):
         **options: Unpack[LossOptions],
     ) -> None:
         _check_counts(class_counts, num_classes)
-        self.tau = tau
+        check_number("tau", tau, at_least=0.0)
         super().__init__(num_classes, embedding_size, log_prior=log_prior_from_counts(class_counts, tau), **options)
+        self.tau = tau
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ltloss import functional as F
 from ltloss._types import TopK
-from ltloss._validation import check_count, check_number
+from ltloss._validation import check_angles, check_count, check_number
 from ltloss.losses.defaults import default_scale
 from ltloss.reference import cosines
 
@@ -50,6 +50,8 @@ class PrototypeHead(nn.Module):
         TopK(cosine=tensor([[0.8000]]), index=tensor([[1]]))
     """
 
+    _settled: tuple[str, ...] = ()  # hyper-parameters from which constants are made
+
     def __init__(
         self,
         num_classes: int,
@@ -61,6 +63,7 @@ class PrototypeHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self._sources: dict[str, Tensor] = {}
         num_classes = check_count("num_classes", num_classes)
         embedding_size = check_count("embedding_size", embedding_size)
         if scale is None:
@@ -80,18 +83,41 @@ class PrototypeHead(nn.Module):
         """The weight's; the CPU while the weight has no memory yet (``device="meta"``), for these hold values."""
         return torch.device("cpu") if self.weight.is_meta else self.weight.device
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._settled and name in self.__dict__:
+            raise AttributeError(
+                f"{name} of {type(self).__name__} cannot be set: constants were made from it. Build a new loss, and "
+                "load this one's state_dict into it"
+            )
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves constants with the weight, but never rounds them, and never leaves them without their values."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, source in self._sources.items():
+            self._buffers[name] = source.to(self._buffers[name].device)  # type: ignore[union-attr]
+        return self
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        """A constant (C,), as a buffer that the state_dict leaves out, and whose values outlive ``to_empty``."""
+        self._sources[name] = value.detach().to("cpu", copy=True)
+        self.register_buffer(name, self._sources[name].to(self._constants_device), persistent=False)
+
     def _set_constant(self, name: str, value: Tensor | float | None) -> None:
-        """Keep a number as it is, a vector as a buffer beside the weight that the state_dict leaves out."""
+        """Keep a number as it is, a vector as a constant in float32."""
+        self._sources.pop(name, None)
         if not isinstance(value, Tensor):
             setattr(self, name, value)
             return
-        value = value.detach().to(self._constants_device, torch.float32, copy=True)
+        value = value.detach().to(torch.float32)
         # Looked at once, here: in a training step it would cost a synchronisation.
         if bool(value.isnan().any()):
             raise ValueError(f"{name} must not contain NaN; got it for class {int(value.isnan().nonzero()[0, -1])}")
         if name == "class_weight" and bool((value < 0).any()):
             raise ValueError(f"class_weight must not be negative; got {value.min().item():g}")
-        self.register_buffer(name, value, persistent=False)
+        if name == "angular_margin":
+            check_angles(name, value)
+        self._keep(name, value)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits without margin or prior, as prediction uses them: (N, D) -> (N, C).

@@ -12,8 +12,9 @@ from ltloss._types import NearestPrototype, TopK
 from ltloss.chunked import search as chunked
 from ltloss.numerics import compute_dtype
 from ltloss.ops._dispatch import choose_backend, define, distributed, is_sharded, lazy, no_gradient
+from ltloss.regularizers import mean_angle
 
-__all__ = ["nearest_in_one_piece", "nearest_prototype", "top_k", "top_k_in_one_piece"]
+__all__ = ["min_angle", "nearest_in_one_piece", "nearest_prototype", "top_k", "top_k_in_one_piece"]
 
 
 def _fake_nearest(prototypes: Tensor, rows: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
@@ -100,3 +101,21 @@ def top_k_in_one_piece(features: Tensor, prototypes: Tensor, k: int) -> TopK:
     if backend == "reference":
         return reference.top_k(features, prototypes, k)
     return TopK(*_TOP_K[backend](features, prototypes, k))
+
+
+def min_angle(
+    prototypes: Tensor, class_counts: Tensor | None, power: float, rows: Tensor | None, exact: bool
+) -> Tensor:
+    """:func:`ltloss.functional.min_angle_regularizer` on checked arguments."""
+    if is_sharded(prototypes):
+        angle: Tensor = distributed("nearest").min_angle_regularizer(
+            prototypes, class_counts, power=power, rows=rows, exact=exact
+        )
+        return angle
+    cosine = nearest_in_one_piece(prototypes, rows, exact).cosine
+    if prototypes.shape[0] == 1 or cosine.numel() == 0:
+        return (cosine * 0.0).sum()
+    if class_counts is None:
+        return mean_angle(cosine, torch.ones_like(cosine).detach())
+    chosen = class_counts if rows is None else class_counts[rows]
+    return mean_angle(cosine, chosen.to(cosine.dtype) ** -power)

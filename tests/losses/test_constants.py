@@ -1,0 +1,126 @@
+"""Margins, priors, weights and counts keep their values, whatever happens to the module around them."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import ltloss
+from ltloss.functional import margin_cross_entropy
+from ltloss.testing import MODULES, problem
+
+
+def _constants(module: torch.nn.Module) -> dict[str, Tensor]:
+    state = module.state_dict()
+    return {name: buffer.clone() for name, buffer in module.named_buffers() if name not in state}
+
+
+def _loss(module: torch.nn.Module) -> Tensor:
+    features, _, labels = problem(7, 9, 5, dtype=torch.float32)
+    return module(features, labels).detach()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_from_the_meta_device(name: str) -> None:
+    """What FSDP2 does: build without memory, give it memory, initialise."""
+    whole, module = MODULES[name](9, 5), MODULES[name](9, 5, device="meta")
+    module.to_empty(device="cpu")
+    module.reset_parameters()
+    for key, value in _constants(whole).items():
+        assert torch.equal(_constants(module)[key], value)
+    module.load_state_dict(whole.state_dict())
+    assert torch.equal(_loss(module.eval()), _loss(copy.deepcopy(whole).eval()))
+
+
+def test_where_meta_is_the_default_device() -> None:
+    counts = list(range(1, 10))
+    with torch.device("meta"):
+        module = ltloss.LongTailLoss.from_counts(counts, 5)
+    module.to_empty(device="cpu")
+    for key, value in _constants(ltloss.LongTailLoss.from_counts(counts, 5)).items():
+        assert torch.equal(_constants(module)[key], value)
+    with pytest.raises(ValueError, match=r"class_counts .*meta"):
+        ltloss.LogitAdjustedLoss.from_counts(torch.ones(3, device="meta"), 5)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_half_precision_rounds_the_weight_only(name: str) -> None:
+    module = MODULES[name](9, 5)
+    before = _constants(module)
+    module.to(torch.bfloat16)
+    assert module.weight.dtype == torch.bfloat16
+    for key, value in before.items():
+        assert _constants(module)[key].dtype == value.dtype
+        assert torch.equal(_constants(module)[key], value)
+
+
+def test_centres_keep_their_precision() -> None:
+    module = ltloss.CosineSpaceLoss(9, 5)
+    _loss(module)
+    centers = module.centers.centers.clone()
+    module.half()
+    assert torch.equal(module.centers.centers, centers)
+
+
+def test_weights_that_were_replaced_stay_replaced() -> None:
+    module = ltloss.ArcFaceLoss(9, 5, class_weight=torch.ones(9))
+    module.set_class_weight(torch.arange(1.0, 10.0))
+    assert torch.equal(module.to(torch.float64).class_weight, torch.arange(1.0, 10.0))
+    module.set_class_weight(None)
+    assert module.float().class_weight is None
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (lambda: ltloss.LogitAdjustedLoss.from_counts([3, 1], 4), "tau"),
+        (lambda: ltloss.LDAMLoss.from_counts([3, 1], 4), "max_margin"),
+        (lambda: ltloss.LongTailLoss.from_counts([3, 1], 4), "margin"),
+        (lambda: ltloss.LongTailLoss.from_counts([3, 1], 4), "tau"),
+    ],
+)
+def test_what_constants_were_made_from_cannot_be_set(module: object, name: str) -> None:
+    built = module()  # type: ignore[operator]
+    shown = repr(built)
+    with pytest.raises(AttributeError, match=f"{name} of .* cannot be set.*new loss"):
+        setattr(built, name, 0.25)
+    assert repr(built) == shown
+
+
+def test_what_is_read_at_every_step_can_be_set() -> None:
+    module = ltloss.CosFaceLoss(9, 5, scale=8.0)
+    before = _loss(module)
+    module.scale = 16.0
+    assert "scale=16" in repr(module)
+    assert _loss(module) != before
+
+
+@pytest.mark.parametrize("margin", [28.6, -3.2, torch.full((9,), 28.6)])
+def test_degrees_are_refused(margin: Tensor | float) -> None:
+    with pytest.raises(ValueError, match="radians"):
+        ltloss.ArcFaceLoss(9, 5, margin=margin)
+    with pytest.raises(ValueError, match="radians"):
+        margin_cross_entropy(*problem(), angular_margin=margin)
+
+
+def test_a_negative_tau_is_refused() -> None:
+    with pytest.raises(ValueError, match="tau"):
+        ltloss.LogitAdjustedLoss.from_counts([3, 1], 4, tau=-1.0)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    given = problem()
+    assert torch.equal(
+        margin_cross_entropy(*given, angular_margin=np.float32(0.5)), margin_cross_entropy(*given, angular_margin=0.5)
+    )
+
+
+@pytest.mark.parametrize("counts", [Counter([0, 0, 1]), ["3", "1"], "31"])
+def test_counts_of_another_kind_are_refused(counts: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="class_counts"):
+        ltloss.LogitAdjustedLoss(2, 4, class_counts=counts)  # type: ignore[arg-type]
