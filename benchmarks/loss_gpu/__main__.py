@@ -1,9 +1,11 @@
 """``python -m benchmarks.loss_gpu``: is it right on this GPU, how fast is it, and how much memory does it take?
 
-First every loss is compared with float64, compiled and not interpreted; nothing that is wrong is timed. Then forward
-and backward are measured apart, ours at every shape and then the peers, each beside a large bf16 product that gives P,
-the rate that the GPU reaches at that moment. Ends within ``--minutes`` whatever happens, and writes what it has to
-``results/<device>.csv``. Exit codes: 0 fine, 1 something is wrong, 2 cannot run here, 3 stopped at the deadline.
+First every loss is compared with float64, compiled and not interpreted; if one is wrong, nothing is timed. Then what a
+GPU adds is checked (graphs, big tensors), in a process of its own; rows that are timed although such a property fails
+name it. Then forward and backward are measured apart, ours at every shape and then the peers, each beside a large bf16
+product that gives P, the rate that the GPU reaches at that moment. Ends within ``--minutes`` whatever happens, and
+writes what it has to ``results/<device>.csv``, the findings to ``.txt`` beside it, each as soon as it is known. Exit
+codes: 0 fine, 1 something is wrong, 2 cannot run here, 3 stopped at the deadline.
 """
 
 from __future__ import annotations
@@ -66,11 +68,12 @@ class Bench:
     repeats: int = 20
     providers: Sequence[Provider] = PROVIDERS
     rows: list[Row] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
     failed: bool = False
 
     def __post_init__(self) -> None:
         size = 8192 if self.device.is_cuda else 64
-        self.stamp = self.device.stamp()
+        self.stamp = {**self.device.stamp(), "failed_properties": ""}
         self._operands = tuple(torch.randn(size, size, device=self.device.kind, dtype=self.dtype) for _ in "ab")
         self._result = torch.empty_like(self._operands[0])
         self.product_operations = 2 * size**3
@@ -83,8 +86,16 @@ class Bench:
         """Show rows, keep them, and write everything so far: a run that is stopped loses nothing."""
         for row in rows:
             self.rows.append({**self.stamp, **row})
-            print(_line(row), flush=True)
+            print(_line(self.rows[-1]), flush=True)
         self.write()
+
+    def tell(self, *sentences: str) -> None:
+        """Show findings and write all so far, before anything else is tried that may end the process."""
+        print(*sentences, sep="\n", flush=True)
+        self.findings += sentences
+        if self.output is not None:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self.output.with_suffix(".txt").write_text("\n".join(self.findings) + "\n")
 
     def write(self) -> None:
         """Write every row so far."""
@@ -100,6 +111,8 @@ def _line(row: Row) -> str:
         f"{head} {row['phase']:9} {row['median_ms']:>9} ms  {row['tflops']:>6} TFLOP/s  {row['share_of_P']:>6} of P"
     ]
     parts += [f"{row[key]} {unit}" for key, unit in _OPTIONAL.items() if row.get(key) not in (None, "")]
+    if row["failed_properties"]:
+        parts.append(f"although it fails: {row['failed_properties']}")
     return "  ".join(parts)
 
 
@@ -119,7 +132,12 @@ def _head(shape: Shape, dtype: torch.dtype, provider: str) -> Row:
 def time_shape(bench: Bench, shape: Shape, providers: Sequence[Provider], share: float, *, host: bool = False) -> None:
     """Check and time every provider at one shape, with at most ``share`` of the time that is left."""
     deadline = bench.deadline.share(share)
-    inputs = Inputs.draw(shape, device=bench.device.kind, dtype=bench.dtype)
+    try:
+        inputs = Inputs.draw(shape, device=bench.device.kind, dtype=bench.dtype)
+    except Exception as failure:
+        for provider in providers:
+            _note_failure(bench, _head(shape, bench.dtype, provider.name), _reason(failure))
+        return
     checked: list[tuple[Provider, Callable[[], torch.Tensor], float]] = []
     exact: dict[Objective, Step] = {}
     for provider in providers:  # first check all, then forget the exact gradients, which take memory
@@ -133,7 +151,7 @@ def time_shape(bench: Bench, shape: Shape, providers: Sequence[Provider], share:
             checked.append((provider, loss, error))
         except Exception as failure:
             reason = _reason(failure)
-        _note_failure(bench, shape, provider, reason)
+        _note_failure(bench, _head(shape, bench.dtype, provider.name), reason)
     exact.clear()
     for provider, loss, error in checked:
         reason = ""
@@ -143,7 +161,7 @@ def time_shape(bench: Bench, shape: Shape, providers: Sequence[Provider], share:
             bench.add({**head, **row, "relative_error": f"{error:.1e}", "note": provider.note} for row in rows)
         except Exception as failure:
             reason = _reason(failure)
-        _note_failure(bench, shape, provider, reason)
+        _note_failure(bench, _head(shape, bench.dtype, provider.name), reason)
 
 
 def _reason(failure: Exception) -> str:
@@ -155,15 +173,18 @@ def _reason(failure: Exception) -> str:
     return f"{kind}: {' '.join(str(failure).split())[:200]}"
 
 
-def _note_failure(bench: Bench, shape: Shape, provider: Provider, reason: str) -> None:
+def _note_failure(bench: Bench, head: Row, reason: str) -> None:
     """A row that says why there are no numbers. Peers may fail; if ours does for another reason than time, that is one.
 
     Called outside of the except block, which would keep the failed step's tensors alive.
     """
-    bench.device.release()
+    try:
+        bench.device.release()
+    except Exception as failure:  # an illegal access is reported by whatever comes after it
+        reason = reason or _reason(failure)
     if reason:
-        bench.add([{**_head(shape, bench.dtype, provider.name), "note": reason}])
-        bench.failed |= provider.name == "ltloss" and not reason.startswith("too slow")
+        bench.add([{**head, "note": reason}])
+        bench.failed |= head["provider"] == "ltloss" and not reason.startswith("too slow")
 
 
 def _measure(
@@ -224,10 +245,7 @@ def time_search(bench: Bench, case: gpu_search.SearchCase, deadline: Deadline) -
         del search
     except Exception as failure:
         reason = _reason(failure)
-    bench.device.release()
-    if reason:
-        bench.add([{**head, "note": reason}])
-        bench.failed |= case.provider == "ltloss" and not reason.startswith("too slow")
+    _note_failure(bench, head, reason)
 
 
 def _speed(shape: Shape, phase: str, operations: int, milliseconds: Sequence[float], rate: float) -> Row:
@@ -245,23 +263,30 @@ def _speed(shape: Shape, phase: str, operations: int, milliseconds: Sequence[flo
     }
 
 
-def check(bench: Bench, quick: bool) -> bool:
-    """Compare with float64 and try what a GPU adds (streams, graphs, big tensors); False means: time nothing."""
+def check_losses(bench: Bench, quick: bool) -> bool:
+    """Compare every loss with float64; False means: time nothing."""
     processes = min(8, (os.cpu_count() or 2) // 2) if bench.device.is_cuda else 1
     summary = gpu_correctness.check_all(bench.device.kind, bench.deadline.share(0.4), quick, processes)
-    system = gpu_system.check_all(bench.device, bench.deadline.share(0.3), quick)
-    for sentence in summary.inaccurate[:_SENTENCES]:
-        print(f"less accurate than promised: {sentence}")
-    for sentence in (*system.wrong, *summary.wrong[:_SENTENCES]):
-        print(f"WRONG: {sentence}")
-    print(
-        f"correctness: {summary.compared} comparisons with float64 and {system.compared} properties checked, "
-        f"{summary.left_out + system.left_out} left out for time, {len(summary.wrong) + len(system.wrong)} wrong, "
-        f"{len(summary.inaccurate)} less accurate than promised; worst error {summary.worst:.2f} of what is allowed",
-        flush=True,
+    bench.tell(
+        *(f"less accurate than promised: {sentence}" for sentence in summary.inaccurate[:_SENTENCES]),
+        *(f"WRONG: {sentence}" for sentence in summary.wrong[:_SENTENCES]),
+        f"correctness: {summary.compared} comparisons with float64, {summary.left_out} left out for time, "
+        f"{len(summary.wrong)} wrong, {len(summary.inaccurate)} less accurate than promised; "
+        f"worst error {summary.worst:.2f} of what is allowed",
     )
-    bench.failed |= bool(summary.wrong or system.wrong or summary.inaccurate)
-    return not (summary.wrong or system.wrong)
+    bench.failed |= bool(summary.wrong or summary.inaccurate)
+    return not summary.wrong
+
+
+def check_system(bench: Bench, todo: Sequence[gpu_system.Property]) -> None:
+    """Try what a GPU adds. What fails is named in every row from now on, and times are measured all the same."""
+    summary = gpu_system.check_all(bench.device, bench.deadline.share(0.3), todo, apart=bench.device.is_cuda)
+    bench.tell(
+        *(f"WRONG: {name}: {problem}" for name, problem in summary.wrong.items()),
+        f"properties: {summary.compared} checked, {summary.left_out} left out for time, {len(summary.wrong)} wrong",
+    )
+    bench.stamp["failed_properties"] = "; ".join(summary.wrong)
+    bench.failed |= bool(summary.wrong)
 
 
 def run(bench: Bench, shapes: Sequence[Shape], quick: bool, usual: bool) -> None:
@@ -326,7 +351,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ends_within(60 * options.minutes, bench.write):
         if options.tune:
             return gpu_tune.tune(bench, shapes)
-        if check(bench, options.quick or not device.is_cuda):
+        quick = options.quick or not device.is_cuda
+        if check_losses(bench, quick):
+            check_system(bench, gpu_system.properties(device, quick))
             run(bench, shapes, options.quick, usual=options.shape is None)
     if output is not None and bench.rows:
         print(f"wrote {output}: {len(bench.rows)} rows")

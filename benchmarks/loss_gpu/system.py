@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import concurrent.futures
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -164,37 +167,71 @@ def logits_beyond_32_bits(device: Device) -> str:
     return _against_chunked(device, inputs)
 
 
-ANYWHERE: tuple[Callable[[Device], str], ...] = (repeatable, outside_label, not_contiguous, *gpu_search.PROPERTIES)
-ON_A_GPU: tuple[Callable[[Device], str], ...] = (
-    no_waiting,
-    cuda_graph,
-    compiled,
-    prototypes_beyond_32_bits,
-    logits_beyond_32_bits,
-)
+Property = Callable[[Device], str]  # what is wrong, or ""
+
+ANYWHERE: tuple[Property, ...] = (repeatable, outside_label, not_contiguous, *gpu_search.PROPERTIES)
+ON_A_GPU: tuple[Property, ...] = (no_waiting, cuda_graph, compiled, prototypes_beyond_32_bits, logits_beyond_32_bits)
 
 
 class Summary(NamedTuple):
-    """How many properties were checked, and the sentences about those that do not hold."""
+    """How many properties were checked, and of those that do not hold, by name, what is wrong."""
 
     compared: int
     left_out: int
-    wrong: list[str]
+    wrong: dict[str, str]
 
 
-def check_all(device: Device, deadline: Deadline, quick: bool = False) -> Summary:
-    """Check every property that this device can have and the time allows."""
-    todo = [*ANYWHERE, *(ON_A_GPU[: 2 if quick else None] if device.is_cuda else ())]
-    wrong, compared = [], 0
-    for holds in todo:
-        if deadline.left() <= 0:
-            break
-        compared += 1
+def properties(device: Device, quick: bool) -> list[Property]:
+    """What this device can be asked for, the most telling first."""
+    return [*ANYWHERE, *(ON_A_GPU[: 2 if quick else None] if device.is_cuda else ())]
+
+
+def check_one(holds: Property, kind: str) -> tuple[str, bool]:
+    """What is wrong, and whether it was raised: then the device may be of no more use to this process."""
+    device = Device(kind)
+    try:
+        problem = holds(device)
+        device.release()  # may raise as well: an illegal access is reported by whatever comes after it
+    except Exception as error:  # the others shall be checked too
+        return f"{type(error).__name__}: {str(error)[:300]}", True
+    return problem, False
+
+
+class _Apart:
+    """Checks in a process of its own, a new one after each that raised: no broken device is handed on."""
+
+    def __init__(self) -> None:
+        self._pool: concurrent.futures.Executor | None = None
+
+    def __call__(self, holds: Property, kind: str) -> tuple[str, bool]:
+        if self._pool is None:
+            self._pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         try:
-            problem = holds(device)
-        except Exception as error:  # the others shall be checked too
-            problem = f"{type(error).__name__}: {str(error)[:300]}"
-        device.release()
-        if problem:
-            wrong.append(f"{holds.__name__.replace('_', ' ')}: {problem}")
+            problem, raised = self._pool.submit(check_one, holds, kind).result()
+        except BrokenProcessPool:
+            problem, raised = "the process that checked died (a crash, or out of memory)", True
+        if raised:
+            self.end()
+        return problem, raised
+
+    def end(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+def check_all(device: Device, deadline: Deadline, todo: Sequence[Property], *, apart: bool) -> Summary:
+    """Check what the time allows; ``apart``: in another process, so that this one keeps a device that works."""
+    wrong: dict[str, str] = {}
+    compared, elsewhere = 0, _Apart()
+    try:
+        for holds in todo:
+            if deadline.left() <= 0:
+                break
+            compared += 1
+            problem, _ = (elsewhere if apart else check_one)(holds, device.kind)
+            if problem:
+                wrong[holds.__name__.replace("_", " ")] = problem
+    finally:
+        elsewhere.end()
     return Summary(compared, len(todo) - compared, wrong)

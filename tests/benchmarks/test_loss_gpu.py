@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -189,7 +191,94 @@ def test_after_the_deadline_nothing_is_started() -> None:
     assert [row["note"][:8] for row in state.rows] == ["too slow"]
     assert not state.failed, "being out of time is no mistake"
     assert gpu_correctness.check_all("cpu", Deadline(0.0), quick=True).compared == 0
-    assert gpu_system.check_all(Device("cpu"), Deadline(0.0)).left_out == len(gpu_system.ANYWHERE)
+    todo = gpu_system.properties(Device("cpu"), quick=False)
+    assert gpu_system.check_all(Device("cpu"), Deadline(0.0), todo, apart=True).left_out == len(todo) > 5
+
+
+SPOILT = """
+import os
+
+def illegal_access(device):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def crash(device):
+    os._exit(139)
+
+def fine(device):
+    return ""
+
+def off(device):
+    return "differs"
+"""
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Properties that fail, in a file that a process of its own can import."""
+    (tmp_path / "spoilt_properties.py").write_text(SPOILT)
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module("spoilt_properties")
+
+
+def test_a_process_that_a_property_ends_takes_no_other_along(spoilt: ModuleType) -> None:
+    todo = [spoilt.illegal_access, spoilt.crash, spoilt.fine, spoilt.off]
+    found = gpu_system.check_all(Device("cpu"), Deadline(600.0), todo, apart=True)
+    assert (found.compared, found.left_out) == (4, 0)
+    assert list(found.wrong) == ["illegal access", "crash", "off"]
+    assert found.wrong["illegal access"].startswith("RuntimeError: CUDA error: an illegal memory access")
+    assert found.wrong["crash"] == "the process that checked died (a crash, or out of memory)"
+    assert found.wrong["off"] == "differs"
+
+
+def test_memory_that_cannot_be_given_back_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An illegal access is reported by whatever comes after it, so also by the release."""
+
+    def broken(self: Device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Device, "release", broken)
+    found = gpu_system.check_all(Device("cpu"), Deadline(600.0), gpu_system.ANYWHERE, apart=False)
+    assert len(found.wrong) == found.compared == len(gpu_system.ANYWHERE)
+    state = bench(PROVIDERS[0])
+    gpu.time_shape(state, TINY, state.providers, 1.0)
+    gpu.time_search(state, next(iter(gpu_search.search_cases(small=True))), Deadline(60.0))
+    assert any(row.get("median_ms") for row in state.rows)
+    assert sum("illegal memory access" in row["note"] for row in state.rows) >= 2
+    assert state.failed
+
+
+def test_inputs_that_cannot_be_had_are_noted_for_every_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Inputs, "draw", lambda *args, **kwargs: torch.empty(1 << 60))
+    state = bench(PROVIDERS[0])
+    gpu.time_shape(state, TINY, PROVIDERS, 1.0)
+    assert [row["provider"] for row in state.rows] == [one.name for one in PROVIDERS]
+    assert state.failed
+
+
+def test_the_correctness_summary_is_written_before_the_system_is_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def die(*args: object, **options: object) -> None:
+        raise SystemExit(139)
+
+    monkeypatch.setattr(gpu_system, "check_all", die)
+    command = ["--device", "cpu", "--quick", "--minutes", "1", "--output", str(tmp_path / "rows.csv")]
+    with pytest.raises(SystemExit):
+        gpu.main(command)
+    assert " 0 wrong, 0 less accurate than promised" in (tmp_path / "rows.txt").read_text()
+
+
+def test_times_are_measured_although_a_property_fails_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoilt: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_system, "ANYWHERE", (spoilt.off, spoilt.fine))
+    command = ["--device", "cpu", "--quick", "--minutes", "1", "--shape", "5x33x8", "--provider", "ltloss"]
+    assert gpu.main([*command, "--repeats", "1", "--output", str(tmp_path / "rows.csv")]) == 1
+    rows = read(tmp_path / "rows.csv")
+    assert any(row["median_ms"] for row in rows)
+    assert {row["failed_properties"] for row in rows} == {"off"}
+    assert "although it fails: off" in capsys.readouterr().out
+    assert "WRONG: off: differs" in (tmp_path / "rows.txt").read_text()
 
 
 def test_no_gpu_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,7 +320,8 @@ def test_a_search_that_finds_something_else_is_not_timed(monkeypatch: pytest.Mon
     gpu.time_search(state, case, Deadline(60.0))
     assert state.failed
     assert "off by" in state.rows[0]["note"]
-    assert any("nearest is right" in sentence for sentence in gpu_system.check_all(Device("cpu"), Deadline(60.0)).wrong)
+    checked = gpu_system.check_all(Device("cpu"), Deadline(60.0), gpu_system.ANYWHERE, apart=False)
+    assert list(checked.wrong) == ["nearest is right"]
 
 
 @pytest.mark.parametrize("spoil", ["cosine", "index", "twice", "nan"])

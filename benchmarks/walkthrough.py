@@ -1,0 +1,126 @@
+"""``python -m benchmarks.walkthrough``: how far it is from a call of a loss to its kernels, in calls and files.
+
+Runs one training step in Triton's interpreter and looks at the Python stack of every kernel launch; then counts in the
+source how often the options of the loss are listed. Both are read from the checkout in the working directory.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from unittest import mock
+
+ROOTS = ("ltloss", "kernels")
+# One entry per option, with the names it goes by.
+OPTIONS = (
+    {"scale"},
+    {"angular_margin", "angle"},
+    {"cosine_margin", "cosine"},
+    {"angle_multiplier", "multiplier"},
+    {"label_smoothing"},
+    {"ignore_index"},
+    {"beyond_pi"},
+    {"margin_gradient", "gradient"},
+    {"class_weight"},
+    {"normalize_features"},
+    {"reduction"},
+)
+ENOUGH = 5  # options that stand together make a list of them
+
+Call = tuple[str, str]  # file, relative to the checkout, and function
+
+
+def _calls(root: Path) -> list[Call]:
+    """The calls under way in the package's own files, outermost first."""
+    found: list[Call] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(root) and path.relative_to(root).parts[0] in ROOTS:
+            found.insert(0, (str(path.relative_to(root)), frame.f_code.co_name))
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def launches(root: Path) -> dict[str, list[tuple[str, list[Call]]]]:
+    """Kernel and host calls of every launch of one step, of its forward and of its backward."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    from triton.runtime.interpreter import GridExecutor
+
+    import ltloss
+
+    phases: dict[str, list[tuple[str, list[Call]]]] = {"forward": [], "backward": []}
+    launch, current = GridExecutor.__call__, phases["forward"]
+
+    def recorded(self: GridExecutor, *args: object, **options: object) -> object:
+        current.append((self.fn.__name__, _calls(root)))
+        return launch(self, *args, **options)
+
+    torch.manual_seed(0)
+    head, features = ltloss.ArcFaceLoss(20, 8), torch.randn(4, 8, requires_grad=True)
+    with mock.patch.object(GridExecutor, "__call__", recorded), ltloss.use_backend("triton"):
+        loss = head(features, torch.arange(4))
+        current = phases["backward"]
+        loss.backward()
+    return phases
+
+
+def _listed(node: ast.AST) -> set[str]:
+    """Names that stand together in a signature, a call, or the body of a class."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        arguments = node.args
+        return {one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+    if isinstance(node, ast.Call):
+        return {one.arg for one in node.keywords if one.arg} | set(_names(node.args))
+    if isinstance(node, ast.ClassDef):
+        fields = {
+            one.target.id for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+        }
+        return fields | {one.name for one in node.body if isinstance(one, ast.FunctionDef)}
+    return set()
+
+
+def _names(values: Iterable[ast.expr]) -> Iterator[str]:
+    for value in values:
+        if isinstance(value, ast.Name):
+            yield value.id
+        elif isinstance(value, ast.Attribute):
+            yield value.attr
+
+
+def option_lists(source: str) -> list[int]:
+    """Line numbers where at least ``ENOUGH`` options of the loss stand together."""
+    return [
+        node.lineno  # type: ignore[attr-defined]
+        for node in ast.walk(ast.parse(source))
+        if sum(bool(names & _listed(node)) for names in OPTIONS) >= ENOUGH
+    ]
+
+
+def main() -> int:
+    """Print depth, files and lists."""
+    root = Path.cwd()
+    for phase, found in launches(root).items():
+        kernel, calls = max(found, key=lambda one: len(one[1]))
+        files = {file for _, stack in found for file, _ in stack}
+        print(f"{phase}: at most {len(calls)} host calls ({kernel}), {len(files)} files, {len(found)} launches")
+        for file, function in calls:
+            print(f"    {file}: {function}")
+    lists = {
+        str(file.relative_to(root)): lines
+        for name in ROOTS
+        for file in sorted((root / name).rglob("*.py"))
+        if (lines := option_lists(file.read_text()))
+    }
+    print(f"lists of at least {ENOUGH} options: {sum(map(len, lists.values()))} in {len(lists)} files")
+    for name, lines in lists.items():
+        print(f"    {name}: {', '.join(map(str, lines))}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
