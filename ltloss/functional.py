@@ -36,7 +36,7 @@ from ltloss.ops._dispatch import at_hand
 from ltloss.ops.labels import NOTHING, checked_labels
 from ltloss.ops.logsumexp import Logits, logsumexp_stats
 from ltloss.regularizers import FeatureNormKind, norm_penalty
-from ltloss.runtime import debug
+from ltloss.runtime import current_backend, debug
 
 __all__ = [
     "cosine_logsumexp",
@@ -122,7 +122,8 @@ def margin_cross_entropy(
         check_per_class(name, given, classes, like)
         for name, given in (("angular_margin", angular_margin), ("cosine_margin", cosine_margin))
     )
-    check_angles("angular_margin", angle)
+    if not isinstance(angle, Tensor) or current_backend() != "triton":  # the kernels' way looks at no tensor
+        check_angles("angular_margin", angle)
     angle, cosine = (v.expand(classes) if isinstance(v, Tensor) else v for v in (angle, cosine))
     prior, weight = (
         None if given is None else torch.as_tensor(check_per_class(name, given, classes, like)).to(like)

@@ -191,7 +191,7 @@ def margin_cross_entropy(
         return reference.margin_cross_entropy(
             features,
             prototypes,
-            labels,
+            labels.to(torch.int64),  # -100 compared with uint8 would be 156
             scale=logits.scale,
             angular_margin=margin.angle,
             cosine_margin=margin.cosine,
