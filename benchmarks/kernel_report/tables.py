@@ -1,4 +1,4 @@
-"""The kernel report as tables: one for the terminal, two for the documentation, between marks in its page."""
+"""The kernel report as tables: one for the terminal, one for the documentation, between marks in its page."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 from benchmarks.evidence.pages import markdown_table, renewed
 
 Row = Mapping[str, Any]
-WIDTHS = (128, 256, 512, 1024, 4096)  # the D of the predictions
 
 # What most training steps run; the CSV has everything.
 DOCUMENTED = (
     "cosine_logsumexp bf16, fixed",
     "cosine_logsumexp bf16, online",
     "cosine_logsumexp fp16, fixed",
-    "gradient_tile bf16, plain",
-    "gradient_tile fp16, plain",
-    "nearest_prototype bf16",
-    "nearest_prototype fp32 tf32",
-    "best_tile bf16, every tile",
+    "gradient_tile bf16, fixed",
+    "gradient_tile fp16, fixed",
+    "nearest_prototype bf16, all",
+    "nearest_prototype tf32, all",
+    "best_tile bf16, top 5",
 )
 
 _SHOWN = {
@@ -33,13 +32,11 @@ _SHOWN = {
     "maxima_per_element": "max",
     "float32_per_element": "f32",
     "epilogue_per_element": "instr",
-    "serial_D512": "serial",
-    "overlapped_D512": "overlapped",
 }
 
 
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The columns that matter most, a header first; predictions are those of D = 512."""
+    """The columns that matter most, a header first."""
     lines = [["kernel", "arch", *_SHOWN.values()]]
     for row in rows:
         values = [row["error"]] if row["error"] else [str(row.get(name, "")) for name in _SHOWN]
@@ -54,24 +51,6 @@ def plain_table(rows: Sequence[Row]) -> str:
     )
 
 
-def _percent(row: Row, width: int) -> str:
-    low, high = (round(100 * float(row[f"{bound}_D{width}"])) for bound in ("serial", "overlapped"))
-    return f"{low} %" if low == high else f"{low}-{high} %"
-
-
-def _predictions(rows: Sequence[Row]) -> list[list[str]]:
-    """Serial to overlapped share of the matrix peak at every D, of the rows that have a prediction."""
-    lines = [["kernel", "arch", *(f"D = {width}" for width in WIDTHS), "L2 B/clk"]]
-    for row in rows:
-        if row.get(f"serial_D{WIDTHS[0]}"):
-            shares = [_percent(row, width) for width in WIDTHS]
-            lines.append([row["kernel"], row["architecture"], *shares, row["operand_bytes_per_clock"]])
-    return lines
-
-
-def with_tables(page: str, rows: Sequence[Row]) -> str:
-    """The page with its two tables, which stand between ``<!-- NAME -->`` and ``<!-- end of NAME -->``, renewed."""
-    shown = [row for row in rows if row["kernel"] in DOCUMENTED]
-    for name, lines in (("table", _cells(shown)), ("prediction", _predictions(shown))):
-        page = renewed(page, name, markdown_table(lines))
-    return page
+def with_table(page: str, rows: Sequence[Row]) -> str:
+    """The page with its table, which stands between ``<!-- table -->`` and ``<!-- end of table -->``, renewed."""
+    return renewed(page, "table", markdown_table(_cells([row for row in rows if row["kernel"] in DOCUMENTED])))

@@ -22,6 +22,8 @@ from benchmarks.evidence.__main__ import (
 )
 from benchmarks.evidence.pages import markdown_table, renewed
 
+pytestmark = pytest.mark.slow
+
 PAGE = evidence.PAGE
 
 

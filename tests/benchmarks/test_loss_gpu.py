@@ -24,6 +24,8 @@ from benchmarks.loss_gpu.providers import PROVIDERS, TOLERANCE, dense_margin_los
 from benchmarks.peers import Inputs, Provider, Shape, check_step, exact_step, margin_truth
 from ltloss import functional
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TINY = Shape(5, 33, 8)
 

@@ -14,6 +14,8 @@ from ltloss.cli.command import main
 from ltloss.training.run.settings import SETTINGS, RunConfig
 from ltloss.training.run.trainer import TrainingResult
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--epochs", "1", "--batch-size", "16", "--embedding-size", "8", "--device", "cpu"]
 
 

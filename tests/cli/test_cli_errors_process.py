@@ -9,7 +9,7 @@ from helpers.cli_errors import TRAIN, contents, run_command
 
 from ltloss.cli.command import main
 
-pytestmark = pytest.mark.usefixtures("in_empty_folder")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_empty_folder")]
 
 
 @pytest.mark.parametrize("module", ["PIL", "safetensors", "matplotlib", "tqdm", "sklearn"])

@@ -16,7 +16,7 @@ from helpers.cli_errors import TRAIN, contents, fails
 
 from ltloss.cli.command import main
 
-pytestmark = pytest.mark.usefixtures("in_empty_folder")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_empty_folder")]
 
 
 @pytest.mark.parametrize(

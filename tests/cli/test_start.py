@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = str(Path(__file__).parents[2])
 SCRIPT = "import sys; from ltloss.cli.command import main; sys.exit(main())"
 

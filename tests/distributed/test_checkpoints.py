@@ -28,6 +28,8 @@ from ltloss.distributed import (
 )
 from ltloss.testing import long_tail_counts, problem
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 11
 
 

@@ -9,6 +9,8 @@ from helpers.cases import BUILD, Case, Trace, trace
 
 from ltloss.testing import relative_error
 
+pytestmark = pytest.mark.slow
+
 STEPS = 10
 # float32 sums over shards are taken in another order; ten steps with momentum carry the difference on.
 ONE_STEP, TEN_STEPS = 2e-5, 2e-4

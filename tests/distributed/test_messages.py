@@ -17,6 +17,8 @@ from ltloss.distributed import DistributedError, class_mesh, parallelize
 from ltloss.distributed.layout import local
 from ltloss.testing import relative_error
 
+pytestmark = pytest.mark.slow
+
 # What c10d calls the three messages of a step; reduce-scatter may be named after its renamed function.
 STEP = ["allgather_base", "allgather_base", "reduce_scatter_base"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 from helpers import world
 from helpers.cases import DIM, whole
@@ -16,6 +17,8 @@ from ltloss.distributed import class_mesh
 from ltloss.distributed.layout import Layout, local
 from ltloss.distributed.nearest import _round
 from ltloss.testing import relative_error
+
+pytestmark = pytest.mark.slow
 
 
 def _prototypes(classes: int, seed: int, copies: bool, width: int = DIM, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -22,6 +22,8 @@ from ltloss.training.measure.evaluate import evaluate_run
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.run.trainer import train
 
+pytestmark = pytest.mark.slow
+
 
 def _data(folder: Path) -> Path:
     (x_train, y_train), (x_test, y_test) = toy_images(20), toy_images(5, seed=1)

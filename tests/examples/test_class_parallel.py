@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import world
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,6 +6,8 @@ import pytest
 
 from examples.demo import LOSSES, SCALE, _clear, main
 
+pytestmark = pytest.mark.slow
+
 
 def test_demo_ends_with_a_table_and_files_to_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"

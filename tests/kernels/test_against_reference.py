@@ -13,6 +13,8 @@ from ltloss import functional, reference
 from ltloss.ops.logsumexp import OPERATORS
 from ltloss.testing import FAMILY, Problem, outcome, relative_error
 
+pytestmark = pytest.mark.slow
+
 # (N, C, D): below, on and across the edges of tiles, rows of one element, a single class, a single sample.
 SHAPES = [(1, 1, 1), (16, 32, 16), (17, 33, 17), (15, 31, 8), (40, 5, 40), (3, 200, 24), (16, 1, 8), (1, 64, 3)]
 

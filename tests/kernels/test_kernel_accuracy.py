@@ -20,6 +20,8 @@ from ltloss import reference
 from ltloss.testing import FAMILY, Outcome, Problem, outcome
 from tests.ops.test_accuracy import ANGLE_AT_ONE, FACTOR, FLOOR, INPUTS, SEEDS, C, N, errors, rounded, widened
 
+pytestmark = pytest.mark.slow
+
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 

@@ -22,6 +22,8 @@ from ltloss.functional import min_angle_regularizer, nearest_prototype
 from ltloss.ops.prototype_search import OPERATORS
 from ltloss.testing import copied_prototypes, long_tail_counts, lowest_nearest, problem, relative_error, signs, watching
 
+pytestmark = pytest.mark.slow
+
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 INTERPRETED = DEVICE == "cpu"
 COSINE = 5e-7  # a cosine is a float32 sum of some ten to a hundred products

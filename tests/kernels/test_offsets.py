@@ -10,6 +10,8 @@ from helpers.kernel_problems import assert_close, exact_outcome, kernel_problem
 from ltloss.functional import margin_cross_entropy, nearest_prototype, top_k
 from ltloss.testing import Problem, outcome
 
+pytestmark = pytest.mark.slow
+
 FAR = (1 << 30) + 64  # three rows this far apart pass 2^31; a multiple of 16 bytes in every dtype
 
 

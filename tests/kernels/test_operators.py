@@ -18,6 +18,8 @@ from ltloss.ops import labels as labels_operator
 from ltloss.ops._dispatch import choose_backend
 from ltloss.testing import FAMILY, MODULES, outcome
 
+pytestmark = pytest.mark.slow
+
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 INTERPRETED = DEVICE == "cpu"
 

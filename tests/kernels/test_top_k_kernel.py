@@ -17,6 +17,8 @@ from ltloss.functional import top_k
 from ltloss.ops.prototype_search import OPERATORS
 from ltloss.testing import copied_prototypes, relative_error, signs, watching
 
+pytestmark = pytest.mark.slow
+
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 COSINE = 5e-7  # a cosine is a float32 sum of some ten to a hundred products
 

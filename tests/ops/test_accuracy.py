@@ -18,6 +18,8 @@ from ltloss.chunked import logsumexp as cpu
 from ltloss.functional import cosine_logsumexp, nearest_prototype, top_k
 from ltloss.testing import FAMILY, Outcome, Problem, outcome, problem, relative_error
 
+pytestmark = pytest.mark.slow
+
 N, C, D = 24, 150, 32
 SEEDS = range(3)
 

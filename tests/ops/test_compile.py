@@ -13,6 +13,8 @@ from ltloss.ops import logsumexp, margin_cross_entropy, prototype_search
 from ltloss.ops.labels import OPERATOR as checked_labels
 from ltloss.testing import MODULES, problem
 
+pytestmark = pytest.mark.slow
+
 # Compiling reorders float32 sums of some ten products.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 

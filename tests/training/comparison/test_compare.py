@@ -30,6 +30,8 @@ from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.pages.comparison import write_page
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {"epochs": 2, "batch_size": 16, "embedding_size": 8, "device": "cpu", "imbalance": 4.0}
 _TIMES = ("seconds", "seconds_per_epoch")
 

@@ -24,6 +24,8 @@ from ltloss.training.run.seeds import numpy_generator
 from ltloss.training.run.settings import RunConfig, Settings
 from ltloss.training.run.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

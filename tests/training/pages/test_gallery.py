@@ -19,6 +19,8 @@ from ltloss.training.pages.gallery import THUMBNAIL_SIZE, Gallery, folder_addres
 from ltloss.training.pages.html import escape
 from ltloss.training.predict.predict import Predictions, predict_folder
 
+pytestmark = pytest.mark.slow
+
 
 def make_pictures(folder: Path, count: int) -> Path:
     """Pictures in two folders, large and small ones, with names that would be markup, or an address, if not escaped."""

@@ -19,6 +19,8 @@ from ltloss.training.pages.run_report import write_report
 from ltloss.training.run.checkpoint import Checkpoint, save_checkpoint
 from ltloss.training.run.trainer import TrainingResult
 
+pytestmark = pytest.mark.slow
+
 FIGURES = {
     "Loss",
     "Accuracy",

@@ -19,6 +19,8 @@ from ltloss.training.predict import predict as prediction
 from ltloss.training.predict.predict import classify, predict_folder
 from ltloss.training.predict.sort_images import Sorter, folder_names
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ("cat", "dog", "bird", "fish")
 HEADER = ["image", "class", "probability", "angle_degrees", "runner_up", "runner_up_probability"]
 

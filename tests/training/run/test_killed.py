@@ -16,6 +16,8 @@ from ltloss.cli.command import main
 from ltloss.training.run.trainer import train
 from tests.training.run.test_trainer import losses_of, weights_of
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 20
 
 

@@ -25,6 +25,8 @@ from ltloss.training.run.schedules import learning_rate
 from ltloss.training.run.settings import RunConfig, Settings
 from ltloss.training.run.trainer import Trainer, TrainingResult, build_optimizer, train
 
+pytestmark = pytest.mark.slow
+
 
 def losses_of(run: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv without the time that they took."""

@@ -1,0 +1,211 @@
+"""What the launchers ask for: the public entry points run on a CPU, and every launch is taken down instead of done."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+__all__ = ["KernelCase", "recorded_kernels"]
+
+# Not multiples of a tile nor of 16, more than one of each: nothing is specialised on that a step may not have.
+_SAMPLES, _CLASSES = 300, 2200
+_WIDTH, _WIDEST = 512, 8192
+_MULTIPROCESSORS = 132
+_BYTES = 256 << 20  # of workspace
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One specialisation of a kernel, as ``triton.compiler.ASTSource`` and ``triton.compile`` take it."""
+
+    name: str
+    fn: Any
+    signature: dict[str, str]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], Any]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def dtype(self) -> str:
+        """Of the matrix product's operands (bf16, fp16, tf32 or fp32); empty for a kernel without one."""
+        if "BLOCK_DEPTH" not in self.constants:
+            return ""
+        if self.constants["PRECISION"] == "tf32":
+            return "tf32"
+        found = re.search(r"bf16|fp16|fp32", next(iter(self.signature.values())))
+        return found.group() if found else ""
+
+    @property
+    def elements(self) -> int:
+        """Of the accumulator tile that an epilogue works on; 0 without one, or where it does not matter."""
+        if not self.dtype or self.fn.__name__.startswith("tile_candidates"):
+            return 0
+        return int(self.constants["BLOCK_ROWS"] * self.constants["BLOCK_CLASSES"])
+
+    @property
+    def maxima(self) -> int:
+        """Per element, what the epilogue of a search cannot do without; that of the others is an exponential."""
+        return {"nearest_prototype_kernel": 2, "best_tile_kernel": 1}.get(self.fn.__name__, 0)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """By the names of the arguments."""
+        return {self.fn.arg_names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
+
+
+class _Margin(NamedTuple):
+    angle: torch.Tensor | float = 0.5
+    cosine: torch.Tensor | float = 0.0
+    multiplier: float = 1.0
+    beyond_pi: str = "monotone"
+    gradient: str = "exact"
+
+
+@contextmanager
+def _taken_down(arch: int, name: Callable[[str], str]) -> Iterator[dict[str, KernelCase]]:
+    """Within the block a launch is recorded, for a GPU of compute capability ``arch``; what it would write is left."""
+    from ltloss_kernels.config import tile_table
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    binder = cache(lambda fn: create_function_from_signature(fn.signature, fn.params, backend))
+    cases: dict[str, KernelCase] = {}
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        bound, specialization, rest = binder(self)(*args, **options)
+        found, signature, constants, attrs = self._pack_args(backend, options, bound, specialization, rest)
+        key = str((self.__name__, signature, constants, attrs, found.num_warps, found.num_stages))
+        if key not in cases:
+            label = name(self.__name__.removesuffix("_kernel"))
+            cases[key] = KernelCase(label, self, signature, constants, attrs, found.num_warps, found.num_stages)
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(tile_table, "architecture", return_value=arch),
+        mock.patch.object(tile_table, "multiprocessors", return_value=_MULTIPROCESSORS),
+    ):
+        yield cases
+
+
+def _loss(features: torch.Tensor, prototypes: torch.Tensor, margin: _Margin, **options: Any) -> None:
+    """Forward and backward of a margin loss."""
+    import ltloss_kernels as kernels
+
+    labels, classes = torch.arange(len(features)), len(prototypes)
+    prior, smoothing = options.get("log_prior"), options.get("label_smoothing", 0.0)
+    scale, normalize = options.get("scale", 64.0), options.get("normalize_features", True)
+    shared: dict[str, Any] = {"scale": scale, "ignore_index": -100}
+    partials = kernels.logsumexp_partials(
+        features,
+        prototypes,
+        labels,
+        prior,
+        normalize_features=normalize,
+        with_logit_sum=smoothing > 0.0,
+        **shared,
+    )
+    loss, coefficients, inverse_total, bound = kernels.margin_loss(
+        partials,
+        labels,
+        prior,
+        margin,
+        class_weight=options.get("class_weight"),
+        label_smoothing=smoothing,
+        num_classes=classes,
+        reduction="mean",
+        **shared,
+    )
+    kernels.logsumexp_gradients(
+        torch.ones_like(loss),
+        features,
+        prototypes,
+        labels,
+        prior,
+        coefficients,
+        partials.class_factor,
+        inverse_total,
+        bound,
+        smooth=smoothing > 0.0,
+        normalize_features=normalize,
+        needs=(True, True),
+        limit=_BYTES,
+        **shared,
+    )
+
+
+def _searches(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
+    import ltloss_kernels as kernels
+
+    rows = torch.arange(0, len(prototypes), 3)
+    near, some = torch.arange(len(prototypes)), torch.arange(len(rows))
+    yield "all", lambda: kernels.nearest_prototype(prototypes, None)
+    yield "rows", lambda: kernels.nearest_prototype(prototypes, rows)
+    yield "top 5", lambda: kernels.top_k(features, prototypes, 5, _BYTES)
+    gradient = kernels.nearest_prototype_gradient
+    yield "all", lambda: gradient(torch.ones(len(near)), prototypes, None, near)
+    yield "rows", lambda: gradient(torch.ones(len(rows)), prototypes, rows, some)
+
+
+def _losses(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
+    vector = torch.linspace(0.1, 0.5, len(prototypes))
+    everything = _Margin(vector, vector, 1.1)
+    weighted = {"log_prior": vector, "class_weight": vector, "label_smoothing": 0.1}
+    variants: dict[str, tuple[_Margin, dict[str, Any]]] = {
+        "fixed": (_Margin(), {}),
+        "online": (_Margin(), {"scale": 512.0}),
+        "prior": (_Margin(), {"log_prior": vector}),
+        "fixed, smoothing": (_Margin(), {"label_smoothing": 0.1}),
+        "everything": (everything, weighted),
+        "everything, arcface": (everything._replace(beyond_pi="arcface"), weighted),
+        "length kept": (_Margin(), {"normalize_features": False}),
+    }
+    for name, (margin, options) in variants.items():
+        yield name, lambda margin=margin, options=options: _loss(features, prototypes, margin, **options)  # type: ignore[misc]
+
+
+def recorded_kernels(arch: int) -> list[KernelCase]:
+    """Every distinct specialisation that losses and searches launch, for a compute capability; names are unique."""
+    from ltloss_kernels.config.precision import float32_products
+
+    half, single = torch.bfloat16, torch.float32
+    scenario = ""
+    counts: dict[str, int] = {}
+
+    def name(kernel: str) -> str:
+        label = f"{kernel} {scenario}"
+        counts[label] = counts.get(label, 0) + 1
+        return label if counts[label] == 1 else f"{label} #{counts[label]}"
+
+    some = ("fixed", "online", "everything", "all", "top 5")
+    products = (
+        ("bf16", half, half, "highest", None),
+        ("bf16 x fp32", half, single, "highest", ("fixed",)),
+        ("fp16", torch.float16, torch.float16, "highest", some[:3]),
+        ("fp32", single, single, "highest", some),
+        ("tf32", single, single, "high", some),
+    )
+    with _taken_down(arch, name) as cases:
+        for label, left, right, precision, chosen in products:
+            features, prototypes = torch.ones(_SAMPLES, _WIDTH, dtype=left), torch.ones(_CLASSES, _WIDTH, dtype=right)
+            with float32_products(precision):
+                for variant, launch in itertools.chain(_losses(features, prototypes), _searches(features, prototypes)):
+                    if chosen is None or variant in chosen:
+                        scenario = f"{label}, {variant}"
+                        launch()
+        features, prototypes = torch.ones(_SAMPLES, _WIDEST, dtype=half), torch.ones(_CLASSES, _WIDEST, dtype=half)
+        scenario = f"bf16, D = {_WIDEST}"
+        _loss(features, prototypes, _Margin())
+        for _, launch in _searches(features, prototypes):
+            launch()
+    return list(cases.values())
