@@ -12,6 +12,24 @@ from torch import Tensor
 
 from ltloss.training.measure.class_groups import Thresholds as Thresholds
 
+# One row of metrics.csv.
+COLUMNS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "balanced_accuracy",
+    "many",
+    "medium",
+    "few",
+    "calibration_error",
+    "feature_norm_mean",
+    "own_angle_mean",
+    "seconds",
+)
+
 
 @dataclass(frozen=True)
 class Metrics:

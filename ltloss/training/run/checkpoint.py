@@ -21,6 +21,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ltloss.training.errors import UserError
+from ltloss.training.measure.metrics import COLUMNS
 
 KEPT = 2
 TEMPORARY = ".tmp"
@@ -73,8 +74,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _check_state(state: Any) -> None:
     """ValueError where a state lacks its history: one row an epoch, numbers (or None: not measured) by column."""
-    from ltloss.training.run.run_folder import COLUMNS  # which writes its files with this module
-
     history = state.get("history") if isinstance(state, dict) else None
     if not isinstance(history, list):
         raise ValueError("state.json lacks the history")

@@ -12,26 +12,10 @@ from typing import Any
 
 from ltloss.training.data.sources import check_same_classes
 from ltloss.training.errors import UserError
+from ltloss.training.measure.metrics import COLUMNS
 from ltloss.training.run.checkpoint import TEMPORARY, write_file
 from ltloss.training.run.lock import LOCK, refuse_if_written
 from ltloss.training.run.settings import RunConfig, Settings, changed_settings
-
-COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "balanced_accuracy",
-    "many",
-    "medium",
-    "few",
-    "calibration_error",
-    "feature_norm_mean",
-    "own_angle_mean",
-    "seconds",
-)
 
 
 def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Settings, RunConfig | None]:

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from ltloss.training.run.settings import Settings
+
+class Schedule(Protocol):
+    """The settings that the learning rate follows from."""
+
+    @property
+    def lr(self) -> float:
+        """The rate after the warm-up."""
+
+    @property
+    def warmup(self) -> float:
+        """The fraction of all steps in which the rate rises."""
+
+    @property
+    def schedule(self) -> str:
+        """``cosine``, or steps as WHEN:FACTOR,..."""
+
+    @property
+    def epochs(self) -> int:
+        """Of the whole training."""
 
 
 def valid_schedule(text: str) -> bool:
@@ -31,7 +48,7 @@ def first_epoch(when: float, epochs: int) -> int:
     return round(when * epochs) if when < 1 else round(when)
 
 
-def learning_rate(settings: Settings, step: int, total: int) -> float:
+def learning_rate(settings: Schedule, step: int, total: int) -> float:
     """The rate of step number `step` (from 0) of `total`: a linear rise to settings.lr, then half a cosine to 0, or
     the factors of settings.schedule from their epochs on.
     """
