@@ -21,7 +21,7 @@ from ltloss.training.pages.html import details, escape, page, table, tiles
 
 if TYPE_CHECKING:
     from ltloss.training.data.sources import ImageSource
-    from ltloss.training.predict.predict import Predictions
+    from ltloss.training.predict.predictions import Predictions
 
 __all__ = [
     "EMBEDDED_PICTURES",

@@ -16,6 +16,7 @@ from ltloss.training.data.batches import batches
 from ltloss.training.errors import UserError
 from ltloss.training.pages.gallery import UNCERTAIN_BELOW, Gallery, folder_address, write_gallery
 from ltloss.training.predict.output_folder import OutputFolder
+from ltloss.training.predict.predictions import Predictions
 from ltloss.training.predict.sort_images import Sorter
 from ltloss.training.run.progress import progress_bar
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ltloss.training.data.sources import FolderImages, ImageSource
     from ltloss.training.model.classifier import Classifier
 
-__all__ = ["PredictionSummary", "Predictions", "classify", "predict_folder"]
+__all__ = ["PredictionSummary", "classify", "predict_folder"]
 
 _TABLE, _GALLERY, _SKIPPED, _SORTED, _MANIFEST = (
     "predictions.csv",
@@ -33,21 +34,6 @@ _TABLE, _GALLERY, _SKIPPED, _SORTED, _MANIFEST = (
     "prediction.json",
 )
 _LOGITS_AT_ONCE = 1 << 22  # elements: 16 MiB of float32, however many classes there are
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """The K best classes of N pictures, best first.
-
-    Attributes:
-        index: (N, K) int64 classes in order of the cosine between feature and prototype.
-        probability: (N, K) float64, of the softmax over all classes.
-        angle: (N,) float64 degrees between the feature and the prototype of the best class, in [0, 180].
-    """
-
-    index: np.ndarray
-    probability: np.ndarray
-    angle: np.ndarray
 
 
 @dataclass(frozen=True)
