@@ -89,6 +89,9 @@ class PrototypeHead(nn.Module):
                 f"{name} of {type(self).__name__} cannot be set: constants were made from it. Build a new loss, and "
                 "load this one's state_dict into it"
             )
+        if isinstance(value, Tensor) and name in self.__dict__.get("_sources", ()):
+            self._set_constant(name, value)  # or the next move would bring the old values back
+            return
         super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

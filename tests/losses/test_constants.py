@@ -124,3 +124,11 @@ def test_numpy_numbers_are_numbers() -> None:
 def test_counts_of_another_kind_are_refused(counts: object) -> None:
     with pytest.raises((TypeError, ValueError), match="class_counts"):
         ltloss.LogitAdjustedLoss(2, 4, class_counts=counts)  # type: ignore[arg-type]
+
+
+def test_a_vector_that_was_set_later_outlives_a_move() -> None:
+    module = ltloss.LDAMLoss.from_counts([16, 1], 8)
+    module.cosine_margin = torch.tensor([0.1, 0.2])
+    assert torch.equal(module.double().cosine_margin, torch.tensor([0.1, 0.2]))
+    with pytest.raises(ValueError, match="radians"):
+        ltloss.ArcFaceLoss(2, 8, margin=torch.zeros(2)).angular_margin = torch.full((2,), 28.6)
