@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ltloss.distributed import collectives as comm
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Layout", "class_mesh", "local", "mesh_device", "own_part"]
+__all__ = ["Layout", "blocks", "class_mesh", "local", "mesh_device", "own_part"]
 
 
 def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh | None:
@@ -179,6 +182,18 @@ class Layout:
         """Class indices counted from this rank's first class, -1 for those of other ranks."""
         start, stop = self.span()
         return torch.where((classes >= start) & (classes < stop), classes - start, -1)
+
+
+def blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """The blocks of a tensor (C, ...) one after the other, on every rank; an ordinary tensor is one block."""
+    if not hasattr(tensor, "device_mesh"):
+        yield tensor.detach()
+        return
+    layout, own = Layout.of(tensor), local(tensor)
+    for class_rank in range(layout.class_ranks):
+        mine = class_rank == layout.class_rank
+        block = own if mine else own.new_empty(layout.size(class_rank), *own.shape[1:])
+        yield comm.broadcast(block, class_rank, layout.class_group)
 
 
 def mesh_device(mesh: DeviceMesh) -> torch.device:

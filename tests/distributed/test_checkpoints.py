@@ -18,14 +18,11 @@ from ltloss.distributed import (
     SampledAdamW,
     add_classes,
     class_mesh,
-    export_safetensors,
-    import_insightface,
-    import_pytorch_metric_learning,
-    import_safetensors,
     load_checkpoint,
     parallelize,
     save_checkpoint,
 )
+from ltloss.interop import import_insightface, import_pytorch_metric_learning
 from ltloss.testing import long_tail_counts, problem
 
 pytestmark = pytest.mark.slow
@@ -156,37 +153,6 @@ def test_killed_and_resumed_continues_the_curve(tmp_path: Path) -> None:
     assert _curve(tmp_path / "killed") == _curve(tmp_path / "whole")
 
 
-def _exported(rank: int, folder: Path) -> dict[str, torch.Tensor]:
-    job = Job()
-    job.step(0)
-    export_safetensors(job.head, folder / "head.safetensors")
-    other = parallelize(ltloss.CosineSpaceLoss(CLASSES, DIM), class_mesh())
-    import_safetensors(other, folder / "head.safetensors")
-    for name, tensor in other.state_dict().items():
-        assert torch.equal(whole(tensor), whole(job.head.state_dict()[name]))
-    with pytest.raises((OSError, DistributedError)):
-        export_safetensors(job.head, folder / "no such folder" / "head.safetensors")
-    return {name: whole(tensor) for name, tensor in job.head.state_dict().items()}
-
-
-def test_one_safetensors_file(tmp_path: Path) -> None:
-    expected = world.run(_exported, 3, tmp_path)[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["head.safetensors"]
-    one = ltloss.CosineSpaceLoss(CLASSES, DIM)
-    import_safetensors(one, tmp_path / "head.safetensors")
-    theirs = pytest.importorskip("safetensors.torch").load_file(tmp_path / "head.safetensors")
-    for name, tensor in one.state_dict().items():
-        assert torch.equal(tensor, expected[name])
-        assert torch.equal(theirs[name], expected[name])
-    before = (tmp_path / "head.safetensors").read_bytes()
-    for content in (before[:40], before[:-5], b""):
-        (tmp_path / "damaged").write_bytes(content)
-        with pytest.raises(ValueError, match="no safetensors file, or damaged"):
-            import_safetensors(one, tmp_path / "damaged")
-    with pytest.raises(ValueError, match=r"tensor weight is \(11, 6\) there and \(5, 6\) in the head"):
-        import_safetensors(ltloss.ArcFaceLoss(5, DIM), tmp_path / "head.safetensors")
-
-
 def _imported(rank: int, folder: Path, weight: torch.Tensor) -> None:
     for read in (
         lambda head: import_insightface(head, folder),
@@ -216,14 +182,6 @@ def test_files_of_others(tmp_path: Path) -> None:
         import_insightface(ltloss.ArcFaceLoss(CLASSES, DIM), tmp_path)
     with pytest.raises(ValueError, match=r"holds prototypes \(6, 11\)"):
         import_pytorch_metric_learning(ltloss.ArcFaceLoss(CLASSES, DIM), {"W": weight})
-
-
-def test_a_loss_of_pytorch_metric_learning() -> None:
-    losses = pytest.importorskip("pytorch_metric_learning.losses")
-    theirs, ours = losses.CosFaceLoss(5, 4, margin=0.3, scale=7), ltloss.CosFaceLoss(5, 4, margin=0.3, scale=7.0)
-    import_pytorch_metric_learning(ours, theirs)
-    features, labels = torch.randn(6, 4), torch.randint(5, (6,))
-    assert torch.allclose(ours(features, labels), theirs(features, labels), rtol=1e-5)
 
 
 def _grown(rank: int | None) -> None:

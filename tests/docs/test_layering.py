@@ -23,6 +23,8 @@ FORBIDDEN = [
     ("ltloss.functional", "ltloss.losses"),
     ("ltloss.losses", "ltloss.training"),
     ("ltloss.distributed", "ltloss.training"),
+    ("ltloss.distributed", "ltloss.interop"),
+    ("ltloss.interop", "ltloss.training"),
     ("ltloss.training", "ltloss.cli"),
     ("ltloss.tools", "ltloss.cli"),
 ]

@@ -1,0 +1,99 @@
+"""More classes for a trained head, a block at a time."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from ltloss._validation import check_count
+from ltloss.distributed.centers import ShardedCenters
+from ltloss.distributed.class_parallel import ClassParallel
+from ltloss.distributed.layout import Layout, blocks, local
+from ltloss.losses.class_centers import ClassCenters
+from ltloss.losses.prototype_head import PrototypeHead
+
+__all__ = ["add_classes"]
+
+Head = TypeVar("Head", bound=PrototypeHead)
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
+    """A head with ``count`` more classes at the end: the old rows (and centres) as they are, the new ones drawn anew.
+
+    Args:
+        head: sharded or not; it stays as it is. All ranks call it alike. Optimizers do not know the new weight yet.
+        count: how many, >= 1.
+        per_class: the new (C + count,) value of every margin, prior, weight or count that is a vector.
+
+    Raises:
+        ValueError: a vector is missing, or has another length.
+
+    Example:
+        >>> from ltloss import ArcFaceLoss
+        >>> from ltloss.distributed import add_classes
+        >>> add_classes(ArcFaceLoss(10, 4), 3).weight.shape
+        torch.Size([13, 4])
+    """
+    count = check_count("count", count)
+    classes = head.num_classes + count
+    vectors = {name for name, buffer in head.named_buffers(recurse=False) if buffer.shape == (head.num_classes,)}
+    if vectors != set(per_class):
+        raise ValueError(
+            f"add_classes needs the vectors {sorted(vectors)} for {classes} classes; got {sorted(per_class)}"
+        )
+    for name, vector in per_class.items():
+        if vector.shape != (classes,):
+            raise ValueError(f"{name} must have the shape ({classes},); got {tuple(vector.shape)}")
+    layout = dataclasses.replace(Layout.of(head.weight), num_classes=classes)
+    larger = _shallow(head)
+    larger.num_classes = classes
+    if isinstance(larger, ClassParallel):
+        larger.rearrange(layout)
+    larger.weight = nn.Parameter(_zeros(head.weight, layout), requires_grad=head.weight.requires_grad)
+    larger.reset_parameters()
+    _copy_rows(head.weight, larger.weight, layout)
+    for name, vector in per_class.items():
+        old = head.get_buffer(name)
+        larger.register_buffer(name, vector.detach().to(old.device, old.dtype, copy=True), persistent=False)
+    for name, child in head.named_children():
+        if isinstance(child, ClassCenters):
+            setattr(larger, name, _more_centers(child, layout))
+    return larger
+
+
+def _shallow(module: Module) -> Module:
+    """A module of its own that shares every tensor."""
+    copied = copy.copy(module)
+    for part in ("_parameters", "_buffers", "_modules"):
+        setattr(copied, part, dict(getattr(module, part)))
+    return copied
+
+
+def _zeros(like: Tensor, layout: Layout) -> Tensor:
+    start, stop = layout.span()
+    return layout.place(local(like).new_zeros(stop - start, *like.shape[1:]), *like.shape[1:])
+
+
+def _copy_rows(old: Tensor, new: Tensor, layout: Layout) -> None:
+    """The first rows of ``new`` become those of ``old``, a block at a time."""
+    target, (start, stop), first = local(new), layout.span(), 0
+    for block in blocks(old):
+        low, high = max(start, first), min(stop, first + block.shape[0])
+        if low < high:
+            target[low - start : high - start] = block[low - first : high - first]
+        first += block.shape[0]
+
+
+def _more_centers(centers: ClassCenters, layout: Layout) -> ClassCenters:
+    larger = _shallow(centers)
+    if isinstance(larger, ShardedCenters):
+        larger.layout = layout
+    for name in ("centers", "counts"):
+        old = centers.get_buffer(name)
+        larger._buffers[name] = new = _zeros(old, layout)
+        _copy_rows(old, new, layout)
+    return larger

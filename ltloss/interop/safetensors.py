@@ -1,0 +1,148 @@
+"""A head as one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ltloss.distributed.batch_gather import agree
+from ltloss.distributed.layout import Layout, blocks, local
+from ltloss.losses.prototype_head import PrototypeHead
+
+__all__ = ["export_safetensors", "import_safetensors"]
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+def export_safetensors(head: PrototypeHead, path: str | Path) -> None:
+    """Write the state_dict of a head into one safetensors file; all ranks call it, rank 0 writes.
+
+    Args:
+        head: sharded or not.
+        path: of the file, which either keeps its former content or gets all of the new one.
+
+    Raises:
+        OSError: rank 0 cannot write (elsewhere :class:`DistributedError`).
+
+    Example:
+        >>> from ltloss import ArcFaceLoss
+        >>> from ltloss.interop import export_safetensors, import_safetensors
+        >>> trained, fresh = ArcFaceLoss(10, 4), ArcFaceLoss(10, 4)
+        >>> export_safetensors(trained, "head.safetensors")
+        >>> import_safetensors(fresh, "head.safetensors")
+        >>> bool((trained.weight == fresh.weight).all())
+        True
+    """
+    layout, target = Layout.of(head.weight), Path(path)
+    temporary = target.with_name(target.name + ".tmp")
+    error: Exception | None = None
+    file: BinaryIO | None = None
+    try:
+        if layout.rank == 0:
+            file = temporary.open("wb")
+            file.write(_safetensors_header(head.state_dict()))
+    except OSError as failure:
+        error = failure
+    for tensor in head.state_dict().values():
+        for block in blocks(tensor):  # all of them, even after an error: the other ranks take part
+            if file is not None and error is None:
+                try:
+                    file.write(block.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                except OSError as failure:
+                    error = failure
+    error = _closed(file, temporary, target, error)
+    agree([], error, layout.group, layout.device)
+
+
+def _safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
+    entries, offset = {}, 0
+    for name, tensor in tensors.items():
+        size = math.prod(tensor.shape) * tensor.element_size()
+        place = [offset, offset + size]
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        offset += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _closed(file: BinaryIO | None, temporary: Path, target: Path, error: Exception | None) -> Exception | None:
+    """Flush and rename, or remove what was begun; the error of either."""
+    if file is None:
+        return error
+    try:
+        with file:
+            if error is None:
+                file.flush()
+                os.fsync(file.fileno())
+        if error is None:
+            os.replace(temporary, target)
+    except OSError as failure:
+        error = failure
+    if error is not None:
+        temporary.unlink(missing_ok=True)
+    return error
+
+
+def import_safetensors(head: PrototypeHead, path: str | Path) -> None:
+    """Fill a head with the tensors of a safetensors file, each rank reading its own classes.
+
+    Args:
+        head: sharded or not; every tensor of its state_dict must be in the file, in the same shape.
+        path: of the file.
+
+    Raises:
+        ValueError: the file is damaged, or a tensor is missing or has another shape; nothing was changed then.
+
+    Example:
+        >>> from ltloss import ArcFaceLoss, CosFaceLoss
+        >>> from ltloss.interop import export_safetensors, import_safetensors
+        >>> export_safetensors(ArcFaceLoss(10, 4), "head.safetensors")
+        >>> import_safetensors(CosFaceLoss(10, 4), "head.safetensors")
+    """
+    with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            entries: dict[str, Any] = json.loads(file.read(min(length, size)))
+            places = {name: _place(entry, 8 + length, size) for name, entry in entries.items() if name[:2] != "__"}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no safetensors file, or damaged ({error})") from error
+        wanted = head.state_dict()
+        for name, tensor in wanted.items():
+            there = places[name][1] if name in places else "missing"
+            if there != tuple(tensor.shape):
+                raise ValueError(f"{path}: tensor {name} is {there} there and {tuple(tensor.shape)} in the head")
+        for name, tensor in wanted.items():
+            dtype, shape, offset = places[name]
+            own = local(tensor)
+            start = Layout.of(head.weight).span()[0] if hasattr(tensor, "device_mesh") else 0
+            row = math.prod(shape[1:]) * dtype.itemsize
+            file.seek(offset + start * row)
+            content = bytearray(file.read(own.numel() * dtype.itemsize))
+            if content:
+                own.copy_(torch.frombuffer(content, dtype=dtype).view(own.shape))
+
+
+def _place(entry: dict[str, Any], data: int, size: int) -> tuple[torch.dtype, tuple[int, ...], int]:
+    dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if stop - start != math.prod(shape) * dtype.itemsize or data + stop > size:
+        raise ValueError("a tensor does not fit the file")
+    return dtype, shape, data + start

@@ -1,0 +1,45 @@
+"""The ``W`` of pytorch-metric-learning's losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import world
+from helpers.cases import DIM, whole
+
+import ltloss
+from ltloss.distributed import class_mesh, parallelize
+from ltloss.interop import import_pytorch_metric_learning
+
+CLASSES = 11
+
+
+def test_a_loss_of_pytorch_metric_learning() -> None:
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    theirs, ours = losses.CosFaceLoss(5, 4, margin=0.3, scale=7), ltloss.CosFaceLoss(5, 4, margin=0.3, scale=7.0)
+    import_pytorch_metric_learning(ours, theirs)
+    features, labels = torch.randn(6, 4), torch.randint(5, (6,))
+    assert torch.allclose(ours(features, labels), theirs(features, labels), rtol=1e-5)
+
+
+def _imported(rank: int, weight: torch.Tensor) -> None:
+    for given in (weight.t(), {"W": weight.t()}):
+        head = parallelize(ltloss.ArcFaceLoss(CLASSES, DIM), class_mesh())
+        import_pytorch_metric_learning(head, given)
+        assert torch.equal(whole(head.weight), weight)
+
+
+def test_a_matrix() -> None:
+    weight = torch.randn(CLASSES, DIM)
+    _imported(0, weight)
+    head = ltloss.ArcFaceLoss(CLASSES, DIM)
+    with pytest.raises(ValueError, match=r"holds prototypes \(6, 11\)"):
+        import_pytorch_metric_learning(head, {"W": weight})
+    for given in ({}, torch.nn.Linear(2, 2), torch.randn(DIM)):
+        with pytest.raises(ValueError, match="loss must be or hold a tensor W"):
+            import_pytorch_metric_learning(head, given)
+
+
+@pytest.mark.slow
+def test_a_matrix_for_a_sharded_head() -> None:
+    world.run(_imported, 2, torch.randn(CLASSES, DIM))
