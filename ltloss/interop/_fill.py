@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from ltloss.distributed.layout import Layout, local
+from ltloss.distributed.layout import local
 from ltloss.losses.prototype_head import PrototypeHead
 
 __all__ = ["fill"]
 
 
-def fill(head: PrototypeHead, found: tuple[int, int], origin: str, read: Callable[[int, int], Tensor]) -> None:
-    """Put rows ``read(start, stop)`` into this rank's block."""
+def fill(head: PrototypeHead, found: tuple[int, int], origin: str, rows: Tensor) -> None:
+    """Take this rank's ``rows`` of prototypes ``found`` (C, D); ValueError where the head has another shape."""
     wanted = tuple(head.weight.shape)
     if found != wanted:
         raise ValueError(f"{origin} holds prototypes {found} (C, D); the head has {wanted}")
-    start, stop = Layout.of(head.weight).span()
     with torch.no_grad():
-        local(head.weight).copy_(read(start, stop))
+        local(head.weight).copy_(rows)

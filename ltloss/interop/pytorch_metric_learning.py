@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from ltloss.distributed.layout import Layout
 from ltloss.interop._fill import fill
 from ltloss.losses.prototype_head import PrototypeHead
 
@@ -35,4 +36,5 @@ def import_pytorch_metric_learning(head: PrototypeHead, loss: nn.Module | Mappin
             "loss must be or hold a tensor W (D, C), as pytorch-metric-learning's classification losses do"
         )
     width, classes = matrix.shape
-    fill(head, (classes, width), "W of pytorch-metric-learning", lambda start, stop: matrix.t()[start:stop])
+    start, stop = Layout.of(head.weight).span()
+    fill(head, (classes, width), "W of pytorch-metric-learning", matrix.t()[start:stop])

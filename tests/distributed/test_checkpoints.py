@@ -1,11 +1,10 @@
-"""Saved on some ranks, loaded on others; files of others; more classes; killed and resumed."""
+"""Saved on some ranks, loaded on others; more classes; killed and resumed."""
 
 from __future__ import annotations
 
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from ltloss.distributed import (
     parallelize,
     save_checkpoint,
 )
-from ltloss.interop import import_insightface, import_pytorch_metric_learning
 from ltloss.testing import long_tail_counts, problem
 
 pytestmark = pytest.mark.slow
@@ -151,37 +149,6 @@ def test_killed_and_resumed_continues_the_curve(tmp_path: Path) -> None:
         assert isinstance(second, world.Lost)
     world.run(_killed, 2, tmp_path / "killed", -1)
     assert _curve(tmp_path / "killed") == _curve(tmp_path / "whole")
-
-
-def _imported(rank: int, folder: Path, weight: torch.Tensor) -> None:
-    for read in (
-        lambda head: import_insightface(head, folder),
-        lambda head: import_pytorch_metric_learning(head, weight.t()),
-    ):
-        head = parallelize(ltloss.ArcFaceLoss(CLASSES, DIM), class_mesh())
-        read(head)
-        assert torch.equal(whole(head.weight), weight)
-
-
-def test_files_of_others(tmp_path: Path) -> None:
-    weight = torch.randn(CLASSES, DIM)
-    for rank in range(3):  # as InsightFace cuts: the first ranks have one more
-        rows = slice(
-            CLASSES // 3 * rank + min(rank, CLASSES % 3), CLASSES // 3 * (rank + 1) + min(rank + 1, CLASSES % 3)
-        )
-        content: Any = weight[rows].clone()
-        torch.save(
-            {"weight": content, "weight_mom": content} if rank != 1 else content, tmp_path / f"softmax_fc_gpu_{rank}.pt"
-        )
-    _imported(0, tmp_path, weight)
-    world.run(_imported, 2, tmp_path, weight)
-    with pytest.raises(ValueError, match=r"holds prototypes \(11, 6\) \(C, D\); the head has \(12, 6\)"):
-        import_insightface(ltloss.ArcFaceLoss(12, DIM), tmp_path)
-    (tmp_path / "softmax_fc_gpu_1.pt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"for the ranks \[1\]"):
-        import_insightface(ltloss.ArcFaceLoss(CLASSES, DIM), tmp_path)
-    with pytest.raises(ValueError, match=r"holds prototypes \(6, 11\)"):
-        import_pytorch_metric_learning(ltloss.ArcFaceLoss(CLASSES, DIM), {"W": weight})
 
 
 def _grown(rank: int | None) -> None:
