@@ -63,6 +63,10 @@ def _kind(path: Path) -> str:
     return re.sub(r"\d+", "N", path.name)
 
 
+def _rank(path: Path) -> int:
+    return int("".join(filter(str.isdecimal, path.name)))
+
+
 def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files in the order of their ranks."""
     if isinstance(files, str | os.PathLike):
@@ -74,25 +78,17 @@ def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
         paths = [Path(file) for file in files]
     if not paths:
         raise FileNotFoundError(f"files must be or hold {', '.join(_KINDS)} of the ranks N; got none in {files}")
-    kinds = {_kind(path) for path in paths}
-    if not kinds <= set(_KINDS):
+    kinds = sorted({_kind(path) for path in paths})
+    if not set(kinds) <= set(_KINDS):
         return paths
-    if len(kinds) > 1:
-        raise ValueError(f"files must be of one kind; got {', '.join(sorted(kinds))}")
-    return _by_rank(paths, kinds.pop())
-
-
-def _by_rank(paths: list[Path], kind: str) -> list[Path]:
-    found: dict[int, Path] = {}
-    for path in paths:
-        rank = int("".join(filter(str.isdecimal, path.name)))
-        if rank in found:
-            raise ValueError(f"files must be one for each rank; for rank {rank} got {found[rank]} and {path}")
-        found[rank] = path
-    missing = sorted(set(range(max(found))) - set(found))
+    paths.sort(key=_rank)
+    ranks = [_rank(path) for path in paths]
+    if len(kinds) > 1 or len(set(ranks)) < len(ranks):
+        raise ValueError(f"files must be of one kind and one per rank; got {', '.join(kinds)} of the ranks {ranks}")
+    missing = sorted(set(range(ranks[-1])) - set(ranks))
     if missing:
-        raise FileNotFoundError(f"{paths[0].parent} lacks the {kind} of the ranks {missing}")
-    return [found[rank] for rank in sorted(found)]
+        raise FileNotFoundError(f"{paths[0].parent} lacks the {kinds[0]} of the ranks {missing}")
+    return paths
 
 
 def _weight(path: Path) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,11 @@ def test_a_bad_file_changes_nothing(tmp_path: Path) -> None:
         import_safetensors(ltloss.ArcFaceLoss(5, DIM), tmp_path / "head.safetensors")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         import_safetensors(head, tmp_path / "nowhere")
+
+
+def test_without_the_library_it_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = ltloss.ArcFaceLoss(CLASSES, DIM)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    export_safetensors(head, tmp_path / "head.safetensors")
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        import_safetensors(head, tmp_path / "head.safetensors")
