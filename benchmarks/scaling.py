@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.timing import RESULTS, cpu_name, stamp, write_rows
 from ltloss import ArcFaceLoss
+from ltloss._files import write_file
 from ltloss.distributed import class_mesh, parallelize
 from ltloss.tools.plan import DEVICES, Device, Problem, make_plan
 
@@ -217,7 +218,7 @@ def this_machine() -> Device:
 def here(most: int) -> list[dict[str, Any]]:
     """Strong and weak scaling on this machine's cores."""
     device = this_machine()
-    RATES.write_text(json.dumps(asdict(device), indent=2) + "\n")
+    write_file(RATES, (json.dumps(asdict(device), indent=2) + "\n").encode())
     print(f"rates of this machine: {RATES}")
     rows = []
     counts = [ranks for ranks in (1, 2, 4) if ranks <= most]

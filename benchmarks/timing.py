@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import datetime
 import gc
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ltloss._files import write_csv
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 1 << 20
@@ -113,9 +114,4 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write all rows, columns in order of first appearance, and replace the file in one step."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    write_csv(path, columns, rows)

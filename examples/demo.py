@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from ltloss._files import write_file
 from ltloss.training.data.sources import load_data
 from ltloss.training.errors import UserError
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.metrics import Metrics
 from ltloss.training.pages.run_report import write_report
 from ltloss.training.predict.predict import predict_folder
-from ltloss.training.run.checkpoint import write_file
 from ltloss.training.run.progress import progress_bar
 from ltloss.training.run.trainer import train
 

@@ -38,6 +38,7 @@ from benchmarks.loss_gpu.measure import Deadline, Device, TooSlow, ends_within
 from benchmarks.loss_gpu.providers import PROVIDERS, TOLERANCE
 from benchmarks.peers import Inputs, Objective, Provider, Shape, Step, check_step, exact_step
 from benchmarks.timing import RESULTS, write_rows
+from ltloss._files import write_file
 
 Row = dict[str, Any]
 
@@ -95,7 +96,7 @@ class Bench:
         self.findings += sentences
         if self.output is not None:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self.output.with_suffix(".txt").write_text("\n".join(self.findings) + "\n")
+            write_file(self.output.with_suffix(".txt"), ("\n".join(self.findings) + "\n").encode())
 
     def write(self) -> None:
         """Write every row so far."""

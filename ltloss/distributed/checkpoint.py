@@ -7,8 +7,6 @@ at, a folder of that name is whole.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ltloss._files import publish_folder, start_folder, temporary, write_file
 from ltloss.distributed.batch_gather import agree
 from ltloss.distributed.class_parallel import ClassParallel
 from ltloss.distributed.layout import Layout
@@ -27,7 +26,6 @@ from ltloss.distributed.sampling import ClassSampler
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
 _STATE = "state.json"
-_PARTIAL = ".partial"
 
 
 def save_checkpoint(
@@ -60,20 +58,18 @@ def save_checkpoint(
     from torch.distributed.checkpoint.state_dict_saver import save
 
     target = Path(path)
-    partial = target.with_name(target.name + _PARTIAL)
+    partial = temporary(target)
     text = json.dumps(dict(state or {}))
     steps = {name: sampler.next_step(weight) for name, (sampler, weight) in _samplers(modules).items()}
 
     def prepare() -> None:
         if target.exists():
             raise FileExistsError(f"{target} exists; give the checkpoint a new name")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        start_folder(target)
 
     def publish() -> None:
-        (partial / _STATE).write_text(json.dumps({"state": json.loads(text), "sampler_steps": steps}))
-        _flush(partial)
-        os.rename(partial, target)
+        write_file(partial / _STATE, json.dumps({"state": json.loads(text), "sampler_steps": steps}).encode())
+        publish_folder(target)
 
     tensors = _module_tensors(modules)
     tensors |= {name: tensor for name, (tensor, _) in _optimizer_tensors(modules, optimizers or {}).items()}
@@ -233,10 +229,3 @@ def _on_first_rank(action: Callable[[], None]) -> None:
         agree([], error, dist.group.WORLD, device)
     elif error is not None:
         raise error
-
-
-def _flush(folder: Path) -> None:
-    """The files of a folder, on the disk before the folder gets its name."""
-    for file in folder.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ltloss._files import TEMPORARY, remove_leftovers, write_file
 from ltloss.training.comparison.climb import edges, next_points
 from ltloss.training.comparison.data import default_validation, fingerprint
 from ltloss.training.comparison.jobs import Job
@@ -20,7 +21,6 @@ from ltloss.training.comparison.workers import Workers
 from ltloss.training.data.prepare import limited, load_split
 from ltloss.training.errors import UserError
 from ltloss.training.pages.comparison import write_page
-from ltloss.training.run.checkpoint import TEMPORARY, remove_leftovers, write_file
 from ltloss.training.run.lock import LOCK, owned, refuse_if_written
 from ltloss.training.run.settings import Settings
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ltloss._files import write_csv
 from ltloss.training.comparison.methods import described, method
 from ltloss.training.measure.class_groups import Thresholds
-from ltloss.training.run.run_folder import write_csv
 
 GROUPS = ("many", "medium", "few")
 _SHARES = ("accuracy", "balanced_accuracy", *GROUPS)

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ltloss._files import write_file
 from ltloss.training.comparison.methods import described, method
 from ltloss.training.comparison.tables import GROUPS, Comparison, by_method, percents, row_title, summary
 from ltloss.training.pages.html import PLOTS_STYLE, details, escape, figure, page, table, tiles
 from ltloss.training.pages.plots import shares_with_spread
-from ltloss.training.run.checkpoint import write_file
 from ltloss.training.run.settings import SETTINGS
 
 _STYLE = PLOTS_STYLE + ".number { white-space: nowrap; }\n"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ltloss._files import write_file
 from ltloss.functional import nearest_prototype
 from ltloss.training.data.batches import batches
 from ltloss.training.data.prepare import limited
@@ -23,7 +24,6 @@ from ltloss.training.model.classifier import Classifier
 from ltloss.training.pages import plots
 from ltloss.training.pages.html import PLOTS_STYLE, details, escape, figure, page, table, tiles
 from ltloss.training.pages.plots import Plot
-from ltloss.training.run.checkpoint import write_file
 from ltloss.training.run.settings import SETTINGS, RunConfig
 
 __all__ = ["write_report"]

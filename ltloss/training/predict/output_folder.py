@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from ltloss._files import flush_folder, write_file
 from ltloss.training.errors import UserError
 
 __all__ = ["OutputFolder"]
@@ -78,7 +79,8 @@ class OutputFolder(AbstractContextManager["OutputFolder"]):
 
     def publish(self, record: Mapping[str, object]) -> None:
         """Move everything from ``staging`` into place, ``record`` as the manifest first; remove what is outdated."""
-        (self.staging / self._manifest).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_file(self.staging / self._manifest, (json.dumps(record, indent=2) + "\n").encode())
+        flush_folder(self.staging)
         new = sorted(os.listdir(self.staging), key=lambda name: name != self._manifest)
         for name in new:
             target = self.path / name

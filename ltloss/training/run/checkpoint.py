@@ -1,17 +1,9 @@
-"""Files that are either whole or absent, whatever moment the process dies at; nothing is unpickled.
-
-A checkpoint is a directory that is written under a temporary name, flushed to the disk and then renamed. A reader
-therefore never sees half of one, and a full disk leaves the former one as it was.
-"""
+"""Checkpoints of a run: folders that are whole or absent; nothing is unpickled."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +12,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from ltloss._files import new_folder, remove_folder, write_file
 from ltloss.training.errors import UserError
 from ltloss.training.measure.metrics import COLUMNS
 
 KEPT = 2
-TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True)
@@ -36,29 +28,17 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that `path` holds either its former content or all of the new one."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        _write_flushed(temporary, content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush_directory(path.parent)
-
-
 def save_checkpoint(run: Path, epoch: int, checkpoint: Checkpoint) -> Path:
     """Write RUN/checkpoints/epoch-NNNN and drop all but the newest two."""
     folder = run / "checkpoints"
     folder.mkdir(exist_ok=True)
     target = folder / f"epoch-{epoch:04d}"
-    with _new_directory(target) as temporary:
-        _write_flushed(temporary / "model.safetensors", to_bytes(checkpoint.model))
-        _write_flushed(temporary / "optimizer.safetensors", to_bytes(checkpoint.optimizer))
-        _write_flushed(temporary / "state.json", (json.dumps(checkpoint.state) + "\n").encode())
+    with new_folder(target) as unfinished:
+        write_file(unfinished / "model.safetensors", to_bytes(checkpoint.model))
+        write_file(unfinished / "optimizer.safetensors", to_bytes(checkpoint.optimizer))
+        write_file(unfinished / "state.json", (json.dumps(checkpoint.state) + "\n").encode())
     for old in _checkpoints(run)[:-KEPT]:
-        _remove(old)
+        remove_folder(old)
     return target
 
 
@@ -99,12 +79,6 @@ def latest_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def remove_leftovers(run: Path) -> None:
-    """Remove what a killed process left under temporary names."""
-    for path in [*run.glob(f"*{TEMPORARY}"), *run.glob(f"checkpoints/*{TEMPORARY}")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def _checkpoints(run: Path) -> list[Path]:
     numbered = {}
     for path in run.glob("checkpoints/epoch-*"):
@@ -114,52 +88,8 @@ def _checkpoints(run: Path) -> list[Path]:
     return [numbered[number] for number in sorted(numbered)]
 
 
-@contextmanager
-def _new_directory(target: Path) -> Iterator[Path]:
-    temporary = target.with_name(target.name + TEMPORARY)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        _flush_directory(temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _flush_directory(target.parent)
-
-
-def _remove(checkpoint: Path) -> None:
-    # Renamed first: a process killed while deleting must not leave half a checkpoint under a valid name.
-    doomed = checkpoint.with_name(checkpoint.name + TEMPORARY)
-    os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed)
-
-
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """The content of a safetensors file that holds the tensors."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content: bytes = safetensors.torch.save(contiguous)
     return content
-
-
-def _write_flushed(path: Path, content: bytes) -> None:
-    try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = str(path)  # a failed write does not name its file
-        raise
-
-
-def _flush_directory(path: Path) -> None:
-    """Make a rename durable; Windows cannot open directories and does not need it."""
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ltloss._files import TEMPORARY, write_csv, write_file
 from ltloss.training.data.sources import check_same_classes
 from ltloss.training.errors import UserError
 from ltloss.training.measure.metrics import COLUMNS
-from ltloss.training.run.checkpoint import TEMPORARY, write_file
 from ltloss.training.run.lock import LOCK, refuse_if_written
 from ltloss.training.run.settings import RunConfig, Settings, changed_settings
 
@@ -94,12 +92,3 @@ def write_config(out: Path, config: RunConfig) -> None:
 def write_metrics(out: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Write RUN/metrics.csv, one row per epoch."""
     write_csv(out / "metrics.csv", COLUMNS, history)
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a CSV file whole; None is an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, text.getvalue().encode())

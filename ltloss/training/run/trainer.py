@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ltloss._files import remove_leftovers, write_file
 from ltloss.class_balance import DeferredWeights, effective_number_weights
 from ltloss.training.data.batches import augment, batch_count, batches
 from ltloss.training.data.mixup import mix
@@ -26,9 +27,7 @@ from ltloss.training.run.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
-    remove_leftovers,
     save_checkpoint,
-    write_file,
 )
 from ltloss.training.run.lock import owned
 from ltloss.training.run.progress import progress_bar
@@ -73,7 +72,8 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
             if checkpoint is not None:
                 trainer.restore(checkpoint)
             if ranks.first:
-                remove_leftovers(out)
+                for folder in (out, out / "checkpoints"):
+                    remove_leftovers(folder)
                 write_config(out, data.config)
                 if trainer.history:
                     write_metrics(out, trainer.history)
