@@ -208,7 +208,7 @@ def test_training_that_diverges(toy_npz: Path, capsys: pytest.CaptureFixture[str
 def test_picture_that_disappears_while_training(
     toy_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ltloss.training.data import prepare as training_data
+    from ltloss.training.run import prepare as training_data
 
     original = training_data.prepare_data
 

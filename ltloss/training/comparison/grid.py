@@ -18,10 +18,10 @@ from ltloss.training.comparison.methods import described, method
 from ltloss.training.comparison.plan import Plan, check_whole_number
 from ltloss.training.comparison.tables import Comparison, FinalRun, Trial, write_tables
 from ltloss.training.comparison.workers import Workers
-from ltloss.training.data.prepare import limited, load_split
 from ltloss.training.errors import UserError
 from ltloss.training.pages.comparison import write_page
 from ltloss.training.run.lock import LOCK, owned, refuse_if_written
+from ltloss.training.run.prepare import limited, load_split
 from ltloss.training.run.settings import Settings
 
 MANIFEST = "compare.json"

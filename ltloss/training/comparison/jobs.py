@@ -19,11 +19,11 @@ from ltloss._files import write_file
 from ltloss.functional import nearest_prototype
 from ltloss.training.comparison.data import comparison_data
 from ltloss.training.comparison.second_stage import ClassifierRetraining, normalize_weights, post_hoc_offset
-from ltloss.training.data.prepare import TrainingData
 from ltloss.training.errors import DivergedError, UserError
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.model.classifier import Classifier, choose_device
 from ltloss.training.run.checkpoint import read_tensors, to_bytes
+from ltloss.training.run.prepare import TrainingData
 from ltloss.training.run.settings import Settings
 from ltloss.training.run.trainer import Trainer
 

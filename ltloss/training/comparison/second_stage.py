@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ltloss.class_balance import Counts, log_prior_from_counts
-from ltloss.training.data.sources import ImageSource
+from ltloss.training.data.images import ImageSource
 from ltloss.training.errors import UserError
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.softmax_loss import SoftmaxLoss
-from ltloss.training.run.seeds import numpy_generator
 from ltloss.training.run.settings import RunConfig
 from ltloss.training.run.trainer import Trainer, build_optimizer
+from ltloss.training.seeds import numpy_generator
 
 
 def post_hoc_offset(class_counts: Counts, tau: float) -> Tensor:

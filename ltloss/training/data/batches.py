@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltloss.training.data.images import ImageSource
 from ltloss.training.data.on_device import DeviceImages
-from ltloss.training.data.sources import ImageSource
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,11 @@ import lzma
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ltloss.training.data.sources import ArrayImages
+from ltloss.training.data.images import ArrayImages, Split
 from ltloss.training.errors import UserError
-
-if TYPE_CHECKING:
-    from ltloss.training.data.sources import Split
 
 _RENUMBER = "renumber the labels with numpy.unique(labels, return_inverse=True)"
 _KEYS = ("x_train", "y_train", "x_test", "y_test")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ltloss.training.data.sources import ArrayImages, ImageSource
+from ltloss.training.data.images import ArrayImages, ImageSource
 
 
 @dataclass(frozen=True)

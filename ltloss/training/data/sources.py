@@ -1,157 +1,23 @@
-"""Where pictures come from: arrays in memory (the digits, .npz files) and folders that are decoded on demand."""
+"""Where images come from: the digits, .npz files and folders."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
 
 import numpy as np
-import torch
-from PIL import Image
 
-from ltloss.training.data.decode import SUFFIXES, PictureError, open_picture, to_pixels
+from ltloss.training.data.decode import SUFFIXES, PictureError, open_picture
+from ltloss.training.data.images import ArrayImages, FolderImages, ImageSource, Size, Split, target_shape
+from ltloss.training.data.npz import load_npz
 from ltloss.training.data.splits import stratified_split
 from ltloss.training.errors import UserError
 
-Split = Literal["train", "test", "all"]
-Size = int | tuple[int, int] | None  # pixels: the side of a square, (height, width), or that of the data
 TEST_SHARE = 0.2
-SMALLEST_SIZE = 4  # what --image-size demands: the backbones pool pictures twice
 DEFAULT_FOLDER_SIZE = 64
 LARGEST_DEFAULT_SIZE = 128  # the size of the data is only used up to here: photos would need too much memory
-
-
-class ImageSource(Protocol):
-    """What training, evaluation and prediction consume."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Labels (N,) int64; -1 where unknown."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The C class names that the labels count."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """One display name per picture."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of what `batch` returns."""
-
-    def __len__(self) -> int:
-        """Pictures in the source."""
-
-    def batch(self, indices: np.ndarray) -> torch.Tensor:
-        """Pixels (B, channels, height, width) uint8 of the pictures at indices (B,)."""
-
-    def picture(self, index: int) -> Image.Image:
-        """The original picture, for a gallery."""
-
-    def subset(self, indices: np.ndarray) -> ImageSource:
-        """The same source with only the pictures at indices."""
-
-
-@dataclass(frozen=True)
-class ArrayImages:
-    """Pictures in memory.
-
-    Args:
-        images: (N, H, W) or (N, H, W, 1 or 3) uint8.
-        labels: (N,) int64.
-        class_names: C names.
-        names: display names of the N pictures.
-
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    names: Sequence[str]
-
-    @cached_property
-    def _channels_first(self) -> np.ndarray:
-        images = self.images
-        return images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        channels, height, width = self._channels_first.shape[1:]
-        return channels, height, width
-
-    def __len__(self) -> int:
-        """Pictures in the source."""
-        return len(self.images)
-
-    def batch(self, indices: np.ndarray) -> torch.Tensor:
-        """Pixels (B, channels, height, width) uint8 of the pictures at indices (B,)."""
-        return torch.from_numpy(self._channels_first[indices])
-
-    def picture(self, index: int) -> Image.Image:
-        """The picture as it is stored."""
-        return Image.fromarray(self.images[index].squeeze())
-
-    def subset(self, indices: np.ndarray) -> ArrayImages:
-        """The pictures at indices."""
-        names = [self.names[i] for i in indices]
-        return ArrayImages(self.images[indices], self.labels[indices], self.class_names, names)
-
-    def reshaped(self, size: Size, channels: int | None) -> ArrayImages:
-        """The pictures at another size or number of channels; self where nothing changes."""
-        target = _target_shape(self.shape, size, channels)
-        if target == self.shape:
-            return self
-        pixels = [to_pixels(self.picture(i), target).transpose(1, 2, 0) for i in range(len(self))]
-        return ArrayImages(np.stack(pixels), self.labels, self.class_names, self.names)
-
-
-@dataclass(frozen=True)
-class FolderImages:
-    """Pictures in files, decoded on demand by `workers` threads. `skipped` holds (name, reason) of those left out."""
-
-    folder: Path
-    names: Sequence[str]  # relative to folder
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    shape: tuple[int, int, int]
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    workers: int = 4
-
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
-
-    def __len__(self) -> int:
-        """Pictures in the source."""
-        return len(self.names)
-
-    def picture(self, index: int) -> Image.Image:
-        """The picture at full size; UserError where the file was damaged or removed since it was checked."""
-        try:
-            return open_picture(self.folder / self.names[index])
-        except PictureError as reason:
-            raise UserError(
-                f"{self.folder / self.names[index]} {reason}; it changed since it was checked, restore it"
-            ) from None
-
-    def batch(self, indices: np.ndarray) -> torch.Tensor:
-        """Pixels (B, channels, height, width) uint8 of the pictures at indices (B,)."""
-        pixels = list(self._pool.map(lambda i: to_pixels(self.picture(i), self.shape), indices))
-        return torch.from_numpy(np.stack(pixels) if pixels else np.empty((0, *self.shape), np.uint8))
-
-    def subset(self, indices: np.ndarray) -> FolderImages:
-        """The pictures at indices."""
-        names = [self.names[i] for i in indices]
-        return FolderImages(
-            self.folder, names, self.labels[indices], self.class_names, self.shape, self.skipped, self.workers
-        )
 
 
 def load_data(
@@ -175,8 +41,6 @@ def load_data(
         raise UserError(
             f"data {spec} is a {path.suffix or 'plain'} file; give digits, a folder of class folders, or a FILE.npz"
         )
-    from ltloss.training.data.npz import load_npz
-
     return load_npz(path, split).reshaped(image_size, channels)
 
 
@@ -232,7 +96,7 @@ def _load_folder(folder: Path, split: Split, size: Size, channels: int | None, s
                 file=sys.stderr,
             )
             common = (DEFAULT_FOLDER_SIZE, DEFAULT_FOLDER_SIZE)
-        return _target_shape((1 if grey else 3, *common), size, channels)
+        return target_shape((1 if grey else 3, *common), size, channels)
 
     source = _checked(folder, names, labels, class_names, choose_shape, workers)
     if split != "test":
@@ -344,13 +208,3 @@ def _checked(
     kept = [names[i] for i in good]
     shape = choose_shape(shapes)
     return FolderImages(folder, kept, labels[good], class_names, shape, skipped, workers)
-
-
-def _target_shape(shape: tuple[int, int, int], size: Size, channels: int | None) -> tuple[int, int, int]:
-    height, width = (size, size) if isinstance(size, int) else size or shape[1:]
-    if min(height, width) < SMALLEST_SIZE:
-        raise UserError(
-            f"the pictures are {width} x {height} pixels, each side must be at least {SMALLEST_SIZE}; "
-            "enlarge them with --image-size"
-        )
-    return channels or shape[0], height, width

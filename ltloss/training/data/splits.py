@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ltloss.training.errors import UserError
-from ltloss.training.run.seeds import numpy_generator
+from ltloss.training.seeds import numpy_generator
 
 
 def long_tailed_counts(available: np.ndarray, imbalance: float) -> np.ndarray:

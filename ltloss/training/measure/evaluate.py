@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ltloss.training.data.batches import batches
-from ltloss.training.data.prepare import limited
-from ltloss.training.data.sources import ImageSource, Split, check_same_classes, has_own_splits, load_data
+from ltloss.training.data.images import ImageSource, Split
+from ltloss.training.data.sources import check_same_classes, has_own_splits, load_data
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.metrics import Metrics, MetricsAccumulator, number, own_angles, percent
 from ltloss.training.model.classifier import Classifier
+from ltloss.training.run.prepare import limited
 from ltloss.training.run.ranks import in_one_piece
 from ltloss.training.run.settings import RunConfig
 

@@ -20,7 +20,7 @@ from ltloss.training.errors import UserError
 from ltloss.training.pages.html import details, escape, page, table, tiles
 
 if TYPE_CHECKING:
-    from ltloss.training.data.sources import ImageSource
+    from ltloss.training.data.images import ImageSource
     from ltloss.training.predict.predictions import Predictions
 
 __all__ = [

@@ -15,8 +15,8 @@ import torch
 from ltloss._files import write_file
 from ltloss.functional import nearest_prototype
 from ltloss.training.data.batches import batches
-from ltloss.training.data.prepare import limited
-from ltloss.training.data.sources import ImageSource, check_same_classes, load_data
+from ltloss.training.data.images import ImageSource
+from ltloss.training.data.sources import check_same_classes, load_data
 from ltloss.training.errors import UserError
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.measure.metrics import Thresholds
@@ -24,6 +24,7 @@ from ltloss.training.model.classifier import Classifier
 from ltloss.training.pages import plots
 from ltloss.training.pages.html import PLOTS_STYLE, details, escape, figure, page, table, tiles
 from ltloss.training.pages.plots import Plot
+from ltloss.training.run.prepare import limited
 from ltloss.training.run.settings import SETTINGS, RunConfig
 
 __all__ = ["write_report"]

@@ -21,7 +21,7 @@ from ltloss.training.predict.sort_images import Sorter
 from ltloss.training.run.progress import progress_bar
 
 if TYPE_CHECKING:
-    from ltloss.training.data.sources import FolderImages, ImageSource
+    from ltloss.training.data.images import FolderImages, ImageSource
     from ltloss.training.model.classifier import Classifier
 
 __all__ = ["PredictionSummary", "classify", "predict_folder"]

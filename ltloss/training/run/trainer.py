@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ltloss._files import remove_leftovers, write_file
 from ltloss.class_balance import DeferredWeights, effective_number_weights
 from ltloss.training.data.batches import augment, batch_count, batches
+from ltloss.training.data.images import ImageSource
 from ltloss.training.data.mixup import mix
-from ltloss.training.data.prepare import prepare_data
-from ltloss.training.data.sources import ImageSource
 from ltloss.training.errors import DivergedError, UserError
 from ltloss.training.measure.evaluate import Evaluation, measure
 from ltloss.training.measure.metrics import Metrics, percent
@@ -30,12 +29,13 @@ from ltloss.training.run.checkpoint import (
     save_checkpoint,
 )
 from ltloss.training.run.lock import owned
+from ltloss.training.run.prepare import prepare_data
 from ltloss.training.run.progress import progress_bar
 from ltloss.training.run.ranks import Ranks, joined, put, spread, whole
 from ltloss.training.run.run_folder import check_same_data, check_still_new, open_run, write_config, write_metrics
 from ltloss.training.run.schedules import first_epoch, learning_rate
-from ltloss.training.run.seeds import derived_seed, numpy_generator, torch_generator
 from ltloss.training.run.settings import RunConfig, Settings
+from ltloss.training.seeds import derived_seed, numpy_generator, torch_generator
 
 _CHECK_EVERY = 20  # steps between looks at the losses: each look makes a GPU wait
 

@@ -16,7 +16,7 @@ import pytest
 from helpers.small_run import HOSTILE
 from helpers.toys import toy_images
 
-import ltloss.training.data.prepare
+import ltloss.training.run.prepare
 from ltloss.cli.command import main
 from ltloss.training import compare
 from ltloss.training.comparison.climb import edges
@@ -24,7 +24,7 @@ from ltloss.training.comparison.data import fingerprint, validation_indices
 from ltloss.training.comparison.jobs import Job
 from ltloss.training.comparison.methods import search_space
 from ltloss.training.comparison.tables import COLUMNS, Comparison, FinalRun, Trial, numbers, percents, summary
-from ltloss.training.data.sources import ArrayImages
+from ltloss.training.data.images import ArrayImages
 from ltloss.training.errors import UserError
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.evaluate import measure
@@ -150,7 +150,7 @@ def test_other_groups_need_no_training(toy_npz: Path, tmp_path: Path) -> None:
 
 
 def test_tuning_never_reads_the_test_split(toy_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = ltloss.training.data.prepare.load_data
+    load = ltloss.training.run.prepare.load_data
     read: list[str] = []
 
     def watched(spec: str, *, split: str, **options: Any) -> Any:
@@ -159,7 +159,7 @@ def test_tuning_never_reads_the_test_split(toy_npz: Path, tmp_path: Path, monkey
             raise UserError("the test split is poison")
         return load(spec, split=split, **options)
 
-    monkeypatch.setattr(ltloss.training.data.prepare, "load_data", watched)
+    monkeypatch.setattr(ltloss.training.run.prepare, "load_data", watched)
     given, methods = small(toy_npz, epochs=1), ["ce", "arcface", "post-hoc"]
     with pytest.raises(UserError, match="poison"):
         compare(tmp_path / "out", given, methods, seeds=1, tune=True, quiet=True)
@@ -303,8 +303,8 @@ def test_numbers_are_mean_and_sample_deviation() -> None:
 
 
 def test_measuring_in_bfloat16_is_close_to_float32(compared: Comparison, toy_npz: Path) -> None:
-    from ltloss.training.data.prepare import prepare_data
     from ltloss.training.model.classifier import Classifier
+    from ltloss.training.run.prepare import prepare_data
     from ltloss.training.run.settings import Settings
 
     data = prepare_data(Settings(**small(toy_npz, loss="cosine")))

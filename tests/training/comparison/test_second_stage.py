@@ -15,14 +15,14 @@ from ltloss.training.comparison.second_stage import (
     normalize_weights,
     post_hoc_offset,
 )
-from ltloss.training.data.prepare import TrainingData, prepare_data
 from ltloss.training.errors import UserError
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.softmax_loss import SoftmaxLoss
-from ltloss.training.run.seeds import numpy_generator
+from ltloss.training.run.prepare import TrainingData, prepare_data
 from ltloss.training.run.settings import RunConfig, Settings
 from ltloss.training.run.trainer import Trainer
+from ltloss.training.seeds import numpy_generator
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ltloss.training.data.batches import augment, batches
-from ltloss.training.data.sources import ArrayImages
+from ltloss.training.data.images import ArrayImages
 
 
 def numbered(count: int) -> ArrayImages:

@@ -12,7 +12,8 @@ from helpers.toys import CLASS_NAMES, toy_images
 from PIL import Image
 
 from ltloss.training.data.decode import PictureError, open_picture, to_pixels
-from ltloss.training.data.sources import FolderImages, load_data, load_pictures
+from ltloss.training.data.images import FolderImages
+from ltloss.training.data.sources import load_data, load_pictures
 from ltloss.training.errors import UserError
 
 

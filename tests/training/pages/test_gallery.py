@@ -13,7 +13,7 @@ from helpers.pages import Page
 from helpers.small_run import HOSTILE, make_run
 from PIL import Image
 
-from ltloss.training.data.sources import ArrayImages
+from ltloss.training.data.images import ArrayImages
 from ltloss.training.pages import gallery
 from ltloss.training.pages.gallery import THUMBNAIL_SIZE, Gallery, folder_address, percent, thumbnail, write_gallery
 from ltloss.training.pages.html import escape

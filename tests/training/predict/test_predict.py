@@ -12,7 +12,8 @@ import torch
 from helpers.small_run import HOSTILE, make_run
 from PIL import Image
 
-from ltloss.training.data.sources import ArrayImages, load_pictures
+from ltloss.training.data.images import ArrayImages
+from ltloss.training.data.sources import load_pictures
 from ltloss.training.errors import UserError
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.predict import predict as prediction

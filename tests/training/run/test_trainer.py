@@ -14,13 +14,13 @@ import torch
 from helpers.toys import toy_images, toy_settings
 
 import ltloss
-from ltloss.training.data.prepare import prepare_data
 from ltloss.training.data.sources import load_data
 from ltloss.training.errors import UserError
 from ltloss.training.measure.metrics import COLUMNS
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.registry import LOSSES
 from ltloss.training.run.checkpoint import save_checkpoint
+from ltloss.training.run.prepare import prepare_data
 from ltloss.training.run.schedules import learning_rate
 from ltloss.training.run.settings import RunConfig, Settings
 from ltloss.training.run.trainer import Trainer, TrainingResult, build_optimizer, train

@@ -11,10 +11,11 @@ import torch
 
 import ltloss
 from ltloss.training.data.batches import batches
-from ltloss.training.data.sources import ImageSource, Split, load_data
+from ltloss.training.data.images import ImageSource, Split
+from ltloss.training.data.sources import load_data
 from ltloss.training.data.splits import keep_per_class, long_tailed_subset
-from ltloss.training.run.seeds import numpy_generator
 from ltloss.training.run.settings import RunConfig, Settings
+from ltloss.training.seeds import numpy_generator
 
 _NORMALISATION_PICTURES = 4096
 
