@@ -131,9 +131,10 @@ def _prediction_rows(
 
 
 def _sort(source: ImageSource, images: Path, sorter: Sorter, predictions: Predictions) -> Iterator[list[str]]:
-    """Copy every picture and yield the record of it."""
-    for name, index in zip(source.names, predictions.index[:, 0], strict=True):
-        copy = sorter.copy(images / name, int(index))
+    """Copy every image and return the record of it."""
+    best = predictions.index[:, 0].tolist()
+    copies = sorter.sort([images / name for name in source.names], best)
+    for name, index, copy in zip(source.names, best, copies, strict=True):
         yield [name, sorter.class_names[index], copy.relative_to(sorter.root).as_posix()]
 
 
@@ -190,8 +191,8 @@ def predict_folder(
         run: the folder of a training run.
         images: a folder with pictures, at any depth.
         out: the folder for the results.
-        sort_into: a folder for copies of the pictures by predicted class; no file in it is overwritten. Copies made
-            before something fails stay there.
+        sort_into: a folder for copies of the pictures by predicted class. They appear when all are complete; one that
+            an earlier prediction made is not made again, and no file is overwritten.
         top: how many classes the table has per picture, at least 1; the best and the runner-up always are there.
         device: where to run, such as "cuda:0"; a GPU where there is one if not given.
         batch_size: pictures at a time.

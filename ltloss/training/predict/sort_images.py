@@ -1,22 +1,26 @@
-"""Copy pictures into one folder per class, whatever the classes are called, without ever overwriting a file."""
+"""Copy images into one folder per class: all or none, one of each, and no file is ever overwritten."""
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ltloss.training.errors import UserError
+from ltloss.training.run.lock import owned, refuse_if_written
 
 __all__ = ["Sorter", "folder_names"]
 
 # Not allowed in a name on Windows (the slash: anywhere), control characters, and bytes that are not text.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE | re.DOTALL)
+_NUMBERED = re.compile(r"(.+)-[0-9]+", re.DOTALL)
+_UNFINISHED = ".unfinished-"
 _LONGEST = 120  # bytes of UTF-8; file systems allow 255, some encrypting ones 143
 
 
@@ -56,7 +60,7 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
 
 
 class Sorter:
-    """Copies pictures to ``root/<folder of the class>/<file name>``; a name in use gets ``-2``, ``-3``, ... appended.
+    """Copies images to ``root/<folder of the class>/<file name>``; a name in use gets ``-2``, ``-3``, ... appended.
 
     Args:
         root: the folder to sort into; made when absent.
@@ -67,39 +71,116 @@ class Sorter:
         self.root = root
         self.class_names = class_names
         self.folders = folder_names(class_names)
-        self._last_number: dict[Path, int] = {}  # or the n-th file of one name would try n names
+        self._staging = root / f"{_UNFINISHED}{os.getpid()}"
 
-    def copy(self, source: Path, class_index: int) -> Path:
-        """Copy ``source`` and return the path of the copy.
+    def sort(self, images: Sequence[Path], classes: Iterable[int]) -> list[Path]:
+        """Copy every image into the folder of its class and return the paths of the copies.
+
+        A file of the image's name (but for the number) and content counts as its copy, so a repeat makes no second one.
+        The others appear when all of them are complete. No file is overwritten.
 
         Raises:
-            UserError: the class's folder cannot be made, for instance because a file has its name.
-            OSError: the copy failed; nothing of it is left behind.
+            UserError: a folder cannot be made, for instance because a file has its name.
+            OSError: a copy failed; the folder is as it was.
         """
-        folder = self.root / self.folders[class_index]
+        wanted = [self.root / self.folders[c] / image.name for image, c in zip(images, classes, strict=True)]
+        folders = {path.parent for path in wanted}
+        existed = self.root.is_dir()
+        _make(self._staging)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {folder} for --sort-into: {error.strerror or error}") from error
-        target = self._reserve(folder / source.name)
-        staging = folder / f".unfinished-{os.getpid()}"
-        try:
-            shutil.copy2(source, staging)
-            staging.replace(target)
-        except BaseException:
-            staging.unlink(missing_ok=True)
-            target.unlink(missing_ok=True)
-            raise
-        return target
+            with owned(self._staging):
+                self._remove_leftovers()
+                earlier = {folder: _EarlierCopies(folder) for folder in folders if folder.is_dir()}
+                copies: list[Path | None] = []
+                for number, (image, path) in enumerate(zip(images, wanted, strict=True)):
+                    copies.append(earlier[path.parent].take(image) if path.parent in earlier else None)
+                    if copies[-1] is None:
+                        shutil.copy2(image, self._staging / str(number))
+                return self._publish(wanted, copies)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            if not existed:
+                with suppress(OSError):  # not empty: the copies are there
+                    self.root.rmdir()
 
-    def _reserve(self, wanted: Path) -> Path:
-        """Create the first free name as an empty file: exclusively, so two processes cannot take the same one."""
-        stem = os.fsdecode(os.fsencode(wanted.stem)[:200])  # leaves room for the number
-        number = self._last_number.get(wanted, 0)
-        while True:
-            number += 1
-            path = wanted if number == 1 else wanted.with_name(f"{stem}-{number}{wanted.suffix}")
-            with suppress(FileExistsError):
-                path.open("xb").close()
-                self._last_number[wanted] = number
+    def _remove_leftovers(self) -> None:
+        """Remove what killed processes left; the lock of a living one says that it is at work."""
+        for folder in self.root.glob(f"{_UNFINISHED}*"):
+            with suppress(UserError):
+                refuse_if_written(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _publish(self, wanted: Sequence[Path], copies: Sequence[Path | None]) -> list[Path]:
+        """Give the copies their names: all, or none where one fails."""
+        made: list[Path] = []
+        last: dict[Path, int] = {}  # or the n-th file of one name would try n names
+        placed = []
+        try:
+            for number, (path, copy) in enumerate(zip(wanted, copies, strict=True)):
+                if copy is None:
+                    if not path.parent.is_dir():
+                        _make(path.parent)
+                        made.append(path.parent)
+                    copy = _place(self._staging / str(number), path, last)
+                    made.append(copy)
+                placed.append(copy)
+        except BaseException:
+            for path in reversed(made):
+                with suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
+            raise
+        return placed
+
+
+class _EarlierCopies:
+    """The files of a folder by name without number, and size: what may be a copy that was made before."""
+
+    def __init__(self, folder: Path) -> None:
+        self._found: dict[tuple[str, int], list[Path]] = {}
+        self._taken: set[Path] = set()
+        for entry in sorted(os.scandir(folder), key=lambda entry: (len(entry.name), entry.name)):
+            if entry.is_file(follow_symlinks=False):
+                path = Path(entry.path)
+                numbered = _NUMBERED.fullmatch(path.stem)
+                for stem in {path.stem, numbered[1] if numbered else path.stem}:
+                    key = _cut(stem) + path.suffix, entry.stat().st_size
+                    self._found.setdefault(key, []).append(path)
+
+    def take(self, image: Path) -> Path | None:
+        """A copy of ``image`` that was not taken yet, or None."""
+        found = self._found.get((_cut(image.stem) + image.suffix, image.stat().st_size), [])
+        for path in found:
+            if path not in self._taken and filecmp.cmp(image, path, shallow=False):
+                self._taken.add(path)
+                found.remove(path)
                 return path
+        return None
+
+
+def _cut(stem: str) -> str:
+    """What is left of a long name, so that there is room for a number."""
+    return os.fsdecode(os.fsencode(stem)[:200])
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} for --sort-into: {error.strerror or error}") from error
+
+
+def _place(staged: Path, wanted: Path, last: dict[Path, int]) -> Path:
+    """Give a file the first free name of the series; two processes cannot take the same one."""
+    while True:
+        number = last[wanted] = last.get(wanted, 0) + 1
+        path = wanted if number == 1 else wanted.with_name(f"{_cut(wanted.stem)}-{number}{wanted.suffix}")
+        with suppress(FileExistsError):
+            try:
+                os.link(staged, path)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
+                if os.path.lexists(path):
+                    continue
+                os.rename(staged, path)
+            return path

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -194,10 +195,34 @@ def test_sorting_never_overwrites(run: Path, tmp_path: Path) -> None:
     predict_folder(run, images, tmp_path / "out", sort_into=sorted_into, overwrite=True)
     after = contents(sorted_into)
     assert after[f"{rows[1][1]}/same.png"] == b"mine"
-    assert len(after) == 2 * len(before)
+    assert len(after) == len(before) + 1
     record = read(tmp_path / "out" / "sorted.csv")
     assert record[0] == ["image", "class", "copy"]
-    assert [row[2] for row in record[1:]] == [f"{rows[1][1]}/same-{n}.png" for n in (4, 5, 6)]
+    assert [row[2] for row in record[1:]] == [f"{rows[1][1]}/same-{n}.png" for n in (2, 3, 4)]
+
+
+def test_sorting_again_gives_one_copy_of_each(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, out, sorted_into = write_pictures(tmp_path / "in"), tmp_path / "out", tmp_path / "sorted"
+    copy, copied = shutil.copy2, []
+
+    def interrupted(source: Path, target: Path) -> object:
+        copied.append(source)
+        if len(copied) == 4:
+            raise KeyboardInterrupt
+        return copy(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copy2", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            predict_folder(run, images, out, sort_into=sorted_into)
+    assert not out.exists()
+    assert not sorted_into.exists()
+    records = []
+    for _ in range(2):
+        predict_folder(run, images, out, sort_into=sorted_into, overwrite=True)
+        records.append(contents(out)["sorted.csv"])
+        assert sorted(contents(sorted_into).values()) == sorted(contents(images).values())
+    assert records[0] == records[1]
 
 
 def test_folder_names_are_safe_and_distinct() -> None:
@@ -232,8 +257,7 @@ def test_hostile_class_names_stay_inside_the_sorted_folder(tmp_path: Path) -> No
     make_run(tmp_path / "run", HOSTILE)
     Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
     sorter = Sorter(tmp_path / "sorted", HOSTILE)
-    for number in range(len(HOSTILE)):
-        copy = sorter.copy(tmp_path / "p.png", number)
+    for copy in sorter.sort([tmp_path / "p.png"] * len(HOSTILE), range(len(HOSTILE))):
         assert copy.resolve().parent.parent == (tmp_path / "sorted").resolve()
     assert len(list((tmp_path / "sorted").iterdir())) == len(HOSTILE)
     predict_folder(tmp_path / "run", write_pictures(tmp_path / "in"), tmp_path / "out", sort_into=tmp_path / "again")
