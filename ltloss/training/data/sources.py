@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -130,8 +131,8 @@ def _listing(folder: Path, split: Split) -> tuple[tuple[str, ...], list[str], np
         check_same_classes(by_split["train"], by_split["test"], f"{folder}: train", f"{folder}: {splits['test']}")
         roots = [folder / place for name, place in splits.items() if split in (name, "all")]
     class_names = _class_names(roots[0])
-    if split != "test":  # once for a training, which reads both
-        _report_hidden(roots[0])
+    for place in dict.fromkeys([folder, *roots]):
+        _report_hidden(place)
     names, labels = [], []
     for root in roots:
         for label, class_name in enumerate(class_names):
@@ -153,8 +154,9 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+@cache
 def _report_hidden(folder: Path) -> None:
-    """Say which sub-folders are no classes because their names begin with a dot."""
+    """Say which sub-folders are no classes because their names begin with a dot; once, for a training reads twice."""
     hidden = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith("."))
     if hidden:
         print(f"ltloss: left out hidden folders of {folder}: {_listed(hidden)}; rename those to use", file=sys.stderr)

@@ -184,5 +184,19 @@ def test_a_missing_picture_is_a_picture_error(tmp_path: Path) -> None:
 
 def test_hidden_class_folders_are_left_out_with_a_word(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (toy_folder / ".net").mkdir()
-    assert ".net" not in load_data(str(toy_folder), split="train").class_names
-    assert f"left out hidden folders of {toy_folder}: .net" in capsys.readouterr().err
+    for split in ("test", "train"):  # told once, whichever comes first
+        assert ".net" not in load_data(str(toy_folder), split=split).class_names
+    assert capsys.readouterr().err.count(f"left out hidden folders of {toy_folder}: .net") == 1
+
+
+@pytest.mark.parametrize("place", [".", "train", "test"])
+def test_hidden_folders_of_own_splits_are_left_out_with_a_word(
+    toy_folder: Path, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "split"
+    for split in ("train", "test"):
+        shutil.copytree(toy_folder, data / split)
+    shutil.copytree(toy_folder / "bean", data / place / ".net")
+    for split in ("train", "test"):
+        load_data(str(data), split=split)
+    assert capsys.readouterr().err.count(f"left out hidden folders of {data / place}: .net") == 1
