@@ -234,6 +234,7 @@ def _add_device_commands(commands: Any) -> None:
     plan.add_argument(
         "--device", default="h200", help="h200, or FILE.json that benchmarks.scaling wrote (default: h200)"
     )
+    plan.add_argument("--loss", default="long-tail", help="the loss, any but softmax (default: long-tail)")
     plan.add_argument("--dtype", default="bfloat16", help="of the features (default: bfloat16)")
     plan.add_argument("--optimizer", default="sgd", help="sgd (with momentum) or adamw (default: sgd)")
     plan.add_argument("--sample-rate", type=float, default=1.0, metavar="X", help="share of classes (default: 1)")
@@ -345,8 +346,9 @@ def _tune(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from ltloss.tools.plan import OPTIMIZERS, WIDTHS, Problem, make_plan, parse_count, read_device
     from ltloss.training.errors import nearest
+    from ltloss.training.model.registry import LOSSES
 
-    for name, known in (("dtype", WIDTHS), ("optimizer", OPTIMIZERS)):
+    for name, known in (("dtype", WIDTHS), ("optimizer", OPTIMIZERS), ("loss", set(LOSSES) - {"softmax"})):
         if getattr(options, name) not in known:
             raise UserError(f"--{name} {getattr(options, name)} is unknown; {nearest(getattr(options, name), known)}")
     try:
@@ -361,6 +363,7 @@ def _plan(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             optimizer=options.optimizer,
             sample_rate=options.sample_rate,
+            loss=options.loss,
         )
     except (ValueError, OverflowError) as error:
         raise UserError(f"{error}; correct the option") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Problem:
     dtype: str = "bfloat16"
     optimizer: str = "sgd"
     sample_rate: float = 1.0
-    class_vectors: int = 1
+    loss: str = "long-tail"  # by the name that `ltloss train --loss` takes
 
     def __post_init__(self) -> None:
         for name in ("classes", "dim", "batch", "gpus", "data"):
@@ -198,13 +199,39 @@ def _memory(p: Problem) -> dict[str, float]:
     used = 4.0 * p.used_classes * p.dim
     return {
         "prototypes (float32)": matrix,
-        "their gradient": used,
-        "sampled prototypes": used if p.sample_rate < 1.0 else 0.0,
+        "their gradient": matrix,
+        "sampled prototypes and their gradient": 2.0 * used if p.sample_rate < 1.0 else 0.0,
         f"state of {p.optimizer}": states * matrix,
-        "vectors with an entry per class": 4.0 * p.classes * p.class_vectors + 4.0 * p.own_classes,
+        "constants of the loss": _buffers(p, own=False),
+        "centres of the classes": _buffers(p, own=True),
+        "reciprocal lengths of the prototypes": 4.0 * p.own_classes,
         "gathered batch and its gradient": p.batch * p.dim * (3.0 * width + 4.0) + 16.0 * p.batch * p.gpus / p.data,
         "workspace of the backward": 256.0 * (1 << 20),
     }
+
+
+def _buffers(p: Problem, *, own: bool) -> float:
+    """Bytes of what the loss keeps on every rank, or of what each rank keeps for its ``own`` classes."""
+    classes = p.own_classes if own else p.classes
+    return float(sum(size * classes**c * p.dim**d for size, c, d, centres in _shapes(p.loss) if centres == own))
+
+
+@cache
+def _shapes(loss: str) -> tuple[tuple[int, int, int, bool], ...]:
+    """Every buffer of a loss: bytes an element, how often C and D are in its shape, whether it is of class centres."""
+    import torch
+
+    from ltloss.losses.class_centers import ClassCenters
+    from ltloss.training.model.registry import build_loss
+
+    classes, dim = 5, 7  # two sizes that nothing else has
+    with torch.random.fork_rng(devices=[]):
+        module: Any = build_loss(loss, [1] * classes, dim, {})
+    return tuple(
+        (buffer.element_size(), buffer.shape.count(classes), buffer.shape.count(dim), isinstance(part, ClassCenters))
+        for part in module.modules()
+        for buffer in part.buffers(recurse=False)
+    )
 
 
 def _wire(p: Problem) -> dict[str, float]:
@@ -252,9 +279,6 @@ def _advice(p: Problem, device: Device) -> tuple[str, ...]:
         found.append("--data 1 would fit: all devices share the classes instead of repeating them")
     if p.optimizer == "adamw" and fits(replace(p, optimizer="sgd")):
         found.append("--optimizer sgd would fit: one state instead of two")
-    rate = next((r for r in (0.5, 0.3, 0.1, 0.03) if r < p.sample_rate and fits(replace(p, sample_rate=r))), None)
-    if rate:
-        found.append(f"--sample-rate {rate} would fit: gradients of the sampled classes only")
     if not found:
-        found.append("no single change is enough: combine more --gpus with --sample-rate and a smaller --batch")
+        found.append("no single change is enough: combine more --gpus with a smaller --batch")
     return tuple(found)

@@ -7,9 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import world
 
 from ltloss.cli.command import main
+from ltloss.distributed import class_mesh, parallelize
 from ltloss.tools.plan import DEVICES, Device, Problem, make_plan, parse_count
+from ltloss.training.model.registry import LOSSES, build_loss
 
 H200 = DEVICES["h200"]
 LARGE = Problem(classes=100_000_000, dim=512, batch=8192, gpus=64)
@@ -17,15 +21,45 @@ LARGE = Problem(classes=100_000_000, dim=512, batch=8192, gpus=64)
 
 def test_counts_of_a_plan_by_hand() -> None:
     plan = make_plan(LARGE, H200)
-    own = 100_000_000 // 64
-    assert plan.memory["prototypes (float32)"] == own * 512 * 4
-    assert plan.memory["state of sgd"] == own * 512 * 4
-    assert plan.wire["all-gather of features and labels"] == 63 * 128 * (512 * 2 + 8)
-    assert plan.wire["reduce-scatter of the features' gradient"] == 63 / 64 * 8192 * 512 * 2
-    assert plan.wire["all-gather of two N-vectors"] == 63 * 8192 * 8
-    assert plan.seconds["forward pass"] == pytest.approx(2 * 8192 * own * 512 / (790e12 * 0.8))
+    assert plan.memory["prototypes (float32)"] == 3_200_000_000  # 1 562 500 classes of 2 KiB
+    assert plan.wire["all-gather of features and labels"] == 8_322_048  # 8064 rows of others, 1032 bytes each
+    assert plan.wire["reduce-scatter of the features' gradient"] == 8_257_536
+    assert plan.wire["all-gather of two N-vectors"] == 4_128_768
+    assert plan.seconds["forward pass"] == pytest.approx(0.02074, rel=1e-3)  # 13.1 TFLOP at 632 TFLOP/s
     assert plan.fits
     assert not plan.advice
+
+
+KEPT = ("prototypes (float32)", "their gradient", "state of sgd", "constants of the loss", "centres of the classes")
+
+
+def _bytes_of_a_step(rank: int, loss: str, p: Problem) -> int:
+    """What the tensors of a rank take after a step: of the module, their gradients, and of the optimizer."""
+    module = build_loss(loss, [3] * p.classes, p.dim, {"min_angle_weight": 0.0} if loss == "long-tail" else {})
+    mesh = class_mesh() if p.gpus > 1 else None
+    module = parallelize(module, mesh, sample_rate=p.sample_rate)  # type: ignore[type-var]
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)  # type: ignore[attr-defined]
+    module(torch.randn(p.batch // p.gpus, p.dim), torch.zeros(p.batch // p.gpus, dtype=torch.int64)).backward()
+    optimizer.step()
+    tensors = [*module.parameters(), *module.buffers()]  # type: ignore[attr-defined]
+    tensors += [weight.grad for weight in module.parameters()]  # type: ignore[attr-defined]
+    tensors += [state["momentum_buffer"] for state in optimizer.state.values()]
+    own = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in own)
+
+
+@pytest.mark.parametrize(("loss", "rate"), [*((name, 1.0) for name in LOSSES if name != "softmax"), ("long-tail", 0.5)])
+def test_memory_is_that_of_the_module(loss: str, rate: float) -> None:
+    p = Problem(classes=60, dim=8, batch=4, gpus=1, dtype="float32", loss=loss, sample_rate=rate)
+    plan = make_plan(p, H200)
+    assert sum(plan.memory[name] for name in KEPT) == _bytes_of_a_step(0, loss, p)
+
+
+@pytest.mark.parametrize("loss", ["long-tail", "cosine-space"])
+def test_memory_is_that_of_the_module_on_each_rank(loss: str) -> None:
+    p = Problem(classes=60, dim=8, batch=4, gpus=2, dtype="float32", loss=loss)
+    plan = make_plan(p, H200)
+    assert {sum(plan.memory[name] for name in KEPT)} == set(world.run(_bytes_of_a_step, 2, loss, p))
 
 
 def test_a_single_device_sends_nothing() -> None:
@@ -56,7 +90,6 @@ def test_data_groups_repeat_the_classes_and_reduce_their_gradient() -> None:
         ({"gpus": 2}, "--gpus 8 would fit"),
         ({"gpus": 4, "optimizer": "adamw", "classes": 80_000_000}, "--optimizer sgd would fit"),
         ({"gpus": 8, "data": 8, "classes": 30_000_000}, "--data 1 would fit"),
-        ({"gpus": 4, "classes": 90_000_000}, "--sample-rate 0.3 would fit"),
         ({"gpus": 1, "classes": 10**14}, "no single change is enough"),
     ],
 )
@@ -111,6 +144,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--device", "h2000"], "device must be one of h200 or a JSON file of rates; got 'h2000'"),
         (["--device", "nowhere.json"], "nowhere.json cannot be read as rates"),
         (["--dtype", "int8"], "--dtype int8 is unknown"),
+        (["--loss", "softmax"], "--loss softmax is unknown"),
         (["--sample-rate", "0"], "sample_rate must be in (0, 1]; got 0.0"),
     ],
 )
