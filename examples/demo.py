@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from ltloss._files import write_file
+from ltloss.errors import UserError
 from ltloss.training.data.sources import load_data
-from ltloss.training.errors import UserError
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.metrics import Metrics
 from ltloss.training.pages.run_report import write_report

@@ -7,19 +7,22 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Literal, get_args
 
+from ltloss.errors import VariableError
+
 __all__ = ["Backend", "current_backend", "current_workspace", "debug", "use_backend", "use_workspace"]
 
 Backend = Literal["auto", "triton", "torch", "reference"]
 
 
-def _checked(name: str, origin: str) -> Backend:
+def _checked(name: str, origin: str, error: type[ValueError] = ValueError) -> Backend:
     for known in get_args(Backend):
         if name == known:
             return known  # type: ignore[no-any-return]
-    raise ValueError(f"{origin} must be one of {', '.join(get_args(Backend))}; got {name!r}")
+    raise error(f"{origin} must be one of {', '.join(get_args(Backend))}; got {name!r}")
 
 
-_backend: Backend = _checked(os.environ.get("LTLOSS_BACKEND", "auto"), "the environment variable LTLOSS_BACKEND")
+_VARIABLE = "the environment variable LTLOSS_"
+_backend: Backend = _checked(os.environ.get("LTLOSS_BACKEND", "auto"), f"{_VARIABLE}BACKEND", VariableError)
 
 
 def current_backend() -> Backend:
@@ -65,15 +68,16 @@ class use_backend(AbstractContextManager["use_backend"]):
         _backend = self._previous
 
 
-def _checked_bytes(given: int, origin: str) -> int:
+def _checked_bytes(given: int, origin: str, error: type[ValueError] = ValueError) -> int:
     if isinstance(given, bool) or not isinstance(given, int) or given <= 0:
-        raise ValueError(f"{origin} must be a positive integer; got {given!r}")
+        raise error(f"{origin} must be a positive integer; got {given!r}")
     return given
 
 
 def _workspace_of_environment() -> int:
     given = os.environ.get("LTLOSS_WORKSPACE_MIB", "256")
-    return _checked_bytes(int(given) if given.isdecimal() else 0, "the environment variable LTLOSS_WORKSPACE_MIB") << 20
+    mib = int(given) if given.isdecimal() else 0
+    return _checked_bytes(mib, f"{_VARIABLE}WORKSPACE_MIB", VariableError) << 20
 
 
 _workspace: int = _workspace_of_environment()

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from ltloss.cli.compare import add_compare, add_recipe
-from ltloss.cli.values import named_value
-from ltloss.training.errors import UserError, explain_os_error
+from ltloss.cli.values import named_value, path
+from ltloss.errors import LtlossError, UserError, explain_os_error
 
 _LESS_MEMORY = {
     "train": "use a smaller --batch-size, --embedding-size or --image-size",
@@ -25,12 +25,8 @@ _LESS_MEMORY = {
     "predict": "use a smaller --batch-size",
     "tune": "use smaller --samples, --classes or --width",
 }
-_NO_MEMORY = (
-    *("allocate memory", "out of memory", "not enough memory"),
-    # sizes beyond every memory: torch's words, and those of the C code behind PIL and NumPy
-    *("storage size calculation overflow", "overflow when unpacking long", "integer is greater than maximum"),
-    "int too large to convert to c",
-)
+# On a CPU torch raises a plain RuntimeError, which only these words tell from others.
+_NO_MEMORY = ("allocate memory", "not enough memory", "storage size calculation overflow")
 _PIPE_CLOSED = 141  # what a shell shows for a program that SIGPIPE ended
 
 
@@ -76,7 +72,7 @@ def reported(command: Callable[[], int | None], options: argparse.Namespace | No
 def _explain(error: Exception, command: str) -> str | None:
     """One line for what the user can put right; None for a defect of ltloss, whose traceback is wanted."""
     text = " ".join(str(error).split())
-    if isinstance(error, UserError) or type(error).__name__ == "DistributedError":
+    if isinstance(error, LtlossError):
         return text
     if isinstance(error, ImportError):
         missing = (error.name or "a package").partition(".")[0]
@@ -85,17 +81,18 @@ def _explain(error: Exception, command: str) -> str | None:
         return f"{missing} cannot be imported ({text}); run: pip install 'ltloss[train]'"
     if isinstance(error, OSError):
         return explain_os_error(error, "continue with --resume" if command == "train" else "run the command again")
-    if isinstance(error, MemoryError) or any(words in text.lower() for words in _NO_MEMORY):
+    if _out_of_memory(error):
         return f"out of memory; {_LESS_MEMORY.get(command, 'free some memory, or use another --device')}"
-    if isinstance(error, ValueError) and ("null byte" in text or "null character" in text):
-        return "a path holds a NUL byte, which no file name can; correct --data, --out or the settings file"
-    if isinstance(error, RuntimeError) and text.startswith("backend 'triton'"):
-        return text
-    if isinstance(error, RuntimeError) and "home directory" in text:
-        return "a path begins with ~ and a user whom this machine does not know; write the path in full"
-    if isinstance(error, ValueError) and "environment variable" in text:
-        return f"{text}; correct or unset it"
     return None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, OverflowError)):  # the latter: a size beyond every memory
+        return True
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return type(error) is RuntimeError and any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def _what_is_kept(options: argparse.Namespace | None) -> str:
@@ -154,8 +151,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_training(commands: Any) -> None:
     train = commands.add_parser("train", help="train a classifier", description="Train a classifier into a run folder.")
     train.set_defaults(command=_train, name="train")
-    train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder to write")
-    train.add_argument("--config", type=Path, metavar="FILE", help="settings from TOML or JSON; the command line wins")
+    train.add_argument("--out", type=path, required=True, metavar="RUN", help="the run folder to write")
+    train.add_argument("--config", type=path, metavar="FILE", help="settings from TOML or JSON; the command line wins")
     train.add_argument("--resume", action="store_true", help="continue the run in --out (with its own settings)")
     train.add_argument("--quiet", action="store_true", help="no progress bar, no table")
     add_recipe(train)
@@ -171,7 +168,7 @@ def _add_using(commands: Any) -> None:
 
     evaluate = commands.add_parser("evaluate", help="measure a run on labelled pictures")
     evaluate.set_defaults(command=_evaluate, name="evaluate")
-    evaluate.add_argument("run", type=Path, metavar="RUN")
+    evaluate.add_argument("run", type=path, metavar="RUN")
     whole = "as for train (default: the run's own); other data without train/test parts is measured whole"
     evaluate.add_argument("--data", metavar="DATA", help=whole)
     splits = "test and train: the pictures the run used; all: every picture (default: test)"
@@ -183,12 +180,12 @@ def _add_using(commands: Any) -> None:
 
     predict = commands.add_parser("predict", help="classify a folder of pictures and make a gallery of them")
     predict.set_defaults(command=_predict, name="predict")
-    predict.add_argument("run", type=Path, metavar="RUN")
+    predict.add_argument("run", type=path, metavar="RUN")
     predict.add_argument(
-        "--images", type=Path, required=True, metavar="FOLDER", help="pictures to classify, searched recursively"
+        "--images", type=path, required=True, metavar="FOLDER", help="pictures to classify, searched recursively"
     )
-    predict.add_argument("--out", type=Path, required=True, help="folder for the results")
-    predict.add_argument("--sort-into", type=Path, metavar="FOLDER", help="also copy each picture to FOLDER/<class>/")
+    predict.add_argument("--out", type=path, required=True, help="folder for the results")
+    predict.add_argument("--sort-into", type=path, metavar="FOLDER", help="also copy each picture to FOLDER/<class>/")
     predict.add_argument(
         "--overwrite", action="store_true", help="replace the results of an earlier prediction in --out"
     )
@@ -198,7 +195,7 @@ def _add_using(commands: Any) -> None:
 
     report = commands.add_parser("report", help="write RUN/report.html again")
     report.set_defaults(command=_report, name="report")
-    report.add_argument("run", type=Path, metavar="RUN")
+    report.add_argument("run", type=path, metavar="RUN")
 
 
 def _add_device_commands(commands: Any) -> None:
@@ -344,8 +341,8 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from ltloss.errors import nearest
     from ltloss.tools.plan import OPTIMIZERS, WIDTHS, Problem, make_plan, parse_count, read_device
-    from ltloss.training.errors import nearest
     from ltloss.training.model.registry import LOSSES
 
     for name, known in (("dtype", WIDTHS), ("optimizer", OPTIMIZERS), ("loss", set(LOSSES) - {"softmax"})):

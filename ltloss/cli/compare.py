@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-from ltloss.cli.values import named_values, names
+from ltloss.cli.values import named_values, names, path
 
 _DESCRIPTION = (
     "Train methods with several seeds into a folder; run again, it continues where it was. With a recipe, a CPU that "
@@ -25,7 +24,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     """Add what `compare` has beside the settings of a training."""
     parser.description = _DESCRIPTION
     parser.set_defaults(command=_compare, name="compare")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of results to write")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="the folder of results to write")
     listed = "methods, separated by commas; all for every one of them"
     parser.add_argument("--losses", type=names, required=True, metavar="NAMES", help=listed)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each method (default: 3)")

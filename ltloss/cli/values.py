@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
+
+
+def path(text: str) -> Path:
+    """A path that a file can have."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("a path holds a NUL byte, which no file name can")
+    return Path(text)
 
 
 def named_value(text: str) -> tuple[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 
 from ltloss.distributed.checkpoint import load_checkpoint, save_checkpoint
 from ltloss.distributed.class_parallel import ClassParallel, parallelize
-from ltloss.distributed.errors import DistributedError
 from ltloss.distributed.layout import class_mesh
 from ltloss.distributed.more_classes import add_classes
 from ltloss.distributed.sampled_optimizers import SampledAdamW, SampledSGD
+from ltloss.errors import DistributedError
 
 __all__ = [
     "ClassParallel",

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ltloss.distributed import collectives as comm
-from ltloss.distributed.errors import DistributedError
 from ltloss.distributed.layout import Layout
+from ltloss.errors import DistributedError
 
 __all__ = ["Batch", "BatchGather", "agree"]
 

@@ -14,10 +14,10 @@ from ltloss._validation import check_label_range, check_number, check_supervised
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.batch_gather import BatchGather, agree
 from ltloss.distributed.centers import ShardedCenters
-from ltloss.distributed.errors import DistributedError
 from ltloss.distributed.layout import Layout, local, mesh_device
 from ltloss.distributed.sampling import ClassSampler, seeded
 from ltloss.distributed.top_k import top_k
+from ltloss.errors import DistributedError
 from ltloss.losses.class_centers import ClassCenters
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.runtime import debug

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ltloss.distributed.errors import DistributedError
+from ltloss.errors import DistributedError
 
 __all__ = [
     "all_gather",

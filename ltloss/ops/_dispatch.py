@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ltloss.errors import BackendError
 from ltloss.runtime import current_backend
 
 __all__ = ["Chosen", "at_hand", "choose_backend", "define", "distributed", "is_sharded", "lazy", "no_gradient"]
@@ -53,12 +54,12 @@ def choose_backend(features: Tensor, prototypes: Tensor, *, sharded: bool = Fals
     """The backend for these tensors: the kernels where they serve them, chunked PyTorch otherwise.
 
     Raises:
-        RuntimeError: a backend was asked for (:class:`ltloss.use_backend`) that cannot serve them.
+        BackendError: a backend was asked for (:class:`ltloss.use_backend`) that cannot serve them.
     """
     backend = current_backend()
     if backend == "reference":
         if sharded:
-            raise RuntimeError(
+            raise BackendError(
                 "backend 'reference' holds all classes in one piece; these prototypes are spread over ranks or "
                 "sampled. Use 'auto', 'torch' or 'triton'"
             )
@@ -66,7 +67,7 @@ def choose_backend(features: Tensor, prototypes: Tensor, *, sharded: bool = Fals
     if backend == "triton":
         reason = _not_served(features, prototypes)
         if reason:
-            raise RuntimeError(f"backend 'triton' was asked for, but {reason}; use 'auto' or 'torch'")
+            raise BackendError(f"backend 'triton' was asked for, but {reason}; use 'auto' or 'torch'")
         return "triton"
     kernels = backend == "auto" and features.device.type == "cuda" and not _not_served(features, prototypes)
     return "triton" if kernels else "torch"

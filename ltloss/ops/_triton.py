@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ltloss._types import MarginLoss
+from ltloss.errors import BackendError
 from ltloss.margins import Margin
 from ltloss.runtime import current_workspace
 
@@ -43,7 +44,7 @@ def _on_device(function: Callable[..., _Result]) -> Callable[..., _Result]:
             with torch.cuda.device(device):
                 return function(tensor, *args, **options)
         if not kernels.interpreting():
-            raise RuntimeError(
+            raise BackendError(
                 f"backend 'triton' was asked for tensors on {device}; kernels run on a GPU, or interpreted (slowly) "
                 "where the environment variable TRITON_INTERPRET=1 is set before the first use. Use 'auto' or 'torch'"
             )

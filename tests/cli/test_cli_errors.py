@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("in_empty_folder")
         (["--device", "abacus"], "device abacus cannot be used.*use cpu"),
         (["--device", "meta"], "device meta cannot be used .not cpu, cuda or mps.; use cpu"),
         (["--embedding-size", "1000000000000"], "out of memory; use a smaller --batch-size, --embedding-size"),
-        (["--embedding-size", "1" + "0" * 22], "out of memory; use a smaller --batch-size, --embedding-size"),
+        (["--embedding-size", "1" + "0" * 22], "embedding_size must have at most 64 bits, is 10000000000000000000000"),
         (["--image-size", "100000000000"], "out of memory; .*--image-size"),
         (["--out", "nul\0byte"], "a path holds a NUL byte"),
         (["--data", "nul\0byte"], "a path holds a NUL byte|NUL|does not exist"),

@@ -17,7 +17,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("PIL")
 from helpers.toys import CLASS_NAMES, toy_images, toy_settings
 
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 from ltloss.training.measure.evaluate import evaluate_run
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.run.trainer import train

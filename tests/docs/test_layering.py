@@ -27,6 +27,8 @@ FORBIDDEN = [
     ("ltloss.interop", "ltloss.training"),
     ("ltloss.training", "ltloss.cli"),
     ("ltloss.training.data", "ltloss.training.run"),
+    ("ltloss.errors", "ltloss."),
+    ("ltloss._files", "ltloss."),
     ("ltloss.tools", "ltloss.cli"),
 ]
 

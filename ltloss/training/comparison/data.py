@@ -10,10 +10,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ltloss.errors import UserError
 from ltloss.training.data.images import ArrayImages, ImageSource
 from ltloss.training.data.on_device import on_device
 from ltloss.training.data.splits import keep_per_class
-from ltloss.training.errors import UserError
 from ltloss.training.run.prepare import TrainingData, limited, load_split, prepare_data, run_config
 from ltloss.training.run.settings import Settings
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ltloss._files import TEMPORARY, remove_leftovers, write_file
+from ltloss.errors import UserError
 from ltloss.training.comparison.climb import edges, next_points
 from ltloss.training.comparison.data import default_validation, fingerprint
 from ltloss.training.comparison.jobs import Job
@@ -18,7 +19,6 @@ from ltloss.training.comparison.methods import described, method
 from ltloss.training.comparison.plan import Plan, check_whole_number
 from ltloss.training.comparison.tables import Comparison, FinalRun, Trial, write_tables
 from ltloss.training.comparison.workers import Workers
-from ltloss.training.errors import UserError
 from ltloss.training.pages.comparison import write_page
 from ltloss.training.run.lock import LOCK, owned, refuse_if_written
 from ltloss.training.run.prepare import limited, load_split

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ltloss._files import write_file
+from ltloss.errors import DivergedError, UserError
 from ltloss.functional import nearest_prototype
 from ltloss.training.comparison.data import comparison_data
 from ltloss.training.comparison.second_stage import ClassifierRetraining, normalize_weights, post_hoc_offset
-from ltloss.training.errors import DivergedError, UserError
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.model.classifier import Classifier, choose_device
 from ltloss.training.run.checkpoint import read_tensors, to_bytes
@@ -102,7 +102,7 @@ def run_job(job: Job, out: Path) -> None:
         if job.keep_model:
             write_file(job.model_file(out), to_bytes(classifier.state_dict()))
     except DivergedError as error:
-        found["failed"] = str(error).partition(";")[0]  # the rest is advice about one run
+        found["failed"] = error.what  # without the advice, which is about one run
     facts = {
         "settings": asdict(settings),
         "stage_two": dict(job.stage_two),

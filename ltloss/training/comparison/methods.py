@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ltloss.errors import UserError, nearest
 from ltloss.losses.defaults import FORMS
-from ltloss.training.errors import UserError, nearest
 from ltloss.training.run.settings import SETTINGS
 
 StageTwo = Literal["post-hoc", "tau-norm", "crt"]

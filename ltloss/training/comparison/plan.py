@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+from ltloss.errors import UserError, nearest
 from ltloss.training.comparison.jobs import Job, checked
 from ltloss.training.comparison.methods import STAGE_TWO_SETTINGS, Method, method, search_space, variants, with_values
 from ltloss.training.comparison.recipes import cpu_has_bfloat16
 from ltloss.training.comparison.recipes import recipe as recipe_settings
-from ltloss.training.errors import UserError, nearest
+from ltloss.training.data.sources import absolute
 from ltloss.training.model.classifier import choose_device
 from ltloss.training.model.registry import takes_option
 from ltloss.training.run.settings import SETTINGS, Settings
@@ -71,8 +71,7 @@ class Plan:
         settings = {**(recipe_settings(self.recipe) if self.recipe else {}), **self.given}
         if not settings.get("data"):
             raise UserError("--data is missing; give digits, a folder of class folders, or a FILE.npz")
-        if settings["data"] != "digits":
-            settings["data"] = str(Path(settings["data"]).expanduser().resolve())
+        settings["data"] = absolute(settings["data"])
         settings.setdefault("data_seed", 0)
         device = choose_device(settings.get("device"))
         settings["device"] = str(device)

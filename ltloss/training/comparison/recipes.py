@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ltloss.training.errors import UserError, nearest
+from ltloss.errors import UserError, nearest
 
 RECIPES: dict[str, dict[str, Any]] = {
     # The field's for CIFAR-10-LT and CIFAR-100-LT, from Cao et al., Learning imbalanced datasets with

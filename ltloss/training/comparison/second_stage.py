@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ltloss.class_balance import Counts, log_prior_from_counts
+from ltloss.errors import UserError
 from ltloss.training.data.images import ImageSource
-from ltloss.training.errors import UserError
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.softmax_loss import SoftmaxLoss
 from ltloss.training.run.settings import RunConfig

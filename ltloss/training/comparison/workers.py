@@ -17,8 +17,8 @@ from types import TracebackType
 
 import torch
 
+from ltloss.errors import UserError
 from ltloss.training.comparison.jobs import Job, run_job
-from ltloss.training.errors import UserError
 from ltloss.training.run.progress import progress_bar
 
 _LOOK_EVERY = 0.5  # seconds between looks whether the comparison still runs

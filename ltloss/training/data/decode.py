@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ltloss.errors import ImageError
+
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
 MAX_PIXELS = 64_000_000
@@ -16,35 +18,31 @@ MAX_PIXELS = 64_000_000
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-class PictureError(Exception):
-    """One picture cannot be used; the message is the reason, without the file's name."""
-
-
 def open_picture(path: Path) -> Image.Image:
     """Decode a picture: upright, its first frame, over white where it is transparent, mode L or RGB.
 
-    Raises PictureError for an empty, corrupt or foreign file, and for more than MAX_PIXELS pixels (before decoding).
+    Raises ImageError for an empty, corrupt or foreign file, and for more than MAX_PIXELS pixels (before decoding).
     """
     try:
         if path.stat().st_size == 0:
-            raise PictureError("is empty (0 bytes)")
+            raise ImageError("is empty (0 bytes)")
         with Image.open(path, formats=FORMATS) as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
-                raise PictureError(f"is {width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")
+                raise ImageError(f"is {width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")
             picture.load()
             return _plain(ImageOps.exif_transpose(picture))
-    except PictureError:
+    except ImageError:
         raise
     except Image.DecompressionBombError:
-        raise PictureError(f"has more than the {MAX_PIXELS:,} pixels allowed") from None
+        raise ImageError(f"has more than the {MAX_PIXELS:,} pixels allowed") from None
     except UnidentifiedImageError:
-        raise PictureError("is not a picture that can be read") from None
+        raise ImageError("is not a picture that can be read") from None
     except FileNotFoundError:
-        raise PictureError("does not exist (any more)") from None
+        raise ImageError("does not exist (any more)") from None
     # Pillow's decoders raise all of these for damaged files.
     except (OSError, ValueError, SyntaxError, IndexError, EOFError, MemoryError, OverflowError) as error:
-        raise PictureError(f"is damaged ({' '.join(str(error).split())})") from error
+        raise ImageError(f"is damaged ({' '.join(str(error).split())})") from error
 
 
 def _plain(picture: Image.Image) -> Image.Image:

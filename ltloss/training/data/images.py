@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ltloss.training.data.decode import PictureError, open_picture, to_pixels
-from ltloss.training.errors import UserError
+from ltloss.errors import ImageError, UserError
+from ltloss.training.data.decode import open_picture, to_pixels
 
 Split = Literal["train", "test", "all"]
 Size = int | tuple[int, int] | None  # pixels: the side of a square, (height, width), or that of the data
@@ -131,7 +131,7 @@ class FolderImages:
         """The picture at full size; UserError where the file was damaged or removed since it was checked."""
         try:
             return open_picture(self.folder / self.names[index])
-        except PictureError as reason:
+        except ImageError as reason:
             raise UserError(
                 f"{self.folder / self.names[index]} {reason}; it changed since it was checked, restore it"
             ) from None

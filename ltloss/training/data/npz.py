@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ltloss.errors import UserError
 from ltloss.training.data.images import ArrayImages, Split
-from ltloss.training.errors import UserError
 
 _RENUMBER = "renumber the labels with numpy.unique(labels, return_inverse=True)"
 _KEYS = ("x_train", "y_train", "x_test", "y_test")

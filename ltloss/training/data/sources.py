@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ltloss.training.data.decode import SUFFIXES, PictureError, open_picture
+from ltloss.errors import ImageError, UserError
+from ltloss.training.data.decode import SUFFIXES, open_picture
 from ltloss.training.data.images import ArrayImages, FolderImages, ImageSource, Size, Split, target_shape
 from ltloss.training.data.npz import load_npz
 from ltloss.training.data.splits import stratified_split
-from ltloss.training.errors import UserError
 
 TEST_SHARE = 0.2
 DEFAULT_FOLDER_SIZE = 64
@@ -43,6 +43,18 @@ def load_data(
             f"data {spec} is a {path.suffix or 'plain'} file; give digits, a folder of class folders, or a FILE.npz"
         )
     return load_npz(path, split).reshaped(image_size, channels)
+
+
+def absolute(spec: str) -> str:
+    """The data as a run stores it, which means the same from every folder; `digits` stays."""
+    if spec == "digits":
+        return spec
+    try:
+        return str(Path(spec).expanduser().resolve())
+    except RuntimeError:
+        raise UserError(f"--data {spec} begins with ~ and a user who is unknown here; write the path in full") from None
+    except ValueError:
+        raise UserError(f"--data {spec!r}: a path holds a NUL byte, which no file name can; correct it") from None
 
 
 def has_own_splits(spec: str) -> bool:
@@ -191,22 +203,22 @@ def _checked(
 ) -> FolderImages:
     """Decode every file once; those that fail are reported on stderr and left out, so training never meets them."""
 
-    def look(name: str) -> tuple[int, int, int] | PictureError:
+    def look(name: str) -> tuple[int, int, int] | ImageError:
         try:
             picture = open_picture(folder / name)
-        except PictureError as reason:
+        except ImageError as reason:
             return reason
         return len(picture.getbands()), picture.height, picture.width
 
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(look, names))
     skipped = [
-        (name, str(result)) for name, result in zip(names, results, strict=True) if isinstance(result, PictureError)
+        (name, str(result)) for name, result in zip(names, results, strict=True) if isinstance(result, ImageError)
     ]
     for name, reason in skipped:
         print(f"ltloss: left out {folder / name}: {reason}", file=sys.stderr)
-    good = [i for i, result in enumerate(results) if not isinstance(result, PictureError)]
-    shapes = {result for result in results if not isinstance(result, PictureError)}
+    good = [i for i, result in enumerate(results) if not isinstance(result, ImageError)]
+    shapes = {result for result in results if not isinstance(result, ImageError)}
     kept = [names[i] for i in good]
     shape = choose_shape(shapes)
     return FolderImages(folder, kept, labels[good], class_names, shape, skipped, workers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 from ltloss.training.seeds import numpy_generator
 
 

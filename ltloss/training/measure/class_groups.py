@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ltloss.training.data.batches import batches
 from ltloss.training.data.images import ImageSource, Split
-from ltloss.training.data.sources import check_same_classes, has_own_splits, load_data
+from ltloss.training.data.sources import absolute, check_same_classes, has_own_splits, load_data
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.metrics import Metrics, MetricsAccumulator, number, own_angles, percent
 from ltloss.training.model.classifier import Classifier
@@ -147,7 +147,7 @@ def evaluate_run(
         settings.many_above if many_above is None else many_above,
         settings.few_below if few_below is None else few_below,
     )
-    own = _is_own_data(spec, settings.data)
+    own = absolute(spec) == absolute(settings.data)
     used: Split = split if own or has_own_splits(spec) else "all"
     source = load_data(
         spec,
@@ -163,10 +163,3 @@ def evaluate_run(
     if used != split:
         print(f"ltloss: {spec} has no {split} split of its own, so all of it is measured", file=sys.stderr)
     return Evaluation(run, spec, used, config, thresholds, measure(classifier, source, thresholds))
-
-
-def _is_own_data(spec: str, stored: str) -> bool:
-    """Whether `spec` is the data of the run, however its path is written."""
-    if "digits" in (spec, stored):
-        return spec == stored
-    return Path(spec).expanduser().resolve() == Path(stored).expanduser().resolve()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltloss.training.errors import UserError, nearest
+from ltloss.errors import UserError, nearest
 
 BACKBONES = ("small-cnn", "resnet32")
 

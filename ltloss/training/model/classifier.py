@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 from ltloss.training.model.backbones import build_backbone
 from ltloss.training.model.registry import LossHead, build_loss
 from ltloss.training.run.checkpoint import latest_checkpoint, read_tensors

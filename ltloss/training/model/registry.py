@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from ltloss.training.errors import UserError, nearest
+from ltloss.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 from ltloss.training.pages.html import details, escape, page, table, tiles
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from ltloss._files import write_file
+from ltloss.errors import UserError
 from ltloss.functional import nearest_prototype
 from ltloss.training.data.batches import batches
 from ltloss.training.data.images import ImageSource
 from ltloss.training.data.sources import check_same_classes, load_data
-from ltloss.training.errors import UserError
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.measure.metrics import Thresholds
 from ltloss.training.model.classifier import Classifier

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ltloss._files import flush_folder, write_file
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 
 __all__ = ["OutputFolder"]
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ltloss.errors import UserError
 from ltloss.training.data.batches import batches
-from ltloss.training.errors import UserError
 from ltloss.training.pages.gallery import UNCERTAIN_BELOW, Gallery, folder_address, write_gallery
 from ltloss.training.predict.output_folder import OutputFolder
 from ltloss.training.predict.predictions import Predictions

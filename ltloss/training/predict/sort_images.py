@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 from ltloss.training.run.lock import owned, refuse_if_written
 
 __all__ = ["Sorter", "folder_names"]

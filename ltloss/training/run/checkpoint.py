@@ -13,7 +13,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ltloss._files import new_folder, remove_folder, write_file
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 from ltloss.training.measure.metrics import COLUMNS
 
 KEPT = 2

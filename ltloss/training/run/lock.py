@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 
 LOCK = ".lock"
 

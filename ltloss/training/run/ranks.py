@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 
 if TYPE_CHECKING:
     from ltloss.training.model.classifier import Classifier

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ltloss._files import TEMPORARY, write_csv, write_file
-from ltloss.training.data.sources import check_same_classes
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
+from ltloss.training.data.sources import absolute, check_same_classes
 from ltloss.training.measure.metrics import COLUMNS
 from ltloss.training.run.lock import LOCK, refuse_if_written
 from ltloss.training.run.settings import RunConfig, Settings, changed_settings
@@ -24,8 +24,8 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
     """
     refuse_if_written(out)
     given = dict(given)
-    if given.get("data") not in (None, "", "digits"):
-        given["data"] = str(Path(given["data"]).expanduser().resolve())
+    if given.get("data"):
+        given["data"] = absolute(given["data"])
     if (out / "config.json").is_file():
         if not resume:
             raise _holds_a_run(out)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ltloss.training.errors import UserError, nearest
+from ltloss.errors import UserError, nearest
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.model.registry import LOSSES
 from ltloss.training.run.schedules import valid_schedule
@@ -158,6 +158,8 @@ def _checked(name: str, value: Any) -> Any:
         value = float(value)
     if type(value) is not expected_type:
         raise UserError(f"{name} must be of type {expected_type.__name__}, is {value!r}; correct it")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise UserError(f"{name} must have at most 64 bits, is {value}; correct it")
     choices, valid = item.metadata["choices"], item.metadata["valid"]
     if choices and value not in choices:
         raise UserError(f"{name} {value!r} is unknown; {nearest(str(value), choices)}")

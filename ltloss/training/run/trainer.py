@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ltloss._files import remove_leftovers, write_file
 from ltloss.class_balance import DeferredWeights, effective_number_weights
+from ltloss.errors import DivergedError, UserError
 from ltloss.training.data.batches import augment, batch_count, batches
 from ltloss.training.data.images import ImageSource
 from ltloss.training.data.mixup import mix
-from ltloss.training.errors import DivergedError, UserError
 from ltloss.training.measure.evaluate import Evaluation, measure
 from ltloss.training.measure.metrics import Metrics, percent
 from ltloss.training.model.classifier import Classifier, check_tensors, choose_device
@@ -269,8 +269,9 @@ def _check_finite(losses: Tensor, epoch: int, steps: int, rate: float) -> None:
         step = int(bad[0]) + 1
         raise DivergedError(
             f"the loss is {losses[step - 1].item()} at step {step} of {steps} in epoch {epoch} "
-            f"(learning rate {rate:.3g}); start a new --out with a lower --lr, or with a smaller --scale where it is "
-            "extreme. Earlier checkpoints are untouched"
+            f"(learning rate {rate:.3g})",
+            "start a new --out with a lower --lr, or with a smaller --scale where it is extreme. Earlier checkpoints "
+            "are untouched",
         )
 
 

@@ -18,6 +18,7 @@ from helpers.toys import toy_images
 
 import ltloss.training.run.prepare
 from ltloss.cli.command import main
+from ltloss.errors import UserError
 from ltloss.training import compare
 from ltloss.training.comparison.climb import edges
 from ltloss.training.comparison.data import fingerprint, validation_indices
@@ -25,7 +26,6 @@ from ltloss.training.comparison.jobs import Job
 from ltloss.training.comparison.methods import search_space
 from ltloss.training.comparison.tables import COLUMNS, Comparison, FinalRun, Trial, numbers, percents, summary
 from ltloss.training.data.images import ArrayImages
-from ltloss.training.errors import UserError
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.pages.comparison import write_page

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import ltloss
+from ltloss.errors import UserError
 from ltloss.training.comparison.climb import next_points
 from ltloss.training.comparison.methods import METHODS, listing, method, search_space, variants, with_values
 from ltloss.training.comparison.plan import Plan
 from ltloss.training.comparison.recipes import recipe
-from ltloss.training.errors import UserError
 from ltloss.training.model.registry import build_loss
 from ltloss.training.run.settings import Settings
 

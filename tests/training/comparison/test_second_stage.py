@@ -9,13 +9,13 @@ import pytest
 import torch
 from helpers.toys import toy_settings
 
+from ltloss.errors import UserError
 from ltloss.training.comparison.second_stage import (
     ClassifierRetraining,
     class_balanced_order,
     normalize_weights,
     post_hoc_offset,
 )
-from ltloss.training.errors import UserError
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.softmax_loss import SoftmaxLoss

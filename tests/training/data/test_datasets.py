@@ -11,10 +11,10 @@ import torch
 from helpers.toys import CLASS_NAMES, toy_images
 from PIL import Image
 
-from ltloss.training.data.decode import PictureError, open_picture, to_pixels
+from ltloss.errors import ImageError, UserError
+from ltloss.training.data.decode import open_picture, to_pixels
 from ltloss.training.data.images import FolderImages
 from ltloss.training.data.sources import load_data, load_pictures
-from ltloss.training.errors import UserError
 
 
 def huge_png(side: int) -> bytes:
@@ -178,7 +178,7 @@ def test_resizing_keeps_the_aspect_ratio() -> None:
 
 
 def test_a_missing_picture_is_a_picture_error(tmp_path: Path) -> None:
-    with pytest.raises(PictureError, match="does not exist"):
+    with pytest.raises(ImageError, match="does not exist"):
         open_picture(tmp_path / "none.png")
 
 

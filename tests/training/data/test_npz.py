@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from helpers.toys import toy_images
 
+from ltloss.errors import UserError
 from ltloss.training.data.sources import load_data
-from ltloss.training.errors import UserError
 
 
 def arrays(**changes: np.ndarray) -> dict[str, np.ndarray]:

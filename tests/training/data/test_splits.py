@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ltloss.errors import UserError
 from ltloss.training.data.splits import keep_per_class, long_tailed_counts, long_tailed_subset, stratified_split
-from ltloss.training.errors import UserError
 
 
 @pytest.mark.parametrize(

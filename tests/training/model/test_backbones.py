@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 from ltloss.training.model.backbones import BACKBONES, ResNet32, build_backbone
 
 

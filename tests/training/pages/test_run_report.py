@@ -13,7 +13,7 @@ from helpers.browser import needs_chromium, render
 from helpers.pages import Page
 from helpers.small_run import HOSTILE, history, make_run
 
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 from ltloss.training.pages import plots
 from ltloss.training.pages.run_report import write_report
 from ltloss.training.run.checkpoint import Checkpoint, save_checkpoint

@@ -13,9 +13,9 @@ import torch
 from helpers.small_run import HOSTILE, make_run
 from PIL import Image
 
+from ltloss.errors import UserError
 from ltloss.training.data.images import ArrayImages
 from ltloss.training.data.sources import load_pictures
-from ltloss.training.errors import UserError
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.predict import predict as prediction
 from ltloss.training.predict.predict import classify, predict_folder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 from ltloss.training.predict import sort_images
 from ltloss.training.predict.sort_images import Sorter
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ltloss._files import remove_leftovers
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 from ltloss.training.run.checkpoint import (
     Checkpoint,
     latest_checkpoint,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.cli_errors import ROOT, TRAIN, contents, fails
 
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 from ltloss.training.run.lock import LOCK, owned
 
 pytestmark = pytest.mark.usefixtures("in_empty_folder")

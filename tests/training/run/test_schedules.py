@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from ltloss.errors import UserError
 from ltloss.training.comparison.recipes import RECIPES, recipe
 from ltloss.training.data.batches import augment
 from ltloss.training.data.mixup import mix
-from ltloss.training.errors import UserError
 from ltloss.training.run.schedules import first_epoch, learning_rate
 from ltloss.training.run.settings import Settings
 from ltloss.training.run.trainer import build_optimizer

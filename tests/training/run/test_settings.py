@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ltloss.training.errors import UserError
+from ltloss.errors import UserError
 from ltloss.training.model.registry import LOSSES, loss_arguments
 from ltloss.training.run.settings import SETTINGS, RunConfig, Settings, changed_settings, read_settings_file
 from ltloss.training.run.trainer import TrainingResult

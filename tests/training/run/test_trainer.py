@@ -14,8 +14,8 @@ import torch
 from helpers.toys import toy_images, toy_settings
 
 import ltloss
+from ltloss.errors import UserError
 from ltloss.training.data.sources import load_data
-from ltloss.training.errors import UserError
 from ltloss.training.measure.metrics import COLUMNS
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.registry import LOSSES
