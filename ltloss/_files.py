@@ -69,7 +69,7 @@ def start_folder(target: Path) -> Path:
 
 def publish_folder(target: Path) -> None:
     """The second half: flush everything, then give the folder its name."""
-    flush_folder(temporary(target))
+    _flush_folder(temporary(target))
     os.replace(temporary(target), target)
     _flush_names(target.parent)
 
@@ -86,7 +86,7 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def flush_folder(folder: Path) -> None:
+def _flush_folder(folder: Path) -> None:
     """Put the files of a folder, at any depth, and their names on the disk."""
     for path in folder.rglob("*"):
         if path.is_dir():

