@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from ltloss import class_balance, distributed, functional, reference
     from ltloss._types import NearestPrototype, TopK
     from ltloss.losses.class_centers import ClassCenters
+    from ltloss.losses.cosine_space import CosineSpaceLoss
     from ltloss.losses.defaults import default_scale
-    from ltloss.losses.long_tail import CosineSpaceLoss, LongTailLoss
+    from ltloss.losses.long_tail import LongTailLoss
     from ltloss.losses.margin_losses import (
         ArcFaceLoss,
         CombinedMarginLoss,
@@ -57,6 +58,7 @@ __all__ = [
 _HOMES = {
     "runtime": ("current_backend", "current_workspace", "debug", "use_backend", "use_workspace"),
     "losses.class_centers": ("ClassCenters",),
+    "losses.cosine_space": ("CosineSpaceLoss",),
     "losses.defaults": ("default_scale",),
     "losses.margin_losses": (
         "ArcFaceLoss",
@@ -66,7 +68,7 @@ _HOMES = {
         "LDAMLoss",
         "LogitAdjustedLoss",
     ),
-    "losses.long_tail": ("CosineSpaceLoss", "LongTailLoss"),
+    "losses.long_tail": ("LongTailLoss",),
     "losses.prototype_head": ("PrototypeHead",),
     "_types": ("NearestPrototype", "TopK"),
 }

@@ -1,4 +1,4 @@
-"""The two published long-tail losses, built on the family: source A and source B of ``docs/mathematics.md``."""
+"""The long-tail loss: source A of ``docs/mathematics.md``."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 
 from ltloss import functional as F
-from ltloss._validation import check_choice, check_number, check_per_class, check_type
+from ltloss._validation import check_choice, check_number, check_type
 from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margins_from_counts
-from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
-from ltloss.losses.class_centers import CenterUpdate, ClassCenters
 from ltloss.losses.defaults import FORMS, LongTailForm
 from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions, _check_counts, _FromCounts
-from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.ops.prototype_search import min_angle
 from ltloss.regularizers import FeatureNormKind, mean_angle, norm_penalty
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["CosineSpaceLoss", "LongTailLoss"]
+__all__ = ["LongTailLoss"]
 
 AngleRows = Literal["all", "batch"]
 
@@ -195,143 +192,3 @@ def _of_form(form: LongTailForm, options: Mapping[str, Any], **given: Any) -> di
     if options.get("log_prior") is not None:
         default["tau"] = 0.0
     return {name: default[name] if value is None else value for name, value in given.items()}
-
-
-class CosineSpaceLoss(PrototypeHead):
-    """Source B: spread the classes first, then draw each together. L = α·L_inter + β(t)·Trunc(L_intra − ε) + γ·L_CE.
-
-    L_inter is AM-Softmax with ``margin``, L_CE the same logits without margin (both from one pass over the prototypes),
-    L_intra the mean of 1 − cos(x_i, c_{y_i}) to a centre per class, β(t) is 0 until ``start_step`` batches were seen.
-
-    Args:
-        num_classes: C.
-        embedding_size: D.
-        scale: s; None for :func:`ltloss.default_scale` of C.
-        margin: cosine margin of L_inter, a number or (C,).
-        inter_weight: α.
-        intra_weight: β.
-        ce_weight: γ. The published order is γ > α > β.
-        epsilon: ε, the compactness (1 − cos) that is good enough.
-        start_step: batches before L_intra sets in.
-        truncate: max(·, 0) of the ``"batch"`` mean, or per ``"sample"`` before the mean.
-        center_update, center_momentum: see :class:`ltloss.losses.class_centers.ClassCenters`.
-        strict: False accepts weights in another order than γ > α > β.
-        label_smoothing, ignore_index: of both cross-entropies, as in :class:`CombinedMarginLoss`.
-        device, dtype: of the weight.
-
-    Attributes:
-        parts: after a call, ``{"inter": L_inter, "intra": L_intra, "cross_entropy": L_CE}``, unweighted, untruncated,
-            detached.
-        centers: the centres, which move in ``train()`` mode only. They and ``step`` (batches seen) are in the
-            state_dict.
-
-    Example:
-        >>> import torch
-        >>> from ltloss import CosineSpaceLoss
-        >>> loss_fn = CosineSpaceLoss(10, 16, start_step=100)
-        >>> loss = loss_fn(torch.randn(4, 16), torch.tensor([0, 0, 1, 2]))
-        >>> int(loss_fn.step), sorted(loss_fn.parts)
-        (1, ['cross_entropy', 'inter', 'intra'])
-    """
-
-    step: Tensor
-    margin: Tensor | float
-
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        *,
-        scale: float | None = None,
-        margin: Tensor | float = 0.35,
-        inter_weight: float = 0.5,
-        intra_weight: float = 0.25,
-        ce_weight: float = 1.0,
-        epsilon: float = 0.1,
-        start_step: int = 0,
-        truncate: Literal["batch", "sample"] = "batch",
-        center_update: CenterUpdate = "mean",
-        center_momentum: float = 0.9,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        strict: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_classes, embedding_size, scale=scale, device=device, dtype=dtype)
-        for name, value in (("inter_weight", inter_weight), ("intra_weight", intra_weight), ("ce_weight", ce_weight)):
-            check_number(name, value, at_least=0.0)
-        if strict and not ce_weight > inter_weight > intra_weight:
-            raise ValueError(
-                "the weights must satisfy ce_weight > inter_weight > intra_weight (γ > α > β), or pass strict=False; "
-                f"got ce_weight={ce_weight}, inter_weight={inter_weight}, intra_weight={intra_weight}"
-            )
-        like = torch.empty(0, dtype=self.weight.dtype, device=self._constants_device)
-        self._set_constant("margin", check_per_class("margin", margin, num_classes, like))
-        check_number("epsilon", epsilon, at_least=0.0)
-        check_number("start_step", start_step, at_least=0)
-        check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
-        check_choice("truncate", truncate, ("batch", "sample"))
-        self.epsilon, self.start_step, self.truncate = epsilon, start_step, truncate
-        self.inter_weight, self.intra_weight, self.ce_weight = inter_weight, intra_weight, ce_weight
-        self.label_smoothing, self.ignore_index, self.strict = label_smoothing, ignore_index, strict
-        self.centers = ClassCenters(
-            num_classes, embedding_size, update=center_update, momentum=center_momentum, device=device
-        )
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
-        self.parts: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the prototypes anew, and forget the centres and the step."""
-        super().reset_parameters()
-        if "step" in self._buffers:  # not yet while the prototypes are drawn for the first time
-            self.centers.reset_parameters()
-            self.step.zero_()
-
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Loss of features (N, D) with labels (N,), a scalar. In ``train()`` mode the centres and the step move on."""
-        inter, cross_entropy = self._cross_entropies(features, labels)
-        labels = labels.to(torch.int64)
-        labels = labels.masked_fill(labels == self.ignore_index, -1)
-        features = features.masked_fill((labels < 0)[:, None], 0.0)  # what is ignored may hold NaN
-        intra_weight = torch.where(self.step >= self.start_step, self.intra_weight, 0.0)
-        if self.training:
-            self.centers.update(features.detach(), labels)
-            self.step += 1
-        intra, truncated = self._intra(features, labels)
-        self.parts = {"inter": inter.detach(), "intra": intra.detach(), "cross_entropy": cross_entropy.detach()}
-        return self.inter_weight * inter + intra_weight * truncated + self.ce_weight * cross_entropy
-
-    def _cross_entropies(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """L_inter and L_CE."""
-        stats = logsumexp_stats(
-            features,
-            self.weight,
-            labels,
-            scale=self.scale,
-            ignore_index=self.ignore_index,
-            with_logit_sum=self.label_smoothing > 0.0,
-        )
-        inter, plain = (
-            reduce_losses(
-                margin_losses(stats, cosine_margin=margin, label_smoothing=self.label_smoothing), stats.labels
-            )
-            for margin in (self.margin, 0.0)
-        )
-        return inter, plain
-
-    def _intra(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """L_intra, and Trunc(L_intra − ε)."""
-        distance = 1.0 - self.centers.cosine(features, labels)
-        intra = reduce_losses(distance, labels)
-        if self.truncate == "batch":
-            return intra, (intra - self.epsilon).clamp_min(0.0)
-        return intra, reduce_losses((distance - self.epsilon).clamp_min(0.0), labels)
-
-    def hyper_parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter by name."""
-        names = (
-            "scale margin inter_weight intra_weight ce_weight epsilon start_step truncate label_smoothing ignore_index"
-        )
-        return {name: getattr(self, name) for name in [*names.split(), "strict"]}
