@@ -17,6 +17,7 @@ from ltloss.class_balance import (
     log_prior_from_counts,
     margins_from_counts,
 )
+from ltloss.losses.defaults import LONG_TAIL_PRIOR
 
 Options = Callable[[int], dict[str, Any]]  # number of classes -> keyword arguments of margin_cross_entropy
 
@@ -89,8 +90,8 @@ MODULES: dict[str, Callable[..., ltloss.PrototypeHead]] = {
         long_tail_counts(c), d, **options
     ),
     "LongTailLoss": lambda c, d, **options: ltloss.LongTailLoss.from_counts(long_tail_counts(c), d, **options),
-    "LongTailLoss as published": lambda c, d, **options: ltloss.LongTailLoss.from_counts(
-        long_tail_counts(c), d, form="published", **options
+    "LongTailLoss with prior": lambda c, d, **options: ltloss.LongTailLoss.from_counts(
+        long_tail_counts(c), d, **{**LONG_TAIL_PRIOR, **options}
     ),
     "CosineSpaceLoss": ltloss.CosineSpaceLoss,
 }

@@ -19,18 +19,18 @@ from typing import Any
 from benchmarks.evidence.pages import markdown_table, renewed
 from benchmarks.timing import RESULTS, write_rows
 from ltloss.cli.command import main as ltloss
-from ltloss.losses.defaults import FORMS
-from ltloss.training.comparison.methods import method
+from ltloss.training.comparison.methods import RENAMED, method
 from ltloss.training.comparison.tables import by_method, percents, summary
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 README = Path(__file__).parents[2] / "README.md"
-_MAIN = "ce,balanced,post-hoc,tau-norm,logit-adjusted,ldam-drw,arcface,long-tail,recommended"
+_MAIN = "ce,balanced,post-hoc,tau-norm,logit-adjusted,ldam-drw,arcface,long-tail,long-tail-prior"
+_BEST = "logit-adjusted,ldam-drw,long-tail-prior"
 _EVERY = (
     "ce,class-balanced,balanced,post-hoc,tau-norm,crt,cosine,logit-adjusted,ldam,ldam-drw,arcface,cosface,"
-    "long-tail,cosine-space,recommended"
+    "long-tail,cosine-space,long-tail-prior"
 )
-# Each line changes one thing of the recommended loss; where a term is off there, the second --vary turns it on.
+# Each line changes one thing of the margins with log prior; where a term is off there, the second --vary turns it on.
 _SLOW_CHANGES = (
     "margin=0,0.25,0.5,0.75",
     "margin_power=0,0.25",
@@ -67,8 +67,9 @@ class Study:
     commands: tuple[str, ...]
 
 
+_VARIED = "--losses long-tail-prior --seeds 1 --vary"
 _OMNIGLOT = "--imbalance 15 --many-above 7 --few-below 4 --recipe small --evaluate-every 5"
-_TUNED = "--lr 0.8 --scale 16"  # what the search chose for the recommended loss
+_TUNED = "--lr 0.8 --scale 16"  # what the search chose for them
 _FASHION = "--imbalance 100 --recipe small --epochs 6 --evaluate-every 3"
 
 STUDIES = {
@@ -82,7 +83,7 @@ STUDIES = {
         "omniglot28.npz",
         "Omniglot-LT",
         "the three best methods tuned again at four times the weight decay, and at the rate that all three chose.",
-        (f"{_OMNIGLOT} --lr 0.8 --weight-decay 0.002 --losses logit-adjusted,ldam-drw,recommended --seeds 3 --tune",),
+        (f"{_OMNIGLOT} --lr 0.8 --weight-decay 0.002 --losses {_BEST} --seeds 3 --tune",),
     ),
     "fashion": Study(
         "fashion_mnist.npz",
@@ -93,14 +94,14 @@ STUDIES = {
     "ablation": Study(
         "omniglot28.npz",
         "Omniglot-LT",
-        "the recommended loss at its tuned rate and scale, one thing changed at a time.",
-        tuple(f"{_OMNIGLOT} {_TUNED} --losses recommended --seeds 1 --vary {changed}" for changed in _TUNED_CHANGES),
+        "the long-tail margins with log prior at their tuned rate and scale, one thing changed at a time.",
+        tuple(f"{_OMNIGLOT} {_TUNED} {_VARIED} {changed}" for changed in _TUNED_CHANGES),
     ),
     "low-rate": Study(
         "omniglot28.npz",
         "Omniglot-LT",
-        "the recommended loss at the recipe's rate, an eighth of the tuned one, and twice the tuned scale.",
-        tuple(f"{_OMNIGLOT} --scale 30 --losses recommended --seeds 1 --vary {changed}" for changed in _SLOW_CHANGES),
+        "the long-tail margins with log prior at the recipe's rate, an eighth of the tuned one, and twice the scale.",
+        tuple(f"{_OMNIGLOT} --scale 30 {_VARIED} {changed}" for changed in _SLOW_CHANGES),
     ),
 }
 
@@ -117,31 +118,24 @@ class Advice:
     called: str  # what stands against it
 
 
+_PRIOR = 'tau=1, margin_normalize="max", min_angle_weight=0'
 _KEPT = "normalize_features=False, scale=1.5, feature_norm_weight="
 START_HERE = (
     Advice(
-        "hundreds of classes or more, a handful of samples in most",
-        "`LongTailLoss.from_counts(counts, D)`",
+        "hundreds of classes or more, a handful of samples in most; rate and scale tuned",
+        "`LogitAdjustedLoss.from_counts(counts, D, scale=8)`",
         "omniglot",
-        ("recommended", ""),
+        ("logit-adjusted", ""),
         ("ce", ""),
         "cross-entropy",
     ),
     Advice(
         "few classes, the largest a hundred times the smallest",
-        "`LongTailLoss.from_counts(counts, D, margin=0.1)`",
+        "balanced softmax (`ltloss train --loss softmax --tau 1`)",
         "fashion",
-        ("recommended", ""),
+        ("balanced", ""),
         ("ce", ""),
         "cross-entropy",
-    ),
-    Advice(
-        "many classes, no margin wanted, and time to tune rate and scale",
-        "`LogitAdjustedLoss.from_counts(counts, D, scale=8)`",
-        "omniglot",
-        ("logit-adjusted", ""),
-        ("recommended", ""),
-        "with the margin",
     ),
     Advice(
         "counts unknown",
@@ -160,11 +154,19 @@ START_HERE = (
         "cross-entropy",
     ),
     Advice(
-        "features that must keep their length",
-        "`LongTailLoss.from_counts(counts, D, normalize_features=False)`, with its L3",
+        "hundreds of classes or more, nothing tuned",
+        f"`LongTailLoss.from_counts(counts, D, scale=30, {_PRIOR}, feature_norm_weight=0)`",
         "low-rate",
-        ("recommended", f"{_KEPT}0.1"),
-        ("recommended", f"{_KEPT}0"),
+        ("long-tail-prior", "margin=0.5"),
+        ("long-tail-prior", "margin=0"),
+        "without the margin",
+    ),
+    Advice(
+        "features that must keep their length",
+        f"`LongTailLoss.from_counts(counts, D, normalize_features=False, scale=1.5, {_PRIOR})`, with L3",
+        "low-rate",
+        ("long-tail-prior", f"{_KEPT}0.1"),
+        ("long-tail-prior", f"{_KEPT}0"),
         "without L3",
     ),
 )
@@ -189,9 +191,9 @@ def run(name: str, study: Study, data_dir: Path, out: Path, jobs: int) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
+    """The rows of a CSV file, their methods under the names of today."""
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return [{**row, "method": RENAMED.get(row["method"], row["method"])} for row in csv.DictReader(file)]
 
 
 def section(study: Study, rows: Sequence[Mapping[str, str]], trials: Sequence[Mapping[str, str]]) -> str:
@@ -237,15 +239,15 @@ def best_at_each_scale(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
 
 
 def with_and_without_margin(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """A header, and a line for each rate and scale at which the recommended loss was tried as it is and without margin.
+    """A header, and a line for each rate and scale at which the log prior was tried with the margins and alone.
 
-    Without margin it is cosine softmax with log prior; τ and margin are those of the form. One that diverged is "none".
+    Alone it is cosine softmax with log prior; τ is 1 and the margin 0.5. One that diverged is "none".
     """
     places = []
-    for name, key in (("logit-adjusted", "tau"), ("recommended", "margin")):
+    for name, key, at in (("logit-adjusted", "tau", 1.0), ("long-tail-prior", "margin", 0.5)):
         found = [(json.loads(row["values"]), row["balanced_accuracy"]) for row in trials if row["method"] == name]
-        same_form = [(values, share) for values, share in found if values[key] == FORMS["recommended"][key]]
-        places.append({(v.get("lr", 0.0), v["scale"]): float(share) if share else None for v, share in same_form})
+        same = [(values, share) for values, share in found if values[key] == at]
+        places.append({(v.get("lr", 0.0), v["scale"]): float(share) if share else None for v, share in same})
     return [
         ["rate", "scale", "log prior alone", "log prior and margin"],
         *(

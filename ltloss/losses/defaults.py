@@ -1,4 +1,4 @@
-"""What the modules take where a call does not say: the scale, and the two forms of :class:`ltloss.LongTailLoss`.
+"""The scale that the modules take where a call gives none, and the values of the long-tail margins with log prior.
 
 A module of its own, without torch, so that the `ltloss` command can list methods before torch is there.
 """
@@ -8,33 +8,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-__all__ = ["FORMS", "LongTailForm", "default_scale"]
+__all__ = ["LONG_TAIL_PRIOR", "default_scale", "of_form"]
 
-LongTailForm = Literal["recommended", "published"]
-
-# "recommended" follows docs/evidence.md: tuned, the loss without margin is as accurate or up to a point more, but this
-# one bears a rate or a scale that does not fit better by far. The source leaves λ1, λ2 and g open; see
-# docs/mathematics.md.
-FORMS: Mapping[LongTailForm, Mapping[str, Any]] = MappingProxyType(
-    {
-        "recommended": {
-            "margin": 0.5,
-            "margin_normalize": "max",
-            "tau": 1.0,
-            "min_angle_weight": 0.0,
-            "feature_norm_weight": 0.0,
-        },
-        "published": {
-            "margin": 0.5,
-            "margin_normalize": "none",
-            "tau": 0.0,
-            "min_angle_weight": 0.1,
-            "feature_norm_weight": 0.1,
-        },
-    }
+# What docs/evidence.md measures as `long-tail-prior`: the margins of source A, with a log prior instead of L2 and L3.
+LONG_TAIL_PRIOR: Mapping[str, Any] = MappingProxyType(
+    {"tau": 1.0, "margin_normalize": "max", "min_angle_weight": 0.0, "feature_norm_weight": 0.0}
 )
+
+
+def of_form(form: object, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the ``form`` of version 0.1, "recommended" or "published", sets of a LongTailLoss beside what is given."""
+    if form not in ("recommended", "published"):
+        raise ValueError(f"form must be one of recommended, published; got {form!r}")
+    if form == "published":
+        return {}
+    values = {name: value for name, value in LONG_TAIL_PRIOR.items() if name not in given}
+    if not given.get("normalize_features", True):
+        values.pop("feature_norm_weight", None)  # features that kept their length had L3 in either form
+    if given.get("log_prior") is not None:
+        values.pop("tau", None)
+    return values
+
 
 _LEAST_SCALE = 8.0
 

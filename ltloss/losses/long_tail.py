@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ltloss import functional as F
+from ltloss._deprecation import warn_deprecated
 from ltloss._validation import check_choice, check_number, check_type
 from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margins_from_counts
-from ltloss.losses.defaults import FORMS, LongTailForm
+from ltloss.losses.defaults import of_form
 from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions, _check_counts, _FromCounts
 from ltloss.ops.prototype_search import min_angle
 from ltloss.regularizers import FeatureNormKind, mean_angle, norm_penalty
 
 if TYPE_CHECKING:
+    from typing import ParamSpec
+
     from typing_extensions import Unpack
+
+    P = ParamSpec("P")
 
 __all__ = ["LongTailLoss"]
 
 AngleRows = Literal["all", "batch"]
+
+
+def _with_form(init: Callable[P, None]) -> Callable[P, None]:
+    """The constructor, which for one version takes the ``form`` of version 0.1 as well."""
+
+    @functools.wraps(init)
+    def constructor(*args: P.args, **given: P.kwargs) -> None:
+        form = given.pop("form", None)
+        if form is not None:
+            values = of_form(form, given)
+            given.update(values)
+            instead = ", ".join(f"{name}={value!r}" for name, value in values.items()) or "nothing"
+            warn_deprecated(f"form={form!r} of LongTailLoss goes; pass {instead} instead")
+        init(*args, **given)
+
+    return constructor
 
 
 class LongTailLoss(_FromCounts, CombinedMarginLoss):
@@ -29,32 +51,30 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
 
     L1 is the margin cross-entropy with m_c = margin·n_c^(−power); L2 the count-weighted minimum-angle regulariser
     (:func:`ltloss.functional.min_angle_regularizer`); L3 the feature-length penalty
-    (:func:`ltloss.functional.feature_norm_penalty`).
+    (:func:`ltloss.functional.feature_norm_penalty`). The source leaves λ1, λ2 and g open: the defaults are ours.
 
-    By default it is the form that docs/evidence.md recommends: L1 with a log prior on the training logits, without L2
-    and L3. ``form="published"`` is the source's: all three terms and no prior.
+    ``tau=1`` adds the log prior of balanced softmax to L1, and changes nothing else. What docs/evidence.md measures as
+    ``long-tail-prior`` is ``tau=1, margin_normalize="max", min_angle_weight=0, feature_norm_weight=0``.
 
     Args:
         num_classes: C.
         embedding_size: D.
         class_counts: (C,) training samples per class, all > 0.
-        form: ``"recommended"`` or ``"published"``; decides what is left None below.
         margin: angular margin in radians of a class with one sample (with ``margin_normalize="max"``: of the rarest
-            class). None: 0.5 in both forms.
+            class).
         margin_power: 1/k for the margins.
-        margin_normalize: ``"none"``, which None is as published, or ``"max"``, which it is as recommended.
-        min_angle_weight: λ1; 0 leaves L2 out. None: 0.1 as published, 0 as recommended.
+        margin_normalize: ``"none"``, or ``"max"`` to give the rarest class exactly ``margin``.
+        min_angle_weight: λ1; 0 leaves L2 out.
         min_angle_power: 1/k for the weights of L2.
         min_angle_rows: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of C²·D/2.
         min_angle_exact: True searches with float32 products even where TF32 is allowed (see
             :func:`ltloss.functional.nearest_prototype`).
-        feature_norm_weight: λ2; 0 leaves L3 out. None: 0.1 as published and where features keep their length
-            (``normalize_features=False``), which may shrink to nothing without it; else 0.
+        feature_norm_weight: λ2; 0 leaves L3 out. Features that keep their length (``normalize_features=False``) may
+            shrink to nothing without it.
         feature_norm: the g of L3, by name or a function of the lengths (N,). ``"ring"`` with λ2 = 0.1 measured best, on
             long-tailed digits (docs/evidence.md).
         feature_norm_radius: the R or u of that g; None for 1.25·√D, a quarter more than batch normalisation gives.
-        tau: strength of the log prior τ·log π_c on the training logits; 0 adds none. None: 0 as published or where a
-            ``log_prior`` is given, 1 as recommended.
+        tau: strength of the log prior τ·log π_c on the training logits; 0 adds none.
         options: see :class:`CombinedMarginLoss`.
 
     Attributes:
@@ -67,74 +87,64 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         >>> loss_fn = LongTailLoss.from_counts([500, 40, 3], embedding_size=16)
         >>> loss = loss_fn(torch.randn(4, 16), torch.tensor([0, 0, 1, 2]))
         >>> sorted(loss_fn.parts)
-        ['margin_cross_entropy']
-        >>> loss_fn = LongTailLoss.from_counts([500, 40, 3], embedding_size=16, form="published")
+        ['feature_norm', 'margin_cross_entropy', 'min_angle']
+        >>> loss_fn = LongTailLoss.from_counts([500, 40, 3], 16, tau=1, min_angle_weight=0, feature_norm_weight=0)
         >>> loss = loss_fn(torch.randn(4, 16), torch.tensor([0, 0, 1, 2]))
         >>> sorted(loss_fn.parts)
-        ['feature_norm', 'margin_cross_entropy', 'min_angle']
+        ['margin_cross_entropy']
     """
 
     class_counts: Tensor
 
-    _settled = ("form", "margin", "margin_power", "margin_normalize", "tau")
+    _settled = ("margin", "margin_power", "margin_normalize", "tau")
 
+    @_with_form
     def __init__(
         self,
         num_classes: int,
         embedding_size: int,
         *,
         class_counts: Counts,
-        form: LongTailForm = "recommended",
-        margin: float | None = None,
+        margin: float = 0.5,
         margin_power: float = 0.25,
-        margin_normalize: Normalize | None = None,
-        min_angle_weight: float | None = None,
+        margin_normalize: Normalize = "none",
+        min_angle_weight: float = 0.1,
         min_angle_power: float = 0.25,
         min_angle_rows: AngleRows = "all",
         min_angle_exact: bool = False,
-        feature_norm_weight: float | None = None,
+        feature_norm_weight: float = 0.1,
         feature_norm: FeatureNormKind | Callable[[Tensor], Tensor] = "ring",
         feature_norm_radius: float | None = None,
-        tau: float | None = None,
+        tau: float = 0.0,
         **options: Unpack[PriorOptions],
     ) -> None:
         _check_counts(class_counts, num_classes)
-        check_choice("form", form, get_args(LongTailForm))
-        chosen = _of_form(
-            form,
-            options,
-            margin=margin,
-            margin_normalize=margin_normalize,
-            tau=tau,
-            min_angle_weight=min_angle_weight,
-            feature_norm_weight=feature_norm_weight,
-        )
-        for name in ("tau", "min_angle_weight", "feature_norm_weight"):
-            check_number(name, chosen[name], at_least=0.0)
-        if chosen["tau"]:
+        for name, value in (
+            ("tau", tau),
+            ("min_angle_weight", min_angle_weight),
+            ("feature_norm_weight", feature_norm_weight),
+        ):
+            check_number(name, value, at_least=0.0)
+        check_choice("min_angle_rows", min_angle_rows, get_args(AngleRows))
+        check_type("min_angle_exact", min_angle_exact, bool)
+        if not callable(feature_norm):
+            check_choice("feature_norm", feature_norm, get_args(FeatureNormKind))
+        if tau:
             if options.get("log_prior") is not None:
                 raise ValueError(
                     f"log_prior and tau both give a prior; pass one of them, got tau={tau:g} and a log_prior"
                 )
-            options["log_prior"] = log_prior_from_counts(class_counts, chosen["tau"])
-        margins = margins_from_counts(
-            class_counts, chosen["margin"], power=margin_power, normalize=chosen["margin_normalize"]
-        )
-        check_choice("min_angle_rows", min_angle_rows, get_args(AngleRows))
+            options["log_prior"] = log_prior_from_counts(class_counts, tau)
+        margins = margins_from_counts(class_counts, margin, power=margin_power, normalize=margin_normalize)
         super().__init__(num_classes, embedding_size, angular_margin=margins, **options)
-        self.form, self.margin_power, self.min_angle_power = form, margin_power, min_angle_power
-        self.margin: float = chosen["margin"]
-        self.margin_normalize: Normalize = chosen["margin_normalize"]
-        self.tau: float = chosen["tau"]
-        self.min_angle_weight: float = chosen["min_angle_weight"]
-        self.feature_norm_weight: float = chosen["feature_norm_weight"]
-        check_type("min_angle_exact", min_angle_exact, bool)
+        self.margin, self.margin_power, self.margin_normalize, self.tau = margin, margin_power, margin_normalize, tau
+        self.min_angle_weight, self.min_angle_power = min_angle_weight, min_angle_power
         self.min_angle_rows, self.min_angle_exact = min_angle_rows, min_angle_exact
-        self.feature_norm = feature_norm
+        self.feature_norm_weight, self.feature_norm = feature_norm_weight, feature_norm
         self.feature_norm_radius = 1.25 * embedding_size**0.5 if feature_norm_radius is None else feature_norm_radius
+        check_number("feature_norm_radius", self.feature_norm_radius, above=0.0)
         counts = torch.as_tensor(class_counts, device=None if isinstance(class_counts, Tensor) else "cpu")
         self._keep("class_counts", counts)
-        F.feature_norm_penalty(self.weight.new_empty(0, embedding_size), feature_norm, radius=self.feature_norm_radius)
         self.parts: dict[str, Tensor] = {}
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -177,18 +187,8 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""
         names = (
-            "form margin margin_power margin_normalize min_angle_weight min_angle_power min_angle_rows min_angle_exact "
-            "feature_norm_weight"
+            "margin margin_power margin_normalize min_angle_weight min_angle_power min_angle_rows min_angle_exact "
+            "feature_norm_weight feature_norm feature_norm_radius tau"
         )
-        own = {name: getattr(self, name) for name in [*names.split(), "feature_norm", "feature_norm_radius", "tau"]}
+        own = {name: getattr(self, name) for name in names.split()}
         return {**super().hyper_parameters(), **own}
-
-
-def _of_form(form: LongTailForm, options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
-    """The hyper-parameters that depend on the form: as given, or for None as the form has them."""
-    default = dict(FORMS[form])
-    if not options.get("normalize_features", True):
-        default["feature_norm_weight"] = FORMS["published"]["feature_norm_weight"]
-    if options.get("log_prior") is not None:
-        default["tau"] = 0.0
-    return {name: default[name] if value is None else value for name, value in given.items()}

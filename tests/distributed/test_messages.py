@@ -174,7 +174,7 @@ def _from_meta(rank: int, data: int) -> Any:
     torch.manual_seed(5 + rank)  # rank 0's decides
     with torch.device("cpu"):
         counts = torch.arange(1, 10_001)
-    module = ltloss.LongTailLoss.from_counts(counts, 3, form="published", device="meta")
+    module = ltloss.LongTailLoss.from_counts(counts, 3, device="meta")
     module = parallelize(module, class_mesh(data))
     space = parallelize(ltloss.CosineSpaceLoss(7, 3, device="meta"), class_mesh(data))
     space(torch.randn(2, 3), torch.tensor([1, 2]))

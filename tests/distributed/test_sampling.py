@@ -231,8 +231,8 @@ def test_each_step_and_each_micro_batch_draws_anew() -> None:
 def test_what_cannot_be_sampled_is_refused() -> None:
     counts = torch.arange(1, CLASSES + 1)
     with pytest.raises(ValueError, match="min_angle_weight=0"):
-        parallelize(ltloss.LongTailLoss.from_counts(counts, DIM, form="published"), None, sample_rate=0.5)
-    parallelize(ltloss.LongTailLoss.from_counts(counts, DIM), None, sample_rate=0.5)
+        parallelize(ltloss.LongTailLoss.from_counts(counts, DIM), None, sample_rate=0.5)
+    parallelize(ltloss.LongTailLoss.from_counts(counts, DIM, min_angle_weight=0.0), None, sample_rate=0.5)
 
 
 def _on_ranks(rank: int, data: int) -> Any:

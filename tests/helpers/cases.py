@@ -37,7 +37,7 @@ BUILD: dict[str, Callable[..., PrototypeHead]] = {
     **{f"family {name}": _module(options) for name, options in FAMILY.items()},
     **MODULES,
     "long-tail of the batch": _long_tail(min_angle_rows="batch", min_angle_weight=2.0),
-    "long-tail per sample": _long_tail(reduction="none", form="published"),
+    "long-tail per sample": _long_tail(reduction="none"),
     "cosine-space ema": lambda c, d, **more: ltloss.CosineSpaceLoss(
         c, d, center_update="ema", truncate="sample", epsilon=0.0, label_smoothing=0.1, **more
     ),

@@ -280,7 +280,7 @@ def test_long_tail_loss() -> None:
         for name, wide in (("triton", F32), ("reference", torch.float64)):
             torch.manual_seed(1)
             counts = long_tail_counts(40)
-            options = {"form": "published", "min_angle_weight": 0.5, "min_angle_rows": rows}
+            options = {"min_angle_weight": 0.5, "min_angle_rows": rows}
             head = ltloss.LongTailLoss.from_counts(counts, 8, **options)
             head = head.to(DEVICE, wide)
             x = torch.linspace(-1, 2, 96, device=DEVICE, dtype=wide).sin().view(12, 8)

@@ -39,8 +39,11 @@ def expected_margins() -> dict[str, dict[str, object]]:
         },
         "LDAMLoss": {"cosine_margin": margins_from_counts(counts, 0.5, normalize="max")},
         "LogitAdjustedLoss": {"log_prior": prior},
-        "LongTailLoss": {"angular_margin": margins_from_counts(counts, 0.5, normalize="max"), "log_prior": prior},
-        "LongTailLoss as published": {"angular_margin": margins_from_counts(counts, 0.5)},
+        "LongTailLoss": {"angular_margin": margins_from_counts(counts, 0.5)},
+        "LongTailLoss with prior": {
+            "angular_margin": margins_from_counts(counts, 0.5, normalize="max"),
+            "log_prior": prior,
+        },
     }
 
 
@@ -56,7 +59,7 @@ SHARED_OPTIONS = [
 @pytest.mark.parametrize("options", SHARED_OPTIONS, ids=lambda o: "-".join(o) or "defaults")
 @pytest.mark.parametrize("name", CROSS_ENTROPIES)
 def test_forward_is_the_function(name: str, options: dict[str, object], backend: str) -> None:
-    extra = {"min_angle_weight": 0.0, "feature_norm_weight": 0.0} if "LongTail" in name else {}
+    extra = {"min_angle_weight": 0.0, "feature_norm_weight": 0.0} if name == "LongTailLoss" else {}
     module = MODULES[name](C, D, **options, **extra)
     features, labels = batch()
     labels = labels.masked_fill(labels < 0, int(options.get("ignore_index", -100)))
@@ -126,10 +129,53 @@ def test_angles_of_the_only_class() -> None:
 
 
 def test_parts_hold_only_what_was_computed() -> None:
-    module = ltloss.LongTailLoss.from_counts([5, 1], D)
+    module = MODULES["LongTailLoss with prior"](2, D)
     assert module.parts == {}
     module(torch.randn(2, D), torch.tensor([0, 1]))
     assert list(module.parts) == ["margin_cross_entropy"]
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+def test_long_tail_loss_has_all_three_terms_and_tau_adds_the_prior_alone(tau: float, backend: str) -> None:
+    counts = long_tail_counts(C)
+    module = ltloss.LongTailLoss.from_counts(counts, D, **({"tau": tau} if tau else {}))
+    features, labels = batch()
+    l1 = functional.margin_cross_entropy(
+        features, module.weight, labels, scale=ltloss.default_scale(C), angular_margin=0.5 * counts.float() ** -0.25,
+        log_prior=log_prior_from_counts(counts) if tau else None,
+    )  # fmt: skip
+    l2 = functional.min_angle_regularizer(module.weight, counts, power=0.25)
+    l3 = functional.feature_norm_penalty(features[labels >= 0], "ring", radius=1.25 * D**0.5)
+    torch.testing.assert_close(module(features, labels), l1 + 0.1 * l2 + 0.1 * l3)
+    assert sorted(module.parts) == ["feature_norm", "margin_cross_entropy", "min_angle"]
+    assert (module.log_prior is None) == (tau == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("form", "values"),
+    [
+        ("published", {}),
+        ("recommended", {"tau": 1, "margin_normalize": "max", "min_angle_weight": 0, "feature_norm_weight": 0}),
+    ],
+)
+def test_a_form_still_works_and_names_what_replaces_it(form: str, values: dict[str, object]) -> None:
+    for given in ({}, {"margin": 0.3, "tau": 0.0, "min_angle_weight": 0.2}, {"normalize_features": False}):
+        with pytest.warns(DeprecationWarning, match="margin_normalize='max'" if values else "pass nothing") as caught:
+            old = ltloss.LongTailLoss.from_counts([9, 3, 1], D, form=form, **given)
+        assert caught[0].filename == __file__
+        # Short features may vanish without L3, so 0.1's recommended form kept it where features keep their length.
+        kept = {"feature_norm_weight": 0.1} if "normalize_features" in given else {}
+        new = ltloss.LongTailLoss.from_counts([9, 3, 1], D, **{**values, **kept, **given})
+        assert repr(old) == repr(new)
+        assert torch.equal(old.angular_margin, new.angular_margin)
+    with pytest.warns(DeprecationWarning, match=form):
+        given_prior = ltloss.LongTailLoss.from_counts([9, 3, 1], D, form=form, log_prior=torch.zeros(3))
+    assert given_prior.tau == 0.0
+
+
+def test_an_unknown_form_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"form must be one of .*'best'"):
+        ltloss.LongTailLoss.from_counts([9, 3, 1], D, form="best")
 
 
 def test_long_tail_loss_takes_a_log_prior(backend: str) -> None:
@@ -142,14 +188,14 @@ def test_long_tail_loss_takes_a_log_prior(backend: str) -> None:
     assert torch.equal(module(features, labels), given(features, labels))
     assert torch.equal(module.log_prior, prior)
     assert "tau=1.5" in repr(module)
-    assert torch.equal(ltloss.LongTailLoss.from_counts(counts, D).log_prior, log_prior_from_counts(counts, 1.0))
-    assert ltloss.LongTailLoss.from_counts(counts, D, tau=0.0).log_prior is None
+    assert torch.equal(ltloss.LongTailLoss.from_counts(counts, D, tau=1).log_prior, log_prior_from_counts(counts, 1.0))
+    assert ltloss.LongTailLoss.from_counts(counts, D).log_prior is None
     with pytest.raises(ValueError, match="log_prior and tau both give a prior"):
         ltloss.LongTailLoss.from_counts(counts, D, tau=1.0, log_prior=prior)
 
 
 def test_long_tail_loss_takes_a_function_of_the_length() -> None:
-    module = ltloss.LongTailLoss.from_counts([5, 1], 2, feature_norm_weight=0.1, feature_norm=lambda r: r * 7.0)
+    module = ltloss.LongTailLoss.from_counts([5, 1], 2, feature_norm=lambda r: r * 7.0)
     module(torch.tensor([[3.0, 4.0]]), torch.tensor([0]))
     assert float(module.parts["feature_norm"]) == pytest.approx(35.0)
 
@@ -294,7 +340,7 @@ def test_class_weights_can_be_set_and_removed(name: str) -> None:
     module = MODULES[name](C, D, reduction="none")
     features, labels = batch(ignored_free := 7)
     assert ignored_free == 7
-    if "LongTail" in name:
+    if name == "LongTailLoss":
         module.min_angle_weight = module.feature_norm_weight = 0.0
     plain = module(features, labels)
     weights = torch.linspace(1, 3, C)
@@ -354,7 +400,7 @@ def test_head_without_a_loss() -> None:
 
 
 def test_gradient_of_the_long_tail_loss_reaches_everything() -> None:
-    module = ltloss.LongTailLoss.from_counts(long_tail_counts(C), D, form="published")
+    module = ltloss.LongTailLoss.from_counts(long_tail_counts(C), D)
     given = problem(7, C, D, dtype=torch.float32)
     grads = outcome(given, loss=lambda x, w, y: _with_weight(module, w)(x, y))
     assert bool(grads.features[given.labels >= 0].any(1).all())
@@ -377,7 +423,7 @@ def test_cosine_space_loss_takes_a_margin_per_class() -> None:
 
 def test_ignored_samples_get_no_regulariser_either() -> None:
     features, _ = batch(3)
-    module = ltloss.LongTailLoss.from_counts([5, 1], features.shape[1], reduction="none", form="published")
+    module = ltloss.LongTailLoss.from_counts([5, 1], features.shape[1], reduction="none")
     losses = module(features, torch.tensor([0, -100, 1]))
     assert losses[1] == 0
     assert losses[0] != 0

@@ -164,7 +164,7 @@ def test_modules_refuse_bad_options_when_they_are_made(what: str) -> None:
         (lambda: ltloss.CosineSpaceLoss(4, 5, margin="a"), TypeError, ("margin", "number", "str 'a'")),
         (lambda: ltloss.CosineSpaceLoss(4, 5, ce_weight=-1.0), ValueError, ("ce_weight", ">= 0.0", "got -1.0")),
         (lambda: ltloss.ClassCenters(4, 5, momentum=1.0), ValueError, ("momentum", "< 1", "got 1.0")),
-        (lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, feature_norm="cube"), ValueError, ("kind", "'cube'")),
+        (lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, feature_norm="x"), ValueError, ("feature_norm", "'x'")),
         (lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, min_angle_rows="x"), ValueError, ("min_angle_rows", "'x'")),
         (lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, min_angle_weight=-1), ValueError, ("min_angle_weight",)),
         (lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, margin=-1.0), ValueError, ("margin", ">= 0.0", "-1.0")),

@@ -323,7 +323,6 @@ def test_long_tail_loss_is_the_weighted_sum(backend: str) -> None:
         2,
         scale=SCALE,
         margin=0.4,
-        form="published",
         min_angle_weight=0.3,
         feature_norm_weight=0.2,
         feature_norm="inverse",

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ltloss._deprecation import warn_deprecated
 from ltloss._files import TEMPORARY, remove_leftovers, write_file
 from ltloss.errors import UserError
 from ltloss.training.comparison.climb import edges, next_points
 from ltloss.training.comparison.data import default_validation, fingerprint
 from ltloss.training.comparison.jobs import Job
-from ltloss.training.comparison.methods import described, method
+from ltloss.training.comparison.methods import RENAMED, described, method
 from ltloss.training.comparison.plan import Plan, check_whole_number
 from ltloss.training.comparison.tables import Comparison, FinalRun, Trial, write_tables
 from ltloss.training.comparison.workers import Workers
@@ -79,7 +80,9 @@ def compare(
         [('ce', 0), ('cosine', 0)]
     """
     check_whole_number("jobs", jobs)
-    names = tuple(dict.fromkeys(methods))
+    for name in RENAMED.keys() & set(methods):
+        warn_deprecated(f"the method {name} is called {RENAMED[name]} now")
+    names = tuple(dict.fromkeys(RENAMED.get(name, name) for name in methods))
     plan = Plan(dict(given), names, recipe, seeds, dict(vary or {}), tune, tune_seeds, validation_per_class)
     settings = Settings(**plan.settings)
     train = load_split(settings, "train")

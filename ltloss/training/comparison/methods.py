@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ltloss.errors import UserError, nearest
-from ltloss.losses.defaults import FORMS
+from ltloss.losses.defaults import LONG_TAIL_PRIOR
 from ltloss.training.run.settings import SETTINGS
 
 StageTwo = Literal["post-hoc", "tau-norm", "crt"]
@@ -136,28 +136,25 @@ METHODS: dict[str, Method] = {
         {"lr": _RATES, "scale": _SCALES, "margin": _COSINE_MARGINS},
     ),
     "long-tail": Method(
-        "long-tail loss, as published",
-        "source A, Harbin Institute of Technology, Shenzhen; the weights of L2 and L3 are not published",
-        {
-            "loss": "long-tail",
-            **FORMS["published"],
-            "feature_norm": "ring",
-        },
+        "long-tail loss",
+        "source A, Harbin Institute of Technology, Shenzhen; λ1, λ2 and g are not published, and ours",
+        {"loss": "long-tail"},
         {"lr": _RATES, "scale": _SCALES, "margin": (0.125, 0.25, 0.5, 1.0, 2.0)},
     ),
     "cosine-space": Method(
-        "cosine-space loss, as published",
+        "cosine-space loss",
         "source B, Southeast University; the weights are not published but for their order",
         {"loss": "cosine-space"},
         {"lr": _RATES, "scale": _SCALES, "margin": _COSINE_MARGINS},
     ),
-    "recommended": Method(
-        "long-tail loss, as recommended",
-        "source A's angular margins per class with the log prior of Menon et al., ICLR 2021",
-        {"loss": "long-tail", **FORMS["recommended"]},
+    "long-tail-prior": Method(
+        "long-tail margins with log prior",
+        "source A's angular margins per class, and the log prior of Menon et al., ICLR 2021, instead of L2 and L3",
+        {"loss": "long-tail-prior", **LONG_TAIL_PRIOR},
         {"lr": _RATES, "scale": _SCALES, "margin": _ANGULAR_MARGINS},
     ),
 }
+RENAMED = {"recommended": "long-tail-prior"}  # what version 0.1 called it; taken for one version more
 
 STAGE_TWO_SETTINGS = ("post_hoc_tau", "norm_power", "crt_epochs", "crt_lr")
 

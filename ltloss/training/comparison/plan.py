@@ -44,7 +44,7 @@ class Plan:
         for name in ("seeds", "tune_seeds", "validation_per_class"):
             check_whole_number(name, getattr(self, name))
         if not self.methods:
-            raise UserError("--losses names no method; give some, as ce,cosine,recommended")
+            raise UserError("--losses names no method; give some, as ce,cosine,long-tail")
         for name, varied in self.vary.items():
             if name in NOT_GIVEN or not varied:
                 raise UserError(f"--vary {name} cannot be varied, or has no values; give NAME=VALUE,VALUE")

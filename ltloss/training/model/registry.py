@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ltloss.errors import UserError, nearest
+from ltloss.losses.defaults import LONG_TAIL_PRIOR
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ class LossKind:
     takes_counts: bool = False
     tau_as_prior: bool = False  # it has no tau of its own, but takes the prior that tau gives
     aliases: Mapping[str, str] = field(default_factory=dict)
+    sets: Mapping[str, Any] = field(default_factory=dict)  # arguments behind the name
 
 
 LOSSES: dict[str, LossKind] = {
@@ -53,6 +55,7 @@ LOSSES: dict[str, LossKind] = {
     "ldam": LossKind("LDAMLoss", takes_counts=True, tau_as_prior=True, aliases={"margin": "max_margin"}),
     "logit-adjusted": LossKind("LogitAdjustedLoss", takes_counts=True),
     "long-tail": LossKind("LongTailLoss", takes_counts=True),
+    "long-tail-prior": LossKind("LongTailLoss", takes_counts=True, sets=LONG_TAIL_PRIOR),
     "cosine-space": LossKind("CosineSpaceLoss"),
 }
 
@@ -83,6 +86,8 @@ def _option_names(kind: LossKind, loss_class: Any) -> set[str]:
     parameters = inspect.signature(loss_class.__init__).parameters
     shared = set(LossOptions.__annotations__) if "options" in parameters else set()
     own = (set(parameters) - {"options"} | shared) - _DECIDED_ELSEWHERE
+    if kind is LOSSES["long-tail"]:
+        own.add("form")  # of version 0.1, for one version more
     return own | {"tau"} if kind.tau_as_prior else own
 
 
@@ -93,7 +98,7 @@ def loss_arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind, loss_class = _loss_class(name)
     valid = _option_names(kind, loss_class)
-    arguments = {}
+    arguments = dict(kind.sets)
     for option, value in options.items():
         argument = kind.aliases.get(option, option)
         if argument not in valid:
@@ -114,10 +119,10 @@ def build_loss(name: str, class_counts: Sequence[int], embedding_size: int, opti
     kind, loss_class = _loss_class(name)
     arguments = loss_arguments(name, options)
     try:
-        if kind.tau_as_prior and "tau" in arguments:
+        if kind.tau_as_prior and (tau := arguments.pop("tau", 0.0)):
             from ltloss.class_balance import log_prior_from_counts
 
-            arguments["log_prior"] = log_prior_from_counts(class_counts, arguments.pop("tau"))
+            arguments["log_prior"] = log_prior_from_counts(class_counts, tau)
         if kind.takes_counts:
             module = loss_class.from_counts(class_counts, embedding_size, **arguments)
         else:
@@ -125,3 +130,28 @@ def build_loss(name: str, class_counts: Sequence[int], embedding_size: int, opti
     except (TypeError, ValueError) as error:
         raise UserError(f"loss {name} with {dict(options)}: {' '.join(str(error).split())}") from error
     return cast(LossHead, module)
+
+
+def options_in_force(
+    name: str, class_counts: Sequence[int], embedding_size: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Every option of the loss `name` with the value that it has in `build_loss` with `options`."""
+    import torch
+
+    from ltloss.losses.margin_losses import CombinedMarginLoss
+
+    kind, loss_class = _loss_class(name)
+    with torch.device("meta"):  # for its attributes alone
+        module = build_loss(name, class_counts, embedding_size, options)
+    given = loss_arguments(name, options)
+    defaults: dict[str, Any] = {"tau": 0.0}  # of a loss that takes a tau as prior
+    for owner in (CombinedMarginLoss, loss_class):
+        defaults |= {key: item.default for key, item in inspect.signature(owner.__init__).parameters.items()}
+    called = {argument: option for option, argument in kind.aliases.items()}
+    found = {}
+    for argument in sorted(_option_names(kind, loss_class) - {"form"}):
+        value = getattr(module, argument, None)
+        if value is None or isinstance(value, torch.Tensor):
+            value = given.get(argument, defaults[argument])
+        found[called.get(argument, argument)] = value
+    return found

@@ -54,7 +54,7 @@ def files_of(out: Path) -> dict[str, int]:
 def compared(toy_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     """Two methods and three second stages, two seeds, in this process. Do not change its files."""
     out = tmp_path_factory.mktemp("compare") / "one"
-    methods = ["ce", "recommended", "post-hoc", "tau-norm", "crt"]
+    methods = ["ce", "long-tail-prior", "post-hoc", "tau-norm", "crt"]
     return compare(out, small(toy_npz, many_above=15, few_below=6), methods, seeds=2, quiet=True)
 
 
@@ -62,7 +62,7 @@ def test_rows_say_what_was_measured(compared: Comparison) -> None:
     rows = rows_of(compared.out)
     assert tuple(next(csv.reader((compared.out / "results.csv").open()))) == COLUMNS
     assert [(row["method"], row["seed"]) for row in rows] == [
-        (name, seed) for name in ("ce", "recommended", "post-hoc", "tau-norm", "crt") for seed in "01"
+        (name, seed) for name in ("ce", "long-tail-prior", "post-hoc", "tau-norm", "crt") for seed in "01"
     ]
     by_method = {row["method"]: row for row in rows if row["seed"] == "0"}
     assert by_method["ce"]["pictures_train"] == str(20 + 10 + 5)
@@ -87,15 +87,15 @@ def test_second_stages_begin_with_the_network_of_the_first(compared: Comparison)
 
 
 def test_two_jobs_at_a_time_give_the_numbers_of_one(compared: Comparison, toy_npz: Path, tmp_path: Path) -> None:
-    methods = ["ce", "recommended", "post-hoc", "tau-norm", "crt"]
+    methods = ["ce", "long-tail-prior", "post-hoc", "tau-norm", "crt"]
     compare(tmp_path, small(toy_npz, many_above=15, few_below=6), methods, seeds=2, jobs=2, quiet=True)
     assert rows_of(tmp_path) == rows_of(compared.out)
 
 
 def test_a_killed_comparison_continues_where_it_was(compared: Comparison, toy_npz: Path, tmp_path: Path) -> None:
     settings = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    line = ["compare", "--data", str(toy_npz), "--losses", "ce,recommended", "--seeds", "2", "--jobs", "1", "--quiet"]
-    line += [*settings, "--many-above", "15", "--few-below", "6", "--out", str(tmp_path / "cut")]
+    line = ["compare", "--data", str(toy_npz), "--losses", "ce,long-tail-prior", "--seeds", "2", "--jobs", "1"]
+    line += ["--quiet", *settings, "--many-above", "15", "--few-below", "6", "--out", str(tmp_path / "cut")]
     process = subprocess.Popen([sys.executable, "-m", "ltloss", *line], env=os.environ)
     while not files_of(tmp_path / "cut") and process.poll() is None:
         time.sleep(0.005)
@@ -109,7 +109,7 @@ def test_a_killed_comparison_continues_where_it_was(compared: Comparison, toy_np
     now = files_of(tmp_path / "cut")
     assert len(now) == 4
     assert {name: now[name] for name in done} == done  # not computed again
-    whole = [row for row in rows_of(compared.out) if row["method"] in ("ce", "recommended")]
+    whole = [row for row in rows_of(compared.out) if row["method"] in ("ce", "long-tail-prior")]
     assert rows_of(tmp_path / "cut") == whole
     assert not list((tmp_path / "cut").rglob("*.tmp"))
 
@@ -134,6 +134,16 @@ def test_one_training_has_one_key_however_its_numbers_are_written() -> None:
     assert key({"norm_power": 1}) == key({"norm_power": 1.0})
     different = [key(), key(tau=1), key(tau=0), key(min_angle_exact=True), key(min_angle_exact=1), key({"tau": 1})]
     assert len(set(different)) == len(different)
+
+
+def test_the_name_of_version_0_1_is_taken_with_a_warning(toy_npz: Path, tmp_path: Path) -> None:
+    given = small(toy_npz, epochs=1)
+    new = compare(tmp_path, given, ["long-tail-prior"], seeds=1, quiet=True)
+    with pytest.warns(DeprecationWarning, match="recommended is called long-tail-prior now") as caught:
+        old = compare(tmp_path, given, ["recommended", "long-tail-prior"], seeds=1, quiet=True)
+    assert caught[0].filename == __file__
+    assert old.runs == new.runs
+    assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
 def test_other_groups_need_no_training(toy_npz: Path, tmp_path: Path) -> None:
@@ -229,7 +239,7 @@ def test_held_out_pictures_come_from_classes_that_can_spare_them() -> None:
 
 def test_varied_settings_are_rows_of_their_own(toy_npz: Path, tmp_path: Path) -> None:
     varied = {"min_angle_weight": [0, 0.1], "mixup": [0.4]}
-    found = compare(tmp_path, small(toy_npz, epochs=1), ["recommended"], seeds=1, vary=varied, quiet=True)
+    found = compare(tmp_path, small(toy_npz, epochs=1), ["long-tail-prior"], seeds=1, vary=varied, quiet=True)
     assert [row["variant"] for row in found.rows] == [
         "min_angle_weight=0, mixup=0.4",
         "min_angle_weight=0.1, mixup=0.4",
@@ -333,7 +343,7 @@ def test_the_command_prints_its_table_and_continues(
     line += ["--recipe", "small", "--vary", "feature_norm=ring,hinge", "--out", str(tmp_path)]
     assert main([*line[:4], "long-tail", *line[5:]]) == 0
     shown = capsys.readouterr().out
-    assert "long-tail loss, as published (feature_norm=hinge)" in shown
+    assert "long-tail loss (feature_norm=hinge)" in shown
     assert f"open {tmp_path / 'comparison.html'}" in shown
     assert main([*line[:4], "long-tail", *line[5:], "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
@@ -375,7 +385,7 @@ def test_the_methods_are_listed_without_other_options(capsys: pytest.CaptureFixt
         main(["compare", "--list"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "recommended: long-tail loss, as recommended" in shown
+    assert "long-tail-prior: long-tail margins with log prior" in shown
     assert "tunes  lr: the recipe's times 0.25, 0.5, 1.0, 2.0, 4.0" in shown
 
 

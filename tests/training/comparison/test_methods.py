@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -56,18 +57,24 @@ def test_margins_of_the_published_methods() -> None:
     torch.testing.assert_close(loss_of("long-tail").angular_margin, (0.5 * rarest_first).float())
     assert loss_of("long-tail").log_prior is None
     prior = (torch.tensor(COUNTS) / sum(COUNTS)).log()
-    for name in ("logit-adjusted", "recommended"):
+    for name in ("logit-adjusted", "long-tail-prior"):
         torch.testing.assert_close(loss_of(name, tau=1.5).log_prior, 1.5 * prior)
     torch.testing.assert_close(loss_of("arcface", tau=1.0).log_prior, prior)
 
 
-@pytest.mark.parametrize(("name", "form"), [("recommended", "recommended"), ("long-tail", "published")])
-def test_both_forms_of_the_long_tail_loss_are_those_of_its_module(name: str, form: str) -> None:
-    torch.manual_seed(0)
-    ours, shown = loss_of(name), ltloss.LongTailLoss.from_counts(COUNTS, 8, form=form)
-    assert isinstance(ours, ltloss.LongTailLoss)
-    assert repr(ours).replace("form='recommended'", f"form='{form}'") == repr(shown)
-    assert torch.equal(ours.angular_margin, shown.angular_margin)
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("long-tail", {}),
+        ("long-tail-prior", {"tau": 1, "margin_normalize": "max", "min_angle_weight": 0, "feature_norm_weight": 0}),
+    ],
+)
+def test_a_name_means_one_loss_in_train_compare_and_python(name: str, values: dict[str, Any]) -> None:
+    compared, shown = loss_of(name), ltloss.LongTailLoss.from_counts(COUNTS, 8, **values)
+    trained = build_loss(name, COUNTS, 8, Settings(loss=name).all_loss_options)
+    for ours in (compared, trained):
+        assert repr(ours) == repr(shown)
+        assert torch.equal(ours.angular_margin, shown.angular_margin)
 
 
 def test_weights_of_deferred_and_class_balanced_methods() -> None:
