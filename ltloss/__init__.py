@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ltloss.losses.prototype_head import PrototypeHead
     from ltloss.runtime import current_backend, current_workspace, debug, use_backend, use_workspace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ArcFaceLoss",

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,16 @@ __all__ = ["write_report"]
 
 _SAMPLE = 2000  # test pictures whose feature lengths are drawn
 _ROWS = 12  # classes in each of the tables of the weakest and the closest
+
+# What decides a setting that has no value.
+_LEFT_OPEN = {
+    "image_size": "that of the data",
+    "channels": "that of the data",
+    "crop_pad": "an eighth of the side",
+    "data_seed": "that of seed",
+    "device": "a GPU where there is one",
+    "amp": "on a GPU",
+}
 
 _Epochs = dict[str, list[float]]
 
@@ -251,12 +262,21 @@ def _configuration(run: _Run) -> Iterator[str]:
         ("mean", ", ".join(f"{value:.4g}" for value in config.mean)),
         ("standard deviation", ", ".join(f"{value:.4g}" for value in config.std)),
     ]
-    settings = [(name, getattr(config.settings, name)) for name in SETTINGS]
     yield '<h2>Configuration</h2>\n<div class="plots">\n<div>'
     yield table(["data", "value"], facts) + "<br>" + table(["software", "version"], config.versions.items())
     yield "</div>\n<div>"
-    shown = [(name, "default" if value in (None, {}) else value) for name, value in settings]
-    yield table(["setting", "value"], shown) + "</div>\n</div>"
+    yield table(["setting", "value"], _settings_in_force(config)) + "</div>\n</div>"
+
+
+def _settings_in_force(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Every setting with its value, the options of the loss as settings of their own."""
+    settings = config.in_force().settings  # which an early run did not record
+    for name in SETTINGS:
+        value = getattr(settings, name)
+        if name == "loss_options":
+            yield from sorted(value.items())
+        else:
+            yield name, _LEFT_OPEN.get(name, "none") if value is None else value
 
 
 def _header(run: _Run, title: str) -> Iterator[str]:

@@ -35,7 +35,7 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
             raise UserError(
                 f"--resume of {out} with other settings: {', '.join(changed)}; leave them out, or start a new --out"
             )
-        settings = dataclasses.replace(stored.settings, **given)
+        settings = dataclasses.replace(stored.settings, **{**given, "loss_options": stored.settings.loss_options})
         _refuse_inside_data(out, settings.data)
         return settings, stored
     _check_usable(out)

@@ -6,13 +6,13 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ltloss.errors import UserError, nearest
 from ltloss.training.measure.class_groups import Thresholds
-from ltloss.training.model.registry import LOSSES
+from ltloss.training.model.registry import LOSSES, options_in_force
 from ltloss.training.run.schedules import valid_schedule
 
 PARALLEL = ("none", "class")
@@ -190,6 +190,21 @@ class RunConfig:
         """Name of the backbone."""
         return self.settings.backbone
 
+    def in_force(self, *, amp: bool | None = None) -> RunConfig:
+        """The same with a value for every option of the loss, and `amp` where the settings leave that open.
+
+        So a run means the same when a later version has other defaults.
+        """
+        settings = self.settings
+        known = settings.all_loss_options
+        options = options_in_force(self.loss, self.class_counts, settings.embedding_size, known)
+        added = {name: value for name, value in options.items() if name not in known}
+        common: dict[str, Any] = {name: added.pop(name) for name in ("scale", "margin", "tau") if name in added}
+        kept = {name: value for name, value in settings.loss_options.items() if name != "form"}
+        if settings.amp is None:
+            common["amp"] = amp
+        return replace(self, settings=replace(settings, **common, loss_options={**kept, **added}))
+
     def to_json(self) -> str:
         """The text of config.json: settings and facts side by side."""
         facts = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "settings"}
@@ -208,9 +223,24 @@ class RunConfig:
             facts = {item.name: values[item.name] for item in fields(cls) if item.name != "settings"}
             _check_facts(facts)
             facts |= {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
+            values = _named_as_now(values)
             return cls(Settings(**{name: values[name] for name in SETTINGS if name in values}), **facts)
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError, UserError) as error:
             raise UserError(f"{path} is damaged ({_in_one_line(error)}); train the run again") from error
+
+
+def _named_as_now(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json holds, with the names of today: `long-tail` of version 0.1 had the log prior, as a rule."""
+    versions, options = values.get("versions"), values.get("loss_options", {})
+    if values.get("loss") != "long-tail" or not isinstance(versions, dict) or not isinstance(options, dict):
+        return dict(values)
+    if not str(versions.get("ltloss")).startswith("0.1."):
+        return dict(values)
+    options = dict(options)
+    prior = options.pop("form", "recommended") == "recommended"
+    if prior and options.get("normalize_features") is False:
+        options.setdefault("feature_norm_weight", 0.1)  # features that kept their length had L3
+    return {**values, "loss": "long-tail-prior" if prior else "long-tail", "loss_options": options}
 
 
 _FACTS = {item.name for item in fields(RunConfig)} - {"settings"}
@@ -262,7 +292,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         raise UserError(
             f"--config {path} must hold names with values, holds a {type(values).__name__}; correct the file"
         )
-    settings = {name.replace("-", "_"): value for name, value in values.items() if name not in _FACTS}
+    settings = {name.replace("-", "_"): value for name, value in _named_as_now(values).items() if name not in _FACTS}
     for name in settings:
         if name not in SETTINGS:
             raise UserError(f"--config {path}: unknown setting {name}; {nearest(name, SETTINGS)}")
@@ -276,8 +306,11 @@ def changed_settings(stored: Settings, given: Mapping[str, Any]) -> list[str]:
     """What keeps a run from being resumed with `given`: 'name (run: a, now: b)' for each; epochs may grow."""
     differences = []
     for name, value in given.items():
-        old = getattr(stored, name)
-        value = _checked(name, value)
+        old, value = getattr(stored, name), _checked(name, value)
+        if name == "loss_options":
+            was = stored.all_loss_options
+            differences += [f"{key} (run: {was.get(key)}, now: {v})" for key, v in value.items() if was.get(key) != v]
+            continue
         allowed = name in MAY_CHANGE_ON_RESUME or (name == "epochs" and value >= old)
         if value != old and not allowed:
             differences.append(f"{name} (run: {old}, now: {value})")

@@ -69,17 +69,18 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
                 check_still_new(out)
             checkpoint = latest_checkpoint(out)
             trainer = Trainer(data.config, data.train, device, ranks)
+            config = data.config.in_force(amp=trainer.amp)
             if checkpoint is not None:
                 trainer.restore(checkpoint)
             if ranks.first:
                 for folder in (out, out / "checkpoints"):
                     remove_leftovers(folder)
-                write_config(out, data.config)
+                write_config(out, config)
                 if trainer.history:
                     write_metrics(out, trainer.history)
             _run_epochs(trainer, data.test, out, quiet or not ranks.first)
             metrics = measure(trainer.classifier, data.test, settings.thresholds)
-            evaluation = Evaluation(out, settings.data, "test", data.config, settings.thresholds, metrics)
+            evaluation = Evaluation(out, settings.data, "test", config, settings.thresholds, metrics)
             if ranks.first:
                 write_file(out / "evaluation.json", evaluation.to_json().encode())
             return TrainingResult(out, evaluation, trainer.history, ranks)

@@ -64,6 +64,15 @@ def test_report_of_a_trained_run_has_every_figure(trained: Path) -> None:
     assert cells(page)["training pictures"] == "60"
 
 
+def test_the_configuration_shows_the_values_in_force(trained: Path, tmp_path: Path) -> None:
+    shown = cells(Page(trained / "report.html"))
+    assert "default" not in shown.values()
+    assert (shown["scale"], shown["margin"], shown["tau"], shown["amp"]) == ("8.0", "0.5", "0.0", "False")
+    assert (shown["min_angle_weight"], shown["feature_norm_weight"], shown["feature_norm"]) == ("0.1", "0.1", "ring")
+    make_run(tmp_path / "run", DIGITS, shape=(1, 8, 8), loss="arcface")  # which recorded nothing
+    assert cells(Page(write_report(tmp_path / "run")))["margin"] == "0.5"
+
+
 def test_report_is_the_same_each_time(trained: Path) -> None:
     first = (trained / "report.html").read_bytes()
     assert write_report(trained).read_bytes() == first
@@ -199,11 +208,11 @@ def test_figures_follow_the_colours_of_the_page() -> None:
 
 
 def test_a_long_label_is_broken_into_lines_and_leaves_room_for_its_row(recwarn: pytest.WarningsRecorder) -> None:
-    label = "long-tail loss, as recommended (normalize_features=False, scale=1.5, feature_norm_weight=0.1)"
+    label = "long-tail margins with log prior (normalize_features=False, scale=1.5, feature_norm_weight=0.1)"
     plot = plots.shares_with_spread("l", "L", [(label, 0.5, 0.1), ("$a$", 0.4, 0.1)], axis="x")
     assert not recwarn.list, [str(warning.message) for warning in recwarn]  # matplotlib's, about no room
     lines = re.findall(r">([^<>]+)</(?:text|tspan)>", plot.svg)
-    assert "long-tail loss, as recommended" in lines
+    assert "long-tail margins with log prior" in lines
     assert "$a$" in lines
     assert label in plot.alt
 

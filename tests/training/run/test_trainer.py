@@ -16,6 +16,7 @@ from helpers.toys import toy_images, toy_settings
 import ltloss
 from ltloss.errors import UserError
 from ltloss.training.data.sources import load_data
+from ltloss.training.measure.evaluate import evaluate_run
 from ltloss.training.measure.metrics import COLUMNS
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.registry import LOSSES
@@ -107,6 +108,23 @@ def test_epochs_may_be_raised(toy_run: TrainingResult, tmp_path: Path) -> None:
     assert [row["epoch"] for row in result.history] == [1, 2, 3]
     assert losses_of(tmp_path / "run")[:2] == losses_of(toy_run.run)
     assert RunConfig.read(tmp_path / "run").settings.epochs == 3
+
+
+def test_a_run_keeps_its_values_when_the_defaults_change(
+    toy_run: TrainingResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(toy_run.run, tmp_path / "run")
+    before = evaluate_run(toy_run.run).metrics
+    monkeypatch.setattr("ltloss.losses.prototype_head.default_scale", lambda *_: 99.0)
+    monkeypatch.setitem(ltloss.LongTailLoss.__init__.__wrapped__.__kwdefaults__, "margin", 0.25)
+    changed = Classifier(RunConfig(Settings(), ("a", "b"), (3, 3), (1, 8, 8), (0.5,), (0.5,), {})).loss
+    assert (changed.scale, changed.margin) == (99.0, 0.25)
+    assert evaluate_run(toy_run.run).metrics == before
+    train(tmp_path / "run", {"epochs": 3}, resume=True, quiet=True)
+    settings = RunConfig.read(tmp_path / "run").settings
+    assert (settings.scale, settings.margin) == (8.0, 0.5)
+    kept = Classifier.load(tmp_path / "run").loss
+    assert (kept.scale, kept.margin) == (8.0, 0.5)
 
 
 def test_finished_run_is_left_as_it_is(toy_run: TrainingResult, tmp_path: Path) -> None:
