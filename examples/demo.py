@@ -1,4 +1,4 @@
-"""`make demo`: four losses on long-tailed digits, a table, and a gallery of the test pictures as the model sorts them.
+"""`make demo`: five losses on long-tailed digits, a table, and a gallery of the test pictures as the model sorts them.
 
 Everything lands under ./demo/; what an earlier demo wrote there is replaced, anything else is left alone.
 """
@@ -35,6 +35,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "softmax": ("plain softmax", {}),
     "cosine": ("cosine softmax, same scale", {"scale": SCALE}),
     "long-tail": ("long-tail loss (source A)", {"scale": SCALE}),
+    "long-tail-prior": ("long-tail margins, log prior", {"scale": SCALE}),
     "cosine-space": ("cosine-space loss (source B)", {"scale": SCALE}),
 }
 SHOWN = "long-tail"
