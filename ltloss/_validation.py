@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "check_angles",
     "check_choice",
     "check_count",
     "check_features",
@@ -21,15 +21,27 @@ __all__ = [
     "check_number",
     "check_pair",
     "check_per_class",
+    "check_prior",
     "check_prototypes",
     "check_rows",
     "check_same_device",
     "check_supervised",
     "check_type",
+    "plain_number",
 ]
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PI = math.pi + 1e-6  # that of float32 is larger than that of float64
+_LARGEST = sys.float_info.max
+
+# What the values of a constant per class may be: lowest, highest, and in words.
+_RANGES = {
+    "angular_margin": (-_PI, _PI, "lie in [-π, π] radians, not degrees"),
+    "class_weight": (0.0, _LARGEST, "be finite and not negative"),
+    "log_prior": (-math.inf, _LARGEST, "be finite, or -inf for a class without samples"),
+}
+_FINITE = (-_LARGEST, _LARGEST, "be finite")
 
 
 def check_choice(name: str, given: Any, known: Sequence[str]) -> None:
@@ -38,10 +50,18 @@ def check_choice(name: str, given: Any, known: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}; got {given!r}")
 
 
+def plain_number(given: Any) -> Any:
+    """A number of numpy's or a tensor without dimensions as a number of Python's; anything else as it is."""
+    if isinstance(given, np.number) or (isinstance(given, Tensor) and given.dim() == 0 and not given.requires_grad):
+        return given.item()
+    return given
+
+
 def check_number(
     name: str, given: Any, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf
-) -> None:
-    """Raise TypeError unless ``given`` is a finite real number, ValueError unless it lies in the range."""
+) -> float:
+    """A finite real number in the range, as one of Python's; TypeError for anything else, ValueError outside of it."""
+    given = plain_number(given)
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise TypeError(f"{name} must be a number; got {type(given).__name__} {given!r}")
     # Written without math.isfinite, which torch.compile cannot trace for a number that it holds dynamic.
@@ -49,6 +69,7 @@ def check_number(
         lower = f"> {above}" if above > at_least else f">= {at_least}"
         bounds = [bound for bound in (lower, f"<= {at_most}") if "inf" not in bound]
         raise ValueError(f"{name} must be finite{''.join(' and ' + bound for bound in bounds)}; got {given}")
+    return given
 
 
 def check_count(name: str, given: Any) -> int:
@@ -68,10 +89,13 @@ def check_type(name: str, given: Any, expected: type[int] | type[bool]) -> None:
 def _check_matrix(name: str, given: Any, shape: str) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {shape}; got {type(given).__name__}")
+    if given.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, of the layout torch.strided; got {given.layout}")
     if given.dim() != 2:
         raise ValueError(f"{name} must have the shape {shape}; got {tuple(given.shape)}")
-    if not given.is_floating_point():
-        raise TypeError(f"{name} must be of a floating-point dtype; got {given.dtype}")
+    if given.dtype not in _DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise TypeError(f"{name} must be of a floating-point dtype, {known}; got {given.dtype}")
     if given.shape[1] == 0:
         raise ValueError(f"{name} must have at least one column {shape}; got {tuple(given.shape)}")
 
@@ -129,10 +153,10 @@ def check_supervised(features: Any, prototypes: Any, labels: Any) -> None:
 
 
 def check_per_class(name: str, given: Any, num_classes: int, like: Tensor) -> Tensor | float:
-    """Return a number or a (C,) vector in ``like``'s dtype; anything else raises.
+    """Return a number or a (C,) vector in ``like``'s dtype; anything else raises, and so do values out of range.
 
     Margins, priors and weights are constants of the training set: one that requires a gradient is refused, because
-    none would arrive.
+    none would arrive. The values of tensors are looked at on the CPU only, and not while compiling.
     """
     if isinstance(given, Tensor):
         if given.requires_grad:
@@ -140,24 +164,42 @@ def check_per_class(name: str, given: Any, num_classes: int, like: Tensor) -> Te
         if given.shape not in ((), (num_classes,)):
             raise ValueError(f"{name} must be a number or have the shape ({num_classes},); got {tuple(given.shape)}")
         check_same_device(features=like, **{name: given})
+        _check_values(name, given)
         return given.to(like.dtype)
+    given = plain_number(given)
     if isinstance(given, bool) or not isinstance(given, int | float):
-        if isinstance(given, np.number):  # a number of numpy's
-            return check_per_class(name, given.item(), num_classes, like)
         raise TypeError(f"{name} must be a number or a tensor ({num_classes},); got {type(given).__name__} {given!r}")
-    if given != given:  # not math.isnan, see check_number
-        raise ValueError(f"{name} must not be NaN")
+    lowest, highest, expected = _RANGES.get(name, _FINITE)
+    if not lowest <= given <= highest:
+        raise ValueError(f"{name} must {expected}, and not NaN; got {given:g}")
     return float(given)
 
 
-def check_angles(name: str, given: Tensor | float) -> None:
-    """Raise ValueError unless angles lie in [-π, π]; looks at tensors on the CPU only, and not while compiling."""
-    if isinstance(given, Tensor):
-        if given.device.type != "cpu" or given.numel() == 0 or torch.compiler.is_compiling():
-            return
-        given = float(given.abs().max())
-    if given > _PI or given < -_PI:
-        raise ValueError(f"{name} must lie in [-π, π] radians; got {given:g}, which looks like degrees")
+def _check_values(name: str, given: Tensor) -> None:
+    if given.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    lowest, highest, expected = _RANGES.get(name, _FINITE)
+    least, most = (float(end) for end in given.aminmax())  # both NaN where one value is
+    if not (lowest <= least and most <= highest):
+        values = given.reshape(-1).double()
+        first = int((~((values >= lowest) & (values <= highest))).nonzero()[0, 0])
+        raise ValueError(f"{name} must {expected}, and not NaN; got {values[first]:g} for class {first}")
+
+
+def check_prior(log_prior: Tensor | None, labels: Tensor, ignore_index: int) -> None:
+    """Raise ValueError for a sample of a class that a prior of -inf took out; on the CPU, and not while compiling."""
+    if log_prior is None or not log_prior.dim() or log_prior.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    gone = log_prior == -math.inf
+    if not bool(gone.any()):
+        return
+    inside = (labels >= 0) & (labels < log_prior.shape[0]) & (labels != ignore_index)
+    rows = (inside & gone[torch.where(inside, labels, 0).to(torch.int64)]).nonzero()
+    if rows.numel():
+        raise ValueError(
+            f"log_prior must be finite for every class with samples, or their loss is infinite; got -inf for class "
+            f"{int(labels[rows[0, 0]])}, which is the label at position {int(rows[0, 0])}"
+        )
 
 
 def check_rows(rows: Any, prototypes: Tensor) -> None:

@@ -58,7 +58,8 @@ def checked_counts(class_counts: Counts) -> Tensor:
         raise ValueError("class_counts must hold values; got a tensor on the meta device")
     counts = class_counts.detach().to(torch.float64)
     if counts.dim() != 1 or counts.numel() == 0:
-        raise ValueError(f"class_counts must be a vector (C,) with C >= 1; got shape {tuple(counts.shape)}")
+        got = f"shape {tuple(counts.shape)}" if counts.dim() else f"the number {counts:g}"
+        raise ValueError(f"class_counts must be a vector (C,) with C >= 1; got {got}")
     if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
         raise ValueError("class_counts must be finite and not negative; got " + _abridged(counts))
     empty = (counts == 0).nonzero()[:, 0]
@@ -98,8 +99,8 @@ def margins_from_counts(
         >>> margins_from_counts([16, 1], 0.5)
         tensor([0.2500, 0.5000])
     """
-    check_number("margin", margin, at_least=0.0)
-    check_number("power", power, at_least=0.0)
+    margin = check_number("margin", margin, at_least=0.0)
+    power = check_number("power", power, at_least=0.0)
     check_choice("normalize", normalize, get_args(Normalize))
     margins = checked_counts(class_counts) ** -power
     if normalize == "max":
@@ -117,7 +118,7 @@ def log_prior_from_counts(class_counts: Counts, tau: float = 1.0) -> Tensor:
         >>> log_prior_from_counts([3, 1]).exp()
         tensor([0.7500, 0.2500])
     """
-    check_number("tau", tau)
+    tau = check_number("tau", tau)
     counts = checked_counts(class_counts)
     return (tau * (counts / counts.sum()).log()).float()
 
@@ -132,7 +133,7 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
         >>> effective_number_weights([2, 1], beta=0.5)
         tensor([0.8000, 1.2000])
     """
-    check_number("beta", beta, at_least=0.0)
+    beta = check_number("beta", beta, at_least=0.0)
     if beta >= 1.0:
         raise ValueError(f"beta must be < 1 (at 1 the weights are those of inverse_frequency_weights); got {beta}")
     counts = checked_counts(class_counts)
@@ -149,7 +150,7 @@ def inverse_frequency_weights(class_counts: Counts, power: float = 1.0) -> Tenso
         >>> inverse_frequency_weights([3, 1])
         tensor([0.5000, 1.5000])
     """
-    check_number("power", power)
+    power = check_number("power", power)
     weights = checked_counts(class_counts) ** -power
     return (weights / weights.mean()).float()
 

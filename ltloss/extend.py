@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ltloss._types import Reduction
-from ltloss._validation import check_choice, check_number, check_per_class, check_supervised, check_type
+from ltloss._validation import (
+    check_choice,
+    check_number,
+    check_per_class,
+    check_prior,
+    check_supervised,
+    check_type,
+    plain_number,
+)
 from ltloss.margins import BeyondPi, MarginGradient, margin_cosine
 from ltloss.numerics import compute_dtype
 from ltloss.ops import logsumexp as ops
@@ -90,9 +98,11 @@ def logsumexp_stats(
     if log_prior is not None:
         prior = check_per_class("log_prior", log_prior, num_classes, features.new_empty(0, dtype=dtype))
         log_prior = torch.as_tensor(prior).to(features.device, dtype).expand(num_classes)
+        check_prior(log_prior, labels, ignore_index)
     labels = checked_labels(labels, num_classes, ignore_index, "labels").to(torch.int64)
     counted = labels != ignore_index
     logit_scale: Tensor | float
+    scale = plain_number(scale)
     if isinstance(scale, Tensor):
         if scale.shape != labels.shape or not normalize_features:
             raise ValueError(
@@ -103,7 +113,7 @@ def logsumexp_stats(
         features = direction(features.masked_fill(~counted[:, None], 0.0).to(dtype)) * logit_scale[:, None]
         logits = Logits(1.0, False, ignore_index)
     else:
-        check_number("scale", scale, above=0.0)
+        scale = check_number("scale", scale, above=0.0)
         logit_scale = float(scale)
         if not normalize_features:
             counted_features = features.masked_fill(~counted[:, None], 0.0)
@@ -165,8 +175,8 @@ def margin_losses(
         >>> margin_losses(stats, cosine_margin=0.5)
         tensor([0.1269, 0.1269])
     """
-    check_number("angle_multiplier", angle_multiplier, above=0.0)
-    check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
+    angle_multiplier = check_number("angle_multiplier", angle_multiplier, above=0.0)
+    label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
     check_choice("beyond_pi", beyond_pi, get_args(BeyondPi))
     check_choice("margin_gradient", margin_gradient, get_args(MarginGradient))
     if label_smoothing > 0.0 and stats.logit_sum is None:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ltloss._types import NearestPrototype, Reduction, TopK
 from ltloss._validation import (
-    check_angles,
     check_choice,
     check_features,
     check_k,
     check_number,
     check_pair,
     check_per_class,
+    check_prior,
     check_prototypes,
     check_rows,
     check_same_device,
@@ -36,7 +36,7 @@ from ltloss.ops._dispatch import at_hand
 from ltloss.ops.labels import NOTHING, checked_labels
 from ltloss.ops.logsumexp import Logits, logsumexp_stats
 from ltloss.regularizers import FeatureNormKind, norm_penalty
-from ltloss.runtime import current_backend, debug
+from ltloss.runtime import debug
 
 __all__ = [
     "cosine_logsumexp",
@@ -108,9 +108,9 @@ def margin_cross_entropy(
         tensor(0.2381)
     """
     check_supervised(features, prototypes, labels)
-    check_number("scale", scale, above=0.0)
-    check_number("angle_multiplier", angle_multiplier, above=0.0)
-    check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
+    scale = check_number("scale", scale, above=0.0)
+    angle_multiplier = check_number("angle_multiplier", angle_multiplier, above=0.0)
+    label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
     check_type("ignore_index", ignore_index, int)
     check_type("normalize_features", normalize_features, bool)
     check_choice("beyond_pi", beyond_pi, get_args(BeyondPi))
@@ -122,13 +122,12 @@ def margin_cross_entropy(
         check_per_class(name, given, classes, like)
         for name, given in (("angular_margin", angular_margin), ("cosine_margin", cosine_margin))
     )
-    if not isinstance(angle, Tensor) or current_backend() != "triton":  # the kernels' way looks at no tensor
-        check_angles("angular_margin", angle)
     angle, cosine = (v.expand(classes) if isinstance(v, Tensor) else v for v in (angle, cosine))
     prior, weight = (
         None if given is None else torch.as_tensor(check_per_class(name, given, classes, like)).to(like)
         for name, given in (("log_prior", log_prior), ("class_weight", class_weight))
     )
+    check_prior(prior, labels, ignore_index)
     prototypes, shard = at_hand(prototypes, labels)
     return margin_ops.margin_cross_entropy(
         features,
@@ -170,7 +169,7 @@ def cosine_logsumexp(
         (tensor([0., 0.]), tensor([4., 4.]))
     """
     check_supervised(features, prototypes, labels)
-    check_number("scale", scale, above=0.0)
+    scale = check_number("scale", scale, above=0.0)
     if log_prior is not None:
         like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
         log_prior = torch.as_tensor(check_per_class("log_prior", log_prior, prototypes.shape[0], like)).to(like)
@@ -251,7 +250,7 @@ def min_angle_regularizer(
         tensor(-1.5708)
     """
     check_prototypes(prototypes)
-    check_number("power", power, at_least=0.0)
+    power = check_number("power", power, at_least=0.0)
     check_type("exact", exact, bool)
     if class_counts is not None:
         class_counts = _checked_counts(class_counts, prototypes)
@@ -297,7 +296,7 @@ def feature_norm_penalty(
         tensor(1.)
     """
     check_features(features)
-    check_number("radius", radius, above=0.0)
+    radius = check_number("radius", radius, above=0.0)
     return norm_penalty(features, kind, radius)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ltloss._validation import check_choice, check_number, check_per_class
+from ltloss._validation import check_choice, check_number
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.losses.class_centers import CenterUpdate, ClassCenters
 from ltloss.losses.prototype_head import PrototypeHead
@@ -55,6 +55,9 @@ class CosineSpaceLoss(PrototypeHead):
     step: Tensor
     margin: Tensor | float
 
+    _per_class = ("margin",)
+    _ordered = ("ce_weight", "inter_weight", "intra_weight", "strict")
+
     def __init__(
         self,
         num_classes: int,
@@ -79,25 +82,30 @@ class CosineSpaceLoss(PrototypeHead):
         super().__init__(num_classes, embedding_size, scale=scale, device=device, dtype=dtype)
         for name, value in (("inter_weight", inter_weight), ("intra_weight", intra_weight), ("ce_weight", ce_weight)):
             check_number(name, value, at_least=0.0)
-        if strict and not ce_weight > inter_weight > intra_weight:
-            raise ValueError(
-                "the weights must satisfy ce_weight > inter_weight > intra_weight (γ > α > β), or pass strict=False; "
-                f"got ce_weight={ce_weight}, inter_weight={inter_weight}, intra_weight={intra_weight}"
-            )
-        like = torch.empty(0, dtype=self.weight.dtype, device=self._constants_device)
-        self._set_constant("margin", check_per_class("margin", margin, num_classes, like))
+        self.margin = margin
         check_number("epsilon", epsilon, at_least=0.0)
         check_number("start_step", start_step, at_least=0)
         check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
         check_choice("truncate", truncate, ("batch", "sample"))
         self.epsilon, self.start_step, self.truncate = epsilon, start_step, truncate
         self.inter_weight, self.intra_weight, self.ce_weight = inter_weight, intra_weight, ce_weight
-        self.label_smoothing, self.ignore_index, self.strict = label_smoothing, ignore_index, strict
+        self.strict = strict  # after the weights: from here on their order is checked
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
         self.centers = ClassCenters(
             num_classes, embedding_size, update=center_update, momentum=center_momentum, device=device
         )
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self.parts: dict[str, Tensor] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._ordered and (name == "strict" or "strict" in self.__dict__):
+            ce, inter, intra, strict = ({**self.__dict__, name: value}[each] for each in self._ordered)
+            if strict and not ce > inter > intra:
+                raise ValueError(
+                    "the weights must satisfy ce_weight > inter_weight > intra_weight (γ > α > β), or be used with "
+                    f"strict=False; got ce_weight={ce:g}, inter_weight={inter:g}, intra_weight={intra:g}"
+                )
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

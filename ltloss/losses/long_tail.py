@@ -96,7 +96,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
 
     class_counts: Tensor
 
-    _settled = ("margin", "margin_power", "margin_normalize", "tau")
+    _settled = ("class_counts", "margin", "margin_power", "margin_normalize", "tau")
 
     @_with_form
     def __init__(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ltloss import functional as F
 from ltloss._types import Reduction
 from ltloss._validation import check_number
-from ltloss.class_balance import Counts, log_prior_from_counts, margins_from_counts
+from ltloss.class_balance import Counts, checked_counts, log_prior_from_counts, margins_from_counts
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.margins import BeyondPi, MarginGradient
 
@@ -86,6 +86,8 @@ class CombinedMarginLoss(PrototypeHead):
     log_prior: Tensor | None
     class_weight: Tensor | None
 
+    _per_class = ("angular_margin", "cosine_margin", "log_prior", "class_weight")
+
     def __init__(
         self,
         num_classes: int,
@@ -112,13 +114,8 @@ class CombinedMarginLoss(PrototypeHead):
         self.angle_multiplier, self.label_smoothing = angle_multiplier, label_smoothing
         self.ignore_index, self.reduction = ignore_index, reduction
         self.beyond_pi, self.margin_gradient = beyond_pi, margin_gradient
-        for name, value in (
-            ("angular_margin", angular_margin),
-            ("cosine_margin", cosine_margin),
-            ("log_prior", log_prior),
-            ("class_weight", class_weight),
-        ):
-            self._set_constant(name, value)
+        self.angular_margin, self.cosine_margin = angular_margin, cosine_margin
+        self.log_prior, self.class_weight = log_prior, class_weight
         if not self.weight.is_meta:
             # A dry run over no samples: bad options are refused here and not in the first training step.
             self._margin_cross_entropy(
@@ -131,11 +128,7 @@ class CombinedMarginLoss(PrototypeHead):
             raise TypeError(
                 f"class_weight must be a tensor ({self.num_classes},) or None; got {type(class_weight).__name__}"
             )
-        if class_weight is not None and class_weight.shape != (self.num_classes,):
-            raise ValueError(f"class_weight must have the shape ({self.num_classes},); got {tuple(class_weight.shape)}")
-        if hasattr(self, "class_weight"):
-            del self.class_weight
-        self._set_constant("class_weight", class_weight)
+        self.class_weight = class_weight
 
     def _margin_cross_entropy(self, features: Tensor, labels: Tensor) -> Tensor:
         return F.margin_cross_entropy(
@@ -245,12 +238,14 @@ class _FromCounts:
     @classmethod
     def from_counts(cls, class_counts: Counts, embedding_size: int, **options: Any) -> Self:
         """Build the loss for the classes counted in ``class_counts`` (C,); the rest is as in the constructor."""
-        return cls(len(class_counts), embedding_size, class_counts=class_counts, **options)  # type: ignore[call-arg]
+        classes = checked_counts(class_counts).numel()
+        return cls(classes, embedding_size, class_counts=class_counts, **options)  # type: ignore[call-arg]
 
 
 def _check_counts(class_counts: Counts, num_classes: int) -> None:
-    if len(class_counts) != num_classes:
-        raise ValueError(f"class_counts must have one entry per class, {num_classes}; got {len(class_counts)}")
+    classes = checked_counts(class_counts).numel()
+    if classes != num_classes:
+        raise ValueError(f"class_counts must have one entry per class, {num_classes}; got {classes}")
 
 
 class LDAMLoss(_FromCounts, CombinedMarginLoss):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ltloss import functional as F
 from ltloss._types import TopK
-from ltloss._validation import check_angles, check_count, check_number
+from ltloss._validation import check_count, check_number, check_per_class, plain_number
 from ltloss.losses.defaults import default_scale
 from ltloss.reference import cosines
 
@@ -51,6 +52,7 @@ class PrototypeHead(nn.Module):
     """
 
     _settled: tuple[str, ...] = ()  # hyper-parameters from which constants are made
+    _per_class: tuple[str, ...] = ()  # hyper-parameters that are a number or a constant (C,)
 
     def __init__(
         self,
@@ -68,9 +70,8 @@ class PrototypeHead(nn.Module):
         embedding_size = check_count("embedding_size", embedding_size)
         if scale is None:
             scale = default_scale(num_classes, 1.0 if normalize_features else embedding_size**0.5)
-        check_number("scale", scale, above=0.0)
         self.num_classes, self.embedding_size = num_classes, embedding_size
-        self.scale, self.normalize_features = float(scale), normalize_features
+        self.scale, self.normalize_features = scale, normalize_features
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -84,15 +85,19 @@ class PrototypeHead(nn.Module):
         return torch.device("cpu") if self.weight.is_meta else self.weight.device
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._settled and name in self.__dict__:
+        if name in self._settled and (name in self.__dict__ or name in self._buffers):
             raise AttributeError(
                 f"{name} of {type(self).__name__} cannot be set: constants were made from it. Build a new loss, and "
                 "load this one's state_dict into it"
             )
-        if isinstance(value, Tensor) and name in self.__dict__.get("_sources", ()):
-            self._set_constant(name, value)  # or the next move would bring the old values back
-            return
-        super().__setattr__(name, value)
+        if isinstance(value, np.number) or name in self._settled or name == "scale":
+            value = plain_number(value)
+        if name == "scale":
+            value = float(check_number(name, value, above=0.0))
+        if name in self._per_class:
+            self._set_constant(name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves constants with the weight, but never rounds them, and never leaves them without their values."""
@@ -106,21 +111,19 @@ class PrototypeHead(nn.Module):
         self._sources[name] = value.detach().to("cpu", copy=True)
         self.register_buffer(name, self._sources[name].to(self._constants_device), persistent=False)
 
-    def _set_constant(self, name: str, value: Tensor | float | None) -> None:
-        """Keep a number as it is, a vector as a constant in float32."""
-        self._sources.pop(name, None)
-        if not isinstance(value, Tensor):
-            setattr(self, name, value)
-            return
-        value = value.detach().to(torch.float32)
-        # Looked at once, here: in a training step it would cost a synchronisation.
-        if bool(value.isnan().any()):
-            raise ValueError(f"{name} must not contain NaN; got it for class {int(value.isnan().nonzero()[0, -1])}")
-        if name == "class_weight" and bool((value < 0).any()):
-            raise ValueError(f"class_weight must not be negative; got {value.min().item():g}")
-        if name == "angular_margin":
-            check_angles(name, value)
-        self._keep(name, value)
+    def _set_constant(self, name: str, value: Any) -> None:
+        """Keep a number as it is, a vector as a constant in float32, in the place of whatever was there."""
+        if isinstance(value, Tensor):
+            # On the CPU, where the values are looked at: once, here, and not in every training step.
+            value = value.detach().to("cpu", torch.float32)
+        if value is not None or name not in ("log_prior", "class_weight"):
+            value = check_per_class(name, value, self.num_classes, torch.empty(0, device="cpu"))
+        for former in (self.__dict__, self._buffers, self._sources):
+            former.pop(name, None)
+        if isinstance(value, Tensor) and value.dim():
+            self._keep(name, value)
+        else:
+            super().__setattr__(name, plain_number(value))
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits without margin or prior, as prediction uses them: (N, D) -> (N, C).

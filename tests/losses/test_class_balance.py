@@ -111,7 +111,9 @@ class TestEveryHelper:
         for counts, got in (([3, -1], r"\[3, -1\]"), ([math.nan, 1.0], "nan"), ([math.inf, 1.0], "inf")):
             with pytest.raises(ValueError, match=f"class_counts must be finite and not negative; got .*{got}"):
                 helper(counts)
-        for shape in ((0,), (2, 2), ()):
+        with pytest.raises(ValueError, match=r"class_counts must be a vector \(C,\) with C >= 1; got the number 1"):
+            helper(torch.ones(()))
+        for shape in ((0,), (2, 2)):
             with pytest.raises(ValueError, match=r"class_counts must be a vector \(C,\) with C >= 1; got shape"):
                 helper(torch.ones(shape))
 

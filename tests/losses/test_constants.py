@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,6 +105,10 @@ def test_what_is_read_at_every_step_can_be_set() -> None:
 def test_degrees_are_refused(margin: Tensor | float) -> None:
     with pytest.raises(ValueError, match="radians"):
         ltloss.ArcFaceLoss(9, 5, margin=margin)
+    module = ltloss.ArcFaceLoss(9, 5)
+    with pytest.raises(ValueError, match="radians"):
+        module.angular_margin = margin
+    assert module.angular_margin == 0.5
     with pytest.raises(ValueError, match="radians"):
         margin_cross_entropy(*problem(), angular_margin=margin)
 
@@ -130,5 +135,50 @@ def test_a_vector_that_was_set_later_outlives_a_move() -> None:
     module = ltloss.LDAMLoss.from_counts([16, 1], 8)
     module.cosine_margin = torch.tensor([0.1, 0.2])
     assert torch.equal(module.double().cosine_margin, torch.tensor([0.1, 0.2]))
-    with pytest.raises(ValueError, match="radians"):
-        ltloss.ArcFaceLoss(2, 8, margin=torch.zeros(2)).angular_margin = torch.full((2,), 28.6)
+    with pytest.raises(ValueError, match=r"cosine_margin must .*\(2,\); got \(3,\)"):
+        module.cosine_margin = torch.zeros(3)
+    with pytest.raises(AttributeError, match="class_counts"):
+        ltloss.LongTailLoss.from_counts([3, 1], 4).class_counts = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(ltloss.CombinedMarginLoss(9, 5), "angular_margin"), (ltloss.CosineSpaceLoss(9, 5), "margin")]
+)
+def test_numbers_and_vectors_take_each_others_place(module: ltloss.PrototypeHead, name: str) -> None:
+    """Whatever was set before, the loss is that of a module made with the new value."""
+    for value in (
+        0.3,
+        torch.linspace(0.1, 0.5, 9),
+        0.2,
+        torch.linspace(0.3, 0.4, 9),
+        torch.tensor(0.25),
+        np.float32(0.5),
+    ):
+        setattr(module, name, value)
+        made = type(module)(9, 5, **{name: value})
+        made.load_state_dict(module.state_dict())
+        module.eval(), made.eval()
+        assert torch.equal(_loss(module.double().float()), _loss(made))
+        assert repr(module) == repr(made)
+        assert isinstance(getattr(module, name), Tensor if isinstance(value, Tensor) and value.dim() else float)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int64(1), torch.tensor(0.5)])
+def test_numbers_of_other_kinds_are_numbers(number: Any) -> None:
+    plain = float(number)
+    for make in (
+        lambda x: ltloss.LongTailLoss.from_counts([3, 1], 4, scale=x, margin=x, tau=x, min_angle_weight=x),
+        lambda x: ltloss.LDAMLoss.from_counts([3, 1], 4, max_margin=x, label_smoothing=x),
+        lambda x: ltloss.LogitAdjustedLoss.from_counts([3, 1], 4, tau=x, angle_multiplier=x),
+        lambda x: ltloss.CosineSpaceLoss(2, 4, scale=x, margin=x, epsilon=x),
+        lambda x: ltloss.CombinedMarginLoss(2, 4, scale=x, angular_margin=x, cosine_margin=x),
+    ):
+        assert repr(make(number)) == repr(make(plain))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_a_scale_that_is_set_later_is_checked(scale: float) -> None:
+    module = ltloss.ArcFaceLoss(9, 5, scale=8.0)
+    with pytest.raises(ValueError, match="scale must be finite and > 0"):
+        module.scale = scale
+    assert module.scale == 8.0

@@ -84,7 +84,16 @@ def test_order_of_the_weights() -> None:
         CosineSpaceLoss(3, 2, inter_weight=0.7, intra_weight=0.1, ce_weight=0.5)
     with pytest.raises(ValueError, match="strict=False"):
         CosineSpaceLoss(3, 2, inter_weight=0.5, intra_weight=0.5, ce_weight=1.0)
-    CosineSpaceLoss(3, 2, inter_weight=0.7, intra_weight=0.1, ce_weight=0.5, strict=False)
+    module = CosineSpaceLoss(3, 2, inter_weight=0.7, intra_weight=0.1, ce_weight=0.5, strict=False)
+    module.intra_weight = 0.9
+    with pytest.raises(ValueError, match="γ > α > β"):
+        module.strict = True
+    module = CosineSpaceLoss(3, 2, inter_weight=0.5, intra_weight=0.25, ce_weight=1.0)
+    for name, value in (("ce_weight", 0.5), ("inter_weight", 0.2), ("intra_weight", 0.5)):
+        with pytest.raises(ValueError, match=f"γ > α > β.*{name}={value}"):
+            setattr(module, name, value)
+    module.inter_weight = 0.75
+    assert (module.ce_weight, module.inter_weight, module.intra_weight) == (1.0, 0.75, 0.25)
 
 
 def test_no_gradient_through_the_centre() -> None:

@@ -352,7 +352,7 @@ def test_class_weights_can_be_set_and_removed(name: str) -> None:
     module.set_class_weight(weights)
     assert "class_weight=(9,) in [1, 3]" in repr(module)
     assert "class_weight" not in module.state_dict()
-    with pytest.raises(ValueError, match=r"class_weight must have the shape \(9,\); got \(8,\)"):
+    with pytest.raises(ValueError, match=r"class_weight must .*the shape \(9,\); got \(8,\)"):
         module.set_class_weight(torch.ones(8))
 
 
@@ -366,6 +366,9 @@ def test_from_counts(cls: type[ltloss.CombinedMarginLoss]) -> None:
     assert torch.equal(modules[0](features, labels), modules[1](features, labels))
     with pytest.raises(ValueError, match="class_counts must have one entry per class, 4; got 3"):
         cls(4, D, class_counts=counts)
+    for number in (5, torch.tensor(5)):
+        with pytest.raises(ValueError, match=r"class_counts must be a vector \(C,\).*got the number 5"):
+            cls.from_counts(number, D)
 
 
 def test_tau_and_max_margin() -> None:
@@ -427,14 +430,3 @@ def test_ignored_samples_get_no_regulariser_either() -> None:
     losses = module(features, torch.tensor([0, -100, 1]))
     assert losses[1] == 0
     assert losses[0] != 0
-
-
-@pytest.mark.parametrize("name", ["angular_margin", "cosine_margin", "log_prior", "class_weight"])
-def test_constants_with_nan_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must not contain NaN; got it for class 1"):
-        ltloss.CombinedMarginLoss(3, 4, **{name: torch.tensor([0.0, float("nan"), 0.0])})
-
-
-def test_negative_class_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match="class_weight must not be negative; got -2"):
-        ltloss.CombinedMarginLoss(2, 4, class_weight=torch.tensor([1.0, -2.0]))

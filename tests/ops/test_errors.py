@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ltloss
+from ltloss.extend import logsumexp_stats
 from ltloss.functional import (
     cosine_logsumexp,
     feature_norm_penalty,
@@ -24,7 +25,7 @@ from ltloss.margins import margin_cosine
 pytestmark = pytest.mark.usefixtures("backend")
 
 X, W, Y = torch.randn(3, 5), torch.randn(4, 5), torch.tensor([0, 1, 2])
-META = "meta"
+META, F8 = "meta", torch.float8_e4m3fn
 
 # what is wrong -> (features, prototypes, labels), the error, the words that the message must have
 SUPERVISED: dict[str, tuple[tuple[Any, Any, Any], type[Exception], tuple[str, ...]]] = {
@@ -33,10 +34,14 @@ SUPERVISED: dict[str, tuple[tuple[Any, Any, Any], type[Exception], tuple[str, ..
     "features 3-d": ((X[None], W, Y), ValueError, ("features", "(N, D)", "(1, 3, 5)")),
     "features integer": ((X.long(), W, Y), TypeError, ("features", "floating-point", "torch.int64")),
     "features complex": ((X + 0j, W, Y), TypeError, ("features", "floating-point", "torch.complex64")),
+    "features sparse": ((X.to_sparse(), W, Y), TypeError, ("features", "torch.strided", "torch.sparse_coo")),
+    "features float8": ((X.to(F8), W, Y), TypeError, ("features", "float16, bfloat16, float32", "torch.float8_e4m3fn")),
     "features without columns": ((X[:, :0], W[:, :0], Y), ValueError, ("features", "at least one column", "(3, 0)")),
     "prototypes no tensor": ((X, None, Y), TypeError, ("prototypes", "torch.Tensor (C, D)", "NoneType")),
     "prototypes 1-d": ((X, W[0], Y), ValueError, ("prototypes", "(C, D)", "(5,)")),
     "prototypes integer": ((X, W.int(), Y), TypeError, ("prototypes", "floating-point", "torch.int32")),
+    "prototypes sparse": ((X, W.to_sparse(), Y), TypeError, ("prototypes", "torch.strided", "torch.sparse_coo")),
+    "prototypes float8": ((X, W.to(F8), Y), TypeError, ("prototypes", "bfloat16, float32", "torch.float8_e4m3fn")),
     "no prototypes": ((X, W[:0], Y), ValueError, ("prototypes", "at least one class", "(0, 5)")),
     "widths differ": ((X, W[:, :4], Y), ValueError, ("features", "prototypes", "same width", "(3, 5)", "(4, 4)")),
     "labels no tensor": ((X, W, [0, 1, 2]), TypeError, ("labels", "torch.Tensor (N,)", "list")),
@@ -100,6 +105,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "reduction": ({"reduction": "avg"}, ValueError, ("reduction", "none, mean, sum", "'avg'")),
     "ignore_index": ({"ignore_index": 1.5}, TypeError, ("ignore_index", "integer", "1.5")),
     "normalize_features": ({"normalize_features": "no"}, TypeError, ("normalize_features", "bool", "'no'")),
+    "weight negative": ({"class_weight": -1.0}, ValueError, ("class_weight", "not negative", "-1")),
+    "weight of a class": (
+        {"class_weight": torch.tensor([1.0, 2.0, 3.0, -2.0])},
+        ValueError,
+        ("class_weight", "-2", "class 3"),
+    ),
 }
 for _name in ("angular_margin", "cosine_margin", "log_prior", "class_weight"):
     OPTIONS |= {
@@ -110,6 +121,17 @@ for _name in ("angular_margin", "cosine_margin", "log_prior", "class_weight"):
         f"{_name} gradient": ({_name: torch.ones(4, requires_grad=True)}, ValueError, (_name, "constant", "detach()")),
         f"{_name} elsewhere": ({_name: torch.ones(4, device=META)}, ValueError, ("one device", f"{_name} on meta")),
         f"{_name} NaN": ({_name: float("nan")}, ValueError, (_name, "NaN")),
+        f"{_name} NaN of a class": (
+            {_name: torch.tensor([0.0, 0.0, float("nan"), 0.0])},
+            ValueError,
+            (_name, "NaN", "class 2"),
+        ),
+        f"{_name} infinite": ({_name: float("inf")}, ValueError, (_name, "inf")),
+        f"{_name} infinite for a class": (
+            {_name: torch.tensor([0.0, float("inf"), 0.0, 0.0])},
+            ValueError,
+            (_name, "class 1"),
+        ),
     }
 
 
@@ -118,6 +140,25 @@ def test_options(what: str) -> None:
     options, error, words = OPTIONS[what]
     with pytest.raises(error, match=has(*words)):
         margin_cross_entropy(X, W, Y, **options)
+
+
+def test_a_prior_that_takes_out_the_class_of_a_sample() -> None:
+    prior = torch.tensor([0.0, float("-inf"), 0.0, 0.0])
+    without = [torch.tensor(labels) for labels in ([0, 2, -100], [0, 2, 1])]
+    for labels, ignored in zip(without, (-100, 1), strict=True):
+        assert bool(margin_cross_entropy(X, W, labels, log_prior=prior, ignore_index=ignored).isfinite())
+    for function in (
+        margin_cross_entropy,
+        lambda *given, log_prior: logsumexp_stats(*given, scale=3.0, log_prior=log_prior),
+    ):
+        with pytest.raises(ValueError, match=has("log_prior", "-inf", "class 1", "position 2")):
+            function(X, W, torch.tensor([0, 2, 1], dtype=torch.uint8), log_prior=prior)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5), torch.tensor(0.5).double()])
+@pytest.mark.parametrize("name", ["scale", "angle_multiplier", "label_smoothing", "angular_margin", "cosine_margin"])
+def test_numbers_of_numpy_and_tensors_without_dimensions_are_numbers(name: str, number: object) -> None:
+    assert torch.equal(margin_cross_entropy(X, W, Y, **{name: number}), margin_cross_entropy(X, W, Y, **{name: 0.5}))
 
 
 @pytest.mark.parametrize("what", [what for what in OPTIONS if not what.endswith(("gradient", "elsewhere"))])

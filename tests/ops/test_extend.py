@@ -100,7 +100,7 @@ def _stats(**options: Any) -> LogSumExpStats:
         (lambda: margin_losses(_stats(), sample_cosine_margin=torch.ones(9)), ValueError, "sample_cosine_margin"),
         (lambda: margin_losses(_stats(), label_smoothing=0.1), ValueError, "with_logit_sum"),
         (lambda: margin_losses(_stats(), beyond_pi="up"), ValueError, "beyond_pi"),  # type: ignore[arg-type]
-        (lambda: _stats(scale=torch.tensor(3.0)), ValueError, "scale"),
+        (lambda: _stats(scale=torch.tensor(3.0, requires_grad=True)), ValueError, "scale"),
         (lambda: _stats(scale=torch.ones(7), normalize_features=False), ValueError, "scale"),
         (lambda: _stats(scale=-1.0), ValueError, "scale"),
         (
