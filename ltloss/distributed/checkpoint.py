@@ -22,6 +22,7 @@ from ltloss.distributed.batch_gather import agree
 from ltloss.distributed.class_parallel import ClassParallel
 from ltloss.distributed.layout import Layout
 from ltloss.distributed.sampling import ClassSampler
+from ltloss.losses.prototype_head import PrototypeHead
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -62,13 +63,16 @@ def save_checkpoint(
     text = json.dumps(dict(state or {}))
     steps = {name: sampler.next_step(weight) for name, (sampler, weight) in _samplers(modules).items()}
 
+    described = {name: head._described() for name, head in _heads(modules).items()}
+
     def prepare() -> None:
         if target.exists():
             raise FileExistsError(f"{target} exists; give the checkpoint a new name")
         start_folder(target)
 
     def publish() -> None:
-        write_file(partial / _STATE, json.dumps({"state": json.loads(text), "sampler_steps": steps}).encode())
+        record = {"state": json.loads(text), "sampler_steps": steps, "hyper_parameters": described}
+        write_file(partial / _STATE, json.dumps(record).encode())
         publish_folder(target)
 
     tensors = _module_tensors(modules)
@@ -95,6 +99,8 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: there is no whole checkpoint at ``path``.
         ValueError: a tensor is missing there or has another shape; nothing was changed then.
+
+    Warns where a head was saved under other hyper-parameters (scale, margins, ...), which it keeps.
 
     Example: see :func:`save_checkpoint`.
 
@@ -125,6 +131,8 @@ def load_checkpoint(
         put()
     for name, (sampler, _) in _samplers(modules).items():
         sampler.resume(record["sampler_steps"].get(name, 0))
+    for name, head in _heads(modules).items():
+        head._compare(record.get("hyper_parameters", {}).get(name, {}))
     loaded: dict[str, Any] = record["state"]
     return loaded
 
@@ -136,6 +144,16 @@ def _initialised() -> bool:
 def _samplers(modules: Mapping[str, nn.Module]) -> dict[str, tuple[ClassSampler, Tensor]]:
     parallel = {name: module for name, module in modules.items() if isinstance(module, ClassParallel)}
     return {name: (module.sampler, module.weight) for name, module in parallel.items() if module.sampler is not None}
+
+
+def _heads(modules: Mapping[str, nn.Module]) -> dict[str, PrototypeHead]:
+    """The heads, also those inside of other modules, by a name that says where."""
+    return {
+        f"{name}.{path}": part
+        for name, module in modules.items()
+        for path, part in _inside(module).named_modules()
+        if isinstance(part, PrototypeHead)
+    }
 
 
 @contextmanager

@@ -50,15 +50,14 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
             raise ValueError(f"{name} must have the shape ({classes},); got {tuple(vector.shape)}")
     layout = dataclasses.replace(Layout.of(head.weight), num_classes=classes)
     larger = _shallow(head)
-    larger.num_classes = classes
+    larger.num_classes, larger._sources = classes, dict(head._sources)
     if isinstance(larger, ClassParallel):
         larger.rearrange(layout)
     larger.weight = nn.Parameter(_zeros(head.weight, layout), requires_grad=head.weight.requires_grad)
     larger.reset_parameters()
     _copy_rows(head.weight, larger.weight, layout)
     for name, vector in per_class.items():
-        old = head.get_buffer(name)
-        larger.register_buffer(name, vector.detach().to(old.device, old.dtype, copy=True), persistent=False)
+        larger._keep(name, vector.to(head.get_buffer(name).dtype))
     for name, child in head.named_children():
         if isinstance(child, ClassCenters):
             setattr(larger, name, _more_centers(child, layout))

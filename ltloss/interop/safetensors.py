@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def export_safetensors(head: PrototypeHead, path: str | Path) -> None:
     try:
         if layout.rank == 0:
             file = temporary.open("wb")
-            file.write(_safetensors_header(head.state_dict()))
+            file.write(_safetensors_header(head.state_dict(), head._described()))
     except OSError as failure:
         error = failure
     for tensor in head.state_dict().values():
@@ -70,9 +70,10 @@ def export_safetensors(head: PrototypeHead, path: str | Path) -> None:
     agree([], error, layout.group, layout.device)
 
 
-def _safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
+def _safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     # Not of the library: that writes only what is whole in memory.
-    entries, offset = {}, 0
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
     for name, tensor in tensors.items():
         size = math.prod(tensor.shape) * tensor.element_size()
         place = [offset, offset + size]
@@ -137,3 +138,5 @@ def import_safetensors(head: PrototypeHead, path: str | Path) -> None:
         for name, tensor in wanted.items():
             sharded = hasattr(tensor, "device_mesh")
             local(tensor).copy_(file.get_slice(name)[start:stop] if sharded else file.get_tensor(name))
+        metadata = file.metadata()
+    head._compare(metadata or {})

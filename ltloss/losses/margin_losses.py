@@ -1,7 +1,8 @@
 """The losses as modules: each holds the prototypes, computes its loss and predicts.
 
 ``state_dict`` holds what is learned (``weight``, and centres where there are any). Margins, priors and weights come
-from the constructor, so a state_dict moves freely between the losses that learn prototypes alone.
+from the constructor, so a state_dict moves freely between the losses that learn prototypes alone. Its metadata says
+under which hyper-parameters it was saved; loading it into a module that has others warns.
 """
 
 from __future__ import annotations
