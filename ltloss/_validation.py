@@ -190,15 +190,13 @@ def check_prior(log_prior: Tensor | None, labels: Tensor, ignore_index: int) -> 
     """Raise ValueError for a sample of a class that a prior of -inf took out; on the CPU, and not while compiling."""
     if log_prior is None or not log_prior.dim() or log_prior.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    gone = log_prior == -math.inf
-    if not bool(gone.any()):
-        return
-    inside = (labels >= 0) & (labels < log_prior.shape[0]) & (labels != ignore_index)
-    rows = (inside & gone[torch.where(inside, labels, 0).to(torch.int64)]).nonzero()
-    if rows.numel():
+    gone = (log_prior == -math.inf).nonzero()[:, 0]
+    labels = labels.to(torch.int64)  # else -100 compared with uint8 would be 156
+    if gone.numel() and bool((bad := torch.isin(labels, gone) & (labels != ignore_index)).any()):
+        first = int(bad.nonzero()[0, 0])
         raise ValueError(
-            f"log_prior must be finite for every class with samples, or their loss is infinite; got -inf for class "
-            f"{int(labels[rows[0, 0]])}, which is the label at position {int(rows[0, 0])}"
+            "log_prior must be finite for every class with samples, or their loss is infinite; got -inf for class "
+            f"{int(labels[first])}, which is the label at position {first}"
         )
 
 

@@ -64,10 +64,11 @@ class DistributedError(LtlossError, RuntimeError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Words for an unknown name: the valid names that look like it, or all of them."""
+    """Words for an unknown name: the valid names that look like it, or all of them where they fit on a line."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"valid are {', '.join(names)}"
+    shown = names if len(names) <= 50 else [*names[:5], f"{len(names) - 5} more"]
+    return f"did you mean {' or '.join(close)}?" if close else f"valid are {', '.join(shown)}"
 
 
 def explain_os_error(error: OSError, again: str = "run the command again") -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from ltloss.cli.compare import add_compare, add_recipe
-from ltloss.cli.values import named_value, path
+from ltloss.cli.values import count, named_value, path
 from ltloss.errors import LtlossError, UserError, explain_os_error
 
 _LESS_MEMORY = {
@@ -223,9 +223,9 @@ def _add_device_commands(commands: Any) -> None:
         "Exit code 1 where it does not fit.",
     )
     plan.set_defaults(command=_plan, name="plan")
-    plan.add_argument("--classes", required=True, metavar="N", help="C, such as 100M or 250k")
-    plan.add_argument("--dim", required=True, metavar="N", help="D, the features'")
-    plan.add_argument("--batch", required=True, metavar="N", help="samples a step, of all devices together")
+    plan.add_argument("--classes", type=count, required=True, metavar="N", help="C, such as 100M or 250k")
+    plan.add_argument("--dim", type=count, required=True, metavar="N", help="D, the features'")
+    plan.add_argument("--batch", type=count, required=True, metavar="N", help="samples a step, of all devices together")
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="devices")
     plan.add_argument("--data", type=int, default=1, metavar="N", help="groups that share the batch (default: 1)")
     plan.add_argument(
@@ -342,7 +342,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from ltloss.errors import nearest
-    from ltloss.tools.plan import OPTIMIZERS, WIDTHS, Problem, make_plan, parse_count, read_device
+    from ltloss.tools.plan import OPTIMIZERS, WIDTHS, Problem, make_plan, read_device
     from ltloss.training.model.registry import LOSSES
 
     for name, known in (("dtype", WIDTHS), ("optimizer", OPTIMIZERS), ("loss", set(LOSSES) - {"softmax"})):
@@ -350,11 +350,10 @@ def _plan(options: argparse.Namespace) -> int:
             raise UserError(f"--{name} {getattr(options, name)} is unknown; {nearest(getattr(options, name), known)}")
     try:
         device = read_device(options.device)
-        classes, dim, batch = (parse_count(getattr(options, name)) for name in ("classes", "dim", "batch"))
         problem = Problem(
-            classes,
-            dim,
-            batch,
+            options.classes,
+            options.dim,
+            options.batch,
             options.gpus,
             data=options.data,
             dtype=options.dtype,

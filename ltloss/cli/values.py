@@ -9,10 +9,24 @@ from typing import Any
 
 
 def path(text: str) -> Path:
-    """A path that a file can have."""
+    """A path that a file can have; an empty one would mean the folder that the command runs in."""
     if "\0" in text:
         raise argparse.ArgumentTypeError("a path holds a NUL byte, which no file name can")
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path; give a name, or . for this folder")
     return Path(text)
+
+
+def count(text: str) -> int:
+    """A count such as 8192, 100k, 1.5M or 2B."""
+    from ltloss.tools.plan import parse_count
+
+    try:
+        return parse_count(text)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no count; give a whole number such as 8192, 100k, 1.5M or 2B"
+        ) from None
 
 
 def named_value(text: str) -> tuple[str, Any]:

@@ -45,7 +45,13 @@ pytestmark = pytest.mark.usefixtures("in_empty_folder")
         (["--device", "meta"], "device meta cannot be used .not cpu, cuda or mps.; use cpu"),
         (["--embedding-size", "1000000000000"], "out of memory; use a smaller --batch-size, --embedding-size"),
         (["--embedding-size", "1" + "0" * 22], "embedding_size must have at most 64 bits, is 10000000000000000000000"),
-        (["--image-size", "100000000000"], "out of memory; .*--image-size"),
+        (
+            ["--image-size", "100000"],
+            r"at least 14,380,000,000,000 bytes, more than the [\d,]+ of this machine; .*--image-size",
+        ),
+        (["--image-size", "100000000000"], "pictures of 1 x 100000000000 x .* bytes.*--image-size"),
+        (["--out", ""], "--out: an empty path"),
+        (["--config", ""], "--config: an empty path"),
         (["--out", "nul\0byte"], "a path holds a NUL byte"),
         (["--data", "nul\0byte"], "a path holds a NUL byte|NUL|does not exist"),
         (["--data", "~nouser/x"], "~"),
@@ -69,6 +75,15 @@ def test_option_out_of_range(options: list[str], expected: str, capsys: pytest.C
         (["train", "--data", "digits"], "required: --out"),
         (["train", "--out", "run"], "--data is missing"),
         (["train", "--out", "run", "--data", ""], "--data is missing"),
+        (["compare", "--out", "", "--losses", "all", "--data", "digits"], "--out: an empty path"),
+        (["predict", "run", "--images", "", "--out", "results"], "--images: an empty path"),
+        (["predict", "run", "--images", "pictures", "--out", ""], "--out: an empty path"),
+        (
+            ["predict", "run", "--images", "pictures", "--out", "results", "--sort-into", ""],
+            "--sort-into: an empty path",
+        ),
+        (["evaluate", ""], "RUN: an empty path"),
+        (["report", ""], "RUN: an empty path"),
         (["evaluate", "nowhere"], "nowhere is not a run"),
         (["report", "nowhere"], "nowhere is not a run"),
         (
@@ -219,6 +234,16 @@ def test_picture_that_disappears_while_training(
 
     monkeypatch.setattr("ltloss.training.run.trainer.prepare_data", prepare)
     fails([*TRAIN, "--data", str(toy_folder)], "does not exist .*it changed since it was checked, restore it", capsys)
+
+
+@pytest.mark.parametrize("spec", ["folder", "digits"])
+def test_pictures_too_large_for_the_memory(
+    spec: str, toy_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ltloss.training.data.sources.machine_memory", lambda: 500_000)
+    data = str(toy_folder) if spec == "folder" else spec
+    fails([*TRAIN, "--data", data, "--image-size", "600"], r" bytes, more than the 500,000 of this machine", capsys)
+    assert not Path("run").exists()
 
 
 def test_options_have_no_abbreviations(capsys: pytest.CaptureFixture[str]) -> None:

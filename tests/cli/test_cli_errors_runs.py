@@ -82,7 +82,8 @@ def _other_optimizer(run: Path) -> None:
         ),
         (lambda run: (run / "checkpoints/epoch-0002/state.json").write_text("[" * 200_000), "epoch-0002 is damaged"),
         (lambda run: (run / "config.json").write_text("{"), "config.json is damaged"),
-        (lambda run: (run / "config.json").write_text('{"lr": 1}'), "config.json is damaged"),
+        (lambda run: (run / "config.json").write_text('{"lr": 1}'), r"config.json is damaged \(it lacks class_names\)"),
+        (lambda run: (run / "config.json").write_text("[]"), r"config.json is damaged \(it lacks class_names\)"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )

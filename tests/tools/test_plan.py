@@ -137,8 +137,11 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (["--classes", "many"], "could not convert"),
-        (["--classes", "1.5"], "no whole number"),
+        (["--classes", "many"], "--classes: 'many' is no count; give a whole number such as 8192, 100k, 1.5M or 2B"),
+        (["--dim", "1.5"], "--dim: '1.5' is no count"),
+        (["--batch", "inf"], "--batch: 'inf' is no count"),
+        (["--batch", ""], "--batch: '' is no count"),
+        (["--classes", "-5"], "classes must be at least 1; got -5"),
         (["--gpus", "0"], "gpus must be at least 1; got 0"),
         (["--data", "3"], "data must divide gpus; got data=3 and gpus=4"),
         (["--device", "h2000"], "device must be one of h200 or a JSON file of rates; got 'h2000'"),

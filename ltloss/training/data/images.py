@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +103,7 @@ class ArrayImages:
 
     def reshaped(self, size: Size, channels: int | None) -> ArrayImages:
         """The pictures at another size or number of channels; self where nothing changes."""
-        target = target_shape(self.shape, size, channels)
+        target = target_shape(self.shape, size, channels, len(self))
         if target == self.shape:
             return self
         pixels = [to_pixels(self.picture(i), target).transpose(1, 2, 0) for i in range(len(self))]
@@ -149,12 +152,29 @@ class FolderImages:
         )
 
 
-def target_shape(shape: tuple[int, int, int], size: Size, channels: int | None) -> tuple[int, int, int]:
-    """(channels, height, width) of the images at the size and with the channels that were asked for."""
+def machine_memory() -> float:
+    """Bytes that this process can have: those of the machine, or of its control group; infinity where unknown."""
+    known: list[float] = []
+    with suppress(AttributeError, ValueError, OSError):  # there is no sysconf on Windows
+        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(ValueError, OSError):  # "max" where there is no limit
+        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(known, default=math.inf)
+
+
+def target_shape(shape: tuple[int, int, int], size: Size, channels: int | None, held: int) -> tuple[int, int, int]:
+    """(channels, height, width) of the images to use, of which `held` are in memory at once."""
     height, width = (size, size) if isinstance(size, int) else size or shape[1:]
     if min(height, width) < SMALLEST_SIZE:
         raise UserError(
             f"the pictures are {width} x {height} pixels, each side must be at least {SMALLEST_SIZE}; "
             "enlarge them with --image-size"
         )
-    return channels or shape[0], height, width
+    target = channels or shape[0], height, width
+    needed, memory = held * math.prod(target), machine_memory()
+    if needed > memory:
+        raise UserError(
+            f"{held} pictures of {' x '.join(map(str, target))} pixels take at least {needed:,} bytes, more than the "
+            f"{memory:,} of this machine; use a smaller --image-size"
+        )
+    return target

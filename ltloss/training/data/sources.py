@@ -18,6 +18,7 @@ from ltloss.training.data.splits import stratified_split
 
 TEST_SHARE = 0.2
 DEFAULT_FOLDER_SIZE = 64
+DECODED_AT_ONCE = 64  # pictures of a folder, where their mean is taken
 LARGEST_DEFAULT_SIZE = 128  # the size of the data is only used up to here: photos would need too much memory
 
 
@@ -109,7 +110,7 @@ def _load_folder(folder: Path, split: Split, size: Size, channels: int | None, s
                 file=sys.stderr,
             )
             common = (DEFAULT_FOLDER_SIZE, DEFAULT_FOLDER_SIZE)
-        return target_shape((1 if grey else 3, *common), size, channels)
+        return target_shape((1 if grey else 3, *common), size, channels, min(len(names), DECODED_AT_ONCE))
 
     source = _checked(folder, names, labels, class_names, choose_shape, workers)
     if split != "test":

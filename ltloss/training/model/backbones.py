@@ -96,8 +96,14 @@ def _timm_model(name: str, image_shape: tuple[int, int, int], embedding_size: in
     if importlib.util.find_spec("timm") is None:
         hint = "install it with `pip install timm`" if name != model_name else nearest(name, BACKBONES)
         raise UserError(f"--backbone {name} is not built in and timm is not installed; {hint}")
-    import timm
-
+    try:
+        import timm
+    except Exception as error:  # any kind: that of torchvision's compiled part where it was made for another torch
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--backbone {name} needs timm, which cannot be imported ({reason}); torchvision must be the one made for "
+            f"torch {torch.__version__}: pip install --upgrade torch torchvision timm"
+        ) from error
     if not timm.is_model(model_name):
         close = nearest(model_name, timm.list_models()) if name != model_name else nearest(name, BACKBONES)
         raise UserError(f"--backbone {name} is unknown, to timm too; {close}")

@@ -12,7 +12,7 @@ import torch
 import ltloss
 from ltloss.training.data.batches import batches
 from ltloss.training.data.images import ImageSource, Split
-from ltloss.training.data.sources import load_data
+from ltloss.training.data.sources import DECODED_AT_ONCE, load_data
 from ltloss.training.data.splits import keep_per_class, long_tailed_subset
 from ltloss.training.run.settings import RunConfig, Settings
 from ltloss.training.seeds import numpy_generator
@@ -86,7 +86,7 @@ def _normalisation(source: ImageSource, seed: int) -> tuple[tuple[float, ...], t
     sample = numpy_generator(seed, "normalisation").permutation(len(source))[:_NORMALISATION_PICTURES]
     # Sums of integers: every machine finds the same mean, so a run can be resumed on another one.
     total, squares = torch.zeros(2, source.shape[0], dtype=torch.int64)
-    for batch in batches(source, 512, np.sort(sample)):
+    for batch in batches(source, DECODED_AT_ONCE, np.sort(sample)):
         pixels = batch.images.transpose(0, 1).flatten(1).long()
         total += pixels.sum(1)
         squares += pixels.square().sum(1)

@@ -220,12 +220,15 @@ class RunConfig:
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            facts = {item.name: values[item.name] for item in fields(cls) if item.name != "settings"}
+            missing = [name for name in _FACTS if name not in values]
+            if missing:
+                raise ValueError(f"it lacks {missing[0]}")
+            facts = {name: values[name] for name in _FACTS}
             _check_facts(facts)
             facts |= {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
             values = _named_as_now(values)
             return cls(Settings(**{name: values[name] for name in SETTINGS if name in values}), **facts)
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, UserError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError, UserError) as error:
             raise UserError(f"{path} is damaged ({_in_one_line(error)}); train the run again") from error
 
 
@@ -243,7 +246,7 @@ def _named_as_now(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "loss": "long-tail-prior" if prior else "long-tail", "loss_options": options}
 
 
-_FACTS = {item.name for item in fields(RunConfig)} - {"settings"}
+_FACTS = [item.name for item in fields(RunConfig) if item.name != "settings"]
 
 
 def _check_facts(facts: Mapping[str, Any]) -> None:

@@ -88,3 +88,30 @@ def test_a_name_that_timm_does_not_know_is_an_error(timm_calls: list[dict[str, A
     with pytest.raises(UserError, match="timm:convnetx is unknown, to timm too; did you mean convnet"):
         build_backbone("timm:convnetx", (1, 16, 16), 7)
     assert timm_calls == []
+
+
+def test_a_name_like_none_of_a_thousand_is_a_short_error(
+    timm_calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timm.list_models", lambda: [f"efficientnet_b{i}" for i in range(1000)])
+    with pytest.raises(UserError, match=r"zzz is unknown, to timm too; valid are .*, 995 more") as caught:
+        build_backbone("timm:zzz", (1, 16, 16), 7)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operator torchvision::nms does not exist"), ImportError("libcudart")])
+def test_an_installation_of_timm_that_is_broken_is_an_error_that_says_how_to_mend_it(
+    error: Exception, timm_calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def find_spec(self, name: str, path: object, target: object = None) -> None:
+            if name == "timm":
+                raise error
+
+    spec = sys.modules["timm"].__spec__
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: spec)
+    monkeypatch.delitem(sys.modules, "timm")
+    monkeypatch.setattr("sys.meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(UserError, match=rf"timm, .*{error}.*torchvision must .* torch .*: pip install") as caught:
+        build_backbone("timm:convnet", (1, 16, 16), 7)
+    assert "\n" not in str(caught.value)
