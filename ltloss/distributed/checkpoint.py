@@ -61,7 +61,7 @@ def save_checkpoint(
     target = Path(path)
     partial = temporary(target)
     text = json.dumps(dict(state or {}))
-    steps = {name: sampler.next_step(weight) for name, (sampler, weight) in _samplers(modules).items()}
+    steps = {name: sampler.step for name, sampler in _samplers(modules).items()}
 
     described = {name: head._described() for name, head in _heads(modules).items()}
 
@@ -129,8 +129,8 @@ def load_checkpoint(
         load(tensors, checkpoint_id=target, no_dist=not _initialised())
     for _, put in created.values():
         put()
-    for name, (sampler, _) in _samplers(modules).items():
-        sampler.resume(record["sampler_steps"].get(name, 0))
+    for name, sampler in _samplers(modules).items():
+        sampler.step = record["sampler_steps"].get(name, 0)
     for name, head in _heads(modules).items():
         head._compare(record.get("hyper_parameters", {}).get(name, {}))
     loaded: dict[str, Any] = record["state"]
@@ -141,9 +141,9 @@ def _initialised() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _samplers(modules: Mapping[str, nn.Module]) -> dict[str, tuple[ClassSampler, Tensor]]:
+def _samplers(modules: Mapping[str, nn.Module]) -> dict[str, ClassSampler]:
     parallel = {name: module for name, module in modules.items() if isinstance(module, ClassParallel)}
-    return {name: (module.sampler, module.weight) for name, module in parallel.items() if module.sampler is not None}
+    return {name: module.sampler for name, module in parallel.items() if module.sampler is not None}
 
 
 def _heads(modules: Mapping[str, nn.Module]) -> dict[str, PrototypeHead]:

@@ -8,14 +8,17 @@ The correction is that of sampled softmax: Jean et al., On using very large targ
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ltloss.distributed.layout import Layout, local, own_part
+from ltloss.distributed.layout import Layout, own_part
 
 __all__ = ["ClassSampler", "Sampled", "seeded"]
 
@@ -44,9 +47,13 @@ class Sampled(NamedTuple):
 class ClassSampler:
     """Draws the classes of each step.
 
-    A draw is a function of the seed, the step, the labels of the global batch and the class rank. The step advances
-    when the weight has changed since the last draw. So ranks that hold the same classes draw alike, micro-batches of
-    one step draw differently, and what activation checkpointing computes again draws the same again.
+    A draw is a function of the seed, the step, the labels of the global batch and the class rank. So ranks that hold
+    the same classes draw alike, micro-batches of one step draw differently because their labels do, and what activation
+    checkpointing computes again draws the same again.
+
+    ``step`` advances by one when a ``torch.optim`` optimizer (or a subclass) that owns the weight has stepped. It does
+    not for a step that a GradScaler skips, for optimizers over other tensors (a master copy of the weight too), nor for
+    a weight that is changed by hand: count those with ``module.sampler.step += 1``, on all ranks.
 
     Args:
         rate: fraction of each rank's classes, in (0, 1); the batch's own classes are taken even where they are more.
@@ -58,16 +65,6 @@ class ClassSampler:
     def __init__(self, rate: float, seed: int, unbiased: bool) -> None:
         self.rate, self.seed, self.unbiased = rate, seed, unbiased
         self.step = 0
-        self._version: int | None = None  # of the weight at the last draw
-
-    def next_step(self, prototypes: Tensor) -> int:
-        """The step of the next draw from these prototypes; what a checkpoint keeps."""
-        changed = self._version is not None and local(prototypes)._version != self._version
-        return self.step + changed
-
-    def resume(self, step: int) -> None:
-        """Go on with this step."""
-        self.step, self._version = step, None
 
     def draw(self, labels: Tensor, prototypes: Tensor, log_prior: Tensor | None, layout: Layout) -> Sampled:
         """The sample for a global batch with labels (N,); a prior (c,) of this rank's classes is passed on."""
@@ -91,12 +88,29 @@ class ClassSampler:
     @contextmanager
     def on(self, prototypes: Tensor) -> Iterator[None]:
         """Sample in the passes over these prototypes inside the block."""
-        self.step, self._version = self.next_step(prototypes), local(prototypes)._version
+        _watch_optimizers()
+        _DRAWN_FROM[self] = weakref.ref(prototypes)
         prototypes.class_sample = self  # type: ignore[attr-defined]
         try:
             yield
         finally:
             del prototypes.class_sample  # type: ignore[attr-defined]
+
+
+# Kept here and not in the samplers, which are copied and pickled with their modules.
+_DRAWN_FROM: weakref.WeakKeyDictionary[ClassSampler, weakref.ref[Tensor]] = weakref.WeakKeyDictionary()
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Let optimizers tell of their steps. A tensor's version would not: fused and foreach updates may leave it."""
+
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for sampler, weight in _DRAWN_FROM.items():
+            sampler.step += id(weight()) in owned
+
+    register_optimizer_step_post_hook(count)
 
 
 def _digest(labels: Tensor) -> int:
