@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from contextlib import nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -87,14 +88,20 @@ def parallelize(
         return module
     layout = Layout(mesh, module.num_classes, mesh_device(mesh) if mesh is not None else _memory_of(module))
     _check_same_module(module, layout, [capacity or 0, int(sample_rate * (1 << 53)), sample_seed, int(unbiased)])
-    kind = type(module)
-    module.__class__ = type(f"ClassParallel{kind.__name__}", (ClassParallel, kind), {"__doc__": kind.__doc__})
+    kind: Any = type(module)
+    module.__class__ = _parallel(kind)
     assert isinstance(module, ClassParallel)
     module.capacity, module.gradient_factor = capacity, float(layout.ranks) if averaged_backbone else 1.0
     module.sampler = ClassSampler(sample_rate, sample_seed, unbiased) if sample_rate < 1.0 else None
     module.rearrange(layout)
     _shard(module, layout)
     return module
+
+
+@cache
+def _parallel(kind: Any) -> Any:
+    """The class of a parallel module of this class."""
+    return type(f"ClassParallel{kind.__name__}", (ClassParallel, kind), {"__doc__": kind.__doc__})
 
 
 def _check_sampling(module: PrototypeHead, rate: float) -> None:
@@ -168,6 +175,10 @@ class ClassParallel(PrototypeHead):
     queries: BatchGather
     sampler: ClassSampler | None
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """For copies and pickles: the class was made by :func:`parallelize`, and can be made again."""
+        return _empty, (type(self).__bases__[1],), self.__dict__
+
     def rearrange(self, layout: Layout) -> None:
         """Take another layout: what the ranks had agreed on is forgotten."""
         self.layout = layout
@@ -207,6 +218,11 @@ class ClassParallel(PrototypeHead):
             drawn = torch.randn(_DRAWN_TOGETHER, own.shape[1], generator=seeded(int(seed), number))
             low, high = max(first, start), min(first + _DRAWN_TOGETHER, stop)
             own[low - start : high - start] = drawn[low - first : high - first] * self.embedding_size**-0.5
+
+
+def _empty(kind: Any) -> PrototypeHead:
+    made: PrototypeHead = object.__new__(_parallel(kind))
+    return made
 
 
 class _OwnLosses(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltloss.distributed import collectives as comm
+from ltloss.errors import DistributedError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -76,6 +77,13 @@ class Layout:
         """The layout of prototypes (C, D) that :func:`ltloss.distributed.parallelize` made."""
         return cls(getattr(prototypes, "device_mesh", None), prototypes.shape[0], prototypes.device)
 
+    # Groups cannot be copied or pickled; they are found again from the mesh.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.mesh, self.num_classes, self.device)
+
     @property
     def placements(self) -> list[Any]:
         """DTensor placements of the prototypes."""
@@ -116,11 +124,9 @@ class Layout:
         ranks = self.mesh.mesh.flatten().tolist()
         if ranks == list(range(dist.get_world_size())):
             return dist.group.WORLD
-        made = getattr(self.mesh, "_ltloss_group", None)  # a group is made once per mesh: making it is collective
-        if made is None:
-            made = dist.new_group(ranks, use_local_synchronization=True)
-            self.mesh._ltloss_group = made  # type: ignore[attr-defined]
-        return made
+        made: _Group = self.mesh.__dict__.setdefault("_ltloss_group", _Group())
+        made.group = made.group or dist.new_group(ranks, use_local_synchronization=True)
+        return made.group
 
     @cached_property
     def class_ranks(self) -> int:
@@ -194,6 +200,29 @@ def blocks(tensor: Tensor) -> Iterator[Tensor]:
         mine = class_rank == layout.class_rank
         block = own if mine else own.new_empty(layout.size(class_rank), *own.shape[1:])
         yield comm.broadcast(block, class_rank, layout.class_group)
+
+
+class _Group:
+    """A group made once per mesh, for making it is collective. A pickle of the mesh leaves it out."""
+
+    group: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Group, ()
+
+
+def _unpickled(mesh: DeviceMesh | None, num_classes: int, device: torch.device) -> Layout:
+    layout = Layout(mesh, num_classes, device)
+    try:
+        fits = mesh is None or dist.get_world_size(layout.class_group) == layout.class_ranks
+    except (RuntimeError, ValueError):  # no such group, or nothing initialised
+        fits = False
+    if not fits:
+        raise DistributedError(
+            f"a parallel module that was pickled on {layout.ranks} ranks can be read by the same ranks only. Keep its "
+            "state_dict, or use save_checkpoint and load_checkpoint, which fit any number of ranks"
+        )
+    return layout
 
 
 def mesh_device(mesh: DeviceMesh) -> torch.device:

@@ -1,0 +1,121 @@
+"""Copies of a parallel module: deepcopy, moving averages, pickles."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import world
+from helpers.cases import Case, batch, build, part, whole
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ltloss.distributed import DistributedError, class_mesh, parallelize
+from ltloss.testing import relative_error
+
+pytestmark = pytest.mark.slow
+
+CASE = Case("CosineSpaceLoss", 11, ((3, 3),) * 3)
+
+
+def _meshes() -> list[Any]:
+    if not dist.is_initialized():
+        return [None]
+    other_order = DeviceMesh("cpu", [[1], [0]], mesh_dim_names=("data", "class"))
+    return [class_mesh(), class_mesh(2), other_order]
+
+
+def _step(module: Any, optimizer: torch.optim.Optimizer, step: int, rank: int | None) -> torch.Tensor:
+    rows = slice(None) if rank is None else part(CASE, step, rank)
+    features, labels = batch(CASE, step)
+    optimizer.zero_grad()
+    loss: torch.Tensor = module(features[rows], labels[rows])
+    torch.autograd.backward(loss)
+    optimizer.step()
+    return loss.detach()
+
+
+def _pickled(module: Any) -> Any:
+    content = io.BytesIO()
+    torch.save(module, content)
+    content.seek(0)
+    return torch.load(content, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda module: pickle.loads(pickle.dumps(module)), "save": _pickled}
+
+
+def _copies(rank: int | None) -> dict[Any, bool]:
+    """Whether a copy trains on like the module, which does not notice it."""
+    same = {}
+    for number, mesh in enumerate(_meshes()):
+        for name, copied in COPIES.items():
+            rate = 0.5 if number == 0 else 1.0
+            module = parallelize(build(CASE), mesh, sample_rate=rate)
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+            _step(module, optimizer, 0, rank)
+            before = whole(module.weight)
+            twin = copied(module)
+            losses = [_step(twin, torch.optim.SGD(twin.parameters(), lr=0.1), step, rank) for step in (1, 2)]
+            same[number, name, "apart"] = torch.equal(whole(module.weight), before)
+            same[number, name, "alike"] = losses == [_step(module, optimizer, step, rank) for step in (1, 2)]
+            for key, tensor in module.state_dict().items():
+                same[number, name, key] = torch.equal(whole(tensor), whole(twin.state_dict()[key]))
+            same[number, name, "class"] = type(twin) is type(module)
+    return same
+
+
+def test_a_copy_trains_on_like_the_module() -> None:
+    for same in (_copies(None), *world.run(_copies, 2)):
+        assert all(same.values()), same
+
+
+def _average(rank: int | None, mesh: Any) -> dict[str, torch.Tensor]:
+    module = build(CASE) if rank is None else parallelize(build(CASE), mesh)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.7))
+    for step in range(3):
+        _step(module, optimizer, step, rank)
+        average.update_parameters(module)
+    features, _ = batch(CASE, 0)
+    predicted = average.module.predict(features[slice(None) if rank is None else part(CASE, 0, rank)])
+    return {"weight": whole(average.module.weight), "cosine": predicted.cosine}
+
+
+def _averages(rank: int) -> list[dict[str, torch.Tensor]]:
+    return [_average(rank, mesh) for mesh in _meshes()]
+
+
+def test_a_moving_average_is_that_of_one_process() -> None:
+    one = _average(None, None)
+    ranks = world.run(_averages, 2)
+    for number in range(3):
+        for found in ranks:
+            assert relative_error(found[number]["weight"], one["weight"]) <= 1e-5
+        cosine = torch.cat([found[number]["cosine"] for found in ranks])
+        assert relative_error(cosine, one["cosine"]) <= 1e-5
+
+
+def _save(rank: int, path: Path) -> None:
+    module = parallelize(build(CASE), class_mesh())
+    if rank == 0:
+        torch.save(module, path)
+
+
+def _load(rank: int, path: Path) -> str:
+    with pytest.raises(DistributedError) as caught:
+        torch.load(path, weights_only=False)
+    return str(caught.value)
+
+
+def test_a_pickle_is_refused_by_other_ranks(tmp_path: Path) -> None:
+    world.run(_save, 2, tmp_path / "module.pt")
+    for said in (_load(0, tmp_path / "module.pt"), *world.run(_load, 1, tmp_path / "module.pt")):
+        assert "pickled on 2 ranks" in said
+        assert "save_checkpoint" in said
