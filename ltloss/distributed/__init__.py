@@ -12,6 +12,7 @@ from typing import Any
 
 from ltloss.distributed.checkpoint import load_checkpoint, save_checkpoint
 from ltloss.distributed.class_parallel import ClassParallel, parallelize
+from ltloss.distributed.clipping import clip_grad_norm_
 from ltloss.distributed.layout import class_mesh
 from ltloss.distributed.more_classes import add_classes
 from ltloss.distributed.sampled_optimizers import SampledAdamW, SampledSGD
@@ -24,6 +25,7 @@ __all__ = [
     "SampledSGD",
     "add_classes",
     "class_mesh",
+    "clip_grad_norm_",
     "load_checkpoint",
     "parallelize",
     "save_checkpoint",
