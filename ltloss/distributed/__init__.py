@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 from ltloss.distributed.checkpoint import load_checkpoint, save_checkpoint
-from ltloss.distributed.class_parallel import ClassParallel, parallelize
+from ltloss.distributed.class_parallel import ClassParallel, in_one_piece, parallelize
 from ltloss.distributed.clipping import clip_grad_norm_
 from ltloss.distributed.layout import class_mesh
 from ltloss.distributed.more_classes import add_classes
@@ -26,6 +26,7 @@ __all__ = [
     "add_classes",
     "class_mesh",
     "clip_grad_norm_",
+    "in_one_piece",
     "load_checkpoint",
     "parallelize",
     "save_checkpoint",

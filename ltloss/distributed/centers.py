@@ -40,6 +40,14 @@ class ShardedCenters(ClassCenters):
         own.centers, own.counts = local(self.centers), local(self.counts)
         return own
 
+    def in_one_piece(self) -> ClassCenters:
+        """Those of all ranks, copied."""
+        whole = ClassCenters(1, 1, update=self.update_rule, momentum=self.momentum)
+        for name, buffer in self._buffers.items():
+            sharded: Any = buffer
+            whole._buffers[name] = sharded.full_tensor() if self.layout.mesh else sharded.clone()
+        return whole
+
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Take in the global batch: features (N, D), labels (N,) int64 or -1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from contextlib import nullcontext
 from functools import cache
@@ -26,9 +27,10 @@ from ltloss.runtime import debug
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["ClassParallel", "parallelize"]
+__all__ = ["ClassParallel", "in_one_piece", "parallelize"]
 
 Head = TypeVar("Head", bound=PrototypeHead)
+Module = TypeVar("Module")
 
 _DRAWN_TOGETHER = 4096  # classes whose first prototypes come from one generator
 
@@ -96,6 +98,45 @@ def parallelize(
     module.rearrange(layout)
     _shard(module, layout)
     return module
+
+
+def in_one_piece(module: Module) -> Module:
+    """What :func:`parallelize` was given, with all classes on every rank; all ranks call it. For few classes only.
+
+    Args:
+        module: a parallel module, which stays as it is; any other is returned.
+
+    Returns:
+        An ordinary module with copies of the prototypes and centres as they are now, and with the same constants. Each
+        rank uses it alone: ``logits`` of any number of batches sends nothing.
+
+    Example:
+        >>> from ltloss import ArcFaceLoss
+        >>> from ltloss.distributed import class_mesh, in_one_piece, parallelize
+        >>> loss_fn = parallelize(ArcFaceLoss(100, 16), class_mesh(), sample_rate=0.5)
+        >>> type(in_one_piece(loss_fn)).__name__
+        'ArcFaceLoss'
+    """
+    if not isinstance(module, ClassParallel):
+        return module
+    whole: Any = copy.copy(module)
+    whole.__class__ = type(module).__bases__[1]
+    for name in ClassParallel.__annotations__:
+        del whole.__dict__[name]
+    with torch.inference_mode(False), torch.no_grad():
+        for part in ("_parameters", "_buffers", "_modules"):
+            setattr(whole, part, {name: _gathered(tensor) for name, tensor in getattr(module, part).items()})
+    return whole  # type: ignore[no-any-return]
+
+
+def _gathered(part: Any) -> Any:
+    """A tensor in memory of its own, all of it; of class centres those of one process."""
+    if isinstance(part, ShardedCenters):
+        return part.in_one_piece()
+    if not isinstance(part, Tensor):
+        return part
+    whole = part.full_tensor() if hasattr(part, "full_tensor") else part.clone()
+    return nn.Parameter(whole, part.requires_grad) if isinstance(part, nn.Parameter) else whole
 
 
 @cache
@@ -201,6 +242,19 @@ class ClassParallel(PrototypeHead):
         if loss.dim() == 0:
             return loss
         return _OwnLosses.apply(loss, batch.own, batch.real, self.layout)  # type: ignore[no-any-return, no-untyped-call]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """As of one process, (n, C) of this rank's features; all ranks call it. Gathers the whole weight each time.
+
+        For few classes, and for many calls those of :func:`in_one_piece`. The gradient of the weight is that of the
+        sum over the ranks of what each computes from its logits.
+        """
+        from torch.distributed.tensor import Partial
+
+        weight: Any = self.weight
+        mesh = self.layout.mesh
+        whole = weight if mesh is None else weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+        return self._dense_logits(features, whole)
 
     @torch.no_grad()
     def predict(self, features: Tensor, k: int = 1) -> TopK:

@@ -57,7 +57,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor as it is. Without a gradient."""
-    return own_part(tensor.detach())
+    return own_part(tensor).detach()  # in this order: a DTensor cannot be detached in inference mode
 
 
 @dataclass(frozen=True)

@@ -134,9 +134,9 @@ class PrototypeHead(nn.Module):
 
         Dense: for large C use :meth:`predict`.
         """
-        weight: Tensor = self.weight
-        if hasattr(weight, "full_tensor"):  # a DTensor
-            weight = weight.full_tensor()
+        return self._dense_logits(features, self.weight)
+
+    def _dense_logits(self, features: Tensor, weight: Tensor) -> Tensor:
         logits = self.scale * cosines(features, weight)
         if not self.normalize_features:
             logits = logits * torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=logits.dtype)

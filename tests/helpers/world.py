@@ -117,7 +117,7 @@ class Collectives(TorchDispatchMode):
         self.calls: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
+        if func.namespace in ("c10d", "_c10d_functional") and not func._opname.startswith(("wait", "_wrap")):
             self.calls.append(func._opname.strip("_").removesuffix("_"))
         return func(*args, **(kwargs or {}))
 

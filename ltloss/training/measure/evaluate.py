@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltloss.distributed import in_one_piece
 from ltloss.training.data.batches import batches
 from ltloss.training.data.images import ImageSource, Split
 from ltloss.training.data.sources import absolute, check_same_classes, has_own_splits, load_data
@@ -18,7 +19,6 @@ from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.metrics import Metrics, MetricsAccumulator, number, own_angles, percent
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.run.prepare import limited
-from ltloss.training.run.ranks import in_one_piece
 from ltloss.training.run.settings import RunConfig
 
 BATCH_SIZE = 512
@@ -40,7 +40,8 @@ def measure(
     """
     was_training = classifier.training
     classifier.eval()
-    prototypes = in_one_piece(classifier.loss.weight)
+    head = in_one_piece(classifier.loss)
+    prototypes = head.weight
     rows = max(1, _LOGITS_AT_ONCE // len(prototypes))
     found = MetricsAccumulator(classifier.config.class_counts, thresholds)
     for batch in batches(source, BATCH_SIZE):
@@ -48,7 +49,7 @@ def measure(
             features = classifier.features(batch.images.to(prototypes.device))
         features, labels = features.float(), batch.labels.to(prototypes.device)
         for x, y in zip(torch.split(features, rows), torch.split(labels, rows), strict=True):
-            logits = classifier.loss.logits(x).float()
+            logits = head.logits(x).float()
             if logit_offset is not None:
                 logits += logit_offset
             own = logits.gather(1, y[:, None])[:, 0]

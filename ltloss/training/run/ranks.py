@@ -98,13 +98,8 @@ def spread(classifier: Classifier, ranks: Ranks) -> nn.Module:
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors in one piece; all ranks call this."""
-    return {name: in_one_piece(tensor) for name, tensor in tensors.items()}
-
-
-def in_one_piece(tensor: Any) -> Tensor:
-    """The tensor, gathered from all ranks where it is sharded."""
-    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return gathered
+    given: Any = tensors
+    return {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in given.items()}
 
 
 def put(target: Tensor, value: Tensor) -> None:
