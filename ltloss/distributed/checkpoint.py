@@ -214,21 +214,25 @@ def _optimizer_slots(
     slots: dict[str, Slot] = {}
     _optimizer_tensors(modules, optimizers)  # refuses foreign parameters
     for label, optimizer in optimizers.items():
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        for options, parameter in ((group, p) for group in optimizer.param_groups for p in group["params"]):
+            on_device = bool(options.get("fused") or options.get("capturable"))
             prefix = f"optimizer.{label}.{names[parameter]}."
             for name in (name for name in stored if name.startswith(prefix)):
-                value = _like(parameter, stored[name])
+                value = _like(parameter, stored[name], on_device)
                 state, key = optimizer.state[parameter], name.removeprefix(prefix)
                 slots[name] = (value, lambda state=state, key=key, value=value: state.__setitem__(key, value))  # type: ignore[misc]
     return slots
 
 
-def _like(parameter: Tensor, stored: Any) -> Tensor:
-    """An empty tensor of the stored shape: placed as the parameter where it has a row per class, else whole."""
+def _like(parameter: Tensor, stored: Any, on_device: bool) -> Tensor:
+    """An empty tensor of the stored shape: placed as the parameter where it has a row per class, else whole.
+
+    Numbers (the steps that Adam counts) stay on the host, but for optimizers that read them ``on_device``.
+    """
     shape, dtype = tuple(stored.size), stored.properties.dtype
     layout = Layout.of(parameter) if hasattr(parameter, "device_mesh") else None
     if layout is None or not shape or shape[0] != parameter.shape[0]:
-        return torch.zeros(shape, dtype=dtype, device=parameter.device if shape else "cpu")
+        return torch.zeros(shape, dtype=dtype, device=parameter.device if shape or on_device else "cpu")
     start, stop = layout.span()
     return layout.place(torch.zeros(stop - start, *shape[1:], dtype=dtype, device=layout.device), *shape[1:])
 

@@ -1,0 +1,37 @@
+"""The training of docs/distributed.md on two ranks: the curve of one process, under DDP and under FSDP2."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import world
+
+pytestmark = pytest.mark.slow
+
+PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
+FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def _curves(rank: int, folder: Path) -> dict[str, list[float]]:
+    os.chdir(folder)
+    namespace: dict[str, Any] = {"__name__": "example"}
+    for match in FENCE.finditer(PAGE.read_text(encoding="utf-8")):
+        exec(compile(match[1], PAGE.name, "exec"), namespace)
+    return namespace["curves"]  # type: ignore[no-any-return]
+
+
+def test_the_training_of_the_page_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    found = world.run(_curves, 2, tmp_path / "two")
+    monkeypatch.chdir(tmp_path)  # and back, after it
+    alone = _curves(0, tmp_path / "one")
+    for curves in found:
+        assert list(curves) == ["DDP", "FSDP2"]
+        for wrapper, losses in curves.items():
+            assert losses == pytest.approx(alone[wrapper], rel=1e-4)
+    assert alone["DDP"][-1] != alone["DDP"][0]
