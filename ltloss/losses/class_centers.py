@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ltloss._validation import check_choice, check_number
 from ltloss.numerics import add_rows_, compute_dtype
@@ -26,6 +27,18 @@ def _group_by_label(labels: Tensor) -> tuple[Tensor, Tensor]:
     first[1:] = ordered[1:] != ordered[:-1]
     group = torch.empty_like(order).scatter_(0, order, first.cumsum(0) - 1)
     return group, torch.empty_like(first).scatter_(0, order, first)
+
+
+def check_not_inside_ddp() -> None:
+    """RuntimeError where DDP calls the module: it would give all ranks the centres of rank 0's samples."""
+    wrapper: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    if wrapper is not None and wrapper.process_group.size() > 1:
+        raise RuntimeError(
+            "a loss with class centres was called inside DistributedDataParallel, which would keep the centres of rank "
+            "0's samples only. Wrap the backbone alone, and give the loss to ltloss.distributed: loss_fn = "
+            "parallelize(loss_fn, class_mesh(), averaged_backbone=True); class_mesh(data=ranks) keeps all classes on "
+            "each rank"
+        )
 
 
 class ClassCenters(nn.Module):

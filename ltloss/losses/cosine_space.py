@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltloss._validation import check_choice, check_number
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
-from ltloss.losses.class_centers import CenterUpdate, ClassCenters
+from ltloss.losses.class_centers import CenterUpdate, ClassCenters, check_not_inside_ddp
 from ltloss.losses.prototype_head import PrototypeHead
 
 __all__ = ["CosineSpaceLoss"]
@@ -42,6 +42,9 @@ class CosineSpaceLoss(PrototypeHead):
             detached.
         centers: the centres, which move in ``train()`` mode only. They and ``step`` (batches seen) are in the
             state_dict.
+
+    Raises:
+        RuntimeError: in ``train()`` mode inside DistributedDataParallel, which would keep the centres of rank 0 only.
 
     Example:
         >>> import torch
@@ -117,6 +120,8 @@ class CosineSpaceLoss(PrototypeHead):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Loss of features (N, D) with labels (N,), a scalar. In ``train()`` mode the centres and the step move on."""
+        if self.training:
+            check_not_inside_ddp()
         inter, cross_entropy = self._cross_entropies(features, labels)
         labels = labels.to(torch.int64)
         labels = labels.masked_fill(labels == self.ignore_index, -1)
