@@ -64,7 +64,7 @@ class ShardedCenters(ClassCenters):
             cosine = torch.where(mine, self._own().cosine(_Partial.apply(features, layout, rows), index), 0.0)  # type: ignore[no-untyped-call]
         else:
             cosine = _Partial.apply(features, layout, rows)[:, 0] * 0.0  # type: ignore[no-untyped-call]
-        summed: Tensor = _SumOverClasses.apply(cosine, layout)  # type: ignore[no-untyped-call]
+        summed: Tensor = comm.SumOverClasses.apply(cosine, layout.class_group)  # type: ignore[no-untyped-call]
         # A label that no rank has, -1, gets 1 as in the single process, where it reads class 0 and is not counted.
         return torch.where(labels < 0, 1.0, summed)
 
@@ -82,16 +82,3 @@ class _Partial(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         grad = grad_outputs[0]
         return send_home(grad[ctx.rows].contiguous(), grad.shape[0], ctx.layout), None, None
-
-
-class _SumOverClasses(torch.autograd.Function):
-    """Sum of an N-vector over the class ranks, each of which then computes the same loss from it."""
-
-    @staticmethod
-    def forward(ctx: Any, vector: Tensor, layout: Layout) -> Tensor:
-        return comm.all_reduce(vector.clone(), layout.class_group)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0], None

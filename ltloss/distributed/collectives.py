@@ -16,6 +16,7 @@ from torch import Tensor
 from ltloss.errors import DistributedError
 
 __all__ = [
+    "SumOverClasses",
     "all_gather",
     "all_reduce",
     "all_to_all",
@@ -82,6 +83,21 @@ def all_reduce(tensor: Tensor, group: Group) -> Tensor:
         with _reporting("all-reduce", group):
             dist.all_reduce(tensor, group=group)
     return tensor
+
+
+class SumOverClasses(torch.autograd.Function):
+    """Sum over the class ranks of what each computes from its own classes; every rank uses the sum alike."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
+        """The sum, a tensor of its own."""
+        return all_reduce(part.clone(), group)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        """The gradient as it is: every rank has that of the same loss."""
+        return grad_outputs[0], None
 
 
 def all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:

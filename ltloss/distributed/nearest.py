@@ -98,21 +98,8 @@ def min_angle_regularizer(
         weights = chosen.to(cosine.dtype) ** -power
     sums = torch.stack([-(weights * arccos(cosine)).sum(), weights.sum()])
     if rows is None:
-        sums = _SumOfParts.apply(sums, layout)  # type: ignore[no-untyped-call]
+        sums = comm.SumOverClasses.apply(sums, layout.class_group)  # type: ignore[no-untyped-call]
     return sums[0] / sums[1]
-
-
-class _SumOfParts(torch.autograd.Function):
-    """Sum over the class ranks of what each computes from its own classes; every rank uses the sum alike."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, layout: Layout) -> Tensor:
-        return comm.all_reduce(part.clone(), layout.class_group)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0], None
 
 
 def _round(own: Tensor, layout: Layout) -> _Found:
