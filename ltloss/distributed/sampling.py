@@ -52,8 +52,9 @@ class ClassSampler:
     checkpointing computes again draws the same again.
 
     ``step`` advances by one when a ``torch.optim`` optimizer (or a subclass) that owns the weight has stepped. It does
-    not for a step that a GradScaler skips, for optimizers over other tensors (a master copy of the weight too), nor for
-    a weight that is changed by hand: count those with ``module.sampler.step += 1``, on all ranks.
+    not for optimizers over other tensors (a master copy of the weight too), nor for a weight that is changed by hand:
+    count those with ``module.sampler.step += 1``, on all ranks. Of the steps that a GradScaler skips, those of fused
+    optimizers count, for they skip inside; the others do not.
 
     Args:
         rate: fraction of each rank's classes, in (0, 1); the batch's own classes are taken even where they are more.
