@@ -8,7 +8,7 @@ may be put on one pass. Under ``ltloss.use_backend("reference")`` everything is 
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -24,12 +24,11 @@ from ltloss._validation import (
     check_type,
     plain_number,
 )
-from ltloss.margins import BeyondPi, MarginGradient, margin_cosine
+from ltloss.margins import Margin, Objective, margin_cosine
 from ltloss.numerics import compute_dtype
 from ltloss.ops import logsumexp as ops
 from ltloss.ops._dispatch import at_hand
 from ltloss.ops.labels import checked_labels
-from ltloss.ops.logsumexp import Logits
 from ltloss.reference import direction
 
 __all__ = ["LogSumExpStats", "logsumexp_stats", "margin_losses", "reduce_losses"]
@@ -111,16 +110,18 @@ def logsumexp_stats(
             )
         logit_scale = scale.to(dtype)
         features = direction(features.masked_fill(~counted[:, None], 0.0).to(dtype)) * logit_scale[:, None]
-        logits = Logits(1.0, False, ignore_index)
+        objective = Objective(log_prior=log_prior, scale=1.0, normalize_features=False, ignore_index=ignore_index)
     else:
         scale = check_number("scale", scale, above=0.0)
         logit_scale = float(scale)
         if not normalize_features:
             counted_features = features.masked_fill(~counted[:, None], 0.0)
             logit_scale = scale * torch.linalg.vector_norm(counted_features, dim=1, dtype=dtype)
-        logits = Logits(float(scale), normalize_features, ignore_index)
+        objective = Objective(
+            log_prior=log_prior, scale=float(scale), normalize_features=normalize_features, ignore_index=ignore_index
+        )
     own, shard = at_hand(prototypes, labels)
-    r, target, logit_sum = ops.logsumexp_stats(features, own, labels, log_prior, logits, with_logit_sum, shard)
+    r, target, logit_sum = ops.logsumexp_stats(features, own, labels, objective, with_logit_sum, shard)
     labels = torch.where(counted, labels, -1)
     if logit_sum is not None and log_prior is not None:
         logit_sum = logit_sum + log_prior.sum()
@@ -128,33 +129,25 @@ def logsumexp_stats(
     return LogSumExpStats(labels, r, target, logit_scale, target_prior, logit_sum, num_classes)
 
 
-def _of_samples(
-    name: str, per_class: Tensor | float, per_sample: Tensor | None, stats: LogSumExpStats
-) -> Tensor | float:
-    """A number, or a value per sample; (C,) and (N,) come under names of their own and are never guessed apart."""
-    given = check_per_class(name, per_class, stats.num_classes, stats.logsumexp)
-    value = given[stats.labels.clamp(0, stats.num_classes - 1)] if isinstance(given, Tensor) and given.dim() else given
+def _added(name: str, per_sample: Tensor | None, margin: Tensor | float, stats: LogSumExpStats) -> Tensor | float:
+    """(C,) and (N,) come under names of their own and are never guessed apart."""
     if per_sample is None:
-        return value
+        return margin
     if not isinstance(per_sample, Tensor) or per_sample.shape != stats.labels.shape:
         shown = tuple(per_sample.shape) if isinstance(per_sample, Tensor) else type(per_sample).__name__
-        raise ValueError(f"sample_{name} must be a tensor {tuple(stats.labels.shape)}, one per sample; got {shown}")
+        raise ValueError(f"{name} must be a tensor {tuple(stats.labels.shape)}, one per sample; got {shown}")
     if per_sample.requires_grad:
-        raise ValueError(f"sample_{name} is treated as a constant and gets no gradient; pass sample_{name}.detach()")
-    return value + per_sample.to(stats.logsumexp.dtype)
+        raise ValueError(f"{name} is treated as a constant and gets no gradient; pass {name}.detach()")
+    return margin + per_sample.to(stats.logsumexp.dtype)
 
 
 def margin_losses(
     stats: LogSumExpStats,
     *,
-    angular_margin: Tensor | float = 0.0,
-    cosine_margin: Tensor | float = 0.0,
     sample_angular_margin: Tensor | None = None,
     sample_cosine_margin: Tensor | None = None,
-    angle_multiplier: float = 1.0,
     label_smoothing: float = 0.0,
-    beyond_pi: BeyondPi = "monotone",
-    margin_gradient: MarginGradient = "exact",
+    **margin: Any,
 ) -> Tensor:
     """Per-sample losses (N,), unweighted, 0 where a sample does not count.
 
@@ -163,10 +156,11 @@ def margin_losses(
 
     Args:
         stats: from :func:`logsumexp_stats`.
-        angular_margin, cosine_margin: m2 in radians and m3, a number or (C,).
-        sample_angular_margin, sample_cosine_margin: (N,), added to them. Constants: no gradient flows into a margin.
-        angle_multiplier, label_smoothing, beyond_pi, margin_gradient: as in
-            :func:`ltloss.functional.margin_cross_entropy`. Smoothing needs ``with_logit_sum=True``.
+        sample_angular_margin, sample_cosine_margin: (N,), added to the margins below. Constants: no gradient flows into
+            a margin.
+        label_smoothing: as in :func:`ltloss.functional.margin_cross_entropy`; needs ``with_logit_sum=True``.
+        margin: options of :class:`ltloss.margins.Margin`, with a number or (C,) as angular margin (radians) and as
+            cosine margin.
 
     Example:
         >>> import torch
@@ -175,10 +169,8 @@ def margin_losses(
         >>> margin_losses(stats, cosine_margin=0.5)
         tensor([0.1269, 0.1269])
     """
-    angle_multiplier = check_number("angle_multiplier", angle_multiplier, above=0.0)
     label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
-    check_choice("beyond_pi", beyond_pi, get_args(BeyondPi))
-    check_choice("margin_gradient", margin_gradient, get_args(MarginGradient))
+    of_classes = Margin(**margin).checked(stats.num_classes, stats.logsumexp)
     if label_smoothing > 0.0 and stats.logit_sum is None:
         raise ValueError(
             f"label_smoothing={label_smoothing} needs the sum of all logits: call logsumexp_stats with "
@@ -187,14 +179,12 @@ def margin_losses(
     scale = stats.logit_scale
     # A zero feature that keeps its length has logit 0 and direction 0; the bound only makes 0/0 into 0.
     divisor = scale.clamp_min(torch.finfo(scale.dtype).tiny) if isinstance(scale, Tensor) else scale
-    target_with_margin = scale * margin_cosine(
-        stats.target_logit / divisor,
-        angular_margin=_of_samples("angular_margin", angular_margin, sample_angular_margin, stats),
-        cosine_margin=_of_samples("cosine_margin", cosine_margin, sample_cosine_margin, stats),
-        angle_multiplier=float(angle_multiplier),
-        beyond_pi=beyond_pi,
-        margin_gradient=margin_gradient,
+    of_samples = of_classes.of_samples(stats.labels.clamp(0, stats.num_classes - 1))
+    of_samples = of_samples._replace(
+        angular_margin=_added("sample_angular_margin", sample_angular_margin, of_samples.angular_margin, stats),
+        cosine_margin=_added("sample_cosine_margin", sample_cosine_margin, of_samples.cosine_margin, stats),
     )
+    target_with_margin = scale * margin_cosine(stats.target_logit / divisor, **of_samples._asdict())
     z = target_with_margin + stats.target_prior
     losses = -F.logsigmoid(z - stats.logsumexp)
     if stats.logit_sum is not None and label_smoothing > 0.0:

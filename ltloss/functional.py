@@ -12,6 +12,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from ltloss import reference
 from ltloss._types import NearestPrototype, Reduction, TopK
 from ltloss._validation import (
     check_choice,
@@ -28,13 +29,13 @@ from ltloss._validation import (
     check_type,
 )
 from ltloss.class_balance import checked_counts
-from ltloss.margins import BeyondPi, Margin, MarginGradient
+from ltloss.margins import BeyondPi, Margin, MarginGradient, Objective
 from ltloss.numerics import compute_dtype
-from ltloss.ops import margin_cross_entropy as margin_ops
 from ltloss.ops import prototype_search
-from ltloss.ops._dispatch import at_hand
+from ltloss.ops._dispatch import at_hand, choose_backend
 from ltloss.ops.labels import NOTHING, checked_labels
-from ltloss.ops.logsumexp import Logits, logsumexp_stats
+from ltloss.ops.logsumexp import logsumexp_stats
+from ltloss.ops.margin_cross_entropy import MarginCrossEntropy
 from ltloss.regularizers import FeatureNormKind, norm_penalty
 from ltloss.runtime import debug
 
@@ -109,39 +110,38 @@ def margin_cross_entropy(
     """
     check_supervised(features, prototypes, labels)
     scale = check_number("scale", scale, above=0.0)
-    angle_multiplier = check_number("angle_multiplier", angle_multiplier, above=0.0)
     label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
     check_type("ignore_index", ignore_index, int)
     check_type("normalize_features", normalize_features, bool)
-    check_choice("beyond_pi", beyond_pi, get_args(BeyondPi))
-    check_choice("margin_gradient", margin_gradient, get_args(MarginGradient))
     check_choice("reduction", reduction, get_args(Reduction))
     like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
     classes = prototypes.shape[0]
-    angle, cosine = (
-        check_per_class(name, given, classes, like)
-        for name, given in (("angular_margin", angular_margin), ("cosine_margin", cosine_margin))
-    )
-    angle, cosine = (v.expand(classes) if isinstance(v, Tensor) else v for v in (angle, cosine))
+    margin = Margin(angular_margin, cosine_margin, angle_multiplier, beyond_pi, margin_gradient).checked(classes, like)
+    angle, cosine = (v.expand(classes) if isinstance(v, Tensor) else v for v in margin[:2])
     prior, weight = (
         None if given is None else torch.as_tensor(check_per_class(name, given, classes, like)).to(like)
         for name, given in (("log_prior", log_prior), ("class_weight", class_weight))
     )
     check_prior(prior, labels, ignore_index)
-    prototypes, shard = at_hand(prototypes, labels)
-    return margin_ops.margin_cross_entropy(
-        features,
-        prototypes,
-        labels,
+    objective = Objective(
+        margin._replace(angular_margin=angle, cosine_margin=cosine),
         prior if prior is not None and prior.dim() else None,  # the same constant on every logit cancels
         None if weight is None else weight.expand(classes),
-        Margin(angle, cosine, angle_multiplier, beyond_pi, margin_gradient),
-        Logits(float(scale), normalize_features, ignore_index),
+        float(scale),
+        normalize_features,
         float(label_smoothing),
+        ignore_index,
         reduction,
-        shard,
-        classes,
     )
+    prototypes, shard = at_hand(prototypes, labels)
+    backend = choose_backend(features, prototypes, sharded=shard is not None)
+    labels = checked_labels(labels, classes, ignore_index, "labels")
+    if backend == "reference":
+        return reference.loss_of(features, prototypes, labels, objective)
+    loss: Tensor = MarginCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        features, prototypes, labels, objective, classes, backend, shard
+    )
+    return loss
 
 
 def cosine_logsumexp(
@@ -177,9 +177,8 @@ def cosine_logsumexp(
     labels = labels.to(torch.int64)
     inside = (labels >= 0) & (labels < prototypes.shape[0])
     prototypes, shard = at_hand(prototypes, labels)
-    other, target, _ = logsumexp_stats(
-        features, prototypes, labels, log_prior, Logits(float(scale), True, None), False, shard
-    )
+    objective = Objective(log_prior=log_prior, scale=float(scale), ignore_index=None)
+    other, target, _ = logsumexp_stats(features, prototypes, labels, objective, False, shard)
     if log_prior is not None:
         target = target + torch.where(inside, log_prior[torch.where(inside, labels, 0)], 0.0)
     return other, target

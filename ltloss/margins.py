@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ltloss._validation import check_choice
+from ltloss._types import Reduction
+from ltloss._validation import check_choice, check_number, check_per_class
 
-__all__ = ["ANGLE_FLOOR", "BeyondPi", "Margin", "MarginGradient", "arccos", "margin_cosine"]
+__all__ = ["ANGLE_FLOOR", "OBJECTIVE", "BeyondPi", "Margin", "MarginGradient", "Objective", "arccos", "margin_cosine"]
 
 BeyondPi = Literal["monotone", "arcface"]
 MarginGradient = Literal["exact", "straight_through"]
@@ -29,43 +30,55 @@ class Margin(NamedTuple):
     """cos(m1·θ + m2) − m3 on the target cosine: everything that tells one loss of the family from another.
 
     Attributes:
-        angle: m2 in radians, a number or a vector.
-        cosine: m3, a number or a vector.
-        multiplier: m1.
-        beyond_pi, gradient: see :func:`margin_cosine`.
+        angular_margin: m2 in radians, a number or a vector.
+        cosine_margin: m3, a number or a vector.
+        angle_multiplier: m1.
+        beyond_pi: what happens where m1·θ + m2 passes π and the cosine would rise again. ``"monotone"`` goes on falling
+            with −2 − cos(·); ``"arcface"`` takes cos θ − m2·sin m2, as the original does.
+        margin_gradient: ``"exact"``, or ``"straight_through"``, which takes d margin / d cos as 1 (InsightFace).
 
     A vector is per class, (C,), where the loss function takes it, and per sample, (N,), after :meth:`of_samples`.
     """
 
-    angle: Tensor | float = 0.0
-    cosine: Tensor | float = 0.0
-    multiplier: float = 1.0
+    angular_margin: Tensor | float = 0.0
+    cosine_margin: Tensor | float = 0.0
+    angle_multiplier: float = 1.0
     beyond_pi: BeyondPi = "monotone"
-    gradient: MarginGradient = "exact"
+    margin_gradient: MarginGradient = "exact"
+
+    def checked(self, num_classes: int, like: Tensor) -> Margin:
+        """The same with vectors (C,) as ``like`` is; an error that names the option where one is wrong."""
+        check_choice("beyond_pi", self.beyond_pi, get_args(BeyondPi))
+        check_choice("margin_gradient", self.margin_gradient, get_args(MarginGradient))
+        return self._replace(
+            angular_margin=check_per_class("angular_margin", self.angular_margin, num_classes, like),
+            cosine_margin=check_per_class("cosine_margin", self.cosine_margin, num_classes, like),
+            angle_multiplier=check_number("angle_multiplier", self.angle_multiplier, above=0.0),
+        )
 
     @property
     def turns(self) -> bool:
         """Whether an angle is involved at all; if not, the cosine is exact and no arccos loses digits of it."""
-        return self.multiplier != 1.0 or isinstance(self.angle, Tensor) or self.angle != 0.0
+        return self.angle_multiplier != 1.0 or isinstance(self.angular_margin, Tensor) or self.angular_margin != 0.0
 
     def of_samples(self, classes: Tensor) -> Margin:
         """Vectors per class, read at the class of each sample (N,)."""
         angle, cosine = (value[classes] if isinstance(value, Tensor) and value.dim() else value for value in self[:2])
-        return self._replace(angle=angle, cosine=cosine)
+        return self._replace(angular_margin=angle, cosine_margin=cosine)
 
     def to(self, dtype: torch.dtype) -> Margin:
         """Its vectors in another dtype."""
         angle, cosine = (value.to(dtype) if isinstance(value, Tensor) else value for value in self[:2])
-        return self._replace(angle=angle, cosine=cosine)
+        return self._replace(angular_margin=angle, cosine_margin=cosine)
 
     def value(self, cosine: Tensor) -> Tensor:
         """cos(m1·θ + m2) − m3 of target cosines (N,), continued beyond π."""
-        return (self._turned(cosine) if self.turns else cosine) - self.cosine
+        return (self._turned(cosine) if self.turns else cosine) - self.cosine_margin
 
     def _turned(self, cosine: Tensor) -> Tensor:
-        phase = self.multiplier * cosine.clamp(-1.0, 1.0).acos() + self.angle
+        phase = self.angle_multiplier * cosine.clamp(-1.0, 1.0).acos() + self.angular_margin
         if self.beyond_pi == "arcface":
-            return torch.where(phase > math.pi, cosine - self.angle * _sin(self.angle), phase.cos())
+            return torch.where(phase > math.pi, cosine - self.angular_margin * _sin(self.angular_margin), phase.cos())
         # On the k-th stretch of length pi: (-1)^k cos(phase) - 2k. Continuous and falling everywhere; k = 1 is the
         # -2 - cos(theta + m) of the text, k > 1 only occurs with a multiplier (SphereFace).
         stretch = torch.floor(phase / math.pi).clamp_min(0)
@@ -73,15 +86,69 @@ class Margin(NamedTuple):
 
     def slope(self, cosine: Tensor) -> Tensor:
         """d value / d cosine = m1·sin(m1·θ + m2)/sin(θ), with the sign of the stretch that the phase is on."""
-        if not self.turns or self.gradient == "straight_through":
+        if not self.turns or self.margin_gradient == "straight_through":
             return torch.ones_like(cosine)
         # The bound as a literal: torch.compile(dynamic=True) takes globals for inputs of the graph.
         angle = arccos(cosine).clamp(2.0**-11, math.pi - 2.0**-11)
-        phase = self.multiplier * angle + self.angle
-        slope = self.multiplier * phase.sin() / angle.sin()
+        phase = self.angle_multiplier * angle + self.angular_margin
+        slope = self.angle_multiplier * phase.sin() / angle.sin()
         if self.beyond_pi == "arcface":
             return torch.where(phase > math.pi, torch.ones_like(slope), slope)
         return (1 - 2 * torch.floor(phase / math.pi).clamp_min(0).remainder(2)) * slope
+
+
+class Objective(NamedTuple):
+    """The loss without its batch: all that goes with features, prototypes and labels, checked once.
+
+    Attributes:
+        margin: on the target cosine.
+        log_prior: (C,) added to the logits, or None.
+        class_weight: (C,) factor on the loss of each class, or None.
+        scale, normalize_features, label_smoothing, reduction: see :func:`ltloss.functional.margin_cross_entropy`.
+        ignore_index: the label of samples that do not count. None: every label outside [0, C) says that the target is
+            not among these prototypes.
+    """
+
+    margin: Margin = Margin()
+    log_prior: Tensor | None = None
+    class_weight: Tensor | None = None
+    scale: float = 30.0
+    normalize_features: bool = True
+    label_smoothing: float = 0.0
+    ignore_index: int | None = -100
+    reduction: Reduction = "mean"
+
+    def flat(self) -> tuple[list[Tensor | None], list[float], bool, int | None, list[str]]:
+        """As the schema of an operator can say it, ``OBJECTIVE``."""
+        given = (*self.margin[:2], self.log_prior, self.class_weight)
+        vectors = [value if isinstance(value, Tensor) else None for value in given]
+        margins = [0.0 if isinstance(value, Tensor) else float(value) for value in self.margin[:3]]
+        words: list[str] = [self.margin.beyond_pi, self.margin.margin_gradient, self.reduction]
+        return vectors, [*margins, self.scale, self.label_smoothing], self.normalize_features, self.ignore_index, words
+
+    @classmethod
+    def named(cls, **options: Any) -> Objective:
+        """From the options by name, those of the margin too."""
+        margin = Margin(**{name: options.pop(name) for name in Margin._fields if name in options})
+        return cls(margin, **options)
+
+    @classmethod
+    def of(
+        cls,
+        vectors: list[Tensor | None],
+        numbers: list[float],
+        normalize_features: bool,
+        ignore_index: int | None,
+        words: list[Any],
+    ) -> Objective:
+        """The inverse of :meth:`flat`."""
+        angle, cosine = (n if v is None else v for v, n in zip(vectors[:2], numbers, strict=False))
+        margin = Margin(angle, cosine, numbers[2], *words[:2])
+        prior, weight = vectors[2:]
+        return cls(margin, prior, weight, numbers[3], normalize_features, numbers[4], ignore_index, words[2])
+
+
+OBJECTIVE = "Tensor?[] vectors, float[] numbers, bool normalize_features, int? ignore_index, str[] words"
 
 
 def _sin(angle: Tensor | float) -> Tensor | float:
@@ -137,25 +204,12 @@ class _MarginCosine(torch.autograd.Function):
         return grad_outputs[0] * ctx.margin.slope(cosine), None
 
 
-def margin_cosine(
-    cosine: Tensor,
-    *,
-    angular_margin: Tensor | float = 0.0,
-    cosine_margin: Tensor | float = 0.0,
-    angle_multiplier: float = 1.0,
-    beyond_pi: BeyondPi = "monotone",
-    margin_gradient: MarginGradient = "exact",
-) -> Tensor:
+def margin_cosine(cosine: Tensor, **margin: Any) -> Tensor:
     """The target cosine after its margin: cos(m1·θ + m2) − m3, per sample.
 
     Args:
         cosine: (N,) target cosines.
-        angular_margin: m2 in radians, a number or (N,), already gathered per sample. Not differentiated.
-        cosine_margin: m3, a number or (N,). Not differentiated.
-        angle_multiplier: m1.
-        beyond_pi: what happens where m1·θ + m2 passes π and the cosine would rise again. ``"monotone"`` goes on falling
-            with −2 − cos(·); ``"arcface"`` takes cos θ − m2·sin m2, as the original does.
-        margin_gradient: ``"exact"``, or ``"straight_through"``, which takes d margin / d cos as 1 (InsightFace).
+        margin: see :class:`Margin`; vectors are (N,), already gathered per sample, and not differentiated.
 
     Returns:
         (N,) cosines after the margin, in the dtype of ``cosine``. Differentiable any number of times.
@@ -169,7 +223,5 @@ def margin_cosine(
         >>> margin_cosine(torch.tensor([0.5]), cosine_margin=0.2)
         tensor([0.3000])
     """
-    check_choice("beyond_pi", beyond_pi, get_args(BeyondPi))
-    check_choice("margin_gradient", margin_gradient, get_args(MarginGradient))
-    margin = Margin(angular_margin, cosine_margin, angle_multiplier, beyond_pi, margin_gradient)
-    return _MarginCosine.apply(cosine, margin)  # type: ignore[no-any-return, no-untyped-call]
+    checked = Margin(**margin).checked(cosine.shape[0], cosine)
+    return _MarginCosine.apply(cosine, checked)  # type: ignore[no-any-return, no-untyped-call]

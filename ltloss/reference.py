@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ltloss._types import NearestPrototype, Reduction, TopK
-from ltloss.margins import BeyondPi, MarginGradient, arccos
+from ltloss.margins import BeyondPi, Margin, MarginGradient, Objective, arccos
 from ltloss.regularizers import FeatureNormKind, norm_penalty
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "cosines",
     "direction",
     "feature_norm_penalty",
+    "loss_of",
     "margin_cross_entropy",
     "min_angle_regularizer",
     "nearest_prototype",
@@ -62,20 +63,20 @@ def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
         return direction(features.to(dtype)) @ direction(prototypes.to(dtype)).t()
 
 
-def _margin(cosine: Tensor, m1: float, m2: Tensor, m3: Tensor, beyond_pi: BeyondPi, gradient: MarginGradient) -> Tensor:
-    """cos(m1·θ + m2) − m3, continued beyond π."""
-    theta = arccos(cosine)
-    phase = m1 * theta + m2
-    if beyond_pi == "monotone":
+def _with_margin(cosine: Tensor, margin: Margin) -> Tensor:
+    """cos(m1·θ + m2) − m3, continued beyond π; m2 and m3 are vectors (N,)."""
+    m2, m3 = torch.as_tensor(margin.angular_margin), margin.cosine_margin
+    phase = margin.angle_multiplier * arccos(cosine) + m2
+    if margin.beyond_pi == "monotone":
         # Beyond π: −2 − cos; in general (−1)^k cos − 2k on the k-th stretch of length π (SphereFace).
         k = torch.floor(phase / math.pi).clamp_min(0).detach()
-        margin = torch.where(k % 2 == 0, 1.0, -1.0) * phase.cos() - 2 * k
+        turned = torch.where(k % 2 == 0, 1.0, -1.0) * phase.cos() - 2 * k
     else:
-        margin = torch.where(phase > math.pi, cosine - m2 * m2.sin(), phase.cos())
-    if m1 == 1.0:  # θ + 0 leaves the cosine alone, without the detour over the angle
-        margin = torch.where(m2 == 0, cosine, margin)
-    margin = margin - m3
-    return cosine + (margin - cosine).detach() if gradient == "straight_through" else margin
+        turned = torch.where(phase > math.pi, cosine - m2 * m2.sin(), phase.cos())
+    if margin.angle_multiplier == 1.0:  # θ + 0 leaves the cosine alone, without the detour over the angle
+        turned = torch.where(m2 == 0, cosine, turned)
+    turned = turned - m3
+    return cosine + (turned - cosine).detach() if margin.margin_gradient == "straight_through" else turned
 
 
 def _per_sample(values: Tensor | float, labels: Tensor, like: Tensor) -> Tensor:
@@ -110,18 +111,16 @@ def logsumexp_stats(
     features: Tensor,
     prototypes: Tensor,
     labels: Tensor,
-    log_prior: Tensor | None,
-    scale: float,
-    normalize_features: bool,
-    ignore_index: int | None,
+    objective: Objective,
     with_logit_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Dense twin of :func:`ltloss.ops.margin_cross_entropy.logsumexp_stats`."""
-    if ignore_index is not None:
-        features = torch.where((labels == ignore_index)[:, None], 0.0, features)
-        labels = torch.where(labels == ignore_index, -1, labels)
-    cosine = scale * cosines(features, prototypes)
-    if not normalize_features:
+    """Dense twin of :func:`ltloss.ops.logsumexp.logsumexp_stats`."""
+    log_prior = objective.log_prior
+    if objective.ignore_index is not None:
+        features = torch.where((labels == objective.ignore_index)[:, None], 0.0, features)
+        labels = torch.where(labels == objective.ignore_index, -1, labels)
+    cosine = objective.scale * cosines(features, prototypes)
+    if not objective.normalize_features:
         cosine = cosine * torch.linalg.vector_norm(features.to(cosine.dtype), dim=1, keepdim=True)
     _, target = _own_and_others(cosine, labels)
     r, _ = _own_and_others(cosine if log_prior is None else cosine + log_prior, labels)
@@ -147,36 +146,56 @@ def margin_cross_entropy(
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Dense twin of :func:`ltloss.functional.margin_cross_entropy`."""
-    counted = labels != ignore_index
-    y = torch.where(counted, labels, 0).long()
+    objective = Objective.named(
+        scale=scale,
+        angular_margin=angular_margin,
+        cosine_margin=cosine_margin,
+        angle_multiplier=angle_multiplier,
+        log_prior=log_prior,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalize_features=normalize_features,
+        beyond_pi=beyond_pi,
+        margin_gradient=margin_gradient,
+        reduction=reduction,
+    )
+    return loss_of(features, prototypes, labels, objective)
+
+
+def loss_of(features: Tensor, prototypes: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+    """:func:`margin_cross_entropy` with its options as one object."""
+    scale, log_prior, smoothing = objective.scale, objective.log_prior, objective.label_smoothing
+    labels = labels.to(torch.int64)  # -100 compared with uint8 would be 156
+    counted = torch.ne(labels, -1 if objective.ignore_index is None else objective.ignore_index)
+    y = torch.where(counted, labels, 0)
     features = torch.where(counted[:, None], features, 0.0)
     cosine = cosines(features, prototypes)
     s: Tensor | float = scale
-    if not normalize_features:
+    if not objective.normalize_features:
         s = scale * torch.linalg.vector_norm(features.to(cosine.dtype), dim=1)
     per_row = s[:, None] if isinstance(s, Tensor) else s
     prior = cosine.new_zeros(cosine.shape[1]) if log_prior is None else log_prior.to(cosine.dtype)
     own_cosine = cosine.gather(1, y[:, None])[:, 0]
-    margin = _margin(
+    margin = _with_margin(
         own_cosine,
-        angle_multiplier,
-        _per_sample(angular_margin, y, cosine),
-        _per_sample(cosine_margin, y, cosine),
-        beyond_pi,
-        margin_gradient,
+        objective.margin._replace(
+            angular_margin=_per_sample(objective.margin.angular_margin, y, cosine),
+            cosine_margin=_per_sample(objective.margin.cosine_margin, y, cosine),
+        ),
     )
     z = s * margin + prior[y]
     logits = (per_row * cosine + prior).scatter(1, y[:, None], z[:, None])
     r, _ = _own_and_others(logits, y)
     losses = -F.logsigmoid(z - r)  # = log(e^r + e^z) − z, without cancellation
-    if label_smoothing:
-        losses = losses + label_smoothing * (z - logits.mean(1))
-    weights = counted * _per_sample(1.0 if class_weight is None else class_weight, y, cosine)
+    if smoothing:
+        losses = losses + smoothing * (z - logits.mean(1))
+    weights = counted * _per_sample(1.0 if objective.class_weight is None else objective.class_weight, y, cosine)
     losses = torch.where(counted, losses * weights, 0.0)
-    if reduction == "none":
+    if objective.reduction == "none":
         return losses
     total = weights.sum()
-    return losses.sum() / torch.where(total == 0, 1.0, total) if reduction == "mean" else losses.sum()
+    return losses.sum() / torch.where(total == 0, 1.0, total) if objective.reduction == "mean" else losses.sum()
 
 
 def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, exact: bool = False) -> NearestPrototype:

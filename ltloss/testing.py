@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltloss
 from ltloss import functional
@@ -18,6 +19,7 @@ from ltloss.class_balance import (
     margins_from_counts,
 )
 from ltloss.losses.defaults import LONG_TAIL_PRIOR
+from ltloss.ops._dispatch import IMPLEMENTATIONS
 
 Options = Callable[[int], dict[str, Any]]  # number of classes -> keyword arguments of margin_cross_entropy
 
@@ -166,18 +168,25 @@ def assert_same(actual: Outcome, exact: Outcome, tolerance: float, smallest_size
 
 
 @contextmanager
-def watching(mode: Any, monkeypatch: Any) -> Iterator[Any]:
+def watching(mode: Any) -> Iterator[Any]:
     """Let a TorchDispatchMode see into our operators, which otherwise hide what they are made of."""
-    from ltloss.ops import _dispatch
+    with _Inside(mode), mode:
+        yield mode
 
-    def run(function: Callable[..., Any], *args: Any) -> Any:
-        with mode:
-            return function(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(_dispatch, "run", run)
-        with mode:
-            yield mode
+class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs our operators as the functions that they are, under the mode that watches."""
+
+    def __init__(self, mode: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._mode = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        work = IMPLEMENTATIONS.get(func)
+        if work is None:
+            return func(*args, **(kwargs or {}))
+        with self, self._mode:
+            return work(*args)
 
 
 def copied_prototypes(seed: int) -> tuple[Tensor, Tensor, int, int]:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
+
+from ltloss.margins import Margin, Objective
 
 __all__ = ["KernelCase", "recorded_kernels"]
 
@@ -62,17 +64,10 @@ class KernelCase:
         return {self.fn.arg_names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
 
 
-class _Margin(NamedTuple):
-    angle: torch.Tensor | float = 0.5
-    cosine: torch.Tensor | float = 0.0
-    multiplier: float = 1.0
-    beyond_pi: str = "monotone"
-    gradient: str = "exact"
-
-
 @contextmanager
 def _taken_down(arch: int, name: Callable[[str], str]) -> Iterator[dict[str, KernelCase]]:
     """Within the block a launch is recorded, for a GPU of compute capability ``arch``; what it would write is left."""
+    from ltloss_kernels import running
     from ltloss_kernels.config import tile_table
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
@@ -93,54 +88,33 @@ def _taken_down(arch: int, name: Callable[[str], str]) -> Iterator[dict[str, Ker
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(tile_table, "architecture", return_value=arch),
+        mock.patch.object(running, "runnable", return_value=True),
         mock.patch.object(tile_table, "multiprocessors", return_value=_MULTIPROCESSORS),
     ):
         yield cases
 
 
-def _loss(features: torch.Tensor, prototypes: torch.Tensor, margin: _Margin, **options: Any) -> None:
+def _loss(features: torch.Tensor, prototypes: torch.Tensor, margin: Margin, **options: Any) -> None:
     """Forward and backward of a margin loss."""
     import ltloss_kernels as kernels
 
-    labels, classes = torch.arange(len(features)), len(prototypes)
-    prior, smoothing = options.get("log_prior"), options.get("label_smoothing", 0.0)
-    scale, normalize = options.get("scale", 64.0), options.get("normalize_features", True)
-    shared: dict[str, Any] = {"scale": scale, "ignore_index": -100}
-    partials = kernels.logsumexp_partials(
-        features,
-        prototypes,
-        labels,
-        prior,
-        normalize_features=normalize,
-        with_logit_sum=smoothing > 0.0,
-        **shared,
-    )
-    loss, coefficients, inverse_total, bound = kernels.margin_loss(
-        partials,
-        labels,
-        prior,
-        margin,
-        class_weight=options.get("class_weight"),
-        label_smoothing=smoothing,
-        num_classes=classes,
-        reduction="mean",
-        **shared,
-    )
-    kernels.logsumexp_gradients(
+    labels = torch.arange(len(features))
+    objective = Objective(margin, **{"scale": 64.0, **options})
+    given, smooth = (features, prototypes, labels, objective.log_prior), objective.label_smoothing > 0.0
+    partials = kernels.partials(*given, objective.scale, objective.normalize_features, smooth, -100)
+    loss, coefficients, *rest = kernels.margin_loss(partials, labels, objective, len(prototypes))
+    kernels.gradients(
         torch.ones_like(loss),
-        features,
-        prototypes,
-        labels,
-        prior,
+        *given,
         coefficients,
         partials.class_factor,
-        inverse_total,
-        bound,
-        smooth=smoothing > 0.0,
-        normalize_features=normalize,
-        needs=(True, True),
-        limit=_BYTES,
-        **shared,
+        *rest,
+        objective.scale,
+        smooth,
+        objective.normalize_features,
+        -100,
+        (True, True),
+        limit=lambda: _BYTES,
     )
 
 
@@ -149,9 +123,9 @@ def _searches(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tupl
 
     rows = torch.arange(0, len(prototypes), 3)
     near, some = torch.arange(len(prototypes)), torch.arange(len(rows))
-    yield "all", lambda: kernels.nearest_prototype(prototypes, None)
-    yield "rows", lambda: kernels.nearest_prototype(prototypes, rows)
-    yield "top 5", lambda: kernels.top_k(features, prototypes, 5, _BYTES)
+    yield "all", lambda: kernels.nearest_prototype(prototypes, None, False)
+    yield "rows", lambda: kernels.nearest_prototype(prototypes, rows, False)
+    yield "top 5", lambda: kernels.top_k(features, prototypes, 5, limit=lambda: _BYTES)
     gradient = kernels.nearest_prototype_gradient
     yield "all", lambda: gradient(torch.ones(len(near)), prototypes, None, near)
     yield "rows", lambda: gradient(torch.ones(len(rows)), prototypes, rows, some)
@@ -159,16 +133,16 @@ def _searches(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tupl
 
 def _losses(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
     vector = torch.linspace(0.1, 0.5, len(prototypes))
-    everything = _Margin(vector, vector, 1.1)
+    everything = Margin(vector, vector, 1.1)
     weighted = {"log_prior": vector, "class_weight": vector, "label_smoothing": 0.1}
-    variants: dict[str, tuple[_Margin, dict[str, Any]]] = {
-        "fixed": (_Margin(), {}),
-        "online": (_Margin(), {"scale": 512.0}),
-        "prior": (_Margin(), {"log_prior": vector}),
-        "fixed, smoothing": (_Margin(), {"label_smoothing": 0.1}),
+    variants: dict[str, tuple[Margin, dict[str, Any]]] = {
+        "fixed": (Margin(0.5), {}),
+        "online": (Margin(0.5), {"scale": 512.0}),
+        "prior": (Margin(0.5), {"log_prior": vector}),
+        "fixed, smoothing": (Margin(0.5), {"label_smoothing": 0.1}),
         "everything": (everything, weighted),
         "everything, arcface": (everything._replace(beyond_pi="arcface"), weighted),
-        "length kept": (_Margin(), {"normalize_features": False}),
+        "length kept": (Margin(0.5), {"normalize_features": False}),
     }
     for name, (margin, options) in variants.items():
         yield name, lambda margin=margin, options=options: _loss(features, prototypes, margin, **options)  # type: ignore[misc]
@@ -205,7 +179,7 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
                         launch()
         features, prototypes = torch.ones(_SAMPLES, _WIDEST, dtype=half), torch.ones(_CLASSES, _WIDEST, dtype=half)
         scenario = f"bf16, D = {_WIDEST}"
-        _loss(features, prototypes, _Margin())
+        _loss(features, prototypes, Margin(0.5))
         for _, launch in _searches(features, prototypes):
             launch()
     return list(cases.values())

@@ -9,25 +9,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ltloss_kernels.cosine_logsumexp import Partials, logsumexp_partials
-    from ltloss_kernels.cosine_logsumexp_gradients import logsumexp_gradients
-    from ltloss_kernels.margin_loss import Margin, margin_loss
+    from ltloss_kernels.cosine_logsumexp import Partials, logsumexp, of_ranks, partials
+    from ltloss_kernels.cosine_logsumexp_gradients import coefficients, gradients
+    from ltloss_kernels.margin_loss import margin_loss
     from ltloss_kernels.prototype_search import nearest_prototype, nearest_prototype_gradient, top_k
-    from ltloss_kernels.row_norms import interpreting
+    from ltloss_kernels.running import interpreting
 
 __all__ = [
-    "Margin",
     "Partials",
+    "coefficients",
+    "gradients",
     "interpreting",
-    "logsumexp_gradients",
-    "logsumexp_partials",
+    "logsumexp",
     "margin_loss",
     "nearest_prototype",
     "nearest_prototype_gradient",
+    "of_ranks",
+    "partials",
     "top_k",
 ]
 
-_FILES = ("cosine_logsumexp", "cosine_logsumexp_gradients", "margin_loss", "prototype_search", "row_norms")
+_FILES = ("cosine_logsumexp", "cosine_logsumexp_gradients", "margin_loss", "prototype_search", "running")
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,9 @@ from ltloss_kernels.config.precision import product_precision
 from ltloss_kernels.device import elementary
 from ltloss_kernels.device.logsumexp_forward import cosine_logsumexp_kernel, sample_kernel
 from ltloss_kernels.row_norms import row_norms
+from ltloss_kernels.running import on_device, widened
 
-__all__ = ["LOG2E", "Partials", "fixed_shift", "logsumexp_partials"]
+__all__ = ["LOG2E", "Partials", "fixed_shift", "logsumexp", "of_ranks", "partials"]
 
 # exp() of a float32 overflows above 88.7 and is flushed to zero below -87.3.
 _LARGEST_EXPONENT, _SMALLEST_EXPONENT = 87.0, -86.0
@@ -47,12 +48,26 @@ class Partials(NamedTuple):
     class_factor: Tensor  # (C,): s·log2 e/‖w‖, for the backward; 0 for a zero row
 
 
-def logsumexp_partials(
+def of_ranks(logsumexp: Tensor) -> Partials:
+    """Log-sum-exps (S, N) of parts of the classes, as partial sums."""
+    maximum = logsumexp / math.log(2.0)
+    return Partials(torch.ones_like(maximum), maximum, 0.0, None, maximum[0], None, maximum[0])
+
+
+def logsumexp(partials: Partials) -> Tensor:
+    """log Σ exp over the other classes, (N,) in float64; -inf where there is no other."""
+    total = partials.sum.double()
+    maximum = torch.full_like(total, partials.shift) if partials.max is None else partials.max.double()
+    largest = maximum.amax(0)
+    base = torch.where(largest == -math.inf, 0.0, largest)
+    return (base + (total * torch.exp2(maximum - base)).sum(0).log2()) * math.log(2.0)
+
+
+def partials(
     features: Tensor,
     prototypes: Tensor,
     labels: Tensor,
     log_prior: Tensor | None,
-    *,
     scale: float,
     normalize_features: bool,
     with_logit_sum: bool,
@@ -61,7 +76,7 @@ def logsumexp_partials(
     """One pass of features over prototypes: l_c = s·cos_c + log_prior_c, summed over all classes but the target.
 
     Args:
-        features: (N, D), N >= 1; any half or float32 dtype, any strides.
+        features: (N, D); any half or float32 dtype, any strides.
         prototypes: (C, D), likewise.
         labels: (N,) integers, any strides.
         log_prior: (C,) or None, in natural units.
@@ -70,8 +85,64 @@ def logsumexp_partials(
         ignore_index: the label of samples that do not count; the target cosine of any other label outside [0, C) is
             NaN. With None such a label means that there is no target here, and its cosine is 0.
     """
-    run = _Forward(features, prototypes, labels, vector(log_prior), scale, normalize_features, with_logit_sum)
-    return run.partials(ignore_index)
+    if features.shape[0] == 0:
+        return _of_no_samples(features, prototypes, normalize_features, with_logit_sum)
+    with on_device(features):
+        run = _Forward(
+            widened(features),
+            widened(prototypes),
+            labels,
+            vector(log_prior),
+            scale,
+            normalize_features,
+            with_logit_sum,
+            ignore_index,
+        )
+        for start in range(0, features.shape[0], run.plan.rows):
+            chunk = run.chunk(start)
+            for index in range(run.slabs):
+                slab = run.slab(index)
+                if start == 0 or not run.in_place:  # norms are computed with the first chunk, or with each copy
+                    row_norms(
+                        slab.prototypes,
+                        factor=slab.factor,
+                        copy=slab.copy,
+                        copy_factor=slab.copy_factor,
+                        factor_scale=run.factor_scale,
+                        prior=slab.prior,
+                        prior_out=slab.scaled_prior,
+                        flags=run.flags if index == 0 else None,
+                    )
+                if index == 0:
+                    run.launch_samples(chunk)
+                run.launch_tiles(chunk, slab)
+    return run.result
+
+
+def _of_no_samples(features: Tensor, prototypes: Tensor, normalize: bool, with_logit_sum: bool) -> Partials:
+    nothing = features.new_empty(1, 0, dtype=torch.float32)
+    logit_sum, norm = nothing if with_logit_sum else None, None if normalize else nothing[0]
+    return Partials(nothing, nothing, 0.0, logit_sum, nothing[0], norm, nothing.new_zeros(prototypes.shape[0]))
+
+
+class _Chunk(NamedTuple):
+    """Some of the samples."""
+
+    rows: slice
+    copy: Tensor | None  # (n, D) of unit length, or readable in place; None: the features are read where they are
+    label: Tensor  # (n,) int32
+
+
+class _Slab(NamedTuple):
+    """Some of the classes; the last slab's vectors are padded to whole tiles."""
+
+    first: int
+    prototypes: Tensor
+    factor: Tensor
+    copy: Tensor | None
+    copy_factor: Tensor | None
+    prior: Tensor | None
+    scaled_prior: Tensor | None
 
 
 class _Forward:
@@ -86,9 +157,10 @@ class _Forward:
         scale: float,
         normalize: bool,
         with_logit_sum: bool,
+        ignore_index: int | None,
     ) -> None:
         self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
-        self.normalize = normalize
+        self.normalize, self.ignore_index = normalize, ignore_index
         samples, (classes, width), device = features.shape[0], prototypes.shape, features.device
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
         arch = tiles.architecture(device)
@@ -115,6 +187,8 @@ class _Forward:
         self._copy = (
             None if self.in_place else padded_matrix(min(self.plan.classes, classes), width, self.dtype, device)
         )
+        row_blocks = ceil_div(min(self.plan.rows, samples), self.tile.rows)
+        self.flags = torch.empty(row_blocks, self.class_tiles, dtype=torch.int8, device=device)
         shape = (self.slabs * self.plan.splits, samples)
         self.result = Partials(
             sum=self._float(*shape),
@@ -129,54 +203,39 @@ class _Forward:
     def _float(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.features.device)
 
-    def partials(self, ignore_index: int | None) -> Partials:
-        """Launch everything."""
-        samples = self.features.shape[0]
-        row_blocks = ceil_div(min(self.plan.rows, samples), self.tile.rows)
-        flags = torch.empty(row_blocks, self.class_tiles, dtype=torch.int8, device=self.features.device)
-        for start in range(0, samples, self.plan.rows):
-            self._chunk(slice(start, min(start + self.plan.rows, samples)), ignore_index, flags)
-        return self.result
-
-    def _chunk(self, rows: slice, ignore_index: int | None, flags: Tensor) -> None:
+    def chunk(self, start: int) -> _Chunk:
+        """The samples from ``start`` on."""
+        rows = slice(start, min(start + self.plan.rows, self.features.shape[0]))
         features = self.features[rows]
-        copied = self.normalize or not readable_in_place(features, self.dtype)
         (count, width), device = features.shape, features.device
-        operand = padded_matrix(count, width, self.dtype, device) if copied else features
-        label = torch.empty(count, dtype=torch.int32, device=device)
-        if rows.start > 0 and self.in_place:  # otherwise a launch of row_norms clears them on its way
-            flags.zero_()
-        for slab in range(self.slabs):
-            prototypes = self._prepared_slab(slab, rows.start, flags)
-            if slab == 0:
-                self._prepare_samples(rows, operand if copied else None, label, ignore_index, flags)
-            self._launch_tiles(rows, operand, prototypes, label, slab, flags)
-
-    def _prepared_slab(self, slab: int, first_row: int, flags: Tensor) -> Tensor:
-        """The slab's prototypes as an operand; their norms are computed with the first chunk, or with each copy."""
-        classes = self.prototypes.shape[0]
-        start = slab * self.plan.classes
-        stop = min(start + self.plan.classes, classes)
-        prototypes = self.prototypes[start:stop]
-        if self.in_place and first_row > 0:
-            return prototypes
-        padded = slice(start, self._factor.shape[0] if stop == classes else stop)
-        copy = None if self._copy is None else self._copy[: stop - start]
-        row_norms(
-            prototypes,
-            factor=self._factor[padded],
-            copy=copy,
-            copy_factor=None if self._copy_factor is None else self._copy_factor[padded],
-            factor_scale=self.factor_scale,
-            prior=None if self.prior is None else self.prior[start:stop],
-            prior_out=None if self._scaled_prior is None else self._scaled_prior[padded],
-            flags=flags if slab == 0 else None,
+        copied = self.normalize or not readable_in_place(features, self.dtype)
+        if start > 0 and self.in_place:  # otherwise a launch of row_norms clears them on its way
+            self.flags.zero_()
+        return _Chunk(
+            rows,
+            padded_matrix(count, width, self.dtype, device) if copied else None,
+            torch.empty(count, dtype=torch.int32, device=device),
         )
-        return prototypes if copy is None else copy
 
-    def _prepare_samples(
-        self, rows: slice, copy: Tensor | None, label: Tensor, ignore_index: int | None, flags: Tensor
-    ) -> None:
+    def slab(self, index: int) -> _Slab:
+        """The classes of a slab; every slab has the same memory for its copy."""
+        classes = self.prototypes.shape[0]
+        first = index * self.plan.classes
+        stop = min(first + self.plan.classes, classes)
+        padded = slice(first, self._factor.shape[0] if stop == classes else stop)
+        return _Slab(
+            first,
+            self.prototypes[first:stop],
+            self._factor[padded],
+            None if self._copy is None else self._copy[: stop - first],
+            None if self._copy_factor is None else self._copy_factor[padded],
+            None if self.prior is None else self.prior[first:stop],
+            None if self._scaled_prior is None else self._scaled_prior[padded],
+        )
+
+    def launch_samples(self, chunk: _Chunk) -> None:
+        """Copies, norms and target cosines of the samples, and the flags of the tiles that hold a target."""
+        rows, copy, label = chunk
         features, labels, norm = self.features[rows], self.labels[rows], self.result.norm
         (count, width), classes, tile = features.shape, self.prototypes.shape[0], tiles.row_tile(features.shape[1])
         sample_kernel[(ceil_div(count, tile.rows),)](
@@ -189,7 +248,7 @@ class _Forward:
             None if norm is None else norm[rows],
             self.result.target_cosine[rows],
             label,
-            flags,
+            self.flags,
             # sizes
             count,
             classes,
@@ -199,7 +258,7 @@ class _Forward:
             *self.prototypes.stride(),
             labels.stride(0),
             0 if copy is None else copy.stride(0),
-            ignore_index,
+            self.ignore_index,
             # constants
             RAGGED=classes % self.tile.classes != 0,
             FLAG_ROWS=self.tile.rows,
@@ -209,10 +268,11 @@ class _Forward:
             num_warps=tile.warps,
         )
 
-    def _launch_tiles(
-        self, rows: slice, features: Tensor, prototypes: Tensor, label: Tensor, slab: int, flags: Tensor
-    ) -> None:
-        tile, splits, partials = self.tile, self.plan.splits, self.result
+    def launch_tiles(self, chunk: _Chunk, slab: _Slab) -> None:
+        """The wide part: partial sums of a chunk over a slab."""
+        tile, splits, partials, rows = self.tile, self.plan.splits, self.result, chunk.rows
+        features = self.features[rows] if chunk.copy is None else chunk.copy
+        prototypes = slab.prototypes if slab.copy is None else slab.copy
         (count, width), slab_tiles = features.shape, ceil_div(prototypes.shape[0], self.tile.classes)
         cosine_logsumexp_kernel[(ceil_div(count, tile.rows), splits)](
             # inputs
@@ -220,8 +280,8 @@ class _Forward:
             block_source(prototypes, tile.classes, tile.depth, self.described),
             self._factor if self._copy_factor is None else self._copy_factor,
             self._scaled_prior,
-            label,
-            flags,
+            chunk.label,
+            self.flags,
             # outputs
             partials.sum[:, rows],
             None if partials.max is None else partials.max[:, rows],
@@ -230,11 +290,11 @@ class _Forward:
             count,
             self.prototypes.shape[0],
             width,
-            slab * self.plan.classes // tile.classes,
+            slab.first // tile.classes,
             slab_tiles,
             self.class_tiles,
             ceil_div(slab_tiles, splits),
-            slab * splits,
+            slab.first // self.plan.classes * splits,
             prototypes.shape[0],
             features.stride(0),
             prototypes.stride(0),

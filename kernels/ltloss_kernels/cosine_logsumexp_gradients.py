@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +23,29 @@ from ltloss_kernels.config.precision import product_precision
 from ltloss_kernels.cosine_logsumexp import LOG2E
 from ltloss_kernels.device.logsumexp_backward import gradient_tile_kernel, projection_kernel, sample_gradient_kernel
 from ltloss_kernels.row_norms import row_norms
+from ltloss_kernels.running import on_device, widened
 
-__all__ = ["logsumexp_gradients"]
+__all__ = ["coefficients", "gradients"]
 
 # Class tiles that are worked on together; their prototypes and a block of features stay in the second-level cache.
 _GROUP = 8
 
 
-def logsumexp_gradients(
+def coefficients(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (4 or 5, N) with their shift in natural units -> as :func:`gradients` takes them, and the largest.
+
+    The shift in units of log 2 is rounded for a whole row; what that loses goes into the coefficient.
+    """
+    exact = rows[0].double() / math.log(2.0)
+    shift = exact.float()
+    nothing = (rows[1] == 0) | (rows[0] == -math.inf)
+    by_lse = torch.where(nothing, 0.0, rows[1] * torch.exp2(shift.double() - exact).float())
+    rows = torch.cat([torch.where(nothing, math.inf, shift)[None], by_lse[None], rows[2:]])
+    bound = rows[1:].abs().amax() if rows.shape[1] else rows.new_zeros(())
+    return rows, bound
+
+
+def gradients(
     grad_loss: Tensor,
     features: Tensor,
     prototypes: Tensor,
@@ -38,19 +55,19 @@ def logsumexp_gradients(
     class_factor: Tensor,
     inverse_total: Tensor | None,
     bound: Tensor,
-    *,
     scale: float,
     smooth: bool,
     normalize_features: bool,
     ignore_index: int | None,
-    needs: tuple[bool, bool],
-    limit: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients for features (N, D) and prototypes (C, D), N >= 1.
+    needs: Sequence[bool],
+    *,
+    limit: Callable[[], int],
+) -> tuple[Tensor, Tensor]:
+    """Gradients for features (N, D) and prototypes (C, D).
 
     Args:
         grad_loss: upstream gradient, a scalar or (N,) of any stride.
-        features, prototypes, labels, log_prior, scale, normalize_features: as for ``logsumexp_partials``.
+        features, prototypes, labels, log_prior, scale, normalize_features: as for ``partials``.
         coefficients: (4 or 5, N) of ``margin_loss``.
         class_factor: (C,) s·log2 e/‖w‖, of the partials.
         inverse_total: scalar that multiplies the upstream gradient, or None.
@@ -58,14 +75,50 @@ def logsumexp_gradients(
         smooth: whether row 3 of the coefficients is used.
         ignore_index: rows with this label may hold anything, also NaN; None: all rows count.
         needs: which of the two gradients are computed.
-        limit: bytes of memory beside the gradients, see ``backward_plan``.
+        limit: says how many bytes of memory may be taken beside the gradients, see ``backward_plan``.
 
     Returns:
-        Each gradient in the dtype of its tensor, or None where it is not needed.
+        Each gradient in the dtype of its tensor; (0,) where it is not needed.
     """
-    run = _Backward(features, prototypes, labels, vector(log_prior), scale, normalize_features, ignore_index)
-    run.take(grad_loss, coefficients, class_factor, inverse_total, bound, smooth)
-    return run.gradients(*needs, limit)
+    if features.shape[0] == 0:
+        nothing, zero = torch.empty_like(features), torch.zeros_like(prototypes)
+        return _like(nothing if needs[0] else None, features), _like(zero if needs[1] else None, prototypes)
+    with on_device(features):
+        run = _Backward(
+            widened(features), widened(prototypes), labels, vector(log_prior), scale, normalize_features, ignore_index
+        )
+        run.take(grad_loss, coefficients, class_factor, inverse_total, bound, smooth)
+        run.allocate(needs[0], needs[1], limit())
+        run.launch_samples()
+        for slab in run.slabs():
+            if slab.copy_factor is not None:
+                row_norms(
+                    slab.prototypes, copy=slab.operand, copy_factor=slab.copy_factor, factor_scale=run.scale * LOG2E
+                )
+            for rows in run.chunks():
+                part = run.launch_tiles(rows, slab)
+                if run.feature_sum is not None:
+                    multiply_add(run.feature_sum[rows], part, slab.operand, overwrite=slab.first == 0)
+                if slab.sum is not None:
+                    multiply_add(slab.sum, part.t(), run.unit[rows], overwrite=rows.start == 0)
+            run.launch_projection(slab)
+    return _like(run.grad_features, features), _like(run.grad_prototypes, prototypes)
+
+
+def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor:
+    return tensor.new_empty(0) if gradient is None else gradient.to(tensor.dtype)
+
+
+class _Slab(NamedTuple):
+    """Some of the classes, for whose dZ there is memory at a time."""
+
+    first: int
+    prototypes: Tensor
+    operand: Tensor  # of the products: the prototypes, or memory for their copy
+    factor: Tensor  # s·log2 e over the length of the operand's rows
+    copy_factor: Tensor | None  # the same, where a copy has yet to be made
+    sum: Tensor | None  # float32, of the gradient before the projection
+    grad: Tensor | None
 
 
 class _Backward:
@@ -108,14 +161,14 @@ class _Backward:
         self.bound = bound if scaled else None
         self.upstream_bound = (upstream.abs().amax() if upstream.dim() else upstream) if scaled else None
 
-    def gradients(self, need_features: bool, need_prototypes: bool, limit: int) -> tuple[Tensor | None, Tensor | None]:
-        """Launch everything."""
+    def allocate(self, need_features: bool, need_prototypes: bool, limit: int) -> None:
+        """The gradients, and in ``limit`` bytes beside them what they are made from."""
         features, prototypes = self.features, self.prototypes
-        samples, (classes, width), device = features.shape[0], prototypes.shape, features.device
+        (samples, width), classes, device = features.shape, prototypes.shape[0], features.device
         wide_features = need_features and features.dtype != torch.float32
         wide_prototypes = need_prototypes and prototypes.dtype != torch.float32
         size = self.dtype.itemsize
-        plan = backward_plan(
+        self.plan = backward_plan(
             samples,
             classes,
             per_sample=width * (size + 4 * wide_features),
@@ -124,47 +177,48 @@ class _Backward:
             tile_classes=self.tile.classes,
             limit=limit,
         )
-        grad_features = torch.empty((samples, width), dtype=features.dtype, device=device) if need_features else None
-        grad_prototypes = (
-            torch.empty((classes, width), dtype=prototypes.dtype, device=device) if need_prototypes else None
-        )
-        feature_sum = (
-            torch.empty((samples, width), dtype=torch.float32, device=device) if wide_features else grad_features
-        )
-        slab_sum = torch.empty((plan.classes, width), dtype=torch.float32, device=device) if wide_prototypes else None
-        copy = None if self.in_place else padded_matrix(plan.classes, width, self.dtype, device)
-        slab = padded_matrix(plan.rows, plan.classes, self.dtype, device)
-        x, label, terms = self._prepare_samples()
-        for start in range(0, classes, plan.classes):
-            here = slice(start, min(start + plan.classes, classes))
-            count = here.stop - here.start
-            w, class_factor = self._prototype_operand(here, copy)
-            prototype_sum = None
-            if grad_prototypes is not None:
-                prototype_sum = grad_prototypes[here] if slab_sum is None else slab_sum[:count]
-            for first in range(0, samples, plan.rows):
-                rows = slice(first, min(first + plan.rows, samples))
-                part = slab[: rows.stop - first, :count]
-                self._launch_tiles(x[rows], w, class_factor, label[rows], terms[:, rows], here, part)
-                if feature_sum is not None:
-                    multiply_add(feature_sum[rows], part, w, overwrite=start == 0)
-                if prototype_sum is not None:
-                    multiply_add(prototype_sum, part.t(), x[rows], overwrite=first == 0)
-            self._project(
-                feature_sum if here.stop == classes else None,
-                grad_features,
-                prototype_sum,
-                None if grad_prototypes is None else grad_prototypes[here],
-                prototypes[here],
-            )
-        return grad_features, grad_prototypes
 
-    def _prepare_samples(self) -> tuple[Tensor, Tensor, Tensor]:
+        def matrix(rows: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((rows, width), dtype=dtype, device=device)
+
+        self.grad_features = matrix(samples, features.dtype) if need_features else None
+        self.grad_prototypes = matrix(classes, prototypes.dtype) if need_prototypes else None
+        self.feature_sum = matrix(samples, torch.float32) if wide_features else self.grad_features
+        self._slab_sum = matrix(self.plan.classes, torch.float32) if wide_prototypes else None
+        self._copy = None if self.in_place else padded_matrix(self.plan.classes, width, self.dtype, device)
+        self._slab = padded_matrix(self.plan.rows, self.plan.classes, self.dtype, device)
+        self.unit = padded_matrix(samples, width, self.dtype, device)
+        self._label = torch.empty(samples, dtype=torch.int32, device=device)
+        self._terms = torch.empty(4, samples, dtype=torch.float32, device=device)
+
+    def chunks(self) -> Iterator[slice]:
+        """The samples, some at a time."""
+        samples = self.features.shape[0]
+        for first in range(0, samples, self.plan.rows):
+            yield slice(first, min(first + self.plan.rows, samples))
+
+    def slabs(self) -> Iterator[_Slab]:
+        """The classes, some at a time; every slab has the same memory."""
+        classes = self.prototypes.shape[0]
+        for first in range(0, classes, self.plan.classes):
+            here = slice(first, min(first + self.plan.classes, classes))
+            count, prototypes, factor, copy_factor = (
+                here.stop - first,
+                self.prototypes[here],
+                self.class_factor[here],
+                None,
+            )
+            grad = None if self.grad_prototypes is None else self.grad_prototypes[here]
+            operand = prototypes
+            if self._copy is not None:
+                operand = self._copy[:count]
+                factor = copy_factor = torch.empty(count, dtype=torch.float32, device=operand.device)
+            wide = grad if self._slab_sum is None else self._slab_sum[:count]
+            yield _Slab(first, prototypes, operand, factor, copy_factor, wide, grad)
+
+    def launch_samples(self) -> None:
         """Features as an operand (N, D), clean labels (N,), and the terms of dZ that belong to a sample (4, N)."""
-        (samples, width), device = self.features.shape, self.features.device
-        copy = padded_matrix(samples, width, self.dtype, device)
-        label = torch.empty(samples, dtype=torch.int32, device=device)
-        terms = torch.empty(4, samples, dtype=torch.float32, device=device)
+        (samples, width), copy = self.features.shape, self.unit
         tile = tiles.row_tile(width)
         sample_gradient_kernel[(ceil_div(samples, tile.rows),)](
             # inputs
@@ -177,8 +231,8 @@ class _Backward:
             self.upstream_bound,
             # outputs
             copy,
-            label,
-            terms,
+            self._label,
+            self._terms,
             # sizes
             samples,
             self.prototypes.shape[0],
@@ -197,38 +251,24 @@ class _Backward:
             WIDTH=tile.width,
             num_warps=tile.warps,
         )
-        return copy, label, terms
 
-    def _prototype_operand(self, here: slice, copy: Tensor | None) -> tuple[Tensor, Tensor]:
-        if copy is None:
-            return self.prototypes[here], self.class_factor[here]
-        copy = copy[: here.stop - here.start]
-        factor = torch.empty(copy.shape[0], dtype=torch.float32, device=copy.device)
-        row_norms(self.prototypes[here], copy=copy, copy_factor=factor, factor_scale=self.scale * LOG2E)
-        return copy, factor
-
-    def _launch_tiles(
-        self,
-        features: Tensor,
-        prototypes: Tensor,
-        class_factor: Tensor,
-        label: Tensor,
-        terms: Tensor,
-        here: slice,
-        slab: Tensor,
-    ) -> None:
-        tile, (samples, classes) = self.tile, slab.shape
+    def launch_tiles(self, rows: slice, slab: _Slab) -> Tensor:
+        """dZ (n, c) of some samples and a slab, in memory that the next call takes again."""
+        features, label, terms = self.unit[rows], self._label[rows], self._terms[:, rows]
+        prototypes, here = slab.operand, slice(slab.first, slab.first + len(slab.operand))
+        part = self._slab[: len(features), : len(prototypes)]
+        tile, (samples, classes) = self.tile, part.shape
         class_tiles = ceil_div(classes, tile.classes)
         gradient_tile_kernel[(ceil_div(samples, tile.rows) * class_tiles,)](
             # inputs
             block_source(features, tile.rows, tile.depth, self.described),
             block_source(prototypes, tile.classes, tile.depth, self.described),
-            class_factor,
+            slab.factor,
             None if self.prior is None else self.prior[here],
             label,
             terms,
             # outputs
-            block_source(slab, tile.rows, tile.classes, self.described),
+            block_source(part, tile.rows, tile.classes, self.described),
             # sizes
             samples,
             classes,
@@ -238,7 +278,7 @@ class _Backward:
             terms.stride(0),
             features.stride(0),
             prototypes.stride(0),
-            slab.stride(0),
+            part.stride(0),
             # constants
             DESCRIBED=self.described,
             SMOOTH=self.smooth,
@@ -251,16 +291,13 @@ class _Backward:
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
+        return part
 
-    def _project(
-        self,
-        feature_sum: Tensor | None,
-        grad_features: Tensor | None,
-        prototype_sum: Tensor | None,
-        grad_prototypes: Tensor | None,
-        prototypes: Tensor,
-    ) -> None:
-        """Finish the gradients of all features and of a slab of prototypes, whichever are given, in one launch."""
+    def launch_projection(self, slab: _Slab) -> None:
+        """Finish the gradients of a slab of prototypes, and with the last slab those of all features, in one launch."""
+        prototypes, prototype_sum, grad_prototypes = slab.prototypes, slab.sum, slab.grad
+        last = slab.first + len(prototypes) == len(self.prototypes)
+        feature_sum = self.feature_sum if last else None
         if feature_sum is None and prototype_sum is None:
             return
         (samples, width), classes = self.features.shape, prototypes.shape[0]
@@ -280,7 +317,7 @@ class _Backward:
             self.bound,
             self.upstream_bound,
             # outputs
-            grad_features,
+            self.grad_features,
             grad_prototypes,
             # sizes
             samples,

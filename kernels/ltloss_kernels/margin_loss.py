@@ -5,7 +5,7 @@ Two launches on N-vectors, whichever device or shard the partial sums come from.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,117 +15,86 @@ from ltloss_kernels.config.chunking import ceil_div
 from ltloss_kernels.config.operands import vector
 from ltloss_kernels.cosine_logsumexp import Partials
 from ltloss_kernels.device.margin_loss import margin_loss_kernel, reduce_kernel
+from ltloss_kernels.running import on_device
 
-__all__ = ["Margin", "margin_loss"]
+__all__ = ["margin_loss"]
 
 PerClass = Tensor | float
 
 
-class Margin(Protocol):
-    """What a margin is made of: cos(multiplier·θ + angle) - cosine, as in ``ltloss.margins``."""
-
-    @property
-    def angle(self) -> PerClass:
-        """Added to the angle, in radians: a number or (C,)."""
-
-    @property
-    def cosine(self) -> PerClass:
-        """Subtracted from the cosine: a number or (C,)."""
-
-    @property
-    def multiplier(self) -> float:
-        """Of the angle."""
-
-    @property
-    def beyond_pi(self) -> str:
-        """ "monotone" or "arcface"."""
-
-    @property
-    def gradient(self) -> str:
-        """ "exact" or "straight_through"."""
-
-
 def margin_loss(
-    partials: Partials,
-    labels: Tensor,
-    log_prior: Tensor | None,
-    margin: Margin,
-    *,
-    class_weight: PerClass | None,
-    label_smoothing: float,
-    scale: float,
-    ignore_index: int | None,
-    num_classes: int,
-    reduction: str,
+    partials: Partials, labels: Tensor, objective: Any, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss of N samples and what the backward needs of each; the formulas are with ``margin_loss_kernel``.
 
     Args:
         partials: of all classes: from one pass, or from passes over shards of the classes, concatenated along S.
         labels: (N,) integers in [0, C), any strides. A label outside is not looked up: its target cosine is NaN.
-        log_prior: (C,) of all classes, or None.
-        margin: number or (C,) each.
-        class_weight: number or (C,); None is 1.
-        label_smoothing: ε in [0, 1); needs ``partials.logit_sum`` unless 0.
-        scale: s of the pass.
-        ignore_index: samples with this label have loss 0, weight 0 and no gradient; None: all count.
+        objective: has the attributes of ``ltloss.margins.Objective``: the ``margin`` (``angular_margin`` in radians and
+            ``cosine_margin``, a number or (C,) each, ``angle_multiplier``, ``beyond_pi`` "monotone" or "arcface",
+            ``margin_gradient`` "exact" or "straight_through"); ``log_prior`` and ``class_weight``, (C,) or None;
+            ``scale``, ``label_smoothing``; ``ignore_index``, None if all samples count; ``reduction`` "mean", "sum" or
+            "none".
         num_classes: C, of all shards.
-        reduction: "mean" (Σ weighted loss/Σ weight), "sum" or "none".
 
     Returns:
         The loss, a scalar or (N,) float32; coefficients (4, N), or (5, N) where features keep their length;
         1/Σ weight for "mean", else 1; and the largest coefficient, both scalars.
     """
-    samples = labels.shape[0]
-    if label_smoothing > 0.0 and partials.logit_sum is None:
-        raise ValueError(f"label_smoothing={label_smoothing} needs partials with a logit_sum; got None")
+    samples, margin, smoothing = labels.shape[0], objective.margin, objective.label_smoothing
+    if smoothing > 0.0 and partials.logit_sum is None:
+        raise ValueError(f"label_smoothing={smoothing} needs partials with a logit_sum; got None")
     losses = torch.empty(samples, dtype=torch.float32, device=labels.device)
     coefficients = losses.new_empty(4 if partials.norm is None else 5, samples)
+    if samples == 0:
+        loss = losses if objective.reduction == "none" else losses.new_zeros(())
+        return loss, coefficients, losses.new_ones(()), losses.new_zeros(())
     block_sums = losses.new_empty(3, ceil_div(samples, tiles.SAMPLE_ROWS))
-    prior = vector(log_prior)
-    angle_vector, angle = _per_class(margin.angle)
-    cosine_vector, cosine = _per_class(margin.cosine)
-    weight_vector, weight = _per_class(1.0 if class_weight is None else class_weight)
-    has_angle = margin.multiplier != 1.0 or angle_vector is not None or angle != 0.0
-    margin_loss_kernel[(block_sums.shape[1],)](
-        # inputs
-        partials.sum,
-        partials.max,
-        partials.logit_sum if label_smoothing > 0.0 else None,
-        partials.target_cosine,
-        partials.norm,
-        labels,
-        angle_vector,
-        cosine_vector,
-        prior,
-        prior.sum() if prior is not None and label_smoothing > 0.0 else None,
-        weight_vector,
-        # outputs
-        losses,
-        coefficients,
-        block_sums,
-        # sizes
-        samples,
-        num_classes,
-        partials.sum.shape[0],
-        labels.stride(0),
-        coefficients.stride(0),
-        block_sums.shape[1],
-        ignore_index,
-        partials.shift,
-        float(scale),  # an integer would be compiled in
-        angle if has_angle else None,
-        cosine,
-        weight,
-        float(margin.multiplier),
-        float(label_smoothing),
-        # constants
-        ARCFACE=margin.beyond_pi == "arcface",
-        EXACT_GRADIENT=margin.gradient == "exact",
-        ROWS=tiles.SAMPLE_ROWS,
-    )
-    loss, inverse_total, bound = _reduced(block_sums, reduction == "mean")
-    return losses if reduction == "none" else loss, coefficients, inverse_total, bound
+    prior = vector(objective.log_prior)
+    angle_vector, angle = _per_class(margin.angular_margin)
+    cosine_vector, cosine = _per_class(margin.cosine_margin)
+    weight_vector, weight = _per_class(1.0 if objective.class_weight is None else objective.class_weight)
+    turns = margin.angle_multiplier != 1.0 or angle_vector is not None or angle != 0.0
+    with on_device(losses):
+        margin_loss_kernel[(block_sums.shape[1],)](
+            # inputs
+            partials.sum,
+            partials.max,
+            partials.logit_sum if smoothing > 0.0 else None,
+            partials.target_cosine,
+            partials.norm,
+            labels,
+            angle_vector,
+            cosine_vector,
+            prior,
+            prior.sum() if prior is not None and smoothing > 0.0 else None,
+            weight_vector,
+            # outputs
+            losses,
+            coefficients,
+            block_sums,
+            # sizes
+            samples,
+            num_classes,
+            partials.sum.shape[0],
+            labels.stride(0),
+            coefficients.stride(0),
+            block_sums.shape[1],
+            objective.ignore_index,
+            partials.shift,
+            float(objective.scale),  # an integer would be compiled in
+            angle if turns else None,
+            cosine,
+            weight,
+            float(margin.angle_multiplier),
+            float(smoothing),
+            # constants
+            ARCFACE=margin.beyond_pi == "arcface",
+            EXACT_GRADIENT=margin.margin_gradient == "exact",
+            ROWS=tiles.SAMPLE_ROWS,
+        )
+        loss, inverse_total, bound = _reduced(block_sums, objective.reduction == "mean")
+    return losses if objective.reduction == "none" else loss, coefficients, inverse_total, bound
 
 
 def _per_class(values: PerClass) -> tuple[Tensor | None, float]:

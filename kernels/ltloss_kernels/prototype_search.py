@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from ltloss_kernels.device.search_second_pass import (
     tile_candidates_kernel,
 )
 from ltloss_kernels.row_norms import row_norms
+from ltloss_kernels.running import on_device, widened
 
 __all__ = ["GROUP", "PAIRS_PER_PROGRAM", "nearest_prototype", "nearest_prototype_gradient", "top_k"]
 
@@ -192,32 +195,37 @@ class _Classes:
         )
 
 
-def nearest_prototype(prototypes: Tensor, rows: Tensor | None, precision: str | None = None) -> tuple[Tensor, Tensor]:
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
     """The largest cosine of each prototype to any other one, and its lowest index.
 
     Args:
-        prototypes: (C, D) with C > 1; any half or float32 dtype, any strides.
+        prototypes: (C, D); any half or float32 dtype, any strides.
         rows: (R,) int64 in [0, C), or None for all.
-        precision: of a float32 product; None for what ``torch.set_float32_matmul_precision`` allows.
+        exact: a float32 product is not rounded to TF32, whatever ``torch.set_float32_matmul_precision`` allows.
 
     Returns:
-        Cosines (R,) float32 and indices (R,) int64.
+        Cosines (R,) float32 and indices (R,) int64; -1 and -1 where there is no other.
     """
-    classes = _Classes(prototypes, prototypes.dtype, precision or product_precision())
-    count = classes.count if rows is None else rows.shape[0]
-    cosine = torch.empty(count, dtype=torch.float32, device=prototypes.device)
-    index = torch.empty(count, dtype=torch.int64, device=prototypes.device)
-    for start in range(0, count, count if rows is None else _MOST_ROWS):
-        own = None if rows is None else rows[start : start + _MOST_ROWS].contiguous()
-        here = slice(start, count if own is None else start + own.shape[0])
-        if own is None:
-            best = classes.best_tiles_of_all()
-        else:
-            best = classes.no_keys(own.shape[0])
-            classes.best_tiles(_gathered(classes.matrix, own), own, best)
-        classes.candidates(classes.matrix, best, own, 1, index[here], None)
-        classes.cosines(prototypes, own, 1, index[here], cosine[here])
-    return cosine, index
+    count = prototypes.shape[0] if rows is None else rows.shape[0]
+    if prototypes.shape[0] == 1 or count == 0:
+        alone = torch.full((count,), -1, dtype=torch.int64, device=prototypes.device)
+        return alone.to(torch.float32), alone
+    prototypes = widened(prototypes)
+    with on_device(prototypes):
+        classes = _Classes(prototypes, prototypes.dtype, "ieee" if exact else product_precision())
+        cosine = torch.empty(count, dtype=torch.float32, device=prototypes.device)
+        index = torch.empty(count, dtype=torch.int64, device=prototypes.device)
+        for start in range(0, count, count if rows is None else _MOST_ROWS):
+            own = None if rows is None else rows[start : start + _MOST_ROWS].contiguous()
+            here = slice(start, count if own is None else start + own.shape[0])
+            if own is None:
+                best = classes.best_tiles_of_all()
+            else:
+                best = classes.no_keys(own.shape[0])
+                classes.best_tiles(_gathered(classes.matrix, own), own, best)
+            classes.candidates(classes.matrix, best, own, 1, index[here], None)
+            classes.cosines(prototypes, own, 1, index[here], cosine[here])
+        return cosine, index
 
 
 def _gathered(matrix: Tensor, rows: Tensor) -> Tensor:
@@ -228,33 +236,37 @@ def _gathered(matrix: Tensor, rows: Tensor) -> Tensor:
     return padded_matrix(gathered.shape[0], gathered.shape[1], matrix.dtype, matrix.device).copy_(gathered)
 
 
-def top_k(features: Tensor, prototypes: Tensor, k: int, limit: int) -> tuple[Tensor, Tensor]:
+def top_k(features: Tensor, prototypes: Tensor, k: int, *, limit: Callable[[], int]) -> tuple[Tensor, Tensor]:
     """The k classes with the largest cosine to each feature, best first, equal cosines in class order.
 
     The k best tiles of a row hold its k best classes: were one of them in another tile, k tiles would each have a class
     that is better, or equal and lower.
 
     Args:
-        features: (N, D) with N > 0, prototypes: (C, D) with C >= k; any half or float32 dtype, any strides.
+        features: (N, D), prototypes: (C, D) with C >= k; any half or float32 dtype, any strides.
         k: at least 1.
-        limit: bytes for what is kept of a chunk of the features.
+        limit: says how many bytes may be kept of a chunk of the features.
 
     Returns:
         Cosines (N, k) float32 and indices (N, k) int64.
     """
-    same_half = features.dtype == prototypes.dtype != torch.float32
-    dtype = features.dtype if same_half else torch.float32  # nothing is rounded that was not rounded before
-    classes = _Classes(prototypes, dtype, product_precision())
-    tiles_per_row = min(k, classes.tiles)
-    cosine = torch.empty(features.shape[0], k, dtype=torch.float32, device=features.device)
-    index = torch.empty(features.shape[0], k, dtype=torch.int64, device=features.device)
-    chunk = search_rows(features.shape[0], classes.tiles, tiles_per_row * classes.tile.classes, limit)
-    for start in range(0, features.shape[0], chunk):
-        rows = features[start : start + chunk]
-        index[start : start + chunk], cosine[start : start + chunk] = _top_of_chunk(
-            classes, rows, dtype, k, tiles_per_row
-        )
-    return cosine, index
+    if features.shape[0] == 0:
+        return features.new_empty((0, k), dtype=torch.float32), features.new_empty((0, k), dtype=torch.int64)
+    features, prototypes = widened(features), widened(prototypes)
+    with on_device(features):
+        same_half = features.dtype == prototypes.dtype != torch.float32
+        dtype = features.dtype if same_half else torch.float32  # nothing is rounded that was not rounded before
+        classes = _Classes(prototypes, dtype, product_precision())
+        tiles_per_row = min(k, classes.tiles)
+        cosine = torch.empty(features.shape[0], k, dtype=torch.float32, device=features.device)
+        index = torch.empty(features.shape[0], k, dtype=torch.int64, device=features.device)
+        chunk = search_rows(features.shape[0], classes.tiles, tiles_per_row * classes.tile.classes, limit())
+        for start in range(0, features.shape[0], chunk):
+            rows = features[start : start + chunk]
+            index[start : start + chunk], cosine[start : start + chunk] = _top_of_chunk(
+                classes, rows, dtype, k, tiles_per_row
+            )
+        return cosine, index
 
 
 def _top_of_chunk(
@@ -288,38 +300,42 @@ def nearest_prototype_gradient(grad_cosine: Tensor, prototypes: Tensor, own: Ten
 
     Args:
         grad_cosine: (R,) any strides.
-        prototypes: (C, D) with C > 1; any half or float32 dtype, any strides.
+        prototypes: (C, D); any half or float32 dtype, any strides.
         own: (R,) int64, or None for all classes in order (R = C).
         near: (R,) int64, the nearest prototype of each.
 
     Returns:
         (C, D) in the dtype of ``prototypes``.
     """
-    classes, width = prototypes.shape
-    every = torch.arange(classes + 1, device=prototypes.device)
-    # A stable sort keeps the pairs of a class in their order, so that its sum is the same each time.
-    ends, order = torch.cat([every[:-1] if own is None else own, near]).sort(stable=True)
-    starts = torch.searchsorted(ends, every)
-    grad = torch.empty(classes, width, dtype=prototypes.dtype, device=prototypes.device)
-    tile = tiles.row_tile(width)
-    nearest_gradient_kernel[(classes,)](
-        # inputs
-        prototypes,
-        own,
-        near,
-        grad_cosine,
-        order,
-        starts,
-        # outputs
-        grad,
-        # sizes
-        near.shape[0],
-        width,
-        *prototypes.stride(),
-        grad_cosine.stride(0),
-        # constants
-        ENTRIES=tile.rows,
-        WIDTH=tile.width,
-        num_warps=tile.warps,
-    )
-    return grad
+    if prototypes.shape[0] == 1 or near.numel() == 0:
+        return torch.zeros(prototypes.shape, dtype=prototypes.dtype, device=prototypes.device)
+    given, prototypes = prototypes, widened(prototypes)
+    with on_device(prototypes):
+        classes, width = prototypes.shape
+        every = torch.arange(classes + 1, device=prototypes.device)
+        # A stable sort keeps the pairs of a class in their order, so that its sum is the same each time.
+        ends, order = torch.cat([every[:-1] if own is None else own, near]).sort(stable=True)
+        starts = torch.searchsorted(ends, every)
+        grad = torch.empty(classes, width, dtype=prototypes.dtype, device=prototypes.device)
+        tile = tiles.row_tile(width)
+        nearest_gradient_kernel[(classes,)](
+            # inputs
+            prototypes,
+            own,
+            near,
+            grad_cosine,
+            order,
+            starts,
+            # outputs
+            grad,
+            # sizes
+            near.shape[0],
+            width,
+            *prototypes.stride(),
+            grad_cosine.stride(0),
+            # constants
+            ENTRIES=tile.rows,
+            WIDTH=tile.width,
+            num_warps=tile.warps,
+        )
+    return grad.to(given.dtype)

@@ -1,20 +1,14 @@
-"""Norms and scaled copies of whole rows on the host, for every pass; and whether the kernels are interpreted."""
+"""Norms and scaled copies of whole rows on the host, for every pass."""
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 
 from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.config.chunking import ceil_div
 from ltloss_kernels.device.rows import row_norm_kernel
 
-__all__ = ["interpreting", "row_norms"]
-
-
-def interpreting() -> bool:
-    """Whether the kernels run in Triton's interpreter; settled when they were decorated, by TRITON_INTERPRET."""
-    return not isinstance(row_norm_kernel, triton.JITFunction)
+__all__ = ["row_norms"]
 
 
 def row_norms(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ltloss._types import MarginLoss, Partials, Reduction
-from ltloss.margins import Margin
+from ltloss._types import MarginLoss, Partials
+from ltloss.margins import Objective
 from ltloss.numerics import compute_dtype, inverse_norm, project_, spans
 
 __all__ = ["coefficients", "gradients", "logsumexp", "margin_loss", "of_ranks", "partials"]
@@ -202,19 +202,7 @@ def _accumulate_exp(tile: Tensor, maximum: Tensor, total: Tensor) -> None:
     maximum.copy_(new)
 
 
-def margin_loss(
-    partials: Partials,
-    labels: Tensor,
-    log_prior: Tensor | None,
-    class_weight: Tensor | None,
-    margin: Margin,
-    *,
-    scale: float,
-    label_smoothing: float,
-    ignore_index: int,
-    num_classes: int,
-    reduction: Reduction,
-) -> MarginLoss:
+def margin_loss(partials: Partials, labels: Tensor, objective: Objective, num_classes: int) -> MarginLoss:
     """Margin, loss and coefficients: work on N-vectors, in float64, which costs nothing there.
 
     With ℓ = s, or s·‖x‖ where features keep their length, z' = ℓ·margin(cos_y), z = z' + b_y and p = σ(r − z):
@@ -222,10 +210,11 @@ def margin_loss(
         loss = softplus(r − z) + ε·(z − mean),   mean = (Σ_c l_c − l_y + z')/C
         ∂loss/∂r = p,   ∂loss/∂z' = −p + ε − ε/C,   ∂loss/∂(Σ_c l_c) = −ε/C,   d_target = ∂loss/∂z'·slope
     """
-    labels = _target_labels(labels, num_classes, ignore_index)
+    log_prior, scale, label_smoothing = objective.log_prior, objective.scale, objective.label_smoothing
+    labels = _target_labels(labels, num_classes, objective.ignore_index)
     counted, target = labels != _NOT_HERE, labels.clamp_min(0)
     r, cosine = logsumexp(partials), partials.target_cosine.double()
-    of_samples = margin.of_samples(target).to(torch.float64)
+    of_samples = objective.margin.of_samples(target).to(torch.float64)
     turned, slope = of_samples.value(cosine), of_samples.slope(cosine)
     logit_scale = scale if partials.norm is None else scale * partials.norm.double()
     target_logit = logit_scale * turned
@@ -242,13 +231,15 @@ def margin_loss(
     rows = [other, by_target * slope, every]
     if partials.norm is not None:
         rows.append(by_target * (turned - cosine * slope) * scale)
-    weight = counted.double() if class_weight is None else counted * class_weight.double()[target]
+    weight = counted.double()
+    if objective.class_weight is not None:
+        weight = weight * objective.class_weight.double()[target]
     rows = [r, *(torch.where(counted, weight * row, 0.0) for row in rows)]
     loss = torch.where(counted, loss * weight, 0.0)
     divisor = weight.new_ones(())
-    if reduction == "mean":
+    if objective.reduction == "mean":
         divisor = torch.where(weight.sum() == 0, 1.0, weight.sum())
-    if reduction != "none":
+    if objective.reduction != "none":
         loss = loss.sum() / divisor
     dtype = partials.sum.dtype
     coefficients = torch.stack(rows).to(dtype)

@@ -152,7 +152,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
 
         With ``reduction="none"`` L2 and L3 are added to every sample that counts.
         """
-        loss = self._margin_cross_entropy(features, labels)
+        loss = super().forward(features, labels)
         parts = {"margin_cross_entropy": loss.detach()}
         regularizers = []
         counted = labels.to(torch.int64) != self.ignore_index  # -100 compared with uint8 would be 156

@@ -119,8 +119,8 @@ class CombinedMarginLoss(PrototypeHead):
         self.log_prior, self.class_weight = log_prior, class_weight
         if not self.weight.is_meta:
             # A dry run over no samples: bad options are refused here and not in the first training step.
-            self._margin_cross_entropy(
-                self.weight.new_empty(0, embedding_size), torch.empty(0, dtype=torch.int64, device=device)
+            CombinedMarginLoss.forward(
+                self, self.weight.new_empty(0, embedding_size), torch.empty(0, dtype=torch.int64, device=device)
             )
 
     def set_class_weight(self, class_weight: Tensor | None) -> None:
@@ -131,7 +131,8 @@ class CombinedMarginLoss(PrototypeHead):
             )
         self.class_weight = class_weight
 
-    def _margin_cross_entropy(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
         return F.margin_cross_entropy(
             features,
             self.weight,
@@ -149,10 +150,6 @@ class CombinedMarginLoss(PrototypeHead):
             margin_gradient=self.margin_gradient,
             reduction=self.reduction,
         )
-
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
-        return self._margin_cross_entropy(features, labels)
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""

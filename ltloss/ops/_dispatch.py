@@ -11,7 +11,8 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,17 @@ from torch import Tensor
 from ltloss.errors import BackendError
 from ltloss.runtime import current_backend
 
-__all__ = ["Chosen", "at_hand", "choose_backend", "define", "distributed", "is_sharded", "lazy", "no_gradient"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Chosen",
+    "Kernel",
+    "at_hand",
+    "choose_backend",
+    "define",
+    "distributed",
+    "is_sharded",
+    "no_gradient",
+]
 
 Chosen = Literal["torch", "triton", "reference"]
 
@@ -50,6 +61,14 @@ def _not_served(features: Tensor, prototypes: Tensor) -> str:
     return ""
 
 
+def _not_runnable(device: torch.device) -> str:
+    """Why the kernels cannot run on this device; empty where they can, and where a compiler asks."""
+    if device.type == "cuda" or torch.compiler.is_compiling():
+        return ""
+    running = importlib.import_module("ltloss_kernels.running")
+    return "" if running.runnable(device) else f"the tensors are on {device}, and {running.RUNNABLE}"
+
+
 def choose_backend(features: Tensor, prototypes: Tensor, *, sharded: bool = False) -> Chosen:
     """The backend for these tensors: the kernels where they serve them, chunked PyTorch otherwise.
 
@@ -65,7 +84,7 @@ def choose_backend(features: Tensor, prototypes: Tensor, *, sharded: bool = Fals
             )
         return "reference"
     if backend == "triton":
-        reason = _not_served(features, prototypes)
+        reason = _not_served(features, prototypes) or _not_runnable(features.device)
         if reason:
             raise BackendError(f"backend 'triton' was asked for, but {reason}; use 'auto' or 'torch'")
         return "triton"
@@ -91,16 +110,18 @@ def distributed(module: str) -> Any:
     return importlib.import_module(f"ltloss.distributed.{module}")
 
 
-def lazy(name: str) -> Callable[..., Any]:
-    """A function of :mod:`ltloss.ops._triton`, imported when it is called: ``import ltloss`` needs no Triton."""
+class Kernel(NamedTuple):
+    """A function of ``ltloss_kernels``, imported when it is first called: ``import ltloss`` needs no Triton."""
 
-    def call(*args: Any) -> Any:
-        return getattr(importlib.import_module("ltloss.ops._triton"), name)(*args)
+    name: str
+    options: Mapping[str, Any] = MappingProxyType({})  # that no schema lists
 
-    return call
+    def imported(self) -> Callable[..., Any]:
+        """The function itself."""
+        return functools.partial(getattr(importlib.import_module("ltloss_kernels"), self.name), **self.options)
 
 
-def define(schema: str, fake: Callable[..., Any], **implementations: Callable[..., Any]) -> Mapping[str, Any]:
+def define(schema: str, fake: Callable[..., Any], **implementations: Callable[..., Any] | Kernel) -> Mapping[str, Any]:
     """Register an operator with one implementation per backend; return the callable operators by backend."""
     name, _, signature = schema.partition("(")
     return {
@@ -109,25 +130,33 @@ def define(schema: str, fake: Callable[..., Any], **implementations: Callable[..
     }
 
 
-def run(implementation: Callable[..., Any], *args: Any) -> Any:
-    """Every operator's work passes here; tests look into it."""
-    return implementation(*args)
+_LIBRARY = torch.library.Library("ltloss", "FRAGMENT")  # type: ignore[no-untyped-call]
+IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}  # by operator; what hides behind it from a TorchDispatchMode
 
 
-def _register(name: str, signature: str, fake: Callable[..., Any], implementation: Callable[..., Any]) -> Any:
-    torch.library.define(f"ltloss::{name}", signature, tags=torch.Tag.pt2_compliant_tag)
+def _register(name: str, signature: str, fake: Callable[..., Any], implementation: Callable[..., Any] | Kernel) -> Any:
+    _LIBRARY.define(f"{name}{signature}", tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
+    operator = getattr(torch.ops.ltloss, name).default
 
-    @functools.wraps(implementation)
+    def implement(work: Callable[..., Any]) -> Callable[..., Any]:
+        IMPLEMENTATIONS[operator] = work
+        _LIBRARY.impl(name, work, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        return work
+
+    def first_call(*args: Any) -> Any:  # of a kernel; later ones go to it directly
+        assert isinstance(implementation, Kernel)
+        return implement(implementation.imported())(*args)
+
     def without_autocast(*args: Any) -> Any:
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        if not torch.is_autocast_enabled(device.type):
-            return run(implementation, *args)
-        with torch.autocast(device.type, enabled=False):  # else the products inside would drop to half precision
-            return run(implementation, *args)
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with torch.autocast(device, enabled=False):  # else the products inside would drop to half precision
+            return operator(*args)
 
-    torch.library.impl(f"ltloss::{name}", "default", without_autocast)
-    torch.library.register_fake(f"ltloss::{name}", fake)
-    return getattr(torch.ops.ltloss, name).default
+    implement(first_call if isinstance(implementation, Kernel) else implementation)
+    for device in ("CPU", "CUDA", "XPU", "MPS"):
+        _LIBRARY.impl(name, without_autocast, f"Autocast{device}")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"ltloss::{name}", fake, lib=_LIBRARY)
+    return operator
 
 
 def no_gradient(operators: Mapping[str, Any]) -> None:

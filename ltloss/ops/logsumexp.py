@@ -14,27 +14,12 @@ from torch import Tensor
 from ltloss import reference
 from ltloss._types import Partials
 from ltloss.chunked import logsumexp as chunked
+from ltloss.margins import Objective
 from ltloss.numerics import compute_dtype
-from ltloss.ops._dispatch import choose_backend, define, no_gradient
+from ltloss.ops._dispatch import Kernel, choose_backend, define, no_gradient
+from ltloss.runtime import current_workspace
 
-__all__ = [
-    "BACKENDS",
-    "LocalWork",
-    "Logits",
-    "Shard",
-    "Stats",
-    "gathered_stats",
-    "logsumexp_stats",
-    "propagated",
-]
-
-
-class Logits(NamedTuple):
-    """How logits are formed: scale·cos_c + log_prior_c, the first term times ‖x‖ unless ``normalize_features``."""
-
-    scale: float
-    normalize_features: bool = True
-    ignore_index: int | None = -100  # the label of samples that do not count; None: see `logsumexp_stats`
+__all__ = ["BACKENDS", "LocalWork", "Shard", "Stats", "gathered_stats", "logsumexp_stats", "propagate"]
 
 
 class Shard(Protocol):
@@ -64,9 +49,9 @@ class Shard(Protocol):
 
 
 def _kernels() -> Any:
-    from ltloss.ops import _triton  # on first use: `import ltloss` needs no Triton
+    import ltloss_kernels  # on first use: `import ltloss` needs no Triton
 
-    return _triton
+    return ltloss_kernels
 
 
 BACKENDS: dict[str, Callable[[], Any]] = {"torch": lambda: chunked, "triton": _kernels}
@@ -119,14 +104,6 @@ STATS = define(
 )
 
 
-def _gradients(backend: Callable[[], Any]) -> Callable[..., tuple[Tensor, Tensor]]:
-    def run(*args: Any) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = backend().gradients(*args)
-        return found
-
-    return run
-
-
 def _fake_gradients(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     needs = rest[-1]
     return (
@@ -140,7 +117,8 @@ _GRADIENTS = define(
     "Tensor coefficients, Tensor class_factor, Tensor inverse_total, Tensor bound, float scale, bool smooth, "
     "bool normalize_features, int? ignore_index, bool[] needs) -> (Tensor features, Tensor prototypes)",
     _fake_gradients,
-    **{name: _gradients(backend) for name, backend in BACKENDS.items()},
+    torch=chunked.gradients,
+    triton=Kernel("gradients", {"limit": current_workspace}),
 )
 no_gradient(_GRADIENTS)
 OPERATORS = {"logsumexp_stats": STATS, "logsumexp_gradients": _GRADIENTS}
@@ -154,24 +132,32 @@ class LocalWork(NamedTuple):
     prior: Tensor | None
 
     @classmethod
-    def of(cls, features: Tensor, labels: Tensor, prior: Tensor | None, logits: Logits, shard: Shard) -> LocalWork:
+    def of(cls, features: Tensor, labels: Tensor, objective: Objective, shard: Shard) -> LocalWork:
         """Of the global batch; features that do not count become 0, since they may hold NaN."""
         rows = shard.rows(features.shape[0])
-        ignored = torch.eq(labels[rows], -1 if logits.ignore_index is None else logits.ignore_index)
+        ignored = torch.eq(labels[rows], -1 if objective.ignore_index is None else objective.ignore_index)
         return cls(
             features[rows].masked_fill(ignored[:, None], 0.0),
             shard.local_labels(torch.where(ignored, -1, labels[rows])),
-            shard.local_prior(prior),
+            shard.local_prior(objective.log_prior),
         )
 
 
 def gathered_stats(
-    local: LocalWork, prototypes: Tensor, logits: Logits, with_logit_sum: bool, backend: str, shard: Shard
+    local: LocalWork, prototypes: Tensor, objective: Objective, with_logit_sum: bool, backend: str, shard: Shard
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Of all ranks (logsumexp (S, N), logit_sum (S, N), target_cosine (N,), norm (N,)); and its class factor."""
+    normalize_features = objective.normalize_features
     if prototypes.shape[0]:
         *vectors, class_factor = STATS[backend](
-            local.features, prototypes, local.labels, local.prior, *logits[:2], with_logit_sum, None
+            local.features,
+            prototypes,
+            local.labels,
+            local.prior,
+            objective.scale,
+            normalize_features,
+            with_logit_sum,
+            None,
         )
     else:  # a rank without classes
         like = local.features.new_zeros(local.features.shape[0], dtype=compute_dtype(local.features, prototypes))
@@ -179,28 +165,24 @@ def gathered_stats(
         vectors = [like - torch.inf, like, like[: len(like) * with_logit_sum], norm]
         class_factor = like[:0]
     r, cosine, logit_sum, norm = vectors
-    parts = [r, cosine] + [logit_sum] * with_logit_sum + [norm] * (not logits.normalize_features)
+    parts = [r, cosine] + [logit_sum] * with_logit_sum + [norm] * (not normalize_features)
     whole = shard.gather(torch.stack(parts))
     none = whole.new_empty(0)
     return (
         whole[:, 0],
         whole[:, 2] if with_logit_sum else none,
         whole[:, 1].sum(0),  # a target has one owner, and the others have 0
-        none if logits.normalize_features else whole[0, -1],
+        none if normalize_features else whole[0, -1],
     ), class_factor
 
 
-def propagated(
-    grad_loss: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    labels: Tensor,
-    prior: Tensor | None,
-    coefficients: Tensor,
-    saved: list[Tensor],
-    ctx: Any,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dX and dW, summed over the ranks of a shard."""
+def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = None) -> tuple[Tensor | None, ...]:
+    """The backward of the wide pass: dX and dW, summed over the ranks of a shard, and None for what comes after them.
+
+    ``saved``, by default what the forward saved: features, prototypes, labels and prior of this rank's work, then
+    coefficients, class factor, 1/Σ weights and the largest coefficient.
+    """
+    features, prototypes, labels, prior, coefficients, *rest = ctx.saved_tensors if saved is None else saved
     shard, needs, samples = ctx.shard, list(ctx.needs_input_grad[:2]), coefficients.shape[1]
     if shard is not None:
         rows = shard.rows(samples)
@@ -208,18 +190,17 @@ def propagated(
         if coefficients.shape[0] == 5 and not shard.is_first:  # the length of a feature belongs to no class: once
             coefficients[4] = 0.0
         grad_loss = grad_loss[rows] if grad_loss.dim() else grad_loss
-    scale, normalize_features, ignore_index = ctx.logits
-    rest = (*saved, scale, ctx.smooth, normalize_features, ignore_index, needs)
     if prototypes.shape[0]:
         grad_features, grad_prototypes = _GRADIENTS[ctx.backend](
-            grad_loss, features, prototypes, labels, prior, coefficients, *rest
+            grad_loss, features, prototypes, labels, prior, coefficients, *rest, *ctx.options, needs
         )
     else:  # a rank without classes
         grad_features, grad_prototypes = torch.zeros_like(features), torch.zeros_like(prototypes)
     if shard is not None:
         grad_features = shard.reduce_features(grad_features, samples) if needs[0] else grad_features
         grad_prototypes = shard.reduce_prototypes(grad_prototypes) if needs[1] else grad_prototypes
-    return grad_features if needs[0] else None, grad_prototypes if needs[1] else None
+    none = (None,) * (len(ctx.needs_input_grad) - 2)
+    return grad_features if needs[0] else None, grad_prototypes if needs[1] else None, *none
 
 
 class Stats(NamedTuple):
@@ -234,20 +215,16 @@ def logsumexp_stats(
     features: Tensor,
     prototypes: Tensor,
     labels: Tensor,
-    log_prior: Tensor | None,
-    logits: Logits,
+    objective: Objective,
     with_logit_sum: bool,
     shard: Shard | None = None,
 ) -> Stats:
-    """r = log Σ_{c≠y} exp(l_c), the target logit without its prior, and Σ_c s·cos_c, each (N,) and differentiable.
-
-    ``logits.ignore_index=None`` takes every label outside [0, C) for "the target is not among these prototypes".
-    """
+    """:func:`ltloss.extend.logsumexp_stats` on checked arguments. Differentiable, with any upstream gradient."""
     backend = choose_backend(features, prototypes, sharded=shard is not None)
     if backend == "reference":
-        return Stats(*reference.logsumexp_stats(features, prototypes, labels, log_prior, *logits, with_logit_sum))
+        return Stats(*reference.logsumexp_stats(features, prototypes, labels, objective, with_logit_sum))
     r, target, logit_sum = _LogSumExpStats.apply(  # type: ignore[no-untyped-call]
-        features, prototypes, labels, log_prior, logits, with_logit_sum, backend, shard
+        features, prototypes, labels, objective, with_logit_sum, backend, shard
     )
     return Stats(r, target, logit_sum if with_logit_sum else None)
 
@@ -261,38 +238,36 @@ class _LogSumExpStats(torch.autograd.Function):
         features: Tensor,
         prototypes: Tensor,
         labels: Tensor,
-        log_prior: Tensor | None,
-        logits: Logits,
+        objective: Objective,
         with_logit_sum: bool,
         backend: str,
         shard: Shard | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        prior, scale, normalize_features = objective.log_prior, objective.scale, objective.normalize_features
+        ignore_index = objective.ignore_index
         if shard is None:
             r, cosine, logit_sum, norm, class_factor = STATS[backend](
-                features, prototypes, labels, log_prior, *logits[:2], with_logit_sum, logits.ignore_index
+                features, prototypes, labels, prior, scale, normalize_features, with_logit_sum, ignore_index
             )
-            prior = log_prior
         else:
-            local = LocalWork.of(features, labels, log_prior, logits, shard)
+            local = LocalWork.of(features, labels, objective, shard)
             (parts, sums, cosine, norm), class_factor = gathered_stats(
-                local, prototypes, logits, with_logit_sum, backend, shard
+                local, prototypes, objective, with_logit_sum, backend, shard
             )
             r, logit_sum = torch.logsumexp(parts, 0), sums.sum(0) if with_logit_sum else sums
-            features, labels, prior = local.features, local.labels, local.prior
-            logits = logits._replace(ignore_index=None)
-        scale = logits.scale if logits.normalize_features else logits.scale * norm
+            (features, labels, prior), ignore_index = local, None
         ctx.save_for_backward(features, prototypes, labels, prior, r, class_factor)
-        ctx.logits, ctx.smooth, ctx.backend, ctx.shard = logits, with_logit_sum, backend, shard
-        return r, cosine * scale, logit_sum
+        ctx.options = scale, with_logit_sum, normalize_features, ignore_index
+        ctx.backend, ctx.shard = backend, shard
+        return r, cosine * (scale if normalize_features else scale * norm), logit_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        features, prototypes, labels, prior, r, class_factor = ctx.saved_tensors
-        every = grads[2] if ctx.smooth else torch.zeros_like(r)
+        *given, r, class_factor = ctx.saved_tensors
+        _, with_logit_sum, normalize_features, _ = ctx.options
+        every = grads[2] if with_logit_sum else torch.zeros_like(r)
         # The target logit s·‖x‖·cos_y is linear in x: no part of its gradient goes by the length alone.
-        rows = [r, grads[0], grads[1] + every, every] + [torch.zeros_like(r)] * (not ctx.logits.normalize_features)
+        rows = [r, grads[0], grads[1] + every, every] + [torch.zeros_like(r)] * (not normalize_features)
         one = r.new_ones(())
         coefficients, bound = BACKENDS[ctx.backend]().coefficients(torch.stack(rows))
-        saved = [class_factor, one, bound]
-        gradients = propagated(one, features, prototypes, labels, prior, coefficients, saved, ctx)
-        return *gradients, *(None,) * 6
+        return propagate(ctx, one, (*given, coefficients, class_factor, one, bound))

@@ -11,8 +11,9 @@ from ltloss import reference
 from ltloss._types import NearestPrototype, TopK
 from ltloss.chunked import search as chunked
 from ltloss.numerics import compute_dtype
-from ltloss.ops._dispatch import choose_backend, define, distributed, is_sharded, lazy, no_gradient
+from ltloss.ops._dispatch import Kernel, choose_backend, define, distributed, is_sharded, no_gradient
 from ltloss.regularizers import mean_angle
+from ltloss.runtime import current_workspace
 
 __all__ = ["min_angle", "nearest_in_one_piece", "nearest_prototype", "top_k", "top_k_in_one_piece"]
 
@@ -27,13 +28,13 @@ _NEAREST = define(
     "nearest_prototype(Tensor prototypes, Tensor? rows, bool exact) -> (Tensor cosine, Tensor index)",
     _fake_nearest,
     torch=chunked.nearest_prototype,
-    triton=lazy("nearest_prototype"),
+    triton=Kernel("nearest_prototype"),
 )
 _NEAREST_GRADIENT = define(
     "nearest_prototype_gradient(Tensor grad_cosine, Tensor prototypes, Tensor? rows, Tensor index) -> Tensor",
     lambda grad_cosine, prototypes, rows, index: prototypes.new_empty(prototypes.shape),
     torch=chunked.nearest_prototype_gradient,
-    triton=lazy("nearest_prototype_gradient"),
+    triton=Kernel("nearest_prototype_gradient"),
 )
 _TOP_K = define(
     "top_k(Tensor features, Tensor prototypes, int k) -> (Tensor cosine, Tensor index)",
@@ -42,7 +43,7 @@ _TOP_K = define(
         features.new_empty((features.shape[0], k), dtype=torch.int64),
     ),
     torch=chunked.top_k,
-    triton=lazy("top_k"),
+    triton=Kernel("top_k", {"limit": current_workspace}),
 )
 OPERATORS = {
     "nearest_prototype": _NEAREST,

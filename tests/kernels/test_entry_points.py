@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ltloss_kernels
 import pytest
 import torch
 from helpers.kernel_problems import DEVICE, assert_close, exact_outcome, kernel_problem
-from ltloss_kernels import Partials, logsumexp_gradients, logsumexp_partials, margin_loss
+from ltloss_kernels import Partials, gradients, margin_loss, partials
 
+from ltloss.margins import Margin, Objective
 from ltloss.testing import Outcome, Problem, relative_error
 
 F16, F32 = torch.float16, torch.float32
@@ -19,17 +20,9 @@ C, IGNORED = 70, -100
 CUTS = ((0, 23), (23, 70))
 
 
-class Margin(NamedTuple):
-    angle: Any = 0.0
-    cosine: Any = 0.0
-    multiplier: float = 1.0
-    beyond_pi: str = "monotone"
-    gradient: str = "exact"
-
-
 def partials_of(given: Problem, labels: torch.Tensor, ignore_index: int | None, **options: Any) -> Partials:
     defaults = {"scale": 9.0, "normalize_features": True, "with_logit_sum": True}
-    return logsumexp_partials(given[0], given[1], labels, None, **{**defaults, **options}, ignore_index=ignore_index)
+    return partials(given[0], given[1], labels, None, **{**defaults, **options}, ignore_index=ignore_index)
 
 
 def concatenated(parts: list[Partials]) -> Partials:
@@ -49,19 +42,18 @@ def test_shards_of_the_classes_concatenate(normalize: bool, scale: float) -> Non
     given = kernel_problem()
     scale = scale if normalize else scale / 9
     options = {"scale": scale, "normalize_features": normalize}
-    margin, weight = Margin(angle=0.2, cosine=torch.linspace(0.0, 0.3, C, device=DEVICE)), 0.5
+    margin = Margin(angular_margin=0.2, cosine_margin=torch.linspace(0.0, 0.3, C, device=DEVICE))
+    weight = torch.full((C,), 0.5, device=DEVICE)
     parts = []
     for first, end in CUTS:
         local = torch.where((given.labels >= first) & (given.labels < end), given.labels - first, -1)
         shard = Problem(given.features, given.prototypes[first:end], local)
         parts.append(partials_of(shard, local, None, **options))
-    loss, *_ = margin_loss(
-        concatenated(parts), given.labels, None, margin,
-        class_weight=weight, label_smoothing=0.1, scale=scale, ignore_index=IGNORED, num_classes=C, reduction="sum",
-    )  # fmt: skip
+    objective = Objective(margin, None, weight, scale, normalize, label_smoothing=0.1, reduction="sum")
+    loss, *_ = margin_loss(concatenated(parts), given.labels, objective, C)
     exact = exact_outcome(
-        given, angular_margin=0.2, cosine_margin=margin.cosine.double(), class_weight=weight, label_smoothing=0.1,
-        scale=scale, normalize_features=normalize, reduction="sum",
+        given, angular_margin=0.2, cosine_margin=torch.linspace(0.0, 0.3, C).double(), class_weight=0.5,
+        label_smoothing=0.1, scale=scale, normalize_features=normalize, reduction="sum",
     )  # fmt: skip
     assert relative_error(loss.cpu(), exact.loss) <= 5e-6
 
@@ -81,28 +73,21 @@ def test_a_backward_may_read_in_place_what_the_forward_copied() -> None:
     """The saved prototypes may lie elsewhere than the original ones did."""
     given = kernel_problem(d=16)
     misaligned = torch.zeros(C * 16 + 1, device=DEVICE)[1:].view(C, 16).copy_(given.prototypes)
-    partials = partials_of(given._replace(prototypes=misaligned), given.labels, IGNORED)
-    loss, coefficients, inverse_total, bound = margin_loss(
-        partials, given.labels, None, Margin(cosine=0.1),
-        class_weight=None, label_smoothing=0.0, scale=9.0, ignore_index=IGNORED, num_classes=C, reduction="mean",
+    found = partials_of(given._replace(prototypes=misaligned), given.labels, IGNORED)
+    objective = Objective(Margin(cosine_margin=0.1), scale=9.0)
+    loss, coefficients, inverse_total, bound = margin_loss(found, given.labels, objective, C)
+    grads = gradients(
+        torch.ones((), device=DEVICE), *given, None, coefficients, found.class_factor, inverse_total, bound,
+        9.0, smooth=False, normalize_features=True, ignore_index=IGNORED, needs=(True, True), limit=lambda: 1 << 20,
     )  # fmt: skip
-    gradients = logsumexp_gradients(
-        torch.ones((), device=DEVICE), *given, None, coefficients, partials.class_factor, inverse_total, bound,
-        scale=9.0, smooth=False, normalize_features=True, ignore_index=IGNORED, needs=(True, True), limit=1 << 20,
-    )  # fmt: skip
-    exact = exact_outcome(given, cosine_margin=0.1, scale=9.0)
-    assert None not in gradients
-    assert_close(Outcome(loss, *gradients), exact)
+    assert_close(Outcome(loss, *grads), exact_outcome(given, cosine_margin=0.1, scale=9.0))
 
 
 def test_smoothing_without_the_sum_of_logits_is_refused() -> None:
     given = kernel_problem()
-    partials = partials_of(given, given.labels, IGNORED, with_logit_sum=False)
+    found = partials_of(given, given.labels, IGNORED, with_logit_sum=False)
     with pytest.raises(ValueError, match=r"label_smoothing=0\.1 needs partials with a logit_sum; got None"):
-        margin_loss(
-            partials, given.labels, None, Margin(),
-            class_weight=None, label_smoothing=0.1, scale=9.0, ignore_index=IGNORED, num_classes=C, reduction="sum",
-        )  # fmt: skip
+        margin_loss(found, given.labels, Objective(scale=9.0, label_smoothing=0.1), C)
 
 
 def test_a_file_does_not_hide_the_entry_point_of_its_name() -> None:

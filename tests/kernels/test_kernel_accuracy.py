@@ -87,34 +87,34 @@ def bfloat16_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
     from ltloss_kernels.cosine_logsumexp import _Forward
     from ltloss_kernels.cosine_logsumexp_gradients import _Backward
 
-    forward, begin = _Forward._prepare_samples, _Backward.__init__
-    prepare, tiles_of_slab = _Backward._prepare_samples, _Backward._launch_tiles
+    forward, begin = _Forward.launch_samples, _Backward.__init__
+    prepare, tiles_of_slab = _Backward.launch_samples, _Backward.launch_tiles
 
     def round_(matrix: Tensor) -> None:
         assert matrix.dtype == F32
         matrix.copy_(matrix.bfloat16())
 
-    def rounded_forward(self: Any, rows: slice, copy: Tensor, *args: Any) -> None:
-        forward(self, rows, copy, *args)
-        round_(copy)
+    def rounded_forward(self: Any, chunk: Any) -> None:
+        forward(self, chunk)
+        round_(chunk.copy)
 
     def folding(self: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
         self.fold = True
 
-    def rounded_samples(self: Any) -> tuple[Tensor, ...]:
-        copy, *rest = prepare(self)
-        round_(copy)
-        return (copy, *rest)
+    def rounded_samples(self: Any) -> None:
+        prepare(self)
+        round_(self.unit)
 
-    def rounded_slab(self: Any, *args: Any) -> None:
-        tiles_of_slab(self, *args)
-        round_(args[-1])
+    def rounded_slab(self: Any, rows: slice, slab: Any) -> Tensor:
+        part: Tensor = tiles_of_slab(self, rows, slab)
+        round_(part)
+        return part
 
-    monkeypatch.setattr(_Forward, "_prepare_samples", rounded_forward)
+    monkeypatch.setattr(_Forward, "launch_samples", rounded_forward)
     monkeypatch.setattr(_Backward, "__init__", folding)
-    monkeypatch.setattr(_Backward, "_prepare_samples", rounded_samples)
-    monkeypatch.setattr(_Backward, "_launch_tiles", rounded_slab)
+    monkeypatch.setattr(_Backward, "launch_samples", rounded_samples)
+    monkeypatch.setattr(_Backward, "launch_tiles", rounded_slab)
 
 
 @pytest.mark.parametrize("inputs", INPUTS)

@@ -267,7 +267,7 @@ def test_memory_beside_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
             return result
 
     given = prototypes(c, 8)
-    with watching(Counted(), monkeypatch):
+    with watching(Counted()):
         nearest_prototype(given)
     tile = tiles.search_tile(tiles.architecture(given.device), F32, "ieee")
     assert 16 * c <= kept - 12 * c <= 16 * c + 4 * tile.classes

@@ -12,7 +12,8 @@ from helpers.kernel_problems import DEVICE, kernel_problem
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import ltloss
-from ltloss import functional
+from ltloss import _validation, functional
+from ltloss.margins import Margin, Objective
 from ltloss.ops import _dispatch, logsumexp, margin_cross_entropy
 from ltloss.ops import labels as labels_operator
 from ltloss.ops._dispatch import choose_backend
@@ -30,22 +31,25 @@ OPERATORS = {**margin_cross_entropy.OPERATORS, **logsumexp.OPERATORS}
 def _loss_arguments(reduction: str = "mean", normalize: bool = True, n: int = 20) -> tuple[Any, ...]:
     given = kernel_problem(n, 40, 8)
     vector = torch.linspace(0.1, 0.4, 40, device=DEVICE)
-    margin = ([vector, None], [0.0, 0.2, 1.1], "monotone", "exact")
-    return (*given, -vector, vector + 1, *margin, 9.0, normalize, 0.1, -100, reduction)
+    objective = Objective(
+        Margin(vector, 0.2, 1.1), -vector, vector + 1, 9.0, normalize, label_smoothing=0.1, reduction=reduction
+    )
+    return (*given, *objective.flat())
 
 
 def _margin_arguments() -> tuple[Any, ...]:
     labels = kernel_problem(20, 40, 8).labels
     vectors = [torch.rand(shape, device=DEVICE) for shape in ((3, 20), (3, 20), (20,))]
-    margin = ([None, None], [0.3, 0.0, 1.0], "arcface", "exact")
-    return (*vectors, torch.empty(0, device=DEVICE), labels, None, None, *margin, 9.0, 0.1, -100, 40, "sum")
+    objective = Objective(Margin(0.3, beyond_pi="arcface"), scale=9.0, label_smoothing=0.1, reduction="sum")
+    return (*vectors, torch.empty(0, device=DEVICE), labels, *objective.flat(), 40)
 
 
 def _gradient_arguments(needs: list[bool]) -> tuple[Any, ...]:
     arguments = _loss_arguments()
     _, coefficients, inverse, bound, factor = OPERATORS["margin_cross_entropy"]["triton"](*arguments)
     saved = (coefficients, factor, inverse, bound)
-    return (torch.tensor(0.7, device=DEVICE), *arguments[:4], *saved, 9.0, True, True, -100, needs)
+    prior = arguments[3][2]
+    return (torch.tensor(0.7, device=DEVICE), *arguments[:3], prior, *saved, 9.0, True, True, -100, needs)
 
 
 CASES: dict[str, Any] = {
@@ -251,7 +255,7 @@ class TestLaunches:
             with _disable_current_modes():
                 target.copy_(left.float() @ right.float() + (0 if overwrite else target))
 
-        with monkeypatch.context() as patch, watching(_Computations(), patch) as mode:
+        with monkeypatch.context() as patch, watching(_Computations()) as mode:
             patch.setattr(GridExecutor, "__call__", launch)
             patch.setattr(cosine_logsumexp_gradients, "multiply_add", product)
             run()
@@ -262,6 +266,7 @@ class TestLaunches:
     def test_number(self, name: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(labels_operator, "check_label_range", lambda *_: None)  # not done on a GPU
+        monkeypatch.setattr(_validation, "_check_values", lambda *_: None)
         leaves = kernel_problem(20, 40, 8, dtypes=dtypes).leaves()
         loss: list[torch.Tensor] = []
         options = FAMILY[name](40)
@@ -370,11 +375,11 @@ class TestRefusals:
             functional.margin_cross_entropy(*kernel_problem())
 
     def test_cpu_tensors_without_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import ltloss_kernels
+        from ltloss_kernels import running
 
-        monkeypatch.setattr(ltloss_kernels, "interpreting", lambda: False)
+        monkeypatch.setattr(running, "interpreting", lambda: False)
         given = kernel_problem()
-        with pytest.raises(RuntimeError, match=r"tensors on cpu; .*TRITON_INTERPRET=1 .*before the first use"):
+        with pytest.raises(RuntimeError, match=r"tensors are on cpu, and .*TRITON_INTERPRET=1 .*before the first use"):
             functional.margin_cross_entropy(*(t.cpu() for t in given))
 
     def test_auto_takes_the_kernels_on_a_gpu(self) -> None:

@@ -128,7 +128,7 @@ def test_chunks_keep_the_limit(samples: int, classes: int, k: int) -> None:
 
 def test_search_without_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     given = kernel_problem(160, 160, 4)
-    with watching(LargestTensor(), monkeypatch) as seen, ltloss.use_workspace(1 << 14):
+    with watching(LargestTensor()) as seen, ltloss.use_workspace(1 << 14):
         top_k(given.features, given.prototypes, 1)
     assert seen.operators > 10
     assert seen.largest < 160 * 160 // 2

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltloss
 from ltloss.functional import margin_cross_entropy, nearest_prototype, top_k
-from ltloss.ops import _dispatch
 from ltloss.ops import labels as labels_operator
 from ltloss.testing import problem
 
@@ -68,18 +68,21 @@ class TestUseBackend:
             ltloss.use_backend("cuda")
         assert ltloss.current_backend() == before
 
-    def test_reference_is_dense(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_reference_is_dense(self) -> None:
         """It really is another implementation: no operator of ours runs."""
 
-        def refused(implementation: Any, *args: Any) -> Any:
-            raise AssertionError(f"{implementation} ran")
+        class Refused(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                assert func.namespace != "ltloss"
+                return func(*args, **(kwargs or {}))
 
-        monkeypatch.setattr(_dispatch, "run", refused)
-        with ltloss.use_backend("reference"):
+        with ltloss.use_backend("reference"), Refused():
             given = problem()
             margin_cross_entropy(*given)
             nearest_prototype(given.prototypes)
             top_k(given.features, given.prototypes)
+        with pytest.raises(AssertionError), ltloss.use_backend("torch"), Refused():
+            margin_cross_entropy(*given)
 
 
 class TestDebug:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ltloss.margins import Margin, Objective
 from ltloss.ops import logsumexp, margin_cross_entropy, prototype_search
 from ltloss.ops.labels import OPERATOR as checked_labels
 from ltloss.testing import MODULES, problem
@@ -29,14 +30,16 @@ OPERATORS = {**margin_cross_entropy.OPERATORS, **logsumexp.OPERATORS, **prototyp
 
 def _loss_arguments(reduction: str = "mean", normalize: bool = True, n: int = 4) -> tuple[Any, ...]:
     vector = torch.linspace(0.1, 0.4, 6)
-    margin = ([vector, None], [0.0, 0.2, 1.1], "monotone", "exact")
-    return (*_problem(n, requires_grad=False), -vector, vector + 1, *margin, 9.0, normalize, 0.1, -100, reduction)
+    objective = Objective(
+        Margin(vector, 0.2, 1.1), -vector, vector + 1, 9.0, normalize, label_smoothing=0.1, reduction=reduction
+    )
+    return (*_problem(n, requires_grad=False), *objective.flat())
 
 
 def _margin_arguments() -> tuple[Any, ...]:
-    margin = ([None, None], [0.3, 0.0, 1.0], "arcface", "exact")
+    objective = Objective(Margin(0.3, beyond_pi="arcface"), scale=9.0, reduction="sum")
     vectors = (torch.rand(3, 4), torch.empty(0), torch.rand(4), torch.empty(0), torch.tensor([0, 1, 5, -100]))
-    return (*vectors, None, None, *margin, 9.0, 0.0, -100, 6, "sum")
+    return (*vectors, *objective.flat(), 6)
 
 
 def _gradient_arguments(needs: list[bool], n: int = 4) -> tuple[Any, ...]:

@@ -239,7 +239,7 @@ def test_no_square_matrix(rows: int | None, monkeypatch: pytest.MonkeyPatch) -> 
     """Forwards and backwards, nothing larger than a tile or the prototypes is ever allocated."""
     c, d = 3000, 4
     leaf = random_prototypes(c, d, torch.float32).requires_grad_()
-    with watching(LargestTensor(), monkeypatch) as seen:
+    with watching(LargestTensor()) as seen:
         chosen = None if rows is None else torch.arange(rows)
         min_angle_regularizer(leaf, torch.ones(c), rows=chosen).backward()
     assert seen.operators > 20  # it looked inside

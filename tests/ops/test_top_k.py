@@ -109,7 +109,7 @@ N, C, D = 1200, 4000, 8
 
 def test_search_without_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem(N, C, D, dtype=torch.float32)
-    with watching(LargestTensor(), monkeypatch) as seen:
+    with watching(LargestTensor()) as seen:
         top_k(given.features, given.prototypes, 5)
     assert seen.operators > 20
     assert seen.largest <= 1 << 20
@@ -118,7 +118,7 @@ def test_search_without_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["everything", "feature_length_smoothed"])
 def test_loss_without_the_matrix_forwards_and_backwards(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem(N, C, D, dtype=torch.float32).leaves()
-    with watching(LargestTensor(), monkeypatch) as seen:
+    with watching(LargestTensor()) as seen:
         margin_cross_entropy(*given, **FAMILY[name](C)).backward()
     assert seen.operators > 50
     assert seen.largest <= 1 << 20
@@ -126,7 +126,7 @@ def test_loss_without_the_matrix_forwards_and_backwards(name: str, monkeypatch: 
 
 def test_two_numbers_without_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     features, prototypes, _ = problem(N, C, D, dtype=torch.float32).leaves()
-    with watching(LargestTensor(), monkeypatch) as seen:
+    with watching(LargestTensor()) as seen:
         r, t = cosine_logsumexp(features, prototypes, torch.arange(N), scale=9.0)
         (r - t).sum().backward()
     assert seen.largest <= 1 << 20
@@ -135,7 +135,7 @@ def test_two_numbers_without_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_watcher_sees_a_dense_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The law above can fail."""
     given = problem(N, C, D, dtype=torch.float32).leaves()
-    with watching(LargestTensor(), monkeypatch) as seen:
+    with watching(LargestTensor()) as seen:
         reference.margin_cross_entropy(*given).backward()
     assert seen.largest >= N * C
 
@@ -154,7 +154,7 @@ def test_copies_take_no_k_by_k_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     prototypes = torch.randn(3000, 8)
     prototypes[:50] = prototypes[0].clone()
     queries = torch.randn(16, 8)
-    with watching(LargestTensor(), monkeypatch) as seen:
+    with watching(LargestTensor()) as seen:
         index = top_k(queries, prototypes, 1000).index
     assert seen.largest <= 1 << 20
     for row in index.tolist():
