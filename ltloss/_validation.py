@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltloss.runtime import current_backend
+
 __all__ = [
     "check_choice",
     "check_count",
@@ -27,6 +29,7 @@ __all__ = [
     "check_same_device",
     "check_supervised",
     "check_type",
+    "check_values",
     "plain_number",
 ]
 
@@ -156,7 +159,7 @@ def check_per_class(name: str, given: Any, num_classes: int, like: Tensor) -> Te
     """Return a number or a (C,) vector in ``like``'s dtype; anything else raises, and so do values out of range.
 
     Margins, priors and weights are constants of the training set: one that requires a gradient is refused, because
-    none would arrive. The values of tensors are looked at on the CPU only, and not while compiling.
+    none would arrive.
     """
     if isinstance(given, Tensor):
         if given.requires_grad:
@@ -164,7 +167,8 @@ def check_per_class(name: str, given: Any, num_classes: int, like: Tensor) -> Te
         if given.shape not in ((), (num_classes,)):
             raise ValueError(f"{name} must be a number or have the shape ({num_classes},); got {tuple(given.shape)}")
         check_same_device(features=like, **{name: given})
-        _check_values(name, given)
+        if _readable(given):
+            check_values(name, given)
         return given.to(like.dtype)
     given = plain_number(given)
     if isinstance(given, bool) or not isinstance(given, int | float):
@@ -175,9 +179,13 @@ def check_per_class(name: str, given: Any, num_classes: int, like: Tensor) -> Te
     return float(given)
 
 
-def _check_values(name: str, given: Tensor) -> None:
-    if given.device.type != "cpu" or torch.compiler.is_compiling():
-        return
+def _readable(given: Tensor) -> bool:
+    """Whether a look at the values is free: not on a GPU, not while compiling, and never on the kernels' way."""
+    return given.device.type == "cpu" and not torch.compiler.is_compiling() and current_backend() != "triton"
+
+
+def check_values(name: str, given: Tensor) -> None:
+    """Raise ValueError unless the values of a constant per class lie in its range."""
     lowest, highest, expected = _RANGES.get(name, _FINITE)
     least, most = (float(end) for end in given.aminmax())  # both NaN where one value is
     if not (lowest <= least and most <= highest):
@@ -187,8 +195,8 @@ def _check_values(name: str, given: Tensor) -> None:
 
 
 def check_prior(log_prior: Tensor | None, labels: Tensor, ignore_index: int) -> None:
-    """Raise ValueError for a sample of a class that a prior of -inf took out; on the CPU, and not while compiling."""
-    if log_prior is None or not log_prior.dim() or log_prior.device.type != "cpu" or torch.compiler.is_compiling():
+    """Raise ValueError for a sample of a class that a prior of -inf took out, where the values are readable."""
+    if log_prior is None or not log_prior.dim() or not _readable(log_prior):
         return
     gone = (log_prior == -math.inf).nonzero()[:, 0]
     labels = labels.to(torch.int64)  # else -100 compared with uint8 would be 156

@@ -80,8 +80,9 @@ def margin_cross_entropy(
         angular_margin: m2 in radians, a number or (C,).
         cosine_margin: m3, a number or (C,).
         angle_multiplier: m1 > 0.
-        log_prior: (C,), added to the logits in training (balanced softmax, logit adjustment); -inf takes a class out.
-        class_weight: (C,), multiplies the loss of the samples of a class.
+        log_prior: (C,), added to the logits in training (balanced softmax, logit adjustment); -inf takes a class
+            without samples out.
+        class_weight: (C,), finite and >= 0, multiplies the loss of the samples of a class.
         label_smoothing: ε in [0, 1], (1−ε)(lse − z_y) + ε(lse − mean_c z_c).
         ignore_index: label of samples that neither count nor get a gradient.
         normalize_features: False keeps the feature's length: every cosine is multiplied by s·‖x‖ instead of s.
@@ -93,7 +94,8 @@ def margin_cross_entropy(
         A scalar, or (N,) for ``"none"``; float32, or float64 where an input is.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit together; the message has both values.
+        ValueError, TypeError: arguments that do not fit together, or values out of range (those of tensors are looked
+            at on the CPU only).
         IndexError: a label outside [0, C) that is not ``ignore_index``, with its position (on a GPU: only under
             ``ltloss.debug``, and the sample's loss is NaN otherwise).
 

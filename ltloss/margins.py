@@ -15,7 +15,17 @@ from torch import Tensor
 from ltloss._types import Reduction
 from ltloss._validation import check_choice, check_number, check_per_class
 
-__all__ = ["ANGLE_FLOOR", "OBJECTIVE", "BeyondPi", "Margin", "MarginGradient", "Objective", "arccos", "margin_cosine"]
+__all__ = [
+    "ANGLE_FLOOR",
+    "OBJECTIVE",
+    "OPTION_NAMES",
+    "BeyondPi",
+    "Margin",
+    "MarginGradient",
+    "Objective",
+    "arccos",
+    "margin_cosine",
+]
 
 BeyondPi = Literal["monotone", "arcface"]
 MarginGradient = Literal["exact", "straight_through"]
@@ -148,6 +158,7 @@ class Objective(NamedTuple):
         return cls(margin, prior, weight, numbers[3], normalize_features, numbers[4], ignore_index, words[2])
 
 
+OPTION_NAMES = (*Margin._fields, *(name for name in Objective._fields if name != "margin"))
 OBJECTIVE = "Tensor?[] vectors, float[] numbers, bool normalize_features, int? ignore_index, str[] words"
 
 

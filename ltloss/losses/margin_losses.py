@@ -17,7 +17,7 @@ from ltloss._types import Reduction
 from ltloss._validation import check_number
 from ltloss.class_balance import Counts, checked_counts, log_prior_from_counts, margins_from_counts
 from ltloss.losses.prototype_head import PrototypeHead
-from ltloss.margins import BeyondPi, MarginGradient
+from ltloss.margins import OPTION_NAMES, BeyondPi, MarginGradient
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -133,29 +133,12 @@ class CombinedMarginLoss(PrototypeHead):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
-        return F.margin_cross_entropy(
-            features,
-            self.weight,
-            labels,
-            scale=self.scale,
-            angular_margin=self.angular_margin,
-            cosine_margin=self.cosine_margin,
-            angle_multiplier=self.angle_multiplier,
-            log_prior=self.log_prior,
-            class_weight=self.class_weight,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            normalize_features=self.normalize_features,
-            beyond_pi=self.beyond_pi,
-            margin_gradient=self.margin_gradient,
-            reduction=self.reduction,
-        )
+        options = {name: getattr(self, name) for name in OPTION_NAMES}
+        return F.margin_cross_entropy(features, self.weight, labels, **options)
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""
-        names = "angle_multiplier angular_margin cosine_margin log_prior class_weight label_smoothing ignore_index"
-        own = {name: getattr(self, name) for name in [*names.split(), "beyond_pi", "margin_gradient", "reduction"]}
-        return {**super().hyper_parameters(), **own}
+        return {**super().hyper_parameters(), **{name: getattr(self, name) for name in OPTION_NAMES}}
 
 
 class CosineSoftmaxLoss(CombinedMarginLoss):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ltloss import functional as F
 from ltloss._types import TopK
-from ltloss._validation import check_count, check_number, check_per_class, plain_number
+from ltloss._validation import check_count, check_number, check_per_class, check_values, plain_number
 from ltloss.losses.defaults import default_scale
 from ltloss.reference import cosines
 
@@ -118,10 +118,11 @@ class PrototypeHead(nn.Module):
     def _set_constant(self, name: str, value: Any) -> None:
         """Keep a number as it is, a vector as a constant in float32, in the place of whatever was there."""
         if isinstance(value, Tensor):
-            # On the CPU, where the values are looked at: once, here, and not in every training step.
             value = value.detach().to("cpu", torch.float32)
         if value is not None or name not in ("log_prior", "class_weight"):
             value = check_per_class(name, value, self.num_classes, torch.empty(0, device="cpu"))
+        if isinstance(value, Tensor):
+            check_values(name, value)  # once, here, whatever reads them: in a training step on a GPU it would cost time
         for former in (self.__dict__, self._buffers, self._sources):
             former.pop(name, None)
         if isinstance(value, Tensor) and value.dim():

@@ -12,7 +12,7 @@ from helpers.kernel_problems import DEVICE, kernel_problem
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import ltloss
-from ltloss import _validation, functional
+from ltloss import functional
 from ltloss.margins import Margin, Objective
 from ltloss.ops import _dispatch, logsumexp, margin_cross_entropy
 from ltloss.ops import labels as labels_operator
@@ -266,7 +266,6 @@ class TestLaunches:
     def test_number(self, name: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(labels_operator, "check_label_range", lambda *_: None)  # not done on a GPU
-        monkeypatch.setattr(_validation, "_check_values", lambda *_: None)
         leaves = kernel_problem(20, 40, 8, dtypes=dtypes).leaves()
         loss: list[torch.Tensor] = []
         options = FAMILY[name](40)
