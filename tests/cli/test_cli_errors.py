@@ -240,7 +240,7 @@ def test_picture_that_disappears_while_training(
 def test_pictures_too_large_for_the_memory(
     spec: str, toy_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ltloss.training.data.sources.machine_memory", lambda: 500_000)
+    monkeypatch.setattr("ltloss.training.data.images.machine_memory", lambda: 500_000)
     data = str(toy_folder) if spec == "folder" else spec
     fails([*TRAIN, "--data", data, "--image-size", "600"], r" bytes, more than the 500,000 of this machine", capsys)
     assert not Path("run").exists()
