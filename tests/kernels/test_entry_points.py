@@ -83,6 +83,21 @@ def test_a_backward_may_read_in_place_what_the_forward_copied() -> None:
     assert_close(Outcome(loss, *grads), exact_outcome(given, cosine_margin=0.1, scale=9.0))
 
 
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("width", [64, 300])
+def test_the_target_cosine_is_rounded_once(width: int, dtype: torch.dtype) -> None:
+    """Near ±1 an angular margin magnifies its error by 1/sin θ."""
+    generator = torch.Generator().manual_seed(width)
+    prototypes = (3.0 * torch.randn(C, width, generator=generator)).to(dtype)
+    direction = torch.linspace(-1, 1, C)[:, None] * prototypes.float()
+    features = (direction + 0.003 * torch.randn(C, width, generator=generator)).to(dtype)
+    labels = torch.arange(C, device=DEVICE)
+    given = Problem(features.to(DEVICE), prototypes.to(DEVICE), labels)
+    exact = torch.cosine_similarity(features.double(), prototypes.double(), eps=0.0)
+    cosine = partials_of(given, labels, IGNORED).target_cosine.cpu().double()
+    assert float((cosine - exact).abs().max()) <= 2.0**-25 * 1.001
+
+
 def test_smoothing_without_the_sum_of_logits_is_refused() -> None:
     given = kernel_problem()
     found = partials_of(given, given.labels, IGNORED, with_logit_sum=False)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ltloss_kernels.device.elementary import LN2, log, scaled_rows, unit_rows
+from ltloss_kernels.device.elementary import LN2, exact_cosine, log, scaled_rows, unit_rows
 from ltloss_kernels.device.tile_io import tile_product
 
 __all__ = ["add_splits", "combine_splits", "cosine_logsumexp_kernel", "sample_kernel"]
@@ -53,8 +53,8 @@ def sample_kernel(
     features (samples, width), prototypes (classes, width), labels (samples,): any dtype and strides.
     norm (samples,) ‖x‖, or None where features are normalised.
     copy (samples, width), in the dtype of the product: unit rows without ``norm``, else the rows as they are; or None.
-    target_cosine (samples,): in float32 from the original rows; 0 for the label ``ignore_index``, NaN for a label
-    outside [0, classes). Without an ``ignore_index`` (None) such a label means that there is no target here: 0.
+    target_cosine (samples,): from the original rows, rounded to float32 once; 0 for the label ``ignore_index``, NaN for
+    a label outside [0, classes). Without an ``ignore_index`` (None) such a label means that there is no target here: 0.
     label (samples,) int32: the class, or -1.
     flags (row blocks, class_tiles) int8, cleared before: 1 where a tile holds the target of one of its rows, and in the
     last column if that tile reaches beyond the classes (RAGGED). Several rows may write the same 1.
@@ -78,7 +78,7 @@ def sample_kernel(
     offsets = target[:, None] * prototypes_row_stride + columns.to(tl.int64)[None, :] * prototypes_column_stride
     w = tl.load(prototypes_ptr + offsets, mask=valid[:, None] & cells, other=0.0).to(tl.float32)
     w, _, w_inverse = scaled_rows(w)
-    cosine = tl.sum(x * w, 1) * x_inverse * w_inverse
+    cosine = tl.where(x_inverse * w_inverse == 0.0, 0.0, exact_cosine(x, w))
     missing = tl.zeros((ROWS,), tl.float32)
     if ignore_index is not None:
         missing = tl.where(label == ignore_index, 0.0, float("nan"))
