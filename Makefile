@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PIP) -e '.[train,bench,dev]'
 	@touch $@
 
-demo: $(VENV)/.installed  ## train five losses on long-tailed digits, print the table, classify the test pictures
+demo: $(VENV)/.installed  ## train five losses on long-tailed digits, print the table, classify the test images
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed  ## run every test, in two processes

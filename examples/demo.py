@@ -1,4 +1,4 @@
-"""`make demo`: five losses on long-tailed digits, a table, and a gallery of the test pictures as the model sorts them.
+"""`make demo`: five losses on long-tailed digits, a table, and a gallery of the test images as the model sorts them.
 
 Everything lands under ./demo/; what an earlier demo wrote there is replaced, anything else is left alone.
 """
@@ -28,7 +28,7 @@ from ltloss.training.predict.predict import predict_folder
 from ltloss.training.run.progress import progress_bar
 from ltloss.training.run.trainer import train
 
-# The digits have at most 146 training pictures a class, so the usual limits of 100 and 20 would leave few classes many.
+# The digits have at most 146 training images a class, so the usual limits of 100 and 20 would leave few classes many.
 GROUPS = Thresholds(many_above=50, few_below=10)
 SCALE = 16.0
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,7 +40,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SHOWN = "long-tail"
 COMMON = {"data": "digits", "imbalance": 50.0, "device": "cpu", **asdict(GROUPS)}
-_WRITTEN = ("runs", "pictures", "classified", "table.txt")
+_WRITTEN = ("runs", "images", "classified", "table.txt")
 _MANIFEST = "demo.json"
 
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_demo(out: Path, *, fast: bool = False) -> None:
-    """Train, print the table, classify the test pictures, and say what to open."""
+    """Train, print the table, classify the test images, and say what to open."""
     start = time.perf_counter()
     _clear(out)
     seeds, epochs = (range(2), 2) if fast else (range(3), 40)
@@ -77,11 +77,11 @@ def run_demo(out: Path, *, fast: bool = False) -> None:
     print(table)
     shown = _run_folder(out, SHOWN, 0)
     report = write_report(shown)
-    _write_pictures(out / "pictures")
-    print(f"\nClassifying the test pictures with {shown} ...")
-    summary = predict_folder(shown, out / "pictures", out / "classified")
+    _write_images(out / "images")
+    print(f"\nClassifying the test images with {shown} ...")
+    summary = predict_folder(shown, out / "images", out / "classified")
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Open these files in a browser:")
-    print(f"  {summary.gallery}   every test picture as the model sorted it")
+    print(f"  {summary.gallery}   every test image as the model sorted it")
     print(f"  {report}   how that model was trained")
 
 
@@ -106,12 +106,12 @@ def _clear(out: Path) -> None:
             path.unlink()
 
 
-def _write_pictures(folder: Path) -> None:
+def _write_images(folder: Path) -> None:
     source = load_data("digits", split="test", seed=0)
     for index, label in enumerate(source.labels):
         path = folder / source.class_names[label] / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        source.picture(index).save(path)
+        source.image(index).save(path)
 
 
 def _table(found: dict[str, list[tuple[Metrics, float]]], epochs: int) -> str:

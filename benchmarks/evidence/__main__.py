@@ -206,7 +206,7 @@ def section(study: Study, rows: Sequence[Mapping[str, str]], trials: Sequence[Ma
     facts = rows[0]
     about = (
         f"{study.name}: {study.about} "
-        f"{int(facts['pictures_train']):,} training and {int(facts['pictures_test']):,} test pictures. "
+        f"{int(facts['pictures_train']):,} training and {int(facts['pictures_test']):,} test images. "
         f"All trainings took {seconds / 3600:.1f} core hours on {facts['device']}, torch {facts['torch']}."
     )
     parts = [about, f"```sh\n{commands}\n```", markdown_table(summary(measured))]

@@ -1,1 +1,1 @@
-"""The `ltloss` command."""
+"""The ``ltloss`` command."""

@@ -1,6 +1,6 @@
-"""The `ltloss` command: train, compare, evaluate, predict, report, tune, plan, doctor.
+"""The ``ltloss`` command: train, compare, evaluate, predict, report, tune, plan, doctor.
 
-Everything but the standard library is imported inside `reported`, so that a missing package, a wrong environment
+Everything but the standard library is imported inside ``reported``, so that a missing package, a wrong environment
 variable and an early Ctrl-C are reported like any other mistake: one line on stderr and exit code 2, 130 for Ctrl-C.
 """
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def reported(command: Callable[[], int | None], options: argparse.Namespace | None = None) -> int:
     """The exit code of a command: its own (None counts as 0), 2 after a mistake, 130 after Ctrl-C, each in one line.
 
-    `options`, which `command` may fill, are those of the command line: they decide what the line advises.
+    ``options``, which ``command`` may fill, are those of the command line: they decide what the line advises.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # not a text file of its own, or closed
@@ -166,30 +166,30 @@ def _add_training(commands: Any) -> None:
 def _add_using(commands: Any) -> None:
     from ltloss.training.run.settings import SETTINGS
 
-    evaluate = commands.add_parser("evaluate", help="measure a run on labelled pictures")
+    evaluate = commands.add_parser("evaluate", help="measure a run on labelled images")
     evaluate.set_defaults(command=_evaluate, name="evaluate")
     evaluate.add_argument("run", type=path, metavar="RUN")
     whole = "as for train (default: the run's own); other data without train/test parts is measured whole"
     evaluate.add_argument("--data", metavar="DATA", help=whole)
-    splits = "test and train: the pictures the run used; all: every picture (default: test)"
+    splits = "test and train: the images the run used; all: every image (default: test)"
     evaluate.add_argument("--split", choices=("test", "train", "all"), default="test", help=splits)
     evaluate.add_argument("--json", action="store_true", help="for machine reading")
     evaluate.add_argument("--many-above", type=int, metavar="N", help=SETTINGS["many_above"].metadata["help"])
     evaluate.add_argument("--few-below", type=int, metavar="N", help=SETTINGS["few_below"].metadata["help"])
     evaluate.add_argument("--device", help=SETTINGS["device"].metadata["help"])
 
-    predict = commands.add_parser("predict", help="classify a folder of pictures and make a gallery of them")
+    predict = commands.add_parser("predict", help="classify a folder of images and make a gallery of them")
     predict.set_defaults(command=_predict, name="predict")
     predict.add_argument("run", type=path, metavar="RUN")
     predict.add_argument(
-        "--images", type=path, required=True, metavar="FOLDER", help="pictures to classify, searched recursively"
+        "--images", type=path, required=True, metavar="FOLDER", help="images to classify, searched recursively"
     )
     predict.add_argument("--out", type=path, required=True, help="folder for the results")
-    predict.add_argument("--sort-into", type=path, metavar="FOLDER", help="also copy each picture to FOLDER/<class>/")
+    predict.add_argument("--sort-into", type=path, metavar="FOLDER", help="also copy each image to FOLDER/<class>/")
     predict.add_argument(
         "--overwrite", action="store_true", help="replace the results of an earlier prediction in --out"
     )
-    predict.add_argument("--top", type=int, default=2, metavar="K", help="classes a picture in the table (default: 2)")
+    predict.add_argument("--top", type=int, default=2, metavar="K", help="classes an image in the table (default: 2)")
     predict.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
     predict.add_argument("--device", help=SETTINGS["device"].metadata["help"])
 
@@ -234,7 +234,9 @@ def _add_device_commands(commands: Any) -> None:
     plan.add_argument("--loss", default="long-tail", help="the loss, any but softmax (default: long-tail)")
     plan.add_argument("--dtype", default="bfloat16", help="of the features (default: bfloat16)")
     plan.add_argument("--optimizer", default="sgd", help="sgd (with momentum) or adamw (default: sgd)")
-    plan.add_argument("--sample-rate", type=float, default=1.0, metavar="X", help="share of classes (default: 1)")
+    plan.add_argument(
+        "--sample-rate", type=float, default=1.0, metavar="X", help="fraction of the classes (default: 1)"
+    )
     plan.add_argument("--json", action="store_true", help="for machine reading")
 
     doctor = commands.add_parser("doctor", help="show what this machine offers ltloss")

@@ -1,4 +1,4 @@
-"""The options of `ltloss compare`, and what it does with them."""
+"""The options of ``ltloss compare``, and what it does with them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _DESCRIPTION = (
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Add --recipe, which `train` and `compare` have."""
+    """Add --recipe, which ``train`` and ``compare`` have."""
     about = "start from the recipe cifar-lt or small; every setting can be overridden"
     parser.add_argument("--recipe", metavar="NAME", help=about)
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
-    """Add what `compare` has beside the settings of a training."""
+    """Add what ``compare`` has beside the settings of a training."""
     parser.description = _DESCRIPTION
     parser.set_defaults(command=_compare, name="compare")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="the folder of results to write")
@@ -31,9 +31,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     varied = "a setting or an option of the losses to vary; may be repeated"
     parser.add_argument("--vary", action="append", type=named_values, default=[], metavar="NAME=V,V", help=varied)
-    parser.add_argument("--tune", action="store_true", help="choose each method's values on held-out pictures first")
+    parser.add_argument("--tune", action="store_true", help="choose each method's values on held-out images first")
     parser.add_argument("--tune-seeds", type=int, default=1, metavar="N", help="trainings of each trial (default: 1)")
-    held = "pictures of each class to tune on (default: a fifth of the smallest class)"
+    held = "images of each class to tune on (default: a fifth of the smallest class)"
     parser.add_argument("--validation-per-class", type=int, metavar="N", help=held)
     parser.add_argument("--jobs", type=int, metavar="N", help="trainings side by side (default: the cores; 1 on a GPU)")
     parser.add_argument("--list", action=_ListMethods, help="show the methods and what is tuned of each, and stop")

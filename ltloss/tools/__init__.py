@@ -1,1 +1,1 @@
-"""What `ltloss doctor`, `ltloss tune` and `ltloss plan` run."""
+"""What ``ltloss doctor``, ``ltloss tune`` and ``ltloss plan`` run."""

@@ -25,7 +25,7 @@ Row = tuple[str, str]
 _TRAIN = "pip install 'ltloss[train]'"
 _OPTIONAL = (  # distribution, what it is for, how to get it
     ("triton", "the GPU kernels", "pip install triton (Linux)"),
-    ("pillow", "reading pictures", _TRAIN),
+    ("pillow", "reading images", _TRAIN),
     ("safetensors", "checkpoints", _TRAIN),
     ("matplotlib", "the report page", _TRAIN),
     ("scikit-learn", "the digits data set", _TRAIN),

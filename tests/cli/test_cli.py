@@ -44,10 +44,10 @@ def test_train_on_digits_then_evaluate(tmp_path: Path, capsys: pytest.CaptureFix
     assert [line.split()[-1] for line in shown.splitlines() if line.startswith(("  many", "  few"))] == ["–", "–"]
 
 
-def test_train_on_a_folder_with_a_bad_picture_and_evaluate_all_of_it(
+def test_train_on_a_folder_with_a_bad_image_and_evaluate_all_of_it(
     toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (toy_folder / "apple" / "bad.png").write_bytes(b"not a picture")
+    (toy_folder / "apple" / "bad.png").write_bytes(b"not an image")
     assert main(["train", "--data", str(toy_folder), "--out", str(tmp_path / "run"), "--workers", "2", *SMALL]) == 0
     assert "left out" in capsys.readouterr().err
     config = RunConfig.read(tmp_path / "run")
@@ -123,7 +123,7 @@ def test_report_and_predict_are_reached(
         == 0
     )
     assert (tmp_path / "out" / "gallery.html").is_file()
-    assert "30 pictures" in capsys.readouterr().out
+    assert "30 images" in capsys.readouterr().out
 
 
 def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

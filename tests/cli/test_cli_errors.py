@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("in_empty_folder")
             ["--image-size", "100000"],
             r"at least 14,380,000,000,000 bytes, more than the [\d,]+ of this machine; .*--image-size",
         ),
-        (["--image-size", "100000000000"], "pictures of 1 x 100000000000 x .* bytes.*--image-size"),
+        (["--image-size", "100000000000"], "images of 1 x 100000000000 x .* bytes.*--image-size"),
         (["--out", ""], "--out: an empty path"),
         (["--config", ""], "--config: an empty path"),
         (["--out", "nul\0byte"], "a path holds a NUL byte"),
@@ -77,9 +77,9 @@ def test_option_out_of_range(options: list[str], expected: str, capsys: pytest.C
         (["train", "--out", "run", "--data", ""], "--data is missing"),
         (["compare", "--out", "", "--losses", "all", "--data", "digits"], "--out: an empty path"),
         (["predict", "run", "--images", "", "--out", "results"], "--images: an empty path"),
-        (["predict", "run", "--images", "pictures", "--out", ""], "--out: an empty path"),
+        (["predict", "run", "--images", "images", "--out", ""], "--out: an empty path"),
         (
-            ["predict", "run", "--images", "pictures", "--out", "results", "--sort-into", ""],
+            ["predict", "run", "--images", "images", "--out", "results", "--sort-into", ""],
             "--sort-into: an empty path",
         ),
         (["evaluate", ""], "RUN: an empty path"),
@@ -87,8 +87,8 @@ def test_option_out_of_range(options: list[str], expected: str, capsys: pytest.C
         (["evaluate", "nowhere"], "nowhere is not a run"),
         (["report", "nowhere"], "nowhere is not a run"),
         (
-            ["predict", "nowhere", "--images", "pictures", "--out", "results"],
-            "nowhere is not a run|pictures is not a folder",
+            ["predict", "nowhere", "--images", "images", "--out", "results"],
+            "nowhere is not a run|images is not a folder",
         ),
     ],
 )
@@ -144,8 +144,8 @@ def _other_classes_in_test(folder: Path) -> None:
     [
         (_without_classes, "has 0 class sub-folders, at least 2 are needed"),
         (lambda folder: [shutil.rmtree(folder / name) for name in ("apple", "bean")], "has 1 class sub-folders"),
-        (lambda folder: (folder / "empty").mkdir(), "empty holds no pictures; add some or remove the folder"),
-        (_all_corrupt, "no readable picture for class bean"),
+        (lambda folder: (folder / "empty").mkdir(), "empty holds no images; add some or remove the folder"),
+        (_all_corrupt, "no readable image for class bean"),
         (_other_classes_in_test, "the classes differ: .*train has corn which .*test lacks; .*test has maize"),
     ],
     ids=["no class", "one class", "empty class", "corrupt class", "other classes in the test split"],
@@ -164,13 +164,13 @@ def test_folder_that_cannot_be_used(
         ({"x_test": None}, "lacks x_test; it needs x_train, y_train, x_test, y_test"),
         ({"x_train": np.zeros((6, 8, 8), np.float32)}, "x_train must be uint8 .* is float32"),
         ({"x_train": np.zeros((6, 3, 8, 8), np.uint8)}, r"x_train must be \(N, H, W\) or .* is \(6, 3, 8, 8\)"),
-        ({"x_train": np.zeros((5, 8, 8), np.uint8)}, "x_train has 5 pictures and y_train 6 labels"),
+        ({"x_train": np.zeros((5, 8, 8), np.uint8)}, "x_train has 5 images and y_train 6 labels"),
         ({"x_train": np.zeros((0, 8, 8), np.uint8), "y_train": np.zeros(0, int)}, "0 classes, at least 2"),
         ({"y_train": np.zeros(6)}, r"y_train must be integers of shape \(N,\), is float64"),
         ({"y_train": np.eye(6, dtype=int)}, r"y_train must be integers of shape \(N,\), is int64 of shape \(6, 6\)"),
         ({"y_train": np.array([0, 1, 2, 0, -1, 2])}, r"y_train\[4\] is -1, outside 0..2"),
         ({"y_test": np.array([0, 1, 3, 0, 1, 2])}, r"y_test\[2\] is 3, outside 0..2"),
-        ({"y_train": np.array([0, 3, 2, 0, 3, 2])}, "1 of 4 classes have no training picture, the first is 1"),
+        ({"y_train": np.array([0, 3, 2, 0, 3, 2])}, "1 of 4 classes have no training image, the first is 1"),
         ({"class_names": np.array(["a", "a", "b"])}, "class_names must be a list of different strings"),
         ({"class_names": np.array(["a", "b"])}, r"y_train\[4\] is 2, outside 0..1"),
         ({"y_test": np.array([None] * 6)}, "cannot be read .*allow_pickle=False"),
@@ -220,7 +220,7 @@ def test_training_that_diverges(toy_npz: Path, capsys: pytest.CaptureFixture[str
     )
 
 
-def test_picture_that_disappears_while_training(
+def test_image_that_disappears_while_training(
     toy_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ltloss.training.run import prepare as training_data
@@ -237,7 +237,7 @@ def test_picture_that_disappears_while_training(
 
 
 @pytest.mark.parametrize("spec", ["folder", "digits"])
-def test_pictures_too_large_for_the_memory(
+def test_images_too_large_for_the_memory(
     spec: str, toy_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("ltloss.training.data.images.machine_memory", lambda: 500_000)

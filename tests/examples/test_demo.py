@@ -25,7 +25,7 @@ def test_demo_ends_with_a_table_and_files_to_open(tmp_path: Path, capsys: pytest
     to_open = [Path(line.split()[0]) for line in shown.splitlines() if line.strip().startswith(str(out))]
     assert [path.name for path in to_open] == ["gallery.html", "report.html"]
     assert all(path.is_file() for path in to_open)
-    assert len(list((out / "pictures").rglob("*.png"))) == 359
+    assert len(list((out / "images").rglob("*.png"))) == 359
 
     _clear(out)
     assert sorted(path.name for path in out.iterdir()) == ["demo.json", "mine.txt"]

@@ -77,7 +77,7 @@ def render(page: Path, profile: Path, *flags: str) -> Rendered:
     """Load ``page`` as it is for its console messages, then a copy with the probe for what it shows.
 
     The copy lies beside the page, so that relative addresses hold. It has no content security policy, which would
-    rightly stop the probe, and loads all pictures, not only those in view.
+    rightly stop the probe, and loads all images, not only those in view.
     """
     console = _console(_run(page, profile, "--dump-dom").stderr)
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Pictures and settings of runs that take a fraction of a second."""
+"""Images and settings of runs that take a fraction of a second."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CLASS_NAMES = ("apple", "bean", "corn")
 
 
 def toy_images(per_class: int, seed: int = 0, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Three classes that are easy to tell apart: the bright third of a noisy picture, top, middle or bottom."""
+    """Three classes that are easy to tell apart: the bright third of a noisy image, top, middle or bottom."""
     generator = np.random.default_rng(seed)
     labels = np.repeat(np.arange(3), per_class)
     images = generator.integers(0, 60, (len(labels), size, size))

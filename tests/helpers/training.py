@@ -35,8 +35,8 @@ def toy_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def toy_folder(tmp_path: Path) -> Path:
-    """FOLDER/<class>/*.png: ten pictures of each of the three classes."""
-    folder = tmp_path / "pictures"
+    """FOLDER/<class>/*.png: ten images of each of the three classes."""
+    folder = tmp_path / "images"
     for index, (image, label) in enumerate(zip(*toy_images(10), strict=True)):
         path = folder / CLASS_NAMES[label] / f"{index:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""`ltloss compare`: methods, tuning, final runs and tables."""
+"""``ltloss compare``: methods, tuning, final runs and tables."""

@@ -1,4 +1,4 @@
-"""The search of `ltloss compare --tune`: a climb along the axes of a small grid, the same for every method."""
+"""The search of ``ltloss compare --tune``: a climb along the axes of a small grid, the same for every method."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def next_points(
 
     It begins in the middle of every axis. Along one axis after the other it looks at both neighbours and goes to the
     better one for as long as that is better than where it stands, and begins again with the first axis until no
-    neighbour along any axis is better. Values that make up for each other (a large margin, a high rate) need that.
+    neighbour along any axis is better. Values that make up for each other (a large margin, a large lr) need that.
 
     Args:
         space: name of an axis -> its values in order; the first is climbed first.
         tried: points with their scores, the higher the better; None or NaN is worse than every number.
 
     Returns:
-        Points that `tried` lacks, each a value for every axis.
+        Points that ``tried`` lacks, each a value for every axis.
 
     Example:
         >>> from ltloss.training.comparison.climb import next_points

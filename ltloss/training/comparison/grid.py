@@ -1,4 +1,4 @@
-"""`ltloss compare`: many methods and seeds on the same pictures, tuned alike, in a folder that can be continued."""
+"""``ltloss compare``: many methods and seeds on the same images, tuned alike, in a folder that can be continued."""
 
 from __future__ import annotations
 
@@ -43,34 +43,35 @@ def compare(
     jobs: int = 1,
     quiet: bool = False,
 ) -> Comparison:
-    """Train every method with every seed; write results.csv, comparison.html and, where tuned, tuning.csv into `out`.
+    """Train every method with every seed; write results.csv, comparison.html and, where tuned, tuning.csv into ``out``.
 
     Each training leaves one file, so a comparison that was killed continues where it was when it is called again, and
     methods or seeds that are added later join those that are there.
 
     Args:
         out: folder for the results; a new one, or that of an earlier comparison.
-        given: settings as for `ltloss train`, at least `data`; they override the recipe and the methods, and are not
-            tuned. Options of losses (`scale`, `margin`, `tau`, `loss_options`) hold for the losses that have them.
-        methods: names in `ltloss.training.comparison.methods.METHODS`.
-        recipe: a name in `ltloss.training.comparison.recipes.RECIPES`, or None for the defaults of `ltloss train`.
-        seeds: trainings of each method, with the seeds 0, 1, ...; all on the same pictures.
+        given: settings as for ``ltloss train``, at least ``data``; they override the recipe and the methods, and are
+            not tuned. Options of losses (``scale``, ``margin``, ``tau``, ``loss_options``) hold for the losses that
+            have them.
+        methods: names in ``ltloss.training.comparison.methods.METHODS``.
+        recipe: a name in ``ltloss.training.comparison.recipes.RECIPES``, or None for the defaults of ``ltloss train``.
+        seeds: trainings of each method, with the seeds 0, 1, ...; all on the same images.
         vary: name of a setting or of an option of the losses -> values. Every combination becomes a variant of every
             method, on top of its chosen values.
         tune: choose from each method's search space by the balanced accuracy of the last epoch on a validation split,
-            with a climb along each axis (`ltloss.training.comparison.climb.next_points`).
+            with a climb along each axis (``ltloss.training.comparison.climb.next_points``).
         tune_seeds: trainings of each trial, whose mean decides.
-        validation_per_class: pictures of each class that are held out of the training file before the long tail is cut;
+        validation_per_class: images of each class that are held out of the training file before the long tail is cut;
             None for a fifth of the smallest class. The test split is not read before tuning is over.
         jobs: trainings side by side, in processes of one thread each. More than one needs
-            `if __name__ == "__main__":` in a script.
+            ``if __name__ == "__main__":`` in a script.
         quiet: no progress bar.
 
     Returns:
-        The results; `print(comparison.to_text())` shows the table.
+        The results; ``print(comparison.to_text())`` shows the table.
 
     Raises:
-        UserError: before anything is trained, where settings, methods, data or `out` cannot be used.
+        UserError: before anything is trained, where settings, methods, data or ``out`` cannot be used.
 
     Example:
         >>> from ltloss.training import compare
@@ -129,7 +130,7 @@ class _Grid:
     train: str
 
     def tune(self) -> Iterator[Trial]:
-        """Every trial, the best of each method marked; first stages before second ones. Reads no test picture."""
+        """Every trial, the best of each method marked; first stages before second ones. Reads no test image."""
         plan = self.plan
         first = [name for name in plan.needed if method(name).stage_two is None]
         chosen: dict[str, Mapping[str, Any]] = {}
@@ -171,9 +172,9 @@ class _Grid:
         """Train on the whole training file with the chosen values, and measure the test split."""
         plan = self.plan
         settings = Settings(**plan.settings)
-        pictures = f"{self.train}-{fingerprint(load_split(settings, 'test'))}"
+        both = f"{self.train}-{fingerprint(load_split(settings, 'test'))}"
         planned = [
-            (name, variant, seed, plan.job(name, chosen, variant, seed, pictures))
+            (name, variant, seed, plan.job(name, chosen, variant, seed, both))
             for name in plan.methods
             for variant in plan.variants
             for seed in range(plan.seeds)

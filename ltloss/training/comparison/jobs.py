@@ -27,23 +27,22 @@ from ltloss.training.run.prepare import TrainingData
 from ltloss.training.run.settings import Settings
 from ltloss.training.run.trainer import Trainer
 
-# The pictures themselves are part of a job's key; the groups are made from the accuracies of the classes.
+# The images themselves are part of a job's key; the groups are made from the accuracies of the classes.
 _MAY_DIFFER = ("data", "device", "workers", "many_above", "few_below")
 _FORMAT = 2  # raise it where the same settings come to mean something else
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to train and on which pictures.
+    """What to train and on which images.
 
     Attributes:
-        settings: all settings of the training, as `Settings` takes them.
-        fingerprint: checksum of the pictures.
-        validation_per_class: pictures of each class held out and measured; None measures the test split.
-        stage_two: what is done to the network of `base` instead of training one, by name of its setting.
+        settings: all settings of the training, as ``Settings`` takes them.
+        fingerprint: checksum of the images.
+        validation_per_class: images of each class held out and measured; None measures the test split.
+        stage_two: what is done to the network of ``base`` instead of training one, by name of its setting.
         base: the job of the first stage.
         keep_model: whether a second stage needs the network.
-
     """
 
     settings: Mapping[str, Any]

@@ -1,7 +1,7 @@
-"""The methods that `ltloss compare` knows: what each one sets, where it is from, and what is tuned.
+"""The methods that ``ltloss compare`` knows: what each one sets, where it is from, and what is tuned.
 
 One table. A method's settings are the published ones where they do not depend on the data; its search space is a small
-grid of the values that matter most to it, of which `search.py` tries some, for all methods in the same way.
+grid of the values that matter most to it, of which ``search.py`` tries some, for all methods in the same way.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ class Method:
         settings: what it sets beside the recipe; names of settings, else options of the loss.
         space: what is tuned: name -> values in order; the search begins with the middle one of the first name.
         base: the method whose trained network a second stage begins with.
-        stage_two: what that second stage does; its own settings are in `space` under the names of `stage_two.py`.
-
+        stage_two: what that second stage does; its own settings are in ``space`` under the names of ``stage_two.py``.
     """
 
     title: str
@@ -52,8 +51,8 @@ _SCALES = (4.0, 8.0, 16.0, 32.0, 64.0)
 _TAUS = (0.25, 0.5, 1.0, 1.5, 2.0)
 _COSINE_MARGINS = (0.1, 0.2, 0.35, 0.5, 0.7)
 _ANGULAR_MARGINS = (0.1, 0.25, 0.5, 0.75, 1.0)
-_RATES = Factors((0.25, 0.5, 1.0, 2.0, 4.0, 8.0))
-_SOFTMAX_SPACE = {"lr": _RATES, "weight_decay": Factors((0.16, 0.4, 1.0, 2.5, 6.25, 15.625))}
+_LRS = Factors((0.25, 0.5, 1.0, 2.0, 4.0, 8.0))
+_SOFTMAX_SPACE = {"lr": _LRS, "weight_decay": Factors((0.16, 0.4, 1.0, 2.5, 6.25, 15.625))}
 
 METHODS: dict[str, Method] = {
     "ce": Method("cross-entropy", "", {"loss": "softmax"}, _SOFTMAX_SPACE),
@@ -61,7 +60,7 @@ METHODS: dict[str, Method] = {
         "class-balanced weights",
         "Cui et al., Class-balanced loss based on effective number of samples, CVPR 2019, eq. 7",
         {"loss": "softmax", "drw_from": 0.0},
-        {"lr": _RATES, "beta": (0.9, 0.99, 0.999, 0.9999)},
+        {"lr": _LRS, "beta": (0.9, 0.99, 0.999, 0.9999)},
     ),
     "balanced": Method(
         "balanced softmax",
@@ -73,7 +72,7 @@ METHODS: dict[str, Method] = {
         "logit adjustment, linear",
         "Menon et al., Long-tail learning via logit adjustment, ICLR 2021, eq. 10",
         {"loss": "softmax", "tau": 1.0},
-        {"lr": _RATES, "tau": _TAUS},
+        {"lr": _LRS, "tau": _TAUS},
     ),
     "post-hoc": Method(
         "logit adjustment, post hoc",
@@ -103,55 +102,55 @@ METHODS: dict[str, Method] = {
         "cosine softmax",
         "Wang et al., NormFace, ACM MM 2017",
         {"loss": "cosine"},
-        {"lr": _RATES, "scale": _SCALES},
+        {"lr": _LRS, "scale": _SCALES},
     ),
     "logit-adjusted": Method(
         "cosine softmax with log prior",
         "Menon et al., Long-tail learning via logit adjustment, ICLR 2021, eq. 10, on cosine logits",
         {"loss": "logit-adjusted", "tau": 1.0},
-        {"lr": _RATES, "scale": _SCALES, "tau": _TAUS},
+        {"lr": _LRS, "scale": _SCALES, "tau": _TAUS},
     ),
     "ldam": Method(
         "LDAM",
         "Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, eq. 13",
         {"loss": "ldam"},
-        {"lr": _RATES, "scale": _SCALES, "margin": (0.2, 0.35, 0.5, 0.75, 1.0)},
+        {"lr": _LRS, "scale": _SCALES, "margin": (0.2, 0.35, 0.5, 0.75, 1.0)},
     ),
     "ldam-drw": Method(
         "LDAM-DRW",
         "Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, algorithm 1",
         {"loss": "ldam", "drw_from": 0.8},
-        {"lr": _RATES, "scale": _SCALES, "margin": (0.2, 0.35, 0.5, 0.75, 1.0)},
+        {"lr": _LRS, "scale": _SCALES, "margin": (0.2, 0.35, 0.5, 0.75, 1.0)},
     ),
     "arcface": Method(
         "ArcFace",
         "Deng et al., ArcFace, CVPR 2019, eq. 3",
         {"loss": "arcface"},
-        {"lr": _RATES, "scale": _SCALES, "margin": _ANGULAR_MARGINS},
+        {"lr": _LRS, "scale": _SCALES, "margin": _ANGULAR_MARGINS},
     ),
     "cosface": Method(
         "CosFace",
         "Wang et al., CosFace, CVPR 2018, eq. 4",
         {"loss": "cosface"},
-        {"lr": _RATES, "scale": _SCALES, "margin": _COSINE_MARGINS},
+        {"lr": _LRS, "scale": _SCALES, "margin": _COSINE_MARGINS},
     ),
     "long-tail": Method(
         "long-tail loss",
         "source A, Harbin Institute of Technology, Shenzhen; λ1, λ2 and g are not published, and ours",
         {"loss": "long-tail"},
-        {"lr": _RATES, "scale": _SCALES, "margin": (0.125, 0.25, 0.5, 1.0, 2.0)},
+        {"lr": _LRS, "scale": _SCALES, "margin": (0.125, 0.25, 0.5, 1.0, 2.0)},
     ),
     "cosine-space": Method(
         "cosine-space loss",
         "source B, Southeast University; the weights are not published but for their order",
         {"loss": "cosine-space"},
-        {"lr": _RATES, "scale": _SCALES, "margin": _COSINE_MARGINS},
+        {"lr": _LRS, "scale": _SCALES, "margin": _COSINE_MARGINS},
     ),
     "long-tail-prior": Method(
         "long-tail margins with log prior",
         "source A's angular margins per class, and the log prior of Menon et al., ICLR 2021, instead of L2 and L3",
         {"loss": "long-tail-prior", **LONG_TAIL_PRIOR},
-        {"lr": _RATES, "scale": _SCALES, "margin": _ANGULAR_MARGINS},
+        {"lr": _LRS, "scale": _SCALES, "margin": _ANGULAR_MARGINS},
     ),
 }
 RENAMED = {"recommended": "long-tail-prior"}  # what version 0.1 called it; taken for one version more
@@ -160,14 +159,14 @@ STAGE_TWO_SETTINGS = ("post_hoc_tau", "norm_power", "crt_epochs", "crt_lr")
 
 
 def method(name: str) -> Method:
-    """The method `name`; UserError for an unknown one."""
+    """The method ``name``; UserError for an unknown one."""
     if name not in METHODS:
         raise UserError(f"--losses {name} is unknown; {nearest(name, METHODS)}")
     return METHODS[name]
 
 
 def search_space(name: str, settings: Values) -> dict[str, list[Any]]:
-    """The values of each axis of a method's search space; factors multiply what `settings`, the recipe's, say."""
+    """The values of each axis of a method's search space; factors multiply what ``settings``, the recipe's, say."""
     return {
         key: [settings.get(key, SETTINGS[key].default) * factor for factor in choice.values]
         if isinstance(choice, Factors)
@@ -177,7 +176,7 @@ def search_space(name: str, settings: Values) -> dict[str, list[Any]]:
 
 
 def with_values(settings: Values, values: Values) -> dict[str, Any]:
-    """Settings with `values` on top: those of settings by name, all others into the options of the loss."""
+    """Settings with ``values`` on top: those of settings by name, all others into the options of the loss."""
     merged = dict(settings)
     merged["loss_options"] = dict(settings.get("loss_options", {}))
     for name, value in values.items():

@@ -23,7 +23,7 @@ NOT_GIVEN = {"loss": "it has --losses", "seed": "it has --seeds", "parallel": "i
 
 @dataclass(frozen=True)
 class Plan:
-    """The arguments of `compare`, checked, and the jobs that follow from them; UserError where they cannot work."""
+    """The arguments of ``compare``, checked, and the jobs that follow from them; UserError where they cannot work."""
 
     given: Mapping[str, Any]
     methods: tuple[str, ...]
@@ -102,12 +102,12 @@ class Plan:
         chosen: Mapping[str, Mapping[str, Any]],
         values: Mapping[str, Any],
         seed: int,
-        pictures: str,
+        fingerprint: str,
         validation_per_class: int | None = None,
     ) -> Job:
-        """One training of a method, of the pictures with that checksum, with `values` on top of what was `chosen`.
+        """One training of a method, on the images with that checksum, with ``values`` on top of what was ``chosen``.
 
-        A second stage brings the job of its first stage along. With `validation_per_class` only the last epoch is
+        A second stage brings the job of its first stage along. With ``validation_per_class`` only the last epoch is
         measured, which is what a trial is judged by.
         """
         kind = method(name)
@@ -116,12 +116,12 @@ class Plan:
             settings = with_values(self._method_settings(kind), values) | {"seed": seed}
             if validation_per_class is not None:
                 settings["evaluate_every"] = Settings(**settings).epochs
-            return Job(settings, pictures, validation_per_class, keep_model=name in self._bases)
+            return Job(settings, fingerprint, validation_per_class, keep_model=name in self._bases)
         known = {**kind.settings, **values}
-        own = {key: known[key] for key in STAGE_TWO_SETTINGS if key in known}
-        below = {key: value for key, value in values.items() if key not in own}
-        base = self.job(kind.base, chosen, below, seed, pictures, validation_per_class)
-        return Job(base.settings, pictures, validation_per_class, own, base)
+        stage_two = {key: known[key] for key in STAGE_TWO_SETTINGS if key in known}
+        below = {key: value for key, value in values.items() if key not in stage_two}
+        base = self.job(kind.base, chosen, below, seed, fingerprint, validation_per_class)
+        return Job(base.settings, fingerprint, validation_per_class, stage_two, base)
 
     @cached_property
     def _bases(self) -> set[str]:
@@ -139,7 +139,7 @@ class Plan:
 
 
 def check_whole_number(name: str, value: Any) -> None:
-    """UserError unless `value` is None or a whole number from 1."""
+    """UserError unless ``value`` is None or a whole number from 1."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise UserError(f"{name} must be a whole number from 1, is {value!r}; correct it")
 

@@ -24,7 +24,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "augment": "crop-flip",
         "beta": 0.9999,
     },
-    # Minutes on one core, for pictures of 28 x 28 pixels. Characters and clothes are not mirrored.
+    # Minutes on one core, for images of 28 x 28 pixels. Characters and clothes are not mirrored.
     "small": {
         "backbone": "small-cnn",
         "embedding_size": 128,
@@ -44,7 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """The settings of the recipe `name`; UserError for an unknown name."""
+    """The settings of the recipe ``name``; UserError for an unknown name."""
     if name not in RECIPES:
         raise UserError(f"--recipe {name} is unknown; {nearest(name, RECIPES)}")
     return dict(RECIPES[name])

@@ -50,7 +50,7 @@ def _linear(classifier: Classifier, what: str) -> SoftmaxLoss:
 
 
 def class_balanced_order(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """As many indices as labels (N,), each of a class drawn evenly and then of a picture drawn evenly from it."""
+    """As many indices as labels (N,), each of a class drawn evenly and then of an image drawn evenly from it."""
     sizes = np.bincount(labels)
     present = np.flatnonzero(sizes)
     by_class, first = np.argsort(labels, kind="stable"), np.cumsum(sizes) - sizes
@@ -62,14 +62,13 @@ class ClassifierRetraining(Trainer):
     """cRT: a new classifier on the frozen backbone of a trained one, with class-balanced sampling.
 
     Args:
-        config: of the first stage, with the epochs and the rate of the second.
-        source: training pictures.
+        config: of the first stage, with the epochs and the learning rate of the second.
+        source: training images.
         device: where to train.
         weights: the state_dict of the first stage; all but the classifier's own weights are used.
-        measure_amp: as in `Trainer`.
+        measure_amp: as in ``Trainer``.
 
     Source: Kang et al., Decoupling representation and classifier, ICLR 2020, section 4.1.
-
     """
 
     def __init__(

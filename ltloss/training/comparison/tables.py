@@ -16,13 +16,13 @@ from ltloss.training.comparison.methods import described, method
 from ltloss.training.measure.class_groups import Thresholds
 
 GROUPS = ("many", "medium", "few")
-_SHARES = ("accuracy", "balanced_accuracy", *GROUPS)
+_ACCURACIES = ("accuracy", "balanced_accuracy", *GROUPS)
 COLUMNS = (
     *("method", "title", "chosen", "variant", "seed", "last_epoch"),
-    *(f"last_{name}" for name in _SHARES),
+    *(f"last_{name}" for name in _ACCURACIES),
     "last_calibration_error",
     "best_epoch",
-    *(f"best_{name}" for name in _SHARES),
+    *(f"best_{name}" for name in _ACCURACIES),
     *("angle_min_degrees", "angle_mean_degrees", "seconds_per_epoch", "seconds", "many_above", "few_below"),
     *("pictures_train", "pictures_test", "device", "torch", "failed"),
 )
@@ -39,8 +39,7 @@ class Trial:
         accuracy: the balanced one on the validation split; None: it diverged.
         seconds: what its trainings took.
         chosen: whether it is the best of its method.
-        edges: axes at whose first or last value it lies, as `ltloss.training.comparison.climb.edges` names them.
-
+        edges: axes at whose first or last value it lies, as ``ltloss.training.comparison.climb.edges`` names them.
     """
 
     method: str
@@ -60,7 +59,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class FinalRun:
-    """One training measured on the test split; `columns` are those of results.csv."""
+    """One training measured on the test split; ``columns`` are those of results.csv."""
 
     method: str
     chosen: Mapping[str, Any]
@@ -92,8 +91,8 @@ class FinalRun:
             "chosen": described(chosen),
             "variant": described(variant),
             "seed": seed,
-            **{f"last_{column}": last.get(column) for column in ("epoch", *_SHARES, "calibration_error")},
-            **{f"best_{column}": best.get(column) for column in ("epoch", *_SHARES)},
+            **{f"last_{column}": last.get(column) for column in ("epoch", *_ACCURACIES, "calibration_error")},
+            **{f"best_{column}": best.get(column) for column in ("epoch", *_ACCURACIES)},
             "angle_min_degrees": angles.get("min"),
             "angle_mean_degrees": angles.get("mean"),
             "seconds_per_epoch": result["seconds_per_epoch"],
@@ -118,7 +117,7 @@ def _measured(found: Mapping[str, Any] | None, result: Mapping[str, Any], thresh
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found; `runs` are the rows of results.csv, `trials` those of tuning.csv."""
+    """What a comparison found; ``runs`` are the rows of results.csv, ``trials`` those of tuning.csv."""
 
     out: Path
     settings: Mapping[str, Any]
@@ -187,9 +186,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def percents(shares: Sequence[float | None]) -> str:
-    """Shares as 'mean ± deviation' in percent with two decimals; 'none' where there is nothing to measure."""
-    return numbers([None if share is None else 100 * share for share in shares], 2)
+def percents(fractions: Sequence[float | None]) -> str:
+    """Fractions as 'mean ± deviation' in percent with two decimals; 'none' where there is nothing to measure."""
+    return numbers([None if fraction is None else 100 * fraction for fraction in fractions], 2)
 
 
 def numbers(values: Sequence[float | None], digits: int = 1) -> str:

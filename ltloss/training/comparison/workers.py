@@ -30,7 +30,7 @@ def usable_cores() -> int:
 
 
 class Workers(AbstractContextManager["Workers"]):
-    """Computes jobs into the folder `out`, `count` at a time: in this process where it is 1, else in processes.
+    """Computes jobs into the folder ``out``, ``count`` at a time: in this process where it is 1, else in processes.
 
     Leaving the block with an error ends the processes at once; whatever they were computing is left to be done again.
     """

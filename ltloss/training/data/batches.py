@@ -1,4 +1,4 @@
-"""Batches of pictures in a seeded order, read ahead of the training by a thread, and their augmentation."""
+"""Batches of images in a seeded order, read ahead of the training by a thread, and their augmentation."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ltloss.training.data.on_device import DeviceImages
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures (B, channels, H, W) uint8 and labels (B,) int64."""
+    """Images (B, channels, H, W) uint8 and labels (B,) int64."""
 
     images: Tensor
     labels: Tensor
 
 
 def batch_count(samples: int, batch_size: int, ranks: int = 1) -> int:
-    """How many batches `batches` makes of so many samples; no part of one, which batch normalisation cannot use."""
+    """How many batches ``batches`` makes of so many samples; no part of one, which batch normalisation cannot use."""
     return max(1, min(-(-samples // batch_size), samples // (2 * ranks)))
 
 
@@ -39,12 +39,11 @@ def batches(
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[Batch]:
-    """Every picture once, in `order` or as they come, about batch_size at a time.
+    """Every image once, in ``order`` or as they come, about batch_size at a time.
 
-    Batches are of equal size, give or take one, and none holds a single picture unless there is no other. Up to
-    `ahead` batches are read by a thread while the caller computes; an error there is raised here. Of several `ranks`,
-    each gets its part of every batch.
-    """
+    Batches are of equal size, give or take one, and none holds a single image unless there is no other. Up to ``ahead``
+    batches are read by a thread while the caller computes; an error there is raised here. Of several ``ranks``, each
+    gets its part of every batch."""
     if order is None:
         order = np.arange(len(source))
     if not len(order):
@@ -88,10 +87,10 @@ def _read_ahead(source: ImageSource, parts: list[np.ndarray], ahead: int) -> Ite
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int | None = None) -> Tensor:
-    """Augmented pictures (B, channels, H, W): each shifted at random, and mirrored at random for `crop-flip`.
+    """Augmented images (B, channels, H, W): each shifted at random, and mirrored at random for ``crop-flip``.
 
-    The shift is at most `pad` pixels, or an eighth of the side (4 pixels of 32), black where it uncovers something.
-    `generator` is on the CPU, so that every device draws the same.
+    The shift is at most ``pad`` pixels, or an eighth of the side (4 pixels of 32), black where it uncovers something.
+    ``generator`` is on the CPU, so that every device draws the same.
     """
     if kind == "none":
         return images

@@ -1,4 +1,4 @@
-"""Classified pictures from one .npz file, checked before anything uses them."""
+"""Classified images from one .npz file, checked before anything uses them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load_npz(path: Path, split: Split) -> ArrayImages:
 
 
 def _class_names(path: Path, archive: np.lib.npyio.NpzFile) -> tuple[str, ...]:
-    """The names given, or the numbers up to the largest training label; every class must have training pictures."""
+    """The names given, or the numbers up to the largest training label; every class must have training images."""
     labels = _labels(path, archive, "y_train")
     if "class_names" in archive.files:
         given = _array(path, archive, "class_names")
@@ -62,7 +62,7 @@ def _class_names(path: Path, archive: np.lib.npyio.NpzFile) -> tuple[str, ...]:
         if largest >= len(labels) > 0:  # most classes would be empty, and their names alone could fill the memory
             raise UserError(
                 f"{path}: y_train goes up to {largest} but has only {len(labels)} labels, so some classes have no "
-                f"picture; {_RENUMBER}"
+                f"image; {_RENUMBER}"
             )
         names = tuple(str(c) for c in range(largest + 1))
     if len(names) < 2:
@@ -71,7 +71,7 @@ def _class_names(path: Path, archive: np.lib.npyio.NpzFile) -> tuple[str, ...]:
     empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
     if len(empty):
         raise UserError(
-            f"{path}: {len(empty)} of {len(names)} classes have no training picture, the first is {names[empty[0]]}; "
+            f"{path}: {len(empty)} of {len(names)} classes have no training image, the first is {names[empty[0]]}; "
             "renumber the labels without them"
         )
     return names
@@ -86,11 +86,9 @@ def _part(
     if not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))):
         raise UserError(f"{path}: x_{part} must be (N, H, W) or (N, H, W, 1 or 3), is {images.shape}; transpose it")
     if len(images) != len(labels):
-        raise UserError(
-            f"{path}: x_{part} has {len(images)} pictures and y_{part} {len(labels)} labels; make them equal"
-        )
+        raise UserError(f"{path}: x_{part} has {len(images)} images and y_{part} {len(labels)} labels; make them equal")
     if not images.size:
-        raise UserError(f"{path}: x_{part} is empty, of shape {images.shape}; it needs pictures")
+        raise UserError(f"{path}: x_{part} is empty, of shape {images.shape}; it needs images")
     _check_range(path, f"y_{part}", labels, len(class_names))
     return images, labels
 

@@ -1,4 +1,4 @@
-"""Pictures that lie on the device, so that no batch crosses the bus and none is assembled one by one."""
+"""Images that lie on the device, so that no batch crosses the bus and none is assembled one by one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ltloss.training.data.images import ArrayImages, ImageSource
 
 @dataclass(frozen=True)
 class DeviceImages:
-    """An `ImageSource` whose pixels are a uint8 tensor (N, channels, H, W) on a device."""
+    """An ``ImageSource`` whose pixels are a uint8 tensor (N, channels, H, W) on a device."""
 
     source: ArrayImages
     pixels: Tensor
@@ -38,7 +38,7 @@ class DeviceImages:
 
     @property
     def names(self) -> Sequence[str]:
-        """One display name per picture."""
+        """One display name per image."""
         return self.source.names
 
     @property
@@ -47,11 +47,11 @@ class DeviceImages:
         return self.source.shape
 
     def __len__(self) -> int:
-        """Pictures in the source."""
+        """Images in the source."""
         return len(self.source)
 
     def batch(self, indices: np.ndarray) -> Tensor:
-        """Pixels (B, channels, height, width) uint8 of the pictures at indices (B,), on the device."""
+        """Pixels (B, channels, height, width) uint8 of the images at indices (B,), on the device."""
         return self.pixels[torch.from_numpy(indices).to(self.pixels.device)]
 
     def parts(self, parts: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -60,17 +60,17 @@ class DeviceImages:
         for indices in torch.split(order, [len(part) for part in parts]):
             yield self.pixels[indices], self.device_labels[indices]
 
-    def picture(self, index: int) -> Image.Image:
-        """The picture as it is stored."""
-        return self.source.picture(index)
+    def image(self, index: int) -> Image.Image:
+        """The image as it is stored."""
+        return self.source.image(index)
 
     def subset(self, indices: np.ndarray) -> DeviceImages:
-        """The pictures at indices."""
+        """The images at indices."""
         return DeviceImages(self.source.subset(indices), self.batch(indices))
 
 
 def on_device(source: ImageSource, device: torch.device) -> ImageSource:
-    """The pictures of a source in memory, as a tensor on `device`; a folder's pictures stay where they are."""
+    """The images of a source in memory, as a tensor on ``device``; a folder's images stay where they are."""
     if not isinstance(source, ArrayImages):
         return source
     return DeviceImages(source, source.batch(np.arange(len(source))).to(device))

@@ -11,26 +11,26 @@ from pathlib import Path
 import numpy as np
 
 from ltloss.errors import ImageError, UserError
-from ltloss.training.data.decode import SUFFIXES, open_picture
+from ltloss.training.data.decode import SUFFIXES, open_image
 from ltloss.training.data.images import ArrayImages, FolderImages, ImageSource, Size, Split, target_shape
 from ltloss.training.data.npz import load_npz
 from ltloss.training.data.splits import stratified_split
 
-TEST_SHARE = 0.2
+TEST_FRACTION = 0.2
 DEFAULT_FOLDER_SIZE = 64
-DECODED_AT_ONCE = 64  # pictures of a folder, where their mean is taken
+DECODED_AT_ONCE = 64  # images of a folder, where their mean is taken
 LARGEST_DEFAULT_SIZE = 128  # the size of the data is only used up to here: photos would need too much memory
 
 
 def load_data(
     spec: str, *, split: Split, image_size: Size = None, channels: int | None = None, seed: int = 0, workers: int = 4
 ) -> ImageSource:
-    """One split of `digits`, of a folder or of a FILE.npz.
+    """One split of ``digits``, of a folder or of a FILE.npz.
 
-    A folder with exactly `train/` and `test/` (or `val/`) holds its splits there; of any other, and of the digits, a
-    seeded 20 % of each class is the test split. `all` is every picture.
+    A folder with exactly ``train/`` and ``test/`` (or ``val/``) holds its splits there; of any other, and of the
+    digits, a seeded 20 % of each class is the test split. ``all`` is every image.
 
-    Raises UserError for anything that cannot be used as classified pictures.
+    Raises UserError for anything that cannot be used as classified images.
     """
     if spec == "digits":
         return _digits(split, seed).reshaped(image_size, channels)
@@ -47,7 +47,7 @@ def load_data(
 
 
 def absolute(spec: str) -> str:
-    """The data as a run stores it, which means the same from every folder; `digits` stays."""
+    """The data as a run stores it, which means the same from every folder; ``digits`` stays."""
     if spec == "digits":
         return spec
     try:
@@ -59,19 +59,19 @@ def absolute(spec: str) -> str:
 
 
 def has_own_splits(spec: str) -> bool:
-    """Whether the data says itself which pictures are for training and for the test; else `load_data` draws them."""
+    """Whether the data says itself which images are for training and for the test; else ``load_data`` draws them."""
     path = Path(spec)
     return spec != "digits" and (not path.is_dir() or _split_folders(path) is not None)
 
 
-def load_pictures(folder: Path, image_shape: tuple[int, int, int], *, workers: int = 4) -> FolderImages:
-    """Every picture below a folder, labels -1, for prediction; files that cannot be read are in `skipped`."""
+def load_images(folder: Path, image_shape: tuple[int, int, int], *, workers: int = 4) -> FolderImages:
+    """Every image below a folder, labels -1, for prediction; files that cannot be read are in ``skipped``."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give a folder of pictures")
-    names = [str(path.relative_to(folder)) for path in _pictures_below(folder)]
+        raise UserError(f"{folder} is not a folder; give a folder of images")
+    names = [str(path.relative_to(folder)) for path in _images_below(folder)]
     source = _checked(folder, names, np.full(len(names), -1), (), lambda _: image_shape, workers)
     if not len(source):
-        raise UserError(f"{folder} holds no picture that can be read; accepted are {', '.join(sorted(SUFFIXES))}")
+        raise UserError(f"{folder} holds no image that can be read; accepted are {', '.join(sorted(SUFFIXES))}")
     return source
 
 
@@ -89,7 +89,7 @@ def _digits(split: Split, seed: int) -> ArrayImages:
 def _split_indices(labels: np.ndarray, split: Split, seed: int) -> np.ndarray:
     if split == "all":
         return np.arange(len(labels))
-    train, test = stratified_split(labels, TEST_SHARE, seed)
+    train, test = stratified_split(labels, TEST_FRACTION, seed)
     return train if split == "train" else test
 
 
@@ -105,7 +105,7 @@ def _load_folder(folder: Path, split: Split, size: Size, channels: int | None, s
         common = sizes.pop() if len(sizes) == 1 else (DEFAULT_FOLDER_SIZE, DEFAULT_FOLDER_SIZE)
         if size is None and max(common) > LARGEST_DEFAULT_SIZE:
             print(
-                f"ltloss: the pictures of {folder} are {common[1]} x {common[0]} pixels, used at {DEFAULT_FOLDER_SIZE} "
+                f"ltloss: the images of {folder} are {common[1]} x {common[0]} pixels, used at {DEFAULT_FOLDER_SIZE} "
                 f"x {DEFAULT_FOLDER_SIZE}; choose another size with --image-size",
                 file=sys.stderr,
             )
@@ -117,11 +117,9 @@ def _load_folder(folder: Path, split: Split, size: Size, channels: int | None, s
         present = np.bincount(source.labels, minlength=len(class_names))
         empty = [name for name, count in zip(class_names, present, strict=True) if not count]
         if empty:
-            raise UserError(
-                f"{folder}: no readable picture for class {_listed(empty)}; add pictures or remove the folder"
-            )
+            raise UserError(f"{folder}: no readable image for class {_listed(empty)}; add images or remove the folder")
     elif not len(source):
-        raise UserError(f"{folder}: no readable picture in the test split; add pictures")
+        raise UserError(f"{folder}: no readable image in the test split; add images")
     return source
 
 
@@ -135,7 +133,7 @@ def _split_folders(folder: Path) -> dict[str, str] | None:
 
 
 def _listing(folder: Path, split: Split) -> tuple[tuple[str, ...], list[str], np.ndarray]:
-    """Class names, picture names relative to `folder` and labels, before any picture is opened."""
+    """Class names, image names relative to ``folder`` and labels, before any image is opened."""
     splits = _split_folders(folder)
     if splits is None:
         roots = [folder]
@@ -149,9 +147,9 @@ def _listing(folder: Path, split: Split) -> tuple[tuple[str, ...], list[str], np
     names, labels = [], []
     for root in roots:
         for label, class_name in enumerate(class_names):
-            found = [str(path.relative_to(folder)) for path in _pictures_below(root / class_name)]
+            found = [str(path.relative_to(folder)) for path in _images_below(root / class_name)]
             if not found:
-                raise UserError(f"{root / class_name} holds no pictures; add some or remove the folder")
+                raise UserError(f"{root / class_name} holds no images; add some or remove the folder")
             names += found
             labels += [label] * len(found)
     return class_names, names, np.array(labels, dtype=np.int64)
@@ -162,7 +160,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     if len(names) < 2:
         raise UserError(
             f"{folder} has {len(names)} class sub-folders, at least 2 are needed; "
-            "sort the pictures as FOLDER/<class>/*.png"
+            "sort the images as FOLDER/<class>/*.png"
         )
     return tuple(names)
 
@@ -190,7 +188,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
-def _pictures_below(folder: Path) -> list[Path]:
+def _images_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
@@ -206,10 +204,10 @@ def _checked(
 
     def look(name: str) -> tuple[int, int, int] | ImageError:
         try:
-            picture = open_picture(folder / name)
+            image = open_image(folder / name)
         except ImageError as reason:
             return reason
-        return len(picture.getbands()), picture.height, picture.width
+        return len(image.getbands()), image.height, image.width
 
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(look, names))

@@ -39,7 +39,7 @@ def long_tailed_subset(labels: np.ndarray, imbalance: float, seed: int) -> np.nd
 
 
 def keep_per_class(labels: np.ndarray, counts: np.ndarray, seed: int, purpose: str) -> np.ndarray:
-    """Sorted indices of at most counts[c] random samples of each class c; `purpose` names the random stream."""
+    """Sorted indices of at most counts[c] random samples of each class c; ``purpose`` names the random stream."""
     generator = numpy_generator(seed, purpose)
     # One shuffle and one stable sort by class put every class's samples together in random order.
     shuffled = generator.permutation(len(labels))
@@ -49,9 +49,10 @@ def keep_per_class(labels: np.ndarray, counts: np.ndarray, seed: int, purpose: s
     return np.sort(by_class[rank < counts[labels[by_class]]])
 
 
-def stratified_split(labels: np.ndarray, test_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted (train, test) indices with `test_share` of each class in test; a class of one sample stays in train."""
+def stratified_split(labels: np.ndarray, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted (train, test) indices with ``test_fraction`` of each class in test; a class of one sample stays in
+    train."""
     sizes = np.bincount(labels)
-    test_counts = np.where(sizes > 1, np.maximum(np.round(sizes * test_share), 1), 0).astype(np.int64)
+    test_counts = np.where(sizes > 1, np.maximum(np.round(sizes * test_fraction), 1), 0).astype(np.int64)
     test = keep_per_class(labels, test_counts, seed, "split")
     return np.setdiff1d(np.arange(len(labels)), test), test

@@ -1,4 +1,4 @@
-"""Classes by how many training pictures they have: many, medium, few."""
+"""Classes by how many training images they have: many, medium, few."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ltloss.errors import UserError
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Which classes are 'many' (more training pictures than many_above) and 'few' (fewer than few_below).
+    """Which classes are 'many' (more training images than many_above) and 'few' (fewer than few_below).
 
     Raises UserError where a class could be both.
     """

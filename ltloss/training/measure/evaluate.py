@@ -16,7 +16,7 @@ from ltloss.training.data.batches import batches
 from ltloss.training.data.images import ImageSource, Split
 from ltloss.training.data.sources import absolute, check_same_classes, has_own_splits, load_data
 from ltloss.training.measure.class_groups import Thresholds
-from ltloss.training.measure.metrics import Metrics, MetricsAccumulator, number, own_angles, percent
+from ltloss.training.measure.metrics import Metrics, MetricsAccumulator, number, percent, target_angles
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.run.prepare import limited
 from ltloss.training.run.settings import RunConfig
@@ -36,7 +36,7 @@ def measure(
 ) -> Metrics:
     """Metrics of a labelled source in evaluation mode; the classifier's mode is restored.
 
-    The network computes in float32, or with `amp` in bfloat16 autocast. `logit_offset` (C,) is added to the logits.
+    The network computes in float32, or with ``amp`` in bfloat16 autocast. ``logit_offset`` (C,) is added to the logits.
     """
     was_training = classifier.training
     classifier.eval()
@@ -52,16 +52,16 @@ def measure(
             logits = head.logits(x).float()
             if logit_offset is not None:
                 logits += logit_offset
-            own = logits.gather(1, y[:, None])[:, 0]
+            target = logits.gather(1, y[:, None])[:, 0]
             total = logits.logsumexp(1)
             best, predicted = logits.max(1)
             found.add(
                 labels=y,
                 predicted=predicted,
                 confidence=(best - total).exp(),
-                losses=total - own,
+                losses=total - target,
                 norms=x.norm(dim=1),
-                angles=own_angles(x, prototypes, y),
+                angles=target_angles(x, prototypes, y),
             )
     classifier.train(was_training)
     return found.result()
@@ -96,15 +96,15 @@ class Evaluation:
         """A short table: the groups, the geometry, and the classes from the largest to the smallest."""
         metrics = self.metrics
         rows = [
-            ("pictures", str(metrics.pictures)),
+            ("images", str(metrics.pictures)),
             ("accuracy, %", percent(metrics.accuracy)),
             *((f"{words}, %", percent(getattr(metrics, name))) for name, words in self.thresholds.describe().items()),
             ("calibration error, %", percent(metrics.calibration_error)),
             ("loss", number(metrics.loss)),
             ("mean feature length", number(metrics.feature_norm_mean)),
-            ("mean angle to own prototype", f"{number(metrics.own_angle_mean)} rad"),
+            ("mean angle to target prototype", f"{number(metrics.own_angle_mean)} rad"),
         ]
-        part = "all pictures" if self.split == "all" else f"the {self.split} split"
+        part = "all images" if self.split == "all" else f"the {self.split} split"
         title = f"{self.run} ({self.config.loss}, {self.config.backbone}) on {part} of {self.data}"
         lines = [title, *(f"  {name:<30}{value:>12}" for name, value in rows), "", *self._class_lines()]
         return "\n".join(lines)
@@ -134,9 +134,9 @@ def evaluate_run(
 ) -> Evaluation:
     """Measure a run's newest checkpoint on its own data, or on other data with the same classes.
 
-    Of the run's own data, `test` and `train` are the pictures that the run itself measured and was trained on, with its
-    long tail and limits; `all` is every picture. Of other data that has no train and test part of its own, all
-    pictures are measured whatever the split, and a line on stderr says so.
+    Of the run's own data, ``test`` and ``train`` are the images that the run itself measured and was trained on, with
+    its long tail and limits; ``all`` is every image. Of other data that has no train and test part of its own, all
+    images are measured whatever the split, and a line on stderr says so.
 
     Raises UserError where the classes differ (naming them), or data or run cannot be used.
     """

@@ -33,15 +33,14 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Metrics:
-    """Measured on one split. Shares are in [0, 1], angles in radians; None where nothing could be measured.
+    """Measured on one split. Fractions are in [0, 1], angles in radians; None where nothing could be measured.
 
-    `accuracy` is the share of pictures classified correctly; `many`, `medium` and `few` are the mean of their classes'
-    accuracies (as ImageNet-LT reports them), over classes that have pictures in the split, and `balanced_accuracy` that
-    of all of them. `calibration_error` is the expected one of the softmax of the logits in 15 bins (Guo et al., On
-    calibration of modern neural networks, ICML 2017, eq. 3).
-    """
+    ``accuracy`` is the fraction of images classified correctly; ``many``, ``medium`` and ``few`` are the mean of their
+    classes' accuracies (as ImageNet-LT reports them), over classes that have images in the split, and
+    ``balanced_accuracy`` that of all of them. ``calibration_error`` is the expected one of the softmax of the logits in
+    15 bins (Guo et al., On calibration of modern neural networks, ICML 2017, eq. 3)."""
 
-    pictures: int
+    pictures: int  # images in the split
     loss: float | None  # cross-entropy of the logits without margin
     accuracy: float | None
     balanced_accuracy: float | None
@@ -51,26 +50,26 @@ class Metrics:
     calibration_error: float | None
     per_class: tuple[float | None, ...]
     feature_norm_mean: float | None
-    own_angle_mean: float | None  # between a feature and the prototype of its own class
+    own_angle_mean: float | None  # between a feature and the prototype of its target class
 
 
 _BINS = 15
 
 
-def own_angles(features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
-    """Angle (N,) in radians between each feature (N, D) and its own prototype, exact near 0 and pi."""
+def target_angles(features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+    """Angle (N,) in radians between each feature (N, D) and its target prototype, exact near 0 and pi."""
     x, w = F.normalize(features, dim=1), F.normalize(prototypes[labels].float(), dim=1)
     return 2 * torch.atan2((x - w).norm(dim=1), (x + w).norm(dim=1))
 
 
 class MetricsAccumulator:
-    """Collects batches of one split; `result` is the metrics of all of them."""
+    """Collects batches of one split; ``result`` is the metrics of all of them."""
 
     def __init__(self, class_counts: Sequence[int], thresholds: Thresholds) -> None:
         self._class_counts, self._thresholds = class_counts, thresholds
         self._correct = np.zeros(len(class_counts), dtype=np.int64)
         self._total = np.zeros(len(class_counts), dtype=np.int64)
-        self._sums = np.zeros(3)  # loss, feature length, angle to the own prototype
+        self._sums = np.zeros(3)  # loss, feature length, angle to the target prototype
         self._bins = np.zeros(_BINS)  # of the confidence: sum of (correct - confidence) in each
 
     def add(
@@ -89,26 +88,26 @@ class MetricsAccumulator:
 
     def result(self) -> Metrics:
         """The metrics of everything added so far."""
-        pictures = int(self._total.sum())
+        count = int(self._total.sum())
         present = self._total > 0
         per_class = np.divide(self._correct, self._total, out=np.full(len(present), np.nan), where=present)
-        loss, norm, angle = (float(total) / pictures if pictures else None for total in self._sums)
+        loss, norm, angle = (float(total) / count if count else None for total in self._sums)
         return Metrics(
-            pictures=pictures,
+            pictures=count,
             loss=loss,
-            accuracy=float(self._correct.sum()) / pictures if pictures else None,
-            balanced_accuracy=float(per_class[present].mean()) if pictures else None,
+            accuracy=float(self._correct.sum()) / count if count else None,
+            balanced_accuracy=float(per_class[present].mean()) if count else None,
             **self._thresholds.means(per_class, self._class_counts),
-            calibration_error=float(np.abs(self._bins).sum()) / pictures if pictures else None,
+            calibration_error=float(np.abs(self._bins).sum()) / count if count else None,
             per_class=tuple(float(value) if there else None for value, there in zip(per_class, present, strict=True)),
             feature_norm_mean=norm,
             own_angle_mean=angle,
         )
 
 
-def percent(share: float | None) -> str:
-    """A share as '93.4', None as a dash."""
-    return "–" if share is None else f"{100 * share:.1f}"
+def percent(fraction: float | None) -> str:
+    """A fraction as '93.4', None as a dash."""
+    return "–" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Networks that turn pictures (N, channels, H, W) into features (N, D)."""
+"""Networks that turn images (N, channels, H, W) into features (N, D)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BACKBONES = ("small-cnn", "resnet32")
 
 
 def build_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: int) -> nn.Module:
-    """The network `name` for pictures of image_shape (channels, height, width); UserError for an unknown name."""
+    """The network ``name`` for images of image_shape (channels, height, width); UserError for an unknown name."""
     if name == "small-cnn":
         return small_cnn(image_shape[0], embedding_size)
     if name == "resnet32":
@@ -25,7 +25,7 @@ def build_backbone(name: str, image_shape: tuple[int, int, int], embedding_size:
 
 
 def small_cnn(channels: int, embedding_size: int) -> nn.Sequential:
-    """Three convolutions with batch normalisation and a linear layer, for pictures from 4 x 4 pixels up."""
+    """Three convolutions with batch normalisation and a linear layer, for images from 4 x 4 pixels up."""
 
     def block(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(
@@ -84,7 +84,7 @@ class ResNet32(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (N, D) of pictures (N, channels, H, W)."""
+        """Features (N, D) of images (N, channels, H, W)."""
         x = self.blocks(F.relu(self.norm(self.conv(x))))
         features: Tensor = self.embedding(x.mean(dim=(2, 3)))
         return features
@@ -120,6 +120,6 @@ def _timm_model(name: str, image_shape: tuple[int, int, int], embedding_size: in
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--backbone {name} cannot take pictures of {height} x {width} ({reason}); use --image-size"
+            f"--backbone {name} cannot take images of {height} x {width} ({reason}); use --image-size"
         ) from error
     return nn.Sequential(OrderedDict(trunk=model, embedding=nn.Linear(width_out, embedding_size)))

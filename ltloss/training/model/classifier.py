@@ -1,4 +1,4 @@
-"""The trained thing: pictures in, features and logits out."""
+"""The trained thing: images in, features and logits out."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ltloss.training.run.settings import RunConfig
 class Classifier(nn.Module):
     """Normalisation of pixels, backbone, batch normalisation of the feature, and loss head of one run.
 
-    `features` maps pictures to features; `loss` maps features to the loss, to logits and to the best classes.
-    `loss.weight` (C, D) are the class prototypes, parameters of this module like any other.
+    ``features`` maps images to features; ``loss`` maps features to the loss, to logits and to the best classes.
+    ``loss.weight`` (C, D) are the class prototypes, parameters of this module like any other.
     """
 
     loss: LossHead
@@ -40,12 +40,12 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
-        """Features (N, D) of uint8 pictures (N, channels, H, W) of the shape `config.image_shape`."""
+        """Features (N, D) of uint8 images (N, channels, H, W) of the shape ``config.image_shape``."""
         pixels = images.to(self.mean.device, self.mean.dtype) / 255
         return cast(Tensor, self.norm(self.backbone((pixels - self.mean) / self.std)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, C) of uint8 pictures (N, channels, H, W)."""
+        """Logits (N, C) of uint8 images (N, channels, H, W)."""
         return self.loss.logits(self.features(images))
 
     @classmethod
@@ -66,7 +66,7 @@ class Classifier(nn.Module):
 
 
 def check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """UserError that names the first tensor read from `path` which is missing, unknown or of another shape."""
+    """UserError that names the first tensor read from ``path`` which is missing, unknown or of another shape."""
     for name in [*wanted, *stored]:
         there = tuple(stored[name].shape) if name in stored else "missing"
         here = tuple(wanted[name].shape) if name in wanted else "missing"

@@ -1,4 +1,4 @@
-"""The losses by name, as `ltloss train --loss NAME` builds them."""
+"""The losses by name, as ``ltloss train --loss NAME`` builds them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LossHead(Protocol):
-    """What the classifier needs of a loss module (an `nn.Module` too)."""
+    """What the classifier needs of a loss module (an ``nn.Module`` too)."""
 
     scale: float
 
@@ -80,7 +80,7 @@ def _loss_class(name: str) -> tuple[LossKind, Any]:
 
 
 def _option_names(kind: LossKind, loss_class: Any) -> set[str]:
-    """What the constructor takes by name; `**options` are those that the whole family shares."""
+    """What the constructor takes by name; ``**options`` are those that the whole family shares."""
     from ltloss.losses.margin_losses import LossOptions
 
     parameters = inspect.signature(loss_class.__init__).parameters
@@ -92,7 +92,7 @@ def _option_names(kind: LossKind, loss_class: Any) -> set[str]:
 
 
 def loss_arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Constructor arguments of the loss `name` for `options` (`scale`, `margin`, anything its class documents).
+    """Constructor arguments of the loss ``name`` for ``options`` (``scale``, ``margin``, anything its class documents).
 
     Raises UserError for an option that this loss does not take, naming those it takes.
     """
@@ -109,13 +109,13 @@ def loss_arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def takes_option(name: str, option: str) -> bool:
-    """Whether the loss `name` has that option."""
+    """Whether the loss ``name`` has that option."""
     kind, loss_class = _loss_class(name)
     return kind.aliases.get(option, option) in _option_names(kind, loss_class)
 
 
 def build_loss(name: str, class_counts: Sequence[int], embedding_size: int, options: Mapping[str, Any]) -> LossHead:
-    """The loss module `name` for len(class_counts) classes; `options` as in `loss_arguments`."""
+    """The loss module ``name`` for len(class_counts) classes; ``options`` as in ``loss_arguments``."""
     kind, loss_class = _loss_class(name)
     arguments = loss_arguments(name, options)
     try:
@@ -135,7 +135,7 @@ def build_loss(name: str, class_counts: Sequence[int], embedding_size: int, opti
 def options_in_force(
     name: str, class_counts: Sequence[int], embedding_size: int, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Every option of the loss `name` with the value that it has in `build_loss` with `options`."""
+    """Every option of the loss ``name`` with the value that it has in ``build_loss`` with ``options``."""
     import torch
 
     from ltloss.losses.margin_losses import CombinedMarginLoss

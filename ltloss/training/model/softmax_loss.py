@@ -22,7 +22,7 @@ class SoftmaxLoss(nn.Module):
         embedding_size: D.
         class_counts: (C,) training samples per class, which a prior needs.
         tau: τ·log π_c is added to the logits in training: balanced softmax for τ = 1.
-        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
 
     Sources of the prior: Ren et al., Balanced meta-softmax, NeurIPS 2020, eq. 4; Menon et al., Long-tail learning via
     logit adjustment, ICLR 2021, eq. 10.
@@ -52,7 +52,7 @@ class SoftmaxLoss(nn.Module):
 
     @classmethod
     def from_counts(cls, class_counts: Sequence[int], embedding_size: int, **options: Any) -> SoftmaxLoss:
-        """The loss for the classes counted in `class_counts` (C,)."""
+        """The loss for the classes counted in ``class_counts`` (C,)."""
         return cls(len(class_counts), embedding_size, class_counts=class_counts, **options)
 
     @property

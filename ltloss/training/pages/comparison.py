@@ -11,7 +11,7 @@ from ltloss._files import write_file
 from ltloss.training.comparison.methods import described, method
 from ltloss.training.comparison.tables import GROUPS, Comparison, by_method, percents, row_title, summary
 from ltloss.training.pages.html import PLOTS_STYLE, details, escape, figure, page, table, tiles
-from ltloss.training.pages.plots import shares_with_spread
+from ltloss.training.pages.plots import means_with_spread
 from ltloss.training.run.settings import SETTINGS
 
 _STYLE = PLOTS_STYLE + ".number { white-space: nowrap; }\n"
@@ -39,8 +39,8 @@ def _body(found: Comparison, title: str) -> Iterator[str]:
         [
             ("methods and variants", str(len(by_method(found.rows)))),
             ("seeds", str(len(seeds))),
-            ("training pictures", f"{facts['pictures_train']:,}"),
-            ("test pictures", f"{facts['pictures_test']:,}"),
+            ("training images", f"{facts['pictures_train']:,}"),
+            ("test images", f"{facts['pictures_test']:,}"),
         ]
     )
     lines = summary(found.rows)
@@ -54,17 +54,17 @@ def _body(found: Comparison, title: str) -> Iterator[str]:
 
 
 def _figures(found: Comparison) -> Iterator[str]:
-    words = {"accuracy": "All test pictures", **found.thresholds.describe()}
+    words = {"accuracy": "All test images", **found.thresholds.describe()}
     rows = by_method(found.rows)
     for column in ("accuracy", *GROUPS):
         shown = [(row_title(*key), *_spread([row[f"last_{column}"] for row in each])) for key, each in rows.items()]
-        plot = shares_with_spread(column, words[column], shown, axis="test accuracy (%)")
+        plot = means_with_spread(column, words[column], shown, axis="test accuracy (%)")
         about = "Mean and standard deviation over the seeds, after the last epoch."
         yield figure(plot, about if column == "accuracy" else f"Mean accuracy of the group's classes. {about}")
 
 
-def _spread(shares: Sequence[float | None]) -> tuple[float | None, float]:
-    known = [100 * share for share in shares if share is not None]
+def _spread(fractions: Sequence[float | None]) -> tuple[float | None, float]:
+    known = [100 * fraction for fraction in fractions if fraction is not None]
     if not known:
         return None, 0.0
     return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""The page that shows classified pictures: by class, the least certain first, and the least certain of all on top."""
+"""The page that shows classified images: by class, the least certain first, and the least certain of all on top."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ltloss.training.predict.predictions import Predictions
 
 __all__ = [
-    "EMBEDDED_PICTURES",
+    "EMBEDDED_IMAGES",
     "THUMBNAIL_SIZE",
     "UNCERTAIN_BELOW",
     "Gallery",
@@ -35,12 +35,12 @@ __all__ = [
 ]
 
 THUMBNAIL_SIZE = 160  # pixels of the longer side
-EMBEDDED_PICTURES = 1000  # up to here the page holds its pictures (some 5 MB); beyond, they lie in a folder beside it
+EMBEDDED_IMAGES = 1000  # up to here the page holds its images (some 5 MB); beyond, they lie in a folder beside it
 UNCERTAIN_BELOW = 0.5  # a probability below this counts as uncertain
 _UNCERTAIN_SHOWN = 48  # how many of these the section on top repeats
-_CRISP_BELOW = 65  # pictures smaller than this are enlarged without smoothing: their pixels are the content
+_CRISP_BELOW = 65  # images smaller than this are enlarged without smoothing: their pixels are the content
 
-_THREADS = 4  # decode and shrink pictures
+_THREADS = 4  # decode and shrink images
 _AT_ONCE = 64  # previews in memory
 
 _STYLE = """
@@ -66,15 +66,15 @@ _STYLE = """
 
 @dataclass(frozen=True)
 class Gallery:
-    """What a gallery shows beside the pictures themselves.
+    """What a gallery shows beside the images themselves.
 
     Args:
         title: the heading.
-        origin: one sentence: which pictures, which model.
+        origin: one sentence: which images, which model.
         class_names: by class index.
-        skipped: (name, reason) of every picture that could not be read.
-        originals: address of the folder that the names of the pictures are relative to (:func:`folder_address`);
-            each picture then links to its file.
+        skipped: (name, reason) of every image that could not be read.
+        originals: address of the folder that the names of the images are relative to (:func:`folder_address`);
+            each image then links to its file.
     """
 
     title: str
@@ -105,23 +105,23 @@ def percent(probability: float) -> str:
     return f"{100 * probability:.1f}%"
 
 
-def thumbnail(picture: Image.Image) -> tuple[bytes, str]:
-    """Return a small copy of a picture of mode L or RGB as (bytes, "png" or "jpeg").
+def thumbnail(image: Image.Image) -> tuple[bytes, str]:
+    """Return a small copy of an image of mode L or RGB as (bytes, "png" or "jpeg").
 
-    Tiny pictures keep every pixel (PNG).
+    Tiny images keep every pixel (PNG).
     """
     stream = io.BytesIO()
-    picture.info.clear()  # no colour profile, no comment, no place where it was taken
-    if max(picture.size) < _CRISP_BELOW:
-        picture.save(stream, "PNG", optimize=True)
+    image.info.clear()  # no colour profile, no comment, no place where it was taken
+    if max(image.size) < _CRISP_BELOW:
+        image.save(stream, "PNG", optimize=True)
         return stream.getvalue(), "png"
-    picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-    picture.save(stream, "JPEG", quality=82)
+    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    image.save(stream, "JPEG", quality=82)
     return stream.getvalue(), "jpeg"
 
 
 class _Cards:
-    """Makes the cards of pictures, a few at a time, and their previews: inside the page, or in ``folder`` beside it."""
+    """Makes the cards of images, a few at a time, and their previews: inside the page, or in ``folder`` beside it."""
 
     def __init__(
         self, predictions: Predictions, source: ImageSource, gallery: Gallery, folder: Path | None, pool: Executor
@@ -135,13 +135,13 @@ class _Cards:
         if self.folder is None:
             return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
         file = self.folder / f"{number:06d}.{'jpg' if kind == 'jpeg' else kind}"
-        if not file.exists():  # a picture of the section on top was there before
+        if not file.exists():  # an image of the section on top was there before
             file.write_bytes(content)
         return f"{self.folder.name}/{file.name}"
 
     def _image(self, number: int, description: str) -> str:
         try:
-            content, kind = thumbnail(self.source.picture(number))
+            content, kind = thumbnail(self.source.image(number))
         except UserError as error:  # removed or damaged since it was classified
             return f'<div class="missing">{escape(error)}</div>'
         crisp = ' class="crisp"' if kind == "png" else ""
@@ -156,7 +156,7 @@ class _Cards:
         return f'<a href="{escape(self.gallery.originals)}/{quote(os.fsencode(Path(name).as_posix()))}">{image}</a>'
 
     def card(self, number: int, *, with_class: bool) -> str:
-        """Return the HTML of picture ``number``; ``with_class`` where the section's heading does not name the class."""
+        """Return the HTML of image ``number``; ``with_class`` where the section's heading does not name the class."""
         label, name = self.gallery.class_label, self.source.names[number]
         index, probability = self.predictions.index[number], self.predictions.probability[number]
         predicted, likely = self.gallery.class_names[index[0]], float(probability[0])
@@ -192,7 +192,7 @@ def _header(cards: _Cards, classes: int) -> Iterator[str]:
     yield f'<h1>{escape(gallery.title)}</h1>\n<p class="quiet">{escape(gallery.origin)}</p>'
     yield tiles(
         [
-            ("pictures classified", f"{count:,}"),
+            ("images classified", f"{count:,}"),
             ("classes found", f"{classes:,} of {len(gallery.class_names):,}"),
             (f"uncertain (below {UNCERTAIN_BELOW:.0%})", f"{uncertain:,}"),
             *agreement,
@@ -201,7 +201,7 @@ def _header(cards: _Cards, classes: int) -> Iterator[str]:
     )
     place = "inside this page" if cards.folder is None else "in the folder beside this page"
     yield (
-        '<p class="quiet">Under each picture: the probability of its class, and the angle between its feature and the '
+        '<p class="quiet">Under each image: the probability of its class, and the angle between its feature and the '
         f"prototype of the class (0° is a perfect match, 90° unrelated). The previews, at most {THUMBNAIL_SIZE} pixels "
         f"wide or high, are {place}.</p>"
     )
@@ -212,10 +212,10 @@ def _uncertain(cards: _Cards, by_certainty: np.ndarray) -> Iterator[str]:
     uncertain = by_certainty[probability < UNCERTAIN_BELOW]
     yield '<section id="uncertain">\n<h2>Uncertain</h2>'
     if len(uncertain) == 0:
-        yield f"<p>None: every picture has a probability of at least {UNCERTAIN_BELOW:.0%}.</p>"
+        yield f"<p>None: every image has a probability of at least {UNCERTAIN_BELOW:.0%}.</p>"
     elif len(uncertain) > _UNCERTAIN_SHOWN:
         yield (
-            f"<p>The {_UNCERTAIN_SHOWN} least certain of {len(uncertain):,} pictures with a probability below "
+            f"<p>The {_UNCERTAIN_SHOWN} least certain of {len(uncertain):,} images with a probability below "
             f"{UNCERTAIN_BELOW:.0%}. The others are under their classes.</p>"
         )
     if len(uncertain):
@@ -248,24 +248,24 @@ def _body(cards: _Cards) -> Iterator[str]:
         yield "</section>"
     if gallery.skipped:
         yield '<section id="skipped">\n<h2>Could not be read</h2>'
-        yield table(["picture", "reason"], gallery.skipped)
+        yield table(["image", "reason"], gallery.skipped)
         yield "</section>"
 
 
 def write_gallery(path: Path, predictions: Predictions, source: ImageSource, gallery: Gallery, *, folder: str) -> None:
-    """Write the page that shows every picture of ``source`` under the class that was predicted for it.
+    """Write the page that shows every image of ``source`` under the class that was predicted for it.
 
-    Up to :data:`EMBEDDED_PICTURES` pictures the page is self-contained; beyond, the previews go into ``folder`` beside
+    Up to :data:`EMBEDDED_IMAGES` images the page is self-contained; beyond, the previews go into ``folder`` beside
     it and a browser loads those that come into view.
 
     Args:
         path: the HTML file to write.
         predictions: as :func:`ltloss.training.predict.predict.classify` returns them for ``source``.
-        source: the pictures; where it knows labels, wrong predictions are marked.
-        gallery: title, class names, skipped pictures.
+        source: the images; where it knows labels, wrong predictions are marked.
+        gallery: title, class names, skipped images.
         folder: the name of the folder for previews, which must not exist yet.
     """
-    beside = path.parent / folder if len(source) > EMBEDDED_PICTURES else None
+    beside = path.parent / folder if len(source) > EMBEDDED_IMAGES else None
     with ThreadPoolExecutor(_THREADS) as pool, path.open("w", encoding="utf-8", newline="\n") as stream:
         cards = _Cards(predictions, source, gallery, beside, pool)
         stream.writelines(page(gallery.title, _body(cards), style=_STYLE))

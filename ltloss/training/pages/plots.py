@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Plot", "accuracy_by_count", "groups", "histogram", "learning_curve", "shares_with_spread"]
+__all__ = ["Plot", "accuracy_by_count", "groups", "histogram", "learning_curve", "means_with_spread"]
 
 # Stand-ins, one grey level apart, which become CSS variables: so one drawing serves light and dark pages.
 _INK, _QUIET, _LINE, _ACCENT, _CONTRAST, _GROUND = (f"#{level:02x}{level:02x}{level:02x}" for level in range(1, 7))
@@ -132,12 +132,12 @@ def learning_curve(
 
 
 def accuracy_by_count(name: str, counts: np.ndarray, accuracy: np.ndarray) -> Plot:
-    """Draw a point per class: training pictures (C,) against test accuracy (C,) in [0, 1], NaN where unknown."""
+    """Draw a point per class: training images (C,) against test accuracy (C,) in [0, 1], NaN where unknown."""
     known = np.isfinite(accuracy)
     counts, percent = counts[known], 100 * accuracy[known]
     alt = (
         f"Scatter chart with a point for each class: {len(counts)} in all, {counts.min()} to {counts.max()} training "
-        f"pictures, test accuracy {percent.min():.1f}% to {percent.max():.1f}%, {percent.mean():.1f}% on average."
+        f"images, test accuracy {percent.min():.1f}% to {percent.max():.1f}%, {percent.mean():.1f}% on average."
     )
     raster = len(counts) > _RASTER_ABOVE
     look: dict[str, Any] = {"s": 30, "color": _ACCENT, "alpha": 0.7}
@@ -150,7 +150,7 @@ def accuracy_by_count(name: str, counts: np.ndarray, accuracy: np.ndarray) -> Pl
         axes.axhline(percent.mean(), color=_CONTRAST, linewidth=1.2, linestyle=_DASHES, label="mean of the classes")
         axes.set_ylim(-3, 103)
         _plain_log_ticks(axes, counts)
-        axes.set_xlabel("training pictures of the class (logarithmic)")
+        axes.set_xlabel("training images of the class (logarithmic)")
         axes.set_ylabel("test accuracy of the class (%)")
         axes.legend(loc="best")
         return Plot("Accuracy and class size", alt, drawing.svg())
@@ -188,7 +188,7 @@ def groups(name: str, bars: Sequence[tuple[str, float | None]]) -> Plot:
         return Plot("Many, medium and few", alt, drawing.svg())
 
 
-def shares_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | None, float]], *, axis: str) -> Plot:
+def means_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | None, float]], *, axis: str) -> Plot:
     """Draw (label, mean, deviation) in percent, a dot with its deviation for each; ``None`` is shown as "none"."""
     texts = ["none" if mean is None else f"{mean:.1f} ± {spread:.1f}" for _, mean, spread in rows]
     words = "; ".join(f"{label}: {text}" for (label, _, _), text in zip(rows, texts, strict=True))

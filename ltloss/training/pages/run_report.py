@@ -30,7 +30,7 @@ from ltloss.training.run.settings import SETTINGS, RunConfig
 
 __all__ = ["write_report"]
 
-_SAMPLE = 2000  # test pictures whose feature lengths are drawn
+_SAMPLE = 2000  # test images whose feature lengths are drawn
 _ROWS = 12  # classes in each of the tables of the weakest and the closest
 
 # What decides a setting that has no value.
@@ -99,7 +99,7 @@ def _read_epochs(run: Path) -> _Epochs:
     return columns
 
 
-def _share(value: float) -> str:
+def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.1f}%"
 
 
@@ -117,7 +117,7 @@ def _add_curves(body: _Body, run: _Run) -> None:
     accuracy = series(100, training="train_accuracy", test="test_accuracy")
     if accuracy:
         plot = plots.learning_curve("accuracy", "Accuracy", epochs, accuracy, axis="accuracy (%)", percent=True)
-        body.add(plot, "Share of the pictures classified correctly. Training: measured while the weights change.")
+        body.add(plot, "Fraction of the images classified correctly. Training: measured while the weights change.")
 
 
 def _add_groups(body: _Body, run: _Run) -> None:
@@ -125,12 +125,12 @@ def _add_groups(body: _Body, run: _Run) -> None:
     words = Thresholds(settings.many_above, settings.few_below).describe()
     values = {name: run.last(name) for name in words}
     bars = [(words[name], None if math.isnan(value) else value) for name, value in values.items()]
-    about = f"By number of training pictures, mean accuracy of the group's classes. Last epoch ({run.last_epoch})."
+    about = f"By number of training images, mean accuracy of the group's classes. Last epoch ({run.last_epoch})."
     body.add(plots.groups("groups", bars), about)
 
 
 def _stored_accuracy(run: _Run) -> tuple[np.ndarray, int] | None:
-    """Accuracy per class (C,) and the number of test pictures from evaluation.json, if that is of the last epoch."""
+    """Accuracy per class (C,) and the number of test images from evaluation.json, if that is of the last epoch."""
     try:
         stored = json.loads((run.path / "evaluation.json").read_text(encoding="utf-8"))
         fresh = stored["accuracy"] == run.last("test_accuracy") and tuple(stored["per_class"]) == run.config.class_names
@@ -143,20 +143,20 @@ def _as_array(accuracies: Iterable[float | None]) -> np.ndarray:
     return np.array([math.nan if value is None else value for value in accuracies], dtype=np.float64)
 
 
-def _add_classes(body: _Body, run: _Run, accuracy: np.ndarray, pictures: int) -> None:
+def _add_classes(body: _Body, run: _Run, accuracy: np.ndarray, images: int) -> None:
     counts, known = np.array(run.config.class_counts), np.isfinite(accuracy)
     if not known.any():
-        body.missing.append("Accuracy by class: there are no test pictures.")
+        body.missing.append("Accuracy by class: there are no test images.")
         return
-    about = f"One point per class, {pictures:,} test pictures. Last epoch ({run.last_epoch})."
+    about = f"One point per class, {images:,} test images. Last epoch ({run.last_epoch})."
     body.add(plots.accuracy_by_count("classes", counts, accuracy), about)
     weakest = np.argsort(accuracy, kind="stable")[: min(_ROWS, known.sum())]  # NaN is sorted last
-    rows = [(run.config.class_names[c], f"{counts[c]:,}", _share(accuracy[c])) for c in weakest]
-    content = table(["class", "training pictures", "test accuracy"], rows, numeric=(1, 2))
+    rows = [(run.config.class_names[c], f"{counts[c]:,}", _percent(accuracy[c])) for c in weakest]
+    content = table(["class", "training images", "test accuracy"], rows, numeric=(1, 2))
     body.tables.append(details("The classes of lowest accuracy", content, opened=True))
 
 
-def _test_pictures(run: _Run) -> ImageSource:
+def _test_images(run: _Run) -> ImageSource:
     config, settings = run.config, run.config.settings
     channels, height, width = config.image_shape
     source = load_data(
@@ -174,10 +174,10 @@ def _test_pictures(run: _Run) -> ImageSource:
 def _add_lengths(body: _Body, classifier: Classifier, source: ImageSource) -> None:
     sample = np.unique(np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).astype(np.int64))
     lengths = _feature_lengths(classifier, source, sample)
-    finite = _only_finite(body, lengths, "Feature lengths", "test pictures")
+    finite = _only_finite(body, lengths, "Feature lengths", "test images")
     if len(finite):
-        plot = plots.histogram("lengths", "Feature lengths", finite, axis="length ‖x‖ (no unit)", what="test pictures")
-        body.add(plot, f"Of {len(finite):,} test pictures, before normalisation.")
+        plot = plots.histogram("lengths", "Feature lengths", finite, axis="length ‖x‖ (no unit)", what="test images")
+        body.add(plot, f"Of {len(finite):,} test images, before normalisation.")
 
 
 def _only_finite(body: _Body, values: np.ndarray, title: str, what: str) -> np.ndarray:
@@ -230,7 +230,7 @@ def _add_prototypes(body: _Body, run: _Run, classifier: Classifier) -> None:
 
 
 def _add_from_checkpoint(body: _Body, run: _Run, device: str | None) -> None:
-    """All that needs the checkpoint or the test pictures; what cannot be had is said on the page instead."""
+    """All that needs the checkpoint or the test images; what cannot be had is said on the page instead."""
     stored = _stored_accuracy(run)
     if stored is not None:
         _add_classes(body, run, *stored)
@@ -241,14 +241,14 @@ def _add_from_checkpoint(body: _Body, run: _Run, device: str | None) -> None:
         body.missing.append(f"{absent}, angles between prototypes: {error}.")
         return
     try:
-        source = _test_pictures(run)
+        source = _test_images(run)
         if stored is None:
             thresholds = Thresholds(run.config.settings.many_above, run.config.settings.few_below)
             metrics = measure(classifier, source, thresholds)
             _add_classes(body, run, _as_array(metrics.per_class), metrics.pictures)
         _add_lengths(body, classifier, source)
     except UserError as error:
-        body.missing.append(f"{absent}, which need the test pictures: {error}.")
+        body.missing.append(f"{absent}, which need the test images: {error}.")
     _add_prototypes(body, run, classifier)
 
 
@@ -256,9 +256,9 @@ def _configuration(run: _Run) -> Iterator[str]:
     config = run.config
     facts = [
         ("classes", f"{len(config.class_names):,}"),
-        ("training pictures", f"{sum(config.class_counts):,}"),
-        ("smallest and largest class", f"{min(config.class_counts):,} and {max(config.class_counts):,} pictures"),
-        ("picture shape", " × ".join(str(side) for side in config.image_shape) + " (channels × height × width)"),
+        ("training images", f"{sum(config.class_counts):,}"),
+        ("smallest and largest class", f"{min(config.class_counts):,} and {max(config.class_counts):,} images"),
+        ("image shape", " × ".join(str(side) for side in config.image_shape) + " (channels × height × width)"),
         ("mean", ", ".join(f"{value:.4g}" for value in config.mean)),
         ("standard deviation", ", ".join(f"{value:.4g}" for value in config.std)),
     ]
@@ -288,9 +288,9 @@ def _header(run: _Run, title: str) -> Iterator[str]:
         yield f"<p>The run stands at epoch {epoch} of {config.settings.epochs}.</p>"
     yield tiles(
         [
-            (f"test accuracy, last epoch ({epoch})", _share(run.last("test_accuracy"))),
-            *((f"{name}, last epoch", _share(run.last(name))) for name in ("many", "medium", "few")),
-            ("training accuracy, last epoch", _share(run.last("train_accuracy"))),
+            (f"test accuracy, last epoch ({epoch})", _percent(run.last("test_accuracy"))),
+            *((f"{name}, last epoch", _percent(run.last(name))) for name in ("many", "medium", "few")),
+            ("training accuracy, last epoch", _percent(run.last("train_accuracy"))),
             ("time", _duration(sum(value for value in run.epochs.get("seconds", []) if not math.isnan(value)))),
         ]
     )
@@ -318,9 +318,9 @@ def _page_body(run: _Run, body: _Body, title: str) -> Iterator[str]:
 
 
 def write_report(run_dir: str | Path, *, device: str | None = None) -> Path:
-    """Write ``run_dir/report.html`` from the run's metrics, newest checkpoint and test pictures; return its path.
+    """Write ``run_dir/report.html`` from the run's metrics, newest checkpoint and test images; return its path.
 
-    Where the checkpoint or the pictures are not there any more, the page says what is missing. The same run gives the
+    Where the checkpoint or the images are not there any more, the page says what is missing. The same run gives the
     same bytes.
 
     Raises:

@@ -22,7 +22,7 @@ class OutputFolder(AbstractContextManager["OutputFolder"]):
     """Write results into ``staging`` inside a ``with`` block; :meth:`publish` moves them to ``path``.
 
     The folder carries a manifest, by which its own former results are told from somebody else's files: the former are
-    replaced where `overwrite` allows it, the latter make the constructor refuse. Leaving the block without publishing
+    replaced where ``overwrite`` allows it, the latter make the constructor refuse. Leaving the block without publishing
     leaves the folder as it was.
     Files are moved one by one into the existing folder, because a folder that is a mount point cannot be renamed.
 
@@ -34,7 +34,7 @@ class OutputFolder(AbstractContextManager["OutputFolder"]):
 
     Raises:
         UserError: ``path`` is not a folder, cannot be written to, holds files that are not former results, or
-            holds former results and `overwrite` is false.
+            holds former results and ``overwrite`` is false.
     """
 
     def __init__(self, path: Path, *, names: tuple[str, ...], manifest: str, overwrite: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Classify the pictures of a folder with a trained run: a table, a gallery page and, if wanted, sorted copies."""
+"""Classify the images of a folder with a trained run: a table, a gallery page and, if wanted, sorted copies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PredictionSummary:
     out: Path
     table: Path
     gallery: Path
-    pictures: int
+    pictures: int  # images that were classified
     classes: int
     uncertain: int
     skipped: int
@@ -51,7 +51,7 @@ class PredictionSummary:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.pictures:,} pictures classified into {self.classes:,} classes, "
+            f"{self.pictures:,} images classified into {self.classes:,} classes, "
             f"{self.uncertain:,} of them uncertain (below {UNCERTAIN_BELOW:.0%})"
         ]
         if self.skipped:
@@ -84,7 +84,7 @@ def _check_finite(features: torch.Tensor, names: Sequence[str]) -> None:
 
 @torch.inference_mode()
 def classify(classifier: Classifier, source: ImageSource, *, top: int = 2, batch_size: int = 256) -> Predictions:
-    """Return the ``top`` best classes (at most as many as there are) of every picture of ``source``.
+    """Return the ``top`` best classes (at most as many as there are) of every image of ``source``.
 
     Raises:
         UserError: the model gives a feature that is not finite, as one does whose training diverged.
@@ -93,7 +93,7 @@ def classify(classifier: Classifier, source: ImageSource, *, top: int = 2, batch
     classifier.eval()
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     done = 0
-    with progress_bar(len(source), what="picture") as progress:
+    with progress_bar(len(source), what="image") as progress:
         for batch in batches(source, batch_size):
             features = classifier.features(batch.images).float()
             _check_finite(features, source.names[done : done + len(features)])
@@ -151,7 +151,7 @@ def _write_outputs(
 
 
 def _labels_by_folder(names: Sequence[str], class_names: tuple[str, ...]) -> np.ndarray:
-    """Labels (N,) where all pictures lie in folders named like classes, as sorted data does; -1 otherwise."""
+    """Labels (N,) where all images lie in folders named like classes, as sorted data does; -1 otherwise."""
     numbers = {name: number for number, name in enumerate(class_names)}
     labels = [numbers.get(Path(name).parts[0], -1) if len(Path(name).parts) > 1 else -1 for name in names]
     return np.array(labels if -1 not in labels else [-1] * len(names), dtype=np.int64)
@@ -159,9 +159,9 @@ def _labels_by_folder(names: Sequence[str], class_names: tuple[str, ...]) -> np.
 
 def _refuse_nested(images: Path, out: Path, sort_into: Path | None) -> None:
     """Refuse folders in which one run's output would be the next one's input, or would be replaced by it."""
-    inside = [("--out", out, "the pictures", images)]
+    inside = [("--out", out, "the images", images)]
     if sort_into is not None:
-        inside += [("--sort-into", sort_into, "the pictures", images), ("--sort-into", sort_into, "--out", out)]
+        inside += [("--sort-into", sort_into, "the images", images), ("--sort-into", sort_into, "--out", out)]
         inside += [("--images", images, "--sort-into", sort_into)]
     for name, folder, other_name, other in inside:
         if folder.resolve().is_relative_to(other.resolve()):
@@ -179,30 +179,30 @@ def predict_folder(
     batch_size: int = 256,
     overwrite: bool = False,
 ) -> PredictionSummary:
-    """Classify every picture below ``images`` with the newest checkpoint of ``run``.
+    """Classify every image below ``images`` with the newest checkpoint of ``run``.
 
     Writes ``out/predictions.csv`` (image, class, probability, angle_degrees, runner_up, runner_up_probability),
     ``out/gallery.html``, ``out/skipped.csv`` (image, reason) and ``out/prediction.json``; with ``sort_into`` also
     copies to ``sort_into/<class>/`` and their record ``out/sorted.csv`` (image, class, copy). The files appear when all
-    of them are complete, and with ``overwrite`` then replace those of an earlier prediction. Where the pictures already
+    of them are complete, and with ``overwrite`` then replace those of an earlier prediction. Where the images already
     lie in folders named like the classes, the gallery marks those that were classified otherwise.
 
     Args:
         run: the folder of a training run.
-        images: a folder with pictures, at any depth.
+        images: a folder with images, at any depth.
         out: the folder for the results.
-        sort_into: a folder for copies of the pictures by predicted class. They appear when all are complete; one that
+        sort_into: a folder for copies of the images by predicted class. They appear when all are complete; one that
             an earlier prediction made is not made again, and no file is overwritten.
-        top: how many classes the table has per picture, at least 1; the best and the runner-up always are there.
+        top: how many classes the table has per image, at least 1; the best and the runner-up always are there.
         device: where to run, such as "cuda:0"; a GPU where there is one if not given.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         overwrite: replace the results of an earlier prediction in ``out``, which is refused otherwise.
 
     Raises:
-        UserError: a folder is missing, has no readable picture, cannot be written to, holds other files, or earlier
+        UserError: a folder is missing, has no readable image, cannot be written to, holds other files, or earlier
             results without ``overwrite``.
     """
-    from ltloss.training.data.sources import load_pictures
+    from ltloss.training.data.sources import load_images
     from ltloss.training.model.classifier import Classifier
 
     for name, value in (("--top", top), ("--batch-size", batch_size)):
@@ -213,10 +213,10 @@ def predict_folder(
     with OutputFolder(out, names=names, manifest=_MANIFEST, overwrite=overwrite) as output:
         classifier = Classifier.load(run, device)
         class_names = classifier.config.class_names
-        source = load_pictures(images, classifier.config.image_shape)
+        source = load_images(images, classifier.config.image_shape)
         source = replace(source, labels=_labels_by_folder(source.names, class_names))
         predictions = classify(classifier, source, top=max(top, 2), batch_size=batch_size)
-        origin = f"{len(source):,} pictures of {images}, classified by {run} ({classifier.config.loss} loss)"
+        origin = f"{len(source):,} images of {images}, classified by {run} ({classifier.config.loss} loss)"
         address = folder_address(images.resolve(), out.resolve())
         gallery = Gallery(f"Predictions of {run.resolve().name}", origin, class_names, source.skipped, address)
         _write_outputs(output.staging, source, gallery, predictions, class_names)

@@ -21,7 +21,7 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What an epoch leaves behind. `state` is JSON: the epoch and the metrics of every epoch so far."""
+    """What an epoch leaves behind. ``state`` is JSON: the epoch and the metrics of every epoch so far."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]

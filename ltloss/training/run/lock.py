@@ -15,7 +15,7 @@ LOCK = ".lock"
 
 
 def refuse_if_written(folder: Path) -> None:
-    """UserError where a living process owns `folder`. Writes nothing."""
+    """UserError where a living process owns ``folder``. Writes nothing."""
     with suppress(FileNotFoundError, NotADirectoryError):
         descriptor = os.open(folder / LOCK, os.O_RDONLY)
         try:
@@ -27,7 +27,7 @@ def refuse_if_written(folder: Path) -> None:
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Own `folder` inside the block, which makes it where it is absent; UserError where a living process owns it.
+    """Own ``folder`` inside the block, which makes it where it is absent; UserError where a living process owns it.
 
     The operating system gives the lock back when its owner ends, however it ends: a lock left behind is taken over.
     The file holds the owner's process id and host, for the one who is refused.

@@ -1,4 +1,4 @@
-"""The pictures of one run: loaded, limited, long-tailed, and measured for normalisation."""
+"""The images of one run: loaded, limited, long-tailed, and measured for normalisation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ltloss.training.data.splits import keep_per_class, long_tailed_subset
 from ltloss.training.run.settings import RunConfig, Settings
 from ltloss.training.seeds import numpy_generator
 
-_NORMALISATION_PICTURES = 4096
+_NORMALISATION_IMAGES = 4096
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def prepare_data(settings: Settings) -> TrainingData:
 
 
 def load_split(settings: Settings, split: Split, shape: tuple[int, int, int] | None = None) -> ImageSource:
-    """One split of the data, whole; with pictures of `shape` (channels, height, width), or as the settings say."""
+    """One split of the data, whole; with images of ``shape`` (channels, height, width), or as the settings say."""
     return load_data(
         settings.data,
         split=split,
@@ -50,7 +50,7 @@ def load_split(settings: Settings, split: Split, shape: tuple[int, int, int] | N
 
 
 def run_config(settings: Settings, train: ImageSource) -> RunConfig:
-    """The configuration of a run that is trained on all of `train`."""
+    """The configuration of a run that is trained on all of ``train``."""
     mean, std = _normalisation(train, settings.split_seed)
     return RunConfig(
         settings=settings,
@@ -68,7 +68,7 @@ def run_config(settings: Settings, train: ImageSource) -> RunConfig:
 
 
 def limited(source: ImageSource, settings: Settings, split: Split) -> ImageSource:
-    """What a run uses of a split of its data: the long tail and the limits of its settings. `all` is left whole."""
+    """What a run uses of a split of its data: the long tail and the limits of its settings. ``all`` is left whole."""
     seed = settings.split_seed
     if split == "train":
         if settings.limit_per_class is not None:
@@ -82,8 +82,8 @@ def limited(source: ImageSource, settings: Settings, split: Split) -> ImageSourc
 
 
 def _normalisation(source: ImageSource, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of (at most 4096 random) pictures with pixels in [0, 1]."""
-    sample = numpy_generator(seed, "normalisation").permutation(len(source))[:_NORMALISATION_PICTURES]
+    """Mean and standard deviation per channel of (at most 4096 random) images with pixels in [0, 1]."""
+    sample = numpy_generator(seed, "normalisation").permutation(len(source))[:_NORMALISATION_IMAGES]
     # Sums of integers: every machine finds the same mean, so a run can be resumed on another one.
     total, squares = torch.zeros(2, source.shape[0], dtype=torch.int64)
     for batch in batches(source, DECODED_AT_ONCE, np.sort(sample)):
@@ -93,5 +93,5 @@ def _normalisation(source: ImageSource, seed: int) -> tuple[tuple[float, ...], t
     count = len(sample) * source.shape[1] * source.shape[2]
     mean = [value / count for value in total.tolist()]
     variance = [value / count - m * m for value, m in zip(squares.tolist(), mean, strict=True)]
-    # One grey level is the least that pictures which all look the same can vary by.
+    # One grey level is the least that images which all look the same can vary by.
     return tuple(m / 255 for m in mean), tuple(math.sqrt(max(v, 1.0)) / 255 for v in variance)

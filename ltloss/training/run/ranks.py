@@ -1,4 +1,4 @@
-"""One run on several processes: `torchrun -m ltloss.cli.command train --parallel class`."""
+"""One run on several processes: ``torchrun -m ltloss.cli.command train --parallel class``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Ranks:
 
 @contextmanager
 def joined(parallel: str, device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
-    """The ranks of the run and this one's device; a single process without torchrun, or without `parallel`."""
+    """The ranks of the run and this one's device; a single process without torchrun, or without ``parallel``."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if parallel == "none":
         if count > 1:
@@ -67,7 +67,7 @@ def joined(parallel: str, device: torch.device) -> Iterator[tuple[Ranks, torch.d
 
 
 class _Features(nn.Module):
-    """The classifier without its head, as DDP wants it: parameters, and `forward` from pictures to features."""
+    """The classifier without its head, as DDP wants it: parameters, and ``forward`` from images to features."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()

@@ -17,9 +17,9 @@ from ltloss.training.run.settings import RunConfig, Settings, changed_settings
 
 
 def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Settings, RunConfig | None]:
-    """The settings of the run to do in `out`, and the stored configuration where it continues one. Writes nothing.
+    """The settings of the run to do in ``out``, and the stored configuration where it continues one. Writes nothing.
 
-    Raises UserError where another process writes `out`, where it holds a run and `resume` is false, where it holds
+    Raises UserError where another process writes ``out``, where it holds a run and ``resume`` is false, where it holds
     something else, or where the run has other settings.
     """
     refuse_if_written(out)
@@ -48,7 +48,7 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
 
 
 def check_still_new(out: Path) -> None:
-    """UserError where a run began in `out` since `open_run` found none."""
+    """UserError where a run began in ``out`` since ``open_run`` found none."""
     if (out / "config.json").is_file():
         raise _holds_a_run(out)
 

@@ -27,7 +27,7 @@ class Schedule(Protocol):
 
 
 def valid_schedule(text: str) -> bool:
-    """Whether `text` is ``cosine`` or steps as WHEN:FACTOR,... in rising order."""
+    """Whether ``text`` is ``cosine`` or steps as WHEN:FACTOR,... in rising order."""
     if text == "cosine":
         return True
     try:
@@ -44,12 +44,12 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 
 
 def first_epoch(when: float, epochs: int) -> int:
-    """The epoch (from 0) that `when` means: itself, or below 1 that share of `epochs`."""
+    """The epoch (from 0) that ``when`` means: itself, or below 1 that fraction of ``epochs``."""
     return round(when * epochs) if when < 1 else round(when)
 
 
 def learning_rate(settings: Schedule, step: int, total: int) -> float:
-    """The rate of step number `step` (from 0) of `total`: a linear rise to settings.lr, then half a cosine to 0, or
+    """The rate of step number ``step`` (from 0) of ``total``: a linear rise to settings.lr, then half a cosine to 0, or
     the factors of settings.schedule from their epochs on.
     """
     rising = math.floor(settings.warmup * total)

@@ -32,7 +32,7 @@ def _option(
     valid: Callable[[Any], bool] | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """One setting: its default, what --help says, and the range that `Settings` enforces."""
+    """One setting: its default, what --help says, and the range that ``Settings`` enforces."""
     return field(default=default, metadata={"help": help, "expected": expected, "valid": valid, "choices": choices})
 
 
@@ -61,11 +61,11 @@ class Settings:
     decay_all: bool = _option(False, "let weight decay act on biases and norms too")
     momentum: float = _option(0.9, "momentum of SGD", "in [0, 1)", lambda v: 0 <= v < 1)
     warmup: float = _option(
-        0.05, "share of the steps in which the rate rises to --lr", "in [0, 1)", lambda v: 0 <= v < 1
+        0.05, "fraction of the steps in which the learning rate rises to --lr", "in [0, 1)", lambda v: 0 <= v < 1
     )
     schedule: str = _option(
         "cosine",
-        "after the warm-up: cosine, to 0, or steps as WHEN:FACTOR,... (WHEN an epoch, or a share of them below 1)",
+        "after the warm-up: cosine, to 0, or steps as WHEN:FACTOR,... (WHEN an epoch, or a fraction of them below 1)",
         "cosine, or rising WHEN:FACTOR pairs like 160:0.01,180:0.0001",
         valid_schedule,
     )
@@ -78,12 +78,12 @@ class Settings:
     )
     drw_from: float | None = _option(
         None,
-        "weigh classes by effective number from this epoch on, or share of the epochs below 1; 0: always",
+        "weigh classes by effective number from this epoch on, or fraction of the epochs below 1; 0: always",
         "at least 0",
         _at_least(0),
     )
     beta: float = _option(0.9999, "beta of those weights", "in [0, 1)", lambda v: 0 <= v < 1)
-    mixup: float = _option(0.0, "mix pairs of pictures, shares from Beta(X, X); 0: do not", "at least 0", _at_least(0))
+    mixup: float = _option(0.0, "mix pairs of images, fractions from Beta(X, X); 0: do not", "at least 0", _at_least(0))
     loss_options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "another option of the loss, as NAME=VALUE; may be repeated", "valid": None, "choices": None},
@@ -98,10 +98,10 @@ class Settings:
     crop_pad: int | None = _option(
         None, "largest shift in pixels (default: an eighth of the side)", "at least 0", _at_least(0)
     )
-    limit_per_class: int | None = _option(None, "use at most N training pictures a class", "at least 1", _at_least(1))
-    limit_test: int | None = _option(None, "use at most N test pictures", "at least 1", _at_least(1))
-    many_above: int = _option(100, "'many' classes have more training pictures than this", "at least 0", _at_least(0))
-    few_below: int = _option(20, "'few' classes have fewer training pictures than this", "at least 0", _at_least(0))
+    limit_per_class: int | None = _option(None, "use at most N training images a class", "at least 1", _at_least(1))
+    limit_test: int | None = _option(None, "use at most N test images", "at least 1", _at_least(1))
+    many_above: int = _option(100, "'many' classes have more training images than this", "at least 0", _at_least(0))
+    few_below: int = _option(20, "'few' classes have fewer training images than this", "at least 0", _at_least(0))
     seed: int = _option(0, "decides everything random", "at least 0", _at_least(0))
     data_seed: int | None = _option(
         None, "decides the long tail and the split of the data (default: --seed)", "at least 0", _at_least(0)
@@ -114,7 +114,7 @@ class Settings:
         "class: under torchrun, the classes spread over the processes and the backbone under DDP",
         choices=PARALLEL,
     )
-    workers: int = _option(4, "threads that decode pictures of a folder", "at least 1", _at_least(1))
+    workers: int = _option(4, "threads that decode images of a folder", "at least 1", _at_least(1))
 
     def __post_init__(self) -> None:
         """Check types and ranges, so that no Settings object holds what a run cannot use."""
@@ -134,13 +134,13 @@ class Settings:
 
     @property
     def all_loss_options(self) -> dict[str, Any]:
-        """`loss_options` with scale, margin and tau, where they were given."""
+        """``loss_options`` with scale, margin and tau, where they were given."""
         common = {"scale": self.scale, "margin": self.margin, "tau": self.tau}
         return {**{name: value for name, value in common.items() if value is not None}, **self.loss_options}
 
 
 SETTINGS = {item.name: item for item in fields(Settings)}
-# A resumed run and its data may move (the pictures are compared); everything else is part of what its losses mean.
+# A resumed run and its data may move (the images are compared); everything else is part of what its losses mean.
 MAY_CHANGE_ON_RESUME = ("data", "device", "workers")
 
 
@@ -174,7 +174,7 @@ class RunConfig:
 
     settings: Settings
     class_names: tuple[str, ...]
-    class_counts: tuple[int, ...]  # training pictures per class, after the long tail
+    class_counts: tuple[int, ...]  # training images per class, after the long tail
     image_shape: tuple[int, int, int]  # (channels, height, width)
     mean: tuple[float, ...]  # per channel, pixels in [0, 1]
     std: tuple[float, ...]
@@ -191,7 +191,7 @@ class RunConfig:
         return self.settings.backbone
 
     def in_force(self, *, amp: bool | None = None) -> RunConfig:
-        """The same with a value for every option of the loss, and `amp` where the settings leave that open.
+        """The same with a value for every option of the loss, and ``amp`` where the settings leave that open.
 
         So a run means the same when a later version has other defaults.
         """
@@ -233,7 +233,7 @@ class RunConfig:
 
 
 def _named_as_now(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json holds, with the names of today: `long-tail` of version 0.1 had the log prior, as a rule."""
+    """What a config.json holds, with the names of today: ``long-tail`` of version 0.1 had the log prior, as a rule."""
     versions, options = values.get("versions"), values.get("loss_options", {})
     if values.get("loss") != "long-tail" or not isinstance(versions, dict) or not isinstance(options, dict):
         return dict(values)
@@ -250,7 +250,7 @@ _FACTS = [item.name for item in fields(RunConfig) if item.name != "settings"]
 
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
-    """ValueError where what config.json says about the data has another type, length or range than `RunConfig`."""
+    """ValueError where what config.json says about the data has another type, length or range than ``RunConfig``."""
     names, shape = facts["class_names"], facts["image_shape"]
     channels = shape[0] if isinstance(shape, list) and shape else 0
     versions = facts["versions"]
@@ -268,7 +268,7 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
 
 
 def _list_of(value: Any, kind: type | tuple[type, ...], length: int | None = None) -> bool:
-    """Whether `value` is a list of that length whose items are of that type; true and false are no numbers."""
+    """Whether ``value`` is a list of that length whose items are of that type; true and false are no numbers."""
     if not isinstance(value, list) or (length is not None and len(value) != length):
         return False
     return all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
@@ -306,7 +306,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 
 
 def changed_settings(stored: Settings, given: Mapping[str, Any]) -> list[str]:
-    """What keeps a run from being resumed with `given`: 'name (run: a, now: b)' for each; epochs may grow."""
+    """What keeps a run from being resumed with ``given``: 'name (run: a, now: b)' for each; epochs may grow."""
     differences = []
     for name, value in given.items():
         old, value = getattr(stored, name), _checked(name, value)

@@ -42,7 +42,7 @@ _CHECK_EVERY = 20  # steps between looks at the losses: each look makes a GPU wa
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a finished run leaves in memory; `history` holds the rows of metrics.csv."""
+    """What a finished run leaves in memory; ``history`` holds the rows of metrics.csv."""
 
     run: Path
     evaluation: Evaluation  # of the test split, after the last epoch
@@ -51,11 +51,11 @@ class TrainingResult:
 
 
 def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: bool = False) -> TrainingResult:
-    """Train as the settings `given` say, and write the run folder `out`.
+    """Train as the settings ``given`` say, and write the run folder ``out``.
 
-    A run that was killed at any moment and continued with `resume` takes the same steps as one that was not.
+    A run that was killed at any moment and continued with ``resume`` takes the same steps as one that was not.
 
-    Raises UserError before anything is written where the settings, the data or `out` cannot be used, and later where
+    Raises UserError before anything is written where the settings, the data or ``out`` cannot be used, and later where
     the loss becomes NaN or infinite.
     """
     settings, stored = open_run(out, given, resume)
@@ -117,9 +117,7 @@ class Trainer:
         self.device = device
         self.ranks = ranks or Ranks()
         if len(source) < 2 * self.ranks.count:
-            raise UserError(
-                f"{len(source)} training pictures are too few for {self.ranks.count} processes; start fewer"
-            )
+            raise UserError(f"{len(source)} training images are too few for {self.ranks.count} processes; start fewer")
         self.steps = batch_count(len(source), self.settings.batch_size, self.ranks.count)
         self.amp = device.type == "cuda" if self.settings.amp is None else self.settings.amp
         self.measure_amp = measure_amp and self.amp
@@ -135,7 +133,7 @@ class Trainer:
         self.train_seconds: list[float] = []  # of each epoch, without its look at the test split
 
     def run_epoch(self, epoch: int, test: ImageSource) -> dict[str, Any]:
-        """Train epoch number `epoch` (from 1), measure the test split if it is due, and return the new row."""
+        """Train epoch number ``epoch`` (from 1), measure the test split if it is due, and return the new row."""
         start = time.perf_counter()
         with _seeded(derived_seed(self.settings.seed, self.ranks.purpose("dropout"), epoch), self.device):
             loss, accuracy = self._train_epoch(epoch)
@@ -163,16 +161,18 @@ class Trainer:
         settings = self.settings
         self._prepare_epoch(epoch)
         generator = torch_generator(settings.seed, self.ranks.purpose("augmentation"), epoch)
-        mixing = numpy_generator(settings.seed, "mixup", epoch)  # of all ranks alike: one share mixes the whole batch
+        mixing = numpy_generator(
+            settings.seed, "mixup", epoch
+        )  # of all ranks alike: one fraction mixes the whole batch
         losses = torch.zeros(self.steps, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         mine = {"rank": self.ranks.rank, "ranks": self.ranks.count}
         for step, batch in enumerate(batches(self.source, settings.batch_size, self._order(epoch), **mine)):
             images = augment(batch.images.to(self.device), settings.augment, generator, settings.crop_pad)
             labels = batch.labels.to(self.device)
-            rate = learning_rate(settings, (epoch - 1) * self.steps + step, settings.epochs * self.steps)
+            lr = learning_rate(settings, (epoch - 1) * self.steps + step, settings.epochs * self.steps)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = lr
             loss, features = self._forward(images, labels, mixing)
             self.optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
@@ -181,7 +181,7 @@ class Trainer:
             with torch.no_grad():
                 correct += (self.classifier.loss.predict(features.detach()).index[:, 0] == labels).sum()
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == self.steps:
-                _check_finite(losses[: step + 1], epoch, self.steps, rate)
+                _check_finite(losses[: step + 1], epoch, self.steps, lr)
         return losses.double().mean().item(), self.ranks.sum(correct).item() / len(self.source)
 
     def _prepare_epoch(self, epoch: int) -> None:
@@ -190,18 +190,18 @@ class Trainer:
             self.classifier.loss.set_class_weight(self.class_weights(epoch - 1))  # type: ignore[attr-defined]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Indices of the pictures of an epoch, in the order in which they are seen."""
+        """Indices of the images of an epoch, in the order in which they are seen."""
         return numpy_generator(self.settings.seed, "order", epoch).permutation(len(self.source))
 
     def _forward(self, images: Tensor, labels: Tensor, mixing: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Loss, a scalar, and features (B, D) of pictures (B, channels, H, W) with labels (B,)."""
+        """Loss, a scalar, and features (B, D) of images (B, channels, H, W) with labels (B,)."""
         head = self.classifier.loss
         if not self.settings.mixup:
             features = self._features(images)
             return head(features, labels), features
         mixed = mix(images, labels, self.settings.mixup, mixing)
         features = self._features(mixed.images)
-        loss = mixed.share * head(features, labels) + (1 - mixed.share) * head(features, mixed.other_labels)
+        loss = mixed.fraction * head(features, labels) + (1 - mixed.fraction) * head(features, mixed.other_labels)
         return loss, features
 
     def _features(self, images: Tensor) -> Tensor:
@@ -264,13 +264,13 @@ def _deferred_weights(classifier: Classifier, config: RunConfig) -> DeferredWeig
     return DeferredWeights(weights, first_epoch(settings.drw_from, settings.epochs))
 
 
-def _check_finite(losses: Tensor, epoch: int, steps: int, rate: float) -> None:
+def _check_finite(losses: Tensor, epoch: int, steps: int, lr: float) -> None:
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         step = int(bad[0]) + 1
         raise DivergedError(
             f"the loss is {losses[step - 1].item()} at step {step} of {steps} in epoch {epoch} "
-            f"(learning rate {rate:.3g})",
+            f"(learning rate {lr:.3g})",
             "start a new --out with a lower --lr, or with a smaller --scale where it is extreme. Earlier checkpoints "
             "are untouched",
         )
@@ -285,7 +285,7 @@ def _test_columns(metrics: Metrics | None) -> dict[str, float | None]:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators (initialisation, dropout) start at `seed` inside, and are as before after it."""
+    """Torch's global generators (initialisation, dropout) start at ``seed`` inside, and are as before after it."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -128,7 +128,7 @@ def test_a_damaged_result_is_computed_again_and_a_method_can_join(toy_npz: Path,
 def test_one_training_has_one_key_however_its_numbers_are_written() -> None:
     def key(stage_two: dict[str, Any] | None = None, **options: Any) -> str:
         settings = {"data": "digits", "loss": "long-tail", "seed": 0, "loss_options": options}
-        return Job(settings, "pictures", stage_two=stage_two or {}).key
+        return Job(settings, "images", stage_two=stage_two or {}).key
 
     assert key(min_angle_weight=0, tau=1) == key(min_angle_weight=0.0, tau=1.0)
     assert key({"norm_power": 1}) == key({"norm_power": 1.0})
@@ -182,7 +182,7 @@ def test_tuning_never_reads_the_test_split(toy_npz: Path, tmp_path: Path, monkey
     assert {name: time for name, time in files_of(tmp_path / "out").items() if name in trials} == trials
 
 
-def test_other_test_pictures_change_no_choice(toy_npz: Path, tmp_path: Path) -> None:
+def test_other_test_images_change_no_choice(toy_npz: Path, tmp_path: Path) -> None:
     with np.load(toy_npz) as archive:
         arrays = dict(archive)
     poison = {**arrays, "x_test": arrays["x_test"][:, ::-1] ^ 255, "y_test": 2 - arrays["y_test"]}
@@ -227,13 +227,13 @@ def test_a_choice_at_the_end_of_its_list_is_said_in_table_and_page(toy_npz: Path
     assert "of its list" not in middle.to_text() + write_page(middle).read_text()
 
 
-def test_held_out_pictures_come_from_classes_that_can_spare_them() -> None:
+def test_held_out_images_come_from_classes_that_can_spare_them() -> None:
     labels = np.repeat([0, 1, 2, 3], [40, 7, 3, 1])
     held = validation_indices(labels, 5, seed=0)
     assert np.bincount(labels[held], minlength=4).tolist() == [5, 3, 1, 0]
     assert np.array_equal(held, validation_indices(labels, 5, seed=0))
     assert not np.array_equal(held, validation_indices(labels, 5, seed=1))
-    with pytest.raises(UserError, match="no class has two training pictures"):
+    with pytest.raises(UserError, match="no class has two training images"):
         validation_indices(np.arange(3), 1, seed=0)
 
 
@@ -389,7 +389,7 @@ def test_the_methods_are_listed_without_other_options(capsys: pytest.CaptureFixt
     assert "tunes  lr: the recipe's times 0.25, 0.5, 1.0, 2.0, 4.0" in shown
 
 
-def test_folders_of_pictures_and_the_digits_can_be_compared(toy_folder: Path, tmp_path: Path) -> None:
+def test_folders_of_images_and_the_digits_can_be_compared(toy_folder: Path, tmp_path: Path) -> None:
     for data, options in ((toy_folder, {}), ("digits", {"limit_per_class": 6, "limit_test": 30})):
         given = {**SMALL, "data": str(data), "epochs": 1, "imbalance": 2.0, **options}
         found = compare(
@@ -398,7 +398,7 @@ def test_folders_of_pictures_and_the_digits_can_be_compared(toy_folder: Path, tm
         assert found.rows[0]["last_accuracy"] is not None
 
 
-def test_the_checksum_is_that_of_the_pictures_not_of_how_they_lie_in_memory() -> None:
+def test_the_checksum_is_that_of_the_images_not_of_how_they_lie_in_memory() -> None:
     images, labels = toy_images(4)
     found = set()
     for pixels in (images, np.asfortranarray(images), images[::-1][::-1]):
@@ -408,7 +408,7 @@ def test_the_checksum_is_that_of_the_pictures_not_of_how_they_lie_in_memory() ->
     assert found != {fingerprint(ArrayImages(images, labels[::-1], ("a", "b", "c"), [""] * 12))}
 
 
-def test_pictures_that_change_are_other_results(tmp_path: Path) -> None:
+def test_images_that_change_are_other_results(tmp_path: Path) -> None:
     for seed in (0, 1):
         x, y = toy_images(6, seed=seed)
         np.savez(tmp_path / "data.npz", x_train=x, y_train=y, x_test=x, y_test=y)

@@ -62,7 +62,7 @@ def test_post_hoc_adjustment_moves_the_predictions_to_the_rare_classes(toy_npz: 
     assert huge.per_class == (0.0, 0.0, 1.0)  # the rarest class is the last
 
 
-def test_class_balanced_order_draws_every_class_evenly_and_every_picture_of_a_class() -> None:
+def test_class_balanced_order_draws_every_class_evenly_and_every_image_of_a_class() -> None:
     labels = np.repeat([0, 2, 1], [900, 90, 10])  # not sorted by class
     order = class_balanced_order(labels, np.random.default_rng(0))
     assert order.shape == labels.shape

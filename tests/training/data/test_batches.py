@@ -11,12 +11,12 @@ from ltloss.training.data.images import ArrayImages
 
 
 def numbered(count: int) -> ArrayImages:
-    """Pictures whose every pixel is their number."""
+    """Images whose every pixel is their number."""
     images = np.repeat(np.arange(count, dtype=np.uint8), 16).reshape(count, 4, 4)
     return ArrayImages(images, np.arange(count), ("a", "b"), [str(i) for i in range(count)])
 
 
-def test_every_picture_once_in_the_given_order_with_its_label() -> None:
+def test_every_image_once_in_the_given_order_with_its_label() -> None:
     order = np.random.default_rng(0).permutation(23)
     found = list(batches(numbered(23), 5, order))
     assert torch.cat([batch.labels for batch in found]).tolist() == order.tolist()
@@ -47,13 +47,13 @@ def test_the_reading_thread_ends_when_the_caller_stops_early() -> None:
 
 @pytest.mark.parametrize("kind", ["crop", "crop-flip"])
 @pytest.mark.parametrize("side", [8, 32])
-def test_augmented_pictures_are_shifted_and_mirrored_originals(kind: str, side: int) -> None:
-    pictures = torch.randint(1, 256, (40, 3, side, side), dtype=torch.uint8, generator=torch.manual_seed(0))
-    result = augment(pictures, kind, torch.Generator().manual_seed(1))
+def test_augmented_images_are_shifted_and_mirrored_originals(kind: str, side: int) -> None:
+    images = torch.randint(1, 256, (40, 3, side, side), dtype=torch.uint8, generator=torch.manual_seed(0))
+    result = augment(images, kind, torch.Generator().manual_seed(1))
     pad = side // 8
-    padded = torch.nn.functional.pad(pictures, (pad,) * 4)
+    padded = torch.nn.functional.pad(images, (pad,) * 4)
     shifts, mirrored = set(), 0
-    for i in range(len(pictures)):
+    for i in range(len(images)):
         candidates = {
             (top, left, flip): padded[i, :, top : top + side, left : left + side].flip(2 if flip else ())
             for top in range(2 * pad + 1)
@@ -68,7 +68,7 @@ def test_augmented_pictures_are_shifted_and_mirrored_originals(kind: str, side: 
 
 
 def test_augmentation_repeats_with_its_generator_and_none_changes_nothing() -> None:
-    pictures = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
-    first, again = (augment(pictures, "crop-flip", torch.Generator().manual_seed(7)) for _ in range(2))
+    images = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
+    first, again = (augment(images, "crop-flip", torch.Generator().manual_seed(7)) for _ in range(2))
     assert torch.equal(first, again)
-    assert augment(pictures, "none", torch.Generator()) is pictures
+    assert augment(images, "none", torch.Generator()) is images

@@ -12,9 +12,9 @@ from helpers.toys import CLASS_NAMES, toy_images
 from PIL import Image
 
 from ltloss.errors import ImageError, UserError
-from ltloss.training.data.decode import open_picture, to_pixels
+from ltloss.training.data.decode import open_image, to_pixels
 from ltloss.training.data.images import FolderImages
-from ltloss.training.data.sources import load_data, load_pictures
+from ltloss.training.data.sources import load_data, load_images
 
 
 def huge_png(side: int) -> bytes:
@@ -84,12 +84,12 @@ def test_folder_and_array_give_the_same_pixels(toy_folder: Path) -> None:
     source = load_data(str(toy_folder), split="all")
     assert source.labels.tolist() == labels.tolist()
     assert np.array_equal(source.batch(np.arange(30))[:, 0], images)
-    assert np.array_equal(np.asarray(source.picture(7)), images[7])
+    assert np.array_equal(np.asarray(source.image(7)), images[7])
     chosen = source.subset(np.array([4, 25]))
     assert np.array_equal(chosen.batch(np.array([1]))[0, 0], images[25])
 
 
-def test_bad_pictures_are_reported_once_and_left_out(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_images_are_reported_once_and_left_out(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = (toy_folder / "apple" / "000.png").read_bytes()
     bad = {"cut.png": good[: len(good) // 2], "empty.png": b"", "text.jpg": b"hello", "huge.png": huge_png(50_000)}
     for name, content in bad.items():
@@ -101,21 +101,21 @@ def test_bad_pictures_are_reported_once_and_left_out(toy_folder: Path, capsys: p
     assert reasons.keys() == bad.keys()
     assert "0 bytes" in reasons["empty.png"]
     assert "damaged" in reasons["cut.png"]
-    assert "not a picture" in reasons["text.jpg"]
+    assert "not an image" in reasons["text.jpg"]
     assert "50000 x 50000" in reasons["huge.png"] or "pixels" in reasons["huge.png"]
     reported = capsys.readouterr().err.splitlines()
     assert len(reported) == 4
     assert all(str(toy_folder) in line for line in reported)
 
 
-def test_a_bad_picture_does_not_move_others_between_the_splits(toy_folder: Path) -> None:
+def test_a_bad_image_does_not_move_others_between_the_splits(toy_folder: Path) -> None:
     before = {split: set(load_data(str(toy_folder), split=split).names) for split in ("train", "test")}
     (toy_folder / "bean" / "013.png").write_bytes(b"")
     for split in ("train", "test"):
         assert before[split] - set(load_data(str(toy_folder), split=split).names) <= {"bean/013.png"}
 
 
-def test_pictures_of_different_sizes_become_one_size(toy_folder: Path) -> None:
+def test_images_of_different_sizes_become_one_size(toy_folder: Path) -> None:
     Image.new("RGB", (30, 20), "red").save(toy_folder / "corn" / "wide.png")
     assert load_data(str(toy_folder), split="all").shape == (3, 64, 64)
     assert load_data(str(toy_folder), split="all", image_size=16, channels=1).shape == (1, 16, 16)
@@ -127,7 +127,7 @@ def test_photos_of_one_size_are_not_used_at_full_size(tmp_path: Path, capsys: py
         Image.new("RGB", (160, 120), "red").save(tmp_path / name)
     assert load_data(str(tmp_path), split="train").shape == (3, 64, 64)
     told = "are 160 x 120 pixels, used at 64 x 64; choose another size with --image-size"
-    assert capsys.readouterr().err.splitlines() == [f"ltloss: the pictures of {tmp_path} {told}"]
+    assert capsys.readouterr().err.splitlines() == [f"ltloss: the images of {tmp_path} {told}"]
     assert load_data(str(tmp_path), split="train", image_size=(120, 160)).shape == (3, 120, 160)
     assert capsys.readouterr().err == ""
     for path in tmp_path.rglob("*.png"):
@@ -135,7 +135,7 @@ def test_photos_of_one_size_are_not_used_at_full_size(tmp_path: Path, capsys: py
     assert load_data(str(tmp_path), split="train").shape == (3, 100, 128)
 
 
-def test_pictures_too_small_to_train_on_are_refused(tmp_path: Path) -> None:
+def test_images_too_small_to_train_on_are_refused(tmp_path: Path) -> None:
     for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
         (tmp_path / "folder" / name).parent.mkdir(exist_ok=True, parents=True)
         Image.new("L", (5, 3)).save(tmp_path / "folder" / name)
@@ -147,28 +147,28 @@ def test_pictures_too_small_to_train_on_are_refused(tmp_path: Path) -> None:
         assert load_data(str(tmp_path / data), split="train", image_size=4).shape == (1, 4, 4)
 
 
-def test_pictures_to_classify_have_no_label(toy_folder: Path) -> None:
+def test_images_to_classify_have_no_label(toy_folder: Path) -> None:
     (toy_folder / "loose.PNG").write_bytes((toy_folder / "apple" / "000.png").read_bytes())
-    source = load_pictures(toy_folder, image_shape=(3, 12, 12))
+    source = load_images(toy_folder, image_shape=(3, 12, 12))
     assert len(source) == 31
     assert set(source.labels) == {-1}
     assert source.batch(np.array([0, 30])).shape == (2, 3, 12, 12)
 
 
 def test_modes_are_brought_to_grey_or_colour(tmp_path: Path) -> None:
-    def saved(picture: Image.Image, name: str = "picture.png") -> np.ndarray:
-        picture.save(tmp_path / name)
-        return np.asarray(open_picture(tmp_path / name))
+    def saved(image: Image.Image, name: str = "image.png") -> np.ndarray:
+        image.save(tmp_path / name)
+        return np.asarray(open_image(tmp_path / name))
 
     assert saved(Image.new("RGBA", (4, 4), (255, 0, 0, 0)))[0, 0].tolist() == [255, 255, 255]
     assert saved(Image.fromarray(np.full((4, 4), 0x8080, np.uint16)))[0, 0] == 0x80
     assert saved(Image.new("1", (4, 4), 1))[0, 0] == 255
-    assert saved(Image.new("P", (4, 4)), "picture.gif").shape == (4, 4, 3)
+    assert saved(Image.new("P", (4, 4)), "image.gif").shape == (4, 4, 3)
     turned = Image.new("L", (8, 4))
     exif = turned.getexif()
     exif[0x0112] = 6  # stored lying on its side
     turned.save(tmp_path / "turned.png", exif=exif)
-    assert open_picture(tmp_path / "turned.png").size == (4, 8)
+    assert open_image(tmp_path / "turned.png").size == (4, 8)
 
 
 def test_resizing_keeps_the_aspect_ratio() -> None:
@@ -177,9 +177,9 @@ def test_resizing_keeps_the_aspect_ratio() -> None:
     assert to_pixels(Image.fromarray(wide), (1, 5, 5)).tolist() == np.full((1, 5, 5), 200).tolist()
 
 
-def test_a_missing_picture_is_a_picture_error(tmp_path: Path) -> None:
+def test_a_missing_image_is_a_image_error(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="does not exist"):
-        open_picture(tmp_path / "none.png")
+        open_image(tmp_path / "none.png")
 
 
 def test_hidden_class_folders_are_left_out_with_a_word(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

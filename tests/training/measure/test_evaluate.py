@@ -38,7 +38,7 @@ def test_other_data_without_splits_is_measured_whole(
     assert capsys.readouterr().err == ""
     found = evaluate_run(run, str(other))
     assert (found.metrics.pictures, found.split) == (30, "all")
-    assert f"on all pictures of {other}" in found.to_text()
+    assert f"on all images of {other}" in found.to_text()
     assert f"{other} has no test split of its own, so all of it is measured" in capsys.readouterr().err
     shutil.rmtree(other)
     shutil.copytree(toy_folder, other / "train")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ltloss.training.measure.class_groups import Thresholds
-from ltloss.training.measure.metrics import MetricsAccumulator, own_angles, percent
+from ltloss.training.measure.metrics import MetricsAccumulator, percent, target_angles
 
 
 def accumulate(
@@ -79,7 +79,7 @@ def test_batches_add_up() -> None:
 def test_angles_are_exact_where_arccos_is_not() -> None:
     tiny = 1e-4
     features = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [math.cos(tiny), math.sin(tiny)]])
-    angles = own_angles(features, torch.tensor([[5.0, 0.0]]), torch.zeros(4, dtype=torch.int64))
+    angles = target_angles(features, torch.tensor([[5.0, 0.0]]), torch.zeros(4, dtype=torch.int64))
     assert angles.tolist() == pytest.approx([0.0, math.pi / 2, math.pi, tiny], rel=1e-3)
 
 

@@ -16,7 +16,7 @@ from ltloss.training.model.backbones import BACKBONES, ResNet32, build_backbone
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 20)])
 @pytest.mark.parametrize("embedding_size", [64, 10])
-def test_any_picture_becomes_a_feature(name: str, shape: tuple[int, int, int], embedding_size: int) -> None:
+def test_any_image_becomes_a_feature(name: str, shape: tuple[int, int, int], embedding_size: int) -> None:
     features = build_backbone(name, shape, embedding_size)(torch.rand(2, *shape))
     assert features.shape == (2, embedding_size)
 
@@ -68,7 +68,7 @@ def timm_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "size"), [("timm:convnet", None), ("convnet", None), ("vit", (16, 16))])
-def test_timm_models_are_made_for_the_pictures_without_weights(
+def test_timm_models_are_made_for_the_images_without_weights(
     name: str, size: tuple[int, int] | None, timm_calls: list[dict[str, Any]]
 ) -> None:
     model = build_backbone(name, (1, 16, 16), 7)
@@ -79,8 +79,8 @@ def test_timm_models_are_made_for_the_pictures_without_weights(
     assert call.get("img_size") == size
 
 
-def test_pictures_too_small_for_a_model_are_an_error(timm_calls: list[dict[str, Any]]) -> None:
-    with pytest.raises(UserError, match=r"timm:convnet cannot take pictures of 2 x 2 .*; use --image-size"):
+def test_images_too_small_for_a_model_are_an_error(timm_calls: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match=r"timm:convnet cannot take images of 2 x 2 .*; use --image-size"):
         build_backbone("timm:convnet", (1, 2, 2), 7)
 
 

@@ -23,8 +23,8 @@ from ltloss.training.predict.predictions import Predictions
 pytestmark = pytest.mark.slow
 
 
-def make_pictures(folder: Path, count: int) -> Path:
-    """Pictures in two folders, large and small ones, with names that would be markup, or an address, if not escaped."""
+def make_images(folder: Path, count: int) -> Path:
+    """Images in two folders, large and small ones, with names that would be markup, or an address, if not escaped."""
     rng = np.random.default_rng(0)
     for number in range(count):
         place = folder / ("a & b" if number % 2 else "plain")
@@ -37,10 +37,10 @@ def make_pictures(folder: Path, count: int) -> Path:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The prediction of 30 pictures and a damaged one by a run whose class names are hostile."""
+    """The prediction of 30 images and a damaged one by a run whose class names are hostile."""
     base = tmp_path_factory.mktemp("gallery")
     make_run(base / "run", HOSTILE)
-    images = make_pictures(base / "pictures", 30)
+    images = make_images(base / "images", 30)
     (images / "<script>broken.png").write_bytes(b"")
     predict_folder(base / "run", images, base / "out", batch_size=8)
     return base / "out"
@@ -68,7 +68,7 @@ def shown(page: Page) -> list[str]:
     return [image["alt"].partition(":")[0] for image in page.all("img")]
 
 
-def test_page_is_well_formed_and_shows_every_picture(results: Path) -> None:
+def test_page_is_well_formed_and_shows_every_image(results: Path) -> None:
     page = Page(results / "gallery.html")
     page.check()
     with (results / "predictions.csv").open(encoding="utf-8", newline="") as stream:
@@ -81,16 +81,16 @@ def test_page_is_well_formed_and_shows_every_picture(results: Path) -> None:
         assert descriptions.count(wanted) == 1 + uncertain, wanted
 
 
-def test_embedded_pictures_are_whole_and_small(results: Path) -> None:
+def test_embedded_images_are_whole_and_small(results: Path) -> None:
     for image in Page(results / "gallery.html").all("img"):
         header, _, content = image["src"].partition(";base64,")
         assert header in {"data:image/png", "data:image/jpeg"}
-        with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
-            picture.load()
-            assert max(picture.size) <= THUMBNAIL_SIZE
+        with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+            image.load()
+            assert max(image.size) <= THUMBNAIL_SIZE
 
 
-def test_each_picture_links_to_its_file(results: Path) -> None:
+def test_each_image_links_to_its_file(results: Path) -> None:
     links = [link["href"] for link in Page(results / "gallery.html").all("a") if not link["href"].startswith("#")]
     assert len({*links}) == 30
     assert all((results / unquote(link)).is_file() for link in links)
@@ -100,7 +100,7 @@ def test_hostile_names_are_text(results: Path, tmp_path: Path) -> None:
     page = by_hand(tmp_path / "g.html", [0.1, 0.9] * 7, [*range(7), *range(7)], class_names=HOSTILE)
     page.check()
     for name in HOSTILE:
-        assert f"{name or '(no name)'} 2\n" in page.text  # the heading, with the number of pictures
+        assert f"{name or '(no name)'} 2\n" in page.text  # the heading, with the number of images
     page = Page(results / "gallery.html")
     assert "<script>broken.png" in page.text
     assert "is empty (0 bytes)" in page.text
@@ -112,15 +112,15 @@ def test_least_certain_come_first_and_on_top(tmp_path: Path) -> None:
     assert "class-1" not in {section.get("id") for section in page.all("section")}
 
 
-def test_without_uncertain_pictures_the_page_says_so(tmp_path: Path) -> None:
+def test_without_uncertain_images_the_page_says_so(tmp_path: Path) -> None:
     page = by_hand(tmp_path / "g.html", [0.9, 0.5], [0, 1])
-    assert "None: every picture has a probability of at least 50%" in page.text
+    assert "None: every image has a probability of at least 50%" in page.text
     assert shown(page) == ["p0", "p1"]
 
 
 def test_a_long_uncertain_section_says_what_it_leaves_to_the_classes(tmp_path: Path) -> None:
     page = by_hand(tmp_path / "g.html", [0.4] * 60, [0] * 60)
-    assert "The 48 least certain of 60 pictures" in page.text
+    assert "The 48 least certain of 60 images" in page.text
     assert len(shown(page)) == 48 + 60
 
 
@@ -131,9 +131,9 @@ def test_wrong_predictions_are_marked_where_labels_are_known(tmp_path: Path) -> 
     assert "2 of 3" in page.text
 
 
-def test_pictures_in_folders_named_like_the_classes_are_compared_with_them(tmp_path: Path) -> None:
+def test_images_in_folders_named_like_the_classes_are_compared_with_them(tmp_path: Path) -> None:
     make_run(tmp_path / "run", ["plain", "a & b"])
-    images = make_pictures(tmp_path / "pictures", 8)
+    images = make_images(tmp_path / "images", 8)
     table = predict_folder(tmp_path / "run", images, tmp_path / "out").table
     with table.open(encoding="utf-8", newline="") as stream:
         agreeing = sum(Path(row["image"]).parts[0] == row["class"] for row in csv.DictReader(stream))
@@ -145,9 +145,9 @@ def test_pictures_in_folders_named_like_the_classes_are_compared_with_them(tmp_p
 
 
 def test_beyond_the_limit_previews_lie_beside_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gallery, "EMBEDDED_PICTURES", 5)
+    monkeypatch.setattr(gallery, "EMBEDDED_IMAGES", 5)
     make_run(tmp_path / "run", ["one", "two"])
-    images = make_pictures(tmp_path / "pictures", 6)
+    images = make_images(tmp_path / "images", 6)
     out = tmp_path / "out"
     predict_folder(tmp_path / "run", images, out)
     page = Page(out / "gallery.html")
@@ -162,9 +162,9 @@ def test_beyond_the_limit_previews_lie_beside_the_page(tmp_path: Path, monkeypat
     assert not [path for path in out.iterdir() if path.is_dir()]  # five fit into the page again
 
 
-def test_a_picture_that_vanished_still_has_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_that_vanished_still_has_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path / "run", ["one", "two"])
-    images = make_pictures(tmp_path / "pictures", 3)
+    images = make_images(tmp_path / "images", 3)
     make = gallery.write_gallery
 
     def after_removal(*given: object, **named: object) -> None:
@@ -185,7 +185,7 @@ def test_percent(probability: float, text: str) -> None:
     assert percent(probability) == text
 
 
-def test_small_pictures_keep_their_pixels_and_large_ones_shrink() -> None:
+def test_small_images_keep_their_pixels_and_large_ones_shrink() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
     content, kind = thumbnail(Image.fromarray(pixels))
     assert kind == "png"
@@ -205,7 +205,7 @@ def test_escape() -> None:
 
 @pytest.mark.browser
 @needs_chromium
-def test_browser_shows_every_picture_and_runs_nothing(results: Path, tmp_path: Path) -> None:
+def test_browser_shows_every_image_and_runs_nothing(results: Path, tmp_path: Path) -> None:
     page = Page(results / "gallery.html")
     rendered = render(results / "gallery.html", tmp_path)
     assert rendered.console == []
@@ -233,9 +233,9 @@ def test_browser_shows_hostile_class_names_as_text(tmp_path: Path) -> None:
 @pytest.mark.browser
 @needs_chromium
 def test_browser_shows_previews_beside_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gallery, "EMBEDDED_PICTURES", 5)
+    monkeypatch.setattr(gallery, "EMBEDDED_IMAGES", 5)
     make_run(tmp_path / "run", ["one", "two"])
-    predict_folder(tmp_path / "run", make_pictures(tmp_path / "pictures", 20), tmp_path / "out")
+    predict_folder(tmp_path / "run", make_images(tmp_path / "images", 20), tmp_path / "out")
     rendered = render(tmp_path / "out" / "gallery.html", tmp_path / "profile")
     assert rendered.console == []
     assert {image["from"] for image in rendered.found["images"]} == {"file"}

@@ -61,7 +61,7 @@ def test_report_of_a_trained_run_has_every_figure(trained: Path) -> None:
     assert len(page.all("svg")) == len(FIGURES)
     assert "Not shown" not in page.text
     assert cells(page)["epochs"] == "2"
-    assert cells(page)["training pictures"] == "60"
+    assert cells(page)["training images"] == "60"
 
 
 def test_the_configuration_shows_the_values_in_force(trained: Path, tmp_path: Path) -> None:
@@ -93,14 +93,14 @@ def test_numbers_are_those_of_the_last_epoch(tmp_path: Path) -> None:
     assert ">none</text>" in page.path.read_text(encoding="utf-8")
 
 
-def test_accuracy_by_class_is_measured_on_the_test_pictures(tmp_path: Path) -> None:
+def test_accuracy_by_class_is_measured_on_the_test_images(tmp_path: Path) -> None:
     from ltloss.training.measure.evaluate import evaluate_run
 
     make_run(tmp_path / "run", DIGITS, shape=(1, 8, 8))
     page = Page(write_report(tmp_path / "run"))
     per_class = evaluate_run(tmp_path / "run").metrics.per_class
     mean = 100 * np.mean(per_class)
-    assert "10 in all, 10 to 100 training pictures" in figures(page)["Accuracy and class size"]
+    assert "10 in all, 10 to 100 training images" in figures(page)["Accuracy and class size"]
     assert f"{mean:.1f}% on average" in figures(page)["Accuracy and class size"]
 
 
@@ -110,20 +110,20 @@ def test_a_stored_evaluation_serves_only_if_it_is_of_the_last_epoch(tmp_path: Pa
     stored = {"accuracy": 0.25, "pictures": 4, "per_class": {"a": 0.5, "b": None}}
     (run / "evaluation.json").write_text(json.dumps(stored))
     page = Page(write_report(run))
-    assert "1 in all, 10 to 10 training pictures" in figures(page)["Accuracy and class size"]
-    assert "Feature lengths, which need the test pictures" in page.text
+    assert "1 in all, 10 to 10 training images" in figures(page)["Accuracy and class size"]
+    assert "Feature lengths, which need the test images" in page.text
     (run / "evaluation.json").write_text(json.dumps({**stored, "accuracy": 0.75}))
     assert "Accuracy and class size" not in figures(Page(write_report(run)))
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    make_run(run, ("a", "b", "c"), data="nowhere/pictures")
+    make_run(run, ("a", "b", "c"), data="nowhere/images")
     page = Page(write_report(run))
     page.check()
     assert set(figures(page)) == FIGURES - {"Feature lengths", "Accuracy and class size"}
-    assert "Accuracy by class and feature lengths, which need the test pictures" in page.text
-    assert "'nowhere/pictures' does not exist" in page.text
+    assert "Accuracy by class and feature lengths, which need the test images" in page.text
+    assert "'nowhere/images' does not exist" in page.text
     shutil.rmtree(run / "checkpoints")
     page = Page(write_report(run))
     assert set(figures(page)) == {"Loss", "Accuracy", "Many, medium and few"}
@@ -209,7 +209,7 @@ def test_figures_follow_the_colours_of_the_page() -> None:
 
 def test_a_long_label_is_broken_into_lines_and_leaves_room_for_its_row(recwarn: pytest.WarningsRecorder) -> None:
     label = "long-tail margins with log prior (normalize_features=False, scale=1.5, feature_norm_weight=0.1)"
-    plot = plots.shares_with_spread("l", "L", [(label, 0.5, 0.1), ("$a$", 0.4, 0.1)], axis="x")
+    plot = plots.means_with_spread("l", "L", [(label, 0.5, 0.1), ("$a$", 0.4, 0.1)], axis="x")
     assert not recwarn.list, [str(warning.message) for warning in recwarn]  # matplotlib's, about no room
     lines = re.findall(r">([^<>]+)</(?:text|tspan)>", plot.svg)
     assert "long-tail margins with log prior" in lines

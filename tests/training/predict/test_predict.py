@@ -15,7 +15,7 @@ from PIL import Image
 
 from ltloss.errors import UserError
 from ltloss.training.data.images import ArrayImages
-from ltloss.training.data.sources import load_pictures
+from ltloss.training.data.sources import load_images
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.predict import predict as prediction
 from ltloss.training.predict.predict import classify, predict_folder
@@ -32,15 +32,15 @@ def read(path: Path) -> list[list[str]]:
         return list(csv.reader(stream))
 
 
-def picture(seed: int, size: tuple[int, int] = (24, 18)) -> Image.Image:
+def make_image(seed: int, size: tuple[int, int] = (24, 18)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def write_pictures(folder: Path, count: int = 6) -> Path:
+def write_images(folder: Path, count: int = 6) -> Path:
     folder.mkdir()
     for number in range(count):
-        picture(number).save(folder / f"{number}.png")
+        make_image(number).save(folder / f"{number}.png")
     return folder
 
 
@@ -56,10 +56,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_table_holds_what_the_model_says(run: Path, tmp_path: Path) -> None:
-    images = write_pictures(tmp_path / "in")
+    images = write_images(tmp_path / "in")
     summary = predict_folder(run, images, tmp_path / "out", device="cpu", top=3, batch_size=4)
     classifier = Classifier.load(run, "cpu")
-    source = load_pictures(images, classifier.config.image_shape)
+    source = load_images(images, classifier.config.image_shape)
     features = classifier.features(source.batch(np.arange(6))).double()
     cosine = torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(classifier.loss.weight.double()).T
     cosine = cosine.detach()
@@ -79,7 +79,7 @@ def test_table_holds_what_the_model_says(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("loss", ["softmax", "cosine", "long-tail", "logit-adjusted"])
 def test_every_kind_of_loss_gives_probabilities(loss: str, tmp_path: Path) -> None:
     make_run(tmp_path / "run", CLASSES, loss=loss)
-    summary = predict_folder(tmp_path / "run", write_pictures(tmp_path / "in"), tmp_path / "out", top=9)
+    summary = predict_folder(tmp_path / "run", write_images(tmp_path / "in"), tmp_path / "out", top=9)
     rows = read(summary.table)[1:]
     assert {len(row) for row in rows} == {10}  # --top 9 of four classes
     for row in rows:
@@ -90,7 +90,7 @@ def test_every_kind_of_loss_gives_probabilities(loss: str, tmp_path: Path) -> No
 
 def test_one_class_has_no_runner_up(tmp_path: Path) -> None:
     make_run(tmp_path / "run", ["only"])
-    summary = predict_folder(tmp_path / "run", write_pictures(tmp_path / "in", 1), tmp_path / "out")
+    summary = predict_folder(tmp_path / "run", write_images(tmp_path / "in", 1), tmp_path / "out")
     assert read(summary.table)[1][:3] == ["0.png", "only", "1"]
     assert read(summary.table)[1][4:] == ["", ""]
 
@@ -117,11 +117,11 @@ def test_many_classes_never_get_all_their_logits_at_once(tmp_path: Path, monkeyp
     assert pieces.probability == pytest.approx(whole.probability, rel=1e-4)
 
 
-def odd_pictures(folder: Path) -> set[str]:
-    """Write a picture of every kind that has to work, and return their names."""
+def odd_images(folder: Path) -> set[str]:
+    """Write an image of every kind that has to work, and return their names."""
     folder.mkdir()
     grey = np.linspace(0, 65535, 24 * 18).reshape(18, 24).astype(np.uint16)
-    base = picture(1)
+    base = make_image(1)
     saved = {
         "grey.png": base.convert("L"),
         "palette.png": base.quantize(16),
@@ -132,19 +132,19 @@ def odd_pictures(folder: Path) -> set[str]:
     }
     for name, image in saved.items():
         image.save(folder / name)
-    frames = [picture(n) for n in range(3)]
+    frames = [make_image(n) for n in range(3)]
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
     return {*saved, "moving.gif"}
 
 
-def test_unusual_pictures_work_and_damaged_ones_are_listed(run: Path, tmp_path: Path) -> None:
+def test_unusual_images_work_and_damaged_ones_are_listed(run: Path, tmp_path: Path) -> None:
     images = tmp_path / "in"
-    good = odd_pictures(images)
+    good = odd_images(images)
     (images / "empty.png").write_bytes(b"")
-    (images / "noise.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing of a picture")
+    (images / "noise.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing of an image")
     half = (images / "cmyk.jpg").read_bytes()
     (images / "half.jpg").write_bytes(half[: len(half) // 2])
-    (images / "notes.txt").write_text("not a picture, and not listed")
+    (images / "notes.txt").write_text("not an image, and not listed")
     summary = predict_folder(run, images, tmp_path / "out")
     assert {row[0] for row in read(summary.table)[1:]} == good
     skipped = dict(read(tmp_path / "out" / "skipped.csv")[1:])
@@ -157,7 +157,7 @@ def test_unusual_pictures_work_and_damaged_ones_are_listed(run: Path, tmp_path: 
 def test_exif_orientation_is_respected(run: Path, tmp_path: Path) -> None:
     images = tmp_path / "in"
     images.mkdir()
-    upright = picture(5, (40, 40)).resize((40, 40))
+    upright = make_image(5, (40, 40)).resize((40, 40))
     upright.save(images / "upright.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn by 90° clockwise to view"
@@ -172,7 +172,7 @@ def test_any_file_name_survives_the_table(run: Path, tmp_path: Path) -> None:
     images = tmp_path / "in"
     images.mkdir()
     for number, name in enumerate(names):
-        picture(number).save(images / "x.png")
+        make_image(number).save(images / "x.png")
         os.rename(images / "x.png", os.fsencode(images) + b"/" + name)
     summary = predict_folder(run, images, tmp_path / "out", sort_into=tmp_path / "sorted")
     assert {os.fsencode(row[0]) for row in read(summary.table)[1:]} == set(names)
@@ -183,9 +183,9 @@ def test_any_file_name_survives_the_table(run: Path, tmp_path: Path) -> None:
 
 def test_sorting_never_overwrites(run: Path, tmp_path: Path) -> None:
     images = tmp_path / "in"
-    for number in range(3):  # the same picture under the same name: the same class, three times
+    for number in range(3):  # the same image under the same name: the same class, three times
         (images / str(number)).mkdir(parents=True)
-        picture(7).save(images / str(number) / "same.png")
+        make_image(7).save(images / str(number) / "same.png")
     sorted_into = tmp_path / "sorted"
     rows = read(predict_folder(run, images, tmp_path / "out", sort_into=sorted_into).table)
     folder = sorted_into / rows[1][1]
@@ -202,7 +202,7 @@ def test_sorting_never_overwrites(run: Path, tmp_path: Path) -> None:
 
 
 def test_sorting_again_gives_one_copy_of_each(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, out, sorted_into = write_pictures(tmp_path / "in"), tmp_path / "out", tmp_path / "sorted"
+    images, out, sorted_into = write_images(tmp_path / "in"), tmp_path / "out", tmp_path / "sorted"
     copy, copied = shutil.copy2, []
 
     def interrupted(source: Path, target: Path) -> object:
@@ -260,12 +260,12 @@ def test_hostile_class_names_stay_inside_the_sorted_folder(tmp_path: Path) -> No
     for copy in sorter.sort([tmp_path / "p.png"] * len(HOSTILE), range(len(HOSTILE))):
         assert copy.resolve().parent.parent == (tmp_path / "sorted").resolve()
     assert len(list((tmp_path / "sorted").iterdir())) == len(HOSTILE)
-    predict_folder(tmp_path / "run", write_pictures(tmp_path / "in"), tmp_path / "out", sort_into=tmp_path / "again")
+    predict_folder(tmp_path / "run", write_images(tmp_path / "in"), tmp_path / "out", sort_into=tmp_path / "again")
     assert sum(1 for p in (tmp_path / "again").glob("*/*.png")) == 6
 
 
 def test_earlier_results_are_replaced_and_foreign_files_are_not(run: Path, tmp_path: Path) -> None:
-    images, out = write_pictures(tmp_path / "in"), tmp_path / "out"
+    images, out = write_images(tmp_path / "in"), tmp_path / "out"
     predict_folder(run, images, out, sort_into=tmp_path / "sorted")
     first = contents(out)
     assert set(first) == {"predictions.csv", "gallery.html", "skipped.csv", "sorted.csv", "prediction.json"}
@@ -288,7 +288,7 @@ def test_a_table_that_is_not_ours_is_not_replaced(run: Path, tmp_path: Path) -> 
     out.mkdir()
     (out / "predictions.csv").write_text("mine")
     with pytest.raises(UserError, match=r"predictions\.csv"):
-        predict_folder(run, write_pictures(tmp_path / "in"), out)
+        predict_folder(run, write_images(tmp_path / "in"), out)
     assert contents(out) == {"predictions.csv": b"mine"}
 
 
@@ -296,7 +296,7 @@ def test_a_table_that_is_not_ours_is_not_replaced(run: Path, tmp_path: Path) -> 
 def test_what_breaks_off_leaves_the_old_results_untouched(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    images, out = write_pictures(tmp_path / "in"), tmp_path / "out"
+    images, out = write_images(tmp_path / "in"), tmp_path / "out"
     predict_folder(run, images, out)
     before = contents(out)
 
@@ -317,7 +317,7 @@ def test_leftovers_of_a_killed_prediction_do_not_matter(run: Path, tmp_path: Pat
     for process in (1, os.getpid()):
         (out / f".unfinished-{process}").mkdir(parents=True)
         (out / f".unfinished-{process}" / "sorted.csv").write_text("half")
-    predict_folder(run, write_pictures(tmp_path / "in"), out)
+    predict_folder(run, write_images(tmp_path / "in"), out)
     assert set(contents(out)) == {"predictions.csv", "gallery.html", "skipped.csv", "prediction.json"}
     assert not [p for p in out.iterdir() if p.is_dir()]
 
@@ -328,8 +328,8 @@ def test_leftovers_of_a_killed_prediction_do_not_matter(run: Path, tmp_path: Pat
         ({"run": "nowhere"}, "is not a run"),
         ({"images": "nowhere"}, "is not a folder"),
         ({"images": "file"}, "is not a folder"),
-        ({"images": "empty"}, "holds no picture"),
-        ({"images": "damaged"}, "holds no picture"),
+        ({"images": "empty"}, "holds no image"),
+        ({"images": "damaged"}, "holds no image"),
         ({"out": "file"}, "is a file"),
         ({"out": "file/below"}, "cannot write"),
         ({"out": "in/results"}, "lies inside"),
@@ -345,7 +345,7 @@ def test_leftovers_of_a_killed_prediction_do_not_matter(run: Path, tmp_path: Pat
 def test_mistakes_are_one_line_and_leave_nothing(
     run: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    write_pictures(tmp_path / "in", 2)
+    write_images(tmp_path / "in", 2)
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()

@@ -28,9 +28,9 @@ def test_the_cifar_recipe_has_the_rates_of_the_field() -> None:
 
 def test_steps_may_be_epochs_and_scale_with_shares() -> None:
     absolute = Settings(data="digits", lr=1.0, warmup=0.0, epochs=10, schedule="2:0.5,6:0.25")
-    shares = Settings(data="digits", lr=1.0, warmup=0.0, epochs=10, schedule="0.2:0.5,0.6:0.25")
+    fractions = Settings(data="digits", lr=1.0, warmup=0.0, epochs=10, schedule="0.2:0.5,0.6:0.25")
     rates = [learning_rate(absolute, step, 30) for step in range(30)]
-    assert rates == [learning_rate(shares, step, 30) for step in range(30)]
+    assert rates == [learning_rate(fractions, step, 30) for step in range(30)]
     assert rates == [1.0] * 6 + [0.5] * 12 + [0.25] * 12
 
 
@@ -56,17 +56,17 @@ def test_weight_decay_acts_on_everything_where_the_recipe_says_so() -> None:
         assert [group["weight_decay"] for group in optimizer.param_groups] == [RECIPES[name]["weight_decay"], biases]
 
 
-def test_mixup_is_the_weighted_mean_of_two_pictures() -> None:
+def test_mixup_is_the_weighted_mean_of_two_images() -> None:
     images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1) * 40
     labels = torch.arange(6)
     mixed = mix(images, labels, 0.4, np.random.default_rng(3))
-    assert 0 < mixed.share < 1
+    assert 0 < mixed.fraction < 1
     other = images[mixed.other_labels].float()
-    torch.testing.assert_close(mixed.images, mixed.share * images.float() + (1 - mixed.share) * other)
+    torch.testing.assert_close(mixed.images, mixed.fraction * images.float() + (1 - mixed.fraction) * other)
     assert sorted(mixed.other_labels.tolist()) == list(range(6))
-    shares = [mix(images, labels, 0.4, np.random.default_rng(seed)).share for seed in range(2000)]
-    assert np.mean(shares) == pytest.approx(0.5, abs=0.04)
-    assert np.var(shares) == pytest.approx(0.25 / 1.8, abs=0.015)  # of Beta(a, a): 1 / (4 (2a + 1))
+    fractions = [mix(images, labels, 0.4, np.random.default_rng(seed)).fraction for seed in range(2000)]
+    assert np.mean(fractions) == pytest.approx(0.5, abs=0.04)
+    assert np.var(fractions) == pytest.approx(0.25 / 1.8, abs=0.015)  # of Beta(a, a): 1 / (4 (2a + 1))
 
 
 def test_the_shift_is_at_most_crop_pad() -> None:

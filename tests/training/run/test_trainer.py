@@ -157,7 +157,7 @@ def test_moved_data_can_be_resumed(toy_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_inside_its_data_is_refused(toy_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"--out .*run lies inside --data .*pictures, .*; choose"):
+    with pytest.raises(UserError, match=r"--out .*run lies inside --data .*images, .*; choose"):
         train(toy_folder / "run", toy_settings(toy_folder), quiet=True)
     assert not (toy_folder / "run").exists()
 
@@ -165,7 +165,7 @@ def test_a_run_inside_its_data_is_refused(toy_folder: Path) -> None:
 def test_metrics_file_has_the_columns_and_empty_cells(toy_run: TrainingResult) -> None:
     rows = losses_of(toy_run.run)
     assert tuple(csv.DictReader((toy_run.run / "metrics.csv").open()).fieldnames or ()) == COLUMNS
-    # 20 training pictures a class: all are medium.
+    # 20 training images a class: all are medium.
     assert {(row["many"], row["few"]) for row in rows} == {("", "")}
     assert all(math.isfinite(float(row["medium"])) for row in rows)
     evaluation = json.loads((toy_run.run / "evaluation.json").read_text())
@@ -182,7 +182,7 @@ def test_the_long_tail_and_the_limits_act_on_their_split(toy_npz: Path) -> None:
     assert len(data.test) == 4
 
 
-def test_normalisation_is_that_of_the_training_pictures(toy_npz: Path) -> None:
+def test_normalisation_is_that_of_the_training_images(toy_npz: Path) -> None:
     data = prepare_data(Settings(**toy_settings(toy_npz)))
     pixels = toy_images(20)[0] / 255
     assert data.config.mean == pytest.approx((pixels.mean(),))
