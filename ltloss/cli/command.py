@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from ltloss.cli.compare import add_compare, add_recipe
-from ltloss.cli.values import count, named_value, path
-from ltloss.errors import LtlossError, UserError, explain_os_error
+from ltloss.cli.compare import add_compare, add_recipe, run_compare
+from ltloss.cli.values import count, named_value, path, picked, settings_given
+from ltloss.errors import LtlossError, UserError, explain_os_error, nearest
 
 _LESS_MEMORY = {
     "train": "use a smaller --batch-size, --embedding-size or --image-size",
@@ -66,7 +66,8 @@ def reported(command: Callable[[], int | None], options: argparse.Namespace | No
             raise
         if isinstance(error, OSError):
             _discard(sys.stdout)
-        return _fail(line)
+        print(f"ltloss: error: {line}", file=sys.stderr)
+        return 2
 
 
 def _explain(error: Exception, command: str) -> str | None:
@@ -118,11 +119,6 @@ def _discard(stream: TextIO) -> None:
         os.close(nowhere)
 
 
-def _fail(reason: object) -> int:
-    print(f"ltloss: error: {reason}", file=sys.stderr)
-    return 2
-
-
 def _need(*modules: str) -> None:
     """ImportError now, rather than after hours of work."""
     for module in modules:
@@ -142,15 +138,31 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ltloss", description="Train and use image classifiers on long-tailed data.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_training(commands)
-    _add_using(commands)
-    _add_device_commands(commands)
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], help: str, description: str = "") -> Any:
+        added = commands.add_parser(name, help=help, description=description or None)
+        added.set_defaults(command=command, name=name)
+        return added
+
+    _add_train(add("train", _train, "train a classifier", "Train a classifier into a run folder."))
+    compare = add("compare", run_compare, "compare methods over seeds, tuned alike")
+    add_compare(compare)
+    _add_settings(compare, without=("loss", "seed", "parallel"))
+    _add_evaluate(add("evaluate", _evaluate, "measure a run on labelled images"))
+    _add_predict(add("predict", _predict, "classify a folder of images and make a gallery of them"))
+    add("report", _report, "write RUN/report.html again").add_argument("run", type=path, metavar="RUN")
+    about = "Time the kernels' tiles on this GPU and keep the fastest in the user's cache for later runs."
+    _add_tune(add("tune", _tune, "find the fastest kernel tiles for this GPU", about))
+    about = (
+        "What a training step of a head takes when its classes are spread over devices. Computes only. Exit code 1 "
+        "where it does not fit."
+    )
+    _add_plan(add("plan", _plan, "memory, traffic and time of a head spread over devices", about))
+    add("doctor", _doctor, "show what this machine offers ltloss")
     return parser
 
 
-def _add_training(commands: Any) -> None:
-    train = commands.add_parser("train", help="train a classifier", description="Train a classifier into a run folder.")
-    train.set_defaults(command=_train, name="train")
+def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--out", type=path, required=True, metavar="RUN", help="the run folder to write")
     train.add_argument("--config", type=path, metavar="FILE", help="settings from TOML or JSON; the command line wins")
     train.add_argument("--resume", action="store_true", help="continue the run in --out (with its own settings)")
@@ -158,89 +170,60 @@ def _add_training(commands: Any) -> None:
     add_recipe(train)
     _add_settings(train)
 
-    compare = commands.add_parser("compare", help="compare methods over seeds, tuned alike")
-    add_compare(compare)
-    _add_settings(compare, without=("loss", "seed", "parallel"))
 
-
-def _add_using(commands: Any) -> None:
-    from ltloss.training.run.settings import SETTINGS
-
-    evaluate = commands.add_parser("evaluate", help="measure a run on labelled images")
-    evaluate.set_defaults(command=_evaluate, name="evaluate")
+def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("run", type=path, metavar="RUN")
     whole = "as for train (default: the run's own); other data without train/test parts is measured whole"
     evaluate.add_argument("--data", metavar="DATA", help=whole)
     splits = "test and train: the images the run used; all: every image (default: test)"
     evaluate.add_argument("--split", choices=("test", "train", "all"), default="test", help=splits)
     evaluate.add_argument("--json", action="store_true", help="for machine reading")
-    evaluate.add_argument("--many-above", type=int, metavar="N", help=SETTINGS["many_above"].metadata["help"])
-    evaluate.add_argument("--few-below", type=int, metavar="N", help=SETTINGS["few_below"].metadata["help"])
-    evaluate.add_argument("--device", help=SETTINGS["device"].metadata["help"])
+    evaluate.add_argument("--many-above", type=int, metavar="N", help=_help("many_above"))
+    evaluate.add_argument("--few-below", type=int, metavar="N", help=_help("few_below"))
+    evaluate.add_argument("--device", help=_help("device"))
 
-    predict = commands.add_parser("predict", help="classify a folder of images and make a gallery of them")
-    predict.set_defaults(command=_predict, name="predict")
+
+def _help(setting: str) -> str:
+    from ltloss.training.run.settings import SETTINGS
+
+    return str(SETTINGS[setting].metadata["help"])
+
+
+def _add_predict(predict: argparse.ArgumentParser) -> None:
     predict.add_argument("run", type=path, metavar="RUN")
-    predict.add_argument(
-        "--images", type=path, required=True, metavar="FOLDER", help="images to classify, searched recursively"
-    )
+    images = "images to classify, searched recursively"
+    predict.add_argument("--images", type=path, required=True, metavar="FOLDER", help=images)
     predict.add_argument("--out", type=path, required=True, help="folder for the results")
     predict.add_argument("--sort-into", type=path, metavar="FOLDER", help="also copy each image to FOLDER/<class>/")
-    predict.add_argument(
-        "--overwrite", action="store_true", help="replace the results of an earlier prediction in --out"
-    )
+    replace = "replace the results of an earlier prediction in --out"
+    predict.add_argument("--overwrite", action="store_true", help=replace)
     predict.add_argument("--top", type=int, default=2, metavar="K", help="classes an image in the table (default: 2)")
     predict.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
-    predict.add_argument("--device", help=SETTINGS["device"].metadata["help"])
-
-    report = commands.add_parser("report", help="write RUN/report.html again")
-    report.set_defaults(command=_report, name="report")
-    report.add_argument("run", type=path, metavar="RUN")
+    predict.add_argument("--device", help=_help("device"))
 
 
-def _add_device_commands(commands: Any) -> None:
-    tune = commands.add_parser(
-        "tune",
-        help="find the fastest kernel tiles for this GPU",
-        description="Time the kernels' tiles on this GPU and keep the fastest in the user's cache for later runs.",
-    )
-    tune.set_defaults(command=_tune, name="tune")
-    shape = (
-        ("--samples", 8192, "N, samples a step"),
-        ("--classes", 131_072, "C"),
-        ("--width", 512, "D, the features'"),
-    )
-    for flag, default, about in shape:
-        tune.add_argument(flag, type=int, default=default, metavar="N", help=f"{about} (default: {default})")
-    tune.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(default: bfloat16)"
-    )
+def _add_tune(tune: argparse.ArgumentParser) -> None:
+    tune.add_argument("--samples", type=int, default=8192, metavar="N", help="N, samples a step (default: 8192)")
+    tune.add_argument("--classes", type=int, default=131072, metavar="N", help="C (default: 131072)")
+    tune.add_argument("--width", type=int, default=512, metavar="N", help="D, the features' (default: 512)")
+    dtypes = ("bfloat16", "float16", "float32")
+    tune.add_argument("--dtype", choices=dtypes, default="bfloat16", help="(default: bfloat16)")
 
-    plan = commands.add_parser(
-        "plan",
-        help="memory, traffic and time of a head spread over devices",
-        description="What a training step of a head takes when its classes are spread over devices. Computes only. "
-        "Exit code 1 where it does not fit.",
-    )
-    plan.set_defaults(command=_plan, name="plan")
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--classes", type=count, required=True, metavar="N", help="C, such as 100M or 250k")
     plan.add_argument("--dim", type=count, required=True, metavar="N", help="D, the features'")
     plan.add_argument("--batch", type=count, required=True, metavar="N", help="samples a step, of all devices together")
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="devices")
     plan.add_argument("--data", type=int, default=1, metavar="N", help="groups that share the batch (default: 1)")
-    plan.add_argument(
-        "--device", default="h200", help="h200, or FILE.json that benchmarks.scaling wrote (default: h200)"
-    )
+    devices = "h200, or FILE.json that benchmarks.scaling wrote (default: h200)"
+    plan.add_argument("--device", default="h200", help=devices)
     plan.add_argument("--loss", default="long-tail", help="the loss, any but softmax (default: long-tail)")
     plan.add_argument("--dtype", default="bfloat16", help="of the features (default: bfloat16)")
     plan.add_argument("--optimizer", default="sgd", help="sgd (with momentum) or adamw (default: sgd)")
-    plan.add_argument(
-        "--sample-rate", type=float, default=1.0, metavar="X", help="fraction of the classes (default: 1)"
-    )
+    fraction = "fraction of the classes (default: 1)"
+    plan.add_argument("--sample-rate", type=float, default=1.0, metavar="X", help=fraction)
     plan.add_argument("--json", action="store_true", help="for machine reading")
-
-    doctor = commands.add_parser("doctor", help="show what this machine offers ltloss")
-    doctor.set_defaults(command=_doctor, name="doctor")
 
 
 def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
@@ -265,7 +248,7 @@ def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
 
 
 def _train(options: argparse.Namespace) -> int:
-    from ltloss.training.run.settings import SETTINGS, read_settings_file
+    from ltloss.training.run.settings import read_settings_file
 
     _need("PIL", "safetensors", "tqdm", "matplotlib.figure")
     given = read_settings_file(options.config) if options.config else {}
@@ -273,9 +256,9 @@ def _train(options: argparse.Namespace) -> int:
         from ltloss.training.comparison.recipes import recipe
 
         given = {**recipe(options.recipe), **given}
-    on_line = {name: value for name, value in vars(options).items() if name in SETTINGS}
+    on_line = settings_given(options)
     if "loss_options" in on_line:
-        on_line["loss_options"] = {**given.get("loss_options", {}), **dict(on_line["loss_options"])}
+        on_line["loss_options"] = {**given.get("loss_options", {}), **on_line["loss_options"]}
     from ltloss.training.pages.run_report import write_report
     from ltloss.training.run.trainer import train
 
@@ -292,14 +275,8 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from ltloss.training.measure.evaluate import evaluate_run
 
-    evaluation = evaluate_run(
-        options.run,
-        options.data,
-        split=options.split,
-        device=options.device,
-        many_above=options.many_above,
-        few_below=options.few_below,
-    )
+    chosen = picked(options, "split", "device", "many_above", "few_below")
+    evaluation = evaluate_run(options.run, options.data, **chosen)
     print(evaluation.to_json() if options.json else evaluation.to_text())
     return 0
 
@@ -308,17 +285,8 @@ def _predict(options: argparse.Namespace) -> int:
     _need("PIL", "safetensors", "tqdm")
     from ltloss.training.predict.predict import predict_folder
 
-    summary = predict_folder(
-        options.run,
-        options.images,
-        options.out,
-        sort_into=options.sort_into,
-        top=options.top,
-        device=options.device,
-        batch_size=options.batch_size,
-        overwrite=options.overwrite,
-    )
-    print(summary)
+    chosen = picked(options, "sort_into", "top", "device", "batch_size", "overwrite")
+    print(predict_folder(options.run, options.images, options.out, **chosen))
     return 0
 
 
@@ -343,7 +311,8 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ltloss.errors import nearest
+    from dataclasses import fields
+
     from ltloss.tools.plan import OPTIMIZERS, WIDTHS, Problem, make_plan, read_device
     from ltloss.training.model.registry import LOSSES
 
@@ -352,17 +321,7 @@ def _plan(options: argparse.Namespace) -> int:
             raise UserError(f"--{name} {getattr(options, name)} is unknown; {nearest(getattr(options, name), known)}")
     try:
         device = read_device(options.device)
-        problem = Problem(
-            options.classes,
-            options.dim,
-            options.batch,
-            options.gpus,
-            data=options.data,
-            dtype=options.dtype,
-            optimizer=options.optimizer,
-            sample_rate=options.sample_rate,
-            loss=options.loss,
-        )
+        problem = Problem(**picked(options, *(item.name for item in fields(Problem))))
     except (ValueError, OverflowError) as error:
         raise UserError(f"{error}; correct the option") from None
     found = make_plan(problem, device)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ltloss.cli.values import named_values, names, path
+from ltloss.cli.values import named_values, names, path, picked, settings_given
 
 _DESCRIPTION = (
     "Train methods with several seeds into a folder; run again, it continues where it was. With a recipe, a CPU that "
@@ -23,7 +23,6 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 def add_compare(parser: argparse.ArgumentParser) -> None:
     """Add what ``compare`` has beside the settings of a training."""
     parser.description = _DESCRIPTION
-    parser.set_defaults(command=_compare, name="compare")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="the folder of results to write")
     listed = "methods, separated by commas; all for every one of them"
     parser.add_argument("--losses", type=names, required=True, metavar="NAMES", help=listed)
@@ -53,18 +52,16 @@ class _ListMethods(argparse.Action):
         parser.exit()
 
 
-def _compare(options: argparse.Namespace) -> int:
+def run_compare(options: argparse.Namespace) -> int:
+    """Do what the command line says, and print the table."""
     import matplotlib.figure  # noqa: F401  needed after hours of training, and missed before them
 
     from ltloss.training.comparison.grid import compare
     from ltloss.training.comparison.methods import METHODS
     from ltloss.training.comparison.workers import usable_cores
     from ltloss.training.model.classifier import choose_device
-    from ltloss.training.run.settings import SETTINGS
 
-    given = {name: value for name, value in vars(options).items() if name in SETTINGS}
-    if "loss_options" in given:
-        given["loss_options"] = dict(given["loss_options"])
+    given = settings_given(options)
     jobs = options.jobs
     if jobs is None:
         jobs = usable_cores() if choose_device(given.get("device")).type == "cpu" else 1
@@ -72,14 +69,9 @@ def _compare(options: argparse.Namespace) -> int:
         options.out,
         given,
         list(METHODS) if options.losses == ["all"] else options.losses,
-        recipe=options.recipe,
-        seeds=options.seeds,
         vary=dict(options.vary),
-        tune=options.tune,
-        tune_seeds=options.tune_seeds,
-        validation_per_class=options.validation_per_class,
         jobs=jobs,
-        quiet=options.quiet,
+        **picked(options, "recipe", "seeds", "tune", "tune_seeds", "validation_per_class", "quiet"),
     )
     if not options.quiet:
         print(found.to_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,12 @@ def path(text: str) -> Path:
 
 def count(text: str) -> int:
     """A count such as 8192, 100k, 1.5M or 2B."""
-    from ltloss.tools.plan import parse_count
-
-    try:
-        return parse_count(text)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no count; give a whole number such as 8192, 100k, 1.5M or 2B"
-        ) from None
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}.get(text[-1:].lower(), 1)
+    with suppress(ValueError, OverflowError):
+        number = float(text[:-1] if factor > 1 else text) * factor
+        if number == int(number):
+            return int(number)
+    raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number such as 8192, 100k, 1.5M or 2B")
 
 
 def named_value(text: str) -> tuple[str, Any]:
@@ -55,3 +54,16 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:  # not a number, true or false: a word
         return text
+
+
+def picked(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Options by name, as the keyword arguments of what a command calls."""
+    return {name: getattr(options, name) for name in names}
+
+
+def settings_given(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a training that the command line holds."""
+    from ltloss.training.run.settings import SETTINGS
+
+    given = {name: value for name, value in vars(options).items() if name in SETTINGS}
+    return {**given, "loss_options": dict(given["loss_options"])} if "loss_options" in given else given

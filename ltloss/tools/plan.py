@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DEVICES", "Device", "Plan", "Problem", "make_plan", "parse_count", "read_device"]
+__all__ = ["DEVICES", "Device", "Plan", "Problem", "make_plan", "read_device"]
 
 GIB = 1 << 30
 
@@ -163,21 +163,6 @@ def read_device(name: str) -> Device:
         raise ValueError(f"device: {name} cannot be read as rates ({error})") from None
 
 
-def parse_count(text: str) -> int:
-    """A count such as 8192, 100k, 1.5M or 2B.
-
-    Example:
-        >>> from ltloss.tools.plan import parse_count
-        >>> parse_count("1.5M")
-        1500000
-    """
-    factor = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}.get(text[-1:].lower(), 1)
-    number = float(text[:-1] if factor > 1 else text) * factor
-    if number != int(number):
-        raise ValueError(f"{text!r} is no whole number")
-    return int(number)
-
-
 def make_plan(problem: Problem, device: Device) -> Plan:
     """Memory, traffic and time of one training step of the head.
 
@@ -202,18 +187,18 @@ def _memory(p: Problem) -> dict[str, float]:
         "their gradient": matrix,
         "sampled prototypes and their gradient": 2.0 * used if p.sample_rate < 1.0 else 0.0,
         f"state of {p.optimizer}": states * matrix,
-        "constants of the loss": _buffers(p, own=False),
-        "centres of the classes": _buffers(p, own=True),
+        "constants of the loss": _buffers(p, centres=False),
+        "centres of the classes": _buffers(p, centres=True),
         "reciprocal lengths of the prototypes": 4.0 * p.own_classes,
         "gathered batch and its gradient": p.batch * p.dim * (3.0 * width + 4.0) + 16.0 * p.batch * p.gpus / p.data,
         "workspace of the backward": 256.0 * (1 << 20),
     }
 
 
-def _buffers(p: Problem, *, own: bool) -> float:
-    """Bytes of what the loss keeps on every rank, or of what each rank keeps for its ``own`` classes."""
-    classes = p.own_classes if own else p.classes
-    return float(sum(size * classes**c * p.dim**d for size, c, d, centres in _shapes(p.loss) if centres == own))
+def _buffers(p: Problem, *, centres: bool) -> float:
+    """Bytes of what the loss keeps on every rank, or of the ``centres`` that each keeps for its classes."""
+    classes = p.own_classes if centres else p.classes
+    return float(sum(size * classes**c * p.dim**d for size, c, d, own in _shapes(p.loss) if own == centres))
 
 
 @cache

@@ -48,16 +48,12 @@ class Timing(NamedTuple):
     problem: str = ""
 
 
-def _default(kernel: Kernel, arch: int, dtype: torch.dtype, precision: str) -> tiles.Tile:
-    choose = tiles.forward_tile if kernel == "forward" else tiles.gradient_tile
-    return choose(arch, dtype, precision)
-
-
 def candidates(kernel: Kernel, arch: int, dtype: torch.dtype, precision: str) -> list[tiles.Tile]:
     """What is used now, first, and everything else that is tried."""
+    choose = tiles.forward_tile if kernel == "forward" else tiles.gradient_tile
     shrink = 2 if dtype == torch.float32 else 1
     tried = (tile._replace(depth=tile.depth // shrink) for tile in CANDIDATES)
-    return list(dict.fromkeys([_default(kernel, arch, dtype, precision), *tried]))
+    return list(dict.fromkeys([choose(arch, dtype, precision), *tried]))
 
 
 def rank(

@@ -11,8 +11,9 @@ import torch
 from helpers import world
 
 from ltloss.cli.command import main
+from ltloss.cli.values import count
 from ltloss.distributed import class_mesh, parallelize
-from ltloss.tools.plan import DEVICES, Device, Problem, make_plan, parse_count
+from ltloss.tools.plan import DEVICES, Device, Problem, make_plan
 from ltloss.training.model.registry import LOSSES, build_loss
 
 H200 = DEVICES["h200"]
@@ -109,9 +110,9 @@ def test_ranks_on_shared_cores_take_turns() -> None:
     assert crowded == pytest.approx(alone)
 
 
-@pytest.mark.parametrize(("text", "count"), [("8192", 8192), ("100k", 100_000), ("1.5M", 1_500_000), ("2B", 2 * 10**9)])
-def test_counts_with_a_letter(text: str, count: int) -> None:
-    assert parse_count(text) == count
+@pytest.mark.parametrize(("text", "n"), [("8192", 8192), ("100k", 100_000), ("1.5M", 1_500_000), ("2B", 2 * 10**9)])
+def test_counts_with_a_letter(text: str, n: int) -> None:
+    assert count(text) == n
 
 
 def test_rates_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
