@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ltloss.training.pages.plots import Plot
 
-__all__ = ["PLOTS_STYLE", "details", "escape", "figure", "page", "table", "tiles"]
-
 # Control characters are not allowed in HTML, not even as references. Surrogates cannot be encoded: Python puts them in
 # place of the bytes of a file name that are not UTF-8.
 _UNSHOWABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -57,7 +55,7 @@ PLOTS_STYLE = """
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 2rem; }
 .plots > * { margin: 0; min-width: 0; max-width: 40rem; }
 .plots figcaption { font-weight: 600; margin-bottom: .35rem; }
-.plots svg { display: block; width: 100%; height: auto; }
+.plots svg { display: block; width: 100%; height: auto; background: #fff; border-radius: .5rem; }
 .plots .about { font-weight: 400; color: var(--quiet); font-size: .85rem; display: block; }
 """
 

@@ -1,4 +1,4 @@
-"""The figures of the report, as SVG text whose colours and font are those of the page around it."""
+"""The figures of the report, as SVG text in the font of the page around it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import io
 import itertools
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +16,9 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Plot", "accuracy_by_count", "groups", "histogram", "learning_curve", "means_with_spread"]
-
-# Stand-ins, one grey level apart, which become CSS variables: so one drawing serves light and dark pages.
-_INK, _QUIET, _LINE, _ACCENT, _CONTRAST, _GROUND = (f"#{level:02x}{level:02x}{level:02x}" for level in range(1, 7))
-_VARIABLES = dict(
-    zip(
-        (_INK, _QUIET, _LINE, _ACCENT, _CONTRAST, _GROUND),
-        ("--ink", "--quiet", "--line", "--accent", "--contrast", "--ground"),
-        strict=True,
-    )
-)
+# Those of a light page (`html.py`); in the dark a figure keeps its light ground.
+_INK, _QUIET, _LINE, _ACCENT, _CONTRAST = "#1d2327", "#5a646b", "#d5dadd", "#0072b2", "#c2500a"
 _DASHES = (0, (4, 1.5))
-_RASTER_BLUE = "#2f8ac4"  # a raster image cannot follow the page; this one reads on white and on black
 _LABEL_WIDTH = 34  # characters; longer labels of rows would leave no room for the rows
 _RASTER_ABOVE = 3000  # points; as vectors they would make the page megabytes long
 
@@ -64,45 +55,27 @@ class Plot:
     svg: str
 
 
-def _inline(svg: str, name: str) -> str:
-    """Make matplotlib's SVG fit into a page: no prologue, ids of its own, colours and font of the page."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<(metadata|title)>.*?</\1>\s*", "", svg, flags=re.DOTALL)
+@contextmanager
+def _drawing(name: str, height: float = 3.1) -> Iterator[Axes]:
+    """Axes in this module's style, to be drawn on and put out by ``_svg`` inside the block."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({**_STYLE, "svg.hashsalt": f"ltloss-{name}"}):  # the same data gives the same bytes
+        yield Figure(figsize=(5.2, height), layout="constrained").add_subplot()
+
+
+def _svg(name: str, axes: Axes) -> str:
+    """The drawing as markup for the middle of a page: no prologue, ids of its own, the page's font and width."""
+    stream = io.StringIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure: Any = axes.figure
+    figure.savefig(stream, format="svg", dpi=150, metadata=metadata)
+    svg = stream.getvalue()
+    svg = re.sub(r"<(metadata|title)>.*?</\1>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
     return re.sub(r'<svg\b[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', svg, count=1)
-
-
-class _Drawing:
-    """A matplotlib figure in this module's style, drawn inside a ``with`` block. The same data gives the same bytes."""
-
-    def __init__(self, name: str, height: float = 3.1) -> None:
-        from matplotlib import rc_context
-
-        self._name, self._height = name, height
-        self._style = rc_context({**_STYLE, "svg.hashsalt": f"ltloss-{name}"})
-
-    def __enter__(self) -> _Drawing:
-        from matplotlib.figure import Figure
-
-        self._style.__enter__()
-        self._figure = Figure(figsize=(5.2, self._height), layout="constrained")
-        self._figure.patch.set_alpha(0)
-        self.axes: Axes = self._figure.add_subplot()
-        self.axes.patch.set_alpha(0)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._style.__exit__(None, None, None)
-
-    def svg(self) -> str:
-        """Return the figure as markup for the middle of a page."""
-        stream = io.StringIO()
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        self._figure.savefig(stream, format="svg", dpi=150, metadata=metadata)
-        return _inline(stream.getvalue(), self._name)
 
 
 def learning_curve(
@@ -114,8 +87,7 @@ def learning_curve(
     unit = "%" if percent else ""
     ends = [f"{label} goes from {values[0]:.4g}{unit} to {values[-1]:.4g}{unit}" for label, values in series.items()]
     alt = f"Line chart over epochs {epochs[0]} to {epochs[-1]}: {'; '.join(ends)}."
-    with _Drawing(name) as drawing:
-        axes = drawing.axes
+    with _drawing(name) as axes:
         looks = ((_ACCENT, "-"), (_CONTRAST, _DASHES))
         for (label, values), (colour, style) in zip(series.items(), looks, strict=False):
             marker = "o" if len(epochs) < 3 else None
@@ -128,7 +100,7 @@ def learning_curve(
         elif np.nanmin([value for values in series.values() for value in values]) >= 0:
             axes.set_ylim(bottom=0)
         axes.legend(loc="best")
-        return Plot(title, alt, drawing.svg())
+        return Plot(title, alt, _svg(name, axes))
 
 
 def accuracy_by_count(name: str, counts: np.ndarray, accuracy: np.ndarray) -> Plot:
@@ -140,20 +112,19 @@ def accuracy_by_count(name: str, counts: np.ndarray, accuracy: np.ndarray) -> Pl
         f"images, test accuracy {percent.min():.1f}% to {percent.max():.1f}%, {percent.mean():.1f}% on average."
     )
     raster = len(counts) > _RASTER_ABOVE
-    look: dict[str, Any] = {"s": 30, "color": _ACCENT, "alpha": 0.7}
-    if raster:
-        look = {"s": 4, "color": _RASTER_BLUE, "alpha": 0.25}
-    with _Drawing(name) as drawing:
-        axes = drawing.axes
+    size, alpha = (4, 0.25) if raster else (30, 0.7)
+    with _drawing(name) as axes:
         axes.set_xscale("log")
-        axes.scatter(np.maximum(counts, 1), percent, linewidths=0, rasterized=raster, **look)
+        axes.scatter(
+            np.maximum(counts, 1), percent, linewidths=0, rasterized=raster, color=_ACCENT, s=size, alpha=alpha
+        )
         axes.axhline(percent.mean(), color=_CONTRAST, linewidth=1.2, linestyle=_DASHES, label="mean of the classes")
         axes.set_ylim(-3, 103)
         _plain_log_ticks(axes, counts)
         axes.set_xlabel("training images of the class (logarithmic)")
         axes.set_ylabel("test accuracy of the class (%)")
         axes.legend(loc="best")
-        return Plot("Accuracy and class size", alt, drawing.svg())
+        return Plot("Accuracy and class size", alt, _svg(name, axes))
 
 
 def _plain_log_ticks(axes: Axes, counts: np.ndarray) -> None:
@@ -173,8 +144,7 @@ def groups(name: str, bars: Sequence[tuple[str, float | None]]) -> Plot:
     texts = ["none" if value is None else f"{100 * value:.1f}%" for _, value in bars]
     words = "; ".join(f"{label}: {text}" for (label, _), text in zip(bars, texts, strict=True))
     positions = range(len(bars))
-    with _Drawing(name, height=2.2) as drawing:
-        axes = drawing.axes
+    with _drawing(name, height=2.2) as axes:
         axes.barh(positions, percents, color=_ACCENT, height=0.6)
         for position, percent, text in zip(positions, percents, texts, strict=True):
             axes.text(percent + 1.5, position, text, va="center", color=_QUIET if text == "none" else _INK)
@@ -185,22 +155,22 @@ def groups(name: str, bars: Sequence[tuple[str, float | None]]) -> Plot:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("test accuracy (%)")
         alt = f"Bar chart of the test accuracy by class size. {words}."
-        return Plot("Many, medium and few", alt, drawing.svg())
+        return Plot("Many, medium and few", alt, _svg(name, axes))
 
 
 def means_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | None, float]], *, axis: str) -> Plot:
     """Draw (label, mean, deviation) in percent, a dot with its deviation for each; ``None`` is shown as "none"."""
     texts = ["none" if mean is None else f"{mean:.1f} ± {spread:.1f}" for _, mean, spread in rows]
     words = "; ".join(f"{label}: {text}" for (label, _, _), text in zip(rows, texts, strict=True))
-    labels = [[_shown(line) for line in textwrap.wrap(label, _LABEL_WIDTH)] for label, _, _ in rows]
+    # matplotlib would read a pair of dollar signs as mathematics.
+    labels = [[line.replace("$", r"\$") for line in textwrap.wrap(label, _LABEL_WIDTH)] for label, _, _ in rows]
     # A row is as high as its label has lines; it is drawn in the middle of them.
     ends = list(itertools.accumulate(map(len, labels)))
     positions = [end - len(lines) / 2 for end, lines in zip(ends, labels, strict=True)]
     known = [(mean - spread, mean + spread) for _, mean, spread in rows if mean is not None]
     low, high = min((left for left, _ in known), default=0.0), max((right for _, right in known), default=1.0)
     room = max(high - low, 1.0)
-    with _Drawing(name, height=0.8 + 0.26 * ends[-1]) as drawing:
-        axes = drawing.axes
+    with _drawing(name, height=0.8 + 0.26 * ends[-1]) as axes:
         for position, (_, mean, spread), text in zip(positions, rows, texts, strict=True):
             if mean is not None:
                 axes.errorbar(mean, position, xerr=spread, color=_ACCENT, fmt="o", markersize=4)
@@ -212,12 +182,7 @@ def means_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | N
         axes.set_xlim(low - 0.05 * room, high + 0.4 * room)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(axis)
-        return Plot(title, f"{axis}. {words}.", drawing.svg())
-
-
-def _shown(label: str) -> str:
-    """A label as plain text: matplotlib would read a pair of dollar signs as mathematics."""
-    return label.replace("$", r"\$")
+        return Plot(title, f"{axis}. {words}.", _svg(name, axes))
 
 
 def histogram(
@@ -231,9 +196,8 @@ def histogram(
     if high - low < 1e-3 * max(abs(high), 1e-9):  # all alike: one bar of a visible width
         low, high = middle - max(abs(middle), 1) * 0.05, middle + max(abs(middle), 1) * 0.05
     bins = int(np.clip(np.sqrt(len(values)) * 2, 8, 60))
-    with _Drawing(name) as drawing:
-        axes = drawing.axes
-        axes.hist(values, bins=bins, range=(low, high), color=_ACCENT, edgecolor=_GROUND)
+    with _drawing(name) as axes:
+        axes.hist(values, bins=bins, range=(low, high), color=_ACCENT, edgecolor="white")
         if mark is not None:
             axes.axvline(mark[0], color=_CONTRAST, linewidth=1.2, linestyle=_DASHES, label=mark[1])
             axes.legend(loc="best")
@@ -242,4 +206,4 @@ def histogram(
         axes.set_ylabel(f"number of {what}")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(visible=False, axis="x")
-        return Plot(title, alt, drawing.svg())
+        return Plot(title, alt, _svg(name, axes))

@@ -200,13 +200,6 @@ def test_gaps_in_a_curve_are_left_out() -> None:
     assert "epochs 1 to 3" in plot.alt
 
 
-def test_figures_follow_the_colours_of_the_page() -> None:
-    svg = plots.groups("g", [("many (>100)", 0.5), ("few (<20)", None)]).svg
-    colours = set(re.findall(r"(?:fill|stroke): ?([^;\"]+)", svg)) - {"none"}
-    assert colours
-    assert all(colour.startswith("var(--") for colour in colours), colours
-
-
 def test_a_long_label_is_broken_into_lines_and_leaves_room_for_its_row(recwarn: pytest.WarningsRecorder) -> None:
     label = "long-tail margins with log prior (normalize_features=False, scale=1.5, feature_norm_weight=0.1)"
     plot = plots.means_with_spread("l", "L", [(label, 0.5, 0.1), ("$a$", 0.4, 0.1)], axis="x")
