@@ -21,18 +21,7 @@ from ltloss.training.pages.html import details, escape, page, table, tiles
 
 if TYPE_CHECKING:
     from ltloss.training.data.images import ImageSource
-    from ltloss.training.predict.predictions import Predictions
-
-__all__ = [
-    "EMBEDDED_IMAGES",
-    "THUMBNAIL_SIZE",
-    "UNCERTAIN_BELOW",
-    "Gallery",
-    "folder_address",
-    "percent",
-    "thumbnail",
-    "write_gallery",
-]
+    from ltloss.training.predict.predict import Predictions
 
 THUMBNAIL_SIZE = 160  # pixels of the longer side
 EMBEDDED_IMAGES = 1000  # up to here the page holds its images (some 5 MB); beyond, they lie in a folder beside it
@@ -120,16 +109,15 @@ def thumbnail(image: Image.Image) -> tuple[bytes, str]:
     return stream.getvalue(), "jpeg"
 
 
+@dataclass(frozen=True)
 class _Cards:
     """Makes the cards of images, a few at a time, and their previews: inside the page, or in ``folder`` beside it."""
 
-    def __init__(
-        self, predictions: Predictions, source: ImageSource, gallery: Gallery, folder: Path | None, pool: Executor
-    ) -> None:
-        self.predictions, self.source, self.gallery, self.folder = predictions, source, gallery, folder
-        self._pool = pool
-        if folder is not None:
-            folder.mkdir()
+    predictions: Predictions
+    source: ImageSource
+    gallery: Gallery
+    folder: Path | None
+    pool: Executor
 
     def _address(self, number: int, content: bytes, kind: str) -> str:
         if self.folder is None:
@@ -178,7 +166,7 @@ class _Cards:
         make = partial(self.card, with_class=with_class)
         yield '<div class="cards">'
         for start in range(0, len(numbers), _AT_ONCE):
-            yield from self._pool.map(make, numbers[start : start + _AT_ONCE].tolist())
+            yield from self.pool.map(make, numbers[start : start + _AT_ONCE].tolist())
         yield "</div>"
 
 
@@ -266,6 +254,8 @@ def write_gallery(path: Path, predictions: Predictions, source: ImageSource, gal
         folder: the name of the folder for previews, which must not exist yet.
     """
     beside = path.parent / folder if len(source) > EMBEDDED_IMAGES else None
+    if beside is not None:
+        beside.mkdir()
     with ThreadPoolExecutor(_THREADS) as pool, path.open("w", encoding="utf-8", newline="\n") as stream:
         cards = _Cards(predictions, source, gallery, beside, pool)
         stream.writelines(page(gallery.title, _body(cards), style=_STYLE))

@@ -2,105 +2,90 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
-from ltloss._files import write_file
 from ltloss.errors import UserError
-
-__all__ = ["OutputFolder"]
 
 _STAGING = ".unfinished-"
 
 
-class OutputFolder(AbstractContextManager["OutputFolder"]):
-    """Write results into ``staging`` inside a ``with`` block; :meth:`publish` moves them to ``path``.
+@contextmanager
+def output_folder(path: Path, manifest: str, names: Sequence[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write results into, which move to ``path`` when the block ends well; else ``path`` is as it was.
 
-    The folder carries a manifest, by which its own former results are told from somebody else's files: the former are
-    replaced where ``overwrite`` allows it, the latter make the constructor refuse. Leaving the block without publishing
-    leaves the folder as it was.
-    Files are moved one by one into the existing folder, because a folder that is a mount point cannot be renamed.
+    A manifest among the results tells former results from somebody else's files: the former are replaced where
+    ``overwrite`` allows it, the latter are refused. Files are moved one by one into the existing folder, because a
+    folder that is a mount point cannot be renamed.
 
     Args:
         path: the folder; made when absent.
+        manifest: the file name of the manifest, which the block writes.
         names: the first-level names that results of this kind may have; a trailing ``*`` stands for any ending.
-        manifest: the file name of the manifest, a JSON object.
         overwrite: whether former results may be replaced.
 
     Raises:
         UserError: ``path`` is not a folder, cannot be written to, holds files that are not former results, or
             holds former results and ``overwrite`` is false.
     """
+    existed, known = path.is_dir(), (*names, manifest)
+    _refuse_present_files(path, manifest, known, overwrite)
+    staging = path / f"{_STAGING}{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)  # of a killed process with the same number, usual in containers
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write into --out {path}: {error.strerror or error}; give a writable folder") from error
+    try:
+        yield staging
+        _publish(staging, path, manifest, known)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not existed:
+            with suppress(OSError):  # not empty: the results were published
+                path.rmdir()
 
-    def __init__(self, path: Path, *, names: tuple[str, ...], manifest: str, overwrite: bool = False) -> None:
-        self.path = path
-        self._names = (*names, manifest)
-        self._manifest = manifest
-        self._existed = path.is_dir()
-        self.staging = path / f"{_STAGING}{os.getpid()}"
-        self._refuse_present_files(overwrite)
-        shutil.rmtree(self.staging, ignore_errors=True)  # of a killed process with the same number, usual in containers
-        try:
-            self.staging.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot write into --out {path}: {error.strerror or error}; give a writable folder"
-            ) from error
 
-    def _is_ours(self, name: str) -> bool:
-        return name.startswith(_STAGING) or any(
-            name.startswith(known[:-1]) if known.endswith("*") else name == known for known in self._names
+def _is_result(name: str, known: Sequence[str]) -> bool:
+    return name.startswith(_STAGING) or any(
+        name.startswith(each[:-1]) if each.endswith("*") else name == each for each in known
+    )
+
+
+def _refuse_present_files(path: Path, manifest: str, known: Sequence[str], overwrite: bool) -> None:
+    try:
+        present = sorted(os.listdir(path)) if path.is_dir() else []
+    except OSError as error:
+        raise UserError(f"cannot read --out {path}: {error.strerror or error}; give another folder") from error
+    if not path.is_dir() and os.path.lexists(path):
+        raise UserError(f"--out {path} is a file, a folder was expected; give another name")
+    former = manifest in present
+    foreign = [name for name in present if not (name.startswith(_STAGING) or (former and _is_result(name, known)))]
+    if foreign:
+        raise UserError(
+            f"--out {path} holds {foreign[0]!r}{' and more' if len(foreign) > 1 else ''}, which no earlier "
+            "prediction wrote; give a new or empty folder"
+        )
+    if former and not overwrite:
+        raise UserError(
+            f"--out {path} holds the results of an earlier prediction; give --overwrite to replace "
+            "them, or a new folder"
         )
 
-    def _refuse_present_files(self, overwrite: bool) -> None:
-        try:
-            present = sorted(os.listdir(self.path)) if self._existed else []
-        except OSError as error:
-            raise UserError(f"cannot read --out {self.path}: {error.strerror or error}; give another folder") from error
-        if not self._existed and os.path.lexists(self.path):
-            raise UserError(f"--out {self.path} is a file, a folder was expected; give another name")
-        former = self._manifest in present
-        foreign = [name for name in present if not (name.startswith(_STAGING) or (former and self._is_ours(name)))]
-        if foreign:
-            raise UserError(
-                f"--out {self.path} holds {foreign[0]!r}{' and more' if len(foreign) > 1 else ''}, which no earlier "
-                "prediction wrote; give a new or empty folder"
-            )
-        if former and not overwrite:
-            raise UserError(
-                f"--out {self.path} holds the results of an earlier prediction; give --overwrite to replace "
-                "them, or a new folder"
-            )
 
-    def publish(self, record: Mapping[str, object]) -> None:
-        """Move everything from ``staging`` into place, ``record`` as the manifest first; remove what is outdated."""
-        write_file(self.staging / self._manifest, (json.dumps(record, indent=2) + "\n").encode())
-        new = sorted(os.listdir(self.staging), key=lambda name: name != self._manifest)
-        for name in new:
-            target = self.path / name
-            if target.is_dir():  # a folder cannot replace a folder that has something in it
-                shutil.rmtree(target)
-            (self.staging / name).replace(target)
-        for name in os.listdir(self.path):
-            if self._is_ours(name) and name not in new:
-                _remove(self.path / name)
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
-        if not self._existed:
-            with suppress(OSError):  # not empty: the results were published
-                self.path.rmdir()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _publish(staging: Path, path: Path, manifest: str, known: Sequence[str]) -> None:
+    """Move everything into place, the manifest first; remove what is outdated."""
+    new = sorted(os.listdir(staging), key=lambda name: name != manifest)
+    for name in new:
+        target = path / name
+        if target.is_dir():  # a folder cannot replace a folder that has something in it
+            shutil.rmtree(target)
+        (staging / name).replace(target)
+    for outdated in (path / name for name in os.listdir(path) if _is_result(name, known) and name not in new):
+        if outdated.is_dir() and not outdated.is_symlink():
+            shutil.rmtree(outdated, ignore_errors=True)
+        else:
+            outdated.unlink(missing_ok=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ltloss._files import write_file
 from ltloss.errors import UserError
 from ltloss.training.data.batches import batches
 from ltloss.training.pages.gallery import UNCERTAIN_BELOW, Gallery, folder_address, write_gallery
-from ltloss.training.predict.output_folder import OutputFolder
-from ltloss.training.predict.predictions import Predictions
+from ltloss.training.predict.output_folder import output_folder
 from ltloss.training.predict.sort_images import Sorter
 from ltloss.training.run.progress import progress_bar
 
@@ -24,16 +25,24 @@ if TYPE_CHECKING:
     from ltloss.training.data.images import FolderImages, ImageSource
     from ltloss.training.model.classifier import Classifier
 
-__all__ = ["PredictionSummary", "classify", "predict_folder"]
-
-_TABLE, _GALLERY, _SKIPPED, _SORTED, _MANIFEST = (
-    "predictions.csv",
-    "gallery.html",
-    "skipped.csv",
-    "sorted.csv",
-    "prediction.json",
-)
+_TABLE, _GALLERY, _SKIPPED, _SORTED = "predictions.csv", "gallery.html", "skipped.csv", "sorted.csv"
+_MANIFEST = "prediction.json"
 _LOGITS_AT_ONCE = 1 << 22  # elements: 16 MiB of float32, however many classes there are
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The K best classes of N images, best first.
+
+    Attributes:
+        index: (N, K) int64 classes in order of the cosine between feature and prototype.
+        probability: (N, K) float64, of the softmax over all classes.
+        angle: (N,) float64 degrees between the feature and the prototype of the best class, in [0, 180].
+    """
+
+    index: np.ndarray
+    probability: np.ndarray
+    angle: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ def classify(classifier: Classifier, source: ImageSource, *, top: int = 2, batch
     return Predictions(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
 
 
-def _write_table(path: Path, header: list[str], rows: Iterator[list[str]]) -> None:
+def _write_table(path: Path, header: list[str], rows: Iterable[Sequence[str]]) -> None:
     # surrogateescape: file names that are not UTF-8 come out as the bytes they are
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
         writer = csv.writer(stream)
@@ -144,7 +153,7 @@ def _write_outputs(
     table = staging / _TABLE
     rows = _prediction_rows(predictions, source, class_names)
     _write_table(table, _prediction_header(predictions.index.shape[1]), rows)
-    _write_table(staging / _SKIPPED, ["image", "reason"], ([name, reason] for name, reason in source.skipped))
+    _write_table(staging / _SKIPPED, ["image", "reason"], source.skipped)
     # A name of its own for each set of previews: an older page keeps working until the newer one has replaced it.
     previews = "previews-" + hashlib.sha256(table.read_bytes()).hexdigest()[:12]
     write_gallery(staging / _GALLERY, predictions, source, gallery, folder=previews)
@@ -210,7 +219,7 @@ def predict_folder(
             raise UserError(f"{name} must be at least 1, is {value}; correct it")
     _refuse_nested(images, out, sort_into)
     names = (_TABLE, _GALLERY, _SKIPPED, _SORTED, "previews-*")
-    with OutputFolder(out, names=names, manifest=_MANIFEST, overwrite=overwrite) as output:
+    with output_folder(out, _MANIFEST, names, overwrite=overwrite) as staging:
         classifier = Classifier.load(run, device)
         class_names = classifier.config.class_names
         source = load_images(images, classifier.config.image_shape)
@@ -219,14 +228,13 @@ def predict_folder(
         origin = f"{len(source):,} images of {images}, classified by {run} ({classifier.config.loss} loss)"
         address = folder_address(images.resolve(), out.resolve())
         gallery = Gallery(f"Predictions of {run.resolve().name}", origin, class_names, source.skipped, address)
-        _write_outputs(output.staging, source, gallery, predictions, class_names)
+        _write_outputs(staging, source, gallery, predictions, class_names)
         if sort_into is not None:
             sorter = Sorter(sort_into, class_names)
             copies = _sort(source, images, sorter, predictions)
-            _write_table(output.staging / _SORTED, ["image", "class", "copy"], copies)
-        output.publish(
-            {"run": str(run), "images": str(images), "pictures": len(source), "skipped": len(source.skipped)}
-        )
+            _write_table(staging / _SORTED, ["image", "class", "copy"], copies)
+        record = {"run": str(run), "images": str(images), "pictures": len(source), "skipped": len(source.skipped)}
+        write_file(staging / _MANIFEST, (json.dumps(record, indent=2) + "\n").encode())
     best = predictions.probability[:, 0]
     return PredictionSummary(
         out=out,

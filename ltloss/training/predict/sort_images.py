@@ -14,8 +14,6 @@ from pathlib import Path
 from ltloss.errors import UserError
 from ltloss.training.run.lock import owned, refuse_if_written
 
-__all__ = ["Sorter", "folder_names"]
-
 # Not allowed in a name on Windows (the slash: anywhere), control characters, and bytes that are not text.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE | re.DOTALL)

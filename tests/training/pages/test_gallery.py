@@ -17,8 +17,7 @@ from ltloss.training.data.images import ArrayImages
 from ltloss.training.pages import gallery
 from ltloss.training.pages.gallery import THUMBNAIL_SIZE, Gallery, folder_address, percent, thumbnail, write_gallery
 from ltloss.training.pages.html import escape
-from ltloss.training.predict.predict import predict_folder
-from ltloss.training.predict.predictions import Predictions
+from ltloss.training.predict.predict import Predictions, predict_folder
 
 pytestmark = pytest.mark.slow
 
