@@ -166,7 +166,7 @@ def test_a_study_that_fails_says_so(digits: tuple[Study, Path], capsys: pytest.C
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_commands_of_the_studies_can_be_parsed(name: str) -> None:
     from ltloss.cli.command import _parser
-    from ltloss.training.comparison.plan import Plan
+    from ltloss.training.comparison.grid import Plan
     from ltloss.training.run.settings import SETTINGS
 
     for command in STUDIES[name].commands:

@@ -7,29 +7,39 @@ import json
 import math
 import statistics
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ltloss._files import write_file
 from ltloss.errors import DivergedError, UserError
 from ltloss.functional import nearest_prototype
-from ltloss.training.comparison.data import comparison_data
 from ltloss.training.comparison.second_stage import ClassifierRetraining, normalize_weights, post_hoc_offset
+from ltloss.training.data.images import ArrayImages, ImageSource, on_device
+from ltloss.training.data.splits import keep_per_class
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.model.classifier import Classifier, choose_device
 from ltloss.training.run.checkpoint import read_tensors, to_bytes
-from ltloss.training.run.prepare import TrainingData
+from ltloss.training.run.prepare import TrainingData, apply_limits, load_split, prepare_data, run_config
 from ltloss.training.run.settings import Settings
 from ltloss.training.run.trainer import Trainer
 
 # The images themselves are part of a job's key; the groups are made from the accuracies of the classes.
 _MAY_DIFFER = ("data", "device", "workers", "many_above", "few_below")
 _FORMAT = 2  # raise it where the same settings come to mean something else
+
+_DATA_SETTINGS = (
+    *("data", "imbalance", "image_size", "channels"),
+    *("limit_per_class", "limit_test", "data_seed", "workers"),
+)
+VALIDATION_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Job:
         settings: all settings of the training, as ``Settings`` takes them.
         fingerprint: checksum of the images.
         validation_per_class: images of each class held out and measured; None measures the test split.
-        stage_two: what is done to the network of ``base`` instead of training one, by name of its setting.
+        second_stage: what is done to the network of ``base`` instead of training one, by name of its setting.
         base: the job of the first stage.
         keep_model: whether a second stage needs the network.
     """
@@ -48,7 +58,7 @@ class Job:
     settings: Mapping[str, Any]
     fingerprint: str
     validation_per_class: int | None = None
-    stage_two: Mapping[str, Any] = field(default_factory=dict)
+    second_stage: Mapping[str, Any] = field(default_factory=dict)
     base: Job | None = None
     keep_model: bool = False
 
@@ -57,8 +67,8 @@ class Job:
         """A name that two jobs share if and only if they compute the same."""
         facts = {name: value for name, value in asdict(Settings(**self.settings)).items() if name not in _MAY_DIFFER}
         facts["loss_options"] = {name: _number(value) for name, value in facts["loss_options"].items()}
-        stage_two = {name: _number(value) for name, value in self.stage_two.items()}
-        known = [_FORMAT, facts, self.fingerprint, self.validation_per_class, stage_two]
+        second_stage = {name: _number(value) for name, value in self.second_stage.items()}
+        known = [_FORMAT, facts, self.fingerprint, self.validation_per_class, second_stage]
         known.append(self.base.key if self.base else None)
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
         return f"{self.settings['loss']}-seed{self.settings['seed']}-{digest}"
@@ -96,7 +106,10 @@ def run_job(job: Job, out: Path) -> None:
     found: dict[str, Any] = {"history": [], "last": None, "best": None, "seconds_per_epoch": None, "angles": None}
     found["failed"], start = None, time.perf_counter()
     try:
-        classifier = _second_stage(job, out, data, device, found) if job.base else _first_stage(data, device, found)
+        if job.base is None:
+            classifier = _trained(Trainer(data.config, data.train, device, measure_amp=True), data, found)
+        else:
+            classifier = _second_stage(job, job.base, out, data, device, found)
         found["angles"] = prototype_angles(classifier.loss.weight)
         if job.keep_model:
             write_file(job.model_file(out), to_bytes(classifier.state_dict()))
@@ -104,7 +117,7 @@ def run_job(job: Job, out: Path) -> None:
         found["failed"] = error.what  # without the advice, which is about one run
     facts = {
         "settings": asdict(settings),
-        "stage_two": dict(job.stage_two),
+        "stage_two": dict(job.second_stage),
         "validation_per_class": job.validation_per_class,
         "class_counts": data.config.class_counts,
         "pictures": [len(data.train), len(data.test)],
@@ -113,11 +126,6 @@ def run_job(job: Job, out: Path) -> None:
         "versions": dict(data.config.versions),
     }
     write_file(job.result_file(out), (json.dumps({**found, **facts}) + "\n").encode())
-
-
-def _first_stage(data: TrainingData, device: torch.device, found: dict[str, Any]) -> Classifier:
-    trainer = Trainer(data.config, data.train, device, measure_amp=True)
-    return _trained(trainer, data, found)
 
 
 def _trained(trainer: Trainer, data: TrainingData, found: dict[str, Any]) -> Classifier:
@@ -132,13 +140,14 @@ def _trained(trainer: Trainer, data: TrainingData, found: dict[str, Any]) -> Cla
     return trainer.classifier
 
 
-def _second_stage(job: Job, out: Path, data: TrainingData, device: torch.device, found: dict[str, Any]) -> Classifier:
-    assert job.base is not None
-    first = job.base.result(out)
+def _second_stage(
+    job: Job, base: Job, out: Path, data: TrainingData, device: torch.device, found: dict[str, Any]
+) -> Classifier:
+    first = base.result(out)
     if first is not None and first["failed"]:
         raise DivergedError(f"the first stage diverged: {first['failed']}")
-    weights = read_tensors(job.base.model_file(out))
-    settings, given = data.config.settings, job.stage_two
+    weights = read_tensors(base.model_file(out))
+    settings, given = data.config.settings, job.second_stage
     if "crt_epochs" in given:
         retrained = replace(settings, epochs=given["crt_epochs"], lr=given["crt_lr"], schedule="cosine", mixup=0.0)
         config = replace(data.config, settings=retrained)
@@ -165,13 +174,63 @@ def prototype_angles(prototypes: Tensor) -> dict[str, float] | None:
     return {"min": angles.min().item(), "mean": angles.mean().item()}
 
 
-def checked(job: Job) -> Job:
+def comparison_data(settings: Settings, validation_per_class: int | None, device: torch.device) -> TrainingData:
+    """Both splits on the device: training and test, or where a number is given training and validation.
+
+    For a validation split so many images of every class are held out of the training file, from a class that has
+    fewer than twice as many only half of it; then the long tail is cut from the rest.
+    """
+    facts = {name: getattr(settings, name) for name in _DATA_SETTINGS}
+    data = _loaded(json.dumps({**facts, "data_seed": settings.split_seed}), validation_per_class, str(device))
+    return replace(data, config=replace(data.config, settings=settings))
+
+
+@lru_cache(maxsize=1)
+def _loaded(data_settings: str, validation_per_class: int | None, device: str) -> TrainingData:
+    settings = Settings(**json.loads(data_settings))
+    data = prepare_data(settings) if validation_per_class is None else _held_out(settings, validation_per_class)
+    place = torch.device(device)
+    return replace(data, train=on_device(data.train, place), test=on_device(data.test, place))
+
+
+def _held_out(settings: Settings, per_class: int) -> TrainingData:
+    whole = load_split(settings, "train")
+    validation = validation_indices(whole.labels, per_class, settings.split_seed)
+    rest = whole.subset(np.setdiff1d(np.arange(len(whole)), validation))
+    # What is left may be too small for the whole imbalance: 12 images a class cannot span 15.
+    largest = int(np.bincount(rest.labels).max())
+    train = apply_limits(rest, replace(settings, imbalance=min(settings.imbalance, largest)), "train")
+    return TrainingData(train, whole.subset(validation), run_config(settings, train))
+
+
+def validation_indices(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Sorted indices of ``per_class`` random images of each class of labels (N,), at most half of any class."""
+    held = np.minimum(per_class, np.bincount(labels) // 2)
+    if not held.any():
+        raise UserError("no class has two training images, so none can be held out to tune on; leave --tune out")
+    return keep_per_class(labels, held, seed, "validation")
+
+
+def default_validation(labels: np.ndarray) -> int:
+    """Images of every class to hold out of a training file with labels (N,): a fifth of the smallest, at least 1."""
+    return max(1, round(VALIDATION_FRACTION * int(np.bincount(labels).min())))
+
+
+def fingerprint(source: ImageSource) -> str:
+    """A checksum of labels and pixels; of the labels and names for images in files."""
+    labels = zlib.crc32(np.ascontiguousarray(source.labels).data)
+    if isinstance(source, ArrayImages):
+        return f"{zlib.crc32(np.ascontiguousarray(source.images).data, labels):08x}"
+    return f"{zlib.crc32(json.dumps(source.names).encode(), labels):08x}"
+
+
+def validate_job(job: Job) -> Job:
     """The job itself; UserError for settings, options of the loss or a second stage that cannot work."""
     from ltloss.training.model.registry import loss_arguments
 
     settings = Settings(**job.settings)
     loss_arguments(settings.loss, settings.all_loss_options)
-    for name, value in job.stage_two.items():
+    for name, value in job.second_stage.items():
         whole = name == "crt_epochs"
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value >= whole:
             raise UserError(f"{name} must be {'a whole number from 1' if whole else 'a number from 0'}, is {value!r}")

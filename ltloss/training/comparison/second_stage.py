@@ -38,15 +38,13 @@ def normalize_weights(classifier: Classifier, power: float) -> None:
     Source: Kang et al., Decoupling representation and classifier, ICLR 2020, eq. 3 and 4. UserError where the
     classifier is not linear: the weights of a cosine classifier have no length to change.
     """
-    linear = _linear(classifier, "τ-normalisation").linear
+    if not isinstance(classifier.loss, SoftmaxLoss):
+        raise UserError(
+            f"τ-normalisation needs a network trained with loss softmax, this one has {classifier.config.loss}"
+        )
+    linear = classifier.loss.linear
     linear.weight /= linear.weight.norm(dim=1, keepdim=True).clamp_min(1e-12) ** power
     linear.bias.zero_()
-
-
-def _linear(classifier: Classifier, what: str) -> SoftmaxLoss:
-    if not isinstance(classifier.loss, SoftmaxLoss):
-        raise UserError(f"{what} needs a network trained with loss softmax, this one has {classifier.config.loss}")
-    return classifier.loss
 
 
 def class_balanced_order(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:

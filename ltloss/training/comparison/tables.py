@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,52 +60,41 @@ class Trial:
 
 @dataclass(frozen=True)
 class FinalRun:
-    """One training measured on the test split; ``columns`` are those of results.csv."""
+    """One training measured on the test split: its method and values, and the result of its job."""
 
     method: str
     chosen: Mapping[str, Any]
     variant: Mapping[str, Any]
     seed: int
-    columns: Mapping[str, Any]
+    result: Mapping[str, Any]
+    thresholds: Thresholds
 
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        chosen: Mapping[str, Any],
-        variant: Mapping[str, Any],
-        seed: int,
-        result: Mapping[str, Any],
-        thresholds: Thresholds,
-    ) -> FinalRun:
-        """The run that a job's result describes.
+    @cached_property
+    def columns(self) -> dict[str, Any]:
+        """Its row of results.csv.
 
         The best epoch is that of the highest test accuracy, the earliest of several: what many papers report, chosen
         on the test split. A second stage without epochs has none.
         """
+        result, angles = self.result, self.result["angles"] or {}
         good = not result["failed"]
-        last, best = (_measured(result[which] if good else None, result, thresholds) for which in ("last", "best"))
-        angles = result["angles"] or {}
-        columns = {
-            "method": name,
-            "title": method(name).title,
-            "chosen": described(chosen),
-            "variant": described(variant),
-            "seed": seed,
+        last, best = (_measured(result[which] if good else None, result, self.thresholds) for which in ("last", "best"))
+        return {
+            "method": self.method,
+            "title": method(self.method).title,
+            "chosen": described(self.chosen),
+            "variant": described(self.variant),
+            "seed": self.seed,
             **{f"last_{column}": last.get(column) for column in ("epoch", *_ACCURACIES, "calibration_error")},
             **{f"best_{column}": best.get(column) for column in ("epoch", *_ACCURACIES)},
             "angle_min_degrees": angles.get("min"),
             "angle_mean_degrees": angles.get("mean"),
-            "seconds_per_epoch": result["seconds_per_epoch"],
-            "seconds": result["seconds"],
-            **asdict(thresholds),
+            **{name: result[name] for name in ("seconds_per_epoch", "seconds", "device", "failed")},
+            **asdict(self.thresholds),
             "pictures_train": result["pictures"][0],
             "pictures_test": result["pictures"][1],
-            "device": result["device"],
             "torch": result["versions"]["torch"],
-            "failed": result["failed"],
         }
-        return cls(name, chosen, variant, seed, columns)
 
 
 def _measured(found: Mapping[str, Any] | None, result: Mapping[str, Any], thresholds: Thresholds) -> dict[str, Any]:
@@ -138,17 +128,13 @@ class Comparison:
     def to_text(self) -> str:
         """The table for a terminal: percent, mean ± standard deviation over the seeds."""
         lines = summary(self.rows)
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        shown = ["  ".join(_padded(line, widths)).rstrip() for line in lines]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        shown = [
+            "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
+            for first, *others in lines
+        ]
         chosen = [f"  {trial.method}: {trial.described}" for trial in self.trials if trial.chosen]
         return "\n".join([*shown, *(["", "chosen on the validation split:", *chosen] if chosen else [])])
-
-
-def _padded(line: Sequence[str], widths: Sequence[int]) -> Iterable[str]:
-    return [
-        cell.ljust(width) if i == 0 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-    ]
 
 
 def by_method(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltloss.training.data.images import ImageSource
-from ltloss.training.data.on_device import DeviceImages
+from ltloss.training.data.images import DeviceImages, ImageSource
 
 
 @dataclass(frozen=True)
@@ -57,33 +56,18 @@ def batches(
 
 
 def _read_ahead(source: ImageSource, parts: list[np.ndarray], ahead: int) -> Iterator[Batch]:
-    ready: queue.Queue[Batch | BaseException] = queue.Queue(ahead)
-    stopped = threading.Event()
+    def read(part: np.ndarray) -> Batch:
+        return Batch(source.batch(part), torch.from_numpy(source.labels[part]))
 
-    def put(item: Batch | BaseException) -> None:
-        while not stopped.is_set():
-            with suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
-
-    def read() -> None:
-        try:
-            for part in parts:
-                if stopped.is_set():
-                    return
-                put(Batch(source.batch(part), torch.from_numpy(source.labels[part])))
-        except BaseException as error:  # handed to the caller, who raises it
-            put(error)
-
-    threading.Thread(target=read, name="read-ahead", daemon=True).start()
+    pool, left = ThreadPoolExecutor(1, thread_name_prefix="read-ahead"), iter(parts)
     try:
-        for _ in parts:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        reading = deque(pool.submit(read, part) for part in islice(left, max(ahead, 1)))
+        while reading:
+            batch = reading.popleft().result()
+            reading.extend(pool.submit(read, part) for part in islice(left, 1))
+            yield batch
     finally:
-        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int | None = None) -> Tensor:

@@ -1,59 +1,31 @@
-"""Classified images: what every consumer asks of them, in memory (arrays) or decoded on demand (files)."""
+"""Classified images: in memory (arrays), on a device, or decoded on demand (files)."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ltloss.errors import ImageError, UserError
 from ltloss.training.data.decode import open_image, to_pixels
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Split = Literal["train", "test", "all"]
 Size = int | tuple[int, int] | None  # pixels: the side of a square, (height, width), or that of the data
 SMALLEST_SIZE = 4  # what --image-size demands: the backbones pool images twice
-
-
-class ImageSource(Protocol):
-    """What training, evaluation and prediction consume."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Labels (N,) int64; -1 where unknown."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The C class names that the labels count."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """One display name per image."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of what ``batch`` returns."""
-
-    def __len__(self) -> int:
-        """Images in the source."""
-
-    def batch(self, indices: np.ndarray) -> torch.Tensor:
-        """Pixels (B, channels, height, width) uint8 of the images at indices (B,)."""
-
-    def image(self, index: int) -> Image.Image:
-        """The original image, for a gallery."""
-
-    def subset(self, indices: np.ndarray) -> ImageSource:
-        """The same source with only the images at indices."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +34,8 @@ class ArrayImages:
 
     Args:
         images: (N, H, W) or (N, H, W, 1 or 3) uint8.
-        labels: (N,) int64.
-        class_names: C names.
+        labels: (N,) int64; -1 where unknown.
+        class_names: the C names that the labels count.
         names: display names of the N images.
     """
 
@@ -87,7 +59,7 @@ class ArrayImages:
         """Images in the source."""
         return len(self.images)
 
-    def batch(self, indices: np.ndarray) -> torch.Tensor:
+    def batch(self, indices: np.ndarray) -> Tensor:
         """Pixels (B, channels, height, width) uint8 of the images at indices (B,)."""
         return torch.from_numpy(self._channels_first[indices])
 
@@ -95,18 +67,47 @@ class ArrayImages:
         """The image as it is stored."""
         return Image.fromarray(self.images[index].squeeze())
 
-    def subset(self, indices: np.ndarray) -> ArrayImages:
+    def subset(self, indices: np.ndarray) -> Self:
         """The images at indices."""
         names = [self.names[i] for i in indices]
-        return ArrayImages(self.images[indices], self.labels[indices], self.class_names, names)
+        return replace(self, images=self.images[indices], labels=self.labels[indices], names=names)
 
-    def reshaped(self, size: Size, channels: int | None) -> ArrayImages:
+    def reshaped(self, size: Size, channels: int | None) -> Self:
         """The images at another size or number of channels; self where nothing changes."""
         target = target_shape(self.shape, size, channels, len(self))
         if target == self.shape:
             return self
         pixels = [to_pixels(self.image(i), target).transpose(1, 2, 0) for i in range(len(self))]
-        return ArrayImages(np.stack(pixels), self.labels, self.class_names, self.names)
+        return replace(self, images=np.stack(pixels))
+
+
+@dataclass(frozen=True)
+class DeviceImages(ArrayImages):
+    """Images that also lie on a device, so that no batch crosses the bus and none is assembled one by one.
+
+    ``pixels`` is a uint8 tensor (N, channels, H, W).
+    """
+
+    pixels: Tensor
+
+    @cached_property
+    def device_labels(self) -> Tensor:
+        """Labels (N,) int64 on the device."""
+        return torch.from_numpy(self.labels).to(self.pixels.device)
+
+    def batch(self, indices: np.ndarray) -> Tensor:
+        """Pixels (B, channels, height, width) uint8 of the images at indices (B,), on the device."""
+        return self.pixels[torch.from_numpy(indices).to(self.pixels.device)]
+
+    def parts(self, parts: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels (B, channels, height, width) and labels (B,) on the device of each part; one copy for all indices."""
+        order = torch.from_numpy(np.concatenate(parts)).to(self.pixels.device)
+        for indices in torch.split(order, [len(part) for part in parts]):
+            yield self.pixels[indices], self.device_labels[indices]
+
+    def subset(self, indices: np.ndarray) -> Self:
+        """The images at indices."""
+        return replace(super().subset(indices), pixels=self.batch(indices))
 
 
 @dataclass(frozen=True)
@@ -138,17 +139,25 @@ class FolderImages:
                 f"{self.folder / self.names[index]} {reason}; it changed since it was checked, restore it"
             ) from None
 
-    def batch(self, indices: np.ndarray) -> torch.Tensor:
+    def batch(self, indices: np.ndarray) -> Tensor:
         """Pixels (B, channels, height, width) uint8 of the images at indices (B,)."""
         pixels = list(self._pool.map(lambda i: to_pixels(self.image(i), self.shape), indices))
         return torch.from_numpy(np.stack(pixels) if pixels else np.empty((0, *self.shape), np.uint8))
 
-    def subset(self, indices: np.ndarray) -> FolderImages:
+    def subset(self, indices: np.ndarray) -> Self:
         """The images at indices."""
-        names = [self.names[i] for i in indices]
-        return FolderImages(
-            self.folder, names, self.labels[indices], self.class_names, self.shape, self.skipped, self.workers
-        )
+        return replace(self, names=[self.names[i] for i in indices], labels=self.labels[indices])
+
+
+ImageSource = ArrayImages | FolderImages  # what training, evaluation and prediction consume
+
+
+def on_device(source: ImageSource, device: torch.device) -> ImageSource:
+    """The images of a source in memory, as a tensor on ``device``; a folder's images stay where they are."""
+    if not isinstance(source, ArrayImages):
+        return source
+    pixels = source.batch(np.arange(len(source))).to(device)
+    return DeviceImages(source.images, source.labels, source.class_names, source.names, pixels)
 
 
 def machine_memory() -> float:

@@ -211,13 +211,13 @@ def _checked(
 
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(look, names))
-    skipped = [
-        (name, str(result)) for name, result in zip(names, results, strict=True) if isinstance(result, ImageError)
-    ]
-    for name, reason in skipped:
-        print(f"ltloss: left out {folder / name}: {reason}", file=sys.stderr)
-    good = [i for i, result in enumerate(results) if not isinstance(result, ImageError)]
-    shapes = {result for result in results if not isinstance(result, ImageError)}
-    kept = [names[i] for i in good]
-    shape = choose_shape(shapes)
-    return FolderImages(folder, kept, labels[good], class_names, shape, skipped, workers)
+    skipped, kept, good, shapes = [], [], [], set()
+    for i, (name, result) in enumerate(zip(names, results, strict=True)):
+        if isinstance(result, ImageError):
+            skipped.append((name, str(result)))
+            print(f"ltloss: left out {folder / name}: {result}", file=sys.stderr)
+        else:
+            kept.append(name)
+            good.append(i)
+            shapes.add(result)
+    return FolderImages(folder, kept, labels[good], class_names, choose_shape(shapes), skipped, workers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from ltloss.distributed import in_one_piece
 from ltloss.training.data.batches import batches
 from ltloss.training.data.images import ImageSource, Split
-from ltloss.training.data.sources import absolute, check_same_classes, has_own_splits, load_data
+from ltloss.training.data.sources import absolute, check_same_classes, has_own_splits
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.metrics import Metrics, MetricsAccumulator, number, percent, target_angles
 from ltloss.training.model.classifier import Classifier
-from ltloss.training.run.prepare import limited
+from ltloss.training.run.prepare import apply_limits, load_split
 from ltloss.training.run.settings import RunConfig
 
 BATCH_SIZE = 512
@@ -148,19 +148,12 @@ def evaluate_run(
         settings.many_above if many_above is None else many_above,
         settings.few_below if few_below is None else few_below,
     )
-    own = absolute(spec) == absolute(settings.data)
-    used: Split = split if own or has_own_splits(spec) else "all"
-    source = load_data(
-        spec,
-        split=used,
-        image_size=config.image_shape[1:],
-        channels=config.image_shape[0],
-        seed=settings.split_seed,
-        workers=settings.workers,
-    )
+    same_data = absolute(spec) == absolute(settings.data)
+    used: Split = split if same_data or has_own_splits(spec) else "all"
+    source = load_split(replace(settings, data=spec), used, config.image_shape)
     check_same_classes(config.class_names, source.class_names, f"run {run}", spec)
-    if own:
-        source = limited(source, settings, split)
+    if same_data:
+        source = apply_limits(source, settings, split)
     if used != split:
         print(f"ltloss: {spec} has no {split} split of its own, so all of it is measured", file=sys.stderr)
     return Evaluation(run, spec, used, config, thresholds, measure(classifier, source, thresholds))

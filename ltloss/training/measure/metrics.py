@@ -10,24 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltloss.training.measure.class_groups import Thresholds as Thresholds
+from ltloss.training.measure.class_groups import Thresholds
 
 # One row of metrics.csv.
 COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "balanced_accuracy",
-    "many",
-    "medium",
-    "few",
-    "calibration_error",
-    "feature_norm_mean",
-    "own_angle_mean",
-    "seconds",
+    *("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "balanced_accuracy"),
+    *("many", "medium", "few", "calibration_error", "feature_norm_mean", "own_angle_mean", "seconds"),
 )
 
 

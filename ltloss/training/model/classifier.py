@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from ltloss.errors import UserError
 from ltloss.training.model.backbones import build_backbone
-from ltloss.training.model.registry import LossHead, build_loss
+from ltloss.training.model.registry import build_loss
 from ltloss.training.run.checkpoint import latest_checkpoint, read_tensors
 from ltloss.training.run.settings import RunConfig
+
+if TYPE_CHECKING:
+    from ltloss.training.model.registry import LossHead
 
 
 class Classifier(nn.Module):

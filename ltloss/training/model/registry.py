@@ -5,34 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ltloss.errors import UserError, nearest
 from ltloss.losses.defaults import LONG_TAIL_PRIOR
 
 if TYPE_CHECKING:
-    import torch
+    from ltloss.losses.prototype_head import PrototypeHead
+    from ltloss.training.model.softmax_loss import SoftmaxLoss
 
-    from ltloss._types import TopK
-
-
-class LossHead(Protocol):
-    """What the classifier needs of a loss module (an ``nn.Module`` too)."""
-
-    scale: float
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The class prototypes (C, D), a parameter."""
-
-    def __call__(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Scalar loss of features (N, D) with labels (N,)."""
-
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (N, C) without any margin."""
-
-    def predict(self, features: torch.Tensor, k: int = 1) -> TopK:
-        """The k best classes of each sample."""
+    LossHead = PrototypeHead | SoftmaxLoss
 
 
 @dataclass(frozen=True)
@@ -85,10 +67,10 @@ def _option_names(kind: LossKind, loss_class: Any) -> set[str]:
 
     parameters = inspect.signature(loss_class.__init__).parameters
     shared = set(LossOptions.__annotations__) if "options" in parameters else set()
-    own = (set(parameters) - {"options"} | shared) - _DECIDED_ELSEWHERE
+    taken = (set(parameters) - {"options"} | shared) - _DECIDED_ELSEWHERE
     if kind is LOSSES["long-tail"]:
-        own.add("form")  # of version 0.1, for one version more
-    return own | {"tau"} if kind.tau_as_prior else own
+        taken.add("form")  # of version 0.1, for one version more
+    return taken | {"tau"} if kind.tau_as_prior else taken
 
 
 def loss_arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,7 +111,7 @@ def build_loss(name: str, class_counts: Sequence[int], embedding_size: int, opti
             module = loss_class(len(class_counts), embedding_size, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"loss {name} with {dict(options)}: {' '.join(str(error).split())}") from error
-    return cast(LossHead, module)
+    return cast("LossHead", module)
 
 
 def options_in_force(

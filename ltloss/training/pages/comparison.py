@@ -81,7 +81,7 @@ def _failures(found: Comparison) -> Iterator[str]:
 def _chosen(found: Comparison) -> Iterator[str]:
     yield "<h2>Methods and their values</h2>"
     values = {run.method: run.chosen for run in found.runs}
-    rows = [(method(name).title, _own(name, chosen), method(name).source) for name, chosen in values.items()]
+    rows = [(method(name).title, _values(name, chosen), method(name).source) for name, chosen in values.items()]
     yield table(["method", "values beside the common ones", "source"], rows)
     if not found.trials:
         yield '<p class="quiet">Nothing was tuned.</p>'
@@ -94,7 +94,7 @@ def _chosen(found: Comparison) -> Iterator[str]:
     yield details("Every trial", table(["method", "values", "balanced accuracy, %", ""], trials, numeric=(2,)))
 
 
-def _own(name: str, chosen: Mapping[str, Any]) -> str:
+def _values(name: str, chosen: Mapping[str, Any]) -> str:
     kind = method(name)
     after = f"after {method(kind.base).title}: " if kind.base else ""
     return after + described({**kind.settings, **chosen})

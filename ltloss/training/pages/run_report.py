@@ -18,17 +18,14 @@ from ltloss.errors import UserError
 from ltloss.functional import nearest_prototype
 from ltloss.training.data.batches import batches
 from ltloss.training.data.images import ImageSource
-from ltloss.training.data.sources import check_same_classes, load_data
+from ltloss.training.data.sources import check_same_classes
 from ltloss.training.measure.evaluate import measure
-from ltloss.training.measure.metrics import Thresholds
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.pages import plots
 from ltloss.training.pages.html import PLOTS_STYLE, details, escape, figure, page, table, tiles
 from ltloss.training.pages.plots import Plot
-from ltloss.training.run.prepare import limited
+from ltloss.training.run.prepare import apply_limits, load_split
 from ltloss.training.run.settings import SETTINGS, RunConfig
-
-__all__ = ["write_report"]
 
 _SAMPLE = 2000  # test images whose feature lengths are drawn
 _ROWS = 12  # classes in each of the tables of the weakest and the closest
@@ -121,8 +118,7 @@ def _add_curves(body: _Body, run: _Run) -> None:
 
 
 def _add_groups(body: _Body, run: _Run) -> None:
-    settings = run.config.settings
-    words = Thresholds(settings.many_above, settings.few_below).describe()
+    words = run.config.settings.thresholds.describe()
     values = {name: run.last(name) for name in words}
     bars = [(words[name], None if math.isnan(value) else value) for name, value in values.items()]
     about = f"By number of training images, mean accuracy of the group's classes. Last epoch ({run.last_epoch})."
@@ -157,24 +153,17 @@ def _add_classes(body: _Body, run: _Run, accuracy: np.ndarray, images: int) -> N
 
 
 def _test_images(run: _Run) -> ImageSource:
-    config, settings = run.config, run.config.settings
-    channels, height, width = config.image_shape
-    source = load_data(
-        settings.data,
-        split="test",
-        image_size=(height, width),
-        channels=channels,
-        seed=settings.split_seed,
-        workers=settings.workers,
-    )
-    check_same_classes(config.class_names, source.class_names, f"run {run.path}", settings.data)
-    return limited(source, settings, "test")
+    settings = run.config.settings
+    source = load_split(settings, "test", run.config.image_shape)
+    check_same_classes(run.config.class_names, source.class_names, f"run {run.path}", settings.data)
+    return apply_limits(source, settings, "test")
 
 
+@torch.inference_mode()
 def _add_lengths(body: _Body, classifier: Classifier, source: ImageSource) -> None:
     sample = np.unique(np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).astype(np.int64))
-    lengths = _feature_lengths(classifier, source, sample)
-    finite = _only_finite(body, lengths, "Feature lengths", "test images")
+    lengths = [classifier.features(batch.images).float().norm(dim=1).cpu() for batch in batches(source, 256, sample)]
+    finite = _only_finite(body, torch.cat(lengths).numpy(), "Feature lengths", "test images")
     if len(finite):
         plot = plots.histogram("lengths", "Feature lengths", finite, axis="length ‖x‖ (no unit)", what="test images")
         body.add(plot, f"Of {len(finite):,} test images, before normalisation.")
@@ -191,12 +180,6 @@ def _only_finite(body: _Body, values: np.ndarray, title: str, what: str) -> np.n
     return finite
 
 
-@torch.inference_mode()
-def _feature_lengths(classifier: Classifier, source: ImageSource, sample: np.ndarray) -> np.ndarray:
-    lengths = [classifier.features(batch.images).float().norm(dim=1).cpu() for batch in batches(source, 256, sample)]
-    return torch.cat(lengths).numpy()
-
-
 def _add_prototypes(body: _Body, run: _Run, classifier: Classifier) -> None:
     """How far apart the class prototypes lie, and which lie closest."""
     names = run.config.class_names
@@ -211,14 +194,8 @@ def _add_prototypes(body: _Body, run: _Run, classifier: Classifier) -> None:
         return
     widest = math.degrees(math.acos(-1 / (len(names) - 1)))
     evenly = (widest, f"evenly spread: {widest:.1f}°") if len(names) <= prototypes.shape[1] + 1 else None
-    plot = plots.histogram(
-        "angles",
-        "Angles between prototypes",
-        finite,
-        axis="angle to the nearest prototype (°)",
-        what="classes",
-        mark=evenly,
-    )
+    axis = "angle to the nearest prototype (°)"
+    plot = plots.histogram("angles", "Angles between prototypes", finite, axis=axis, what="classes", mark=evenly)
     body.add(plot, "Each class's prototype and the one nearest to it: the larger, the better the classes are apart.")
     partner = nearest.index.cpu().numpy()
     pairs = {
@@ -243,8 +220,7 @@ def _add_from_checkpoint(body: _Body, run: _Run, device: str | None) -> None:
     try:
         source = _test_images(run)
         if stored is None:
-            thresholds = Thresholds(run.config.settings.many_above, run.config.settings.few_below)
-            metrics = measure(classifier, source, thresholds)
+            metrics = measure(classifier, source, run.config.settings.thresholds)
             _add_classes(body, run, _as_array(metrics.per_class), metrics.pictures)
         _add_lengths(body, classifier, source)
     except UserError as error:

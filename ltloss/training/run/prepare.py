@@ -33,7 +33,7 @@ def prepare_data(settings: Settings) -> TrainingData:
     """Load both splits as the settings say. The long tail and the limit per class act on the training split only."""
     train = load_split(settings, "train")
     test = load_split(settings, "test", train.shape)
-    train, test = limited(train, settings, "train"), limited(test, settings, "test")
+    train, test = apply_limits(train, settings, "train"), apply_limits(test, settings, "test")
     return TrainingData(train, test, run_config(settings, train))
 
 
@@ -59,15 +59,11 @@ def run_config(settings: Settings, train: ImageSource) -> RunConfig:
         image_shape=train.shape,
         mean=mean,
         std=std,
-        versions={
-            "ltloss": ltloss.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        versions={"ltloss": ltloss.__version__, "torch": torch.__version__, "python": platform.python_version()},
     )
 
 
-def limited(source: ImageSource, settings: Settings, split: Split) -> ImageSource:
+def apply_limits(source: ImageSource, settings: Settings, split: Split) -> ImageSource:
     """What a run uses of a split of its data: the long tail and the limits of its settings. ``all`` is left whole."""
     seed = settings.split_seed
     if split == "train":

@@ -42,15 +42,13 @@ class Ranks:
 
 
 @contextmanager
-def joined(parallel: str, device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+def process_group(parallel: str, device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     """The ranks of the run and this one's device; a single process without torchrun, or without ``parallel``."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if parallel == "none":
-        if count > 1:
-            raise UserError("torchrun started several processes, but --parallel is none; add --parallel class")
-        yield Ranks(), device
-        return
-    if count == 1 and "RANK" not in os.environ and not dist.is_initialized():
+    if parallel == "none" and count > 1:
+        raise UserError("torchrun started several processes, but --parallel is none; add --parallel class")
+    alone = count == 1 and "RANK" not in os.environ and not dist.is_initialized()
+    if parallel == "none" or alone:
         yield Ranks(), device
         return
     if dist.is_initialized():  # by the caller, who will also end it
@@ -78,7 +76,7 @@ class _Features(nn.Module):
         return self._classifier[0].features(images)
 
 
-def spread(classifier: Classifier, ranks: Ranks) -> nn.Module:
+def wrap_distributed(classifier: Classifier, ranks: Ranks) -> nn.Module:
     """Spread the head's classes over the ranks; return what computes features, its gradients averaged by DDP."""
     from ltloss.distributed import class_mesh, parallelize
     from ltloss.losses.prototype_head import PrototypeHead
@@ -96,13 +94,13 @@ def spread(classifier: Classifier, ranks: Ranks) -> nn.Module:
     return nn.parallel.DistributedDataParallel(features, device_ids=[device] if device.type == "cuda" else None)
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors in one piece; all ranks call this."""
     given: Any = tensors
     return {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in given.items()}
 
 
-def put(target: Tensor, value: Tensor) -> None:
+def copy_to_shard(target: Tensor, value: Tensor) -> None:
     """Copy a tensor in one piece into one that may be sharded."""
     from ltloss.distributed.layout import Layout, local
 

@@ -38,7 +38,7 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
         settings = dataclasses.replace(stored.settings, **{**given, "loss_options": stored.settings.loss_options})
         _refuse_inside_data(out, settings.data)
         return settings, stored
-    _check_usable(out)
+    refuse_foreign_files(out, "config.json", "")
     if resume:
         print(f"ltloss: {out} holds no run yet, starting from the beginning", file=sys.stderr)
     if not given.get("data"):
@@ -64,12 +64,14 @@ def _refuse_inside_data(out: Path, data: str) -> None:
         )
 
 
-def _check_usable(out: Path) -> None:
-    """A new run needs a place where nothing lies, except what a run left that was killed before its first file."""
+def refuse_foreign_files(out: Path, manifest: str, what: str) -> None:
+    """UserError where ``out`` is a file, or holds files but no ``manifest``; leftovers are passed over."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a folder")
-    if out.is_dir() and any(path.suffix != TEMPORARY and path.name != LOCK for path in out.iterdir()):
-        raise UserError(f"--out {out} holds other files; choose an empty or a new folder")
+    if (out / manifest).is_file() or not out.is_dir():
+        return
+    if any(path.suffix != TEMPORARY and path.name != LOCK for path in out.iterdir()):
+        raise UserError(f"--out {out} holds other files{what}; choose an empty or a new folder")
 
 
 def check_same_data(stored: RunConfig, now: RunConfig, out: Path) -> None:

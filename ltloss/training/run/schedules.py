@@ -3,27 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-
-class Schedule(Protocol):
-    """The settings that the learning rate follows from."""
-
-    @property
-    def lr(self) -> float:
-        """The rate after the warm-up."""
-
-    @property
-    def warmup(self) -> float:
-        """The fraction of all steps in which the rate rises."""
-
-    @property
-    def schedule(self) -> str:
-        """``cosine``, or steps as WHEN:FACTOR,..."""
-
-    @property
-    def epochs(self) -> int:
-        """Of the whole training."""
+if TYPE_CHECKING:
+    from ltloss.training.run.settings import Settings
 
 
 def valid_schedule(text: str) -> bool:
@@ -31,16 +14,16 @@ def valid_schedule(text: str) -> bool:
     if text == "cosine":
         return True
     try:
-        pairs = [(float(when), float(factor)) for when, factor in _pairs(text)]
+        pairs = _pairs(text)
     except ValueError:
         return False
     rising = [when for when, _ in pairs] == sorted({when for when, _ in pairs})
     return rising and all(0 < value < math.inf for pair in pairs for value in pair)
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
+def _pairs(text: str) -> list[tuple[float, float]]:
     parts = [part.partition(":") for part in text.split(",")]
-    return [(when, factor) for when, _, factor in parts]
+    return [(float(when), float(factor)) for when, _, factor in parts]
 
 
 def first_epoch(when: float, epochs: int) -> int:
@@ -48,7 +31,7 @@ def first_epoch(when: float, epochs: int) -> int:
     return round(when * epochs) if when < 1 else round(when)
 
 
-def learning_rate(settings: Schedule, step: int, total: int) -> float:
+def learning_rate(settings: Settings, step: int, total: int) -> float:
     """The rate of step number ``step`` (from 0) of ``total``: a linear rise to settings.lr, then half a cosine to 0, or
     the factors of settings.schedule from their epochs on.
     """
@@ -59,6 +42,6 @@ def learning_rate(settings: Schedule, step: int, total: int) -> float:
         return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
     factor = 1.0
     for when, value in _pairs(settings.schedule):
-        if step >= first_epoch(float(when), settings.epochs) * total // settings.epochs:
-            factor = float(value)
+        if step >= first_epoch(when, settings.epochs) * total // settings.epochs:
+            factor = value
     return settings.lr * factor

@@ -25,23 +25,25 @@ else:
 AUGMENTATIONS = ("none", "crop", "crop-flip")
 
 
-def _option(
-    default: Any,
-    help: str,
-    expected: str = "",
-    valid: Callable[[Any], bool] | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """One setting: its default, what --help says, and the range that ``Settings`` enforces."""
-    return field(default=default, metadata={"help": help, "expected": expected, "valid": valid, "choices": choices})
+_Allowed = tuple[str, Callable[[Any], bool]]  # in words, and what tells
 
 
-def _at_least(minimum: float) -> Callable[[Any], bool]:
-    return lambda value: value >= minimum and math.isfinite(value)
+def _at_least(minimum: float) -> _Allowed:
+    return f"at least {minimum}", lambda value: value >= minimum and math.isfinite(value)
 
 
 def _positive(value: float) -> bool:
     return value > 0 and math.isfinite(value)
+
+
+_POSITIVE: _Allowed = ("greater than 0", _positive)
+_FRACTION: _Allowed = ("in [0, 1)", lambda value: 0 <= value < 1)
+_SCHEDULE: _Allowed = ("cosine, or rising WHEN:FACTOR pairs like 160:0.01,180:0.0001", valid_schedule)
+
+
+def _option(default: Any, help: str, allowed: _Allowed | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    """One setting: its default, what --help says, and the range that ``Settings`` enforces."""
+    return field(default=default, metadata={"help": help, "allowed": allowed, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -53,60 +55,56 @@ class Settings:
     )
     loss: str = _option("long-tail", "the loss", choices=tuple(LOSSES))
     backbone: str = _option("small-cnn", "small-cnn, resnet32, or a timm model as timm:NAME")
-    imbalance: float = _option(1.0, "long tail: largest class / smallest class", "at least 1", _at_least(1))
-    epochs: int = _option(30, "epochs", "at least 1", _at_least(1))
-    batch_size: int = _option(64, "samples a step, give or take one", "at least 2", _at_least(2))
-    lr: float = _option(0.05, "peak learning rate of SGD", "greater than 0", _positive)
-    weight_decay: float = _option(5e-4, "weight decay (not on biases and norms)", "at least 0", _at_least(0))
+    imbalance: float = _option(1.0, "long tail: largest class / smallest class", _at_least(1))
+    epochs: int = _option(30, "epochs", _at_least(1))
+    batch_size: int = _option(64, "samples a step, give or take one", _at_least(2))
+    lr: float = _option(0.05, "peak learning rate of SGD", _POSITIVE)
+    weight_decay: float = _option(5e-4, "weight decay (not on biases and norms)", _at_least(0))
     decay_all: bool = _option(False, "let weight decay act on biases and norms too")
-    momentum: float = _option(0.9, "momentum of SGD", "in [0, 1)", lambda v: 0 <= v < 1)
-    warmup: float = _option(
-        0.05, "fraction of the steps in which the learning rate rises to --lr", "in [0, 1)", lambda v: 0 <= v < 1
-    )
+    momentum: float = _option(0.9, "momentum of SGD", _FRACTION)
+    warmup: float = _option(0.05, "fraction of the steps in which the learning rate rises to --lr", _FRACTION)
     schedule: str = _option(
         "cosine",
         "after the warm-up: cosine, to 0, or steps as WHEN:FACTOR,... (WHEN an epoch, or a fraction of them below 1)",
-        "cosine, or rising WHEN:FACTOR pairs like 160:0.01,180:0.0001",
-        valid_schedule,
+        _SCHEDULE,
     )
-    scale: float | None = _option(
-        None, "scale of the cosine logits (default: 2 ln C, at least 8)", "greater than 0", _positive
-    )
-    margin: float | None = _option(None, "margin of the loss (default: the loss's own)", "at least 0", _at_least(0))
+    scale: float | None = _option(None, "scale of the cosine logits (default: 2 ln C, at least 8)", _POSITIVE)
+    margin: float | None = _option(None, "margin of the loss (default: the loss's own)", _at_least(0))
     tau: float | None = _option(
-        None, "strength of the log prior on the training logits (default: the loss's own)", "at least 0", _at_least(0)
+        None, "strength of the log prior on the training logits (default: the loss's own)", _at_least(0)
     )
     drw_from: float | None = _option(
         None,
         "weigh classes by effective number from this epoch on, or fraction of the epochs below 1; 0: always",
-        "at least 0",
         _at_least(0),
     )
-    beta: float = _option(0.9999, "beta of those weights", "in [0, 1)", lambda v: 0 <= v < 1)
-    mixup: float = _option(0.0, "mix pairs of images, fractions from Beta(X, X); 0: do not", "at least 0", _at_least(0))
+    beta: float = _option(0.9999, "beta of those weights", _FRACTION)
+    mixup: float = _option(0.0, "mix pairs of images, fractions from Beta(X, X); 0: do not", _at_least(0))
     loss_options: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "another option of the loss, as NAME=VALUE; may be repeated", "valid": None, "choices": None},
+        metadata={
+            "help": "another option of the loss, as NAME=VALUE; may be repeated",
+            "allowed": None,
+            "choices": None,
+        },
     )
-    embedding_size: int = _option(64, "length of the feature vector", "at least 1", _at_least(1))
+    embedding_size: int = _option(64, "length of the feature vector", _at_least(1))
     embedding_norm: bool = _option(True, "batch normalisation of the feature vector")
     image_size: int | None = _option(
-        None, "side in pixels (default: that of the data; folders: 64 if large)", "at least 4", _at_least(4)
+        None, "side in pixels (default: that of the data; folders: 64 if large)", _at_least(4)
     )
-    channels: int | None = _option(None, "1 or 3 (default: those of the data)", "1 or 3", lambda v: v in (1, 3))
+    channels: int | None = _option(None, "1 or 3 (default: those of the data)", ("1 or 3", lambda v: v in (1, 3)))
     augment: str = _option("crop", "random shift by --crop-pad, and flip", choices=AUGMENTATIONS)
-    crop_pad: int | None = _option(
-        None, "largest shift in pixels (default: an eighth of the side)", "at least 0", _at_least(0)
-    )
-    limit_per_class: int | None = _option(None, "use at most N training images a class", "at least 1", _at_least(1))
-    limit_test: int | None = _option(None, "use at most N test images", "at least 1", _at_least(1))
-    many_above: int = _option(100, "'many' classes have more training images than this", "at least 0", _at_least(0))
-    few_below: int = _option(20, "'few' classes have fewer training images than this", "at least 0", _at_least(0))
-    seed: int = _option(0, "decides everything random", "at least 0", _at_least(0))
+    crop_pad: int | None = _option(None, "largest shift in pixels (default: an eighth of the side)", _at_least(0))
+    limit_per_class: int | None = _option(None, "use at most N training images a class", _at_least(1))
+    limit_test: int | None = _option(None, "use at most N test images", _at_least(1))
+    many_above: int = _option(100, "'many' classes have more training images than this", _at_least(0))
+    few_below: int = _option(20, "'few' classes have fewer training images than this", _at_least(0))
+    seed: int = _option(0, "decides everything random", _at_least(0))
     data_seed: int | None = _option(
-        None, "decides the long tail and the split of the data (default: --seed)", "at least 0", _at_least(0)
+        None, "decides the long tail and the split of the data (default: --seed)", _at_least(0)
     )
-    evaluate_every: int = _option(1, "epochs between looks at the test split", "at least 1", _at_least(1))
+    evaluate_every: int = _option(1, "epochs between looks at the test split", _at_least(1))
     device: str | None = _option(None, "cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     amp: bool | None = _option(None, "train in bfloat16 autocast (default: on a GPU)")
     parallel: str = _option(
@@ -114,7 +112,7 @@ class Settings:
         "class: under torchrun, the classes spread over the processes and the backbone under DDP",
         choices=PARALLEL,
     )
-    workers: int = _option(4, "threads that decode images of a folder", "at least 1", _at_least(1))
+    workers: int = _option(4, "threads that decode images of a folder", _at_least(1))
 
     def __post_init__(self) -> None:
         """Check types and ranges, so that no Settings object holds what a run cannot use."""
@@ -160,11 +158,11 @@ def _checked(name: str, value: Any) -> Any:
         raise UserError(f"{name} must be of type {expected_type.__name__}, is {value!r}; correct it")
     if isinstance(value, int) and abs(value) >= 1 << 63:
         raise UserError(f"{name} must have at most 64 bits, is {value}; correct it")
-    choices, valid = item.metadata["choices"], item.metadata["valid"]
+    choices, allowed = item.metadata["choices"], item.metadata["allowed"]
     if choices and value not in choices:
         raise UserError(f"{name} {value!r} is unknown; {nearest(str(value), choices)}")
-    if valid and not valid(value):
-        raise UserError(f"{name} must be {item.metadata['expected']}, is {value}; correct it")
+    if allowed and not allowed[1](value):
+        raise UserError(f"{name} must be {allowed[0]}, is {value}; correct it")
     return value
 
 

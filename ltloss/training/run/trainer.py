@@ -22,16 +22,11 @@ from ltloss.training.data.mixup import mix
 from ltloss.training.measure.evaluate import Evaluation, measure
 from ltloss.training.measure.metrics import Metrics, percent
 from ltloss.training.model.classifier import Classifier, check_tensors, choose_device
-from ltloss.training.run.checkpoint import (
-    Checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from ltloss.training.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from ltloss.training.run.lock import owned
 from ltloss.training.run.prepare import prepare_data
 from ltloss.training.run.progress import progress_bar
-from ltloss.training.run.ranks import Ranks, joined, put, spread, whole
+from ltloss.training.run.ranks import Ranks, copy_to_shard, gather_full, process_group, wrap_distributed
 from ltloss.training.run.run_folder import check_same_data, check_still_new, open_run, write_config, write_metrics
 from ltloss.training.run.schedules import first_epoch, learning_rate
 from ltloss.training.run.settings import RunConfig, Settings
@@ -59,7 +54,7 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
     the loss becomes NaN or infinite.
     """
     settings, stored = open_run(out, given, resume)
-    with joined(settings.parallel, choose_device(settings.device)) as (ranks, device):
+    with process_group(settings.parallel, choose_device(settings.device)) as (ranks, device):
         data = prepare_data(settings)
         if stored is not None:
             check_same_data(stored, data.config, out)
@@ -125,7 +120,7 @@ class Trainer:
             self.classifier = Classifier(config).to(device)
         if self.amp:  # convolutions and pooling in bfloat16 are several times slower in the other layout
             self.classifier.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.features = spread(self.classifier, self.ranks)
+        self.features = wrap_distributed(self.classifier, self.ranks)
         self.class_weights = _deferred_weights(self.classifier, config)
         self.optimizer = build_optimizer(self.classifier, self.settings)
         self.history: list[dict[str, Any]] = []
@@ -187,7 +182,7 @@ class Trainer:
     def _prepare_epoch(self, epoch: int) -> None:
         self.classifier.train()
         if self.class_weights is not None:
-            self.classifier.loss.set_class_weight(self.class_weights(epoch - 1))  # type: ignore[attr-defined]
+            self.classifier.loss.set_class_weight(self.class_weights(epoch - 1))  # type: ignore[operator]
 
     def _order(self, epoch: int) -> np.ndarray:
         """Indices of the images of an epoch, in the order in which they are seen."""
@@ -199,9 +194,9 @@ class Trainer:
         if not self.settings.mixup:
             features = self._features(images)
             return head(features, labels), features
-        mixed = mix(images, labels, self.settings.mixup, mixing)
-        features = self._features(mixed.images)
-        loss = mixed.fraction * head(features, labels) + (1 - mixed.fraction) * head(features, mixed.other_labels)
+        mixed, other_labels, fraction = mix(images, labels, self.settings.mixup, mixing)
+        features = self._features(mixed)
+        loss = fraction * head(features, labels) + (1 - fraction) * head(features, other_labels)
         return loss, features
 
     def _features(self, images: Tensor) -> Tensor:
@@ -212,8 +207,8 @@ class Trainer:
     def checkpoint(self) -> Checkpoint:
         """Everything that the next epoch depends on, in one piece also where classes are spread over ranks."""
         return Checkpoint(
-            model=whole(self.classifier.state_dict()),
-            optimizer=whole(
+            model=gather_full(self.classifier.state_dict()),
+            optimizer=gather_full(
                 {
                     name: self.optimizer.state[parameter]["momentum_buffer"]
                     for name, parameter in self.classifier.named_parameters()
@@ -233,10 +228,10 @@ class Trainer:
             path / "optimizer.safetensors", checkpoint.optimizer, parameters if self.settings.momentum else {}
         )
         for name, tensor in self.classifier.state_dict().items():
-            put(tensor, checkpoint.model[name])
+            copy_to_shard(tensor, checkpoint.model[name])
         for name, momentum in checkpoint.optimizer.items():
             buffer = torch.zeros_like(parameters[name], requires_grad=False)
-            put(buffer, momentum)
+            copy_to_shard(buffer, momentum)
             self.optimizer.state[parameters[name]]["momentum_buffer"] = buffer
         self.history = checkpoint.state["history"]
 

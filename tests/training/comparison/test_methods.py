@@ -9,8 +9,8 @@ import torch
 import ltloss
 from ltloss.errors import UserError
 from ltloss.training.comparison.climb import next_points
-from ltloss.training.comparison.methods import METHODS, listing, method, search_space, variants, with_values
-from ltloss.training.comparison.plan import Plan
+from ltloss.training.comparison.grid import Plan
+from ltloss.training.comparison.methods import METHODS, listing, method, search_space, with_values
 from ltloss.training.comparison.recipes import recipe
 from ltloss.training.model.registry import build_loss
 from ltloss.training.run.settings import Settings
@@ -105,8 +105,12 @@ def test_what_is_given_wins_over_the_method_and_variants_over_both() -> None:
 
 
 def test_variants_are_every_combination() -> None:
-    assert variants([]) == [{}]
-    assert variants([("a", [1, 2]), ("b", [3])]) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
+    assert plan("long-tail", vary={}).variants == [{}]
+    both = plan("long-tail", vary={"tau": [1, 2], "scale": [8]}).variants
+    assert both == [{"tau": 1, "scale": 8}, {"tau": 2, "scale": 8}]
+
+
+def test_values_go_to_settings_or_to_the_options_of_the_loss() -> None:
     merged = with_values({"lr": 1, "loss_options": {"x": 1}}, {"lr": 2, "y": 3})
     assert merged == {"lr": 2, "loss_options": {"x": 1, "y": 3}}
 

@@ -37,12 +37,12 @@ def test_an_error_while_reading_is_raised_to_the_caller() -> None:
 def test_the_reading_thread_ends_when_the_caller_stops_early() -> None:
     running = batches(numbered(200), 1)
     next(running)
-    assert any(thread.name == "read-ahead" for thread in threading.enumerate())
+    readers = [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+    assert readers
     running.close()  # type: ignore[attr-defined]
-    for thread in threading.enumerate():
-        if thread.name == "read-ahead":
-            thread.join(timeout=5)
-            assert not thread.is_alive()
+    for thread in readers:
+        thread.join(timeout=5)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("kind", ["crop", "crop-flip"])
