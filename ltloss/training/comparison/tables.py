@@ -18,16 +18,6 @@ from ltloss.training.measure.class_groups import Thresholds
 
 GROUPS = ("many", "medium", "few")
 _ACCURACIES = ("accuracy", "balanced_accuracy", *GROUPS)
-COLUMNS = (
-    *("method", "title", "chosen", "variant", "seed", "last_epoch"),
-    *(f"last_{name}" for name in _ACCURACIES),
-    "last_calibration_error",
-    "best_epoch",
-    *(f"best_{name}" for name in _ACCURACIES),
-    *("angle_min_degrees", "angle_mean_degrees", "seconds_per_epoch", "seconds", "many_above", "few_below"),
-    *("pictures_train", "pictures_test", "device", "torch", "failed"),
-)
-TUNING_COLUMNS = ("method", "values", "balanced_accuracy", "seconds", "chosen")
 
 
 @dataclass(frozen=True)
@@ -89,11 +79,14 @@ class FinalRun:
             **{f"best_{column}": best.get(column) for column in ("epoch", *_ACCURACIES)},
             "angle_min_degrees": angles.get("min"),
             "angle_mean_degrees": angles.get("mean"),
-            **{name: result[name] for name in ("seconds_per_epoch", "seconds", "device", "failed")},
+            "seconds_per_epoch": result["seconds_per_epoch"],
+            "seconds": result["seconds"],
             **asdict(self.thresholds),
             "pictures_train": result["pictures"][0],
             "pictures_test": result["pictures"][1],
+            "device": result["device"],
             "torch": result["versions"]["torch"],
+            "failed": result["failed"],
         }
 
 
@@ -188,7 +181,7 @@ def numbers(values: Sequence[float | None], digits: int = 1) -> str:
 
 def write_tables(found: Comparison) -> None:
     """Write results.csv and tuning.csv."""
-    write_csv(found.out / "results.csv", COLUMNS, found.rows)
+    write_csv(found.out / "results.csv", list(found.rows[0]), found.rows)
     if found.trials:
         rows = [
             {
@@ -200,4 +193,4 @@ def write_tables(found: Comparison) -> None:
             }
             for trial in found.trials
         ]
-        write_csv(found.out / "tuning.csv", TUNING_COLUMNS, rows)
+        write_csv(found.out / "tuning.csv", list(rows[0]), rows)
