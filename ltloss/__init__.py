@@ -14,16 +14,10 @@ if TYPE_CHECKING:
     from ltloss._types import NearestPrototype, TopK
     from ltloss.losses.class_centers import ClassCenters
     from ltloss.losses.cosine_space import CosineSpaceLoss
+    from ltloss.losses.count_losses import LDAMLoss, LogitAdjustedLoss
     from ltloss.losses.defaults import default_scale
     from ltloss.losses.long_tail import LongTailLoss
-    from ltloss.losses.margin_losses import (
-        ArcFaceLoss,
-        CombinedMarginLoss,
-        CosFaceLoss,
-        CosineSoftmaxLoss,
-        LDAMLoss,
-        LogitAdjustedLoss,
-    )
+    from ltloss.losses.margin_losses import ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, CosineSoftmaxLoss
     from ltloss.losses.prototype_head import PrototypeHead
     from ltloss.runtime import current_backend, current_workspace, debug, use_backend, use_workspace
 
@@ -60,14 +54,8 @@ _HOMES = {
     "losses.class_centers": ("ClassCenters",),
     "losses.cosine_space": ("CosineSpaceLoss",),
     "losses.defaults": ("default_scale",),
-    "losses.margin_losses": (
-        "ArcFaceLoss",
-        "CombinedMarginLoss",
-        "CosFaceLoss",
-        "CosineSoftmaxLoss",
-        "LDAMLoss",
-        "LogitAdjustedLoss",
-    ),
+    "losses.count_losses": ("LDAMLoss", "LogitAdjustedLoss"),
+    "losses.margin_losses": ("ArcFaceLoss", "CombinedMarginLoss", "CosFaceLoss", "CosineSoftmaxLoss"),
     "losses.long_tail": ("LongTailLoss",),
     "losses.prototype_head": ("PrototypeHead",),
     "_types": ("NearestPrototype", "TopK"),

@@ -13,8 +13,9 @@ from ltloss import functional as F
 from ltloss._deprecation import warn_deprecated
 from ltloss._validation import check_choice, check_number, check_type
 from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margins_from_counts
+from ltloss.losses.count_losses import FromCounts, check_class_counts
 from ltloss.losses.defaults import of_form
-from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions, _check_counts, _FromCounts
+from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions
 from ltloss.ops.prototype_search import min_angle
 from ltloss.regularizers import FeatureNormKind, mean_angle, norm_penalty
 
@@ -46,7 +47,7 @@ def _with_form(init: Callable[P, None]) -> Callable[P, None]:
     return constructor
 
 
-class LongTailLoss(_FromCounts, CombinedMarginLoss):
+class LongTailLoss(FromCounts, CombinedMarginLoss):
     """Source A: count-dependent angular margins, spread prototypes, long features. L = L1 + λ1·L2 + λ2·L3.
 
     L1 is the margin cross-entropy with m_c = margin·n_c^(−power); L2 the count-weighted minimum-angle regulariser
@@ -118,7 +119,7 @@ class LongTailLoss(_FromCounts, CombinedMarginLoss):
         tau: float = 0.0,
         **options: Unpack[PriorOptions],
     ) -> None:
-        _check_counts(class_counts, num_classes)
+        check_class_counts(class_counts, num_classes)
         for name, value in (
             ("tau", tau),
             ("min_angle_weight", min_angle_weight),

@@ -14,21 +14,19 @@ from torch import Tensor
 
 from ltloss import functional as F
 from ltloss._types import Reduction
-from ltloss._validation import check_number
-from ltloss.class_balance import Counts, checked_counts, log_prior_from_counts, margins_from_counts
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.margins import OPTION_NAMES, BeyondPi, MarginGradient
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Unpack
 
 __all__ = [
     "ArcFaceLoss",
     "CombinedMarginLoss",
     "CosFaceLoss",
     "CosineSoftmaxLoss",
-    "LDAMLoss",
-    "LogitAdjustedLoss",
+    "LossOptions",
+    "PriorOptions",
 ]
 
 
@@ -211,99 +209,3 @@ class ArcFaceLoss(CombinedMarginLoss):
         self, num_classes: int, embedding_size: int, *, margin: Tensor | float = 0.5, **options: Unpack[PriorOptions]
     ) -> None:
         super().__init__(num_classes, embedding_size, angular_margin=margin, **options)
-
-
-class _FromCounts:
-    """The constructor of losses that need to know how many training samples each class has."""
-
-    @classmethod
-    def from_counts(cls, class_counts: Counts, embedding_size: int, **options: Any) -> Self:
-        """Build the loss for the classes counted in ``class_counts`` (C,); the rest is as in the constructor."""
-        classes = checked_counts(class_counts).numel()
-        return cls(classes, embedding_size, class_counts=class_counts, **options)  # type: ignore[call-arg]
-
-
-def _check_counts(class_counts: Counts, num_classes: int) -> None:
-    classes = checked_counts(class_counts).numel()
-    if classes != num_classes:
-        raise ValueError(f"class_counts must have one entry per class, {num_classes}; got {classes}")
-
-
-class LDAMLoss(_FromCounts, CombinedMarginLoss):
-    """Label-distribution-aware margin: cos θ − m_c with m_c ∝ n_c^(−1/4), the rarest class having ``max_margin``.
-
-    Args:
-        num_classes: C.
-        embedding_size: D.
-        class_counts: (C,) training samples per class, all > 0.
-        max_margin: margin of the rarest class.
-        options: see :class:`CombinedMarginLoss`; ``set_class_weight`` with a ``DeferredWeights`` schedule makes it
-            LDAM-DRW.
-
-    Source: Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, eq. 13.
-
-    Example:
-        >>> from ltloss import LDAMLoss
-        >>> LDAMLoss.from_counts([16, 1], embedding_size=8).cosine_margin
-        tensor([0.2500, 0.5000])
-    """
-
-    _settled = ("max_margin",)
-
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        *,
-        class_counts: Counts,
-        max_margin: float = 0.5,
-        **options: Unpack[PriorOptions],
-    ) -> None:
-        _check_counts(class_counts, num_classes)
-        margins = margins_from_counts(class_counts, max_margin, normalize="max")
-        super().__init__(num_classes, embedding_size, cosine_margin=margins, **options)
-        self.max_margin = max_margin
-
-    def hyper_parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter by name."""
-        return {**super().hyper_parameters(), "max_margin": self.max_margin}
-
-
-class LogitAdjustedLoss(_FromCounts, CombinedMarginLoss):
-    """Cosine softmax with τ·log π_c added to every logit in training: balanced softmax for τ = 1.
-
-    Args:
-        num_classes: C.
-        embedding_size: D.
-        class_counts: (C,) training samples per class, all > 0.
-        tau: strength of the prior.
-        options: see :class:`CombinedMarginLoss`.
-
-    Sources: Menon et al., Long-tail learning via logit adjustment, ICLR 2021, eq. 10; Ren et al., Balanced
-    meta-softmax, NeurIPS 2020.
-
-    Example:
-        >>> from ltloss import LogitAdjustedLoss
-        >>> LogitAdjustedLoss.from_counts([3, 1], embedding_size=8).log_prior.exp()
-        tensor([0.7500, 0.2500])
-    """
-
-    _settled = ("tau",)
-
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        *,
-        class_counts: Counts,
-        tau: float = 1.0,
-        **options: Unpack[LossOptions],
-    ) -> None:
-        _check_counts(class_counts, num_classes)
-        check_number("tau", tau, at_least=0.0)
-        super().__init__(num_classes, embedding_size, log_prior=log_prior_from_counts(class_counts, tau), **options)
-        self.tau = tau
-
-    def hyper_parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter by name."""
-        return {**super().hyper_parameters(), "tau": self.tau}
