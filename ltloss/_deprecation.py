@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-__all__ = ["warn_deprecated"]
+__all__ = ["tf32_unless", "warn_deprecated"]
 
 
 def warn_deprecated(message: str) -> None:
@@ -14,3 +14,9 @@ def warn_deprecated(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("ltloss."):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, DeprecationWarning, stacklevel=level)
+
+
+def tf32_unless(former: str, exact: bool, name: str) -> bool:
+    """What the option ``name`` is where a caller gave its opposite, ``exact``, under the ``former`` name of 0.1."""
+    warn_deprecated(f"{former}={exact} is {name}={not exact} now; the former name ends with version 0.3")
+    return not exact

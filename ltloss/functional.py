@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ltloss import reference
+from ltloss._deprecation import tf32_unless
 from ltloss._types import NearestPrototype, Reduction, TopK
 from ltloss._validation import (
     check_choice,
@@ -186,15 +187,18 @@ def cosine_logsumexp(
     return other, target
 
 
-def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, exact: bool = False) -> NearestPrototype:
+def nearest_prototype(
+    prototypes: Tensor, rows: Tensor | None = None, *, allow_tf32: bool = True, exact: bool | None = None
+) -> NearestPrototype:
     """For every prototype, the largest cosine to any other prototype and its index, without the C×C matrix.
 
     Args:
         prototypes: (C, D).
         rows: (R,) class indices to answer for (each is compared with all C), or None for all; then each unordered pair
             is computed once.
-        exact: True searches float32 prototypes with float32 products even where ``torch.set_float32_matmul_precision``
-            allows TF32. It changes nothing for half precision, whose products are exact, nor where TF32 is not allowed.
+        allow_tf32: False searches float32 prototypes with float32 products, even where
+            ``torch.set_float32_matmul_precision`` allows TF32. Half precision is not affected: its products are exact.
+        exact: the opposite of ``allow_tf32``, under its former name; it ends with version 0.3.
 
     Returns:
         ``NearestPrototype(cosine, index)``, (C,) or (R,) each. Of several nearest the lowest index wins. With C = 1:
@@ -210,8 +214,16 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, exact: 
     check_prototypes(prototypes)
     if rows is not None:
         rows = _checked_rows(rows, prototypes)
+    allow_tf32 = _tf32(allow_tf32, exact)
+    return prototype_search.nearest_prototype(prototypes, rows, allow_tf32)
+
+
+def _tf32(allow_tf32: bool, exact: bool | None) -> bool:
+    check_type("allow_tf32", allow_tf32, bool)
+    if exact is None:
+        return allow_tf32
     check_type("exact", exact, bool)
-    return prototype_search.nearest_prototype(prototypes, rows, exact)
+    return allow_tf32 and tf32_unless("exact", exact, "allow_tf32")
 
 
 def _checked_rows(rows: Tensor, prototypes: Tensor) -> Tensor:
@@ -225,7 +237,8 @@ def min_angle_regularizer(
     *,
     power: float = 0.25,
     rows: Tensor | None = None,
-    exact: bool = False,
+    allow_tf32: bool = True,
+    exact: bool | None = None,
 ) -> Tensor:
     """Minus the weighted mean angle from each prototype to its nearest other one: pushed down, it spreads them.
 
@@ -237,7 +250,7 @@ def min_angle_regularizer(
         power: 1/k of source A; 0.25 there.
         rows: (R,) class indices to take the mean over (for instance the classes of the batch), or None for all. The
             weights then sum to 1 over the rows.
-        exact: as in :func:`nearest_prototype`.
+        allow_tf32, exact: as in :func:`nearest_prototype`.
 
     Returns:
         A scalar in [−π, 0], radians; 0 for a single class. The gradient stays finite where two prototypes coincide.
@@ -252,12 +265,12 @@ def min_angle_regularizer(
     """
     check_prototypes(prototypes)
     power = check_number("power", power, at_least=0.0)
-    check_type("exact", exact, bool)
+    allow_tf32 = _tf32(allow_tf32, exact)
     if class_counts is not None:
         class_counts = _checked_counts(class_counts, prototypes)
     if rows is not None:
         rows = _checked_rows(rows, prototypes)
-    return prototype_search.min_angle(prototypes, class_counts, power, rows, exact)
+    return prototype_search.min_angle(prototypes, class_counts, power, rows, allow_tf32)
 
 
 def _checked_counts(class_counts: Tensor, prototypes: Tensor) -> Tensor:

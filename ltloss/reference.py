@@ -198,8 +198,13 @@ def loss_of(features: Tensor, prototypes: Tensor, labels: Tensor, objective: Obj
     return losses.sum() / torch.where(total == 0, 1.0, total) if objective.reduction == "mean" else losses.sum()
 
 
-def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, exact: bool = False) -> NearestPrototype:
-    """Dense twin of :func:`ltloss.functional.nearest_prototype`: the whole C×C matrix. ``exact`` changes nothing."""
+def nearest_prototype(
+    prototypes: Tensor, rows: Tensor | None = None, *, allow_tf32: bool = True, exact: bool | None = None
+) -> NearestPrototype:
+    """Dense twin of :func:`ltloss.functional.nearest_prototype`: the whole C×C matrix.
+
+    ``allow_tf32`` changes nothing.
+    """
     own = torch.arange(prototypes.shape[0], device=prototypes.device) if rows is None else rows
     cosine = cosines(prototypes[own], prototypes)
     if prototypes.shape[0] == 1:
@@ -215,9 +220,10 @@ def min_angle_regularizer(
     *,
     power: float = 0.25,
     rows: Tensor | None = None,
-    exact: bool = False,
+    allow_tf32: bool = True,
+    exact: bool | None = None,
 ) -> Tensor:
-    """Dense twin of :func:`ltloss.functional.min_angle_regularizer`. ``exact`` changes nothing."""
+    """Dense twin of :func:`ltloss.functional.min_angle_regularizer`. ``allow_tf32`` changes nothing."""
     cosine, _ = nearest_prototype(prototypes, rows)
     if prototypes.shape[0] == 1:
         return (cosine * 0.0).sum()

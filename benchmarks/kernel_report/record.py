@@ -123,8 +123,8 @@ def _searches(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tupl
 
     rows = torch.arange(0, len(prototypes), 3)
     near, some = torch.arange(len(prototypes)), torch.arange(len(rows))
-    yield "all", lambda: kernels.nearest_prototype(prototypes, None, False)
-    yield "rows", lambda: kernels.nearest_prototype(prototypes, rows, False)
+    yield "all", lambda: kernels.nearest_prototype(prototypes, None, True)
+    yield "rows", lambda: kernels.nearest_prototype(prototypes, rows, True)
     yield "top 5", lambda: kernels.top_k(features, prototypes, 5, limit=lambda: _BYTES)
     gradient = kernels.nearest_prototype_gradient
     yield "all", lambda: gradient(torch.ones(len(near)), prototypes, None, near)

@@ -195,13 +195,13 @@ class _Classes:
         )
 
 
-def nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool) -> tuple[Tensor, Tensor]:
     """The largest cosine of each prototype to any other one, and its lowest index.
 
     Args:
         prototypes: (C, D); any half or float32 dtype, any strides.
         rows: (R,) int64 in [0, C), or None for all.
-        exact: a float32 product is not rounded to TF32, whatever ``torch.set_float32_matmul_precision`` allows.
+        allow_tf32: False keeps float32 products float32, whatever ``torch.set_float32_matmul_precision`` allows.
 
     Returns:
         Cosines (R,) float32 and indices (R,) int64; -1 and -1 where there is no other.
@@ -212,7 +212,7 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> t
         return alone.to(torch.float32), alone
     prototypes = widened(prototypes)
     with on_device(prototypes):
-        classes = _Classes(prototypes, prototypes.dtype, "ieee" if exact else product_precision())
+        classes = _Classes(prototypes, prototypes.dtype, product_precision() if allow_tf32 else "ieee")
         cosine = torch.empty(count, dtype=torch.float32, device=prototypes.device)
         index = torch.empty(count, dtype=torch.int64, device=prototypes.device)
         for start in range(0, count, count if rows is None else _MOST_ROWS):

@@ -16,7 +16,7 @@ from ltloss.chunked.equal_rows import Copies
 from ltloss.chunked.logsumexp import TargetColumn, block_sizes
 from ltloss.numerics import add_rows_, compute_dtype, inverse_norm, project_, spans
 
-__all__ = ["full_products", "nearest_prototype", "nearest_prototype_gradient", "top_k"]
+__all__ = ["nearest_prototype", "nearest_prototype_gradient", "search_precision", "top_k"]
 
 
 class _Unit:
@@ -53,15 +53,15 @@ class _Best:
         return torch.where(alone, -1.0, self.cosine.clamp(-1.0, 1.0)), self.index
 
 
-def full_products(wanted: bool) -> contextlib.AbstractContextManager[None]:
-    """Within the block, products of float32 matrices in float32 (if ``wanted``)."""
-    return float32_products("highest") if wanted else contextlib.nullcontext()
+def search_precision(allow_tf32: bool) -> contextlib.AbstractContextManager[None]:
+    """Within the block, products of float32 matrices as PyTorch is set; without ``allow_tf32`` in float32."""
+    return contextlib.nullcontext() if allow_tf32 else float32_products("highest")
 
 
-def nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool) -> tuple[Tensor, Tensor]:
     """See :func:`ltloss.functional.nearest_prototype`."""
     unit = _Unit(prototypes, compute_dtype(prototypes))
-    with full_products(exact):
+    with search_precision(allow_tf32):
         cosine, index = _nearest_of_all(unit) if rows is None else _nearest_of_rows(unit, rows)
     if prototypes.shape[0] == 1 or index.numel() == 0:
         return cosine, index

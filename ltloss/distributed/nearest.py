@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ltloss._types import NearestPrototype
 from ltloss.chunked.equal_rows import row_keys
-from ltloss.chunked.search import full_products
+from ltloss.chunked.search import search_precision
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.block_pairs import best_of_rows, compare_blocks
 from ltloss.distributed.layout import Layout, own_part
@@ -57,7 +57,7 @@ class _Found(NamedTuple):
         return cls(bits[0].view(torch.float64).to(dtype), bits[1], bits[2])
 
 
-def nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> NearestPrototype:
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool) -> NearestPrototype:
     """As :func:`ltloss.functional.nearest_prototype` for a DTensor of prototypes (C, D).
 
     Returns:
@@ -65,16 +65,16 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> N
         all ranks, two tensors (R,) that all ranks have.
     """
     layout = Layout.of(prototypes)
-    cosine, index = _search(prototypes, rows, exact, layout)
+    cosine, index = _search(prototypes, rows, allow_tf32, layout)
     if rows is not None:
         return NearestPrototype(cosine, index)
     return NearestPrototype(layout.place(cosine), layout.place(index))
 
 
-def _search(prototypes: Tensor, rows: Tensor | None, exact: bool, layout: Layout) -> tuple[Tensor, Tensor]:
+def _search(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool, layout: Layout) -> tuple[Tensor, Tensor]:
     own = own_part(prototypes)
     found: tuple[Tensor, Tensor]
-    with full_products(exact):
+    with search_precision(allow_tf32):
         if rows is None:
             needs_grad = torch.is_grad_enabled() and own.requires_grad
             found = _NearestOfAll.apply(own, layout, needs_grad)  # type: ignore[no-untyped-call]
@@ -84,11 +84,11 @@ def _search(prototypes: Tensor, rows: Tensor | None, exact: bool, layout: Layout
 
 
 def min_angle_regularizer(
-    prototypes: Tensor, class_counts: Tensor | None, *, power: float, rows: Tensor | None, exact: bool
+    prototypes: Tensor, class_counts: Tensor | None, *, power: float, rows: Tensor | None, allow_tf32: bool
 ) -> Tensor:
     """As :func:`ltloss.functional.min_angle_regularizer` for a DTensor of prototypes: the same scalar on all ranks."""
     layout = Layout.of(prototypes)
-    cosine, _ = _search(prototypes, rows, exact, layout)
+    cosine, _ = _search(prototypes, rows, allow_tf32, layout)
     if layout.num_classes == 1 or (rows is not None and rows.numel() == 0):
         return (cosine * 0.0).sum()
     if class_counts is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ltloss import functional as F
-from ltloss._deprecation import warn_deprecated
+from ltloss._deprecation import tf32_unless, warn_deprecated
 from ltloss._validation import check_choice, check_number, check_type
 from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margins_from_counts
 from ltloss.losses.count_losses import FromCounts, check_class_counts
@@ -30,9 +30,23 @@ __all__ = ["LongTailLoss"]
 
 AngleRows = Literal["all", "batch"]
 
+_OWN_OPTIONS = (
+    "margin",
+    "margin_power",
+    "margin_normalize",
+    "min_angle_weight",
+    "min_angle_power",
+    "min_angle_rows",
+    "min_angle_allow_tf32",
+    "feature_norm_weight",
+    "feature_norm",
+    "feature_norm_radius",
+    "tau",
+)
 
-def _with_form(init: Callable[P, None]) -> Callable[P, None]:
-    """The constructor, which for one version takes the ``form`` of version 0.1 as well."""
+
+def _with_former_options(init: Callable[P, None]) -> Callable[P, None]:
+    """The constructor, which for one version takes ``form`` and ``min_angle_exact`` of version 0.1 as well."""
 
     @functools.wraps(init)
     def constructor(*args: P.args, **given: P.kwargs) -> None:
@@ -42,6 +56,10 @@ def _with_form(init: Callable[P, None]) -> Callable[P, None]:
             given.update(values)
             instead = ", ".join(f"{name}={value!r}" for name, value in values.items()) or "nothing"
             warn_deprecated(f"form={form!r} of LongTailLoss goes; pass {instead} instead")
+        exact = given.pop("min_angle_exact", None)
+        if exact is not None:
+            check_type("min_angle_exact", exact, bool)
+            given["min_angle_allow_tf32"] = tf32_unless("min_angle_exact", bool(exact), "min_angle_allow_tf32")
         init(*args, **given)
 
     return constructor
@@ -68,8 +86,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         min_angle_weight: λ1; 0 leaves L2 out.
         min_angle_power: 1/k for the weights of L2.
         min_angle_rows: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of C²·D/2.
-        min_angle_exact: True searches with float32 products even where TF32 is allowed (see
-            :func:`ltloss.functional.nearest_prototype`).
+        min_angle_allow_tf32: the ``allow_tf32`` of :func:`ltloss.functional.nearest_prototype` for L2.
         feature_norm_weight: λ2; 0 leaves L3 out. Features that keep their length (``normalize_features=False``) may
             shrink to nothing without it.
         feature_norm: the g of L3, by name or a function of the lengths (N,). ``"ring"`` with λ2 = 0.1 measured best, on
@@ -99,7 +116,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
 
     _settled = ("class_counts", "margin", "margin_power", "margin_normalize", "tau")
 
-    @_with_form
+    @_with_former_options
     def __init__(
         self,
         num_classes: int,
@@ -112,7 +129,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         min_angle_weight: float = 0.1,
         min_angle_power: float = 0.25,
         min_angle_rows: AngleRows = "all",
-        min_angle_exact: bool = False,
+        min_angle_allow_tf32: bool = True,
         feature_norm_weight: float = 0.1,
         feature_norm: FeatureNormKind | Callable[[Tensor], Tensor] = "ring",
         feature_norm_radius: float | None = None,
@@ -127,7 +144,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         ):
             check_number(name, value, at_least=0.0)
         check_choice("min_angle_rows", min_angle_rows, get_args(AngleRows))
-        check_type("min_angle_exact", min_angle_exact, bool)
+        check_type("min_angle_allow_tf32", min_angle_allow_tf32, bool)
         if not callable(feature_norm):
             check_choice("feature_norm", feature_norm, get_args(FeatureNormKind))
         if tau:
@@ -140,7 +157,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         super().__init__(num_classes, embedding_size, angular_margin=margins, **options)
         self.margin, self.margin_power, self.margin_normalize, self.tau = margin, margin_power, margin_normalize, tau
         self.min_angle_weight, self.min_angle_power = min_angle_weight, min_angle_power
-        self.min_angle_rows, self.min_angle_exact = min_angle_rows, min_angle_exact
+        self.min_angle_rows, self.min_angle_allow_tf32 = min_angle_rows, min_angle_allow_tf32
         self.feature_norm_weight, self.feature_norm = feature_norm_weight, feature_norm
         self.feature_norm_radius = 1.25 * embedding_size**0.5 if feature_norm_radius is None else feature_norm_radius
         check_number("feature_norm_radius", self.feature_norm_radius, above=0.0)
@@ -172,24 +189,19 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
 
     def _min_angle(self, labels: Tensor, counted: Tensor) -> Tensor:
         """L2 over all classes, or over those of the batch, each once."""
-        power, exact = self.min_angle_power, self.min_angle_exact
+        power, allow_tf32 = self.min_angle_power, self.min_angle_allow_tf32
         if self.min_angle_rows == "all":
-            return min_angle(self.weight, self.class_counts, power, None, exact)
+            return min_angle(self.weight, self.class_counts, power, None, allow_tf32)
         # Not torch.unique: how many classes there are would have to be read back from a GPU.
         beyond = self.num_classes
         rows = torch.where(counted, labels.to(torch.int64), beyond).sort().values
         first = (rows < beyond) & (torch.cat([rows.new_full((1,), -1), rows[:-1]]) != rows)
         rows = rows.clamp(0, beyond - 1)
-        cosine = F.nearest_prototype(self.weight, rows, exact=exact).cosine
+        cosine = F.nearest_prototype(self.weight, rows, allow_tf32=allow_tf32).cosine
         weights = torch.where(first, self.class_counts[rows].to(cosine.dtype) ** -power, 0.0)
         angle = mean_angle(cosine, weights)
         return angle if beyond > 1 else angle * 0.0
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""
-        names = (
-            "margin margin_power margin_normalize min_angle_weight min_angle_power min_angle_rows min_angle_exact "
-            "feature_norm_weight feature_norm feature_norm_radius tau"
-        )
-        own = {name: getattr(self, name) for name in names.split()}
-        return {**super().hyper_parameters(), **own}
+        return {**super().hyper_parameters(), **{name: getattr(self, name) for name in _OWN_OPTIONS}}

@@ -18,14 +18,14 @@ from ltloss.runtime import current_workspace
 __all__ = ["min_angle", "nearest_in_one_piece", "nearest_prototype", "top_k", "top_k_in_one_piece"]
 
 
-def _fake_nearest(prototypes: Tensor, rows: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+def _fake_nearest(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool) -> tuple[Tensor, Tensor]:
     length = prototypes.shape[0] if rows is None else rows.shape[0]
     dtype = compute_dtype(prototypes)
     return prototypes.new_empty(length, dtype=dtype), prototypes.new_empty(length, dtype=torch.int64)
 
 
 _NEAREST = define(
-    "nearest_prototype(Tensor prototypes, Tensor? rows, bool exact) -> (Tensor cosine, Tensor index)",
+    "nearest_prototype(Tensor prototypes, Tensor? rows, bool allow_tf32) -> (Tensor cosine, Tensor index)",
     _fake_nearest,
     torch=chunked.nearest_prototype,
     triton=Kernel("nearest_prototype"),
@@ -58,8 +58,8 @@ class _Nearest(torch.autograd.Function):
     """The gradient of a cosine goes along the found pair only, to both of its ends."""
 
     @staticmethod
-    def forward(ctx: Any, prototypes: Tensor, rows: Tensor | None, exact: bool, backend: str) -> Any:
-        cosine, index = _NEAREST[backend](prototypes, rows, exact)
+    def forward(ctx: Any, prototypes: Tensor, rows: Tensor | None, allow_tf32: bool, backend: str) -> Any:
+        cosine, index = _NEAREST[backend](prototypes, rows, allow_tf32)
         ctx.mark_non_differentiable(index)
         ctx.save_for_backward(prototypes, rows, index)
         ctx.backend = backend
@@ -71,20 +71,20 @@ class _Nearest(torch.autograd.Function):
         return _NEAREST_GRADIENT[ctx.backend](grads[0], prototypes, rows, index), None, None, None
 
 
-def nearest_prototype(prototypes: Tensor, rows: Tensor | None, exact: bool) -> NearestPrototype:
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool) -> NearestPrototype:
     """:func:`ltloss.functional.nearest_prototype` on checked arguments, ``rows`` int64."""
     if is_sharded(prototypes):
-        found: NearestPrototype = distributed("nearest").nearest_prototype(prototypes, rows, exact)
+        found: NearestPrototype = distributed("nearest").nearest_prototype(prototypes, rows, allow_tf32)
         return found
-    return nearest_in_one_piece(prototypes, rows, exact)
+    return nearest_in_one_piece(prototypes, rows, allow_tf32)
 
 
-def nearest_in_one_piece(prototypes: Tensor, rows: Tensor | None, exact: bool) -> NearestPrototype:
+def nearest_in_one_piece(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool) -> NearestPrototype:
     """The same for a plain tensor of prototypes."""
     backend = choose_backend(prototypes, prototypes)
     if backend == "reference":
         return reference.nearest_prototype(prototypes, rows)
-    return NearestPrototype(*_Nearest.apply(prototypes, rows, exact, backend))  # type: ignore[no-untyped-call]
+    return NearestPrototype(*_Nearest.apply(prototypes, rows, allow_tf32, backend))  # type: ignore[no-untyped-call]
 
 
 def top_k(features: Tensor, prototypes: Tensor, k: int) -> TopK:
@@ -105,15 +105,15 @@ def top_k_in_one_piece(features: Tensor, prototypes: Tensor, k: int) -> TopK:
 
 
 def min_angle(
-    prototypes: Tensor, class_counts: Tensor | None, power: float, rows: Tensor | None, exact: bool
+    prototypes: Tensor, class_counts: Tensor | None, power: float, rows: Tensor | None, allow_tf32: bool
 ) -> Tensor:
     """:func:`ltloss.functional.min_angle_regularizer` on checked arguments."""
     if is_sharded(prototypes):
         angle: Tensor = distributed("nearest").min_angle_regularizer(
-            prototypes, class_counts, power=power, rows=rows, exact=exact
+            prototypes, class_counts, power=power, rows=rows, allow_tf32=allow_tf32
         )
         return angle
-    cosine = nearest_in_one_piece(prototypes, rows, exact).cosine
+    cosine = nearest_in_one_piece(prototypes, rows, allow_tf32).cosine
     if prototypes.shape[0] == 1 or cosine.numel() == 0:
         return (cosine * 0.0).sum()
     if class_counts is None:

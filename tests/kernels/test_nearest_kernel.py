@@ -141,10 +141,10 @@ def test_not_a_number_is_seen_by_all(bad: float, row: int, subset: bool) -> None
     assert 0 <= int(index[row]) < 37
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("allow_tf32", [False, True])
 @pytest.mark.parametrize("dtype", [F32, F16])
-def test_precision_of_the_product(exact: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TF32 where it is allowed and full float32 is not asked for."""
+def test_precision_of_the_product(allow_tf32: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 where PyTorch and the caller allow it."""
     asked = []
     choose = tiles.search_tile
 
@@ -156,10 +156,10 @@ def test_precision_of_the_product(exact: bool, dtype: torch.dtype, monkeypatch: 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        nearest_prototype(prototypes(5, dtype=dtype), exact=exact)
+        nearest_prototype(prototypes(5, dtype=dtype), allow_tf32=allow_tf32)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert set(asked) == {"ieee" if exact else "tf32"}
+    assert set(asked) == {"tf32" if allow_tf32 else "ieee"}
 
 
 class TestGradient:

@@ -163,9 +163,9 @@ def test_not_a_number_is_seen_by_all(row: int, tiny_blocks: object) -> None:
 
 
 @pytest.mark.parametrize("rows", [None, [2, 0]])
-@pytest.mark.parametrize("exact", [False, True])
-def test_exact_products_are_asked_for_and_only_then(
-    exact: bool, rows: list[int] | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_float32_products_are_asked_for_and_only_then(
+    allow_tf32: bool, rows: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = set()
     maxima = torch.Tensor.amax
@@ -179,33 +179,53 @@ def test_exact_products_are_asked_for_and_only_then(
     torch.set_float32_matmul_precision("medium")
     try:
         chosen = None if rows is None else torch.tensor(rows)
-        nearest_prototype(random_prototypes(5, dtype=torch.float32), chosen, exact=exact)
+        nearest_prototype(random_prototypes(5, dtype=torch.float32), chosen, allow_tf32=allow_tf32)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert seen == {"highest" if exact else "medium"}
+    assert seen == {"medium" if allow_tf32 else "highest"}
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_the_module_passes_it_on(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_the_module_passes_it_on(allow_tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     search = prototype_search.nearest_in_one_piece
 
-    def watched(prototypes: torch.Tensor, rows: torch.Tensor | None, exact: bool) -> Any:
-        asked.append(exact)
-        return search(prototypes, rows, exact)
+    def watched(prototypes: torch.Tensor, rows: torch.Tensor | None, allow_tf32: bool) -> Any:
+        asked.append(allow_tf32)
+        return search(prototypes, rows, allow_tf32)
 
     monkeypatch.setattr(prototype_search, "nearest_in_one_piece", watched)
-    head = ltloss.LongTailLoss.from_counts([5, 3, 1], 4, min_angle_weight=0.1, min_angle_exact=exact)
+    head = ltloss.LongTailLoss.from_counts([5, 3, 1], 4, min_angle_weight=0.1, min_angle_allow_tf32=allow_tf32)
     head(torch.randn(2, 4), torch.tensor([0, 2]))
-    assert asked == [exact]
-    assert head.hyper_parameters()["min_angle_exact"] is exact
+    assert asked == [allow_tf32]
+    assert head.hyper_parameters()["min_angle_allow_tf32"] is allow_tf32
 
 
-def test_exact_is_a_bool() -> None:
+@pytest.mark.parametrize("name", ["allow_tf32", "exact"])
+def test_it_is_a_bool(name: str) -> None:
     for function in (nearest_prototype, min_angle_regularizer):
-        with pytest.raises(TypeError, match=r"exact must be True or False \(bool\); got int 1"):
-            function(random_prototypes(3), exact=1)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=rf"{name} must be True or False \(bool\); got int 1"):
+            function(random_prototypes(3), **{name: 1})
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_name_of_version_0_1_has_the_opposite_meaning(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    search = prototype_search.nearest_in_one_piece
+
+    def watched(prototypes: torch.Tensor, rows: torch.Tensor | None, allow_tf32: bool) -> Any:
+        asked.append(allow_tf32)
+        return search(prototypes, rows, allow_tf32)
+
+    monkeypatch.setattr(prototype_search, "nearest_in_one_piece", watched)
+    for function in (nearest_prototype, min_angle_regularizer):
+        with pytest.warns(DeprecationWarning, match=f"exact={exact} is allow_tf32={not exact} now"):
+            function(random_prototypes(3), exact=exact)
+    with pytest.warns(DeprecationWarning, match=f"min_angle_exact={exact} is min_angle_allow_tf32={not exact} now"):
+        head = ltloss.LongTailLoss.from_counts([5, 3, 1], 4, min_angle_exact=exact)
+    assert head.min_angle_allow_tf32 is not exact
+    assert asked == [not exact] * 2
 
 
 class TestEachPairOnce:

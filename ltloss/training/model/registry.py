@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from ltloss.errors import UserError, nearest
-from ltloss.losses.defaults import LONG_TAIL_PRIOR
+from ltloss.losses.defaults import FORMER_OPTIONS, LONG_TAIL_PRIOR
 
 if TYPE_CHECKING:
     from ltloss.losses.prototype_head import PrototypeHead
@@ -69,7 +69,9 @@ def _option_names(kind: LossKind, loss_class: Any) -> set[str]:
     shared = set(LossOptions.__annotations__) if "options" in parameters else set()
     taken = (set(parameters) - {"options"} | shared) - _DECIDED_ELSEWHERE
     if kind is LOSSES["long-tail"]:
-        taken.add("form")  # of version 0.1, for one version more
+        taken |= FORMER_OPTIONS
+    elif "min_angle_allow_tf32" in taken:
+        taken.add("min_angle_exact")
     return taken | {"tau"} if kind.tau_as_prior else taken
 
 
@@ -131,7 +133,7 @@ def options_in_force(
         defaults |= {key: item.default for key, item in inspect.signature(owner.__init__).parameters.items()}
     called = {argument: option for option, argument in kind.aliases.items()}
     found = {}
-    for argument in sorted(_option_names(kind, loss_class) - {"form"}):
+    for argument in sorted(_option_names(kind, loss_class) - FORMER_OPTIONS):
         value = getattr(module, argument, None)
         if value is None or isinstance(value, torch.Tensor):
             value = given.get(argument, defaults[argument])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ltloss.errors import UserError, nearest
+from ltloss.losses.defaults import FORMER_OPTIONS
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.model.registry import LOSSES, options_in_force
 from ltloss.training.run.schedules import valid_schedule
@@ -198,7 +199,7 @@ class RunConfig:
         options = options_in_force(self.loss, self.class_counts, settings.embedding_size, known)
         added = {name: value for name, value in options.items() if name not in known}
         common: dict[str, Any] = {name: added.pop(name) for name in ("scale", "margin", "tau") if name in added}
-        kept = {name: value for name, value in settings.loss_options.items() if name != "form"}
+        kept = {name: value for name, value in settings.loss_options.items() if name not in FORMER_OPTIONS}
         if settings.amp is None:
             common["amp"] = amp
         return replace(self, settings=replace(settings, **common, loss_options={**kept, **added}))

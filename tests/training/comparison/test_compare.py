@@ -134,7 +134,7 @@ def test_one_training_has_one_key_however_its_numbers_are_written() -> None:
 
     assert key(min_angle_weight=0, tau=1) == key(min_angle_weight=0.0, tau=1.0)
     assert key({"norm_power": 1}) == key({"norm_power": 1.0})
-    different = [key(), key(tau=1), key(tau=0), key(min_angle_exact=True), key(min_angle_exact=1), key({"tau": 1})]
+    different = [key(), key(tau=1), key(tau=0), key(flag=True), key(flag=1), key({"tau": 1})]
     assert len(set(different)) == len(different)
 
 

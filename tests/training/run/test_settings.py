@@ -153,6 +153,16 @@ def test_the_form_of_version_0_1_is_still_an_option_of_the_long_tail_loss() -> N
     )
 
 
+@pytest.mark.parametrize("loss", ["long-tail", "long-tail-prior"])
+def test_the_precision_of_version_0_1_is_still_an_option_of_the_long_tail_losses(loss: str) -> None:
+    settings = Settings(loss=loss, loss_options={"min_angle_exact": True})
+    config = RunConfig(settings, ("a", "b", "c"), (9, 3, 1), (1, 8, 8), (0.5,), (0.5,), {})
+    with pytest.warns(DeprecationWarning, match="min_angle_allow_tf32=False"):
+        recorded = config.in_force().settings.all_loss_options
+    assert recorded["min_angle_allow_tf32"] is False
+    assert "min_angle_exact" not in recorded
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_loss_takes_what_the_run_decides(loss: str) -> None:
     for option in ("num_classes", "class_counts", "device", "reduction", "self"):
