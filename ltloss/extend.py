@@ -120,8 +120,8 @@ def logsumexp_stats(
         objective = Objective(
             log_prior=log_prior, scale=float(scale), normalize_features=normalize_features, ignore_index=ignore_index
         )
-    own, shard = at_hand(prototypes, labels)
-    r, target, logit_sum = ops.logsumexp_stats(features, own, labels, objective, with_logit_sum, shard)
+    here, shard = at_hand(prototypes, labels)
+    r, target, logit_sum = ops.logsumexp_stats(features, here, labels, objective, with_logit_sum, shard)
     labels = torch.where(counted, labels, -1)
     if logit_sum is not None and log_prior is not None:
         logit_sum = logit_sum + log_prior.sum()

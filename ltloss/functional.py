@@ -161,7 +161,7 @@ def cosine_logsumexp(
         log_prior: (C,) or None.
 
     Returns:
-        ``(other_logsumexp, own_logit)``, both (N,): r_i = log Σ_{c≠y_i} exp(l_ic), which is −inf where there is no
+        ``(logsumexp, target_logit)``, both (N,): r_i = log Σ_{c≠y_i} exp(l_ic), which is −inf where there is no
         other class, and t_i = l_{i,y_i}, with l_ic = s·cos_ic + log-prior_c. Both are differentiable, with any
         upstream gradient.
 

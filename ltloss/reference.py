@@ -85,16 +85,16 @@ def _per_sample(values: Tensor | float, labels: Tensor, like: Tensor) -> Tensor:
     return values[labels] if values.dim() else values.expand(labels.shape)
 
 
-def _own_and_others(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """r_i = log Σ_{c≠y} exp(l_ic) and t_i = l_{i,y}; a label outside [0, C) has no own class here (t = 0)."""
+def _others_and_target(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """r_i = log Σ_{c≠y} exp(l_ic) and t_i = l_{i,y}; a label outside [0, C) has no target class here (t = 0)."""
     classes = torch.arange(logits.shape[1], device=logits.device)
-    is_own = labels[:, None] == classes
-    own = torch.where(is_own, logits, 0.0).sum(1)
-    others = torch.where(is_own, -math.inf, logits)
+    is_target = labels[:, None] == classes
+    target_logit = torch.where(is_target, logits, 0.0).sum(1)
+    others = torch.where(is_target, -math.inf, logits)
     # log Σ over nothing is −inf; torch.logsumexp agrees but has no gradient there.
     nothing = (others == -math.inf).all(1)
-    other_logsumexp = torch.logsumexp(torch.where(nothing[:, None], 0.0, others), 1)
-    return torch.where(nothing, -math.inf, other_logsumexp), own
+    logsumexp = torch.logsumexp(torch.where(nothing[:, None], 0.0, others), 1)
+    return torch.where(nothing, -math.inf, logsumexp), target_logit
 
 
 def cosine_logsumexp(
@@ -104,7 +104,7 @@ def cosine_logsumexp(
     logits = scale * cosines(features, prototypes)
     if log_prior is not None:
         logits = logits + log_prior
-    return _own_and_others(logits, labels)
+    return _others_and_target(logits, labels)
 
 
 def logsumexp_stats(
@@ -122,8 +122,8 @@ def logsumexp_stats(
     cosine = objective.scale * cosines(features, prototypes)
     if not objective.normalize_features:
         cosine = cosine * torch.linalg.vector_norm(features.to(cosine.dtype), dim=1, keepdim=True)
-    _, target = _own_and_others(cosine, labels)
-    r, _ = _own_and_others(cosine if log_prior is None else cosine + log_prior, labels)
+    _, target = _others_and_target(cosine, labels)
+    r, _ = _others_and_target(cosine if log_prior is None else cosine + log_prior, labels)
     return r, target, cosine.sum(1) if with_logit_sum else None
 
 
@@ -176,9 +176,9 @@ def loss_of(features: Tensor, prototypes: Tensor, labels: Tensor, objective: Obj
         s = scale * torch.linalg.vector_norm(features.to(cosine.dtype), dim=1)
     per_row = s[:, None] if isinstance(s, Tensor) else s
     prior = cosine.new_zeros(cosine.shape[1]) if log_prior is None else log_prior.to(cosine.dtype)
-    own_cosine = cosine.gather(1, y[:, None])[:, 0]
+    target_cosine = cosine.gather(1, y[:, None])[:, 0]
     margin = _with_margin(
-        own_cosine,
+        target_cosine,
         objective.margin._replace(
             angular_margin=_per_sample(objective.margin.angular_margin, y, cosine),
             cosine_margin=_per_sample(objective.margin.cosine_margin, y, cosine),
@@ -186,7 +186,7 @@ def loss_of(features: Tensor, prototypes: Tensor, labels: Tensor, objective: Obj
     )
     z = s * margin + prior[y]
     logits = (per_row * cosine + prior).scatter(1, y[:, None], z[:, None])
-    r, _ = _own_and_others(logits, y)
+    r, _ = _others_and_target(logits, y)
     losses = -F.logsigmoid(z - r)  # = log(e^r + e^z) − z, without cancellation
     if smoothing:
         losses = losses + smoothing * (z - logits.mean(1))

@@ -75,8 +75,8 @@ def _inputs(n: int, c: int, d: int) -> dict[str, Problem]:
     trained[::6] = 3.0 * given.prototypes[: len(trained[::6])]
     return {
         "trained": given._replace(features=trained),
-        "equal to the own prototype": given._replace(features=own.clone()),
-        "opposite to the own prototype": given._replace(features=-2.0 * own),
+        "equal to the target prototype": given._replace(features=own.clone()),
+        "opposite to the target prototype": given._replace(features=-2.0 * own),
         "duplicate prototypes": given._replace(prototypes=given.prototypes[torch.arange(c) % 10]),
         "one feature": given._replace(features=given.prototypes[:1].expand(n, d).clone()),
         "everything ignored": given._replace(labels=torch.full_like(given.labels, -100)),

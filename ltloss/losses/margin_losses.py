@@ -53,7 +53,7 @@ class PriorOptions(LossOptions, total=False):
 
 
 class CombinedMarginLoss(PrototypeHead):
-    """Cross-entropy with the combined margin cos(m1·θ + m2) − m3 on the own class: the general member of the family.
+    """Cross-entropy with the combined margin cos(m1·θ + m2) − m3 on the target class: the general member of the family.
 
     Args:
         num_classes: C.
@@ -162,7 +162,7 @@ class CosineSoftmaxLoss(CombinedMarginLoss):
 
 
 class CosFaceLoss(CombinedMarginLoss):
-    """Additive cosine margin: cos θ − margin on the own class (also called AM-Softmax).
+    """Additive cosine margin: cos θ − margin on the target class (also called AM-Softmax).
 
     Args:
         num_classes: C.
@@ -187,7 +187,7 @@ class CosFaceLoss(CombinedMarginLoss):
 
 
 class ArcFaceLoss(CombinedMarginLoss):
-    """Additive angular margin: cos(θ + margin) on the own class.
+    """Additive angular margin: cos(θ + margin) on the target class.
 
     Args:
         num_classes: C.

@@ -137,6 +137,6 @@ def test_every_loss_in_float32(name: str, inputs: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 64.0, 512.0])
-@pytest.mark.parametrize("inputs", ["random", "trained", "opposite_to_own_prototype"])
+@pytest.mark.parametrize("inputs", ["random", "trained", "opposite_to_target_prototype"])
 def test_every_scale(scale: float, inputs: str) -> None:
     _check(_draws(inputs, (F32, F32)), {"cosine_margin": 0.2, "scale": scale}, reference.margin_cross_entropy)

@@ -30,7 +30,7 @@ FACTOR, FLOOR = 1.5, 4 * 2.0**-24
 
 # At cos = ±1 a float32 cosine tells angles apart only to √(2·2^-24), and z = s·cos(θ + m) is as uncertain as s·sin m
 # times that, whoever computes it: whether a cosine comes out as 1 or as 1 − 2^-24 is luck.
-ANGLE_AT_ONE = {"equal_to_own_prototype": 2.0**-11.5, "opposite_to_own_prototype": 2.0**-11.5}
+ANGLE_AT_ONE = {"equal_to_target_prototype": 2.0**-11.5, "opposite_to_target_prototype": 2.0**-11.5}
 
 
 def _random(seed: int) -> Problem:
@@ -38,20 +38,20 @@ def _random(seed: int) -> Problem:
 
 
 def _trained(seed: int) -> Problem:
-    """Peaked: features close to their own prototype, every sixth sample in the place of another class."""
+    """Peaked: features close to their target's prototype, every sixth sample in the place of another class."""
     given = problem(N, C, D, seed=seed)
     features = 3.0 * given.prototypes[given.labels.clamp_min(0)] + 0.15 * given.features
     features[::6] = 3.0 * given.prototypes[: len(features[::6])]
     return given._replace(features=features)
 
 
-def _equal_to_own_prototype(seed: int) -> Problem:
+def _equal_to_target_prototype(seed: int) -> Problem:
     given = problem(N, C, D, seed=seed)
     return given._replace(features=given.prototypes[given.labels.clamp_min(0)].clone())
 
 
-def _opposite_to_own_prototype(seed: int) -> Problem:
-    given = _equal_to_own_prototype(seed)
+def _opposite_to_target_prototype(seed: int) -> Problem:
+    given = _equal_to_target_prototype(seed)
     return given._replace(features=-2.0 * given.features)
 
 
@@ -68,8 +68,8 @@ def _all_features_equal(seed: int) -> Problem:
 INPUTS: dict[str, Callable[[int], Problem]] = {
     "random": _random,
     "trained": _trained,
-    "equal_to_own_prototype": _equal_to_own_prototype,
-    "opposite_to_own_prototype": _opposite_to_own_prototype,
+    "equal_to_target_prototype": _equal_to_target_prototype,
+    "opposite_to_target_prototype": _opposite_to_target_prototype,
     "duplicate_prototypes": _duplicate_prototypes,
     "all_features_equal": _all_features_equal,
 }
@@ -132,7 +132,7 @@ def test_some_losses_in_bfloat16(name: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 16.0, 64.0, 512.0])
-@pytest.mark.parametrize("inputs", ["random", "trained", "opposite_to_own_prototype"])
+@pytest.mark.parametrize("inputs", ["random", "trained", "opposite_to_target_prototype"])
 def test_every_scale(scale: float, inputs: str) -> None:
     draws = [rounded(INPUTS[inputs](seed), DTYPES["float32"]) for seed in SEEDS]
     check(draws, {"cosine_margin": 0.2, "scale": scale})

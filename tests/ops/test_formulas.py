@@ -35,10 +35,10 @@ def on_circle(*angles: float, length: float = 1.0) -> Tensor:
     return length * torch.tensor([[math.cos(a), math.sin(a)] for a in angles], dtype=torch.float64)
 
 
-def by_hand(own: Callable[[float], float], label: int, others: Callable[[float, int], float] | None = None) -> float:
-    """−log P with the own-class logit ``own(θ)`` and the other logits s·cos θ, or ``others(s·cos θ, c)``."""
+def by_hand(target: Callable[[float], float], label: int, others: Callable[[float, int], float] | None = None) -> float:
+    """−log P with the target logit ``target(θ)`` and the other logits s·cos θ, or ``others(s·cos θ, c)``."""
     others = others or (lambda logit, c: logit)
-    z = own(abs(FEATURE - PROTOTYPES[label]))
+    z = target(abs(FEATURE - PROTOTYPES[label]))
     rest = [others(SCALE * math.cos(FEATURE - a), c) for c, a in enumerate(PROTOTYPES) if c != label]
     return math.log(math.exp(z) + sum(math.exp(value) for value in rest)) - z
 
@@ -51,7 +51,7 @@ def loss(label: int, length: float = 2.0, **options: object) -> float:
 
 @pytest.mark.parametrize("label", [0, 1, 2])
 class TestTable:
-    """Section 3: what changes on the own-class logit, and what on the others."""
+    """Section 3: what changes on the target logit, and what on the others."""
 
     def test_cosine_softmax(self, label: int, backend: str) -> None:
         """NormFace: s·cos θ everywhere."""
@@ -88,7 +88,7 @@ class TestTable:
         assert got == pytest.approx(expected, rel=EXACT)
 
     def test_logit_adjustment(self, label: int, backend: str) -> None:
-        """Balanced softmax / logit adjustment: + τ·log π_y on the own class, + τ·log π_c on the others."""
+        """Balanced softmax / logit adjustment: + τ·log π_y on the target class, + τ·log π_c on the others."""
         log_prior = [1.5 * math.log(n / 13) for n in (9, 3, 1)]
         expected = by_hand(lambda t: SCALE * math.cos(t) + log_prior[label], label, lambda v, c: v + log_prior[c])
         assert loss(label, log_prior=torch.tensor(log_prior, dtype=torch.float64)) == pytest.approx(expected, rel=EXACT)

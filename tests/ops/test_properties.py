@@ -14,7 +14,7 @@ from ltloss.testing import FAMILY, assert_same, outcome, problem, relative_error
 # float64: sums of some ten products times a scale of 30.
 EXACT = 1e-12
 
-# The original beyond π is not monotone, and smoothing also asks for a small logit of the own class.
+# The original beyond π is not monotone, and smoothing also asks for a small logit of the target class.
 MONOTONE = [
     name
     for name, options in FAMILY.items()
@@ -97,7 +97,7 @@ def test_a_margin_never_lowers_the_loss(name: str, margin: str) -> None:
 @pytest.mark.parametrize("shards", [[9], [4, 5], [1, 3, 5], [1] * 9])
 @pytest.mark.parametrize("with_prior", [False, True])
 def test_shards_of_the_classes_combine_to_the_whole(shards: list[int], with_prior: bool) -> None:
-    """Labels outside mean "no own class here": r combines by logaddexp and t by a sum, and so do the gradients."""
+    """Labels outside mean "no target class here": r combines by logaddexp and t by a sum, and so do the gradients."""
     given = problem(ignored=False)
     prior = torch.linspace(-2, 1, 9, dtype=torch.float64) if with_prior else None
 

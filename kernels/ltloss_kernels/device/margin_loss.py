@@ -122,7 +122,7 @@ def margin_loss_kernel(
     rows = program * ROWS + tl.arange(0, ROWS)
     inside = rows < samples
     base, total, log_total = combine_splits(partial_sum_ptr, partial_max_ptr, rows, inside, samples, splits, shift)
-    other_logsumexp = base * LN2 + log_total
+    logsumexp = base * LN2 + log_total
     label = tl.load(labels_ptr + rows.to(tl.int64) * labels_stride, mask=inside, other=0).to(tl.int64)
     counted = inside
     if ignore_index is not None:
@@ -140,7 +140,7 @@ def margin_loss_kernel(
     with_margin = logit_scale * (margin - subtracted)
     z = with_margin + per_class(prior_ptr, 0.0, label, known)
 
-    difference = other_logsumexp - z
+    difference = logsumexp - z
     e = exp_of_negative(-tl.abs(difference))
     loss = tl.where(difference > 0.0, difference, 0.0) + log1p(e)
     other_probability = tl.div_rn(tl.where(difference > 0.0, 1.0, e), 1.0 + e)
