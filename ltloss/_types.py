@@ -44,7 +44,7 @@ class Partials(NamedTuple):
         logit_sum: (S, N) Σ s·cos_c over all classes of a split, or None where it was not asked for.
         target_cosine: (N,) cos_y: 0 where the target is not among these classes, NaN for a label that is no class.
         norm: (N,) ‖x‖ where features keep their length, else None.
-        class_factor: (C,) 1/‖w‖, for the backward.
+        class_factor: (C,) for the backward: 1/‖w‖, or s·log2 e/‖w‖ (kernels).
     """
 
     sum: Tensor
@@ -66,11 +66,11 @@ class MarginLoss(NamedTuple):
             2 d_target  the whole gradient at the target logit
             3 d_all     the gradient that label smoothing gives every class
             4 d_norm    ∂loss/∂‖x‖
-        inverse_total: scalar, 1/Σ weights for ``reduction="mean"``, else 1.
-        bound: scalar, the largest coefficient; what float16 is scaled by.
+        inverse_weight_sum: scalar, 1/Σ weights for ``reduction="mean"``, else 1.
+        max_coefficient: scalar, the largest coefficient; what float16 is scaled by.
     """
 
     loss: Tensor
     coefficients: Tensor
-    inverse_total: Tensor
-    bound: Tensor
+    inverse_weight_sum: Tensor
+    max_coefficient: Tensor

@@ -39,10 +39,10 @@ def coefficients(rows: Tensor) -> tuple[Tensor, Tensor]:
     exact = rows[0].double() / math.log(2.0)
     shift = exact.float()
     nothing = (rows[1] == 0) | (rows[0] == -math.inf)
-    by_lse = torch.where(nothing, 0.0, rows[1] * torch.exp2(shift.double() - exact).float())
-    rows = torch.cat([torch.where(nothing, math.inf, shift)[None], by_lse[None], rows[2:]])
-    bound = rows[1:].abs().amax() if rows.shape[1] else rows.new_zeros(())
-    return rows, bound
+    d_lse = torch.where(nothing, 0.0, rows[1] * torch.exp2(shift.double() - exact).float())
+    rows = torch.cat([torch.where(nothing, math.inf, shift)[None], d_lse[None], rows[2:]])
+    max_coefficient = rows[1:].abs().amax() if rows.shape[1] else rows.new_zeros(())
+    return rows, max_coefficient
 
 
 def gradients(
@@ -53,8 +53,8 @@ def gradients(
     log_prior: Tensor | None,
     coefficients: Tensor,
     class_factor: Tensor,
-    inverse_total: Tensor | None,
-    bound: Tensor,
+    inverse_weight_sum: Tensor | None,
+    max_coefficient: Tensor,
     scale: float,
     smooth: bool,
     normalize_features: bool,
@@ -70,8 +70,8 @@ def gradients(
         features, prototypes, labels, log_prior, scale, normalize_features: as for ``partials``.
         coefficients: (4 or 5, N) of ``margin_loss``.
         class_factor: (C,) s·log2 e/‖w‖, of the partials.
-        inverse_total: scalar that multiplies the upstream gradient, or None.
-        bound: scalar, the largest |coefficient|; read for float16 only.
+        inverse_weight_sum: scalar that multiplies the upstream gradient, or None.
+        max_coefficient: scalar, the largest |coefficient|; read for float16 only.
         smooth: whether row 3 of the coefficients is used.
         ignore_index: rows with this label may hold anything, also NaN; None: all rows count.
         needs: which of the two gradients are computed.
@@ -87,7 +87,7 @@ def gradients(
         run = _Backward(
             widened(features), widened(prototypes), labels, vector(log_prior), scale, normalize_features, ignore_index
         )
-        run.take(grad_loss, coefficients, class_factor, inverse_total, bound, smooth)
+        run.take(grad_loss, coefficients, class_factor, inverse_weight_sum, max_coefficient, smooth)
         run.allocate(needs[0], needs[1], limit())
         run.launch_samples()
         for slab in run.slabs():
@@ -149,17 +149,17 @@ class _Backward:
         upstream: Tensor,
         coefficients: Tensor,
         class_factor: Tensor,
-        inverse_total: Tensor | None,
-        bound: Tensor,
+        inverse_weight_sum: Tensor | None,
+        max_coefficient: Tensor,
         smooth: bool,
     ) -> None:
-        """What arrives from behind."""
+        """Keep the upstream gradient, and what the forward left of each sample."""
         self.upstream, self.upstream_stride = upstream, upstream.stride(0) if upstream.dim() else 0
         self.coefficients, self.class_factor, self.smooth = coefficients, class_factor, smooth
-        self.inverse_total = inverse_total
-        scaled = self.dtype == torch.float16  # then the slab is multiplied by a power of two, see slab_scale
-        self.bound = bound if scaled else None
-        self.upstream_bound = (upstream.abs().amax() if upstream.dim() else upstream) if scaled else None
+        self.inverse_weight_sum = inverse_weight_sum
+        float16_slab = self.dtype == torch.float16  # then it is multiplied by a power of two, see slab_scale
+        self.max_coefficient = max_coefficient if float16_slab else None
+        self.max_upstream = (upstream.abs().amax() if upstream.dim() else upstream) if float16_slab else None
 
     def allocate(self, need_features: bool, need_prototypes: bool, limit: int) -> None:
         """The gradients, and in ``limit`` bytes beside them what they are made from."""
@@ -189,7 +189,7 @@ class _Backward:
         self._slab = padded_matrix(self.plan.rows, self.plan.classes, self.dtype, device)
         self.unit = padded_matrix(samples, width, self.dtype, device)
         self._label = torch.empty(samples, dtype=torch.int32, device=device)
-        self._terms = torch.empty(4, samples, dtype=torch.float32, device=device)
+        self._sample_gradients = torch.empty(4, samples, dtype=torch.float32, device=device)
 
     def chunks(self) -> Iterator[slice]:
         """The samples, some at a time."""
@@ -217,7 +217,7 @@ class _Backward:
             yield _Slab(first, prototypes, operand, factor, copy_factor, wide, grad)
 
     def launch_samples(self) -> None:
-        """Features as an operand (N, D), clean labels (N,), and the terms of dZ that belong to a sample (4, N)."""
+        """Features as an operand (N, D), clean labels (N,), and the gradients of each sample (4, N)."""
         (samples, width), copy = self.features.shape, self.unit
         tile = tiles.row_tile(width)
         sample_gradient_kernel[(ceil_div(samples, tile.rows),)](
@@ -226,13 +226,13 @@ class _Backward:
             self.labels,
             self.coefficients,
             self.upstream,
-            self.inverse_total,
-            self.bound,
-            self.upstream_bound,
+            self.inverse_weight_sum,
+            self.max_coefficient,
+            self.max_upstream,
             # outputs
             copy,
             self._label,
-            self._terms,
+            self._sample_gradients,
             # sizes
             samples,
             self.prototypes.shape[0],
@@ -254,7 +254,7 @@ class _Backward:
 
     def launch_tiles(self, rows: slice, slab: _Slab) -> Tensor:
         """dZ (n, c) of some samples and a slab, in memory that the next call takes again."""
-        features, label, terms = self.unit[rows], self._label[rows], self._terms[:, rows]
+        features, label, sample_gradients = self.unit[rows], self._label[rows], self._sample_gradients[:, rows]
         prototypes, here = slab.operand, slice(slab.first, slab.first + len(slab.operand))
         part = self._slab[: len(features), : len(prototypes)]
         tile, (samples, classes) = self.tile, part.shape
@@ -266,7 +266,7 @@ class _Backward:
             slab.factor,
             None if self.prior is None else self.prior[here],
             label,
-            terms,
+            sample_gradients,
             # outputs
             block_source(part, tile.rows, tile.classes, self.described),
             # sizes
@@ -275,7 +275,7 @@ class _Backward:
             features.shape[1],
             here.start,
             class_tiles,
-            terms.stride(0),
+            sample_gradients.stride(0),
             features.stride(0),
             prototypes.stride(0),
             part.stride(0),
@@ -313,9 +313,9 @@ class _Backward:
             self.labels,
             self.coefficients[4] if self.coefficients.shape[0] == 5 else None,
             self.upstream,
-            self.inverse_total,
-            self.bound,
-            self.upstream_bound,
+            self.inverse_weight_sum,
+            self.max_coefficient,
+            self.max_upstream,
             # outputs
             self.grad_features,
             grad_prototypes,

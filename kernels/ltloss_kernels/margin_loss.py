@@ -93,8 +93,8 @@ def margin_loss(
             EXACT_GRADIENT=margin.margin_gradient == "exact",
             ROWS=tiles.SAMPLE_ROWS,
         )
-        loss, inverse_total, bound = _reduced(block_sums, objective.reduction == "mean")
-    return losses if objective.reduction == "none" else loss, coefficients, inverse_total, bound
+        loss, inverse_weight_sum, max_coefficient = _reduced(block_sums, objective.reduction == "mean")
+    return losses if objective.reduction == "none" else loss, coefficients, inverse_weight_sum, max_coefficient
 
 
 def _per_class(values: PerClass) -> tuple[Tensor | None, float]:
@@ -104,18 +104,18 @@ def _per_class(values: PerClass) -> tuple[Tensor | None, float]:
 
 def _reduced(block_sums: Tensor, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
     """From (3, blocks): the loss, 1/Σ weights (1 unless ``mean``) and the largest coefficient, three scalars."""
-    loss, inverse_total, bound = (block_sums.new_empty(()) for _ in range(3))
+    loss, inverse_weight_sum, max_coefficient = (block_sums.new_empty(()) for _ in range(3))
     reduce_kernel[(1,)](
         # inputs
         block_sums,
         # outputs
         loss,
-        inverse_total,
-        bound,
+        inverse_weight_sum,
+        max_coefficient,
         # sizes
         block_sums.shape[1],
         # constants
         MEAN=mean,
         BLOCK=1024,
     )
-    return loss, inverse_total, bound
+    return loss, inverse_weight_sum, max_coefficient

@@ -219,18 +219,18 @@ def margin_loss(partials: Partials, labels: Tensor, objective: Objective, num_cl
     logit_scale = scale if partials.norm is None else scale * partials.norm.double()
     target_logit = logit_scale * turned
     z = target_logit if log_prior is None else target_logit + log_prior.double()[target]
-    loss, other = -F.logsigmoid(z - r), torch.sigmoid(r - z)
-    by_target, every = -other, torch.zeros_like(other)
+    loss, d_lse = -F.logsigmoid(z - r), torch.sigmoid(r - z)
+    d_turned, d_all = -d_lse, torch.zeros_like(d_lse)
     if partials.logit_sum is not None:
         share = label_smoothing / num_classes
         whole = partials.logit_sum.double().sum(0)
         if log_prior is not None:
             whole = whole + log_prior.double().sum()
         loss = loss + label_smoothing * (z - (whole - logit_scale * cosine + target_logit) / num_classes)
-        by_target, every = by_target + (label_smoothing - share), every - share
-    rows = [other, by_target * slope, every]
+        d_turned, d_all = d_turned + (label_smoothing - share), d_all - share
+    rows = [d_lse, d_turned * slope, d_all]
     if partials.norm is not None:
-        rows.append(by_target * (turned - cosine * slope) * scale)
+        rows.append(d_turned * (turned - cosine * slope) * scale)
     weight = counted.double()
     if objective.class_weight is not None:
         weight = weight * objective.class_weight.double()[target]
@@ -264,15 +264,15 @@ def coefficients(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows, rows.new_zeros(())
 
 
-class _Upstream(NamedTuple):
-    """The gradients that arrive per sample, in the form that the tiles use them."""
+class _SampleGradients(NamedTuple):
+    """The gradients of each sample, in the form that the tiles use them."""
 
     shift: Tensor  # (N,) r - log|a|
-    factor: Tensor  # (N,) sign of a, times what rounding the shift has lost
+    factor: Tensor  # (N,) sign of a, corrected for the rounding of the shift
     target: Tensor  # (N,) what the target's entry of a tile gets, over factor
 
     @classmethod
-    def of(cls, r: Tensor, a: Tensor, target: Tensor) -> _Upstream:
+    def of(cls, r: Tensor, a: Tensor, target: Tensor) -> _SampleGradients:
         """|a|·exp(l - r) in one exponential: the coefficient goes into the exponent and its sign onto u and d.
 
         That spares one pass over every tile. Where there is nothing to send back (a = 0, or no other class at all) the
@@ -295,8 +295,8 @@ def gradients(
     log_prior: Tensor | None,
     coefficients: Tensor,
     class_factor: Tensor,
-    inverse_total: Tensor,
-    bound: Tensor,
+    inverse_weight_sum: Tensor,
+    max_coefficient: Tensor,
     scale: float,
     smooth: bool,
     normalize_features: bool,
@@ -316,23 +316,22 @@ def gradients(
     u = _scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
     blocks = block_sizes(n, c, d, features.device)
     tiles = _Tiles(u, prototypes, class_factor, None if log_prior is None else log_prior.to(dtype), blocks)
-    rows_of = coefficients[1:] * (grad_loss.to(dtype) * inverse_total)
-    every = rows_of[2] if smooth else None
-    upstream = _Upstream.of(coefficients[0], rows_of[0], rows_of[1] if every is None else rows_of[1] - every)
+    d_lse, d_target, d_all, *d_norm = coefficients[1:] * (grad_loss.to(dtype) * inverse_weight_sum)
+    of_samples = _SampleGradients.of(coefficients[0], d_lse, d_target - d_all if smooth else d_target)
     grad_u = torch.zeros_like(u) if needs[0] else None
     grad_w = prototypes.new_empty(c, d) if needs[1] else None
-    signed_u = u * upstream.factor[:, None]
-    sum_row = None if every is None else every @ u
+    signed_u = u * of_samples.factor[:, None]
+    sum_row = d_all @ u if smooth else None
     unit_sum = u.new_zeros(d)
     for start, stop in spans(c, blocks.classes):
         unit = tiles.unit_prototypes(start, stop)
-        if every is not None:
+        if smooth:
             unit_sum += unit.sum(0)
         in_place = grad_w is not None and grad_w.dtype == dtype
         chunk = grad_w[start:stop] if grad_w is not None and in_place else torch.empty_like(unit)
         for row in spans(n, blocks.rows):
             rows = slice(*row)
-            tile = _gradient_tile(tiles, unit, rows, (start, stop), labels[rows], upstream)
+            tile = _gradient_tile(tiles, unit, rows, (start, stop), labels[rows], of_samples)
             if grad_u is not None:
                 grad_u[rows].addmm_(tile, unit)
             if grad_w is not None:
@@ -343,15 +342,15 @@ def gradients(
             if not in_place:
                 grad_w[start:stop] = chunk
     if grad_u is not None:
-        grad_u *= upstream.factor[:, None]
-        if every is not None:
-            grad_u.addr_(every, unit_sum)
+        grad_u *= of_samples.factor[:, None]
+        if smooth:
+            grad_u.addr_(d_all, unit_sum)
         grad_u *= scale  # u = s·x̂, or s·x
         x_hat = _counted(features, labels, ignore_index).to(dtype) * feature_inverse[:, None]
         if normalize_features:
             project_(grad_u, x_hat, feature_inverse)
         else:  # a zero feature has no direction: no gradient
-            grad_u.addcmul_(x_hat, rows_of[3][:, None]).masked_fill_((feature_inverse == 0)[:, None], 0.0)
+            grad_u.addcmul_(x_hat, d_norm[0][:, None]).masked_fill_((feature_inverse == 0)[:, None], 0.0)
     return (
         features.new_empty(0) if grad_u is None else grad_u.to(features.dtype),
         prototypes.new_empty(0) if grad_w is None else grad_w,
@@ -359,10 +358,10 @@ def gradients(
 
 
 def _gradient_tile(
-    tiles: _Tiles, unit: Tensor, rows: slice, classes: tuple[int, int], labels: Tensor, upstream: _Upstream
+    tiles: _Tiles, unit: Tensor, rows: slice, classes: tuple[int, int], labels: Tensor, of_samples: _SampleGradients
 ) -> Tensor:
     """G with the factor of the row still to come: |a|·exp(l - r), and target / factor at the target class."""
-    tile = tiles.logits(unit, rows, *classes).sub_(upstream.shift[rows, None])
+    tile = tiles.logits(unit, rows, *classes).sub_(of_samples.shift[rows, None])
     torch.threshold_(tile, SMALLEST_EXPONENT[tile.dtype], -math.inf).exp_()
-    TargetColumn(labels, classes[0], tile.shape[1]).fill(tile, upstream.target[rows])
+    TargetColumn(labels, classes[0], tile.shape[1]).fill(tile, of_samples.target[rows])
     return tile

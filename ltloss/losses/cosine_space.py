@@ -14,6 +14,20 @@ from ltloss.losses.prototype_head import PrototypeHead
 
 __all__ = ["CosineSpaceLoss"]
 
+_OPTIONS = (
+    "scale",
+    "margin",
+    "inter_weight",
+    "intra_weight",
+    "ce_weight",
+    "epsilon",
+    "start_step",
+    "truncate",
+    "label_smoothing",
+    "ignore_index",
+    "strict",
+)
+
 
 class CosineSpaceLoss(PrototypeHead):
     """Source B: spread the classes first, then draw each together. L = α·L_inter + β(t)·Trunc(L_intra − ε) + γ·L_CE.
@@ -162,7 +176,4 @@ class CosineSpaceLoss(PrototypeHead):
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""
-        names = (
-            "scale margin inter_weight intra_weight ce_weight epsilon start_step truncate label_smoothing ignore_index"
-        )
-        return {name: getattr(self, name) for name in [*names.split(), "strict"]}
+        return {name: getattr(self, name) for name in _OPTIONS}

@@ -114,8 +114,8 @@ def _fake_gradients(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *re
 
 _GRADIENTS = define(
     "logsumexp_gradients(Tensor grad_loss, Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, "
-    "Tensor coefficients, Tensor class_factor, Tensor inverse_total, Tensor bound, float scale, bool smooth, "
-    "bool normalize_features, int? ignore_index, bool[] needs) -> (Tensor features, Tensor prototypes)",
+    "Tensor coefficients, Tensor class_factor, Tensor inverse_weight_sum, Tensor max_coefficient, float scale, "
+    "bool smooth, bool normalize_features, int? ignore_index, bool[] needs) -> (Tensor features, Tensor prototypes)",
     _fake_gradients,
     torch=chunked.gradients,
     triton=Kernel("gradients", {"limit": current_workspace}),
@@ -265,9 +265,9 @@ class _LogSumExpStats(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *given, r, class_factor = ctx.saved_tensors
         _, with_logit_sum, normalize_features, _ = ctx.options
-        every = grads[2] if with_logit_sum else torch.zeros_like(r)
+        d_all = grads[2] if with_logit_sum else torch.zeros_like(r)
         # The target logit s·‖x‖·cos_y is linear in x: no part of its gradient goes by the length alone.
-        rows = [r, grads[0], grads[1] + every, every] + [torch.zeros_like(r)] * (not normalize_features)
+        rows = [r, grads[0], grads[1] + d_all, d_all] + [torch.zeros_like(r)] * (not normalize_features)
         one = r.new_ones(())
-        coefficients, bound = BACKENDS[ctx.backend]().coefficients(torch.stack(rows))
-        return propagate(ctx, one, (*given, coefficients, class_factor, one, bound))
+        coefficients, max_coefficient = BACKENDS[ctx.backend]().coefficients(torch.stack(rows))
+        return propagate(ctx, one, (*given, coefficients, class_factor, one, max_coefficient))

@@ -80,7 +80,7 @@ def _fake_margin_loss(
     return _fake_loss(logsumexp, logsumexp.shape[1], norm.numel() == 0, Objective.of(*rest[:-1]).reduction)
 
 
-_LOSS = "Tensor loss, Tensor coefficients, Tensor inverse_total, Tensor bound"
+_LOSS = "Tensor loss, Tensor coefficients, Tensor inverse_weight_sum, Tensor max_coefficient"
 OPERATORS = {
     "margin_cross_entropy": define(
         f"margin_cross_entropy(Tensor features, Tensor prototypes, Tensor labels, {OBJECTIVE}) "
@@ -114,17 +114,19 @@ class MarginCrossEntropy(torch.autograd.Function):
         """The loss: a scalar, or (N,) for ``reduction="none"``."""
         prior, ignore_index, smooth = objective.log_prior, objective.ignore_index, objective.label_smoothing > 0.0
         if shard is None:
-            loss, coefficients, inverse_total, bound, class_factor = OPERATORS["margin_cross_entropy"][backend](
-                features, prototypes, labels, *objective.flat()
-            )
+            loss, coefficients, inverse_weight_sum, max_coefficient, class_factor = OPERATORS["margin_cross_entropy"][
+                backend
+            ](features, prototypes, labels, *objective.flat())
         else:
             local = LocalWork.of(features, labels, objective, shard)
             gathered, class_factor = gathered_stats(local, prototypes, objective, smooth, backend, shard)
-            loss, coefficients, inverse_total, bound = OPERATORS["margin_loss"][backend](
+            loss, coefficients, inverse_weight_sum, max_coefficient = OPERATORS["margin_loss"][backend](
                 *gathered, labels, *objective.flat(), num_classes
             )
             (features, labels, prior), ignore_index = local, None
-        ctx.save_for_backward(features, prototypes, labels, prior, coefficients, class_factor, inverse_total, bound)
+        ctx.save_for_backward(
+            features, prototypes, labels, prior, coefficients, class_factor, inverse_weight_sum, max_coefficient
+        )
         ctx.options = objective.scale, smooth, objective.normalize_features, ignore_index
         ctx.backend, ctx.shard = backend, shard
         result: Tensor = loss

@@ -75,9 +75,9 @@ def test_a_backward_may_read_in_place_what_the_forward_copied() -> None:
     misaligned = torch.zeros(C * 16 + 1, device=DEVICE)[1:].view(C, 16).copy_(given.prototypes)
     found = partials_of(given._replace(prototypes=misaligned), given.labels, IGNORED)
     objective = Objective(Margin(cosine_margin=0.1), scale=9.0)
-    loss, coefficients, inverse_total, bound = margin_loss(found, given.labels, objective, C)
+    loss, coefficients, inverse, largest = margin_loss(found, given.labels, objective, C)
     grads = gradients(
-        torch.ones((), device=DEVICE), *given, None, coefficients, found.class_factor, inverse_total, bound,
+        torch.ones((), device=DEVICE), *given, None, coefficients, found.class_factor, inverse, largest,
         9.0, smooth=False, normalize_features=True, ignore_index=IGNORED, needs=(True, True), limit=lambda: 1 << 20,
     )  # fmt: skip
     assert_close(Outcome(loss, *grads), exact_outcome(given, cosine_margin=0.1, scale=9.0))

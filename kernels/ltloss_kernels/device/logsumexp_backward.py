@@ -22,11 +22,11 @@ __all__ = ["gradient_tile_kernel", "projection_kernel", "sample_gradient_kernel"
 
 
 @triton.jit
-def slab_scale(bound_ptr, upstream_bound_ptr, inverse_total_ptr, scale):
+def slab_scale(max_coefficient_ptr, max_upstream_ptr, inverse_weight_sum_ptr, scale):
     """The power of two on a float16 slab, from the largest coefficient, upstream gradient and scale."""
-    bound = tl.load(bound_ptr) * tl.abs(tl.load(upstream_bound_ptr)) * scale
-    if inverse_total_ptr is not None:
-        bound *= tl.load(inverse_total_ptr)
+    bound = tl.load(max_coefficient_ptr) * tl.abs(tl.load(max_upstream_ptr)) * scale
+    if inverse_weight_sum_ptr is not None:
+        bound *= tl.load(inverse_weight_sum_ptr)
     return 4096.0 * power_of_two_below(tl.where(bound < 1e-30, 1e-30, bound))
 
 
@@ -37,13 +37,13 @@ def sample_gradient_kernel(
     labels_ptr,
     coefficients_ptr,
     upstream_ptr,
-    inverse_total_ptr,
-    bound_ptr,
-    upstream_bound_ptr,
+    inverse_weight_sum_ptr,
+    max_coefficient_ptr,
+    max_upstream_ptr,
     # outputs
     copy_ptr,
     label_ptr,
-    terms_ptr,
+    sample_gradients_ptr,
     # sizes
     samples,
     classes,
@@ -65,12 +65,12 @@ def sample_gradient_kernel(
     """What the tiles of dZ need of each sample, with the upstream gradient in it.
 
     features (samples, width), labels (samples,): any dtype and strides; coefficients (>= 4, samples) as
-    margin_loss_kernel writes them; upstream (samples,), stride 0 for a scalar. Scalars or None: inverse_total, a factor
-    of the upstream gradient; bound and upstream_bound, the largest of each, for a float16 slab.
+    margin_loss_kernel writes them; upstream (samples,), stride 0 for a scalar. Scalars or None: inverse_weight_sum, a
+    factor of the upstream gradient; max_coefficient and max_upstream, the largest of each, for a float16 slab.
     copy (samples, width) in the dtype of the product: unit rows if COPY is "unit", the rows as they are if "plain";
     zero for the label ``ignore_index`` (unless None), since 0·NaN in a product would reach every class.
-    label (samples,) int32: the class, or -1. terms (4, samples): shift, d_lse, d_target and d_all, the last three times
-    upstream·ln 2 (ln 2 since the class factor of the tiles brings log2 e) and times the scale of a float16 slab.
+    label (samples,) int32: the class, or -1. sample_gradients (4, samples): shift, d_lse, d_target and d_all, the last
+    three times upstream·ln 2 (since the class factor of the tiles brings log2 e) and the scale of a float16 slab.
     FOLD puts the size of d_lse into the shift, which saves the tiles a multiplication per element and costs some 1e-5
     of a row's accuracy: nothing to a slab in half precision. Its sign stays in d_lse.
     """
@@ -100,15 +100,15 @@ def sample_gradient_kernel(
     upstream = tl.load(upstream_ptr + rows.to(tl.int64) * upstream_stride, mask=inside, other=0.0).to(tl.float32)
     # An ignored sample sends nothing back, not even NaN times zero.
     factor = tl.where((d_lse == 0.0) & (d_target == 0.0), 0.0, upstream) * LN2
-    if inverse_total_ptr is not None:
-        factor *= tl.load(inverse_total_ptr)
-    if bound_ptr is not None:
-        factor *= slab_scale(bound_ptr, upstream_bound_ptr, inverse_total_ptr, scale)
+    if inverse_weight_sum_ptr is not None:
+        factor *= tl.load(inverse_weight_sum_ptr)
+    if max_coefficient_ptr is not None:
+        factor *= slab_scale(max_coefficient_ptr, max_upstream_ptr, inverse_weight_sum_ptr, scale)
     d_lse *= factor
     if FOLD:
         size = tl.abs(d_lse)
         shift -= tl.where(size < TINY, float("-inf"), log(size) * LOG2E)
-    at = terms_ptr + rows
+    at = sample_gradients_ptr + rows
     stride = samples.to(tl.int64)
     tl.store(at, shift, mask=inside)
     tl.store(at + stride, d_lse, mask=inside)
@@ -116,7 +116,7 @@ def sample_gradient_kernel(
     tl.store(at + 3 * stride, d_all * factor, mask=inside)
 
 
-@triton.jit(do_not_specialize=["samples", "classes", "first_class", "class_tiles", "terms_stride"])
+@triton.jit(do_not_specialize=["samples", "classes", "first_class", "class_tiles", "sample_gradients_stride"])
 def gradient_tile_kernel(
     # inputs
     features,
@@ -124,7 +124,7 @@ def gradient_tile_kernel(
     class_factor_ptr,
     prior_ptr,
     label_ptr,
-    terms_ptr,
+    sample_gradients_ptr,
     # outputs
     slab,
     # sizes
@@ -133,7 +133,7 @@ def gradient_tile_kernel(
     width,
     first_class,
     class_tiles,
-    terms_stride,
+    sample_gradients_stride,
     features_stride,
     prototypes_stride,
     slab_stride,
@@ -151,8 +151,8 @@ def gradient_tile_kernel(
 
     features: (samples, width); prototypes: a slab (classes, width), whose first class is the ``first_class``-th of all;
     both, and the result, are descriptors if DESCRIBED. class_factor (classes,) s·log2 e/‖w̃‖; prior (classes,) in
-    natural units or None; label (samples,) and terms (4, samples), rows ``terms_stride`` apart: see
-    sample_gradient_kernel, also for FOLD. slab: (samples, classes).
+    natural units or None; label (samples,) and sample_gradients (4, samples), rows ``sample_gradients_stride`` apart:
+    see sample_gradient_kernel, also for FOLD. slab: (samples, classes).
     Class tiles are taken in groups, so that the programs at work at one time share feature rows and prototypes.
     """
     program = tl.program_id(0)
@@ -173,8 +173,8 @@ def gradient_tile_kernel(
     inside = rows < samples
     known = here < classes
     class_factor = tl.load(class_factor_ptr + here, mask=known, other=0.0)
-    at = terms_ptr + rows
-    stride = terms_stride.to(tl.int64)
+    at = sample_gradients_ptr + rows
+    stride = sample_gradients_stride.to(tl.int64)
     shift = tl.load(at, mask=inside, other=float("inf"))
     d_lse = tl.load(at + stride, mask=inside, other=0.0)
     logit = product * class_factor[None, :] - shift[:, None]
@@ -249,9 +249,9 @@ def projection_kernel(
     labels_ptr,
     d_norm_ptr,
     upstream_ptr,
-    inverse_total_ptr,
-    bound_ptr,
-    upstream_bound_ptr,
+    inverse_weight_sum_ptr,
+    max_coefficient_ptr,
+    max_upstream_ptr,
     # outputs
     grad_features_ptr,
     grad_prototypes_ptr,
@@ -281,14 +281,14 @@ def projection_kernel(
     feature_gradient (samples, width) and prototype_gradient (classes, width) float32: the two products, or None for one
     that is not needed. features, prototypes: the original rows, any dtype and strides, in the same order; labels
     (samples,): rows labelled ``ignore_index`` count as zero (unless None). d_norm (samples,) ∂L/∂‖x‖, or None; upstream
-    (samples,), stride 0 for a scalar; inverse_total, bound, upstream_bound: as for sample_gradient_kernel. *_COPY: see
-    project_rows.
+    (samples,), stride 0 for a scalar; inverse_weight_sum, max_coefficient, max_upstream: as for
+    sample_gradient_kernel. *_COPY: see project_rows.
     grad_features, grad_prototypes: as large as the rows, their columns next to each other; may be the input itself.
     """
     program = tl.program_id(0)
     inverse_slab_scale = 1.0
-    if bound_ptr is not None:
-        inverse_slab_scale = 1.0 / slab_scale(bound_ptr, upstream_bound_ptr, inverse_total_ptr, scale)
+    if max_coefficient_ptr is not None:
+        inverse_slab_scale = 1.0 / slab_scale(max_coefficient_ptr, max_upstream_ptr, inverse_weight_sum_ptr, scale)
     if feature_gradient_ptr is not None:  # noqa: SIM102 - a constant and a value of the device do not go in one condition
         if program < feature_blocks:
             rows = program * ROWS + tl.arange(0, ROWS)
@@ -301,8 +301,8 @@ def projection_kernel(
             if d_norm_ptr is not None:
                 along = tl.load(d_norm_ptr + rows, mask=used, other=0.0)
                 along *= tl.load(upstream_ptr + rows.to(tl.int64) * upstream_stride, mask=used, other=0.0)
-                if inverse_total_ptr is not None:
-                    along *= tl.load(inverse_total_ptr)
+                if inverse_weight_sum_ptr is not None:
+                    along *= tl.load(inverse_weight_sum_ptr)
             project_rows(
                 feature_gradient_ptr, features_ptr, used, grad_features_ptr, rows, inside, width,
                 feature_gradient_stride, features_row_stride, features_column_stride, width, inverse_slab_scale, along,

@@ -185,8 +185,8 @@ def reduce_kernel(
     block_sums_ptr,
     # outputs
     loss_ptr,
-    inverse_total_ptr,
-    bound_ptr,
+    inverse_weight_sum_ptr,
+    max_coefficient_ptr,
     # sizes
     blocks,
     # constants
@@ -195,19 +195,19 @@ def reduce_kernel(
 ):
     """The reduced loss, added up in one order by one program.
 
-    block_sums (3, blocks): losses, weights and the largest coefficients. loss, inverse_total, bound: scalars; the
-    second is 1/Σ weights if MEAN (1 for a mean over nothing), else 1; the third is the largest coefficient.
+    block_sums (3, blocks): losses, weights and the largest coefficients. Scalars: loss; inverse_weight_sum, 1/Σ
+    weights if MEAN (1 for a mean over nothing), else 1; max_coefficient.
     """
     loss = tl.zeros((BLOCK,), tl.float32)
     weight = tl.zeros((BLOCK,), tl.float32)
-    bound = tl.zeros((BLOCK,), tl.float32)
+    largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, blocks, BLOCK):
         cells = start + tl.arange(0, BLOCK)
         loss += tl.load(block_sums_ptr + cells, mask=cells < blocks, other=0.0)
         weight += tl.load(block_sums_ptr + blocks + cells, mask=cells < blocks, other=0.0)
-        bound = tl.maximum(bound, tl.load(block_sums_ptr + 2 * blocks + cells, mask=cells < blocks, other=0.0))
+        largest = tl.maximum(largest, tl.load(block_sums_ptr + 2 * blocks + cells, mask=cells < blocks, other=0.0))
     total = tl.sum(weight, 0)
     divisor = tl.where((total == 0.0) | (not MEAN), 1.0, total)
     tl.store(loss_ptr, tl.div_rn(tl.sum(loss, 0), divisor))
-    tl.store(inverse_total_ptr, 1.0 / divisor)
-    tl.store(bound_ptr, tl.max(bound, 0))
+    tl.store(inverse_weight_sum_ptr, 1.0 / divisor)
+    tl.store(max_coefficient_ptr, tl.max(largest, 0))
