@@ -1,4 +1,4 @@
-"""What every test starts from: the interpreter for kernels where there is no GPU, one seed, and no lucky memory."""
+"""What every test starts from: one seed, NaN in uninitialised memory, and Triton's interpreter without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an operator is made, and which backend runs it: nothing else in the package knows the backends.
+"""How an operator is made, and which backend runs it.
 
 An operator has one schema and one implementation per backend, each registered with PyTorch under its own name
 (``ltloss::top_k_torch``, ``ltloss::top_k_triton``), so that the backend that was chosen in the forward is the one whose

@@ -108,5 +108,5 @@ def test_the_library_reaches_neither_triton_nor_the_command() -> None:
     roots = ("ltloss.functional", "ltloss.losses.long_tail", "ltloss.losses.cosine_space")
     reached = set().union(*map(_reached, roots))
     wrong = [name for name in reached if name.startswith(("ltloss_kernels", "ltloss.cli", "ltloss.training"))]
-    # The precision of products is asked in one place, which needs no Triton.
+    # ltloss_kernels.config reads PyTorch's precision of products, without Triton.
     assert {name for name in wrong if not name.startswith("ltloss_kernels.config")} <= {"ltloss_kernels"}

@@ -1,4 +1,4 @@
-"""How much is done at a time: the one place that turns a memory limit into slabs, row chunks and splits."""
+"""How much is done at a time: a memory limit becomes slabs, row chunks and splits."""
 
 from __future__ import annotations
 

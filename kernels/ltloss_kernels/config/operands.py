@@ -1,7 +1,7 @@
 """What the matrix unit is fed: the caller's rows where they can be read in place, copies of them otherwise.
 
-This is the one place that decides. The copy engine (TMA) reads rows that are contiguous and start at multiples of 16
-bytes; anything else, and anything of another dtype, is copied. Features are copied whole, prototypes slab by slab.
+The copy engine (TMA) reads rows that are contiguous and start at multiples of 16 bytes. Anything else is copied, and so
+is anything of another dtype: features whole, prototypes slab by slab.
 """
 
 from __future__ import annotations

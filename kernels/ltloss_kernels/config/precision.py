@@ -1,4 +1,4 @@
-"""How float32 products are formed: the one place that asks PyTorch, or tells it. Needs no Triton.
+"""How float32 products are formed: PyTorch's settings, read and set. Needs no Triton.
 
 PyTorch has two interfaces, ``torch.set_float32_matmul_precision`` and the newer ``fp32_precision`` of each backend. Its
 old question, ``torch.get_float32_matmul_precision``, raises where the two were mixed; the settings themselves can

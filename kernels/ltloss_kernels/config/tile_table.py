@@ -1,4 +1,4 @@
-"""Tile shapes, warps and pipeline stages per architecture, dtype and kernel: the one place where they are chosen.
+"""Tile shapes, warps and pipeline stages per architecture, dtype and kernel.
 
 Plain Python: nothing here imports Triton or touches a device, except :func:`architecture`, which asks for the
 capability of a CUDA device. Tests replace :func:`forward_tile` and :func:`gradient_tile` by tiny tiles.

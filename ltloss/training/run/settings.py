@@ -76,7 +76,7 @@ class Settings:
     )
     drw_from: float | None = _option(
         None,
-        "weigh classes by effective number from this epoch on, or fraction of the epochs below 1; 0: always",
+        "weight classes by effective number from this epoch on (below 1: fraction of the epochs; 0: always)",
         _at_least(0),
     )
     beta: float = _option(0.9999, "beta of those weights", _FRACTION)
@@ -101,7 +101,7 @@ class Settings:
     limit_test: int | None = _option(None, "use at most N test images", _at_least(1))
     many_above: int = _option(100, "'many' classes have more training images than this", _at_least(0))
     few_below: int = _option(20, "'few' classes have fewer training images than this", _at_least(0))
-    seed: int = _option(0, "decides everything random", _at_least(0))
+    seed: int = _option(0, "seed of all random numbers", _at_least(0))
     data_seed: int | None = _option(
         None, "decides the long tail and the split of the data (default: --seed)", _at_least(0)
     )
