@@ -67,6 +67,7 @@ def logsumexp_stats(
     normalize_features: bool = True,
     ignore_index: int = -100,
     with_logit_sum: bool = False,
+    shard: ops.Shard | None = None,
 ) -> LogSumExpStats:
     """One pass of features over prototypes: r_i and the target logit of every sample, both differentiable.
 
@@ -79,6 +80,7 @@ def logsumexp_stats(
         normalize_features: False multiplies the logits by ‖x‖; with a scale per sample it must stay True.
         ignore_index: label of samples that do not count.
         with_logit_sum: also Σ_c l_c, which label smoothing needs.
+        shard: a sample of the classes, which ``forward`` of a module got; None for all.
 
     Raises:
         ValueError, TypeError, IndexError: arguments that do not fit together.
@@ -120,7 +122,7 @@ def logsumexp_stats(
         objective = Objective(
             log_prior=log_prior, scale=float(scale), normalize_features=normalize_features, ignore_index=ignore_index
         )
-    here, shard = at_hand(prototypes, labels)
+    here, shard = at_hand(prototypes, shard)
     r, target, logit_sum = ops.logsumexp_stats(features, here, labels, objective, with_logit_sum, shard)
     labels = torch.where(counted, labels, -1)
     if logit_sum is not None and log_prior is not None:

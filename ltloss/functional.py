@@ -35,7 +35,7 @@ from ltloss.numerics import compute_dtype
 from ltloss.ops import prototype_search
 from ltloss.ops._dispatch import at_hand, choose_backend
 from ltloss.ops.labels import NOTHING, checked_labels
-from ltloss.ops.logsumexp import logsumexp_stats
+from ltloss.ops.logsumexp import Shard, logsumexp_stats
 from ltloss.ops.margin_cross_entropy import MarginCrossEntropy
 from ltloss.regularizers import FeatureNormKind, norm_penalty
 from ltloss.runtime import debug
@@ -67,6 +67,7 @@ def margin_cross_entropy(
     beyond_pi: BeyondPi = "monotone",
     margin_gradient: MarginGradient = "exact",
     reduction: Reduction = "mean",
+    shard: Shard | None = None,
 ) -> Tensor:
     r"""Softmax cross-entropy on cosine logits with a margin on the target class: the whole family in one function.
 
@@ -90,6 +91,7 @@ def margin_cross_entropy(
         beyond_pi: ``"monotone"`` (−2 − cos(·)) or ``"arcface"`` (cos θ − m2·sin m2) where m1·θ + m2 exceeds π.
         margin_gradient: ``"exact"``, or ``"straight_through"`` (d margin / d cos = 1).
         reduction: ``"mean"`` (divides by the summed weights of the counted samples), ``"sum"`` or ``"none"``.
+        shard: a sample of the classes, which ``forward`` of a module got; None for all.
 
     Returns:
         A scalar, or (N,) for ``"none"``; float32, or float64 where an input is.
@@ -136,7 +138,7 @@ def margin_cross_entropy(
         ignore_index,
         reduction,
     )
-    prototypes, shard = at_hand(prototypes, labels)
+    prototypes, shard = at_hand(prototypes, shard)
     backend = choose_backend(features, prototypes, sharded=shard is not None)
     labels = checked_labels(labels, classes, ignore_index, "labels")
     if backend == "reference":
@@ -179,7 +181,7 @@ def cosine_logsumexp(
         log_prior = log_prior.expand(prototypes.shape[0])
     labels = labels.to(torch.int64)
     inside = (labels >= 0) & (labels < prototypes.shape[0])
-    prototypes, shard = at_hand(prototypes, labels)
+    prototypes, shard = at_hand(prototypes)
     objective = Objective(log_prior=log_prior, scale=float(scale), ignore_index=None)
     other, target, _ = logsumexp_stats(features, prototypes, labels, objective, False, shard)
     if log_prior is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import zlib
-from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,7 +59,8 @@ def parallelize(
             of the features are multiplied by it, so that the backbone gets the gradient of the global batch.
         sample_rate: below 1, each training step takes the batch's own classes and random others up to this share of
             each rank's classes, and only their prototypes get gradients, which :class:`SampledSGD` and
-            :class:`SampledAdamW` use. ``eval()`` computes with all classes.
+            :class:`SampledAdamW` use. ``eval()`` computes with all classes. A loss of your own takes ``shard=None`` in
+            its ``forward`` and hands it to ``logsumexp_stats`` or ``margin_cross_entropy``.
         sample_seed: with the step it decides which classes are drawn.
         unbiased: correct the logits of drawn classes by −log of the probability that they were drawn.
 
@@ -149,6 +150,11 @@ def _check_sampling(module: PrototypeHead, rate: float) -> None:
     check_number("sample_rate", rate, above=0.0, at_most=1.0)
     if rate == 1.0:
         return
+    if "shard" not in inspect.signature(module.forward).parameters:
+        raise TypeError(
+            f"sample_rate < 1 needs a loss that hands its sample on, forward(features, labels, *, shard=None); "
+            f"{type(module).__name__}.forward takes no shard"
+        )
     for name, why in (
         ("label_smoothing", "it needs the logits of all classes"),
         ("min_angle_weight", "its gradient would move classes outside of the sample"),
@@ -236,9 +242,10 @@ class ClassParallel(PrototypeHead):
                 check_label_range(labels.to(torch.int64), self.num_classes, ignore_index)
 
         batch = self.batch(features, labels, check, padding=ignore_index)
-        sampling = self.sampler.on(self.weight) if self.sampler is not None and self.training else nullcontext()
-        with sampling:
-            loss: Tensor = super().forward(batch.features, batch.labels)
+        options = {}
+        if self.sampler is not None and self.training:
+            options["shard"] = self.sampler.draw(batch.labels, self.weight, self.layout)
+        loss: Tensor = super().forward(batch.features, batch.labels, **options)
         if loss.dim() == 0:
             return loss
         return _OwnLosses.apply(loss, batch.own, batch.real, self.layout)  # type: ignore[no-any-return, no-untyped-call]

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.layout import Layout, own_part
-from ltloss.distributed.sampling import ClassSampler
 
-__all__ = ["ClassShard", "send_home", "shard_of"]
+__all__ = ["ClassShard", "send_home"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,16 @@ class ClassShard:
     layout: Layout
     index: Tensor | None = None
     correction: Tensor | None = None
+
+    @classmethod
+    def of(cls, prototypes: Tensor) -> ClassShard:
+        """All classes of this rank's part of a DTensor (C, D)."""
+        return cls(Layout.of(prototypes))
+
+    def take(self, prototypes: Tensor) -> Tensor:
+        """The prototypes of these classes (K, D), a function of all (C, D), whose gradient is therefore ordinary."""
+        own = own_part(prototypes)
+        return own if self.index is None else own.index_select(0, self.index)
 
     @property
     def is_first(self) -> bool:
@@ -72,16 +81,6 @@ class ClassShard:
     def reduce_prototypes(self, gradient: Tensor) -> Tensor:
         """The sum over the data groups."""
         return gradient if self.layout.data_group is None else comm.all_reduce(gradient, self.layout.data_group)
-
-
-def shard_of(prototypes: Tensor, labels: Tensor) -> tuple[Tensor, ClassShard]:
-    """The prototypes that this rank multiplies, a function of the DTensor (C, D), and which classes they are."""
-    layout = Layout.of(prototypes)
-    sampler: ClassSampler | None = getattr(prototypes, "class_sample", None)
-    if sampler is None:
-        return own_part(prototypes), ClassShard(layout)
-    index, own, correction = sampler.draw(labels, prototypes, None, layout)
-    return own, ClassShard(layout, index, correction)
 
 
 def send_home(partial: Tensor, rows: int, layout: Layout) -> Tensor:

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ltloss.distributed.layout import Layout, own_part
+from ltloss.distributed.layout import Layout
+from ltloss.distributed.logsumexp import ClassShard
+from ltloss.numerics import compute_dtype
 
-__all__ = ["ClassSampler", "Sampled", "seeded"]
+__all__ = ["ClassSampler", "seeded"]
 
 
 def seeded(seed: int, *numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -30,18 +30,6 @@ def seeded(seed: int, *numbers: int, device: torch.device | str = "cpu") -> torc
         seed = ((seed ^ seed >> 30) * 0xBF58476D1CE4E5B9) & (1 << 64) - 1
         seed = ((seed ^ seed >> 27) * 0x94D049BB133111EB) & (1 << 64) - 1
     return torch.Generator(device).manual_seed(seed >> 1)
-
-
-class Sampled(NamedTuple):
-    """The classes of one step on this rank.
-
-    ``index`` (K,) local class indices, ascending; ``rows`` (K, D) their prototypes, a function of the weight, whose
-    gradient is therefore an ordinary one; ``log_prior`` (K,) to add to their logits, or None.
-    """
-
-    index: Tensor  # type: ignore[assignment]  # shadows tuple.index
-    rows: Tensor
-    log_prior: Tensor | None
 
 
 class ClassSampler:
@@ -67,35 +55,26 @@ class ClassSampler:
         self.rate, self.seed, self.unbiased = rate, seed, unbiased
         self.step = 0
 
-    def draw(self, labels: Tensor, prototypes: Tensor, log_prior: Tensor | None, layout: Layout) -> Sampled:
-        """The sample for a global batch with labels (N,); a prior (c,) of this rank's classes is passed on."""
-        own = own_part(prototypes)
-        count = own.shape[0]
-        positive = torch.zeros(count + 1, dtype=torch.bool, device=own.device)
+    def draw(self, labels: Tensor, prototypes: Tensor, layout: Layout) -> ClassShard:
+        """The sample of the prototypes (C, D) for a global batch with labels (N,)."""
+        _watch_optimizers()
+        _DRAWN_FROM[self] = weakref.ref(prototypes)
+        device, (start, stop) = layout.device, layout.span()
+        count = stop - start
+        positive = torch.zeros(count + 1, dtype=torch.bool, device=device)
         positive[layout.local_index(labels)] = True  # those of other ranks mark the last entry
         positive = positive[:count]
         certain = int(positive.sum())
         chosen = max(math.ceil(self.rate * count), certain)
-        generator = seeded(self.seed, self.step, layout.class_rank, _digest(labels), device=own.device)
-        chance = torch.rand(count, generator=generator, device=own.device).masked_fill_(positive, 2.0)
+        generator = seeded(self.seed, self.step, layout.class_rank, _digest(labels), device=device)
+        chance = torch.rand(count, generator=generator, device=device).masked_fill_(positive, 2.0)
         index = chance.topk(chosen).indices.sort().values
-        prior = None if log_prior is None else log_prior[index]
+        correction = None
         if self.unbiased and certain < chosen < count:
-            correction = -math.log((chosen - certain) / (count - certain))
-            added = torch.where(positive[index], 0.0, correction).to(torch.float32)
-            prior = added if prior is None else prior + added
-        return Sampled(index, own.index_select(0, index), prior)
-
-    @contextmanager
-    def on(self, prototypes: Tensor) -> Iterator[None]:
-        """Sample in the passes over these prototypes inside the block."""
-        _watch_optimizers()
-        _DRAWN_FROM[self] = weakref.ref(prototypes)
-        prototypes.class_sample = self  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            del prototypes.class_sample  # type: ignore[attr-defined]
+            added = -math.log((chosen - certain) / (count - certain))
+            correction = torch.full_like(index, added, dtype=compute_dtype(prototypes))
+            correction = correction.masked_fill(positive[index], 0.0)
+        return ClassShard(layout, index, correction)
 
 
 # Kept here and not in the samplers, which are copied and pickled with their modules.

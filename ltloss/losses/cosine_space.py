@@ -11,6 +11,7 @@ from ltloss._validation import check_choice, check_number
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.losses.class_centers import CenterUpdate, ClassCenters, check_not_inside_ddp
 from ltloss.losses.prototype_head import PrototypeHead
+from ltloss.ops.logsumexp import Shard
 
 __all__ = ["CosineSpaceLoss"]
 
@@ -132,11 +133,11 @@ class CosineSpaceLoss(PrototypeHead):
             self.centers.reset_parameters()
             self.step.zero_()
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features: Tensor, labels: Tensor, *, shard: Shard | None = None) -> Tensor:
         """Loss of features (N, D) with labels (N,), a scalar. In ``train()`` mode the centres and the step move on."""
         if self.training:
             check_not_inside_ddp()
-        inter, cross_entropy = self._cross_entropies(features, labels)
+        inter, cross_entropy = self._cross_entropies(features, labels, shard)
         labels = labels.to(torch.int64)
         labels = labels.masked_fill(labels == self.ignore_index, -1)
         features = features.masked_fill((labels < 0)[:, None], 0.0)  # what is ignored may hold NaN
@@ -148,7 +149,7 @@ class CosineSpaceLoss(PrototypeHead):
         self.parts = {"inter": inter.detach(), "intra": intra.detach(), "cross_entropy": cross_entropy.detach()}
         return self.inter_weight * inter + intra_weight * truncated + self.ce_weight * cross_entropy
 
-    def _cross_entropies(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _cross_entropies(self, features: Tensor, labels: Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]:
         """L_inter and L_CE."""
         stats = logsumexp_stats(
             features,
@@ -157,6 +158,7 @@ class CosineSpaceLoss(PrototypeHead):
             scale=self.scale,
             ignore_index=self.ignore_index,
             with_logit_sum=self.label_smoothing > 0.0,
+            shard=shard,
         )
         inter, plain = (
             reduce_losses(

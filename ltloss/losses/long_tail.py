@@ -16,6 +16,7 @@ from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margi
 from ltloss.losses.count_losses import FromCounts, check_class_counts
 from ltloss.losses.defaults import of_form
 from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions
+from ltloss.ops.logsumexp import Shard
 from ltloss.ops.prototype_search import min_angle
 from ltloss.regularizers import FeatureNormKind, mean_angle, norm_penalty
 
@@ -165,12 +166,12 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         self._keep("class_counts", counts)
         self.parts: dict[str, Tensor] = {}
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features: Tensor, labels: Tensor, *, shard: Shard | None = None) -> Tensor:
         """L1 + λ1·L2 + λ2·L3 for features (N, D) and labels (N,).
 
         With ``reduction="none"`` L2 and L3 are added to every sample that counts.
         """
-        loss = super().forward(features, labels)
+        loss = super().forward(features, labels, shard=shard)
         parts = {"margin_cross_entropy": loss.detach()}
         regularizers = []
         counted = labels.to(torch.int64) != self.ignore_index  # -100 compared with uint8 would be 156

@@ -16,6 +16,7 @@ from ltloss import functional as F
 from ltloss._types import Reduction
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.margins import OPTION_NAMES, BeyondPi, MarginGradient
+from ltloss.ops.logsumexp import Shard
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -129,10 +130,10 @@ class CombinedMarginLoss(PrototypeHead):
             )
         self.class_weight = class_weight
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features: Tensor, labels: Tensor, *, shard: Shard | None = None) -> Tensor:
         """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
         options = {name: getattr(self, name) for name in OPTION_NAMES}
-        return F.margin_cross_entropy(features, self.weight, labels, **options)
+        return F.margin_cross_entropy(features, self.weight, labels, **options, shard=shard)
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""

@@ -97,12 +97,11 @@ def is_sharded(prototypes: Tensor) -> bool:
     return hasattr(prototypes, "device_mesh")
 
 
-def at_hand(prototypes: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
-    """The prototypes and None; or, where classes are spread over ranks or sampled, this rank's and their ``Shard``."""
-    if not (is_sharded(prototypes) or hasattr(prototypes, "class_sample")):
-        return prototypes, None
-    found: tuple[Tensor, Any] = distributed("logsumexp").shard_of(prototypes, labels)
-    return found
+def at_hand(prototypes: Tensor, shard: Any = None) -> tuple[Tensor, Any]:
+    """The prototypes and None; or those multiplied here and their ``Shard``: the given one, or that of a DTensor."""
+    if shard is None and is_sharded(prototypes):
+        shard = distributed("logsumexp").ClassShard.of(prototypes)
+    return (prototypes, None) if shard is None else (shard.take(prototypes), shard)
 
 
 def distributed(module: str) -> Any:

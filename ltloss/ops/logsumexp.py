@@ -29,6 +29,9 @@ class Shard(Protocol):
     def is_first(self) -> bool:
         """Whether this rank adds what belongs to a sample but to no class."""
 
+    def take(self, prototypes: Tensor) -> Tensor:
+        """The prototypes at hand, a function of all of them (C, D)."""
+
     def rows(self, samples: int) -> slice:
         """The rows of the global batch that this rank multiplies with its prototypes."""
 

@@ -15,6 +15,7 @@ import ltloss
 from ltloss.distributed import SampledAdamW, SampledSGD, class_mesh, parallelize
 from ltloss.distributed.layout import Layout, local
 from ltloss.distributed.sampling import ClassSampler
+from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.testing import problem, relative_error
 
 CLASSES = 40
@@ -53,8 +54,9 @@ def _draw(step: int, seed: int = 0, rate: float = 0.25, unbiased: bool = True) -
     sampler = ClassSampler(rate, seed, unbiased)
     sampler.step = step
     prototypes = torch.zeros(CLASSES, DIM)
-    sampled = sampler.draw(torch.tensor([3, 7, 7, -1]), prototypes, None, Layout.of(prototypes))
-    return sampled.index, sampled.log_prior
+    shard = sampler.draw(torch.tensor([3, 7, 7, -1]), prototypes, Layout.of(prototypes))
+    assert shard.index is not None
+    return shard.index, shard.correction
 
 
 def test_a_draw_is_reproducible_and_has_the_batch() -> None:
@@ -89,9 +91,8 @@ def test_the_loss_is_that_of_the_sampled_classes() -> None:
     assert head.sampler is not None
     features, _, labels = problem(6, CLASSES, DIM, dtype=torch.float32)
     features.requires_grad_()
-    index, _ = ClassSampler(0.25, 0, True).draw(
-        labels.masked_fill(labels < 0, -1), dense.weight, None, Layout.of(dense.weight)
-    )[:2]
+    index = ClassSampler(0.25, 0, True).draw(labels, dense.weight, Layout.of(dense.weight)).index
+    assert index is not None
     certain = labels[labels >= 0].unique()
     prior = torch.full((CLASSES,), -torch.inf)
     prior[index] = -torch.log(torch.tensor((index.numel() - certain.numel()) / (CLASSES - certain.numel())))
@@ -227,7 +228,29 @@ def test_each_step_and_each_micro_batch_draws_anew() -> None:
     assert head.sampler.step == 3
 
 
+class _OfItsOwn(ltloss.PrototypeHead):
+    def forward(self, features: Tensor, labels: Tensor, *, shard: Any = None) -> Tensor:
+        assert vars(self.weight) == {}
+        stats = logsumexp_stats(features, self.weight, labels, scale=self.scale, shard=shard)
+        return reduce_losses(margin_losses(stats, cosine_margin=0.35), stats.labels)
+
+
+def test_a_loss_of_ones_own_is_handed_the_sample() -> None:
+    features, _, labels = problem(6, CLASSES, DIM, dtype=torch.float32)
+    own, ours = _OfItsOwn(CLASSES, DIM, scale=8.0), _head()
+    own.load_state_dict(ours.state_dict())
+    losses = [parallelize(head, None, sample_rate=0.25)(features, labels) for head in (own, ours)]
+    torch.testing.assert_close(*losses)
+
+
+class _WithoutShard(ltloss.PrototypeHead):
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return ltloss.functional.margin_cross_entropy(features, self.weight, labels)
+
+
 def test_what_cannot_be_sampled_is_refused() -> None:
+    with pytest.raises(TypeError, match="_WithoutShard"):
+        parallelize(_WithoutShard(CLASSES, DIM), None, sample_rate=0.5)
     counts = torch.arange(1, CLASSES + 1)
     with pytest.raises(ValueError, match="min_angle_weight=0"):
         parallelize(ltloss.LongTailLoss.from_counts(counts, DIM), None, sample_rate=0.5)

@@ -75,7 +75,8 @@ def test_everything_says_what_it_is(name: str) -> None:
 @pytest.mark.parametrize("name", ltloss.functional.__all__)
 def test_reference_twins_have_the_same_signature(name: str) -> None:
     ours, twin = (inspect.signature(getattr(m, name)) for m in (ltloss.functional, ltloss.reference))
-    assert ours.parameters == twin.parameters
+    wanted = [part for part in ours.parameters.items() if part[0] != "shard"]  # a twin holds all classes in one piece
+    assert wanted == list(twin.parameters.items())
 
 
 FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
