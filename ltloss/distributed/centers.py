@@ -33,12 +33,8 @@ class ShardedCenters(ClassCenters):
             own = torch.zeros(shape, dtype=buffer.dtype, device=layout.device) if own is None else own
             self.register_buffer(name, layout.place(own, *buffer.shape[1:]))
 
-    def _own(self) -> ClassCenters:
-        """The centres of this rank as centres of their own, sharing the memory."""
-        start, stop = self.layout.span()
-        own = ClassCenters(max(1, stop - start), 1, update=self.update_rule, momentum=self.momentum)
-        own.centers, own.counts = local(self.centers), local(self.counts)
-        return own
+    def _at_hand(self) -> tuple[Tensor, Tensor]:
+        return local(self.centers), local(self.counts)
 
     def in_one_piece(self) -> ClassCenters:
         """Those of all ranks, copied."""
@@ -52,7 +48,7 @@ class ShardedCenters(ClassCenters):
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Take in the global batch: features (N, D), labels (N,) int64 or -1."""
         if local(self.counts).numel():
-            self._own().update(features, self.layout.local_index(labels))
+            super().update(features, self.layout.local_index(labels))
 
     def cosine(self, features: Tensor, labels: Tensor) -> Tensor:
         """cos(x_i, c_{y_i}) per sample of the global batch, (N,); 1 where the class was never seen."""
@@ -61,7 +57,7 @@ class ShardedCenters(ClassCenters):
         index = layout.local_index(labels)
         mine = index >= 0
         if local(self.counts).numel():
-            cosine = torch.where(mine, self._own().cosine(_Partial.apply(features, layout, rows), index), 0.0)  # type: ignore[no-untyped-call]
+            cosine = torch.where(mine, super().cosine(_Partial.apply(features, layout, rows), index), 0.0)  # type: ignore[no-untyped-call]
         else:
             cosine = _Partial.apply(features, layout, rows)[:, 0] * 0.0  # type: ignore[no-untyped-call]
         summed: Tensor = comm.SumOverClasses.apply(cosine, layout.class_group)  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from ltloss.distributed import collectives as comm
 from ltloss.distributed.batch_gather import BatchGather, agree
 from ltloss.distributed.centers import ShardedCenters
 from ltloss.distributed.layout import Layout, local, mesh_device
+from ltloss.distributed.logsumexp import ClassShard
 from ltloss.distributed.sampling import ClassSampler, seeded
 from ltloss.distributed.top_k import top_k
 from ltloss.errors import DistributedError
@@ -143,17 +144,20 @@ def _gathered(part: Any) -> Any:
 @cache
 def _parallel(kind: Any) -> Any:
     """The class of a parallel module of this class."""
-    return type(f"ClassParallel{kind.__name__}", (ClassParallel, kind), {"__doc__": kind.__doc__})
+    takes_shard = "shard" in inspect.signature(kind.forward).parameters
+    content = {"__doc__": kind.__doc__, "takes_shard": takes_shard}
+    return type(f"ClassParallel{kind.__name__}", (ClassParallel, kind), content)
 
 
 def _check_sampling(module: PrototypeHead, rate: float) -> None:
     check_number("sample_rate", rate, above=0.0, at_most=1.0)
     if rate == 1.0:
         return
-    if "shard" not in inspect.signature(module.forward).parameters:
+    kind: Any = type(module)
+    if not _parallel(kind).takes_shard:
         raise TypeError(
             f"sample_rate < 1 needs a loss that hands its sample on, forward(features, labels, *, shard=None); "
-            f"{type(module).__name__}.forward takes no shard"
+            f"{kind.__name__}.forward takes no shard"
         )
     for name, why in (
         ("label_smoothing", "it needs the logits of all classes"),
@@ -221,6 +225,7 @@ class ClassParallel(PrototypeHead):
     batch: BatchGather
     queries: BatchGather
     sampler: ClassSampler | None
+    takes_shard = False  # whether ``forward`` of the loss can be handed the shard
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """For copies and pickles: the class was made by :func:`parallelize`, and can be made again."""
@@ -238,11 +243,11 @@ class ClassParallel(PrototypeHead):
 
         def check() -> None:
             check_supervised(features, self.weight, labels)
-            if labels.device.type == "cpu" or debug:
+            if (labels.device.type == "cpu" or debug) and not torch.compiler.is_compiling():
                 check_label_range(labels.to(torch.int64), self.num_classes, ignore_index)
 
         batch = self.batch(features, labels, check, padding=ignore_index)
-        options = {}
+        options = {"shard": ClassShard(self.layout)} if self.takes_shard else {}  # the others ask the DTensor
         if self.sampler is not None and self.training:
             options["shard"] = self.sampler.draw(batch.labels, self.weight, self.layout)
         loss: Tensor = super().forward(batch.features, batch.labels, **options)

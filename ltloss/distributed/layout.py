@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,9 +49,10 @@ def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh |
     return init_device_mesh(device_type, (data, ranks // data), mesh_dim_names=("data", "class"))
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def own_part(tensor: Any) -> Tensor:
     """This rank's part of a DTensor as a function of it; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    part: Tensor = tensor.to_local() if hasattr(tensor, "device_mesh") else tensor  # torch.compile misses `to_local`
+    return part
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -71,6 +71,21 @@ class Layout:
     mesh: DeviceMesh | None  # None: one process that initialised nothing
     num_classes: int
     device: torch.device
+    class_ranks: int = field(init=False)  # how many share the classes
+    class_rank: int = field(init=False)  # this rank's place among them
+    class_group: Any = field(init=False)  # the ranks that together hold all classes; None for one process
+    data_ranks: int = field(init=False)  # how many groups share the batch
+    data_rank: int = field(init=False)  # this rank's group
+    data_group: Any = field(init=False)  # the ranks that hold the same classes, or None on a mesh of one dimension
+    group: Any = field(init=False)  # all ranks of the mesh, in its order
+
+    def __post_init__(self) -> None:
+        # At once: torch.compile cannot trace how a cached property is filled.
+        classes, data = (_dimension(self.mesh, place) for place in (-1, -2))
+        group = classes[2] if data[2] is None else _group_of_all(self.mesh)
+        names = "class_ranks class_rank class_group data_ranks data_rank data_group group"
+        for name, value in zip(names.split(), (*classes, *data, group), strict=True):
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, prototypes: Tensor) -> Layout:
@@ -89,11 +104,7 @@ class Layout:
         """DTensor placements of the prototypes."""
         from torch.distributed.tensor import Replicate, Shard
 
-        return [Replicate(), Shard(0)] if self._has_data else [Shard(0)]
-
-    @property
-    def _has_data(self) -> bool:
-        return self.mesh is not None and self.mesh.ndim == 2
+        return [Shard(0)] if self.data_group is None else [Replicate(), Shard(0)]
 
     def place(self, own: Tensor, *shape: int) -> Tensor:
         """The tensor (C, ...) of which ``own`` is this rank's block."""
@@ -105,48 +116,6 @@ class Layout:
         whole = torch.Size((self.num_classes, *shape))
         placed: Tensor = DTensor.from_local(own, self.mesh, self.placements, shape=whole, stride=stride)
         return placed
-
-    @cached_property
-    def class_group(self) -> Any:
-        """The ranks that together hold all classes; None for one process."""
-        return self.mesh.get_group(self.mesh.ndim - 1) if self.mesh is not None else None
-
-    @cached_property
-    def data_group(self) -> Any:
-        """The ranks that hold the same classes, or None on a mesh of one dimension."""
-        return self.mesh.get_group(0) if self.mesh is not None and self._has_data else None
-
-    @cached_property
-    def group(self) -> Any:
-        """All ranks of the mesh, in its order."""
-        if self.mesh is None or not self._has_data:
-            return self.class_group
-        ranks = self.mesh.mesh.flatten().tolist()
-        if ranks == list(range(dist.get_world_size())):
-            return dist.group.WORLD
-        made: _Group = self.mesh.__dict__.setdefault("_ltloss_group", _Group())
-        made.group = made.group or dist.new_group(ranks, use_local_synchronization=True)
-        return made.group
-
-    @cached_property
-    def class_ranks(self) -> int:
-        """How many ranks share the classes."""
-        return self.mesh.size(self.mesh.ndim - 1) if self.mesh is not None else 1
-
-    @cached_property
-    def class_rank(self) -> int:
-        """This rank's place among them."""
-        return self.mesh.get_local_rank(self.mesh.ndim - 1) if self.mesh is not None else 0
-
-    @cached_property
-    def data_ranks(self) -> int:
-        """How many groups share the batch."""
-        return self.mesh.size(0) if self.mesh is not None and self._has_data else 1
-
-    @cached_property
-    def data_rank(self) -> int:
-        """This rank's group."""
-        return self.mesh.get_local_rank(0) if self.mesh is not None and self._has_data else 0
 
     @property
     def ranks(self) -> int:
@@ -202,6 +171,23 @@ def blocks(tensor: Tensor) -> Iterator[Tensor]:
         yield comm.broadcast(block, class_rank, layout.class_group)
 
 
+def _dimension(mesh: DeviceMesh | None, place: int) -> tuple[int, int, Any]:
+    """Size, this rank's place and group of the last dimension of a mesh (-1) or of the one before (-2), if any."""
+    if mesh is None or mesh.ndim + place < 0:
+        return 1, 0, None
+    number = mesh.ndim + place
+    return mesh.size(number), mesh.get_local_rank(number), mesh.get_group(number)
+
+
+def _group_of_all(mesh: Any) -> Any:
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks == list(range(dist.get_world_size())):
+        return dist.group.WORLD
+    made: _Group = mesh.__dict__.setdefault("_ltloss_group", _Group())
+    made.group = made.group or dist.new_group(ranks, use_local_synchronization=True)
+    return made.group
+
+
 class _Group:
     """A group made once per mesh, for making it is collective. A pickle of the mesh leaves it out."""
 
@@ -212,17 +198,16 @@ class _Group:
 
 
 def _unpickled(mesh: DeviceMesh | None, num_classes: int, device: torch.device) -> Layout:
-    layout = Layout(mesh, num_classes, device)
     try:
-        fits = mesh is None or dist.get_world_size(layout.class_group) == layout.class_ranks
+        fits = mesh is None or dist.get_world_size(mesh.get_group(mesh.ndim - 1)) == mesh.size(mesh.ndim - 1)
     except (RuntimeError, ValueError):  # no such group, or nothing initialised
         fits = False
     if not fits:
         raise DistributedError(
-            f"a parallel module that was pickled on {layout.ranks} ranks can be read by the same ranks only. Keep its "
-            "state_dict, or use save_checkpoint and load_checkpoint, which fit any number of ranks"
+            f"a parallel module that was pickled on {mesh.size() if mesh else 1} ranks can be read by the same ranks "
+            "only. Keep its state_dict, or use save_checkpoint and load_checkpoint, which fit any number of ranks"
         )
-    return layout
+    return Layout(mesh, num_classes, device)
 
 
 def mesh_device(mesh: DeviceMesh) -> torch.device:

@@ -97,6 +97,10 @@ class ClassCenters(nn.Module):
             self.centers = centers.to(self.centers.device)
         return self
 
+    def _at_hand(self) -> tuple[Tensor, Tensor]:
+        """Centres and counts as labels index them; a sharded module has those of its rank here."""
+        return self.centers, self.counts
+
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Take in a batch: features (N, D) of any length, labels (N,) int64 or -1 for "leave out". O(N·D) work."""
@@ -110,7 +114,8 @@ class ClassCenters(nn.Module):
         batch_sum = add_rows_(torch.zeros_like(unit), group, unit)[group]
         batch_count = add_rows_(torch.zeros_like(group), group, torch.ones_like(group))[group]
         rows = torch.where(counted, labels, 0)
-        old, seen = self.centers[rows].to(dtype), self.counts[rows]
+        centers, counts = self._at_hand()
+        old, seen = centers[rows].to(dtype), counts[rows]
         if self.update_rule == "mean":
             step = (batch_sum - batch_count[:, None] * old) / (seen + batch_count)[:, None]
         else:
@@ -118,16 +123,17 @@ class ClassCenters(nn.Module):
             step = rate[:, None] * (batch_sum / batch_count[:, None] - old)
         # Only the first sample of each class moves its centre; the others add zero, so the order does not matter.
         moves = first & counted
-        add_rows_(self.centers, rows, torch.where(moves[:, None], step, 0.0).to(self.centers.dtype))
-        add_rows_(self.counts, rows, torch.where(moves, batch_count, 0))
+        add_rows_(centers, rows, torch.where(moves[:, None], step, 0.0).to(centers.dtype))
+        add_rows_(counts, rows, torch.where(moves, batch_count, 0))
 
     def cosine(self, features: Tensor, labels: Tensor) -> Tensor:
         """cos(x_i, c_{y_i}) per sample, (N,); 1 where the class was never seen, so that it contributes nothing."""
         rows = labels.clamp_min(0)
         dtype = compute_dtype(features, self.centers)
+        centers, counts = self._at_hand()
         # Not vecdot, which autocast would compute in half precision.
-        cosine = (direction(features.to(dtype)) * direction(self.centers[rows].to(dtype))).sum(1)
-        return torch.where(self.counts[rows] == 0, 1.0, cosine)
+        cosine = (direction(features.to(dtype)) * direction(centers[rows].to(dtype))).sum(1)
+        return torch.where(counts[rows] == 0, 1.0, cosine)
 
     def extra_repr(self) -> str:
         """Shape and hyper-parameters."""
