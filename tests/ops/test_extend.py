@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import Any
 
 import pytest
@@ -117,3 +119,15 @@ def test_what_is_refused(call: Any, error: type[Exception], said: str) -> None:
 
 def test_an_integer_margin_is_a_number() -> None:
     assert torch.equal(margin_losses(_stats(), cosine_margin=1), margin_losses(_stats(), cosine_margin=1.0))
+
+
+def test_the_former_name_works_and_says_so() -> None:
+    sys.modules.pop("ltloss.epilogue", None)  # it warns when it is imported
+    with pytest.warns(DeprecationWarning, match=r"ltloss\.epilogue is ltloss\.extend now"):
+        epilogue = importlib.import_module("ltloss.epilogue")
+    given = problem()
+    weight = torch.linspace(0.5, 1.5, 9, dtype=torch.float64)
+    stats = epilogue.one_pass(*given, scale=9.0)
+    loss = epilogue.reduce_losses(epilogue.margin_losses(stats, cosine_margin=0.2), stats.labels, weight, "mean")
+    expected = functional.margin_cross_entropy(*given, scale=9.0, cosine_margin=0.2, class_weight=weight)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0.0)
