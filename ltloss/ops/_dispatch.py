@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -139,12 +140,15 @@ def _register(name: str, signature: str, fake: Callable[..., Any], implementatio
 
     def implement(work: Callable[..., Any]) -> Callable[..., Any]:
         IMPLEMENTATIONS[operator] = work
-        _LIBRARY.impl(name, work, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, work, "CompositeExplicitAutograd", allow_override=True)  # type: ignore[no-untyped-call]
         return work
 
     def first_call(*args: Any) -> Any:  # of a kernel; later ones go to it directly
         assert isinstance(implementation, Kernel)
-        return implement(implementation.imported())(*args)
+        with warnings.catch_warnings():  # PyTorch says that this very function is replaced
+            warnings.simplefilter("ignore", UserWarning)
+            work = implement(implementation.imported())
+        return work(*args)
 
     def without_autocast(*args: Any) -> Any:
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))

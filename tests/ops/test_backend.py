@@ -146,6 +146,18 @@ class TestImport:
         )
         assert output(code).splitlines() == ["[]", "False False True"]
 
+    def test_the_first_call_of_the_kernels_warns_of_nothing(self) -> None:
+        pytest.importorskip("triton")
+        code = (
+            "import warnings; warnings.simplefilter('error', UserWarning); import torch; "
+            "torch.library.Library.impl.__kwdefaults__['allow_override'] = False; "  # the default before PyTorch 2.13
+            "import ltloss; "
+            "ltloss.use_backend('triton'); m = ltloss.ArcFaceLoss(7, 4); x = torch.randn(2, 4, requires_grad=True); "
+            "m(x, torch.tensor([1, 2])).backward(); m.predict(x, 2); print(float(x.grad.abs().sum()) > 0)"
+        )
+        done = run(code, TRITON_INTERPRET="1")
+        assert done.stdout == "True\n", done.stderr
+
     def test_works_without_triton(self) -> None:
         code = (
             "import sys\n"
