@@ -8,26 +8,15 @@ from __future__ import annotations
 
 import ast
 import os
-import sys
-from collections.abc import Iterable, Iterator
+import traceback
 from pathlib import Path
 from unittest import mock
 
 ROOTS = ("ltloss", "kernels")
 # One entry per option, with the names it goes by.
-OPTIONS = (
-    {"scale"},
-    {"angular_margin", "angle"},
-    {"cosine_margin", "cosine"},
-    {"angle_multiplier", "multiplier"},
-    {"label_smoothing"},
-    {"ignore_index"},
-    {"beyond_pi"},
-    {"margin_gradient", "gradient"},
-    {"class_weight"},
-    {"normalize_features"},
-    {"reduction"},
-)
+_NAMES = """scale angular_margin/angle cosine_margin/cosine angle_multiplier/multiplier label_smoothing ignore_index
+    beyond_pi margin_gradient/gradient class_weight normalize_features reduction"""
+OPTIONS = [set(names.split("/")) for names in _NAMES.split()]
 ENOUGH = 5  # options that stand together make a list of them
 
 Call = tuple[str, str]  # file, relative to the checkout, and function
@@ -35,14 +24,9 @@ Call = tuple[str, str]  # file, relative to the checkout, and function
 
 def _calls(root: Path) -> list[Call]:
     """The calls under way in the package's own files, outermost first."""
-    found: list[Call] = []
-    frame = sys._getframe(1)
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(root) and path.relative_to(root).parts[0] in ROOTS:
-            found.insert(0, (str(path.relative_to(root)), frame.f_code.co_name))
-        frame = frame.f_back  # type: ignore[assignment]
-    return found
+    stack = [(Path(frame.filename), frame.name) for frame in traceback.extract_stack()]
+    own = [(path.relative_to(root), name) for path, name in stack if path.is_relative_to(root)]
+    return [(str(path), name) for path, name in own if path.parts[0] in ROOTS]
 
 
 def launches(root: Path) -> dict[str, list[tuple[str, list[Call]]]]:
@@ -74,24 +58,18 @@ def launches(root: Path) -> dict[str, list[tuple[str, list[Call]]]]:
 def _listed(node: ast.AST) -> set[str]:
     """Names that stand together in a signature, a call, or the body of a class."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        arguments = node.args
-        return {one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+        return {one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
     if isinstance(node, ast.Call):
-        return {one.arg for one in node.keywords if one.arg} | set(_names(node.args))
+        return {one.arg for one in node.keywords if one.arg} | {_name(one) for one in node.args}
     if isinstance(node, ast.ClassDef):
-        fields = {
-            one.target.id for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+        return {
+            one.name if isinstance(one, ast.FunctionDef) else _name(getattr(one, "target", None)) for one in node.body
         }
-        return fields | {one.name for one in node.body if isinstance(one, ast.FunctionDef)}
     return set()
 
 
-def _names(values: Iterable[ast.expr]) -> Iterator[str]:
-    for value in values:
-        if isinstance(value, ast.Name):
-            yield value.id
-        elif isinstance(value, ast.Attribute):
-            yield value.attr
+def _name(node: ast.AST | None) -> str:
+    return str(getattr(node, "id", getattr(node, "attr", "")))
 
 
 def option_lists(source: str) -> list[int]:
