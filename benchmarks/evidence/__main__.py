@@ -12,9 +12,8 @@ import csv
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.evidence.pages import markdown_table, renewed
 from benchmarks.timing import RESULTS, write_rows
@@ -57,8 +56,7 @@ _TUNED_CHANGES = (
 )
 
 
-@dataclass(frozen=True)
-class Study:
+class Study(NamedTuple):
     """Command lines of `ltloss compare` on one data file, but for --data, --out and --jobs."""
 
     data: str  # a file in --data-dir, or digits
@@ -106,8 +104,7 @@ STUDIES = {
 }
 
 
-@dataclass(frozen=True)
-class Advice:
+class Advice(NamedTuple):
     """A line of the README's table: for which situation what, and the two rows of a study that say so."""
 
     situation: str
@@ -199,7 +196,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def section(study: Study, rows: Sequence[Mapping[str, str]], trials: Sequence[Mapping[str, str]]) -> str:
     """What the page shows of a study: its commands, what they took, its table and the values that were chosen."""
     commands = "\n".join(
-        f"ltloss compare --data {study.data} {command} --out {study_folder(study)}" for command in study.commands
+        f"ltloss compare --data {study.data} {command} --out runs/{Path(study.data).stem}" for command in study.commands
     )
     measured = [_parsed(row) for row in rows]
     seconds = sum(float(row["seconds"]) for row in (*rows, *trials))
@@ -257,26 +254,16 @@ def with_and_without_margin(trials: Sequence[Mapping[str, str]]) -> list[list[st
     ]
 
 
-def study_folder(study: Study) -> str:
-    """The --out that the page shows."""
-    return f"runs/{Path(study.data).stem}"
-
-
-_TEXT = {"method", "title", "chosen", "variant", "device", "torch", "failed"}
-_WHOLE = {"seed", "last_epoch", "best_epoch", "many_above", "few_below"}
-
-
 def _parsed(row: Mapping[str, str]) -> dict[str, Any]:
     """A row of results.csv as `summary` takes it; an empty cell was not measured."""
+    return {name: text if name == "variant" else _value(text) for name, text in row.items()}
 
-    def value(name: str, text: str) -> Any:
-        if name in _TEXT:
-            return text
-        if not text:
-            return None
-        return int(text) if name in _WHOLE else float(text)
 
-    return {name: value(name, text) for name, text in row.items()}
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text or None
 
 
 def with_studies(page: str, results: Path = RESULTS) -> str:
