@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh |
 
     Raises:
         ValueError: ``data`` does not divide the number of ranks.
+        DistributedError: torchrun started several ranks, and ``torch.distributed`` was not initialised.
 
     Example:
         >>> from ltloss.distributed import class_mesh
@@ -36,6 +38,11 @@ def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh |
         True
     """
     if not (dist.is_available() and dist.is_initialized()):
+        started = os.environ.get("WORLD_SIZE", "1") if dist.is_available() and dist.is_torchelastic_launched() else "1"
+        if started != "1":  # each rank would train alone, with all classes
+            raise DistributedError(
+                f"torchrun started {started} ranks; call torch.distributed.init_process_group before class_mesh"
+            )
         return None
     from torch.distributed.device_mesh import init_device_mesh
 

@@ -255,6 +255,15 @@ def test_modules_that_differ_between_ranks() -> None:
         assert all("must be the same on all ranks" in text for text in said)
 
 
+def test_a_mesh_before_the_group_is_an_error_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DistributedError, match="init_process_group"):
+        class_mesh()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert class_mesh() is None
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match="module must be a loss module"):
         parallelize(torch.nn.Linear(2, 2), None)  # type: ignore[type-var]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,21 @@ def _curves(rank: int, folder: Path) -> dict[str, list[float]]:
     for match in FENCE.finditer(PAGE.read_text(encoding="utf-8")):
         exec(compile(match[1], PAGE.name, "exec"), namespace)
     return namespace["curves"]  # type: ignore[no-any-return]
+
+
+def test_the_first_example_alone_under_torchrun(tmp_path: Path) -> None:
+    """As a new user has it: the first block of the page in a file of its own, in an empty folder."""
+    block = FENCE.search(PAGE.read_text(encoding="utf-8"))
+    assert block
+    show = "print(f'{loss_fn.weight.to_local().shape[0]} of {loss_fn.num_classes}', flush=True)\n"
+    (tmp_path / "example.py").write_text(block[1] + show)
+    root = PAGE.parents[1]
+    paths = os.pathsep.join([str(root), str(root / "kernels")])
+    environment = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "example.py"]
+    run = subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split("\n") == ["500 of 1000"] * 2 + [""]
 
 
 def test_the_training_of_the_page_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
