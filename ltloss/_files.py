@@ -24,11 +24,11 @@ def temporary(path: Path) -> Path:
     return path.with_name(path.name + TEMPORARY)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file, which holds either its former content or all of the new one."""
+def write_file(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+    """Write a file, at once or in pieces; it holds either its former content or all of the new one."""
     try:
         with temporary(path).open("wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary(path), path)

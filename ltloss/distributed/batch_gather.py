@@ -18,7 +18,7 @@ from ltloss.distributed import collectives as comm
 from ltloss.distributed.layout import Layout
 from ltloss.errors import DistributedError
 
-__all__ = ["Batch", "BatchGather", "agree"]
+__all__ = ["Batch", "BatchGather", "all_gather_metadata"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HEADER = 4  # int64: rows or -1, whether features ask for a gradient, tag, unused
@@ -113,7 +113,7 @@ class BatchGather:
     def _handshake(self, features: Any, error: Exception | None) -> None:
         """Agree on capacity, width and dtype, or raise on all ranks."""
         shape = (0, 0, 0) if error else (features.shape[0], features.shape[1], _DTYPES.index(features.dtype))
-        rows = agree(list(shape), error, self.layout.group, self.layout.device)
+        rows = all_gather_metadata(list(shape), error, self.layout.group, self.layout.device)
         _check_equal("the width D of features", [row[1] for row in rows])
         _check_equal("the dtype of features", [_DTYPES[row[2]] for row in rows])
         most = max(row[0] for row in rows)
@@ -179,7 +179,7 @@ class _Gathered(torch.autograd.Function):
         return (own * ctx.factor if ctx.factor != 1.0 else own.clone()), None, None, None
 
 
-def agree(
+def all_gather_metadata(
     numbers: list[int], error: Exception | None, group: Any, device: torch.device | str = "cpu"
 ) -> list[list[int]]:
     """The numbers of every rank; or, where a rank has an error, that error here and ``DistributedError`` elsewhere."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.layout import Layout, local
-from ltloss.distributed.logsumexp import send_home
+from ltloss.distributed.logsumexp import reduce_scatter_features
 from ltloss.losses.class_centers import ClassCenters
 
 __all__ = ["ShardedCenters"]
@@ -26,12 +26,9 @@ class ShardedCenters(ClassCenters):
         nn.Module.__init__(self)
         self.update_rule, self.momentum, self.layout = whole.update_rule, whole.momentum, layout
         for name, buffer in (("centers", whole.centers), ("counts", whole.counts)):
-            start, stop = layout.span()
-            # New centres are zero; those of a module that has been trained are the same on all ranks.
-            own = buffer[start:stop].to(layout.device, copy=True) if not buffer.is_meta else None
-            shape = (stop - start, *buffer.shape[1:])
-            own = torch.zeros(shape, dtype=buffer.dtype, device=layout.device) if own is None else own
-            self.register_buffer(name, layout.place(own, *buffer.shape[1:]))
+            self.register_buffer(name, layout.zeros(*buffer.shape[1:], dtype=buffer.dtype))
+            if not buffer.is_meta:  # those of a module that has been trained are the same on all ranks
+                local(self.get_buffer(name)).copy_(buffer[slice(*layout.span())])
 
     def _at_hand(self) -> tuple[Tensor, Tensor]:
         return local(self.centers), local(self.counts)
@@ -77,4 +74,4 @@ class _Partial(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         grad = grad_outputs[0]
-        return send_home(grad[ctx.rows].contiguous(), grad.shape[0], ctx.layout), None, None
+        return reduce_scatter_features(grad[ctx.rows].contiguous(), grad.shape[0], ctx.layout), None, None

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ltloss._files import publish_folder, start_folder, temporary, write_file
-from ltloss.distributed.batch_gather import agree
+from ltloss.distributed.batch_gather import all_gather_metadata
 from ltloss.distributed.class_parallel import ClassParallel
 from ltloss.distributed.layout import Layout
 from ltloss.distributed.sampling import ClassSampler
@@ -62,7 +62,6 @@ def save_checkpoint(
     partial = temporary(target)
     text = json.dumps(dict(state or {}))
     steps = {name: sampler.step for name, sampler in _samplers(modules).items()}
-
     described = {name: head._described() for name, head in _heads(modules).items()}
 
     def prepare() -> None:
@@ -76,7 +75,9 @@ def save_checkpoint(
         publish_folder(target)
 
     tensors = _module_tensors(modules)
-    tensors |= {name: tensor for name, (tensor, _) in _optimizer_tensors(modules, optimizers or {}).items()}
+    for prefix, optimizer, _, parameter in _owned(modules, optimizers or {}):
+        held = optimizer.state.get(parameter, {})
+        tensors |= {prefix + key: value for key, value in held.items() if isinstance(value, Tensor)}
     _on_first_rank(prepare)
     with _quiet():
         save(tensors, checkpoint_id=partial, no_dist=not _initialised())
@@ -119,16 +120,20 @@ def load_checkpoint(
     stored: dict[str, Any] = FileSystemReader(target).read_metadata().state_dict_metadata
     record = json.loads((target / _STATE).read_text())
     tensors = _module_tensors(modules)
-    created = _optimizer_slots(modules, optimizers or {}, stored)
-    tensors |= {name: slot[0] for name, slot in created.items()}
+    read: list[tuple[dict[str, Tensor], str, str]] = []  # state of a parameter, name in it and in the checkpoint
+    for prefix, optimizer, options, parameter in list(_owned(modules, optimizers or {})):
+        on_device = bool(options.get("fused") or options.get("capturable"))
+        for name in (name for name in stored if name.startswith(prefix)):
+            tensors[name] = _like(parameter, stored[name], on_device)
+            read.append((optimizer.state[parameter], name.removeprefix(prefix), name))
     for name, tensor in tensors.items():
         there = tuple(stored[name].size) if name in stored else "missing"
         if there != tuple(tensor.shape):
             raise ValueError(f"{target}: tensor {name} is {there} there and {tuple(tensor.shape)} here")
     with _quiet():
         load(tensors, checkpoint_id=target, no_dist=not _initialised())
-    for _, put in created.values():
-        put()
+    for held, key, name in read:
+        held[key] = tensors[name]
     for name, sampler in _samplers(modules).items():
         sampler.step = record["sampler_steps"].get(name, 0)
     for name, head in _heads(modules).items():
@@ -178,50 +183,21 @@ def _module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     }
 
 
-def _parameter_names(modules: Mapping[str, nn.Module]) -> dict[Tensor, str]:
-    return {
+def _owned(
+    modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> Iterator[tuple[str, torch.optim.Optimizer, dict[str, Any], Tensor]]:
+    """Every parameter of the optimizers: what the names of its state begin with, its optimizer and its options."""
+    names = {
         parameter: f"{name}.{key}"
         for name, module in modules.items()
         for key, parameter in _inside(module).named_parameters()
     }
-
-
-Slot = tuple[Tensor, Callable[[], None]]
-
-
-def _optimizer_tensors(
-    modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
-) -> dict[str, Slot]:
-    """Every tensor of the optimizers' state, by a name that says whose it is."""
-    names = _parameter_names(modules)
-    found: dict[str, Slot] = {}
     for label, optimizer in optimizers.items():
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter not in names:
                     raise ValueError(f"optimizer {label!r} has a parameter {tuple(parameter.shape)} of no given module")
-                for key, value in optimizer.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor):
-                        found[f"optimizer.{label}.{names[parameter]}.{key}"] = (value, lambda: None)
-    return found
-
-
-def _optimizer_slots(
-    modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], stored: Mapping[str, Any]
-) -> dict[str, Slot]:
-    """A tensor for every stored one of the optimizers' state, and how it is put in its place once it is read."""
-    names = _parameter_names(modules)
-    slots: dict[str, Slot] = {}
-    _optimizer_tensors(modules, optimizers)  # refuses foreign parameters
-    for label, optimizer in optimizers.items():
-        for options, parameter in ((group, p) for group in optimizer.param_groups for p in group["params"]):
-            on_device = bool(options.get("fused") or options.get("capturable"))
-            prefix = f"optimizer.{label}.{names[parameter]}."
-            for name in (name for name in stored if name.startswith(prefix)):
-                value = _like(parameter, stored[name], on_device)
-                state, key = optimizer.state[parameter], name.removeprefix(prefix)
-                slots[name] = (value, lambda state=state, key=key, value=value: state.__setitem__(key, value))  # type: ignore[misc]
-    return slots
+                yield f"optimizer.{label}.{names[parameter]}.", optimizer, group, parameter
 
 
 def _like(parameter: Tensor, stored: Any, on_device: bool) -> Tensor:
@@ -233,8 +209,7 @@ def _like(parameter: Tensor, stored: Any, on_device: bool) -> Tensor:
     layout = Layout.of(parameter) if hasattr(parameter, "device_mesh") else None
     if layout is None or not shape or shape[0] != parameter.shape[0]:
         return torch.zeros(shape, dtype=dtype, device=parameter.device if shape or on_device else "cpu")
-    start, stop = layout.span()
-    return layout.place(torch.zeros(stop - start, *shape[1:], dtype=dtype, device=layout.device), *shape[1:])
+    return layout.zeros(*shape[1:], dtype=dtype)
 
 
 def _on_first_rank(action: Callable[[], None]) -> None:
@@ -248,6 +223,6 @@ def _on_first_rank(action: Callable[[], None]) -> None:
     if _initialised():
         nccl = dist.get_backend() == "nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-        agree([], error, dist.group.WORLD, device)
+        all_gather_metadata([], error, dist.group.WORLD, device)
     elif error is not None:
         raise error

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ltloss._types import TopK
 from ltloss._validation import check_label_range, check_number, check_supervised
 from ltloss.distributed import collectives as comm
-from ltloss.distributed.batch_gather import BatchGather, agree
+from ltloss.distributed.batch_gather import BatchGather, all_gather_metadata
 from ltloss.distributed.centers import ShardedCenters
 from ltloss.distributed.layout import Layout, local, mesh_device
 from ltloss.distributed.logsumexp import ClassShard
@@ -174,7 +174,7 @@ def _memory_of(module: PrototypeHead) -> torch.device:
 def _check_same_module(module: PrototypeHead, layout: Layout, numbers: list[int]) -> None:
     options = f"{type(module).__name__}({module.extra_repr()})"
     numbers = [module.num_classes, module.embedding_size, zlib.crc32(options.encode()), *numbers]
-    rows = agree(numbers, None, layout.group, layout.device)
+    rows = all_gather_metadata(numbers, None, layout.group, layout.device)
     different = [rank for rank, row in enumerate(rows) if row != rows[0]]
     if different:
         raise DistributedError(
@@ -194,7 +194,7 @@ def _shard(module: ClassParallel, layout: Layout) -> None:
             block = weight.detach()[slice(*layout.span(class_rank))].to(layout.device, copy=True)
             block = comm.broadcast(block, 0, layout.group)
             own = block if class_rank == layout.class_rank else own
-    module.weight = nn.Parameter(layout.place(own, weight.shape[1]), requires_grad=weight.requires_grad)
+    module.weight = nn.Parameter(layout.place(own), requires_grad=weight.requires_grad)
     if weight.is_meta:
         module.reset_parameters()
     for name, child in module.named_children():

@@ -20,12 +20,9 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_to_all",
-    "barrier",
     "broadcast",
     "exchange",
-    "receive",
     "reduce_scatter",
-    "send",
 ]
 
 Group = Any  # a torch.distributed.ProcessGroup; builds without torch.distributed lack the name
@@ -118,19 +115,6 @@ def broadcast(tensor: Tensor, source: int, group: Group) -> Tensor:
     return tensor
 
 
-def send(tensor: Tensor, target: int, group: Group) -> None:
-    """Send to the group's rank ``target`` and wait until the tensor may change."""
-    with _reporting("send", group):
-        dist.send(tensor.contiguous(), dist.get_global_rank(group, target), group=group)
-
-
-def receive(tensor: Tensor, source: int, group: Group) -> Tensor:
-    """Receive from the group's rank ``source`` into ``tensor``."""
-    with _reporting("receive", group):
-        dist.recv(tensor, dist.get_global_rank(group, source), group=group)
-    return tensor
-
-
 class exchange:
     """Send ``tensor`` to rank ``target`` while ``into`` is received from rank ``source``; ``wait()`` returns ``into``.
 
@@ -153,8 +137,3 @@ class exchange:
             for work in self.works:
                 work.wait()
         return self.into
-
-
-def barrier(group: Group, device: torch.device) -> None:
-    """Return once every rank of the group is here."""
-    all_reduce(torch.zeros(1, device=device), group)

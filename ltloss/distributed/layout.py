@@ -113,14 +113,19 @@ class Layout:
 
         return [Shard(0)] if self.data_group is None else [Replicate(), Shard(0)]
 
-    def place(self, own: Tensor, *shape: int) -> Tensor:
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Zeros (C, *shape), placed as the classes are."""
+        start, stop = self.span()
+        return self.place(torch.zeros(stop - start, *shape, dtype=dtype, device=self.device))
+
+    def place(self, own: Tensor) -> Tensor:
         """The tensor (C, ...) of which ``own`` is this rank's block."""
         if self.mesh is None:
             return own
         from torch.distributed.tensor import DTensor
 
-        stride = own.new_empty(1, *shape).stride() if shape else (1,)
-        whole = torch.Size((self.num_classes, *shape))
+        whole = torch.Size((self.num_classes, *own.shape[1:]))
+        stride = own.new_empty(1, *own.shape[1:]).stride()
         placed: Tensor = DTensor.from_local(own, self.mesh, self.placements, shape=whole, stride=stride)
         return placed
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.layout import Layout, own_part
 
-__all__ = ["ClassShard", "send_home"]
+__all__ = ["ClassShard", "reduce_scatter_features"]
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ class ClassShard:
 
     def reduce_features(self, gradient: Tensor, samples: int) -> Tensor:
         """Each row's gradient, summed, on the rank that it came from."""
-        return send_home(gradient, samples, self.layout)
+        return reduce_scatter_features(gradient, samples, self.layout)
 
     def reduce_prototypes(self, gradient: Tensor) -> Tensor:
         """The sum over the data groups."""
         return gradient if self.layout.data_group is None else comm.all_reduce(gradient, self.layout.data_group)
 
 
-def send_home(partial: Tensor, rows: int, layout: Layout) -> Tensor:
+def reduce_scatter_features(partial: Tensor, rows: int, layout: Layout) -> Tensor:
     """Sum the gradients (B, D) of a data group's rows over its ranks: (rows, D), zero but for this rank's own rows."""
     parts = partial.view(layout.class_ranks, partial.shape[0] // layout.class_ranks, partial.shape[1])
     result = partial.new_zeros(rows, partial.shape[1])

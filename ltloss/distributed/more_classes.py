@@ -53,7 +53,9 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
     larger.num_classes, larger._sources = classes, dict(head._sources)
     if isinstance(larger, ClassParallel):
         larger.rearrange(layout)
-    larger.weight = nn.Parameter(_zeros(head.weight, layout), requires_grad=head.weight.requires_grad)
+    larger.weight = nn.Parameter(
+        layout.zeros(*head.weight.shape[1:], dtype=head.weight.dtype), requires_grad=head.weight.requires_grad
+    )
     larger.reset_parameters()
     _copy_rows(head.weight, larger.weight, layout)
     for name, vector in per_class.items():
@@ -72,11 +74,6 @@ def _shallow(module: Module) -> Module:
     return copied
 
 
-def _zeros(like: Tensor, layout: Layout) -> Tensor:
-    start, stop = layout.span()
-    return layout.place(local(like).new_zeros(stop - start, *like.shape[1:]), *like.shape[1:])
-
-
 def _copy_rows(old: Tensor, new: Tensor, layout: Layout) -> None:
     """The first rows of ``new`` become those of ``old``, a block at a time."""
     target, (start, stop), first = local(new), layout.span(), 0
@@ -93,6 +90,6 @@ def _more_centers(centers: ClassCenters, layout: Layout) -> ClassCenters:
         larger.layout = layout
     for name in ("centers", "counts"):
         old = centers.get_buffer(name)
-        larger._buffers[name] = new = _zeros(old, layout)
+        larger._buffers[name] = new = layout.zeros(*old.shape[1:], dtype=old.dtype)
         _copy_rows(old, new, layout)
     return larger

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from ltloss._types import NearestPrototype
-from ltloss.chunked.equal_rows import row_keys
-from ltloss.chunked.search import search_precision
+from ltloss.chunked.equal_rows import Copies, row_keys
+from ltloss.chunked.logsumexp import block_sizes
+from ltloss.chunked.search import _Best, _Unit, search_precision
 from ltloss.distributed import collectives as comm
-from ltloss.distributed.block_pairs import best_of_rows, compare_blocks
 from ltloss.distributed.layout import Layout, own_part
 from ltloss.margins import arccos
-from ltloss.numerics import add_rows_, compute_dtype, inverse_norm, project_
-from ltloss.ops.prototype_search import nearest_in_one_piece
+from ltloss.numerics import add_rows_, compute_dtype, inverse_norm, project_, spans
+from ltloss.ops.prototype_search import nearest_in_one_piece, top_k_in_one_piece
 
-__all__ = ["min_angle_regularizer", "nearest_prototype"]
+__all__ = ["mean_angle_of_all", "nearest_prototype"]
 
 
 class _Found(NamedTuple):
@@ -83,23 +83,19 @@ def _search(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool, layout: L
     return found
 
 
-def min_angle_regularizer(
-    prototypes: Tensor, class_counts: Tensor | None, *, power: float, rows: Tensor | None, allow_tf32: bool
-) -> Tensor:
-    """As :func:`ltloss.functional.min_angle_regularizer` for a DTensor of prototypes: the same scalar on all ranks."""
+def mean_angle_of_all(prototypes: Tensor, class_counts: Tensor | None, power: float, allow_tf32: bool) -> Tensor:
+    """:func:`ltloss.functional.min_angle_regularizer` over all classes of a DTensor: the same scalar on all ranks."""
     layout = Layout.of(prototypes)
-    cosine, _ = _search(prototypes, rows, allow_tf32, layout)
-    if layout.num_classes == 1 or (rows is not None and rows.numel() == 0):
+    cosine, _ = _search(prototypes, None, allow_tf32, layout)
+    if layout.num_classes == 1:
         return (cosine * 0.0).sum()
-    if class_counts is None:
-        weights = torch.ones_like(cosine).detach()
-    else:
-        chosen = class_counts[slice(*layout.span())] if rows is None else class_counts[rows]
-        weights = chosen.to(cosine.dtype) ** -power
+    weights = torch.ones_like(cosine).detach()
+    if class_counts is not None:
+        weights = class_counts[slice(*layout.span())].to(cosine.dtype) ** -power
     sums = torch.stack([-(weights * arccos(cosine)).sum(), weights.sum()])
-    if rows is None:
-        sums = comm.SumOverClasses.apply(sums, layout.class_group)  # type: ignore[no-untyped-call]
-    return sums[0] / sums[1]
+    angle, total = comm.SumOverClasses.apply(sums, layout.class_group)  # type: ignore[no-untyped-call]
+    mean: Tensor = angle / total
+    return mean
 
 
 def _round(own: Tensor, layout: Layout) -> _Found:
@@ -119,7 +115,7 @@ def _round(own: Tensor, layout: Layout) -> _Found:
         owner = (me - step) % ranks
         theirs = layout.span(owner)[0]
         once = 2 * step == ranks  # the two ranks face each other: each answers for itself
-        rows, columns = compare_blocks(own, visitor, both=not once)
+        rows, columns = _compare_blocks(own, visitor, both=not once)
         if rows is not None:
             found = found.better(_Found(rows[0], rows[1] + theirs, row_keys(visitor, rows[1])))
         if not once:
@@ -200,7 +196,7 @@ class _NearestOfRows(torch.autograd.Function):
         mine = layout.local_index(rows)
         query = _shown(own, mine, layout)
         dtype = compute_dtype(own)
-        found = best_of_rows(query, own, mine)
+        found = _best_of_rows(query, own, mine)
         if found is None:
             best = _Found.nothing(rows.numel(), dtype, own.device)
         else:
@@ -242,3 +238,54 @@ def _shown(own: Tensor, mine: Tensor, layout: Layout) -> Tensor:
     if own.shape[0]:
         rows = torch.where((mine >= 0)[:, None], own[mine.clamp_min(0)], 0.0)
     return comm.all_reduce(rows, layout.class_group)
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _compare_blocks(left: Tensor, right: Tensor, *, both: bool) -> tuple[Pair | None, Pair | None]:
+    """Largest cosine and lowest index in ``right`` (B, D) per row of ``left`` (A, D), and the reverse.
+
+    Returns:
+        (A,) cosines and indices into ``right``; (B,) cosines and indices into ``left``. None where a block is empty,
+        and for the reverse unless ``both``.
+    """
+    if not left.shape[0] or not right.shape[0]:
+        return None, None
+    if not both:
+        cosine, index = top_k_in_one_piece(left, right, 1)
+        return (cosine[:, 0], index[:, 0]), None
+    dtype = compute_dtype(left, right)
+    units = _Unit(left, dtype), _Unit(right, dtype)
+    rows, columns = _Best(left.shape[0], units[0].inverse), _Best(right.shape[0], units[0].inverse)
+    blocks = block_sizes(left.shape[0], right.shape[0], left.shape[1], left.device)
+    for start, stop in spans(right.shape[0], blocks.classes):
+        visitors = units[1][slice(start, stop)]
+        for row in spans(left.shape[0], blocks.rows):
+            tile = units[0][slice(*row)] @ visitors.t()
+            rows.update(slice(*row), tile, 1, start)
+            columns.update(slice(start, stop), tile, 0, row[0])
+    return _lowest(rows.result(), right), _lowest(columns.result(), left)
+
+
+def _lowest(found: Pair, among: Tensor) -> Pair:
+    """Instead of each found prototype, the lowest one that is equal to it."""
+    cosine, index = found
+    copies = Copies(among, index)
+    return cosine, copies.member(copies.group(index), 0) if copies.any else index
+
+
+def _best_of_rows(query: Tensor, own: Tensor, itself: Tensor) -> Pair | None:
+    """Nearest of ``own`` (c, D) per query (R, D), leaving out the class ``itself`` (R,) where that is not -1.
+
+    Returns:
+        Cosines and local indices (R,), -inf and -1 where nothing is left; None where there are no classes at all.
+    """
+    if not own.shape[0] or not query.shape[0]:
+        return None
+    cosine, index = top_k_in_one_piece(query, own, min(2, own.shape[0]))
+    if own.shape[0] == 1:
+        blank = torch.full_like(cosine, -torch.inf), torch.full_like(index, -1)
+        cosine, index = torch.cat([cosine, blank[0]], 1), torch.cat([index, blank[1]], 1)
+    place = (index[:, :1] == itself[:, None]).to(torch.int64)
+    return cosine.gather(1, place)[:, 0], index.gather(1, place)[:, 0]

@@ -48,10 +48,8 @@ class _SampledOptimizer(torch.optim.Optimizer):
         state = self.state[weight]
         for name, columns in self._needs().items():
             if name not in state:
-                own = local(weight)
-                shape = (own.shape[0], own.shape[1])[: 2 if columns else 1]
                 # Placed as the weight is, so that a checkpoint can be loaded on another number of ranks.
-                state[name] = Layout.of(weight).place(own.new_zeros(shape), *own.shape[1:][: int(columns)])
+                state[name] = Layout.of(weight).zeros(*weight.shape[1 : 1 + columns], dtype=weight.dtype)
         return {name: local(tensor) for name, tensor in state.items()}
 
     def _needs(self) -> dict[str, bool]:

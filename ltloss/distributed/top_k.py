@@ -69,16 +69,11 @@ def _merge(cosine: Tensor, index: Tensor, keys: Tensor, k: int) -> TopK:
     """The k best of the candidates (n, k·ranks) of all ranks, which stand in class order where cosines are equal."""
     n, width = index.shape
     # Copies of one prototype may differ in the last bit of their cosine: all of them get the largest.
-    first = torch.searchsorted(*_sorted_groups(keys, index))
+    # A place without a candidate (index = C) has key 0, which may be a key; its cosine -inf harms no group.
+    first = torch.searchsorted(keys.sort(dim=1).values.contiguous(), keys.contiguous())
     best = torch.full_like(cosine, -torch.inf).scatter_reduce_(1, first, cosine.nan_to_num(torch.inf), "amax")
     shared = torch.where(cosine.isnan() | (cosine == -torch.inf), cosine, best.gather(1, first))
     order = index.argsort(dim=1, stable=True)
     ranked = shared.gather(1, order).sort(dim=1, descending=True, stable=True)
     chosen = order.gather(1, ranked.indices)[:, :k].reshape(n, min(k, width))
     return TopK(ranked.values[:, :k], index.gather(1, chosen))
-
-
-def _sorted_groups(keys: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted keys and the keys: searching one in the other numbers the groups of equal prototypes within a row."""
-    # A place without a candidate (index = C) has key 0, which may be a key; its cosine -inf harms no group.
-    return keys.sort(dim=1).values.contiguous(), keys.contiguous()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltloss.distributed.batch_gather import agree
+from ltloss._files import write_file
+from ltloss.distributed.batch_gather import all_gather_metadata
 from ltloss.distributed.layout import Layout, blocks, local
 from ltloss.losses.prototype_head import PrototypeHead
 
@@ -49,25 +50,22 @@ def export_safetensors(head: PrototypeHead, path: str | Path) -> None:
         >>> bool((trained.weight == fresh.weight).all())
         True
     """
-    layout, target = Layout.of(head.weight), Path(path)
-    temporary = target.with_name(target.name + ".tmp")
+    layout, state = Layout.of(head.weight), head.state_dict()
+    rows = (block for tensor in state.values() for block in blocks(tensor))  # the ranks send them to each other
     error: Exception | None = None
-    file: BinaryIO | None = None
     try:
         if layout.rank == 0:
-            file = temporary.open("wb")
-            file.write(_safetensors_header(head.state_dict(), head._described()))
+            content = map(_bytes, rows)
+            write_file(Path(path), chain([_safetensors_header(state, head._described())], content))
     except OSError as failure:
         error = failure
-    for tensor in head.state_dict().values():
-        for block in blocks(tensor):  # all of them, even after an error: the other ranks take part
-            if file is not None and error is None:
-                try:
-                    file.write(block.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-                except OSError as failure:
-                    error = failure
-    error = _closed(file, temporary, target, error)
-    agree([], error, layout.group, layout.device)
+    for _ in rows:  # on the other ranks, and after an error: all take part
+        pass
+    all_gather_metadata([], error, layout.group, layout.device)
+
+
+def _bytes(block: Tensor) -> memoryview:
+    return block.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -82,24 +80,6 @@ def _safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _closed(file: BinaryIO | None, temporary: Path, target: Path, error: Exception | None) -> Exception | None:
-    """Flush and rename, or remove what was begun; the error of either."""
-    if file is None:
-        return error
-    try:
-        with file:
-            if error is None:
-                file.flush()
-                os.fsync(file.fileno())
-        if error is None:
-            os.replace(temporary, target)
-    except OSError as failure:
-        error = failure
-    if error is not None:
-        temporary.unlink(missing_ok=True)
-    return error
 
 
 def import_safetensors(head: PrototypeHead, path: str | Path) -> None:

@@ -108,12 +108,10 @@ def min_angle(
     prototypes: Tensor, class_counts: Tensor | None, power: float, rows: Tensor | None, allow_tf32: bool
 ) -> Tensor:
     """:func:`ltloss.functional.min_angle_regularizer` on checked arguments."""
-    if is_sharded(prototypes):
-        angle: Tensor = distributed("nearest").min_angle_regularizer(
-            prototypes, class_counts, power=power, rows=rows, allow_tf32=allow_tf32
-        )
+    if is_sharded(prototypes) and rows is None:
+        angle: Tensor = distributed("nearest").mean_angle_of_all(prototypes, class_counts, power, allow_tf32)
         return angle
-    cosine = nearest_in_one_piece(prototypes, rows, allow_tf32).cosine
+    cosine = nearest_prototype(prototypes, rows, allow_tf32).cosine
     if prototypes.shape[0] == 1 or cosine.numel() == 0:
         return (cosine * 0.0).sum()
     if class_counts is None:

@@ -36,7 +36,7 @@ def _sharded(prototypes: Tensor, data: int = 1) -> tuple[Tensor, Layout]:
     mesh = class_mesh(data)
     layout = Layout(mesh, prototypes.shape[0], torch.device("cpu"))
     start, stop = layout.span()
-    return layout.place(prototypes[start:stop].clone(), prototypes.shape[1]).requires_grad_(), layout
+    return layout.place(prototypes[start:stop].clone()).requires_grad_(), layout
 
 
 LARGE = (24_000, 64)
