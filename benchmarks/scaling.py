@@ -18,7 +18,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.timing import RESULTS, cpu_name, stamp, write_rows
+from benchmarks.timing import RESULTS, cpu_name, interleaved, stamp, write_rows
 from ltloss import ArcFaceLoss
 from ltloss._files import write_file
 from ltloss.distributed import class_mesh, parallelize
@@ -38,6 +38,7 @@ ROUNDS, WARM_UP = 7, 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # On two cores: what one rank alone does in about a second.
 BATCH, DIM, STRONG, WEAK = 256, 256, 40_000, 20_000
+MESHES = ((1, 1), (2, 1), (4, 1), (4, 2))  # ranks, and of them data-parallel ones
 CALIBRATION = Problem(30_000, DIM, BATCH, 1, dtype="float32")
 
 
@@ -109,21 +110,11 @@ def measured(p: Problem, device: torch.device) -> dict[str, float]:
 
 def row(kind: str, p: Problem, found: Mapping[str, float], device: Device | None) -> dict[str, Any]:
     """One line of the table."""
-    width = DTYPES[p.dtype].itemsize
-    least = least_bytes(p, width)
-    values = {
-        "kind": kind,
-        "ranks": p.gpus,
-        "data": p.data,
-        "batch": p.batch,
-        "classes": p.classes,
-        "dim": p.dim,
-        "dtype": p.dtype,
-        "seconds": f"{found['seconds']:.5f}",
-        "sent_bytes": round(found["sent"]),
-        "least_bytes": round(least),
-        "sent_over_least": f"{found['sent'] / least:.3f}" if least else "",
-    }
+    least = least_bytes(p, DTYPES[p.dtype].itemsize)
+    values: dict[str, Any] = {"kind": kind, "ranks": p.gpus}
+    values |= {name: getattr(p, name) for name in ("data", "batch", "classes", "dim", "dtype")}
+    values |= {"seconds": f"{found['seconds']:.5f}", "sent_bytes": round(found["sent"]), "least_bytes": round(least)}
+    values["sent_over_least"] = f"{found['sent'] / least:.3f}" if least else ""
     if device is not None:
         predicted = sum(make_plan(p, device).seconds.values())
         error = predicted / found["seconds"] - 1
@@ -150,13 +141,8 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
     return results.get()
 
 
-def _best(action: Callable[[], Any], rounds: int = 7) -> float:
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])
+def _best(action: Callable[[], Any], rounds: int = 5) -> float:
+    return statistics.median(interleaved({"": action}, rounds)[""])
 
 
 def _single_rates() -> dict[str, float]:
@@ -174,7 +160,7 @@ def _gloo_rates() -> dict[str, float]:
     seconds = []
     for message in (small, large):
         into = [torch.empty_like(message) for _ in range(dist.get_world_size())]
-        seconds.append(_best(lambda into=into, message=message: dist.all_gather(into, message), 30))  # type: ignore[misc]
+        seconds.append(_best(lambda into=into, message=message: dist.all_gather(into, message), 28))  # type: ignore[misc]
     return {"latency": seconds[0], "link": large.numel() / (seconds[1] - seconds[0])}
 
 
@@ -215,24 +201,20 @@ def this_machine() -> Device:
     )
 
 
-def here(most: int) -> list[dict[str, Any]]:
+def here(most: int) -> Iterator[dict[str, Any]]:
     """Strong and weak scaling on this machine's cores."""
     device = this_machine()
     write_file(RATES, (json.dumps(asdict(device), indent=2) + "\n").encode())
     print(f"rates of this machine: {RATES}")
-    rows = []
-    counts = [ranks for ranks in (1, 2, 4) if ranks <= most]
-    for kind, classes in (("strong", lambda ranks: STRONG), ("weak", lambda ranks: WEAK * ranks)):
-        for ranks in counts:
-            for data in [1, 2] if ranks == 4 and kind == "strong" else [1]:
-                p = Problem(classes(ranks), DIM, BATCH, ranks, data=data, dtype="float32")
-                rows.append(row(kind, p, on_ranks(ranks, measured, p, torch.device("cpu")), device))
-                print(show(rows[-1]), flush=True)
-    return rows
+    for kind, ranks, data in (*(("strong", *mesh) for mesh in MESHES), *(("weak", ranks, 1) for ranks in (1, 2, 4))):
+        if ranks <= most:
+            classes = STRONG if kind == "strong" else WEAK * ranks
+            p = Problem(classes, DIM, BATCH, ranks, data=data, dtype="float32")
+            yield row(kind, p, on_ranks(ranks, measured, p, torch.device("cpu")), device)
 
 
-def under_torchrun(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One case on the ranks that torchrun started; rank 0 returns it."""
+def under_torchrun(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One case on the ranks that torchrun started; rank 0 has the rows."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -240,42 +222,31 @@ def under_torchrun(options: argparse.Namespace) -> list[dict[str, Any]]:
     dist.init_process_group("nccl" if cuda else "gloo")
     ranks = dist.get_world_size()
     known = DEVICES["h200"] if cuda and "H200" in torch.cuda.get_device_name() else None
-    rows = []
     for kind, classes in (("strong", options.classes), ("weak", options.classes * ranks)):
         p = Problem(classes, options.dim, options.batch, ranks, data=options.data, dtype=options.dtype)
         found = measured(p, device)
-        rows.append(row(kind, p, found, known))
-        if cuda:
-            rows[-1]["device"] = torch.cuda.get_device_name()
-    first = dist.get_rank() == 0
+        if dist.get_rank() == 0:
+            yield {**row(kind, p, found, known), **({"device": torch.cuda.get_device_name()} if cuda else {})}
     dist.destroy_process_group()
-    return rows if first else []
-
-
-def show(values: Mapping[str, Any]) -> str:
-    """One row for the terminal."""
-    hidden = {"batch", "dim", "dtype", "least_bytes", *stamp()}
-    return "  ".join(f"{name}={value}" for name, value in values.items() if name not in hidden)
 
 
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--most", type=int, default=4, help="most ranks on this machine")
-    parser.add_argument("--classes", type=int, default=STRONG)
-    parser.add_argument("--dim", type=int, default=DIM)
-    parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--data", type=int, default=1)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    for name, default in (("classes", STRONG), ("dim", DIM), ("batch", BATCH), ("data", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"under torchrun (default: {default})")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="under torchrun (default: float32)")
     options = parser.parse_args()
     launched = "RANK" in os.environ
-    rows = under_torchrun(options) if launched else here(options.most)
-    if not rows:
-        return
-    name = f"scaling-{rows[0]['device'].split()[-1].lower()}-{rows[0]['ranks']}.csv" if launched else "scaling.csv"
-    for line in rows if launched else []:
-        print(show(line))
-    write_rows(rows, RESULTS / name)
+    rows = []
+    for line in under_torchrun(options) if launched else here(options.most):
+        rows.append(line)
+        hidden = {"batch", "dim", "dtype", "least_bytes", *stamp()}
+        print("  ".join(f"{name}={value}" for name, value in line.items() if name not in hidden), flush=True)
+    if rows:
+        name = f"scaling-{rows[0]['device'].split()[-1].lower()}-{rows[0]['ranks']}" if launched else "scaling"
+        write_rows(rows, RESULTS / f"{name}.csv")
 
 
 if __name__ == "__main__":
