@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.nearest import check_search, nearest_providers
-from benchmarks.peers import Inputs, Shape, check_step, exact_step, run_step, training_step_providers
-from benchmarks.timing import MIB, RESULTS, in_fresh_process, interleaved, paired_ratio, stamp, write_rows
+from benchmarks.nearest import SEARCHES, check_found
+from benchmarks.peers import ON_CPU, Inputs, Shape, check_step, exact_step, run_step
+from benchmarks.timing import RESULTS, fresh_processes, interleaved, paired_ratio, peak_extra_bytes, stamp, write_rows
 from ltloss import CosineSoftmaxLoss, LongTailLoss
 
 Row = dict[str, Any]
@@ -44,101 +45,129 @@ def _row(case: str, shape: Shape, provider: str, seconds: Sequence[float], **mor
     }
 
 
-def _peak(kind: str, provider: str, shape: Shape) -> str:
-    sizes = [str(size) for size in (shape.n, shape.c, shape.d)]
-    return f"{in_fresh_process('benchmarks.peak_memory', kind, provider, *sizes) / MIB:.1f}"
+def _left_out(name: str, reason: ImportError) -> None:
+    print(f"{name} is left out: {reason} (pip install 'ltloss[bench]')")
+
+
+def step_bytes(name: str, shape: Shape) -> int:
+    """Bytes that one forward and backward needs beyond parameters, inputs and gradients."""
+    provider = next(provider for provider in ON_CPU if provider.name == name)
+    # Loads libraries and starts threads. A compiled function is compiled for its shape, so it warms up at full size.
+    warm_up = Inputs.draw(shape if provider.compiled else Shape(8, 32, shape.d))
+    run_step(provider.build(warm_up), warm_up)
+    inputs = warm_up if provider.compiled else Inputs.draw(shape)
+    step = partial(run_step, provider.build(inputs), inputs)
+    if provider.compiled:
+        step()
+    return peak_extra_bytes(step, inputs.drop_gradients) - inputs.gradient_bytes
+
+
+def search_bytes(name: str, shape: Shape) -> int:
+    """Bytes that one nearest-prototype search needs beyond the prototypes and the result (12 bytes a class)."""
+    kept: list[object] = []
+    with torch.no_grad():
+        SEARCHES[name](torch.randn(32, shape.d))
+        prototypes = torch.randn(shape.c, shape.d)
+        return peak_extra_bytes(lambda: kept.append(SEARCHES[name](prototypes)), lambda: None) - 12 * shape.c
+
+
+def _peak(measure: Callable[[str, Shape], int], provider: str, shape: Shape) -> str:
+    with fresh_processes(1) as pool:
+        return f"{pool.submit(measure, provider, shape).result() / (1 << 20):.1f}"
 
 
 def training_step(shape: Shape, rounds: int) -> list[Row]:
     """Forward and backward with per-class angular margins, beside every peer."""
     inputs = Inputs.draw(shape)
-    providers = training_step_providers()
-    losses = {provider.name: provider.build(inputs) for provider in providers}
-    errors = {
-        provider.name: check_step(provider.name, losses[provider.name], inputs, exact_step(provider.truth, inputs))
-        for provider in providers
-    }
-    steps: dict[str, Callable[[], Any]] = {
-        name: (lambda loss=loss: run_step(loss, inputs)) for name, loss in losses.items()
-    }
+    steps: dict[str, Callable[[], Any]] = {}
+    more: dict[str, Row] = {}
+    for provider in ON_CPU:
+        try:
+            loss = provider.build(inputs)
+        except ImportError as reason:
+            _left_out(provider.name, reason)
+            continue
+        error = check_step(provider.name, loss, inputs, exact_step(provider.truth, inputs))
+        steps[provider.name] = partial(run_step, loss, inputs)
+        more[provider.name] = {"relative_error": f"{error:.1e}", "note": provider.note}
+    return _beside("training step", shape, steps, step_bytes, rounds, more)
+
+
+def nearest(shape: Shape, rounds: int) -> list[Row]:
+    """The nearest prototype of every class, beside the dense product and maximum."""
+    prototypes = torch.randn(shape.c, shape.d, generator=torch.Generator().manual_seed(0))
+    steps: dict[str, Callable[[], Any]] = {}
+    more: dict[str, Row] = {}
+    for name, search in SEARCHES.items():
+        try:
+            found = search(prototypes)
+        except ImportError as reason:
+            _left_out(name, reason)
+            continue
+        error = check_found(found, 1e-6, prototypes, prototypes, torch.arange(shape.c), sample=512)
+        steps[name] = partial(search, prototypes)
+        more[name] = {"relative_error": f"{error:.1e}"}
+    with torch.no_grad():
+        return _beside("nearest prototype", shape, steps, search_bytes, rounds, more)
+
+
+def _beside(
+    case: str,
+    shape: Shape,
+    steps: Mapping[str, Callable[[], Any]],
+    measure: Callable[[str, Shape], int],
+    rounds: int,
+    more: Mapping[str, Row],
+) -> list[Row]:
+    """A row for each provider: its time, ours in its terms, and the memory that ``measure`` finds."""
     seconds = interleaved(steps, rounds)
     return [
         _row(
-            "training step",
+            case,
             shape,
-            provider.name,
-            seconds[provider.name],
-            ratio_ours_to_theirs=f"{paired_ratio(seconds['ltloss'], seconds[provider.name]):.3f}",
-            extra_mib=_peak("step", provider.name, shape),
-            relative_error=f"{errors[provider.name]:.1e}",
-            note=provider.note,
+            name,
+            times,
+            ratio_ours_to_theirs=f"{paired_ratio(seconds['ltloss'], times):.3f}",
+            extra_mib=_peak(measure, name, shape),
+            **more[name],
         )
-        for provider in providers
+        for name, times in seconds.items()
     ]
 
 
 def scaling(shapes: Sequence[Shape], rounds: int) -> list[Row]:
     """Time and memory of our training step from 10 thousand to a million classes: linear, and flat."""
-    ours = training_step_providers()[0]
+    ours = ON_CPU[0]
+    repeats = {shape: max(1, 100_000 // shape.c) for shape in shapes}  # short cases run long enough to be timed
     steps: dict[str, Callable[[], Any]] = {}
     errors = {}
     for shape in shapes:
         inputs = Inputs.draw(shape)
         loss = ours.build(inputs)
         # The dense float64 truth of a million classes fits a few samples at a time.
-        exact = exact_step(ours.truth, inputs, rows=max(1, (1 << 25) // shape.c))
-        errors[shape] = f"{check_step(ours.name, loss, inputs, exact):.1e}"
-        del exact
+        rows = max(1, (1 << 25) // shape.c)
+        errors[shape] = f"{check_step(ours.name, loss, inputs, exact_step(ours.truth, inputs, rows)):.1e}"
         inputs.drop_gradients()
-
-        def step(loss: Callable[[], torch.Tensor] = loss, inputs: Inputs = inputs) -> None:
-            for _ in range(max(1, 100_000 // inputs.prototypes.shape[0])):  # short cases run long enough to be timed
-                run_step(loss, inputs)
-
-        steps[str(shape)] = step
+        steps[str(shape)] = partial(_repeated, partial(run_step, loss, inputs), repeats[shape])
     seconds = interleaved(steps, rounds)
-    rows = []
-    for shape in shapes:
-        repeats = max(1, 100_000 // shape.c)
-        per_step = [second / repeats for second in seconds[str(shape)]]
-        per_class = f"{1e9 * statistics.median(per_step) / shape.c:.1f}"
-        peak = _peak("step", "ltloss", shape)
-        rows.append(
-            _row(
-                "scaling",
-                shape,
-                "ltloss",
-                per_step,
-                extra_mib=peak,
-                ns_per_class=per_class,
-                relative_error=errors[shape],
-            )
-        )
-    return rows
-
-
-def nearest(shape: Shape, rounds: int) -> list[Row]:
-    """The nearest prototype of every class, beside the dense product and maximum."""
-    prototypes = torch.randn(shape.c, shape.d, generator=torch.Generator().manual_seed(0))
-    providers = nearest_providers()
-    errors = {name: check_search(search, prototypes) for name, search in providers.items()}
-    steps: dict[str, Callable[[], Any]] = {
-        name: (lambda search=search: search(prototypes)) for name, search in providers.items()
-    }
-    with torch.no_grad():
-        seconds = interleaved(steps, rounds)
+    per_step = {shape: [second / repeats[shape] for second in seconds[str(shape)]] for shape in shapes}
     return [
         _row(
-            "nearest prototype",
+            "scaling",
             shape,
-            name,
-            seconds[name],
-            ratio_ours_to_theirs=f"{paired_ratio(seconds['ltloss'], seconds[name]):.3f}",
-            extra_mib=_peak("nearest", name, shape),
-            relative_error=f"{errors[name]:.1e}",
+            "ltloss",
+            times,
+            extra_mib=_peak(step_bytes, "ltloss", shape),
+            ns_per_class=f"{1e9 * statistics.median(times) / shape.c:.1f}",
+            relative_error=errors[shape],
         )
-        for name in providers
+        for shape, times in per_step.items()
     ]
+
+
+def _repeated(step: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        step()
 
 
 def regularizer(shape: Shape, rounds: int) -> list[Row]:
@@ -154,26 +183,15 @@ def regularizer(shape: Shape, rounds: int) -> list[Row]:
         "rows=batch": {"min_angle_weight": 0.1, "min_angle_rows": "batch"},
         "all rows": {"min_angle_weight": 0.1},
     }
-    steps: dict[str, Callable[[], Any]] = {}
-    for name, options in variants.items():
-        head = LongTailLoss.from_counts(counts, shape.d, **options)
 
-        def step(head: LongTailLoss = head) -> None:
-            head.zero_grad()
-            head(features, labels).backward()
+    def step(head: LongTailLoss) -> None:
+        head.zero_grad()
+        head(features, labels).backward()
 
-        steps[name] = step
-    seconds = interleaved(steps, rounds, warm_up=1)
-    return [
-        _row(
-            "minimum angle",
-            shape,
-            f"ltloss, {name}",
-            seconds[name],
-            share=f"{1.0 - paired_ratio(seconds['without'], seconds[name]):.3f}",
-        )
-        for name in variants
-    ]
+    heads = {name: LongTailLoss.from_counts(counts, shape.d, **options) for name, options in variants.items()}
+    seconds = interleaved({name: partial(step, head) for name, head in heads.items()}, rounds, warm_up=1)
+    shares = {name: f"{1.0 - paired_ratio(seconds['without'], times):.3f}" for name, times in seconds.items()}
+    return [_row("minimum angle", shape, f"ltloss, {name}", seconds[name], share=shares[name]) for name in variants]
 
 
 def million_classes(steps: int = 3) -> list[Row]:
@@ -198,20 +216,20 @@ def million_classes(steps: int = 3) -> list[Row]:
     return [_row("training with SGD", shape, "ltloss", seconds, note=f"loss {losses[0]:.2f} -> {losses[-1]:.2f}")]
 
 
+_OPTIONAL = {
+    "ratio_ours_to_theirs": "ours/theirs {}",
+    "share": "the term's share {}",
+    "extra_mib": "extra {} MiB",
+    "ns_per_class": "{} ns/class",
+    "note": "({})",
+}
+
+
 def _show(rows: Sequence[Row]) -> None:
     for row in rows:
         shape = f"{row['N']}x{row['C']}x{row['D']}"
         parts = [f"{row['case']:18} {shape:16} {row['provider']:30} {float(row['median_ms']):10.1f} ms"]
-        if row.get("ratio_ours_to_theirs"):
-            parts.append(f"ours/theirs {row['ratio_ours_to_theirs']}")
-        if row.get("share"):
-            parts.append(f"the term's share {row['share']}")
-        if row.get("extra_mib"):
-            parts.append(f"extra {row['extra_mib']} MiB")
-        if row.get("ns_per_class"):
-            parts.append(f"{row['ns_per_class']} ns/class")
-        if row.get("note"):
-            parts.append(f"({row['note']})")
+        parts += [text.format(row[name]) for name, text in _OPTIONAL.items() if row.get(name)]
         print("  ".join(parts), flush=True)
 
 

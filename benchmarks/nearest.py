@@ -1,43 +1,66 @@
-"""Providers of the nearest-prototype search: for every class the largest cosine to another one, and its index."""
+"""Searches written densely, and how far what a search finds lies below the best."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as torch_functional
 
 import ltloss.functional as ltloss_functional
+from ltloss import reference
 
-Search = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def _ours(prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    return ltloss_functional.nearest_prototype(prototypes)
+Found = tuple[Tensor, Tensor]
+Search = Callable[[Tensor], Found]
 
 
-def _dense(prototypes: Tensor) -> tuple[Tensor, Tensor]:
+def dense_top(features: Tensor, prototypes: Tensor, k: int, rows: int, own: bool) -> Found:
+    """Product and maximum (or the k largest) in the inputs' dtype, ``rows`` rows at a time, each (n, k).
+
+    ``own``: the features are the prototypes, of which each is to find another one.
+    """
     unit = torch_functional.normalize(prototypes)
-    cosine = unit @ unit.t()
-    cosine.fill_diagonal_(-2.0)
-    found = cosine.max(dim=1)
-    return found.values, found.indices
-
-
-def _chunked(prototypes: Tensor, rows: int = 1024) -> tuple[Tensor, Tensor]:
-    unit = torch_functional.normalize(prototypes)
-    values, indices = [], []
-    for start in range(0, unit.shape[0], rows):
-        cosine = unit[start : start + rows] @ unit.t()
-        cosine.diagonal(offset=start).fill_(-2.0)
-        found = cosine.max(dim=1)
-        values.append(found.values)
-        indices.append(found.indices)
+    left = unit if own else torch_functional.normalize(features)
+    found = []
+    for start in range(0, left.shape[0], rows):
+        cosine = left[start : start + rows] @ unit.t()
+        if own:
+            cosine.diagonal(offset=start).fill_(-2.0)
+        found.append(tuple(cosine.max(dim=1, keepdim=True) if k == 1 else cosine.topk(k, dim=1)))
+    values, indices = zip(*found, strict=True)
     return torch.cat(values), torch.cat(indices)
 
 
-def _faiss(prototypes: Tensor) -> tuple[Tensor, Tensor]:
+def shortfall(found: Found, features: Tensor, prototypes: Tensor, own: Tensor | None = None) -> float:
+    """How much the found cosines (n, k) lie below the k best, or differ from their true values; NaN for NaN.
+
+    ``own``: the class of each row, which it may not find.
+    """
+    cosine = reference.direction(features.double()) @ reference.direction(prototypes.double()).t()
+    if own is not None:
+        cosine.scatter_(1, own[:, None], -2.0)
+    best = cosine.topk(found[1].shape[1], dim=1).values
+    true = cosine.gather(1, found[1])
+    repeated = (found[1].sort(dim=1).values.diff(dim=1) == 0).any()
+    errors = torch.stack([(best - true).max(), (true - found[0].double()).abs().max(), 2.0 * repeated.double()])
+    return float(errors.max())
+
+
+def check_found(
+    found: Found, allowed: float, features: Tensor, prototypes: Tensor, own: Tensor | None = None, sample: int = 256
+) -> float:
+    """The shortfall of about ``sample`` of the rows; raises where it is more than ``allowed``."""
+    some = torch.arange(features.shape[0], device=features.device)[:: -(-features.shape[0] // sample)]
+    cosine, index = (tensor[some].view(some.numel(), -1) for tensor in found)
+    error = shortfall((cosine, index), features[some], prototypes, None if own is None else own[some])
+    if not error <= allowed:
+        raise RuntimeError(f"the cosines found are off by {error:.1e}; not timed")
+    return error
+
+
+def _faiss(prototypes: Tensor) -> Found:
     """The two best of a flat index, of which one is the prototype itself."""
     import faiss
 
@@ -50,27 +73,14 @@ def _faiss(prototypes: Tensor) -> tuple[Tensor, Tensor]:
     return cosine.gather(1, other)[:, 0], found.gather(1, other)[:, 0]
 
 
-def nearest_providers() -> dict[str, Search]:
-    """Ours, the dense product and maximum, the same in blocks of rows, and faiss where it can be imported."""
-    providers: dict[str, Search] = {"ltloss": _ours, "dense": _dense, "row blocks": _chunked}
-    try:
-        import faiss  # noqa: F401
-    except ImportError:
-        print("faiss is not installed: left out (pip install 'ltloss[bench]')")
-    else:
-        providers["faiss IndexFlatIP"] = _faiss
-    return providers
+def _dense(prototypes: Tensor, rows: int) -> Found:
+    return dense_top(prototypes, prototypes, 1, rows, own=True)
 
 
-def check_search(search: Search, prototypes: Tensor) -> float:
-    """Largest error of the found cosines, recomputed in float64 against the true maximum; raises beyond rounding."""
-    _, index = search(prototypes)
-    unit = torch_functional.normalize(prototypes.double())
-    sample = torch.randperm(prototypes.shape[0], generator=torch.Generator().manual_seed(1))[:512]
-    cosine = unit[sample] @ unit.t()
-    cosine[torch.arange(sample.numel()), sample] = -2.0
-    found = cosine.gather(1, index[sample][:, None])[:, 0]
-    error = float((cosine.amax(1) - found).max())
-    if not error < 1e-6:
-        raise RuntimeError(f"the nearest prototype is off by a cosine of {error}; not timed")
-    return error
+# For every class the largest cosine to another one, and its index; what cannot be imported says so when it is called.
+SEARCHES: dict[str, Search] = {
+    "ltloss": ltloss_functional.nearest_prototype,
+    "dense": partial(_dense, rows=1 << 40),
+    "row blocks": partial(_dense, rows=1024),
+    "faiss IndexFlatIP": _faiss,
+}

@@ -5,9 +5,11 @@ A provider is timed only after its loss and gradients have been compared with th
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn import functional as torch_functional
 
 import ltloss.functional as ltloss_functional
 from ltloss import reference
+from ltloss.margins import margin_cosine
 
 SCALE = 30.0
 SCALAR_MARGIN = 0.5  # radians, for peers that have no per-class margins
@@ -64,6 +67,7 @@ class Inputs:
 
 
 Objective = Callable[[Inputs], Tensor]
+Build = Callable[[Inputs], Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -71,86 +75,114 @@ class Provider:
     """``build(inputs)`` returns the loss as a function of nothing; ``truth`` is the same loss written densely."""
 
     name: str
-    build: Callable[[Inputs], Callable[[], Tensor]]
+    build: Build
     truth: Objective
     compiled: bool = False
     note: str = ""
 
 
+def _margin_loss(function: Callable[..., Tensor], inputs: Inputs, **options: Any) -> Tensor:
+    return function(inputs.features, inputs.prototypes, inputs.labels, scale=SCALE, **options)
+
+
 def margin_truth(inputs: Inputs) -> Tensor:
-    return reference.margin_cross_entropy(
-        inputs.features, inputs.prototypes, inputs.labels, scale=SCALE, angular_margin=inputs.margins
-    )
+    return _margin_loss(reference.margin_cross_entropy, inputs, angular_margin=inputs.margins)
 
 
 def scalar_margin_truth(inputs: Inputs) -> Tensor:
-    return reference.margin_cross_entropy(
-        inputs.features,
-        inputs.prototypes,
-        inputs.labels,
-        scale=SCALE,
-        angular_margin=SCALAR_MARGIN,
-        beyond_pi="arcface",
-    )
+    return _margin_loss(reference.margin_cross_entropy, inputs, angular_margin=SCALAR_MARGIN, beyond_pi="arcface")
 
 
 def plain_truth(inputs: Inputs) -> Tensor:
     return torch_functional.cross_entropy(inputs.features @ inputs.prototypes.t(), inputs.labels)
 
 
-def ours(inputs: Inputs) -> Callable[[], Tensor]:
-    return lambda: ltloss_functional.margin_cross_entropy(
-        inputs.features, inputs.prototypes, inputs.labels, scale=SCALE, angular_margin=inputs.margins
-    )
+def dense_margin_loss(inputs: Inputs) -> Tensor:
+    """The loss as training scripts write it: all cosines at once, the own one exchanged, cross-entropy in float32.
+
+    In half precision the normalised copies and the cosines are rounded to it, as under autocast.
+    """
+    unit = torch_functional.normalize(inputs.features), torch_functional.normalize(inputs.prototypes)
+    cosine = (unit[0] @ unit[1].t()).float()
+    labels = inputs.labels[:, None]
+    margin = margin_cosine(cosine.gather(1, labels)[:, 0], angular_margin=inputs.margins[inputs.labels])
+    return torch_functional.cross_entropy(SCALE * cosine.scatter(1, labels, margin[:, None]), inputs.labels)
 
 
-def _compiled(inputs: Inputs) -> Callable[[], Tensor]:
-    compiled = torch.compile(lambda: margin_truth(inputs))
-    return lambda: compiled()
+def _ours(inputs: Inputs) -> Callable[[], Tensor]:
+    return lambda: _margin_loss(ltloss_functional.margin_cross_entropy, inputs, angular_margin=inputs.margins)
 
 
-def linear_cross_entropy(inputs: Inputs) -> Callable[[], Tensor]:
-    function: Any = torch_functional.linear_cross_entropy  # torch >= 2.12
+def _eager(objective: Objective) -> Build:
+    return lambda inputs: lambda: objective(inputs)
+
+
+def _compiled(objective: Objective) -> Build:
+    def build(inputs: Inputs) -> Callable[[], Tensor]:
+        torch.compiler.reset()  # every shape anew: after eight the compiler would give up and run it eagerly
+        compiled = torch.compile(lambda: objective(inputs), dynamic=False)
+        return lambda: compiled()
+
+    return build
+
+
+def _linear_cross_entropy(inputs: Inputs, *, chunked: bool = False) -> Callable[[], Tensor]:
+    if not hasattr(torch_functional, "linear_cross_entropy"):
+        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy (2.12 has)")
+    function: Any = torch_functional.linear_cross_entropy
+    options = {"options": torch.nn.LinearCrossEntropyOptions()} if chunked else {}  # type: ignore[attr-defined]
+    return lambda: function(inputs.features, inputs.prototypes, inputs.labels, **options)
+
+
+def _liger(inputs: Inputs) -> Callable[[], Tensor]:
+    loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+    return lambda: loss(inputs.prototypes, inputs.features, inputs.labels)
+
+
+def _cut_cross_entropy(inputs: Inputs) -> Callable[[], Tensor]:
+    function: Any = importlib.import_module("cut_cross_entropy").linear_cross_entropy
     return lambda: function(inputs.features, inputs.prototypes, inputs.labels)
 
 
-def _linear_cross_entropy_chunked(inputs: Inputs) -> Callable[[], Tensor]:
-    function: Any = torch_functional.linear_cross_entropy
-    options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
-    return lambda: function(inputs.features, inputs.prototypes, inputs.labels, options=options)
-
-
-def metric_learning_arcface(inputs: Inputs) -> Callable[[], Tensor]:
-    from pytorch_metric_learning.losses import ArcFaceLoss
-
+def _metric_learning_arcface(inputs: Inputs) -> Callable[[], Tensor]:
+    losses = importlib.import_module("pytorch_metric_learning.losses")
     classes, width = inputs.prototypes.shape
-    loss = ArcFaceLoss(1, width, margin=math.degrees(SCALAR_MARGIN), scale=SCALE)
+    loss = losses.ArcFaceLoss(1, width, margin=math.degrees(SCALAR_MARGIN), scale=SCALE)
     loss.num_classes = classes
     del loss.W  # its own weight is (D, C); ours, transposed without a copy, is the same numbers
     loss.W = inputs.prototypes.t()
     return lambda: loss(inputs.features, inputs.labels)
 
 
-def training_step_providers() -> list[Provider]:
-    """Everything that can be imported here, ours first."""
-    providers = [
-        Provider("ltloss", ours, margin_truth),
-        Provider("dense", lambda inputs: lambda: margin_truth(inputs), margin_truth, note="the reference, eager"),
-        Provider("torch.compile", _compiled, margin_truth, compiled=True, note="the reference, compiled"),
-    ]
-    if hasattr(torch_functional, "linear_cross_entropy"):
-        note = "no margin, no normalisation"
-        providers.append(Provider("linear_cross_entropy", linear_cross_entropy, plain_truth, note=note))
-        chunked = "linear_cross_entropy(options)"
-        providers.append(Provider(chunked, _linear_cross_entropy_chunked, plain_truth, note=note + ", chunked"))
-    try:
-        import pytorch_metric_learning  # noqa: F401
-    except ImportError:
-        print("pytorch-metric-learning is not installed: left out (pip install 'ltloss[bench]')")
-    else:
-        note = "scalar margin"
-        providers.append(Provider("pytorch-metric-learning", metric_learning_arcface, scalar_margin_truth, note=note))
-    return providers
+_PLAIN = "no margin, no normalisation"
+_OURS = Provider("ltloss", _ours, margin_truth)
+_LINEAR = Provider("linear_cross_entropy", _linear_cross_entropy, plain_truth, note=_PLAIN)
+_METRIC_LEARNING = Provider(
+    "pytorch-metric-learning", _metric_learning_arcface, scalar_margin_truth, note="scalar margin"
+)
+# Ours first; what cannot be imported says so when it is built (ImportError).
+ON_CPU = (
+    _OURS,
+    Provider("dense", _eager(margin_truth), margin_truth, note="the reference, eager"),
+    Provider("torch.compile", _compiled(margin_truth), margin_truth, compiled=True, note="the reference, compiled"),
+    _LINEAR,
+    Provider(
+        "linear_cross_entropy(options)",
+        partial(_linear_cross_entropy, chunked=True),
+        plain_truth,
+        note=f"{_PLAIN}, chunked",
+    ),
+    _METRIC_LEARNING,
+)
+ON_GPU = (
+    _OURS,
+    Provider("dense", _eager(dense_margin_loss), margin_truth, note="eager"),
+    Provider("torch.compile", _compiled(dense_margin_loss), margin_truth, compiled=True, note="of the dense formula"),
+    _LINEAR,
+    Provider("liger", _liger, plain_truth, note=f"{_PLAIN}, gradients computed in the forward"),
+    Provider("cut-cross-entropy", _cut_cross_entropy, plain_truth, note=_PLAIN),
+    _METRIC_LEARNING,
+)
 
 
 def run_step(loss: Callable[[], Tensor], inputs: Inputs) -> Tensor:
@@ -187,12 +219,15 @@ def exact_step(truth: Objective, inputs: Inputs, rows: int | None = None) -> Ste
     return Step(torch.stack(losses).sum(), torch.cat([grad for grad in grads if grad is not None]), prototypes.grad)
 
 
-def check_step(name: str, loss: Callable[[], Tensor], inputs: Inputs, exact: Step, tolerance: float = 2e-4) -> float:
-    """Largest relative error (by norm) of loss and gradients; raises if that is no rounding error.
+# Relative errors (by norm) beyond these are mistakes. Logits of size s carry an error of s·6e-8 in float32, and s·2^-9
+# in bfloat16 where the dense providers round them; the exponential turns it into a relative one. 2e-4 leaves room for a
+# long accumulation, and none for a formula that is wrong.
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
-    float32 logits of size s carry an error of about s·6e-8, which the exponential turns into a relative one: 2e-4
-    leaves room for a long accumulation, and none for a formula that is wrong.
-    """
+
+def check_step(name: str, loss: Callable[[], Tensor], inputs: Inputs, exact: Step) -> float:
+    """Largest relative error (by norm) of loss and gradients; raises if that is no rounding error."""
+    tolerance = TOLERANCE[inputs.features.dtype]
     value = run_step(loss, inputs)
     errors = []
     for got, expected in zip((value, inputs.features.grad, inputs.prototypes.grad), exact, strict=True):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from ltloss._files import write_csv
 
 RESULTS = Path(__file__).parent / "results"
-MIB = 1 << 20
 
 
 def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
@@ -63,13 +63,9 @@ def peak_extra_bytes(step: Callable[[], Any], before: Callable[[], None]) -> int
     return (_status_kib("VmHWM") - resident) * 1024
 
 
-def in_fresh_process(module: str, *arguments: str) -> float:
-    """Run ``python -m module arguments`` and return the number on its last line."""
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return float(done.stdout.strip().splitlines()[-1])
+def fresh_processes(most: int) -> ProcessPoolExecutor:
+    """Processes that inherit nothing: no threads, no memory, no broken device."""
+    return ProcessPoolExecutor(most, mp_context=multiprocessing.get_context("spawn"))
 
 
 def cpu_name() -> str:

@@ -17,26 +17,16 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from benchmarks.loss_gpu import (
-    correctness as gpu_correctness,
-)
-from benchmarks.loss_gpu import (
-    search as gpu_search,
-)
-from benchmarks.loss_gpu import (
-    system as gpu_system,
-)
-from benchmarks.loss_gpu import (
-    tune as gpu_tune,
-)
+from benchmarks.loss_gpu import correctness, system
 from benchmarks.loss_gpu.measure import Deadline, Device, TooSlow, ends_within
-from benchmarks.loss_gpu.providers import PROVIDERS, TOLERANCE
-from benchmarks.peers import Inputs, Objective, Provider, Shape, Step, check_step, exact_step
+from benchmarks.loss_gpu.search import SearchCase, search_cases
+from benchmarks.peers import ON_GPU, Inputs, Provider, Shape, check_step, exact_step
 from benchmarks.timing import RESULTS, write_rows
 from ltloss._files import write_file
 
@@ -67,7 +57,7 @@ class Bench:
     output: Path | None
     dtype: torch.dtype = torch.bfloat16
     repeats: int = 20
-    providers: Sequence[Provider] = PROVIDERS
+    providers: Sequence[Provider] = ON_GPU
     rows: list[Row] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
     failed: bool = False
@@ -121,48 +111,33 @@ _OPTIONAL = {"extra_mib": "MiB extra", "host_us": "us host", "launches": "launch
 
 
 def _head(shape: Shape, dtype: torch.dtype, provider: str) -> Row:
-    return {
-        "N": shape.n,
-        "C": shape.c,
-        "D": shape.d,
-        "dtype": str(dtype).removeprefix("torch."),
-        "provider": provider,
-    }
+    kind = str(dtype).removeprefix("torch.")
+    return {"N": shape.n, "C": shape.c, "D": shape.d, "dtype": kind, "provider": provider}
 
 
 def time_shape(bench: Bench, shape: Shape, providers: Sequence[Provider], share: float, *, host: bool = False) -> None:
     """Check and time every provider at one shape, with at most ``share`` of the time that is left."""
     deadline = bench.deadline.share(share)
-    try:
-        inputs = Inputs.draw(shape, device=bench.device.kind, dtype=bench.dtype)
-    except Exception as failure:
-        for provider in providers:
-            _note_failure(bench, _head(shape, bench.dtype, provider.name), _reason(failure))
-        return
-    checked: list[tuple[Provider, Callable[[], torch.Tensor], float]] = []
-    exact: dict[Objective, Step] = {}
+    inputs = cache(lambda: Inputs.draw(shape, device=bench.device.kind, dtype=bench.dtype))
+    exact = cache(lambda truth: exact_step(truth, inputs(), max(1, _FLOAT64_LOGITS // shape.c)))
+
+    def check(provider: Provider) -> None:
+        deadline.allow(0.0)
+        loss = provider.build(inputs())
+        checked[provider] = loss, check_step(provider.name, loss, inputs(), exact(provider.truth))
+
+    def measure(provider: Provider) -> None:
+        loss, error = checked[provider]
+        rows = _measure(bench, deadline, shape, loss, inputs(), host=host)
+        head = _head(shape, bench.dtype, provider.name)
+        bench.add({**head, **row, "relative_error": f"{error:.1e}", "note": provider.note} for row in rows)
+
+    checked: dict[Provider, tuple[Callable[[], torch.Tensor], float]] = {}
     for provider in providers:  # first check all, then forget the exact gradients, which take memory
-        reason = ""
-        try:
-            deadline.allow(0.0)
-            loss = provider.build(inputs)
-            if provider.truth not in exact:
-                exact[provider.truth] = exact_step(provider.truth, inputs, max(1, _FLOAT64_LOGITS // shape.c))
-            error = check_step(provider.name, loss, inputs, exact[provider.truth], TOLERANCE[bench.dtype])
-            checked.append((provider, loss, error))
-        except Exception as failure:
-            reason = _reason(failure)
-        _note_failure(bench, _head(shape, bench.dtype, provider.name), reason)
-    exact.clear()
-    for provider, loss, error in checked:
-        reason = ""
-        try:
-            rows = _measure(bench, deadline, shape, loss, inputs, host=host)
-            head = _head(shape, bench.dtype, provider.name)
-            bench.add({**head, **row, "relative_error": f"{error:.1e}", "note": provider.note} for row in rows)
-        except Exception as failure:
-            reason = _reason(failure)
-        _note_failure(bench, _head(shape, bench.dtype, provider.name), reason)
+        _attempt(bench, _head(shape, bench.dtype, provider.name), partial(check, provider))
+    exact.cache_clear()
+    for provider in checked:
+        _attempt(bench, _head(shape, bench.dtype, provider.name), partial(measure, provider))
 
 
 def _reason(failure: Exception) -> str:
@@ -174,11 +149,16 @@ def _reason(failure: Exception) -> str:
     return f"{kind}: {' '.join(str(failure).split())[:200]}"
 
 
-def _note_failure(bench: Bench, head: Row, reason: str) -> None:
-    """A row that says why there are no numbers. Peers may fail; if ours does for another reason than time, that is one.
+def _attempt(bench: Bench, head: Row, action: Callable[[], None]) -> None:
+    """Do it; if that fails, a row says why there are no numbers. Peers may; if ours does, it must be for lack of time.
 
-    Called outside of the except block, which would keep the failed step's tensors alive.
+    What is said is said outside of the except block, which would keep the failed step's tensors alive.
     """
+    reason = ""
+    try:
+        action()
+    except Exception as failure:
+        reason = _reason(failure)
     try:
         bench.device.release()
     except Exception as failure:  # an illegal access is reported by whatever comes after it
@@ -201,23 +181,20 @@ def _measure(
         state.pop("loss").backward()
 
     inputs.drop_gradients()
-    first = device.time(inputs.drop_gradients, bench.product, [forward, backward], 1)
+    timed = partial(device.time, inputs.drop_gradients, bench.product, [forward, backward])
+    first = timed(1)
     a_round = 1e-3 * (sum(times[0] for times in first.steps) + first.product[0])
     deadline.allow(1.2 * (bench.repeats + 3) * a_round)
-    device.time(inputs.drop_gradients, bench.product, [forward, backward], 2)
-    times = device.time(inputs.drop_gradients, bench.product, [forward, backward], bench.repeats)
+    timed(2)
+    times = timed(bench.repeats)
     inputs.drop_gradients()
     peaks = device.peak_bytes([forward, backward])
     if peaks[1] is not None:
         peaks[1] = max(0, peaks[1] - inputs.gradient_bytes)
     inputs.drop_gradients()
-    rate = bench.product_operations / statistics.median(times.product) * 1e-9
     both = [sum(pair) for pair in zip(*times.steps, strict=True)]
     rows = [
-        {
-            **_speed(shape, phase, OPERATIONS[phase], milliseconds, rate),
-            "extra_mib": "" if peak is None else f"{peak / (1 << 20):.1f}",
-        }
+        _speed(bench, shape, phase, OPERATIONS[phase], milliseconds, times.product, peak)
         for phase, milliseconds, peak in zip(OPERATIONS, [*times.steps, both], [*peaks, None], strict=True)
     ]
     if host:
@@ -228,29 +205,35 @@ def _measure(
     return rows
 
 
-def time_search(bench: Bench, case: gpu_search.SearchCase, deadline: Deadline) -> None:
+def time_search(bench: Bench, case: SearchCase, deadline: Deadline) -> None:
     """Check and time one search, and take the memory beyond its inputs."""
     head = {**_head(case.shape, case.dtype, case.provider), "phase": case.phase}
-    reason = ""
-    try:
+
+    def measure() -> None:
         deadline.allow(0.0)
         search = case.build(bench.device.kind, case.shape, case.dtype)
-        first = bench.device.time(lambda: None, bench.product, [search], 2)
+        timed = partial(bench.device.time, lambda: None, bench.product, [search])
+        first = timed(2)
         deadline.allow(1.2e-3 * _SEARCH_REPEATS * (first.steps[0][-1] + first.product[-1]))
-        times = bench.device.time(lambda: None, bench.product, [search], min(bench.repeats, _SEARCH_REPEATS))
+        times = timed(min(bench.repeats, _SEARCH_REPEATS))
         peak = bench.device.peak_bytes([search])[0]
-        rate = bench.product_operations / statistics.median(times.product) * 1e-9
-        speed = _speed(case.shape, case.phase, case.operations, times.steps[0], rate)
-        memory = "" if peak is None else f"{peak / (1 << 20):.1f}"
-        bench.add([{**head, **speed, "extra_mib": memory, "note": case.note}])
-        del search
-    except Exception as failure:
-        reason = _reason(failure)
-    _note_failure(bench, head, reason)
+        speed = _speed(bench, case.shape, case.phase, case.operations, times.steps[0], times.product, peak)
+        bench.add([{**head, **speed, "note": case.note}])
+
+    _attempt(bench, head, measure)
 
 
-def _speed(shape: Shape, phase: str, operations: int, milliseconds: Sequence[float], rate: float) -> Row:
+def _speed(
+    bench: Bench,
+    shape: Shape,
+    phase: str,
+    operations: int,
+    milliseconds: Sequence[float],
+    product: Sequence[float],
+    peak: int | None,
+) -> Row:
     median = statistics.median(milliseconds)
+    rate = bench.product_operations / statistics.median(product) * 1e-9
     reached = operations * shape.n * shape.c * shape.d / median * 1e-9
     return {
         "phase": phase,
@@ -261,13 +244,14 @@ def _speed(shape: Shape, phase: str, operations: int, milliseconds: Sequence[flo
         "tflops": f"{reached:.4g}",
         "share_of_P": f"{reached / rate:.3f}",
         "P_tflops": f"{rate:.4g}",
+        "extra_mib": "" if peak is None else f"{peak / (1 << 20):.1f}",
     }
 
 
 def check_losses(bench: Bench, quick: bool) -> bool:
     """Compare every loss with float64; False means: time nothing."""
     processes = min(8, (os.cpu_count() or 2) // 2) if bench.device.is_cuda else 1
-    summary = gpu_correctness.check_all(bench.device.kind, bench.deadline.share(0.4), quick, processes)
+    summary = correctness.check_all(bench.device.kind, bench.deadline.share(0.4), quick, processes)
     bench.tell(
         *(f"less accurate than promised: {sentence}" for sentence in summary.inaccurate[:_SENTENCES]),
         *(f"WRONG: {sentence}" for sentence in summary.wrong[:_SENTENCES]),
@@ -279,9 +263,9 @@ def check_losses(bench: Bench, quick: bool) -> bool:
     return not summary.wrong
 
 
-def check_system(bench: Bench, todo: Sequence[gpu_system.Property]) -> None:
+def check_system(bench: Bench, todo: Sequence[system.Property]) -> None:
     """Try what a GPU adds. What fails is named in every row from now on, and times are measured all the same."""
-    summary = gpu_system.check_all(bench.device, bench.deadline.share(0.3), todo, apart=bench.device.is_cuda)
+    summary = system.check_all(bench.device, bench.deadline.share(0.3), todo, apart=bench.device.is_cuda)
     bench.tell(
         *(f"WRONG: {name}: {problem}" for name, problem in summary.wrong.items()),
         f"properties: {summary.compared} checked, {summary.left_out} left out for time, {len(summary.wrong)} wrong",
@@ -298,17 +282,31 @@ def run(bench: Bench, shapes: Sequence[Shape], quick: bool, usual: bool) -> None
     for shape in shapes:
         time_shape(bench, shape, ours, 0.3)
     time_shape(bench, small, ours, 0.3, host=True)
-    searches = list(gpu_search.search_cases(not bench.device.is_cuda)) if usual else []
     section = bench.deadline.share(0.4)
-    for case in searches:
-        if case.provider == "ltloss" and ours:
-            time_search(bench, case, section)
-    for case in searches:
-        if case.provider != "ltloss" and peers and not quick:
-            time_search(bench, case, section)
+    searches = list(search_cases(not bench.device.is_cuda)) if usual else []
+    for wanted, is_ours in ((ours, True), (peers and not quick, False)):
+        for case in searches if wanted else ():
+            if (case.provider == "ltloss") == is_ours:
+                time_search(bench, case, section)
     for shape in () if quick else shapes:
         time_shape(bench, shape, peers, 0.4)
     time_shape(bench, small, peers, 1.0, host=True)
+
+
+def tune(bench: Bench, shapes: Sequence[Shape]) -> int:
+    """Time every candidate tile for as long as the time lasts; print a ranking per kernel and shape, store nothing."""
+    from ltloss.tools import tune_tiles  # needs Triton
+
+    for shape in shapes:
+        sizes = (shape.n, shape.c, shape.d)
+        for kernel in get_args(tune_tiles.Kernel):
+            if bench.deadline.left() <= 0:
+                print(f"left out for time: {kernel} at {shape}")
+                continue
+            ranking = tune_tiles.rank(kernel, *sizes, bench.dtype, bench.device.kind, bench.repeats)
+            print(tune_tiles.show(kernel, sizes, ranking), flush=True)
+            bench.device.release()
+    return 0
 
 
 def _shape(text: str) -> Shape:
@@ -325,7 +323,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.5, help="the run ends by then (default: 8.5)")
     parser.add_argument("--repeats", type=int, default=20, help="timed repeats (default: 20)")
     parser.add_argument("--shape", type=_shape, action="append", metavar="NxCxD", help="instead of the usual shapes")
-    names = [provider.name for provider in PROVIDERS]
+    names = [provider.name for provider in ON_GPU]
     parser.add_argument("--provider", action="append", choices=names, help="only these (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer comparisons, one shape, no peers at large shapes")
     parser.add_argument("--tune", action="store_true", help="time every candidate tile instead, and print the ranking")
@@ -344,17 +342,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if output is None and device.is_cuda:
         output = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.name().lower()).strip("-") + ".csv")
     deadline = Deadline(0.94 * 60 * options.minutes)
-    chosen = [one for one in PROVIDERS if options.provider is None or one.name in options.provider]
+    chosen = [one for one in ON_GPU if options.provider is None or one.name in options.provider]
     bench = Bench(device, deadline, output, repeats=options.repeats, providers=chosen)
     shapes = options.shape or ((*MAIN, *OTHERS) if device.is_cuda else TINY)
     shapes = shapes[:1] if options.quick else shapes
     print(", ".join(f"{name} {value}" for name, value in bench.stamp.items()), flush=True)
     with ends_within(60 * options.minutes, bench.write):
         if options.tune:
-            return gpu_tune.tune(bench, shapes)
+            return tune(bench, shapes)
         quick = options.quick or not device.is_cuda
         if check_losses(bench, quick):
-            check_system(bench, gpu_system.properties(device, quick))
+            check_system(bench, system.properties(device, quick))
             run(bench, shapes, options.quick, usual=options.shape is None)
     if output is not None and bench.rows:
         print(f"wrote {output}: {len(bench.rows)} rows")

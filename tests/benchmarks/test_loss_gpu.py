@@ -20,8 +20,18 @@ from benchmarks.loss_gpu import correctness as gpu_correctness
 from benchmarks.loss_gpu import search as gpu_search
 from benchmarks.loss_gpu import system as gpu_system
 from benchmarks.loss_gpu.measure import Deadline, Device, TooSlow
-from benchmarks.loss_gpu.providers import PROVIDERS, TOLERANCE, dense_margin_loss
-from benchmarks.peers import Inputs, Provider, Shape, check_step, exact_step, margin_truth
+from benchmarks.nearest import shortfall
+from benchmarks.peers import (
+    ON_GPU,
+    TOLERANCE,
+    Inputs,
+    Provider,
+    Shape,
+    check_step,
+    dense_margin_loss,
+    exact_step,
+    margin_truth,
+)
 from ltloss import functional
 
 pytestmark = pytest.mark.slow
@@ -100,7 +110,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def test_every_section_runs_on_tiny_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = [name for one in PROVIDERS if (name := one.name) != "torch.compile"]  # takes half a minute
+    chosen = [name for one in ON_GPU if (name := one.name) != "torch.compile"]  # takes half a minute
     command = ["--device", "cpu", "--minutes", "2", "--repeats", "3", "--output", str(tmp_path / "rows.csv")]
     assert gpu.main([*command, *(part for name in chosen for part in ("--provider", name))]) == 0
     shown = capsys.readouterr().out
@@ -188,7 +198,7 @@ def test_a_provider_that_computes_something_else_is_not_timed() -> None:
 
 
 def test_after_the_deadline_nothing_is_started() -> None:
-    state = bench(PROVIDERS[0], seconds=0.0)
+    state = bench(ON_GPU[0], seconds=0.0)
     gpu.time_shape(state, TINY, state.providers, 1.0)
     assert [row["note"][:8] for row in state.rows] == ["too slow"]
     assert not state.failed, "being out of time is no mistake"
@@ -241,7 +251,7 @@ def test_memory_that_cannot_be_given_back_loses_nothing(monkeypatch: pytest.Monk
     monkeypatch.setattr(Device, "release", broken)
     found = gpu_system.check_all(Device("cpu"), Deadline(600.0), gpu_system.ANYWHERE, apart=False)
     assert len(found.wrong) == found.compared == len(gpu_system.ANYWHERE)
-    state = bench(PROVIDERS[0])
+    state = bench(ON_GPU[0])
     gpu.time_shape(state, TINY, state.providers, 1.0)
     gpu.time_search(state, next(iter(gpu_search.search_cases(small=True))), Deadline(60.0))
     assert any(row.get("median_ms") for row in state.rows)
@@ -251,9 +261,9 @@ def test_memory_that_cannot_be_given_back_loses_nothing(monkeypatch: pytest.Monk
 
 def test_inputs_that_cannot_be_had_are_noted_for_every_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Inputs, "draw", lambda *args, **kwargs: torch.empty(1 << 60))
-    state = bench(PROVIDERS[0])
-    gpu.time_shape(state, TINY, PROVIDERS, 1.0)
-    assert [row["provider"] for row in state.rows] == [one.name for one in PROVIDERS]
+    state = bench(ON_GPU[0])
+    gpu.time_shape(state, TINY, ON_GPU, 1.0)
+    assert [row["provider"] for row in state.rows] == [one.name for one in ON_GPU]
     assert state.failed
 
 
@@ -317,7 +327,7 @@ def test_a_search_that_finds_something_else_is_not_timed(monkeypatch: pytest.Mon
         return cosine, (index + 1) % prototypes.shape[0]
 
     monkeypatch.setattr(functional, "nearest_prototype", wrong)
-    state = bench(PROVIDERS[0])
+    state = bench(ON_GPU[0])
     case = next(iter(gpu_search.search_cases(small=True)))
     gpu.time_search(state, case, Deadline(60.0))
     assert state.failed
@@ -330,7 +340,7 @@ def test_a_search_that_finds_something_else_is_not_timed(monkeypatch: pytest.Mon
 def test_a_shortfall_is_seen(spoil: str) -> None:
     features, prototypes = torch.randn(6, 8), torch.randn(30, 8)
     cosine, index = (tensor.clone() for tensor in functional.top_k(features, prototypes, 3))
-    assert gpu_search.shortfall((cosine, index), features, prototypes) < 1e-6
+    assert shortfall((cosine, index), features, prototypes) < 1e-6
     if spoil == "cosine":
         cosine[2, 1] += 1e-3
     elif spoil == "index":
@@ -339,7 +349,7 @@ def test_a_shortfall_is_seen(spoil: str) -> None:
         cosine[4, 1], index[4, 1] = cosine[4, 0], index[4, 0]
     else:
         cosine[0, 0] = torch.nan
-    assert not gpu_search.shortfall((cosine, index), features, prototypes) < 9e-4
+    assert not shortfall((cosine, index), features, prototypes) < 9e-4
 
 
 def test_a_verdict_takes_nan_for_wrong() -> None:
