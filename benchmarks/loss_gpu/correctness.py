@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
-import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.loss_gpu.measure import Deadline
+from benchmarks.timing import fresh_processes
 from ltloss import functional, reference
 from ltloss.testing import FAMILY, Outcome, Problem, outcome, problem
 
@@ -199,8 +199,8 @@ def check_all(device: str, deadline: Deadline, quick: bool = False, processes: i
     """Run every case that the time allows, in several processes: nearly all of the time is spent compiling."""
     if processes <= 1:
         return check_part(device, deadline.left(), quick, 0, 1)
-    summary, context = Summary(), multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+    summary = Summary()
+    with fresh_processes(processes) as pool:
         work = [pool.submit(check_part, device, deadline.left(), quick, i, processes) for i in range(processes)]
         for done in work:
             summary.merge(_result(done))

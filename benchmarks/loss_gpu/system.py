@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.loss_gpu import search as gpu_search
 from benchmarks.loss_gpu.measure import Deadline, Device
 from benchmarks.peers import Inputs, Shape, run_step
+from benchmarks.timing import fresh_processes
 from ltloss import ArcFaceLoss, functional, use_backend
 
 Options = dict[str, Any]
@@ -124,10 +125,8 @@ def cuda_graph(device: Device) -> str:
         captured = _step(inputs)
         found = _searches(inputs)
     with torch.no_grad():
-        inputs.features.copy_(others.features)
-        inputs.prototypes.copy_(others.prototypes)
-        inputs.labels.copy_(others.labels)
-        inputs.margins.copy_(others.margins)
+        for name in ("features", "prototypes", "labels", "margins"):
+            getattr(inputs, name).copy_(getattr(others, name))
     graph.replay()
     if not all(torch.equal(one, other) for one, other in zip(found, _searches(others), strict=True)):
         return "a captured search finds something else"
@@ -197,41 +196,31 @@ def check_one(holds: Property, kind: str) -> tuple[str, bool]:
     return problem, False
 
 
-class _Apart:
-    """Checks in a process of its own, a new one after each that raised: no broken device is handed on."""
-
-    def __init__(self) -> None:
-        self._pool: concurrent.futures.Executor | None = None
-
-    def __call__(self, holds: Property, kind: str) -> tuple[str, bool]:
-        if self._pool is None:
-            self._pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        try:
-            problem, raised = self._pool.submit(check_one, holds, kind).result()
-        except BrokenProcessPool:
-            problem, raised = "the process that checked died (a crash, or out of memory)", True
-        if raised:
-            self.end()
-        return problem, raised
-
-    def end(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+def _elsewhere(pool: Executor, holds: Property, kind: str) -> tuple[str, bool]:
+    try:
+        return pool.submit(check_one, holds, kind).result()
+    except BrokenProcessPool:
+        return "the process that checked died (a crash, or out of memory)", True
 
 
 def check_all(device: Device, deadline: Deadline, todo: Sequence[Property], *, apart: bool) -> Summary:
-    """Check what the time allows; ``apart``: in another process, so that this one keeps a device that works."""
+    """Check what the time allows.
+
+    ``apart``: in another process, so that this one keeps a device that works, and in a new one after each that raised:
+    no broken device is handed on.
+    """
     wrong: dict[str, str] = {}
-    compared, elsewhere = 0, _Apart()
-    try:
+    check: Callable[[Property, str], tuple[str, bool]] = check_one
+    compared, raised = 0, True
+    with ExitStack() as elsewhere:
         for holds in todo:
             if deadline.left() <= 0:
                 break
             compared += 1
-            problem, _ = (elsewhere if apart else check_one)(holds, device.kind)
+            if apart and raised:
+                elsewhere.close()
+                check = partial(_elsewhere, elsewhere.enter_context(fresh_processes(1)))
+            problem, raised = check(holds, device.kind)
             if problem:
                 wrong[holds.__name__.replace("_", " ")] = problem
-    finally:
-        elsewhere.end()
     return Summary(compared, len(todo) - compared, wrong)
