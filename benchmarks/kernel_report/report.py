@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
-import multiprocessing
 import os
 import re
 import subprocess
@@ -14,10 +12,61 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.kernel_report import sass
-from benchmarks.kernel_report.occupancy import ARCHITECTURES, WARP, Architecture, resident_blocks
 from benchmarks.kernel_report.record import KernelCase, recorded_kernels
+from benchmarks.timing import fresh_processes
 
 Row = dict[str, Any]
+WARP = 32
+
+
+class Architecture(NamedTuple):
+    """Limits of one streaming multiprocessor (SM); of shared memory in bytes.
+
+    CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+    """
+
+    capability: int
+    shared_per_sm: int
+    shared_per_block: int  # the most that one block may ask for
+    tensor_memory_columns: int = 0  # where accumulators live outside the registers
+    registers_per_sm: int = 65536
+    warps_per_sm: int = 64
+    blocks_per_sm: int = 32
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(80, 164 << 10, 163 << 10),
+    "sm_90": Architecture(90, 228 << 10, 227 << 10),
+    "sm_100": Architecture(100, 228 << 10, 227 << 10, 512),
+}
+
+# What the driver keeps of the shared memory for itself, per block (same table, a footnote).
+RESERVED_SHARED = 1024
+_REGISTER_UNIT = 256  # registers are handed out per warp, in units of this
+_SHARED_UNIT = 128
+
+
+def resident_blocks(arch: Architecture, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> int:
+    """How many blocks fit one SM at a time.
+
+    Args:
+        arch: the architecture.
+        registers: per thread.
+        shared: bytes per block, without the kilobyte that the driver keeps.
+        warps: per block.
+        tensor_columns: columns of tensor memory per block (sm_100).
+    """
+    per_warp = -(-registers * WARP // _REGISTER_UNIT) * _REGISTER_UNIT
+    taken = -(-(shared + RESERVED_SHARED) // _SHARED_UNIT) * _SHARED_UNIT
+    limits = [
+        arch.blocks_per_sm,
+        arch.warps_per_sm // warps,
+        arch.registers_per_sm // per_warp // warps,
+        arch.shared_per_sm // taken if shared <= arch.shared_per_block else 0,
+    ]
+    if tensor_columns:
+        limits.append(arch.tensor_memory_columns // tensor_columns)
+    return min(limits)
 
 
 def wheel_binary(name: str) -> Path:
@@ -56,32 +105,23 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
-class Job(NamedTuple):
-    """One kernel for one architecture, by names, which travel between processes."""
-
-    architecture: str
-    kernel: str
-
-
 @functools.cache
-def _cases(capability: int) -> dict[str, KernelCase]:
-    return {case.name: case for case in recorded_kernels(capability)}
+def _cases(architecture: str) -> dict[str, KernelCase]:
+    return {case.name: case for case in recorded_kernels(ARCHITECTURES[architecture].capability)}
 
 
-def jobs(architecture: str, pattern: str = "") -> list[Job]:
+def kernel_names(architecture: str, pattern: str = "") -> list[str]:
     """Every kernel that is launched on an architecture and whose name contains the regular expression ``pattern``."""
-    names = _cases(ARCHITECTURES[architecture].capability)
-    return [Job(architecture, name) for name in names if re.search(pattern, name)]
+    return [name for name in _cases(architecture) if re.search(pattern, name)]
 
 
-def report_row(job: Job) -> Row:
+def report_row(architecture: str, kernel: str) -> Row:
     """Compile one kernel and describe it. A kernel that does not compile has a row too, with ``error`` filled."""
-    arch = ARCHITECTURES[job.architecture]
-    case = _cases(arch.capability)[job.kernel]
-    row: Row = {"architecture": arch.name, "kernel": case.name, "tile": _tile_name(case.constants)}
+    case = _cases(architecture)[kernel]
+    row: Row = {"architecture": architecture, "kernel": kernel, "tile": _tile_name(case.constants)}
     row |= {"warps": case.num_warps, "stages": case.num_stages, "dtype": case.dtype}
     try:
-        return {**row, "error": "", **_describe(case, arch)}
+        return {**row, "error": "", **_describe(case, ARCHITECTURES[architecture])}
     except Exception as error:  # whatever a compiler raises belongs into the table
         message = " ".join(str(error).split())  # a compiler shows the source first, and says at the end what is wrong
         return {**row, "error": f"{type(error).__name__}: {message[-300:]}"}
@@ -89,15 +129,9 @@ def report_row(job: Job) -> Row:
 
 def _tile_name(constants: dict[str, Any]) -> str:
     """Rows x classes x depth of a matrix tile, rows x width of whole rows, or rows of vectors."""
-    for names in (
-        ("BLOCK_ROWS", "BLOCK_CLASSES", "BLOCK_DEPTH"),
-        ("ROWS", "WIDTH"),
-        ("ENTRIES", "WIDTH"),
-        ("ROWS",),
-        ("BLOCK",),
-    ):
-        if all(name in constants for name in names):
-            return "x".join(str(constants[name]) for name in names)
+    for names in ("BLOCK_ROWS BLOCK_CLASSES BLOCK_DEPTH", "ROWS WIDTH", "ENTRIES WIDTH", "ROWS", "BLOCK"):
+        if all(name in constants for name in names.split()):
+            return "x".join(str(constants[name]) for name in names.split())
     return ""
 
 
@@ -157,7 +191,7 @@ def report(architectures: Sequence[str], pattern: str, processes: int) -> list[R
     """Describe every kernel, in fresh processes that really compile: under the interpreter a kernel is no kernel."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["LTLOSS_TILES"] = ""  # the project's tiles, not those tuned on this machine
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        work = list(pool.map(jobs, architectures, [pattern] * len(architectures)))
-        return list(pool.map(report_row, [job for some in work for job in some]))
+    with fresh_processes(processes) as pool:
+        names = list(pool.map(kernel_names, architectures, [pattern] * len(architectures)))
+        work = [(arch, name) for arch, some in zip(architectures, names, strict=True) for name in some]
+        return list(pool.map(report_row, *zip(*work, strict=True))) if work else []

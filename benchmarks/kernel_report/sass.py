@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,6 +59,11 @@ class Instruction:
         """Whether the tensor core executes it."""
         return MATRIX.match(self.opcode) is not None
 
+    @property
+    def leaves(self) -> bool:
+        """Whether the program may end here."""
+        return self.opcode.startswith(("EXIT", "RET"))
+
 
 @dataclass
 class Listing:
@@ -76,6 +80,14 @@ class Listing:
     def matrix_opcodes(self) -> list[str]:
         """The different matrix instructions, for instance ``HGMMA.64x128x16.F32.BF16``."""
         return sorted({one.opcode for one in self.instructions if one.is_matrix})
+
+    def followers(self, index: int) -> list[int]:
+        """The instructions that may be executed after one."""
+        one = self.instructions[index]
+        found = [self.labels[one.target]] if one.target in self.labels else []
+        if one.guarded or not (one.leaves or one.target):
+            found.append(index + 1)
+        return [after for after in found if after < len(self.instructions)]
 
 
 def parse_listing(text: str, kernel: str) -> Listing:
@@ -111,40 +123,13 @@ def _instruction(found: re.Match[str]) -> Instruction:
     return Instruction(opcode, found["guard"] is not None or conditional, target.group(1) if target else None)
 
 
-class _Segment(NamedTuple):
-    """Straight code, which ends at a branch, before a label, or with a matrix instruction."""
-
-    opcodes: list[str]
-    next: list[int | None]  # segments that may follow; None is the end of the program
-    is_matrix: bool
-    counted: int
-
-
-def _segments(listing: Listing, counted: str) -> list[_Segment]:
-    starts = {0, *listing.labels.values()}
-    for index, one in enumerate(listing.instructions):
-        if one.is_matrix or one.opcode.startswith(("BRA", "CALL", "EXIT", "RET")):
-            starts.add(index + 1)
-    bounds = sorted(start for start in starts if start < len(listing.instructions))
-    number = {start: position for position, start in enumerate(bounds)}
-    segments = []
-    for start, stop in zip(bounds, [*bounds[1:], len(listing.instructions)], strict=True):
-        opcodes = [one.opcode for one in listing.instructions[start:stop]]
-        followers = list(_followers(listing, stop - 1, number))
-        is_matrix = listing.instructions[stop - 1].is_matrix
-        segments.append(_Segment(opcodes, followers, is_matrix, times_executed(Counter(opcodes), counted)))
-    return segments
-
-
-def _followers(listing: Listing, last: int, number: dict[int, int]) -> Iterator[int | None]:
-    one = listing.instructions[last]
-    leaves = one.opcode.startswith(("EXIT", "RET"))
-    if leaves:
-        yield None
-    if one.target is not None and (target := number.get(listing.labels.get(one.target, -1))) is not None:
-        yield target
-    if (one.guarded or not (leaves or one.target)) and (after := number.get(last + 1)) is not None:
-        yield after
+def _stretches(listing: Listing) -> dict[int, int]:
+    """Where straight code starts, and where it ends: after a branch or a matrix instruction, or before a label."""
+    code = listing.instructions
+    branches = ("BRA", "CALL", "EXIT", "RET")
+    after = {index + 1 for index, one in enumerate(code) if one.is_matrix or one.opcode.startswith(branches)}
+    starts = sorted(start for start in {0, *listing.labels.values(), *after} if start < len(code))
+    return dict(zip(starts, [*starts[1:], len(code)], strict=True))
 
 
 def cheapest_epilogue(listing: Listing, times: int, counted: str = EXPONENTIAL) -> Counter[str] | None:
@@ -158,43 +143,27 @@ def cheapest_epilogue(listing: Listing, times: int, counted: str = EXPONENTIAL) 
     Returns:
         How often each opcode is executed, or None where no walk executes that many of the counted instructions.
     """
-    segments = _segments(listing, counted)
-    after_product = sorted({n for one in segments if one.is_matrix for n in one.next if n is not None})
-    # Dijkstra's algorithm over (segment, counted instructions so far, capped at what is asked for).
-    queue = [(0, start, 0) for start in after_product or [0]]
-    came_from: dict[tuple[int, int], tuple[int, int] | None] = {(start, 0): None for _, start, _ in queue}
-    cost = dict.fromkeys(came_from, 0)
+    code, stretches = listing.instructions, _stretches(listing)
+    after_product = {after for index, one in enumerate(code) if one.is_matrix for after in listing.followers(index)}
+    # Dijkstra's algorithm over (instruction, counted ones before it, capped at what is asked for).
+    queue = [(0, start, 0) for start in sorted(after_product) or [0]]
+    walks: dict[tuple[int, int], tuple[int, Counter[str]]] = {(start, 0): (0, Counter()) for _, start, _ in queue}
     while queue:
-        spent, index, seen = heapq.heappop(queue)
-        if spent > cost[index, seen]:
+        spent, start, seen = heapq.heappop(queue)
+        cost, walk = walks[start, seen]
+        if spent > cost:
             continue
-        segment = segments[index]
-        reached = min(times, seen + segment.counted)
-        ends = segment.is_matrix or None in segment.next
-        if ends and reached == times:
-            return _executed(segments, came_from, (index, seen))
-        if segment.is_matrix:
-            continue
-        for follower in segment.next:
-            state = (-1 if follower is None else follower, reached)
-            total = spent + len(segment.opcodes)
-            if follower is not None and total < cost.get(state, total + 1):
-                cost[state], came_from[state] = total, (index, seen)
-                heapq.heappush(queue, (total, *state))
+        stretch = code[start : stretches[start]]
+        last, total = stretch[-1], spent + len(stretch)
+        executed = Counter(one.opcode for one in stretch if not one.is_matrix)
+        reached = min(times, seen + times_executed(executed, counted))
+        if reached == times and (last.is_matrix or last.leaves):
+            return walk + executed
+        for after in [] if last.is_matrix else listing.followers(stretches[start] - 1):
+            if (after, reached) not in walks or total < walks[after, reached][0]:
+                walks[after, reached] = total, walk + executed
+                heapq.heappush(queue, (total, after, reached))
     return None
-
-
-def _executed(
-    segments: Sequence[_Segment],
-    came_from: dict[tuple[int, int], tuple[int, int] | None],
-    last: tuple[int, int],
-) -> Counter[str]:
-    executed: Counter[str] = Counter()
-    state: tuple[int, int] | None = last
-    while state is not None:
-        executed.update(op for op in segments[state[0]].opcodes if not MATRIX.match(op))
-        state = came_from[state]
-    return executed
 
 
 def times_executed(executed: Counter[str], counted: str) -> int:

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import pytest
 
 from benchmarks.kernel_report import sass
-from benchmarks.kernel_report.occupancy import ARCHITECTURES, resident_blocks
-from benchmarks.kernel_report.report import missing_tools
-from benchmarks.kernel_report.tables import plain_table, with_table
+from benchmarks.kernel_report.__main__ import plain_table, with_table
+from benchmarks.kernel_report.report import ARCHITECTURES, missing_tools, resident_blocks
 
 ROOT = Path(__file__).parents[2]
 
