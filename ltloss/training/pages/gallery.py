@@ -21,7 +21,6 @@ from ltloss.training.pages.html import details, escape, page, table, tiles
 
 if TYPE_CHECKING:
     from ltloss.training.data.images import ImageSource
-    from ltloss.training.predict.predict import Predictions
 
 THUMBNAIL_SIZE = 160  # pixels of the longer side
 EMBEDDED_IMAGES = 1000  # up to here the page holds its images (some 5 MB); beyond, they lie in a folder beside it
@@ -51,6 +50,21 @@ _STYLE = """
 .contents { columns: 14rem; padding: 0; list-style: none; font-size: .9rem; }
 .contents li { overflow-wrap: anywhere; }
 """
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The K best classes of N images, best first.
+
+    Attributes:
+        index: (N, K) int64 classes in order of the cosine between feature and prototype.
+        probability: (N, K) float64, of the softmax over all classes.
+        angle: (N,) float64 degrees between the feature and the prototype of the best class, in [0, 180].
+    """
+
+    index: np.ndarray
+    probability: np.ndarray
+    angle: np.ndarray
 
 
 @dataclass(frozen=True)

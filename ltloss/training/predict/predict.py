@@ -16,7 +16,7 @@ import torch
 from ltloss._files import write_file
 from ltloss.errors import UserError
 from ltloss.training.data.batches import batches
-from ltloss.training.pages.gallery import UNCERTAIN_BELOW, Gallery, folder_address, write_gallery
+from ltloss.training.pages.gallery import UNCERTAIN_BELOW, Gallery, Predictions, folder_address, write_gallery
 from ltloss.training.predict.output_folder import output_folder
 from ltloss.training.predict.sort_images import Sorter
 from ltloss.training.run.progress import progress_bar
@@ -28,21 +28,6 @@ if TYPE_CHECKING:
 _TABLE, _GALLERY, _SKIPPED, _SORTED = "predictions.csv", "gallery.html", "skipped.csv", "sorted.csv"
 _MANIFEST = "prediction.json"
 _LOGITS_AT_ONCE = 1 << 22  # elements: 16 MiB of float32, however many classes there are
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """The K best classes of N images, best first.
-
-    Attributes:
-        index: (N, K) int64 classes in order of the cosine between feature and prototype.
-        probability: (N, K) float64, of the softmax over all classes.
-        angle: (N,) float64 degrees between the feature and the prototype of the best class, in [0, 180].
-    """
-
-    index: np.ndarray
-    probability: np.ndarray
-    angle: np.ndarray
 
 
 @dataclass(frozen=True)

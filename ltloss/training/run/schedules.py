@@ -3,27 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ltloss.training.run.settings import Settings
-
-
-def valid_schedule(text: str) -> bool:
-    """Whether ``text`` is ``cosine`` or steps as WHEN:FACTOR,... in rising order."""
-    if text == "cosine":
-        return True
-    try:
-        pairs = _pairs(text)
-    except ValueError:
-        return False
-    rising = [when for when, _ in pairs] == sorted({when for when, _ in pairs})
-    return rising and all(0 < value < math.inf for pair in pairs for value in pair)
-
-
-def _pairs(text: str) -> list[tuple[float, float]]:
-    parts = [part.partition(":") for part in text.split(",")]
-    return [(float(when), float(factor)) for when, _, factor in parts]
+from ltloss.training.run.settings import Settings, schedule_steps
 
 
 def first_epoch(when: float, epochs: int) -> int:
@@ -41,7 +22,7 @@ def learning_rate(settings: Settings, step: int, total: int) -> float:
     if settings.schedule == "cosine":
         return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
     factor = 1.0
-    for when, value in _pairs(settings.schedule):
+    for when, value in schedule_steps(settings.schedule):
         if step >= first_epoch(when, settings.epochs) * total // settings.epochs:
             factor = value
     return settings.lr * factor

@@ -14,7 +14,6 @@ from ltloss.errors import UserError, nearest
 from ltloss.losses.defaults import FORMER_OPTIONS
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.model.registry import LOSSES, options_in_force
-from ltloss.training.run.schedules import valid_schedule
 
 PARALLEL = ("none", "class")
 
@@ -27,6 +26,24 @@ AUGMENTATIONS = ("none", "crop", "crop-flip")
 
 
 _Allowed = tuple[str, Callable[[Any], bool]]  # in words, and what tells
+
+
+def valid_schedule(text: str) -> bool:
+    """Whether ``text`` is ``cosine`` or steps as WHEN:FACTOR,... in rising order."""
+    if text == "cosine":
+        return True
+    try:
+        pairs = schedule_steps(text)
+    except ValueError:
+        return False
+    rising = [when for when, _ in pairs] == sorted({when for when, _ in pairs})
+    return rising and all(0 < value < math.inf for pair in pairs for value in pair)
+
+
+def schedule_steps(text: str) -> list[tuple[float, float]]:
+    """(when, factor) of each step; ValueError unless the text has steps."""
+    parts = [part.partition(":") for part in text.split(",")]
+    return [(float(when), float(factor)) for when, _, factor in parts]
 
 
 def _at_least(minimum: float) -> _Allowed:
