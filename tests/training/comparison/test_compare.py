@@ -22,10 +22,9 @@ from ltloss.cli.command import main
 from ltloss.errors import UserError
 from ltloss.training import compare
 from ltloss.training.comparison.climb import edges
-from ltloss.training.comparison.jobs import Job, fingerprint, validation_indices
+from ltloss.training.comparison.jobs import Job, validation_indices
 from ltloss.training.comparison.methods import search_space
 from ltloss.training.comparison.tables import Comparison, Trial, numbers, percents, summary
-from ltloss.training.data.images import ArrayImages
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.pages.comparison import write_page
@@ -389,16 +388,6 @@ def test_folders_of_images_and_the_digits_can_be_compared(toy_folder: Path, tmp_
             tmp_path / f"{Path(data).name}-compared", given, ["cosine"], seeds=1, tune=data == "digits", quiet=True
         )
         assert found.rows[0]["last_accuracy"] is not None
-
-
-def test_the_checksum_is_that_of_the_images_not_of_how_they_lie_in_memory() -> None:
-    images, labels = toy_images(4)
-    found = set()
-    for pixels in (images, np.asfortranarray(images), images[::-1][::-1]):
-        found.add(fingerprint(ArrayImages(pixels, labels, ("a", "b", "c"), [""] * 12)))
-    assert len(found) == 1
-    assert found != {fingerprint(ArrayImages(images ^ 1, labels, ("a", "b", "c"), [""] * 12))}
-    assert found != {fingerprint(ArrayImages(images, labels[::-1], ("a", "b", "c"), [""] * 12))}
 
 
 def test_images_that_change_are_other_results(tmp_path: Path) -> None:
