@@ -68,7 +68,7 @@ class Traffic(TorchDispatchMode):
 def least_bytes(p: Problem, width: int) -> float:
     """Every row to every rank, every gradient home, two N-vectors reduced: per rank."""
     share = (p.gpus - 1) / p.gpus
-    return share * p.batch * (2 * p.dim * width + 8) + 2 * share * p.batch * 8
+    return share * p.batch * (2 * p.embedding_size * width + 8) + 2 * share * p.batch * 8
 
 
 def step_of(p: Problem, device: torch.device) -> Callable[[], None]:
@@ -76,9 +76,9 @@ def step_of(p: Problem, device: torch.device) -> Callable[[], None]:
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     generator = torch.Generator().manual_seed(rank)
     rows = p.batch // ranks
-    features = torch.randn(rows, p.dim, generator=generator).to(device, DTYPES[p.dtype]).requires_grad_()
+    features = torch.randn(rows, p.embedding_size, generator=generator).to(device, DTYPES[p.dtype]).requires_grad_()
     labels = torch.randint(p.classes, (rows,), generator=generator).to(device)
-    head = parallelize(ArcFaceLoss(p.classes, p.dim, device="meta"), class_mesh(p.data), capacity=rows)
+    head = parallelize(ArcFaceLoss(p.classes, p.embedding_size, device="meta"), class_mesh(p.data), capacity=rows)
     optimizer = torch.optim.SGD([head.weight], lr=0.1, momentum=0.9)
 
     def step() -> None:
@@ -112,8 +112,13 @@ def row(kind: str, p: Problem, found: Mapping[str, float], device: Device | None
     """One line of the table."""
     least = least_bytes(p, DTYPES[p.dtype].itemsize)
     values: dict[str, Any] = {"kind": kind, "ranks": p.gpus}
-    values |= {name: getattr(p, name) for name in ("data", "batch", "classes", "dim", "dtype")}
-    values |= {"seconds": f"{found['seconds']:.5f}", "sent_bytes": round(found["sent"]), "least_bytes": round(least)}
+    values |= {name: getattr(p, name) for name in ("data", "batch", "classes", "dtype")}
+    values |= {
+        "dim": p.embedding_size,
+        "seconds": f"{found['seconds']:.5f}",
+        "sent_bytes": round(found["sent"]),
+        "least_bytes": round(least),
+    }
     values["sent_over_least"] = f"{found['sent'] / least:.3f}" if least else ""
     if device is not None:
         predicted = sum(make_plan(p, device).seconds.values())
@@ -167,12 +172,12 @@ def _gloo_rates() -> dict[str, float]:
 def _pass_rates(product: float) -> dict[str, float]:
     """Shares of the product's rate that forward and backward reach, at a shape that no case below has."""
     p = CALIBRATION
-    features = torch.randn(p.batch, p.dim, requires_grad=True)
+    features = torch.randn(p.batch, p.embedding_size, requires_grad=True)
     labels = torch.randint(p.classes, (p.batch,))
-    head = ArcFaceLoss(p.classes, p.dim)
+    head = ArcFaceLoss(p.classes, p.embedding_size)
     forward = _best(lambda: head(features, labels))
     both = _best(lambda: head(features, labels).backward())
-    operations = 2.0 * p.batch * p.classes * p.dim
+    operations = 2.0 * p.batch * p.classes * p.embedding_size
     return {
         "forward_share": operations / forward / product,
         "backward_share": 3 * operations / (both - forward) / product,
@@ -223,7 +228,7 @@ def under_torchrun(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ranks = dist.get_world_size()
     known = DEVICES["h200"] if cuda and "H200" in torch.cuda.get_device_name() else None
     for kind, classes in (("strong", options.classes), ("weak", options.classes * ranks)):
-        p = Problem(classes, options.dim, options.batch, ranks, data=options.data, dtype=options.dtype)
+        p = Problem(classes, options.embedding_size, options.batch, ranks, data=options.data, dtype=options.dtype)
         found = measured(p, device)
         if dist.get_rank() == 0:
             yield {**row(kind, p, found, known), **({"device": torch.cuda.get_device_name()} if cuda else {})}

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from ltloss.cli.compare import add_compare, add_recipe, run_compare
-from ltloss.cli.values import count, named_value, path, picked, settings_given
+from ltloss.cli.values import Renamed, count, named_value, path, picked, settings_given
 from ltloss.errors import LtlossError, UserError, explain_os_error, nearest
 
 _LESS_MEMORY = {
     "train": "use a smaller --batch-size, --embedding-size or --image-size",
     "compare": "use fewer --jobs, or a smaller --batch-size, --embedding-size or --image-size",
     "predict": "use a smaller --batch-size",
-    "tune": "use smaller --samples, --classes or --width",
+    "tune": "use smaller --samples, --classes or --embedding-size",
 }
 # On a CPU torch raises a plain RuntimeError, which only these words tell from others.
 _NO_MEMORY = ("allocate memory", "not enough memory", "storage size calculation overflow")
@@ -205,14 +205,16 @@ def _add_predict(predict: argparse.ArgumentParser) -> None:
 def _add_tune(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--samples", type=int, default=8192, metavar="N", help="N, samples a step (default: 8192)")
     tune.add_argument("--classes", type=int, default=131072, metavar="N", help="C (default: 131072)")
-    tune.add_argument("--width", type=int, default=512, metavar="N", help="D, the features' (default: 512)")
+    tune.add_argument(
+        "--embedding-size", "--width", action=Renamed, type=int, default=512, metavar="N", help="D (default: 512)"
+    )
     dtypes = ("bfloat16", "float16", "float32")
     tune.add_argument("--dtype", choices=dtypes, default="bfloat16", help="(default: bfloat16)")
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--classes", type=count, required=True, metavar="N", help="C, such as 100M or 250k")
-    plan.add_argument("--dim", type=count, required=True, metavar="N", help="D, the features'")
+    plan.add_argument("--embedding-size", "--dim", action=Renamed, type=count, required=True, metavar="N", help="D")
     plan.add_argument("--batch", type=count, required=True, metavar="N", help="samples a step, of all devices together")
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="devices")
     plan.add_argument("--data", type=int, default=1, metavar="N", help="groups that share the batch (default: 1)")
@@ -302,9 +304,9 @@ def _tune(options: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         raise UserError("tune needs a CUDA device, and there is none here; without it the project's own tiles are used")
-    shape = (options.samples, options.classes, options.width)
+    shape = (options.samples, options.classes, options.embedding_size)
     if min(shape) < 1:
-        raise UserError(f"samples, classes and width must be at least 1; got {shape}")
+        raise UserError(f"samples, classes and embedding size must be at least 1; got {shape}")
     from ltloss.tools.tune_tiles import tune
 
     return tune(shape, getattr(torch, options.dtype))

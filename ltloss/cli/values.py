@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ltloss._deprecation import warn_deprecated
+
 
 def path(text: str) -> Path:
     """A path that a file can have; an empty one would mean the folder that the command runs in."""
@@ -26,6 +28,19 @@ def count(text: str) -> int:
         if number == int(number):
             return int(number)
     raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number such as 8192, 100k, 1.5M or 2B")
+
+
+class Renamed(argparse.Action):
+    """An option that has a former name, the second; it works for one version more, with a warning."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Keep the value."""
+        name, former = self.option_strings
+        if option_string == former:
+            warn_deprecated(f"{former} is {name} now; the former name ends with version 0.3")
+        setattr(namespace, self.dest, values)
 
 
 def named_value(text: str) -> tuple[str, Any]:

@@ -70,7 +70,7 @@ class Problem:
     """A head and how it is to be trained. ``batch`` counts the samples of all ranks together."""
 
     classes: int
-    dim: int
+    embedding_size: int
     batch: int
     gpus: int
     data: int = 1
@@ -80,7 +80,7 @@ class Problem:
     loss: str = "long-tail"  # by the name that `ltloss train --loss` takes
 
     def __post_init__(self) -> None:
-        for name in ("classes", "dim", "batch", "gpus", "data"):
+        for name in ("classes", "embedding_size", "batch", "gpus", "data"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.gpus % self.data:
@@ -129,7 +129,7 @@ class Plan:
         """Everything for reading."""
         p = self.problem
         lines = [
-            f"{p.classes:,} classes x {p.dim}, {p.batch:,} samples a step, {p.gpus} x {self.device.name}"
+            f"{p.classes:,} classes x {p.embedding_size}, {p.batch:,} samples a step, {p.gpus} x {self.device.name}"
             f"{f' as {p.data} x {p.class_ranks}' if p.data > 1 else ''}: {p.own_classes:,} classes a device",
             *_table("memory per device", self.memory, lambda value: f"{value / GIB:10.3f} GiB"),
             *_table("bytes sent per device and step", self.wire, lambda value: f"{value / 1e6:10.3f} MB"),
@@ -168,7 +168,7 @@ def make_plan(problem: Problem, device: Device) -> Plan:
 
     Example:
         >>> from ltloss.tools.plan import DEVICES, Problem, make_plan
-        >>> plan = make_plan(Problem(classes=100_000_000, dim=512, batch=8192, gpus=64), DEVICES["h200"])
+        >>> plan = make_plan(Problem(classes=100_000_000, embedding_size=512, batch=8192, gpus=64), DEVICES["h200"])
         >>> plan.fits, round(plan.memory["prototypes (float32)"] / 2**30, 1)
         (True, 3.0)
     """
@@ -178,10 +178,10 @@ def make_plan(problem: Problem, device: Device) -> Plan:
 
 
 def _memory(p: Problem) -> dict[str, float]:
-    matrix = 4.0 * p.own_classes * p.dim
+    matrix = 4.0 * p.own_classes * p.embedding_size
     states, _ = OPTIMIZERS[p.optimizer]
     width = WIDTHS[p.dtype]
-    used = 4.0 * p.used_classes * p.dim
+    used = 4.0 * p.used_classes * p.embedding_size
     return {
         "prototypes (float32)": matrix,
         "their gradient": matrix,
@@ -190,7 +190,8 @@ def _memory(p: Problem) -> dict[str, float]:
         "constants of the loss": _buffers(p, centres=False),
         "centres of the classes": _buffers(p, centres=True),
         "reciprocal lengths of the prototypes": 4.0 * p.own_classes,
-        "gathered batch and its gradient": p.batch * p.dim * (3.0 * width + 4.0) + 16.0 * p.batch * p.gpus / p.data,
+        "gathered batch and its gradient": p.batch * p.embedding_size * (3.0 * width + 4.0)
+        + 16.0 * p.batch * p.gpus / p.data,
         "workspace of the backward": 256.0 * (1 << 20),
     }
 
@@ -198,7 +199,8 @@ def _memory(p: Problem) -> dict[str, float]:
 def _buffers(p: Problem, *, centres: bool) -> float:
     """Bytes of what the loss keeps on every rank, or of the ``centres`` that each keeps for its classes."""
     classes = p.own_classes if centres else p.classes
-    return float(sum(size * classes**c * p.dim**d for size, c, d, own in _shapes(p.loss) if own == centres))
+    found = (size * classes**c * p.embedding_size**d for size, c, d, own in _shapes(p.loss) if own == centres)
+    return float(sum(found))
 
 
 @cache
@@ -209,11 +211,16 @@ def _shapes(loss: str) -> tuple[tuple[int, int, int, bool], ...]:
     from ltloss.losses.class_centers import ClassCenters
     from ltloss.training.model.registry import build_loss
 
-    classes, dim = 5, 7  # two sizes that nothing else has
+    classes, embedding_size = 5, 7  # two sizes that nothing else has
     with torch.random.fork_rng(devices=[]):
-        module: Any = build_loss(loss, [1] * classes, dim, {})
+        module: Any = build_loss(loss, [1] * classes, embedding_size, {})
     return tuple(
-        (buffer.element_size(), buffer.shape.count(classes), buffer.shape.count(dim), isinstance(part, ClassCenters))
+        (
+            buffer.element_size(),
+            buffer.shape.count(classes),
+            buffer.shape.count(embedding_size),
+            isinstance(part, ClassCenters),
+        )
         for part in module.modules()
         for buffer in part.buffers(recurse=False)
     )
@@ -225,18 +232,18 @@ def _wire(p: Problem) -> dict[str, float]:
     own_rows, group_rows = p.batch / ranks, p.batch / p.data
     within = (p.class_ranks - 1) / p.class_ranks
     return {
-        "all-gather of features and labels": (ranks - 1) * own_rows * (p.dim * width + 8.0),
+        "all-gather of features and labels": (ranks - 1) * own_rows * (p.embedding_size * width + 8.0),
         "all-gather of two N-vectors": (ranks - 1) * group_rows * 8.0,
-        "reduce-scatter of the features' gradient": within * group_rows * p.dim * width,
-        "all-reduce of the prototypes' gradient": 2.0 * (p.data - 1) / p.data * 4.0 * p.used_classes * p.dim,
+        "reduce-scatter of the features' gradient": within * group_rows * p.embedding_size * width,
+        "all-reduce of the prototypes' gradient": 2.0 * (p.data - 1) / p.data * 4.0 * p.used_classes * p.embedding_size,
     }
 
 
 def _seconds(p: Problem, device: Device) -> dict[str, float]:
     turns = 1.0 if device.together is None else max(1.0, p.gpus / device.together)
     crowd = turns / device.shared if device.together is not None and p.gpus > 1 else turns
-    products = 2.0 * p.batch / p.data * p.used_classes * p.dim
-    matrix = 4.0 * p.used_classes * p.dim
+    products = 2.0 * p.batch / p.data * p.used_classes * p.embedding_size
+    matrix = 4.0 * p.used_classes * p.embedding_size
     _, touched = OPTIMIZERS[p.optimizer]
     whole = p.gpus <= device.per_node
     rate = device.link if whole else device.network

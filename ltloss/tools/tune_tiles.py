@@ -57,12 +57,18 @@ def candidates(kernel: Kernel, arch: int, dtype: torch.dtype, precision: str) ->
 
 
 def rank(
-    kernel: Kernel, samples: int, classes: int, width: int, dtype: torch.dtype, device: str = "cuda", repeats: int = 20
+    kernel: Kernel,
+    samples: int,
+    classes: int,
+    embedding_size: int,
+    dtype: torch.dtype,
+    device: str = "cuda",
+    repeats: int = 20,
 ) -> list[Timing]:
     """Time every candidate on random inputs, fastest first; those that fail or compute something else come last."""
     generator = torch.Generator(device).manual_seed(0)
-    features = torch.randn(samples, width, generator=generator, device=device, dtype=dtype).requires_grad_()
-    prototypes = torch.randn(classes, width, generator=generator, device=device, dtype=dtype).requires_grad_()
+    features = torch.randn(samples, embedding_size, generator=generator, device=device, dtype=dtype).requires_grad_()
+    prototypes = torch.randn(classes, embedding_size, generator=generator, device=device, dtype=dtype).requires_grad_()
     labels = torch.randint(classes, (samples,), generator=generator, device=device)
 
     def loss() -> Tensor:

@@ -17,7 +17,7 @@ from ltloss.tools.plan import DEVICES, Device, Problem, make_plan
 from ltloss.training.model.registry import LOSSES, build_loss
 
 H200 = DEVICES["h200"]
-LARGE = Problem(classes=100_000_000, dim=512, batch=8192, gpus=64)
+LARGE = Problem(classes=100_000_000, embedding_size=512, batch=8192, gpus=64)
 
 
 def test_counts_of_a_plan_by_hand() -> None:
@@ -36,11 +36,15 @@ KEPT = ("prototypes (float32)", "their gradient", "state of sgd", "constants of 
 
 def _bytes_of_a_step(rank: int, loss: str, p: Problem) -> int:
     """What the tensors of a rank take after a step: of the module, their gradients, and of the optimizer."""
-    module = build_loss(loss, [3] * p.classes, p.dim, {"min_angle_weight": 0.0} if loss == "long-tail" else {})
+    module = build_loss(
+        loss, [3] * p.classes, p.embedding_size, {"min_angle_weight": 0.0} if loss == "long-tail" else {}
+    )
     mesh = class_mesh() if p.gpus > 1 else None
     module = parallelize(module, mesh, sample_rate=p.sample_rate)  # type: ignore[type-var]
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)  # type: ignore[attr-defined]
-    module(torch.randn(p.batch // p.gpus, p.dim), torch.zeros(p.batch // p.gpus, dtype=torch.int64)).backward()
+    module(
+        torch.randn(p.batch // p.gpus, p.embedding_size), torch.zeros(p.batch // p.gpus, dtype=torch.int64)
+    ).backward()
     optimizer.step()
     tensors = [*module.parameters(), *module.buffers()]  # type: ignore[attr-defined]
     tensors += [weight.grad for weight in module.parameters()]  # type: ignore[attr-defined]
@@ -51,14 +55,14 @@ def _bytes_of_a_step(rank: int, loss: str, p: Problem) -> int:
 
 @pytest.mark.parametrize(("loss", "rate"), [*((name, 1.0) for name in LOSSES if name != "softmax"), ("long-tail", 0.5)])
 def test_memory_is_that_of_the_module(loss: str, rate: float) -> None:
-    p = Problem(classes=60, dim=8, batch=4, gpus=1, dtype="float32", loss=loss, sample_rate=rate)
+    p = Problem(classes=60, embedding_size=8, batch=4, gpus=1, dtype="float32", loss=loss, sample_rate=rate)
     plan = make_plan(p, H200)
     assert sum(plan.memory[name] for name in KEPT) == _bytes_of_a_step(0, loss, p)
 
 
 @pytest.mark.parametrize("loss", ["long-tail", "cosine-space"])
 def test_memory_is_that_of_the_module_on_each_rank(loss: str) -> None:
-    p = Problem(classes=60, dim=8, batch=4, gpus=2, dtype="float32", loss=loss)
+    p = Problem(classes=60, embedding_size=8, batch=4, gpus=2, dtype="float32", loss=loss)
     plan = make_plan(p, H200)
     assert {sum(plan.memory[name] for name in KEPT)} == set(world.run(_bytes_of_a_step, 2, loss, p))
 
@@ -119,13 +123,19 @@ def test_rates_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     file = tmp_path / "rates.json"
     file.write_text(json.dumps(asdict(replace(H200, name="mine", product=1e12))))
     assert (
-        main([*["plan", "--classes", "1M", "--dim", "64", "--batch", "256", "--gpus", "4", "--device"], str(file)]) == 0
+        main(
+            [
+                *["plan", "--classes", "1M", "--embedding-size", "64", "--batch", "256", "--gpus", "4", "--device"],
+                str(file),
+            ]
+        )
+        == 0
     )
     assert "4 x mine" in capsys.readouterr().out
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["plan", "--classes", "100M", "--dim", "512", "--batch", "8192", "--gpus", "64"]
+    line = ["plan", "--classes", "100M", "--embedding-size", "512", "--batch", "8192", "--gpus", "64"]
     assert main(line) == 0
     text = capsys.readouterr().out
     assert "1,562,500 classes a device" in text
@@ -135,11 +145,17 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*line[:-1], "1"]) == 1
 
 
+def test_the_name_of_version_0_1_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(DeprecationWarning, match="--dim is --embedding-size now"):
+        assert main(["plan", "--classes", "1M", "--dim", "64", "--batch", "256", "--gpus", "4"]) == 0
+    assert "1,000,000 classes x 64" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
         (["--classes", "many"], "--classes: 'many' is no count; give a whole number such as 8192, 100k, 1.5M or 2B"),
-        (["--dim", "1.5"], "--dim: '1.5' is no count"),
+        (["--embedding-size", "1.5"], "--embedding-size/--dim: '1.5' is no count"),
         (["--batch", "inf"], "--batch: 'inf' is no count"),
         (["--batch", ""], "--batch: '' is no count"),
         (["--classes", "-5"], "classes must be at least 1; got -5"),
@@ -153,7 +169,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_mistakes_end_in_one_line(changed: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *["--classes", "1M", "--dim", "64", "--batch", "256", "--gpus", "4"], *changed]) == 2
+    assert (
+        main(["plan", *["--classes", "1M", "--embedding-size", "64", "--batch", "256", "--gpus", "4"], *changed]) == 2
+    )
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
