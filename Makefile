@@ -48,4 +48,4 @@ gpu:  ## check and measure on this machine's GPU, write benchmarks/results/<devi
 	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.loss_gpu
 
 clean:  ## remove everything that the other targets made
-	rm -rf $(VENV) demo runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo runs .mypy_cache .ruff_cache .pytest_cache .benchmarks

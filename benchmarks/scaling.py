@@ -112,9 +112,10 @@ def row(kind: str, p: Problem, found: Mapping[str, float], device: Device | None
     """One line of the table."""
     least = least_bytes(p, DTYPES[p.dtype].itemsize)
     values: dict[str, Any] = {"kind": kind, "ranks": p.gpus}
-    values |= {name: getattr(p, name) for name in ("data", "batch", "classes", "dtype")}
+    values |= {name: getattr(p, name) for name in ("data", "batch", "classes")}
     values |= {
         "dim": p.embedding_size,
+        "dtype": p.dtype,
         "seconds": f"{found['seconds']:.5f}",
         "sent_bytes": round(found["sent"]),
         "least_bytes": round(least),
