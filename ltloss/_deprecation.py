@@ -6,12 +6,13 @@ import sys
 import warnings
 
 __all__ = ["tf32_unless", "warn_deprecated"]
+_OURS = ("ltloss.", "argparse")  # an option of the command is read within argparse
 
 
 def warn_deprecated(message: str) -> None:
     """DeprecationWarning at the first caller outside ltloss, where Python shows it: a script, or the command."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("ltloss."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OURS):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, DeprecationWarning, stacklevel=level)
 

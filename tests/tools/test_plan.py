@@ -146,8 +146,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_name_of_version_0_1_warns(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.warns(DeprecationWarning, match="--dim is --embedding-size now"):
+    with pytest.warns(DeprecationWarning, match="--dim is --embedding-size now") as found:
         assert main(["plan", "--classes", "1M", "--dim", "64", "--batch", "256", "--gpus", "4"]) == 0
+    assert found[0].filename == __file__  # Python shows it where its caller is __main__, not argparse
     assert "1,000,000 classes x 64" in capsys.readouterr().out
 
 
