@@ -38,7 +38,7 @@ def test_the_first_example_alone_under_torchrun(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "example.py"]
     run = subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.split("\n") == ["500 of 1000"] * 2 + [""]
+    assert run.stdout.count("500 of 1000") == 2  # the lines of two processes may run into each other
 
 
 def test_the_training_of_the_page_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
