@@ -186,9 +186,10 @@ def test_float32_products_are_asked_for_and_only_then(
     assert seen == {"medium" if allow_tf32 else "highest"}
 
 
-@pytest.mark.parametrize("allow_tf32", [False, True])
-def test_the_module_passes_it_on(allow_tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What the searches of a test are told of TF32."""
+    asked: list[bool] = []
     search = prototype_search.nearest_in_one_piece
 
     def watched(prototypes: torch.Tensor, rows: torch.Tensor | None, allow_tf32: bool) -> Any:
@@ -196,6 +197,11 @@ def test_the_module_passes_it_on(allow_tf32: bool, monkeypatch: pytest.MonkeyPat
         return search(prototypes, rows, allow_tf32)
 
     monkeypatch.setattr(prototype_search, "nearest_in_one_piece", watched)
+    return asked
+
+
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_the_module_passes_it_on(allow_tf32: bool, asked: list[bool]) -> None:
     head = ltloss.LongTailLoss.from_counts([5, 3, 1], 4, min_angle_weight=0.1, min_angle_allow_tf32=allow_tf32)
     head(torch.randn(2, 4), torch.tensor([0, 2]))
     assert asked == [allow_tf32]
@@ -210,15 +216,7 @@ def test_it_is_a_bool(name: str) -> None:
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_the_name_of_version_0_1_has_the_opposite_meaning(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    search = prototype_search.nearest_in_one_piece
-
-    def watched(prototypes: torch.Tensor, rows: torch.Tensor | None, allow_tf32: bool) -> Any:
-        asked.append(allow_tf32)
-        return search(prototypes, rows, allow_tf32)
-
-    monkeypatch.setattr(prototype_search, "nearest_in_one_piece", watched)
+def test_the_name_of_version_0_1_has_the_opposite_meaning(exact: bool, asked: list[bool]) -> None:
     for function in (nearest_prototype, min_angle_regularizer):
         with pytest.warns(DeprecationWarning, match=f"exact={exact} is allow_tf32={not exact} now"):
             function(random_prototypes(3), exact=exact)
