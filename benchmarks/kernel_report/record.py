@@ -78,8 +78,8 @@ def _taken_down(arch: int, name: Callable[[str], str]) -> Iterator[dict[str, Ker
     cases: dict[str, KernelCase] = {}
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        max_coefficient, specialization, rest = binder(self)(*args, **options)
-        found, signature, constants, attrs = self._pack_args(backend, options, max_coefficient, specialization, rest)
+        bound, specialization, rest = binder(self)(*args, **options)
+        found, signature, constants, attrs = self._pack_args(backend, options, bound, specialization, rest)
         key = str((self.__name__, signature, constants, attrs, found.num_warps, found.num_stages))
         if key not in cases:
             label = name(self.__name__.removesuffix("_kernel"))
