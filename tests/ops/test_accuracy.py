@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltloss import reference
-from ltloss.chunked import logsumexp as cpu
 from ltloss.functional import cosine_logsumexp, nearest_prototype, top_k
-from ltloss.testing import FAMILY, Outcome, Problem, outcome, problem, relative_error
+from ltloss.testing import FAMILY, Outcome, Problem, outcome, problem, relative_error, watching
 
 pytestmark = pytest.mark.slow
 
@@ -198,18 +198,25 @@ def test_peaked_gradient_is_no_worse_row_by_row() -> None:
     assert float(ours.max()) <= FACTOR * float(dense.max()) + FLOOR
 
 
-def test_gradient_tiles_hold_no_denormals(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Multiplied(TorchDispatchMode):
+    """Keeps a copy of every (N, C) matrix, or its transpose, that a product reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tiles: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.tiles += [each.clone() for each in args[-2:] if sorted(each.shape) == [N, C]]
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradient_tiles_hold_no_denormals() -> None:
     """Denormals slow a matrix product tenfold and more: a probability is a normal number or zero, at any scale."""
-    tiles: list[Tensor] = []
-    gradient_tile = cpu._gradient_tile
-
-    def kept(*args: Any) -> Tensor:
-        tiles.append(gradient_tile(*args).clone())
-        return tiles[-1]
-
-    monkeypatch.setattr(cpu, "_gradient_tile", kept)
-    outcome(rounded(_trained(0), DTYPES["float32"]), scale=100.0)
-    size = torch.cat([tile.flatten() for tile in tiles]).abs()
+    with watching(_Multiplied()) as seen:
+        outcome(rounded(_trained(0), DTYPES["float32"]), scale=100.0)
+    assert len(seen.tiles) == 2  # for the features and for the prototypes
+    size = torch.cat([tile.flatten() for tile in seen.tiles]).abs()
     assert bool((size[size > 0] >= 1e-36).all())  # 100 above the smallest normal number, for products to be normal too
     assert 0.01 < float((size == 0).float().mean()) < 0.99  # the problem has probabilities on both sides of the bound
 

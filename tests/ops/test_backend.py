@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.refusals import missing, refused
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltloss
@@ -64,7 +65,7 @@ class TestUseBackend:
 
     def test_unknown_name(self) -> None:
         before = ltloss.current_backend()
-        with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, reference; got 'cuda'"):
+        with refused("backend", "auto", "triton", "torch", "reference", "'cuda'"):
             ltloss.use_backend("cuda")
         assert ltloss.current_backend() == before
 
@@ -125,7 +126,7 @@ class TestEnvironment:
         assert output(code) == "auto"
         failed = run(code, LTLOSS_BACKEND="gpu")
         assert failed.returncode != 0
-        assert "LTLOSS_BACKEND must be one of auto, triton, torch, reference; got 'gpu'" in failed.stderr
+        assert not missing(failed.stderr, "LTLOSS_BACKEND", "auto", "triton", "torch", "reference", "'gpu'")
 
     def test_debug(self) -> None:
         code = "import ltloss; print(bool(ltloss.debug))"

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.refusals import refused
 from torch import Tensor
 
 import ltloss
@@ -216,28 +217,28 @@ def test_label_outside_is_an_index_error(label: int, position: int) -> None:
     """IndexError with the first bad label and where."""
     given = three()
     labels = with_row(LABELS, position, label)
-    with pytest.raises(IndexError, match=rf"labels must lie in \[0, 4\).*got {label} at position {position}.*1 such"):
+    with refused("labels", "[0, 4)", str(label), str(position), error=IndexError):
         margin_cross_entropy(given.features, given.prototypes, labels)
 
 
 @pytest.mark.parametrize("row", [-1, 4])
 def test_row_outside_is_an_index_error(row: int) -> None:
-    with pytest.raises(IndexError, match=rf"rows must lie in \[0, 4\).*got {row} at position 1"):
+    with refused("rows", "[0, 4)", str(row), "1", error=IndexError):
         nearest_prototype(torch.randn(4, 5), torch.tensor([0, row]))
-    with pytest.raises(IndexError, match="rows must lie in"):
+    with refused("rows", "[0, 4)", str(row), "1", error=IndexError):
         min_angle_regularizer(torch.randn(4, 5), torch.ones(4), rows=torch.tensor([0, row]))
 
 
 def test_class_without_samples() -> None:
-    """n_c = 0: ValueError saying how many classes have no samples and how to continue."""
-    message = r"2 of 4 classes have no samples \(the first is class 1\).*clamp\(min=1\)"
+    """n_c = 0: ValueError saying how many classes have no samples."""
+    facts = ("2", "4", "1")  # 2 of 4 classes, the first is class 1
     counts = torch.tensor([3, 0, 2, 0])
-    with pytest.raises(ValueError, match=message):
+    with refused(*facts):
         margins_from_counts(counts)
     for make in (ltloss.LDAMLoss, ltloss.LogitAdjustedLoss, ltloss.LongTailLoss):
-        with pytest.raises(ValueError, match=message):
+        with refused(*facts):
             make.from_counts(counts, 5)
-    with pytest.raises(ValueError, match=message):
+    with refused(*facts):
         min_angle_regularizer(torch.randn(4, 5), counts)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refused
 
 import ltloss
 from ltloss.extend import logsumexp_stats
@@ -27,118 +27,113 @@ pytestmark = pytest.mark.usefixtures("backend")
 X, W, Y = torch.randn(3, 5), torch.randn(4, 5), torch.tensor([0, 1, 2])
 META, F8 = "meta", torch.float8_e4m3fn
 
-# what is wrong -> (features, prototypes, labels), the error, the words that the message must have
+# what is wrong -> (features, prototypes, labels), the error, the facts that the message must state
 SUPERVISED: dict[str, tuple[tuple[Any, Any, Any], type[Exception], tuple[str, ...]]] = {
-    "features no tensor": (([[1.0]], W, Y), TypeError, ("features", "torch.Tensor (N, D)", "list")),
+    "features no tensor": (([[1.0]], W, Y), TypeError, ("features", "torch.Tensor", "(N, D)", "list")),
     "features 1-d": ((X[0], W, Y), ValueError, ("features", "(N, D)", "(5,)")),
     "features 3-d": ((X[None], W, Y), ValueError, ("features", "(N, D)", "(1, 3, 5)")),
-    "features integer": ((X.long(), W, Y), TypeError, ("features", "floating-point", "torch.int64")),
-    "features complex": ((X + 0j, W, Y), TypeError, ("features", "floating-point", "torch.complex64")),
-    "features sparse": ((X.to_sparse(), W, Y), TypeError, ("features", "torch.strided", "torch.sparse_coo")),
-    "features float8": ((X.to(F8), W, Y), TypeError, ("features", "float16, bfloat16, float32", "torch.float8_e4m3fn")),
-    "features without columns": ((X[:, :0], W[:, :0], Y), ValueError, ("features", "at least one column", "(3, 0)")),
-    "prototypes no tensor": ((X, None, Y), TypeError, ("prototypes", "torch.Tensor (C, D)", "NoneType")),
+    "features integer": ((X.long(), W, Y), TypeError, ("features", "torch.int64")),
+    "features complex": ((X + 0j, W, Y), TypeError, ("features", "torch.complex64")),
+    "features sparse": ((X.to_sparse(), W, Y), TypeError, ("features", "torch.sparse_coo")),
+    "features float8": ((X.to(F8), W, Y), TypeError, ("features", "float16", "float32", "torch.float8_e4m3fn")),
+    "features without columns": ((X[:, :0], W[:, :0], Y), ValueError, ("features", "(3, 0)")),
+    "prototypes no tensor": ((X, None, Y), TypeError, ("prototypes", "torch.Tensor", "(C, D)", "NoneType")),
     "prototypes 1-d": ((X, W[0], Y), ValueError, ("prototypes", "(C, D)", "(5,)")),
-    "prototypes integer": ((X, W.int(), Y), TypeError, ("prototypes", "floating-point", "torch.int32")),
-    "prototypes sparse": ((X, W.to_sparse(), Y), TypeError, ("prototypes", "torch.strided", "torch.sparse_coo")),
-    "prototypes float8": ((X, W.to(F8), Y), TypeError, ("prototypes", "bfloat16, float32", "torch.float8_e4m3fn")),
-    "no prototypes": ((X, W[:0], Y), ValueError, ("prototypes", "at least one class", "(0, 5)")),
-    "widths differ": ((X, W[:, :4], Y), ValueError, ("features", "prototypes", "same width", "(3, 5)", "(4, 4)")),
-    "labels no tensor": ((X, W, [0, 1, 2]), TypeError, ("labels", "torch.Tensor (N,)", "list")),
-    "labels floating": ((X, W, Y.float()), TypeError, ("labels", "integer", "torch.float32")),
-    "labels boolean": ((X, W, Y.bool()), TypeError, ("labels", "integer", "torch.bool")),
+    "prototypes integer": ((X, W.int(), Y), TypeError, ("prototypes", "torch.int32")),
+    "prototypes sparse": ((X, W.to_sparse(), Y), TypeError, ("prototypes", "torch.sparse_coo")),
+    "prototypes float8": ((X, W.to(F8), Y), TypeError, ("prototypes", "bfloat16", "float32", "torch.float8_e4m3fn")),
+    "no prototypes": ((X, W[:0], Y), ValueError, ("prototypes", "(0, 5)")),
+    "widths differ": ((X, W[:, :4], Y), ValueError, ("features", "prototypes", "(3, 5)", "(4, 4)")),
+    "labels no tensor": ((X, W, [0, 1, 2]), TypeError, ("labels", "torch.Tensor", "(N,)", "list")),
+    "labels floating": ((X, W, Y.float()), TypeError, ("labels", "torch.float32")),
+    "labels boolean": ((X, W, Y.bool()), TypeError, ("labels", "torch.bool")),
     "labels too short": ((X, W, Y[:2]), ValueError, ("labels", "(3,)", "(2,)")),
     "labels one-hot": ((X, W, torch.eye(3, 4).long()), ValueError, ("labels", "(3,)", "(3, 4)")),
-    "prototypes elsewhere": ((X, W.to(META), Y), ValueError, ("one device", "features on cpu", "prototypes on meta")),
-    "labels elsewhere": ((X, W, Y.to(META)), ValueError, ("one device", "features on cpu", "labels on meta")),
+    "prototypes elsewhere": ((X, W.to(META), Y), ValueError, ("features", "cpu", "prototypes", "meta")),
+    "labels elsewhere": ((X, W, Y.to(META)), ValueError, ("features", "cpu", "labels", "meta")),
 }
-
-
-def has(*words: str) -> str:
-    """A pattern that wants all the words, in any order."""
-    return "(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words)
 
 
 @pytest.mark.parametrize("what", SUPERVISED)
 @pytest.mark.parametrize("function", [margin_cross_entropy, cosine_logsumexp])
 def test_features_prototypes_and_labels(what: str, function: Callable[..., Any]) -> None:
-    arguments, error, words = SUPERVISED[what]
+    arguments, error, facts = SUPERVISED[what]
     options = {"scale": 3.0} if function is cosine_logsumexp else {}
-    with pytest.raises(error, match=has(*words)):
+    with refused(*facts, error=error):
         function(*arguments, **options)
 
 
 @pytest.mark.parametrize("what", [what for what in SUPERVISED if "labels" not in what])
 def test_features_and_prototypes_of_the_search(what: str) -> None:
-    (features, prototypes, _), error, words = SUPERVISED[what]
-    with pytest.raises(error, match=has(*words)):
+    (features, prototypes, _), error, facts = SUPERVISED[what]
+    with refused(*facts, error=error):
         top_k(features, prototypes)
 
 
 @pytest.mark.parametrize("what", [what for what in SUPERVISED if "prototypes" in what and "elsewhere" not in what])
 @pytest.mark.parametrize("function", [nearest_prototype, min_angle_regularizer])
 def test_prototypes_alone(what: str, function: Callable[..., Any]) -> None:
-    (_, prototypes, _), error, words = SUPERVISED[what]
-    with pytest.raises(error, match=has(*words)):
+    (_, prototypes, _), error, facts = SUPERVISED[what]
+    with refused(*facts, error=error):
         function(prototypes)
 
 
 @pytest.mark.parametrize("what", [what for what in SUPERVISED if what.startswith("features")])
 def test_features_alone(what: str) -> None:
-    (features, _, _), error, words = SUPERVISED[what]
-    with pytest.raises(error, match=has(*words)):
+    (features, _, _), error, facts = SUPERVISED[what]
+    with refused(*facts, error=error):
         feature_norm_penalty(features)
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
-    "scale zero": ({"scale": 0.0}, ValueError, ("scale", "> 0.0", "got 0.0")),
-    "scale negative": ({"scale": -3}, ValueError, ("scale", "> 0.0", "got -3")),
-    "scale infinite": ({"scale": float("inf")}, ValueError, ("scale", "finite", "inf")),
-    "scale text": ({"scale": "30"}, TypeError, ("scale", "number", "str '30'")),
-    "scale boolean": ({"scale": True}, TypeError, ("scale", "number", "bool True")),
-    "scale tensor": ({"scale": torch.ones(4)}, TypeError, ("scale", "number", "Tensor")),
-    "multiplier": ({"angle_multiplier": 0.0}, ValueError, ("angle_multiplier", "> 0.0", "got 0.0")),
-    "smoothing above": ({"label_smoothing": 1.5}, ValueError, ("label_smoothing", ">= 0.0", "<= 1.0", "got 1.5")),
-    "smoothing below": ({"label_smoothing": -0.1}, ValueError, ("label_smoothing", ">= 0.0", "got -0.1")),
-    "beyond_pi": ({"beyond_pi": "mono"}, ValueError, ("beyond_pi", "monotone, arcface", "'mono'")),
-    "gradient": ({"margin_gradient": "ste"}, ValueError, ("margin_gradient", "exact, straight_through", "'ste'")),
-    "reduction": ({"reduction": "avg"}, ValueError, ("reduction", "none, mean, sum", "'avg'")),
-    "ignore_index": ({"ignore_index": 1.5}, TypeError, ("ignore_index", "integer", "1.5")),
+    "scale zero": ({"scale": 0.0}, ValueError, ("scale", "0.0", "0.0")),
+    "scale negative": ({"scale": -3}, ValueError, ("scale", "0.0", "-3")),
+    "scale infinite": ({"scale": float("inf")}, ValueError, ("scale", "inf")),
+    "scale text": ({"scale": "30"}, TypeError, ("scale", "str", "'30'")),
+    "scale boolean": ({"scale": True}, TypeError, ("scale", "bool", "True")),
+    "scale tensor": ({"scale": torch.ones(4)}, TypeError, ("scale", "Tensor")),
+    "multiplier": ({"angle_multiplier": 0.0}, ValueError, ("angle_multiplier", "0.0", "0.0")),
+    "smoothing above": ({"label_smoothing": 1.5}, ValueError, ("label_smoothing", "0.0", "1.0", "1.5")),
+    "smoothing below": ({"label_smoothing": -0.1}, ValueError, ("label_smoothing", "0.0", "-0.1")),
+    "beyond_pi": ({"beyond_pi": "mono"}, ValueError, ("beyond_pi", "monotone", "arcface", "'mono'")),
+    "gradient": ({"margin_gradient": "ste"}, ValueError, ("margin_gradient", "exact", "straight_through", "'ste'")),
+    "reduction": ({"reduction": "avg"}, ValueError, ("reduction", "none", "mean", "sum", "'avg'")),
+    "ignore_index": ({"ignore_index": 1.5}, TypeError, ("ignore_index", "1.5")),
     "normalize_features": ({"normalize_features": "no"}, TypeError, ("normalize_features", "bool", "'no'")),
-    "weight negative": ({"class_weight": -1.0}, ValueError, ("class_weight", "not negative", "-1")),
+    "weight negative": ({"class_weight": -1.0}, ValueError, ("class_weight", "-1")),
     "weight of a class": (
         {"class_weight": torch.tensor([1.0, 2.0, 3.0, -2.0])},
         ValueError,
-        ("class_weight", "-2", "class 3"),
+        ("class_weight", "-2", "3"),
     ),
 }
 for _name in ("angular_margin", "cosine_margin", "log_prior", "class_weight"):
     OPTIONS |= {
         f"{_name} shape": ({_name: torch.ones(3)}, ValueError, (_name, "(4,)", "(3,)")),
         f"{_name} matrix": ({_name: torch.ones(4, 1)}, ValueError, (_name, "(4,)", "(4, 1)")),
-        f"{_name} list": ({_name: [0.1] * 4}, TypeError, (_name, "number", "(4,)", "list")),
+        f"{_name} list": ({_name: [0.1] * 4}, TypeError, (_name, "(4,)", "list")),
         f"{_name} boolean": ({_name: True}, TypeError, (_name, "bool")),
-        f"{_name} gradient": ({_name: torch.ones(4, requires_grad=True)}, ValueError, (_name, "constant", "detach()")),
-        f"{_name} elsewhere": ({_name: torch.ones(4, device=META)}, ValueError, ("one device", f"{_name} on meta")),
+        f"{_name} gradient": ({_name: torch.ones(4, requires_grad=True)}, ValueError, (_name,)),
+        f"{_name} elsewhere": ({_name: torch.ones(4, device=META)}, ValueError, (_name, "meta")),
         f"{_name} NaN": ({_name: float("nan")}, ValueError, (_name, "NaN")),
         f"{_name} NaN of a class": (
             {_name: torch.tensor([0.0, 0.0, float("nan"), 0.0])},
             ValueError,
-            (_name, "NaN", "class 2"),
+            (_name, "NaN", "2"),
         ),
         f"{_name} infinite": ({_name: float("inf")}, ValueError, (_name, "inf")),
         f"{_name} infinite for a class": (
             {_name: torch.tensor([0.0, float("inf"), 0.0, 0.0])},
             ValueError,
-            (_name, "class 1"),
+            (_name, "inf", "1"),
         ),
     }
 
 
 @pytest.mark.parametrize("what", OPTIONS)
 def test_options(what: str) -> None:
-    options, error, words = OPTIONS[what]
-    with pytest.raises(error, match=has(*words)):
+    options, error, facts = OPTIONS[what]
+    with refused(*facts, error=error):
         margin_cross_entropy(X, W, Y, **options)
 
 
@@ -151,7 +146,7 @@ def test_a_prior_that_takes_out_the_class_of_a_sample() -> None:
         margin_cross_entropy,
         lambda *given, log_prior: logsumexp_stats(*given, scale=3.0, log_prior=log_prior),
     ):
-        with pytest.raises(ValueError, match=has("log_prior", "-inf", "class 1", "position 2")):
+        with refused("log_prior", "-inf", "1", "2"):
             function(X, W, torch.tensor([0, 2, 1], dtype=torch.uint8), log_prior=prior)
 
 
@@ -163,60 +158,60 @@ def test_numbers_of_numpy_and_tensors_without_dimensions_are_numbers(name: str, 
 
 @pytest.mark.parametrize("what", [what for what in OPTIONS if not what.endswith(("gradient", "elsewhere"))])
 def test_modules_refuse_bad_options_when_they_are_made(what: str) -> None:
-    options, error, words = OPTIONS[what]
-    with pytest.raises(error, match=has(*words)):
+    options, error, facts = OPTIONS[what]
+    with refused(*facts, error=error):
         ltloss.CombinedMarginLoss(4, 5, **options)
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "words"),
+    ("call", "error", "facts"),
     [
-        (lambda: cosine_logsumexp(X, W, Y, scale=0.0), ValueError, ("scale", "> 0.0", "got 0.0")),
+        (lambda: cosine_logsumexp(X, W, Y, scale=0.0), ValueError, ("scale", "0.0", "0.0")),
         (lambda: cosine_logsumexp(X, W, Y, scale=1, log_prior=W[0, :3]), ValueError, ("log_prior", "(4,)", "(3,)")),
-        (lambda: top_k(X, W, 0), ValueError, ("k ", "between 1", "4", "got 0")),
-        (lambda: top_k(X, W, 5), ValueError, ("k ", "between 1", "4", "got 5")),
-        (lambda: top_k(X, W, 1.0), ValueError, ("k ", "integer", "got 1.0")),
-        (lambda: top_k(X, W, True), ValueError, ("k ", "integer", "got True")),
-        (lambda: nearest_prototype(W, [0]), TypeError, ("rows", "torch.Tensor (R,)", "list")),
-        (lambda: nearest_prototype(W, torch.ones(2)), ValueError, ("rows", "integer", "(R,)", "torch.float32")),
-        (lambda: nearest_prototype(W, torch.ones(2).bool()), ValueError, ("rows", "integer", "torch.bool")),
+        (lambda: top_k(X, W, 0), ValueError, ("k", "4", "0")),
+        (lambda: top_k(X, W, 5), ValueError, ("k", "4", "5")),
+        (lambda: top_k(X, W, 1.0), ValueError, ("k", "1.0")),
+        (lambda: top_k(X, W, True), ValueError, ("k", "True")),
+        (lambda: nearest_prototype(W, [0]), TypeError, ("rows", "torch.Tensor", "(R,)", "list")),
+        (lambda: nearest_prototype(W, torch.ones(2)), ValueError, ("rows", "(R,)", "torch.float32")),
+        (lambda: nearest_prototype(W, torch.ones(2).bool()), ValueError, ("rows", "torch.bool")),
         (lambda: nearest_prototype(W, Y[None]), ValueError, ("rows", "(R,)", "(1, 3)")),
-        (lambda: nearest_prototype(W, Y.to(META)), ValueError, ("one device", "prototypes on cpu", "rows on meta")),
-        (lambda: min_angle_regularizer(W, rows=[0]), TypeError, ("rows", "torch.Tensor (R,)", "list")),
+        (lambda: nearest_prototype(W, Y.to(META)), ValueError, ("prototypes", "cpu", "rows", "meta")),
+        (lambda: min_angle_regularizer(W, rows=[0]), TypeError, ("rows", "torch.Tensor", "(R,)", "list")),
         (lambda: min_angle_regularizer(W, torch.ones(3)), ValueError, ("class_counts", "(4,)", "(3,)")),
-        (lambda: min_angle_regularizer(W, [1, 1, 1, 1]), ValueError, ("class_counts", "tensor", "(4,)", "list")),
-        (lambda: min_angle_regularizer(W, torch.ones(4, device=META)), ValueError, ("class_counts on meta",)),
-        (lambda: min_angle_regularizer(W, power=-1.0), ValueError, ("power", ">= 0.0", "got -1.0")),
-        (lambda: feature_norm_penalty(X, "cube"), ValueError, ("kind", "inverse, magface, ring", "'cube'")),
+        (lambda: min_angle_regularizer(W, [1, 1, 1, 1]), ValueError, ("class_counts", "(4,)", "list")),
+        (lambda: min_angle_regularizer(W, torch.ones(4, device=META)), ValueError, ("class_counts", "meta")),
+        (lambda: min_angle_regularizer(W, power=-1.0), ValueError, ("power", "0.0", "-1.0")),
+        (lambda: feature_norm_penalty(X, "cube"), ValueError, ("kind", "inverse", "magface", "ring", "'cube'")),
         (lambda: feature_norm_penalty(X, lambda r: r.sum()), ValueError, ("kind", "(3,)", "()")),
         (lambda: feature_norm_penalty(X, lambda r: 1.0), ValueError, ("kind", "(3,)", "float")),
-        (lambda: feature_norm_penalty(X, radius=0.0), ValueError, ("radius", "> 0.0", "got 0.0")),
-        (lambda: margin_cosine(X[0], beyond_pi="x"), ValueError, ("beyond_pi", "monotone, arcface", "'x'")),
+        (lambda: feature_norm_penalty(X, radius=0.0), ValueError, ("radius", "0.0", "0.0")),
+        (lambda: margin_cosine(X[0], beyond_pi="x"), ValueError, ("beyond_pi", "monotone", "arcface", "'x'")),
         (lambda: margin_cosine(X[0], margin_gradient="x"), ValueError, ("margin_gradient", "exact", "'x'")),
-        (lambda: ltloss.ArcFaceLoss(0, 5), ValueError, ("num_classes", ">= 1", "got 0")),
-        (lambda: ltloss.ArcFaceLoss(4, 5.0), ValueError, ("embedding_size", "integer", "got 5.0")),
-        (lambda: ltloss.ArcFaceLoss(4, True), ValueError, ("embedding_size", "integer", "got True")),
-        (lambda: ltloss.ArcFaceLoss(np.float64(4), 5), ValueError, ("num_classes", "integer", "4.0")),
+        (lambda: ltloss.ArcFaceLoss(0, 5), ValueError, ("num_classes", "1", "0")),
+        (lambda: ltloss.ArcFaceLoss(4, 5.0), ValueError, ("embedding_size", "5.0")),
+        (lambda: ltloss.ArcFaceLoss(4, True), ValueError, ("embedding_size", "True")),
+        (lambda: ltloss.ArcFaceLoss(np.float64(4), 5), ValueError, ("num_classes", "4.0")),
         (lambda: ltloss.ArcFaceLoss(4, 5, margin=torch.ones(3)), ValueError, ("angular_margin", "(4,)", "(3,)")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5, epsilon=-1.0), ValueError, ("epsilon", ">= 0.0", "got -1.0")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5, start_step=-1), ValueError, ("start_step", ">= 0", "got -1")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5, truncate="all"), ValueError, ("truncate", "batch, sample", "'all'")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5, center_update="sum"), ValueError, ("update", "mean, ema", "'sum'")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5, margin="a"), TypeError, ("margin", "number", "str 'a'")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5, ce_weight=-1.0), ValueError, ("ce_weight", ">= 0.0", "got -1.0")),
-        (lambda: ltloss.ClassCenters(4, 5, momentum=1.0), ValueError, ("momentum", "< 1", "got 1.0")),
+        (lambda: ltloss.CosineSpaceLoss(4, 5, epsilon=-1.0), ValueError, ("epsilon", "0.0", "-1.0")),
+        (lambda: ltloss.CosineSpaceLoss(4, 5, start_step=-1), ValueError, ("start_step", "0", "-1")),
+        (lambda: ltloss.CosineSpaceLoss(4, 5, truncate="all"), ValueError, ("truncate", "batch", "sample", "'all'")),
+        (lambda: ltloss.CosineSpaceLoss(4, 5, center_update="sum"), ValueError, ("update", "mean", "ema", "'sum'")),
+        (lambda: ltloss.CosineSpaceLoss(4, 5, margin="a"), TypeError, ("margin", "str", "'a'")),
+        (lambda: ltloss.CosineSpaceLoss(4, 5, ce_weight=-1.0), ValueError, ("ce_weight", "0.0", "-1.0")),
+        (lambda: ltloss.ClassCenters(4, 5, momentum=1.0), ValueError, ("momentum", "1", "1.0")),
         (lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, feature_norm="x"), ValueError, ("feature_norm", "'x'")),
         (lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, min_angle_rows="x"), ValueError, ("min_angle_rows", "'x'")),
         (lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, min_angle_weight=-1), ValueError, ("min_angle_weight",)),
-        (lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, margin=-1.0), ValueError, ("margin", ">= 0.0", "-1.0")),
+        (lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, margin=-1.0), ValueError, ("margin", "0.0", "-1.0")),
         (lambda: ltloss.ArcFaceLoss(4, 5).set_class_weight([1.0] * 4), TypeError, ("class_weight", "(4,)", "list")),
-        (lambda: ltloss.ArcFaceLoss(4, 5)(X, Y + 2), IndexError, ("labels", "[0, 4)", "got 4 at position 2")),
+        (lambda: ltloss.ArcFaceLoss(4, 5)(X, 7 * Y), IndexError, ("labels", "[0, 4)", "7", "1")),
         (lambda: ltloss.ArcFaceLoss(4, 6)(X, Y), ValueError, ("features", "prototypes", "(3, 5)", "(4, 6)")),
-        (lambda: ltloss.ArcFaceLoss(4, 5).predict(X, k=9), ValueError, ("k ", "4", "got 9")),
+        (lambda: ltloss.ArcFaceLoss(4, 5).predict(X, k=9), ValueError, ("k", "4", "9")),
         (lambda: ltloss.CosineSpaceLoss(4, 6)(X, Y), ValueError, ("features", "prototypes", "(3, 5)", "(4, 6)")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5)(X, Y + 2), IndexError, ("labels", "[0, 4)", "got 4 at position 2")),
+        (lambda: ltloss.CosineSpaceLoss(4, 5)(X, 7 * Y), IndexError, ("labels", "[0, 4)", "7", "1")),
     ],
 )  # fmt: skip
-def test_the_other_arguments(call: Callable[[], Any], error: type[Exception], words: tuple[str, ...]) -> None:
-    with pytest.raises(error, match=has(*words)):
+def test_the_other_arguments(call: Callable[[], Any], error: type[Exception], facts: tuple[str, ...]) -> None:
+    with refused(*facts, error=error):
         call()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.refusals import refused, warned
 from torch import Tensor
 
 import ltloss
@@ -96,24 +97,20 @@ def _stats(**options: Any) -> LogSumExpStats:
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "said"),
+    ("call", "fact"),
     [
-        (lambda: margin_losses(_stats(), angular_margin=torch.ones(7)), ValueError, "angular_margin"),
-        (lambda: margin_losses(_stats(), sample_cosine_margin=torch.ones(9)), ValueError, "sample_cosine_margin"),
-        (lambda: margin_losses(_stats(), label_smoothing=0.1), ValueError, "with_logit_sum"),
-        (lambda: margin_losses(_stats(), beyond_pi="up"), ValueError, "beyond_pi"),  # type: ignore[arg-type]
-        (lambda: _stats(scale=torch.tensor(3.0, requires_grad=True)), ValueError, "scale"),
-        (lambda: _stats(scale=torch.ones(7), normalize_features=False), ValueError, "scale"),
-        (lambda: _stats(scale=-1.0), ValueError, "scale"),
-        (
-            lambda: reduce_losses(torch.ones(3), torch.zeros(3).long(), sample_weight=torch.ones(2)),
-            ValueError,
-            "weight",
-        ),
+        (lambda: margin_losses(_stats(), angular_margin=torch.ones(7)), "angular_margin"),
+        (lambda: margin_losses(_stats(), sample_cosine_margin=torch.ones(9)), "sample_cosine_margin"),
+        (lambda: margin_losses(_stats(), label_smoothing=0.1), "with_logit_sum"),
+        (lambda: margin_losses(_stats(), beyond_pi="up"), "beyond_pi"),  # type: ignore[arg-type]
+        (lambda: _stats(scale=torch.tensor(3.0, requires_grad=True)), "scale"),
+        (lambda: _stats(scale=torch.ones(7), normalize_features=False), "scale"),
+        (lambda: _stats(scale=-1.0), "scale"),
+        (lambda: reduce_losses(torch.ones(3), torch.zeros(3).long(), sample_weight=torch.ones(2)), "sample_weight"),
     ],
 )
-def test_what_is_refused(call: Any, error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_what_is_refused(call: Any, fact: str) -> None:
+    with refused(fact):
         call()
 
 
@@ -123,7 +120,7 @@ def test_an_integer_margin_is_a_number() -> None:
 
 def test_the_former_name_works_and_says_so() -> None:
     sys.modules.pop("ltloss.epilogue", None)  # it warns when it is imported
-    with pytest.warns(DeprecationWarning, match=r"ltloss\.epilogue is ltloss\.extend now"):
+    with warned("ltloss.epilogue", "ltloss.extend"):
         epilogue = importlib.import_module("ltloss.epilogue")
     given = problem()
     weight = torch.linspace(0.5, 1.5, 9, dtype=torch.float64)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.refusals import refused
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -142,23 +143,25 @@ def test_repeated_backward_and_accumulation() -> None:
     loss.backward()
     assert torch.equal(leaves.features.grad, 2 * once[0])
     assert torch.equal(leaves.prototypes.grad, 2 * once[1])
-    with pytest.raises(RuntimeError, match="second time"):
+    with pytest.raises(RuntimeError):
         loss.backward()
+    assert torch.equal(leaves.features.grad, 2 * once[0])
 
 
 @pytest.mark.parametrize("name", ["cosine_softmax", "arcface", "feature_length"])
-def test_double_backward_says_what_to_do(name: str) -> None:
+def test_double_backward_is_refused(name: str) -> None:
     features, prototypes, labels = problem().leaves()
     loss = margin_cross_entropy(features, prototypes, labels, **FAMILY[name](9))
     (grad,) = torch.autograd.grad(loss, features, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated|once_differentiable"):
+    assert grad.requires_grad
+    with pytest.raises(RuntimeError):
         grad.sum().backward()
 
 
 def test_double_backward_of_the_nearest_prototype() -> None:
     prototypes = problem().leaves().prototypes
     (grad,) = torch.autograd.grad(nearest_prototype(prototypes).cosine.sum(), prototypes, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"nearest_prototype_gradient_torch cannot be differentiated.*reference"):
+    with refused("nearest_prototype_gradient_torch", error=RuntimeError):
         grad.sum().backward()
 
 

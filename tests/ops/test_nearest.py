@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.memory import LargestTensor
+from helpers.refusals import refused, warned
 
 import ltloss
 from ltloss import reference
@@ -211,16 +212,16 @@ def test_the_module_passes_it_on(allow_tf32: bool, asked: list[bool]) -> None:
 @pytest.mark.parametrize("name", ["allow_tf32", "exact"])
 def test_it_is_a_bool(name: str) -> None:
     for function in (nearest_prototype, min_angle_regularizer):
-        with pytest.raises(TypeError, match=rf"{name} must be True or False \(bool\); got int 1"):
+        with refused(name, "bool", "int", "1", error=TypeError):
             function(random_prototypes(3), **{name: 1})
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_the_name_of_version_0_1_has_the_opposite_meaning(exact: bool, asked: list[bool]) -> None:
     for function in (nearest_prototype, min_angle_regularizer):
-        with pytest.warns(DeprecationWarning, match=f"exact={exact} is allow_tf32={not exact} now"):
+        with warned(f"exact={exact}", f"allow_tf32={not exact}"):
             function(random_prototypes(3), exact=exact)
-    with pytest.warns(DeprecationWarning, match=f"min_angle_exact={exact} is min_angle_allow_tf32={not exact} now"):
+    with warned(f"min_angle_exact={exact}", f"min_angle_allow_tf32={not exact}"):
         head = ltloss.LongTailLoss.from_counts([5, 3, 1], 4, min_angle_exact=exact)
     assert head.min_angle_allow_tf32 is not exact
     assert asked == [not exact] * 2
