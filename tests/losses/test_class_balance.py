@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refused
 
 from ltloss.class_balance import (
     DeferredWeights,
@@ -30,9 +31,9 @@ def test_counts_from_labels() -> None:
 
 
 def test_counts_from_labels_refuses() -> None:
-    with pytest.raises(IndexError, match=r"\[0, 3\).*got 3 at position 1"):
-        counts_from_labels([0, 3], 3)
-    with pytest.raises(TypeError, match=r"labels must be integers; got torch\.float32"):
+    with refused("labels", "[0, 3)", "5", "1", error=IndexError):
+        counts_from_labels([0, 5], 3)
+    with refused("labels", "torch.float32", error=TypeError):
         counts_from_labels(torch.tensor([0.0, 1.0]), 3)
 
 
@@ -87,7 +88,7 @@ def test_deferred() -> None:
     assert [schedule(epoch) is None for epoch in range(5)] == [True, True, True, False, False]
     assert schedule(3) is weights
     assert DeferredWeights(weights, start_epoch=0)(0) is weights
-    with pytest.raises(ValueError, match="start_epoch must be finite and >= 0"):
+    with refused("start_epoch", "0", "-1"):
         DeferredWeights(weights, start_epoch=-1)
 
 
@@ -102,19 +103,17 @@ HELPERS = [
 @pytest.mark.parametrize("helper", HELPERS)
 class TestEveryHelper:
     def test_refuses_empty_classes(self, helper) -> None:  # type: ignore[no-untyped-def]
-        with pytest.raises(
-            ValueError, match=r"1 of 3 classes have no samples \(the first is class 1\).*clamp\(min=1\)"
-        ):
+        with refused("1", "3", "1"):  # 1 of 3 classes, the first is class 1
             helper([3, 0, 2])
 
     def test_refuses_what_are_no_counts(self, helper) -> None:  # type: ignore[no-untyped-def]
-        for counts, got in (([3, -1], r"\[3, -1\]"), ([math.nan, 1.0], "nan"), ([math.inf, 1.0], "inf")):
-            with pytest.raises(ValueError, match=f"class_counts must be finite and not negative; got .*{got}"):
+        for counts, got in (([3, -1], "[3, -1]"), ([math.nan, 1.0], "nan"), ([math.inf, 1.0], "inf")):
+            with refused("class_counts", got):
                 helper(counts)
-        with pytest.raises(ValueError, match=r"class_counts must be a vector \(C,\) with C >= 1; got the number 1"):
+        with refused("class_counts", "(C,)", "1"):
             helper(torch.ones(()))
         for shape in ((0,), (2, 2)):
-            with pytest.raises(ValueError, match=r"class_counts must be a vector \(C,\) with C >= 1; got shape"):
+            with refused("class_counts", "(C,)", str(shape)):
                 helper(torch.ones(shape))
 
     def test_takes_lists_arrays_and_tensors(self, helper) -> None:  # type: ignore[no-untyped-def]
@@ -125,27 +124,24 @@ class TestEveryHelper:
         assert expected.dtype == torch.float32
 
     def test_long_vectors_are_abridged(self, helper) -> None:  # type: ignore[no-untyped-def]
-        with pytest.raises(ValueError, match=r"got \[-1(, -1){7}, \.\.\.\]"):
+        with refused("class_counts", "-1") as caught:
             helper(-torch.ones(100))
+        assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("call", "error", "facts"),
     [
-        (lambda: margins_from_counts([1], -0.5), ValueError, r"margin must be finite and >= 0\.0; got -0\.5"),
-        (lambda: margins_from_counts([1], power=-1.0), ValueError, r"power must be finite and >= 0\.0; got -1\.0"),
-        (lambda: margins_from_counts([1], "0.5"), TypeError, "margin must be a number; got str '0.5'"),
-        (
-            lambda: margins_from_counts([1], normalize="mean"),
-            ValueError,
-            "normalize must be one of none, max; got 'mean'",
-        ),
-        (lambda: log_prior_from_counts([1], tau=math.nan), ValueError, "tau must be finite; got nan"),
-        (lambda: effective_number_weights([1], beta=1.0), ValueError, r"beta must be < 1.*got 1\.0"),
-        (lambda: effective_number_weights([1], beta=-0.1), ValueError, r"beta must be finite and >= 0\.0; got -0\.1"),
-        (lambda: inverse_frequency_weights([1], power=None), TypeError, "power must be a number; got NoneType None"),
+        (lambda: margins_from_counts([1], -0.5), ValueError, ("margin", "0.0", "-0.5")),
+        (lambda: margins_from_counts([1], power=-1.0), ValueError, ("power", "0.0", "-1.0")),
+        (lambda: margins_from_counts([1], "0.5"), TypeError, ("margin", "str", "'0.5'")),
+        (lambda: margins_from_counts([1], normalize="mean"), ValueError, ("normalize", "none", "max", "'mean'")),
+        (lambda: log_prior_from_counts([1], tau=math.nan), ValueError, ("tau", "nan")),
+        (lambda: effective_number_weights([1], beta=1.0), ValueError, ("beta", "1", "1.0")),
+        (lambda: effective_number_weights([1], beta=-0.1), ValueError, ("beta", "0.0", "-0.1")),
+        (lambda: inverse_frequency_weights([1], power=None), TypeError, ("power", "None")),
     ],
 )
-def test_options_out_of_range(call, error, message) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(error, match=message):
+def test_options_out_of_range(call, error, facts) -> None:  # type: ignore[no-untyped-def]
+    with refused(*facts, error=error):
         call()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refused
 from torch import Tensor
 
 import ltloss
@@ -45,7 +46,7 @@ def test_where_meta_is_the_default_device() -> None:
     module.to_empty(device="cpu")
     for key, value in _constants(ltloss.LongTailLoss.from_counts(counts, 5)).items():
         assert torch.equal(_constants(module)[key], value)
-    with pytest.raises(ValueError, match=r"class_counts .*meta"):
+    with refused("class_counts", "meta"):
         ltloss.LogitAdjustedLoss.from_counts(torch.ones(3, device="meta"), 5)
 
 
@@ -88,7 +89,7 @@ def test_weights_that_were_replaced_stay_replaced() -> None:
 def test_what_constants_were_made_from_cannot_be_set(module: object, name: str) -> None:
     built = module()  # type: ignore[operator]
     shown = repr(built)
-    with pytest.raises(AttributeError, match=f"{name} of .* cannot be set.*new loss"):
+    with refused(name, type(built).__name__, error=AttributeError):
         setattr(built, name, 0.25)
     assert repr(built) == shown
 
@@ -101,20 +102,22 @@ def test_what_is_read_at_every_step_can_be_set() -> None:
     assert _loss(module) != before
 
 
-@pytest.mark.parametrize("margin", [28.6, -3.2, torch.full((9,), 28.6)])
-def test_degrees_are_refused(margin: Tensor | float) -> None:
-    with pytest.raises(ValueError, match="radians"):
+@pytest.mark.parametrize(
+    ("margin", "value"), [(28.6, "28.6"), (-3.2, "-3.2"), (torch.full((9,), 28.6), "28.6")], ids=["28.6", "-3.2", "9"]
+)
+def test_degrees_are_refused(margin: Tensor | float, value: str) -> None:
+    with refused("angular_margin", value):
         ltloss.ArcFaceLoss(9, 5, margin=margin)
     module = ltloss.ArcFaceLoss(9, 5)
-    with pytest.raises(ValueError, match="radians"):
+    with refused("angular_margin", value):
         module.angular_margin = margin
     assert module.angular_margin == 0.5
-    with pytest.raises(ValueError, match="radians"):
+    with refused("angular_margin", value):
         margin_cross_entropy(*problem(), angular_margin=margin)
 
 
 def test_a_negative_tau_is_refused() -> None:
-    with pytest.raises(ValueError, match="tau"):
+    with refused("tau", "-1.0"):
         ltloss.LogitAdjustedLoss.from_counts([3, 1], 4, tau=-1.0)
 
 
@@ -125,9 +128,11 @@ def test_numpy_numbers_are_numbers() -> None:
     )
 
 
-@pytest.mark.parametrize("counts", [Counter([0, 0, 1]), ["3", "1"], "31"])
-def test_counts_of_another_kind_are_refused(counts: object) -> None:
-    with pytest.raises((TypeError, ValueError), match="class_counts"):
+@pytest.mark.parametrize(
+    ("counts", "given"), [(Counter([0, 0, 1]), "Counter"), (["3", "1"], "list"), ("31", "str")], ids=repr
+)
+def test_counts_of_another_kind_are_refused(counts: object, given: str) -> None:
+    with refused("class_counts", given, error=TypeError):
         ltloss.LogitAdjustedLoss(2, 4, class_counts=counts)  # type: ignore[arg-type]
 
 
@@ -135,9 +140,9 @@ def test_a_vector_that_was_set_later_outlives_a_move() -> None:
     module = ltloss.LDAMLoss.from_counts([16, 1], 8)
     module.cosine_margin = torch.tensor([0.1, 0.2])
     assert torch.equal(module.double().cosine_margin, torch.tensor([0.1, 0.2]))
-    with pytest.raises(ValueError, match=r"cosine_margin must .*\(2,\); got \(3,\)"):
+    with refused("cosine_margin", "(2,)", "(3,)"):
         module.cosine_margin = torch.zeros(3)
-    with pytest.raises(AttributeError, match="class_counts"):
+    with refused("class_counts", error=AttributeError):
         ltloss.LongTailLoss.from_counts([3, 1], 4).class_counts = torch.ones(2)
 
 
@@ -179,6 +184,6 @@ def test_numbers_of_other_kinds_are_numbers(number: Any) -> None:
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
 def test_a_scale_that_is_set_later_is_checked(scale: float) -> None:
     module = ltloss.ArcFaceLoss(9, 5, scale=8.0)
-    with pytest.raises(ValueError, match="scale must be finite and > 0"):
+    with refused("scale", str(scale)):
         module.scale = scale
     assert module.scale == 8.0

@@ -9,6 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refused, warned
 from torch import Tensor
 
 import ltloss
@@ -244,7 +245,7 @@ def test_class_weights_can_be_set_and_removed(name: str) -> None:
     module.set_class_weight(weights)
     assert "class_weight=(9,) in [1, 3]" in repr(module)
     assert "class_weight" not in module.state_dict()
-    with pytest.raises(ValueError, match=r"class_weight must .*the shape \(9,\); got \(8,\)"):
+    with refused("class_weight", "(9,)", "(8,)"):
         module.set_class_weight(torch.ones(8))
 
 
@@ -256,10 +257,10 @@ def test_from_counts(cls: type[ltloss.CombinedMarginLoss]) -> None:
     modules[1].load_state_dict(modules[0].state_dict())
     features, labels = torch.randn(4, D), torch.tensor([0, 1, 2, 2])
     assert torch.equal(modules[0](features, labels), modules[1](features, labels))
-    with pytest.raises(ValueError, match="class_counts must have one entry per class, 4; got 3"):
+    with refused("class_counts", "4", "3"):
         cls(4, D, class_counts=counts)
     for number in (5, torch.tensor(5)):
-        with pytest.raises(ValueError, match=r"class_counts must be a vector \(C,\).*got the number 5"):
+        with refused("class_counts", "(C,)", "5"):
             cls.from_counts(number, D)
 
 
@@ -272,7 +273,7 @@ def test_tau_and_max_margin() -> None:
 def test_state_moves_between_the_losses_of_the_family() -> None:
     source = ltloss.ArcFaceLoss(C, D, class_weight=torch.ones(C))
     target = ltloss.LogitAdjustedLoss.from_counts(long_tail_counts(C), D)
-    with pytest.warns(UserWarning, match=r"angular_margin=0 \(saved with 0\.5\), log_prior"):
+    with warned("angular_margin=0", "0.5", "log_prior", kind=UserWarning):
         target.load_state_dict(source.state_dict())
     assert torch.equal(source.weight, target.weight)
 
