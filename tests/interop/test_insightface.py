@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import world
 from helpers.cases import DIM, whole
+from helpers.refusals import refused
 
 import ltloss
 from ltloss.distributed import class_mesh, parallelize
@@ -92,31 +93,31 @@ def test_missing_ranks_are_named(tmp_path: Path) -> None:
     for rank in (1, 9):
         (tmp_path / f"checkpoint_gpu_{rank}.pt").unlink()
     for files in (tmp_path, list(tmp_path.glob("check*"))):
-        with pytest.raises(FileNotFoundError, match=r"checkpoint_gpu_N.pt .*\[1, 9\]"):
+        with refused("checkpoint_gpu_N.pt", "[1, 9]", error=FileNotFoundError):
             _read(files)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     for files in (tmp_path, []):
-        with pytest.raises(FileNotFoundError, match=r"checkpoint_gpu_N.pt"):
+        with refused("checkpoint_gpu_N.pt", error=FileNotFoundError):
             _read(files)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with refused("nowhere", error=FileNotFoundError):
         _read(tmp_path / "nowhere")
 
 
 def test_files_of_two_jobs_are_refused(tmp_path: Path) -> None:
     for kind in KINDS:
         _write(tmp_path, kind, ranks=1)
-    with pytest.raises(ValueError, match=r"checkpoint_gpu_N.pt.*rank_N_softmax_weight.pt"):
+    with refused("checkpoint_gpu_N.pt", "rank_N_softmax_weight.pt"):
         _read(tmp_path)
-    with pytest.raises(ValueError, match=r"softmax_fc_gpu_N.pt of the ranks \[0, 0\]"):
+    with refused("softmax_fc_gpu_N.pt", "[0, 0]"):
         _read([tmp_path / "softmax_fc_gpu_0.pt"] * 2)
 
 
 def test_different_widths_name_both_files(tmp_path: Path) -> None:
     _write(tmp_path, ranks=3)
     torch.save(torch.randn(8, DIM + 1), tmp_path / "softmax_fc_gpu_2.pt")
-    with pytest.raises(ValueError, match=rf"softmax_fc_gpu_0.pt .*{DIM}.*softmax_fc_gpu_2.pt .*{DIM + 1}"):
+    with refused("softmax_fc_gpu_0.pt", str(DIM), "softmax_fc_gpu_2.pt", str(DIM + 1)):
         _read(tmp_path)
 
 
@@ -137,15 +138,15 @@ def test_a_bad_file_changes_nothing_and_runs_nothing(tmp_path: Path) -> None:
     before = head.weight.detach().clone()
     for content in (last.read_bytes()[:300], b"", b"no checkpoint"):
         last.write_bytes(content)
-        with pytest.raises(ValueError, match=r"softmax_fc_gpu_1.pt is damaged"):
+        with refused("softmax_fc_gpu_1.pt"):
             import_insightface(head, tmp_path)
     for zipped in (True, False):
         torch.save(_Code(tmp_path / "trace"), last, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(ValueError, match=r"softmax_fc_gpu_1.pt .* is not read"):
+        with refused("softmax_fc_gpu_1.pt"):
             import_insightface(head, tmp_path)
     for nothing in ({"weight": torch.zeros(DIM)}, {"state_dict_softmax_fc": {}}, [3]):
         torch.save(nothing, last)
-        with pytest.raises(ValueError, match=r"softmax_fc_gpu_1.pt holds no tensor 'weight'"):
+        with refused("softmax_fc_gpu_1.pt", "'weight'"):
             import_insightface(head, tmp_path)
     assert torch.equal(head.weight, before)
     assert not (tmp_path / "trace").exists()
@@ -153,7 +154,7 @@ def test_a_bad_file_changes_nothing_and_runs_nothing(tmp_path: Path) -> None:
 
 def test_another_number_of_classes(tmp_path: Path) -> None:
     _write(tmp_path)
-    with pytest.raises(ValueError, match=rf"holds prototypes \(25, {DIM}\) \(C, D\); the head has \(26, {DIM}\)"):
+    with refused(f"(25, {DIM})", f"(26, {DIM})"):
         import_insightface(ltloss.ArcFaceLoss(CLASSES + 1, DIM), tmp_path)
 
 
