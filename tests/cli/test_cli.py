@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.refusals import missing
 from helpers.toys import CLASS_NAMES
 
 from ltloss.cli.command import main
@@ -49,7 +50,7 @@ def test_train_on_a_folder_with_a_bad_image_and_evaluate_all_of_it(
 ) -> None:
     (toy_folder / "apple" / "bad.png").write_bytes(b"not an image")
     assert main(["train", "--data", str(toy_folder), "--out", str(tmp_path / "run"), "--workers", "2", *SMALL]) == 0
-    assert "left out" in capsys.readouterr().err
+    assert not missing(capsys.readouterr().err, "bad.png")
     config = RunConfig.read(tmp_path / "run")
     assert config.class_names == CLASS_NAMES
     assert config.class_counts == (8, 8, 8)
@@ -97,7 +98,7 @@ def test_interrupted_training_keeps_its_checkpoint_and_says_how_to_continue(
 def test_resume_of_nothing_starts(toy_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main(["train", "--data", str(toy_npz), "--out", str(out), "--resume", "--quiet", *SMALL]) == 0
-    assert "holds no run yet" in capsys.readouterr().err
+    assert not missing(capsys.readouterr().err, str(out))
     assert (out / "checkpoints" / "epoch-0001").is_dir()
 
 
@@ -139,5 +140,6 @@ def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture
 def test_the_module_runs_as_a_command() -> None:
     done = subprocess.run([sys.executable, "-m", "ltloss", "evaluate", "/nowhere"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("ltloss: error: /nowhere is not a run")
+    assert done.stderr.startswith("ltloss: error: ")
+    assert not missing(done.stderr, "/nowhere")
     assert done.stderr.count("\n") == 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 from helpers.cli_errors import TRAIN, contents, run_command
+from helpers.refusals import missing
 
 from ltloss.cli.command import main
 
@@ -16,8 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_empty_folder")]
 def test_missing_package_is_named_before_anything_is_written(module: str) -> None:
     done = run_command(*TRAIN, code=f"sys.modules[{module!r}] = None")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert done.stderr.startswith(f"ltloss: error: {module} cannot be imported")
-    assert done.stderr.endswith("run: pip install 'ltloss[train]'\n")
+    assert not missing(done.stderr, module, "ltloss[train]")
     assert list(Path().iterdir()) == []
 
 
@@ -27,7 +28,7 @@ def test_other_commands_name_a_missing_package_too(arguments: list[str], run: Pa
     arguments = [*arguments, "--out", "out"] if arguments[0] == "predict" else arguments
     done = run_command(*arguments, code="sys.modules['safetensors'] = None")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "pip install 'ltloss[train]'" in done.stderr
+    assert not missing(done.stderr, "safetensors", "ltloss[train]")
     assert contents(run) == before
     assert not Path("out").exists()
 
@@ -35,7 +36,7 @@ def test_other_commands_name_a_missing_package_too(arguments: list[str], run: Pa
 def test_forced_kernels_without_a_gpu() -> None:
     done = run_command(*TRAIN, LTLOSS_BACKEND="triton", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "triton" in done.stderr
+    assert not missing(done.stderr, "'triton'")
 
 
 def test_characters_that_the_terminal_lacks_are_escaped(run: Path) -> None:
@@ -54,7 +55,7 @@ def test_a_closed_pipe_ends_quietly(run: Path) -> None:
 def test_full_disk_behind_stdout_does_not_advise_what_the_command_lacks(run: Path) -> None:
     done = run_command("evaluate", "run", code="import os\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert done.stderr.endswith("Free some space, then run the command again\n")
+    assert "--resume" not in done.stderr
 
 
 def test_interrupted_before_anything_is_written(
@@ -65,16 +66,20 @@ def test_interrupted_before_anything_is_written(
 
     monkeypatch.setattr("ltloss.training.run.trainer.prepare_data", interrupted)
     assert main(TRAIN) == 130
-    assert capsys.readouterr().err == "ltloss: interrupted before anything was written\n"
-    monkeypatch.setattr("ltloss.cli.command._parser", interrupted)
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", interrupted)
     assert main(TRAIN) == 130
-    assert capsys.readouterr().err == "ltloss: interrupted\n"
+    assert capsys.readouterr().err.count("\n") == 1
+    assert list(Path().iterdir()) == []
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def defect(*_: object, **__: object) -> None:
-        raise ValueError("a defect")
+    defect = ValueError("a defect")
 
-    monkeypatch.setattr("ltloss.training.run.trainer.prepare_data", defect)
-    with pytest.raises(ValueError, match="a defect"):
+    def broken(*_: object, **__: object) -> None:
+        raise defect
+
+    monkeypatch.setattr("ltloss.training.run.trainer.prepare_data", broken)
+    with pytest.raises(ValueError) as caught:
         main(TRAIN)
+    assert caught.value is defect

@@ -20,20 +20,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_empty_folder")]
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "facts"),
     [
-        ([], "already holds a run; continue it with --resume, or choose another --out"),
-        (["--resume", "--lr", "0.5", "--epochs", "9"], r"other settings: lr \(run: 0.05, now: 0.5\); leave them out"),
-        (["--resume", "--epochs", "1"], r"epochs \(run: 2, now: 1\)"),
-        (["--resume", "--data", "digits"], "the classes differ: run run has apple, bean, corn which digits lacks"),
-        (["--resume", "--lr", "0"], "lr must be greater than 0"),
+        ([], ("--resume", "--out")),
+        (["--resume", "--lr", "0.5", "--epochs", "9"], ("lr", "0.05", "0.5")),
+        (["--resume", "--epochs", "1"], ("epochs", "2", "1")),
+        (["--resume", "--data", "digits"], ("apple", "bean", "corn", "digits")),
+        (["--resume", "--lr", "0"], ("lr", "0", "0.0")),
     ],
 )
 def test_run_that_is_there_is_not_touched(
-    options: list[str], expected: str, run: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], facts: tuple[str, ...], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(run)
-    fails(["train", "--out", str(run), *(options or ["--data", "digits"])], expected, capsys)
+    fails(["train", "--out", str(run), *(options or ["--data", "digits"])], capsys, *facts)
     assert contents(run) == before
 
 
@@ -41,10 +41,10 @@ def test_run_that_is_there_is_not_touched(
 def test_folder_of_something_else_is_not_touched(resume: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path("run").mkdir()
     Path("run/thesis.txt").write_text("years of work")
-    fails([*TRAIN, *resume], "--out run holds other files", capsys)
+    fails([*TRAIN, *resume], capsys, "--out", "run")
     assert contents(Path("run")) == {"thesis.txt": b"years of work"}
-    fails([*TRAIN, "--out", "run/thesis.txt"], "is a file; choose a folder", capsys)
-    fails([*TRAIN, "--out", "run/thesis.txt/run"], "cannot use run/thesis.txt/run: Not a directory", capsys)
+    fails([*TRAIN, "--out", "run/thesis.txt"], capsys, "--out", "run/thesis.txt")
+    fails([*TRAIN, "--out", "run/thesis.txt/run"], capsys, "run/thesis.txt/run")
 
 
 def _other_shape(run: Path) -> None:
@@ -61,38 +61,38 @@ def _other_optimizer(run: Path) -> None:
     safetensors.torch.save_file(tensors, path)
 
 
+def _state(text: str) -> Callable[[Path], object]:
+    return lambda run: (run / "checkpoints/epoch-0002/state.json").write_text(text)
+
+
+def _config(text: str) -> Callable[[Path], object]:
+    return lambda run: (run / "config.json").write_text(text)
+
+
 @pytest.mark.parametrize(
-    ("spoil", "expected"),
+    ("spoil", "facts"),
     [
-        (_other_shape, r"epoch-0002.*tensor loss.weight is \(5, 8\) there and \(3, 8\) in the model"),
-        (_other_optimizer, r"optimizer.safetensors: tensor loss.weight is missing there"),
-        (lambda run: (run / "checkpoints/epoch-0002/state.json").unlink(), "epoch-0002 is damaged"),
-        (lambda run: (run / "checkpoints/epoch-0002/state.json").write_text("[]"), "lacks the history"),
-        (lambda run: (run / "checkpoints/epoch-0002/state.json").write_text("{}"), "lacks the history"),
-        (lambda run: (run / "checkpoints/epoch-0002/state.json").write_text('{"history": 3}'), "lacks the history"),
-        (
-            lambda run: (run / "checkpoints/epoch-0002/state.json").write_text('{"history": [3]}'),
-            "row 1 of the history",
-        ),
-        (
-            lambda run: (run / "checkpoints/epoch-0002/state.json").write_text(
-                '{"history": [{"epoch": 1, "lr": "a"}]}'
-            ),
-            "no number",
-        ),
-        (lambda run: (run / "checkpoints/epoch-0002/state.json").write_text("[" * 200_000), "epoch-0002 is damaged"),
-        (lambda run: (run / "config.json").write_text("{"), "config.json is damaged"),
-        (lambda run: (run / "config.json").write_text('{"lr": 1}'), r"config.json is damaged \(it lacks class_names\)"),
-        (lambda run: (run / "config.json").write_text("[]"), r"config.json is damaged \(it lacks class_names\)"),
+        (_other_shape, ("epoch-0002", "loss.weight", "(5, 8)", "(3, 8)")),
+        (_other_optimizer, ("optimizer.safetensors", "loss.weight")),
+        (lambda run: (run / "checkpoints/epoch-0002/state.json").unlink(), ("epoch-0002",)),
+        (_state("[]"), ("epoch-0002", "history")),
+        (_state("{}"), ("epoch-0002", "history")),
+        (_state('{"history": 3}'), ("epoch-0002", "history")),
+        (_state('{"history": [3]}'), ("epoch-0002", "history", "1")),
+        (_state('{"history": [{"epoch": 1, "lr": "a"}]}'), ("epoch-0002", "history", "1")),
+        (_state("[" * 200_000), ("epoch-0002",)),
+        (_config("{"), ("config.json",)),
+        (_config('{"lr": 1}'), ("config.json", "class_names")),
+        (_config("[]"), ("config.json", "class_names")),
     ],
-    ids=lambda value: value[:30] if isinstance(value, str) else "",
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_checkpoint_that_does_not_fit(
-    spoil: Callable[[Path], object], expected: str, run: Path, capsys: pytest.CaptureFixture[str]
+    spoil: Callable[[Path], object], facts: tuple[str, ...], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(run)
     before = contents(run)
-    fails(["train", "--resume", "--out", str(run), "--epochs", "3"], expected, capsys)
+    fails(["train", "--resume", "--out", str(run), "--epochs", "3"], capsys, *facts)
     assert contents(run) == before
 
 
@@ -122,29 +122,29 @@ def test_config_of_a_run_that_is_damaged(
     path = run / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     before = contents(run)
-    fails([command, str(run)], rf"config.json is damaged \(.*{next(iter(change))}|too large", capsys)
+    fails([command, str(run)], capsys, "config.json", *(name for name in change if change[name] != 10**400))
     assert contents(run) == before
 
 
 def test_config_of_a_run_that_is_nested_too_deeply(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "config.json").write_text("[" * 200_000)
-    fails(["evaluate", str(run)], "config.json is damaged", capsys)
+    fails(["evaluate", str(run)], capsys, "config.json")
 
 
 def test_evaluation_on_other_classes_names_them(
     run: Path, toy_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (toy_folder / "corn").rename(toy_folder / "maize")
-    fails(["evaluate", str(run), "--data", str(toy_folder)], "run has corn which .* lacks; .* has maize", capsys)
+    fails(["evaluate", str(run), "--data", str(toy_folder)], capsys, "corn", "maize")
 
 
 def test_evaluation_with_groups_that_overlap(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fails(["evaluate", str(run), "--few-below", "500"], "few_below 500 lies above many_above 100", capsys)
+    fails(["evaluate", str(run), "--few-below", "500"], capsys, "few_below", "500", "many_above", "100")
 
 
 def test_run_without_a_checkpoint_cannot_be_evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "checkpoints")
-    fails(["evaluate", str(run)], "has no checkpoint yet; finish an epoch with `ltloss train --resume", capsys)
+    fails(["evaluate", str(run)], capsys, str(run), "--resume")
 
 
 @pytest.mark.parametrize("written", [0, 1, 4])
@@ -163,11 +163,7 @@ def test_full_disk(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        fails(
-            ["train", "--resume", "--out", str(run), "--epochs", "3", "--quiet"],
-            r"no space left on the disk while writing( run/\S+)?;.*continue with --resume$",
-            capsys,
-        )
+        fails(["train", "--resume", "--out", str(run), "--epochs", "3", "--quiet"], capsys, "--resume")
     assert {name: content for name, content in contents(run).items() if name in before and name != "config.json"} == {
         name: content for name, content in before.items() if name != "config.json"
     }

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from helpers.refusals import missing
 from ltloss.cli.command import main
 
 TRAIN = ["train", "--data", "digits", "--out", "run", "--device", "cpu", "--quiet", "--epochs", "1"]
 ROOT = str(Path(__file__).parents[2])
 
 
-def fails(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command line ends with code 2 and one line on stderr that matches."""
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], *facts: str) -> None:
+    """The command line ends with code 2 and one line on stderr that states the facts."""
     capsys.readouterr()
     assert main(arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("ltloss: left out")]
-    assert len(lines) == 1
-    assert lines[0].startswith("ltloss: error: ")
-    assert re.search(expected, lines[0]), lines[0]
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("ltloss: left out"))
+    assert line.startswith("ltloss: error: ")
+    assert not missing(line, *facts), line
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -55,9 +55,11 @@ class PredictionSummary:
         return "\n".join([*lines, f"table: {self.table}", f"open {self.gallery}"])
 
 
-def _probabilities(classifier: Classifier, features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _probabilities(
+    classifier: Classifier, features: torch.Tensor, index: torch.Tensor, logits_at_once: int
+) -> torch.Tensor:
     """Softmax probabilities (B, K) of the classes ``index``; the logits exist for a few rows at a time only."""
-    rows = max(1, _LOGITS_AT_ONCE // len(classifier.config.class_names))
+    rows = max(1, logits_at_once // len(classifier.config.class_names))
     pieces = []
     for start in range(0, len(features), rows):
         logits = classifier.loss.logits(features[start : start + rows]).double()
@@ -77,8 +79,17 @@ def _check_finite(features: torch.Tensor, names: Sequence[str]) -> None:
 
 
 @torch.inference_mode()
-def classify(classifier: Classifier, source: ImageSource, *, top: int = 2, batch_size: int = 256) -> Predictions:
+def classify(
+    classifier: Classifier,
+    source: ImageSource,
+    *,
+    top: int = 2,
+    batch_size: int = 256,
+    logits_at_once: int = _LOGITS_AT_ONCE,
+) -> Predictions:
     """Return the ``top`` best classes (at most as many as there are) of every image of ``source``.
+
+    ``logits_at_once`` bounds the elements of a matrix of logits, down to those of one image.
 
     Raises:
         UserError: the model gives a feature that is not finite, as one does whose training diverged.
@@ -92,7 +103,7 @@ def classify(classifier: Classifier, source: ImageSource, *, top: int = 2, batch
             features = classifier.features(batch.images).float()
             _check_finite(features, source.names[done : done + len(features)])
             best = classifier.loss.predict(features, k)
-            probability = _probabilities(classifier, features, best.index)
+            probability = _probabilities(classifier, features, best.index, logits_at_once)
             angle = best.cosine[:, 0].double().clamp(-1, 1).acos().rad2deg()
             parts.append((best.index.cpu(), probability.cpu(), angle.cpu()))
             done += len(features)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.refusals import refused
 
 import ltloss
 from ltloss.errors import UserError
@@ -131,36 +132,38 @@ def test_the_same_training_has_the_same_key_whatever_it_is_called() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "facts"),
     [
-        ({"given": {"loss": "ldam"}}, "loss cannot be given to a comparison"),
-        ({"given": {"epoch": 3}}, "unknown setting epoch; did you mean epochs"),
-        ({"given": {"margn": 3}}, "unknown setting margn; did you mean margin"),
-        ({"given": {"lr": -1.0}}, "lr must be greater than 0"),
-        ({"given": {"loss_options": {"margin_power": 1}}}, "none of the losses softmax has an option margin_power"),
-        ({"given": {"data": ""}}, "--data is missing"),
-        ({"recipe": "tiny"}, "--recipe tiny is unknown"),
-        ({"seeds": 0}, "seeds must be a whole number from 1, is 0"),
-        ({"tune_seeds": 1.5}, "tune_seeds must be a whole number from 1"),
-        ({"validation_per_class": 0}, "validation_per_class must be a whole number from 1"),
-        ({"vary": {"margin": [1.0]}}, "loss softmax has no option margin"),
-        ({"vary": {"seed": [1]}}, "--vary seed cannot be varied"),
-        ({"vary": {"lr": []}}, "--vary lr cannot be varied, or has no values"),
-        ({"vary": {"mixup": [-1.0]}}, "mixup must be at least 0"),
+        ({"given": {"loss": "ldam"}}, ("loss",)),
+        ({"given": {"epoch": 3}}, ("epoch", "epochs")),
+        ({"given": {"margn": 3}}, ("margn", "margin")),
+        ({"given": {"lr": -1.0}}, ("lr", "0", "-1.0")),
+        ({"given": {"loss_options": {"margin_power": 1}}}, ("softmax", "margin_power")),
+        ({"given": {"data": ""}}, ("--data",)),
+        ({"recipe": "tiny"}, ("--recipe", "tiny")),
+        ({"seeds": 0}, ("seeds", "1", "0")),
+        ({"tune_seeds": 1.5}, ("tune_seeds", "1", "1.5")),
+        ({"validation_per_class": 0}, ("validation_per_class", "1", "0")),
+        ({"vary": {"margin": [1.0]}}, ("softmax", "margin")),
+        ({"vary": {"seed": [1]}}, ("--vary", "seed")),
+        ({"vary": {"lr": []}}, ("--vary", "lr")),
+        ({"vary": {"mixup": [-1.0]}}, ("mixup", "0", "-1.0")),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_trained(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    changes: dict[str, object], facts: tuple[str, ...]
+) -> None:
+    with refused(*facts, error=UserError):
         plan("ce", **changes)
 
 
 def test_unknown_methods_are_named() -> None:
-    with pytest.raises(UserError, match="--losses ldamdrw is unknown; did you mean ldam-drw"):
+    with refused("--losses", "ldamdrw", "ldam-drw", error=UserError):
         plan("ce", "ldamdrw")
-    with pytest.raises(UserError, match="--losses names no method"):
+    with refused("--losses", error=UserError):
         plan()
-    with pytest.raises(UserError, match="norm_power must be a number from 0, is -1"):
+    with refused("norm_power", "0", "-1", error=UserError):
         plan("tau-norm", vary={"norm_power": [-1]})
-    with pytest.raises(UserError, match=r"crt_epochs must be a whole number from 1, is 0\.5"):
+    with refused("crt_epochs", "1", "0.5", error=UserError):
         plan("crt", vary={"crt_epochs": [0.5]})
     assert method("crt").base == "ce"

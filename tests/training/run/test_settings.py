@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.refusals import refused, warned
 
 from ltloss.errors import UserError
 from ltloss.training.model.registry import LOSSES, build_loss, loss_arguments
@@ -43,7 +44,7 @@ def test_every_setting_is_in_the_config_of_a_run(toy_run: TrainingResult) -> Non
 @pytest.mark.parametrize("item", fields(Settings), ids=lambda item: item.name)
 def test_every_setting_has_words_for_help_and_refuses_a_wrong_type(item) -> None:  # type: ignore[no-untyped-def]
     assert item.metadata["help"]
-    with pytest.raises(UserError, match=f"{item.name} must be of type"):
+    with refused(item.name, "[1]", error=UserError):
         Settings(**{item.name: [1]})
 
 
@@ -141,12 +142,12 @@ def test_options_go_to_the_argument_of_that_name() -> None:
 
 
 def test_the_form_of_version_0_1_is_still_an_option_of_the_long_tail_loss() -> None:
-    with pytest.warns(DeprecationWarning, match="margin_normalize"):
+    with warned("form='recommended'", "margin_normalize='max'"):
         old = build_loss("long-tail", (9, 3, 1), 8, {"form": "recommended"})
     assert repr(old) == repr(build_loss("long-tail-prior", (9, 3, 1), 8, {}))
     settings = Settings(loss="long-tail", loss_options={"form": "recommended"})
     config = RunConfig(settings, ("a", "b", "c"), (9, 3, 1), (1, 8, 8), (0.5,), (0.5,), {})
-    with pytest.warns(DeprecationWarning, match="margin_normalize"):
+    with warned("form='recommended'", "margin_normalize='max'"):
         recorded = config.in_force().settings.all_loss_options
     assert repr(build_loss("long-tail", (9, 3, 1), 64, recorded)) == repr(
         build_loss("long-tail-prior", (9, 3, 1), 64, {})
@@ -157,7 +158,7 @@ def test_the_form_of_version_0_1_is_still_an_option_of_the_long_tail_loss() -> N
 def test_the_precision_of_version_0_1_is_still_an_option_of_the_long_tail_losses(loss: str) -> None:
     settings = Settings(loss=loss, loss_options={"min_angle_exact": True})
     config = RunConfig(settings, ("a", "b", "c"), (9, 3, 1), (1, 8, 8), (0.5,), (0.5,), {})
-    with pytest.warns(DeprecationWarning, match="min_angle_allow_tf32=False"):
+    with warned("min_angle_exact=True", "min_angle_allow_tf32=False"):
         recorded = config.in_force().settings.all_loss_options
     assert recorded["min_angle_allow_tf32"] is False
     assert "min_angle_exact" not in recorded
@@ -166,5 +167,5 @@ def test_the_precision_of_version_0_1_is_still_an_option_of_the_long_tail_losses
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_loss_takes_what_the_run_decides(loss: str) -> None:
     for option in ("num_classes", "class_counts", "device", "reduction", "self"):
-        with pytest.raises(UserError, match=f"loss {loss} has no option {option}"):
+        with refused(loss, option, error=UserError):
             loss_arguments(loss, {option: 1})

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers.refusals import refused
 from helpers.toys import toy_images, toy_settings
 
 import ltloss
-from ltloss.errors import UserError
+from ltloss.errors import DivergedError, UserError
 from ltloss.training.data.sources import load_data
 from ltloss.training.measure.evaluate import evaluate_run
 from ltloss.training.measure.metrics import COLUMNS
@@ -142,7 +143,7 @@ def test_changed_data_cannot_be_resumed(toy_npz: Path, tmp_path: Path) -> None:
     arrays = dict(np.load(data))
     arrays["x_train"][0] ^= 255
     np.savez(data, **arrays)
-    with pytest.raises(UserError, match=r"data\.npz changed since the run"):
+    with refused(str(data), error=UserError):
         train(tmp_path / "run", {"epochs": 2}, resume=True, quiet=True)
 
 
@@ -157,7 +158,7 @@ def test_moved_data_can_be_resumed(toy_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_inside_its_data_is_refused(toy_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"--out .*run lies inside --data .*images, .*; choose"):
+    with refused("--out", str(toy_folder / "run"), "--data", str(toy_folder), error=UserError):
         train(toy_folder / "run", toy_settings(toy_folder), quiet=True)
     assert not (toy_folder / "run").exists()
 
@@ -229,7 +230,7 @@ def test_loss_that_is_not_finite_stops_with_its_step(
         return loss * math.nan if calls == 7 else loss
 
     monkeypatch.setattr(ltloss.LongTailLoss, "forward", failing)
-    with pytest.raises(UserError, match=r"loss is nan at step 3 of 4 in epoch 2 .*lower --lr"):
+    with refused("nan", "3", "4", "2", "--lr", error=DivergedError):
         train(tmp_path / "run", toy_settings(toy_npz, epochs=3), quiet=True)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch-0001"]
     assert Classifier.load(tmp_path / "run").config.class_counts == (20, 20, 20)
