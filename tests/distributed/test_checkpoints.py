@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import world
 from helpers.cases import BUILD, DIM, Case, whole
+from helpers.refusals import refused
 
 import ltloss
 from ltloss.distributed import (
@@ -105,17 +106,18 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     job = Job()
     job.step(0)
     save_checkpoint(tmp_path / "one", job.modules, job.optimizers, {"step": 1})
-    with pytest.raises(FileExistsError, match="give the checkpoint a new name"):
+    with refused(str(tmp_path / "one"), error=FileExistsError):
         save_checkpoint(tmp_path / "one", job.modules)
     larger = ltloss.CosineSpaceLoss(CLASSES + 1, DIM)
     before = larger.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"tensor head.weight is \(11, 6\) there and \(12, 6\) here"):
+    with refused("head.weight", "(11, 6)", "(12, 6)"):
         load_checkpoint(tmp_path / "one", {"head": larger})
     assert torch.equal(larger.weight, before)
-    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+    with refused(str(tmp_path / "two"), error=FileNotFoundError):
         load_checkpoint(tmp_path / "two", {"head": larger})
-    with pytest.raises(ValueError, match="of no given module"):
+    with pytest.raises(ValueError):
         save_checkpoint(tmp_path / "three", {"head": job.head}, job.optimizers)
+    assert not (tmp_path / "three").exists()
 
 
 def _killed(rank: int, folder: Path, moment: int) -> None:
@@ -176,7 +178,7 @@ def _grown(rank: int | None) -> None:
 def test_more_classes_keep_the_old_rows() -> None:
     _grown(None)
     world.run(_grown, 3)
-    with pytest.raises(ValueError, match=r"needs the vectors \['cosine_margin'\] for 12 classes; got \[\]"):
+    with refused("'cosine_margin'", "12", "[]"):
         add_classes(BUILD["LDAMLoss"](9, DIM), 3)
-    with pytest.raises(ValueError, match="count must be an integer >= 1; got 0"):
+    with refused("count", "1", "0"):
         add_classes(ltloss.ArcFaceLoss(9, DIM), 0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import world
 from helpers.cases import DIM
+from helpers.refusals import refused
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -249,10 +250,13 @@ class _WithoutShard(ltloss.PrototypeHead):
 
 
 def test_what_cannot_be_sampled_is_refused() -> None:
-    with pytest.raises(TypeError, match="_WithoutShard"):
-        parallelize(_WithoutShard(CLASSES, DIM), None, sample_rate=0.5)
+    head = _WithoutShard(CLASSES, DIM)
+    with refused("shard", error=TypeError):
+        parallelize(head, None, sample_rate=0.5)
+    features, _, labels = problem(6, CLASSES, DIM, dtype=torch.float32)
+    assert torch.equal(head(features, labels), _WithoutShard.forward(head, features, labels))  # all classes, as before
     counts = torch.arange(1, CLASSES + 1)
-    with pytest.raises(ValueError, match="min_angle_weight=0"):
+    with refused("min_angle_weight=0", "0.1"):
         parallelize(ltloss.LongTailLoss.from_counts(counts, DIM), None, sample_rate=0.5)
     parallelize(ltloss.LongTailLoss.from_counts(counts, DIM, min_angle_weight=0.0), None, sample_rate=0.5)
 

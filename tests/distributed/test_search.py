@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ltloss import TopK, functional
 from ltloss.distributed import class_mesh
-from ltloss.distributed.layout import Layout, local
-from ltloss.distributed.nearest import _round
-from ltloss.testing import relative_error
+from ltloss.distributed.layout import Layout
+from ltloss.distributed.nearest import nearest_prototype
+from ltloss.testing import relative_error, watching
 
 pytestmark = pytest.mark.slow
 
@@ -86,10 +86,9 @@ def _top_k(weight_of: Callable[[Tensor], Tensor], mine: Tensor) -> list[TopK]:
 
 
 def _largest_tensor(classes: int, width: int) -> int:
-    weight, layout = _sharded(_prototypes(classes, 0, False, width))
-    own = local(weight)
-    with LargestTensor() as mode:
-        _round(own, layout)
+    weight, _ = _sharded(_prototypes(classes, 0, False, width))
+    with torch.no_grad(), watching(LargestTensor()) as mode:
+        nearest_prototype(weight, None, False)
     return mode.largest
 
 

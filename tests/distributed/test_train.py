@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import world
+from helpers.refusals import refused
 
 pytest.importorskip("safetensors")
 pytest.importorskip("PIL")
@@ -44,7 +45,7 @@ def _train(rank: int, data: Path, out: Path) -> tuple[float, float]:
     dist.barrier()
     train(out / "resumed", _settings(data, 3), resume=True, quiet=True)
     train(out / "long-tail", _settings(data, 1, "long-tail"), quiet=True)
-    with pytest.raises(UserError, match="softmax has no prototypes to spread"):
+    with refused("softmax", error=UserError):
         train(out / "softmax", _settings(data, 1, "softmax"), quiet=True)
     return result.history[-1]["train_loss"], result.history[-1]["train_accuracy"]
 
@@ -77,5 +78,5 @@ def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
 
 def test_several_processes_without_parallel_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="add --parallel class"):
+    with refused("--parallel", "none", error=UserError):
         train(tmp_path / "run", {**_settings(_data(tmp_path), 1), "parallel": "none"}, quiet=True)
