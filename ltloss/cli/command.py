@@ -19,6 +19,8 @@ from ltloss.cli.compare import add_compare, add_recipe, run_compare
 from ltloss.cli.values import Renamed, count, named_value, path, picked, settings_given
 from ltloss.errors import LtlossError, UserError, explain_os_error, nearest
 
+__all__ = ["build_parser", "main", "reported"]
+
 _LESS_MEMORY = {
     "train": "use a smaller --batch-size, --embedding-size or --image-size",
     "compare": "use fewer --jobs, or a smaller --batch-size, --embedding-size or --image-size",
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace()
 
     def command() -> int:
-        _parser().parse_args(arguments, options)
+        build_parser().parse_args(arguments, options)
         code: int = options.command(options)
         return code
 
@@ -135,7 +137,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
     parser = _Parser(prog="ltloss", description="Train and use image classifiers on long-tailed data.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 

@@ -19,7 +19,7 @@ def missing(message: str, *facts: str) -> list[str]:
 
 
 @contextmanager
-def refused(*facts: str, error: type[Exception] = ValueError) -> Iterator[pytest.ExceptionInfo[Exception]]:
+def refused(*facts: str, error: type[BaseException] = ValueError) -> Iterator[pytest.ExceptionInfo[BaseException]]:
     """What is within raises an error of exactly this type, whose message is one line and states the facts."""
     with pytest.raises(error) as caught:
         yield caught

@@ -159,7 +159,7 @@ class TestImport:
         done = run(code, TRITON_INTERPRET="1")
         assert done.stdout == "True\n", done.stderr
 
-    def test_works_without_triton(self) -> None:
+    def test_works_without_triton_and_refuses_its_backend(self) -> None:
         code = (
             "import sys\n"
             "class Block:\n"
@@ -171,8 +171,13 @@ class TestImport:
             "module = ltloss.LongTailLoss.from_counts([5, 2, 1], 4)\n"
             "module(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])).backward()\n"
             "print(module.predict(torch.randn(2, 4)).index.shape[0], 'triton' in sys.modules)\n"
+            "ltloss.use_backend('triton')\n"
+            "try:\n"
+            "    module(torch.randn(1, 4), torch.tensor([0]))\n"
+            "except ltloss.errors.BackendError:\n"
+            "    print('refused')\n"
         )
-        assert output(code) == "2 False"
+        assert output(code).splitlines() == ["2 False", "refused"]
 
     def test_version_and_names(self) -> None:
         assert ltloss.__version__.count(".") == 2

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -52,12 +53,22 @@ def test_an_error_in_the_self_check_is_a_finding(
     assert "RuntimeError: the kernel did not compile" in capsys.readouterr().out
 
 
+def without(monkeypatch: pytest.MonkeyPatch, *absent: str) -> None:
+    """The doctor does not find these distributions."""
+    installed = doctor.version
+
+    def version(name: str) -> str:
+        if name in absent:
+            raise PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(doctor, "version", version)
+
+
 def test_what_is_not_installed_says_what_it_is_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    installed = doctor._installed
-    absent = {"triton", "matplotlib", "safetensors"}
-    monkeypatch.setattr(doctor, "_installed", lambda name: None if name in absent else installed(name))
+    without(monkeypatch, "triton", "matplotlib", "safetensors")
     assert doctor.main() == 0
     printed = capsys.readouterr().out
     assert "not installed: needed for the report page, pip install 'ltloss[train]'" in printed
@@ -67,7 +78,7 @@ def test_what_is_not_installed_says_what_it_is_for(
 def test_without_triton_cuda_tensors_take_the_chunked_path(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "_installed", lambda _: None)
+    without(monkeypatch, "triton")
     assert doctor.main() == 0
     assert "chunked PyTorch: triton is not installed" in capsys.readouterr().out
 

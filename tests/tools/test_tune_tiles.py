@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.refusals import missing, warned
 
 pytest.importorskip("triton")
 
@@ -76,18 +77,20 @@ def test_an_entry_that_does_not_fit_is_not_used(file: Path, bad: object) -> None
 
 @pytest.mark.parametrize("text", ["{", "[]", "\x00"])
 def test_a_damaged_file_is_left_out_with_one_warning(file: Path, text: str) -> None:
-    usual = tiles._FORWARD_HALF[90]
+    usual = tiles.forward_tile(90, BF16, "ieee")
+    tuned_tiles.stored.cache_clear()
     file.parent.mkdir()
     file.write_text(text)
-    with pytest.warns(UserWarning, match=r"tiles\.json is left out .* `ltloss tune`"):
+    with warned(str(file), "ltloss tune", kind=UserWarning):
         assert tiles.forward_tile(90, BF16, "ieee") == usual
     assert tiles.forward_tile(90, BF16, "ieee") == usual  # no second warning, which would be an error here
 
 
 def test_an_empty_setting_switches_stored_tiles_off(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = tiles.forward_tile(90, BF16, "ieee")
     tuned_tiles.store({NAME: entry()}, file)
     monkeypatch.setenv("LTLOSS_TILES", "")
-    assert tiles.forward_tile(90, BF16, "ieee") == tiles._FORWARD_HALF[90]
+    assert tiles.forward_tile(90, BF16, "ieee") == usual != tiles.Tile(*entry()["tile"])
 
 
 def test_the_file_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,12 +103,12 @@ def test_the_file_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("kernel", ["forward", "gradient"])
 def test_every_candidate_is_timed_and_a_broken_one_comes_last(
-    kernel: tuning.Kernel, monkeypatch: pytest.MonkeyPatch
+    kernel: tuning.Kernel, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, broken = tiles.Tile(16, 16, 16, 1, 1), tiles.Tile(16, 16, 12, 1, 1)  # a depth that is no power of two
     monkeypatch.setattr(tuning, "CANDIDATES", (small, broken))
-    monkeypatch.setattr(tiles, "_FORWARD_HALF", {90: tiles.Tile(32, 16, 16, 1, 1)})
-    monkeypatch.setattr(tiles, "_GRADIENT_HALF", {90: tiles.Tile(32, 16, 16, 1, 1)})
+    usual = entry(tile=[32, 16, 16, 1, 1])
+    tuned_tiles.store({"forward/90/float16/ieee": usual, "gradient/90/float16/ieee": usual}, file)
     with ltloss.use_backend("triton"):
         ranking = tuning.rank(kernel, 20, 40, 24, torch.float16, device="cpu", repeats=1)
     assert [timing.tile for timing in ranking[-1:]] == [broken]
@@ -117,13 +120,19 @@ def test_every_candidate_is_timed_and_a_broken_one_comes_last(
     assert ranking[-1].problem in shown
 
 
-def test_a_tile_that_computes_something_else_has_no_time() -> None:
-    for wrong in (torch.tensor(1.1), torch.tensor(float("nan"))):
-        timing = tuning._time(
-            "forward", tiles.Tile(16, 16, 16, 1, 1), lambda found=wrong: (found,), (torch.ones(()),), 1
-        )
-        assert timing.problem == "wrong result"
-        assert timing.milliseconds == float("inf")
+@pytest.mark.parametrize("by", [1.1, float("nan")])
+def test_a_tile_that_computes_something_else_has_no_time(by: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = tiles.Tile(16, 16, 16, 1, 1)
+
+    def loss(features: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return features.abs().sum() * (by if tiles.forward_tile(90, BF16, "ieee") == wrong else 1.0)
+
+    monkeypatch.setattr(tuning, "CANDIDATES", (wrong,))
+    monkeypatch.setattr(tuning, "margin_cross_entropy", loss)
+    good, bad = tuning.rank("forward", 2, 3, 4, BF16, device="cpu", repeats=1)
+    assert not good.problem
+    assert (bad.tile, bad.milliseconds) == (wrong, float("inf"))
+    assert bad.problem
 
 
 def test_float32_operands_take_half_the_depth() -> None:
@@ -152,4 +161,5 @@ def test_what_was_stored_says_where_it_comes_from(file: Path, monkeypatch: pytes
 def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["tune"]) == 2
-    assert capsys.readouterr().err.startswith("ltloss: error: tune needs a CUDA device")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert not missing(line, "tune", "CUDA")
