@@ -17,7 +17,7 @@ from ltloss_kernels.device.logsumexp_forward import cosine_logsumexp_kernel, sam
 from ltloss_kernels.row_norms import row_norms
 from ltloss_kernels.running import on_device, widened
 
-__all__ = ["LOG2E", "Partials", "fixed_shift", "logsumexp", "of_ranks", "partials"]
+__all__ = ["LOG2E", "ForwardPass", "Partials", "fixed_shift", "logsumexp", "of_ranks", "partials"]
 
 # exp() of a float32 overflows above 88.7 and is flushed to zero below -87.3.
 _LARGEST_EXPONENT, _SMALLEST_EXPONENT = 87.0, -86.0
@@ -88,7 +88,7 @@ def partials(
     if features.shape[0] == 0:
         return _of_no_samples(features, prototypes, normalize_features, with_logit_sum)
     with on_device(features):
-        run = _Forward(
+        run = ForwardPass(
             widened(features),
             widened(prototypes),
             labels,
@@ -145,7 +145,7 @@ class _Slab(NamedTuple):
     scaled_prior: Tensor | None
 
 
-class _Forward:
+class ForwardPass:
     """The pass; N samples are taken ``plan.rows`` at a time, each chunk over all slabs of ``plan.classes``."""
 
     def __init__(

@@ -25,7 +25,7 @@ from ltloss_kernels.device.logsumexp_backward import gradient_tile_kernel, proje
 from ltloss_kernels.row_norms import row_norms
 from ltloss_kernels.running import on_device, widened
 
-__all__ = ["coefficients", "gradients"]
+__all__ = ["BackwardPass", "coefficients", "gradients"]
 
 # Class tiles that are worked on together; their prototypes and a block of features stay in the second-level cache.
 _GROUP = 8
@@ -84,7 +84,7 @@ def gradients(
         nothing, zero = torch.empty_like(features), torch.zeros_like(prototypes)
         return _like(nothing if needs[0] else None, features), _like(zero if needs[1] else None, prototypes)
     with on_device(features):
-        run = _Backward(
+        run = BackwardPass(
             widened(features), widened(prototypes), labels, vector(log_prior), scale, normalize_features, ignore_index
         )
         run.take(grad_loss, coefficients, class_factor, inverse_weight_sum, max_coefficient, smooth)
@@ -121,7 +121,7 @@ class _Slab(NamedTuple):
     grad: Tensor | None
 
 
-class _Backward:
+class BackwardPass:
     """The pass; C classes are taken a slab at a time, N samples ``plan.rows`` at a time."""
 
     def __init__(

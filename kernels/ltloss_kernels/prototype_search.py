@@ -22,13 +22,13 @@ from ltloss_kernels.device.search_second_pass import (
 from ltloss_kernels.row_norms import row_norms
 from ltloss_kernels.running import on_device, widened
 
-__all__ = ["GROUP", "PAIRS_PER_PROGRAM", "nearest_prototype", "nearest_prototype_gradient", "top_k"]
+__all__ = ["GROUP", "MOST_ROWS", "PAIRS_PER_PROGRAM", "nearest_prototype", "nearest_prototype_gradient", "top_k"]
 
 # Tiles of the triangle that are taken together; see triangle_tile.
 GROUP = 16
 PAIRS_PER_PROGRAM = 1024
 # Rows of a subset that are gathered at a time.
-_MOST_ROWS = 16384
+MOST_ROWS = 16384
 
 
 def _operand(vectors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -215,8 +215,8 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool)
         classes = _Classes(prototypes, prototypes.dtype, product_precision() if allow_tf32 else "ieee")
         cosine = torch.empty(count, dtype=torch.float32, device=prototypes.device)
         index = torch.empty(count, dtype=torch.int64, device=prototypes.device)
-        for start in range(0, count, count if rows is None else _MOST_ROWS):
-            own = None if rows is None else rows[start : start + _MOST_ROWS].contiguous()
+        for start in range(0, count, count if rows is None else MOST_ROWS):
+            own = None if rows is None else rows[start : start + MOST_ROWS].contiguous()
             here = slice(start, count if own is None else start + own.shape[0])
             if own is None:
                 best = classes.best_tiles_of_all()

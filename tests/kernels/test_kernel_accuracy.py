@@ -84,11 +84,11 @@ def bfloat16_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     if DEVICE != "cpu":
         return
-    from ltloss_kernels.cosine_logsumexp import _Forward
-    from ltloss_kernels.cosine_logsumexp_gradients import _Backward
+    from ltloss_kernels.cosine_logsumexp import ForwardPass
+    from ltloss_kernels.cosine_logsumexp_gradients import BackwardPass
 
-    forward, begin = _Forward.launch_samples, _Backward.__init__
-    prepare, tiles_of_slab = _Backward.launch_samples, _Backward.launch_tiles
+    forward, begin = ForwardPass.launch_samples, BackwardPass.__init__
+    prepare, tiles_of_slab = BackwardPass.launch_samples, BackwardPass.launch_tiles
 
     def round_(matrix: Tensor) -> None:
         assert matrix.dtype == F32
@@ -111,10 +111,10 @@ def bfloat16_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
         round_(part)
         return part
 
-    monkeypatch.setattr(_Forward, "launch_samples", rounded_forward)
-    monkeypatch.setattr(_Backward, "__init__", folding)
-    monkeypatch.setattr(_Backward, "launch_samples", rounded_samples)
-    monkeypatch.setattr(_Backward, "launch_tiles", rounded_slab)
+    monkeypatch.setattr(ForwardPass, "launch_samples", rounded_forward)
+    monkeypatch.setattr(BackwardPass, "__init__", folding)
+    monkeypatch.setattr(BackwardPass, "launch_samples", rounded_samples)
+    monkeypatch.setattr(BackwardPass, "launch_tiles", rounded_slab)
 
 
 @pytest.mark.parametrize("inputs", INPUTS)

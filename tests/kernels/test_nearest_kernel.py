@@ -79,7 +79,7 @@ def test_subsets_of_rows(rows: list[int], width: int, monkeypatch: pytest.Monkey
     given = prototypes(37, width)
     chosen = torch.tensor(rows, dtype=torch.int64, device=DEVICE)
     assert_nearest(given, chosen)
-    monkeypatch.setattr(search_pass, "_MOST_ROWS", 4)
+    monkeypatch.setattr(search_pass, "MOST_ROWS", 4)
     assert_nearest(given, chosen)
 
 
