@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.config.chunking import ceil_div, forward_plan
-from ltloss_kernels.config.operands import block_source, padded_matrix, product_dtype, readable_in_place, vector
+from ltloss_kernels.config.operands import block_source, padded_matrix, part, product_dtype, readable_in_place, vector
 from ltloss_kernels.config.precision import product_precision
 from ltloss_kernels.device import elementary
 from ltloss_kernels.device.logsumexp_forward import cosine_logsumexp_kernel, sample_kernel
+from ltloss_kernels.launching import Launches, layout
 from ltloss_kernels.row_norms import row_norms
 from ltloss_kernels.running import on_device, widened
 
@@ -112,6 +113,7 @@ def partials(
                         prior=slab.prior,
                         prior_out=slab.scaled_prior,
                         flags=run.flags if index == 0 else None,
+                        launch=run.launch,
                     )
                 if index == 0:
                     run.launch_samples(chunk)
@@ -176,6 +178,12 @@ class ForwardPass:
             0 if self.in_place else self.dtype.itemsize,
             self.dtype.itemsize if normalize else 0,
         )
+        self.launch = Launches(
+            "partials",
+            layout(features, prototypes, labels, prior),
+            (scale, normalize, with_logit_sum, ignore_index),
+            (self.tile, self.precision, self.plan),
+        )
         self.factor_scale = scale * LOG2E
         shift = fixed_shift(scale, classes) if normalize and prior is None else None
         self.class_tiles = ceil_div(classes, self.tile.classes)
@@ -206,7 +214,7 @@ class ForwardPass:
     def chunk(self, start: int) -> _Chunk:
         """The samples from ``start`` on."""
         rows = slice(start, min(start + self.plan.rows, self.features.shape[0]))
-        features = self.features[rows]
+        features = part(self.features, rows)
         (count, width), device = features.shape, features.device
         copied = self.normalize or not readable_in_place(features, self.dtype)
         if start > 0 and self.in_place:  # otherwise a launch of row_norms clears them on its way
@@ -222,31 +230,31 @@ class ForwardPass:
         classes = self.prototypes.shape[0]
         first = index * self.plan.classes
         stop = min(first + self.plan.classes, classes)
-        padded = slice(first, self._factor.shape[0] if stop == classes else stop)
+        here, padded = slice(first, stop), slice(first, self._factor.shape[0] if stop == classes else stop)
         return _Slab(
             first,
-            self.prototypes[first:stop],
-            self._factor[padded],
-            None if self._copy is None else self._copy[: stop - first],
-            None if self._copy_factor is None else self._copy_factor[padded],
-            None if self.prior is None else self.prior[first:stop],
-            None if self._scaled_prior is None else self._scaled_prior[padded],
+            part(self.prototypes, here),
+            part(self._factor, padded),
+            part(self._copy, slice(0, stop - first)),
+            part(self._copy_factor, padded),
+            part(self.prior, here),
+            part(self._scaled_prior, padded),
         )
 
     def launch_samples(self, chunk: _Chunk) -> None:
         """Copies, norms and target cosines of the samples, and the flags of the tiles that hold a target."""
         rows, copy, label = chunk
-        features, labels, norm = self.features[rows], self.labels[rows], self.result.norm
+        features, labels = part(self.features, rows), part(self.labels, rows)
         (count, width), classes, tile = features.shape, self.prototypes.shape[0], tiles.row_tile(features.shape[1])
-        sample_kernel[(ceil_div(count, tile.rows),)](
+        self.launch(sample_kernel, (ceil_div(count, tile.rows),))(
             # inputs
             features,
             self.prototypes,
             labels,
             # outputs
             copy,
-            None if norm is None else norm[rows],
-            self.result.target_cosine[rows],
+            part(self.result.norm, rows),
+            part(self.result.target_cosine, rows),
             label,
             self.flags,
             # sizes
@@ -271,10 +279,10 @@ class ForwardPass:
     def launch_tiles(self, chunk: _Chunk, slab: _Slab) -> None:
         """The wide part: partial sums of a chunk over a slab."""
         tile, splits, partials, rows = self.tile, self.plan.splits, self.result, chunk.rows
-        features = self.features[rows] if chunk.copy is None else chunk.copy
+        features = part(self.features, rows) if chunk.copy is None else chunk.copy
         prototypes = slab.prototypes if slab.copy is None else slab.copy
         (count, width), slab_tiles = features.shape, ceil_div(prototypes.shape[0], self.tile.classes)
-        cosine_logsumexp_kernel[(ceil_div(count, tile.rows), splits)](
+        self.launch(cosine_logsumexp_kernel, (ceil_div(count, tile.rows), splits))(
             # inputs
             block_source(features, tile.rows, tile.depth, self.described),
             block_source(prototypes, tile.classes, tile.depth, self.described),
@@ -283,9 +291,9 @@ class ForwardPass:
             chunk.label,
             self.flags,
             # outputs
-            partials.sum[:, rows],
-            None if partials.max is None else partials.max[:, rows],
-            None if partials.logit_sum is None else partials.logit_sum[:, rows],
+            part(partials.sum, rows, 1),
+            part(partials.max, rows, 1),
+            part(partials.logit_sum, rows, 1),
             # sizes
             count,
             self.prototypes.shape[0],

@@ -15,6 +15,7 @@ from ltloss_kernels.config.operands import (
     block_source,
     multiply_add,
     padded_matrix,
+    part,
     product_dtype,
     readable_in_place,
     vector,
@@ -22,6 +23,7 @@ from ltloss_kernels.config.operands import (
 from ltloss_kernels.config.precision import product_precision
 from ltloss_kernels.cosine_logsumexp import LOG2E
 from ltloss_kernels.device.logsumexp_backward import gradient_tile_kernel, projection_kernel, sample_gradient_kernel
+from ltloss_kernels.launching import Launches, layout
 from ltloss_kernels.row_norms import row_norms
 from ltloss_kernels.running import on_device, widened
 
@@ -93,14 +95,18 @@ def gradients(
         for slab in run.slabs():
             if slab.copy_factor is not None:
                 row_norms(
-                    slab.prototypes, copy=slab.operand, copy_factor=slab.copy_factor, factor_scale=run.scale * LOG2E
+                    slab.prototypes,
+                    copy=slab.operand,
+                    copy_factor=slab.copy_factor,
+                    factor_scale=run.scale * LOG2E,
+                    launch=run.launch,
                 )
             for rows in run.chunks():
-                part = run.launch_tiles(rows, slab)
+                tile = run.launch_tiles(rows, slab)
                 if run.feature_sum is not None:
-                    multiply_add(run.feature_sum[rows], part, slab.operand, overwrite=slab.first == 0)
+                    multiply_add(part(run.feature_sum, rows), tile, slab.operand, overwrite=slab.first == 0)
                 if slab.sum is not None:
-                    multiply_add(slab.sum, part.t(), run.unit[rows], overwrite=rows.start == 0)
+                    multiply_add(slab.sum, tile.t(), part(run.unit, rows), overwrite=rows.start == 0)
             run.launch_projection(slab)
     return _like(run.grad_features, features), _like(run.grad_prototypes, prototypes)
 
@@ -190,6 +196,13 @@ class BackwardPass:
         self.unit = padded_matrix(samples, width, self.dtype, device)
         self._label = torch.empty(samples, dtype=torch.int32, device=device)
         self._sample_gradients = torch.empty(4, samples, dtype=torch.float32, device=device)
+        self.launch = Launches(
+            "gradients",
+            layout(features, self.prototypes, self.labels, self.prior, self.coefficients, self.class_factor),
+            layout(self.upstream, self.inverse_weight_sum, self.max_coefficient, self.max_upstream),
+            (self.feature_copy, self.smooth, self.ignore_index, need_features, need_prototypes),
+            (self.tile, self.precision, self.plan),
+        )
 
     def chunks(self) -> Iterator[slice]:
         """The samples, some at a time."""
@@ -202,25 +215,20 @@ class BackwardPass:
         classes = self.prototypes.shape[0]
         for first in range(0, classes, self.plan.classes):
             here = slice(first, min(first + self.plan.classes, classes))
-            count, prototypes, factor, copy_factor = (
-                here.stop - first,
-                self.prototypes[here],
-                self.class_factor[here],
-                None,
-            )
-            grad = None if self.grad_prototypes is None else self.grad_prototypes[here]
-            operand = prototypes
+            operand = prototypes = part(self.prototypes, here)
+            factor, copy_factor, grad = part(self.class_factor, here), None, part(self.grad_prototypes, here)
+            some = slice(0, here.stop - first)
             if self._copy is not None:
-                operand = self._copy[:count]
-                factor = copy_factor = torch.empty(count, dtype=torch.float32, device=operand.device)
-            wide = grad if self._slab_sum is None else self._slab_sum[:count]
+                operand = part(self._copy, some)
+                factor = copy_factor = torch.empty(some.stop, dtype=torch.float32, device=operand.device)
+            wide = grad if self._slab_sum is None else part(self._slab_sum, some)
             yield _Slab(first, prototypes, operand, factor, copy_factor, wide, grad)
 
     def launch_samples(self) -> None:
         """Features as an operand (N, D), clean labels (N,), and the gradients of each sample (4, N)."""
         (samples, width), copy = self.features.shape, self.unit
         tile = tiles.row_tile(width)
-        sample_gradient_kernel[(ceil_div(samples, tile.rows),)](
+        self.launch(sample_gradient_kernel, (ceil_div(samples, tile.rows),))(
             # inputs
             self.features,
             self.labels,
@@ -254,21 +262,22 @@ class BackwardPass:
 
     def launch_tiles(self, rows: slice, slab: _Slab) -> Tensor:
         """dZ (n, c) of some samples and a slab, in memory that the next call takes again."""
-        features, label, sample_gradients = self.unit[rows], self._label[rows], self._sample_gradients[:, rows]
+        features, label = part(self.unit, rows), part(self._label, rows)
+        sample_gradients = part(self._sample_gradients, rows, 1)
         prototypes, here = slab.operand, slice(slab.first, slab.first + len(slab.operand))
-        part = self._slab[: len(features), : len(prototypes)]
-        tile, (samples, classes) = self.tile, part.shape
+        slab_part = part(part(self._slab, slice(0, len(features))), slice(0, len(prototypes)), 1)
+        tile, (samples, classes) = self.tile, slab_part.shape
         class_tiles = ceil_div(classes, tile.classes)
-        gradient_tile_kernel[(ceil_div(samples, tile.rows) * class_tiles,)](
+        self.launch(gradient_tile_kernel, (ceil_div(samples, tile.rows) * class_tiles,))(
             # inputs
             block_source(features, tile.rows, tile.depth, self.described),
             block_source(prototypes, tile.classes, tile.depth, self.described),
             slab.factor,
-            None if self.prior is None else self.prior[here],
+            part(self.prior, here),
             label,
             sample_gradients,
             # outputs
-            block_source(part, tile.rows, tile.classes, self.described),
+            block_source(slab_part, tile.rows, tile.classes, self.described),
             # sizes
             samples,
             classes,
@@ -278,7 +287,7 @@ class BackwardPass:
             sample_gradients.stride(0),
             features.stride(0),
             prototypes.stride(0),
-            part.stride(0),
+            slab_part.stride(0),
             # constants
             DESCRIBED=self.described,
             SMOOTH=self.smooth,
@@ -291,7 +300,7 @@ class BackwardPass:
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        return part
+        return slab_part
 
     def launch_projection(self, slab: _Slab) -> None:
         """Finish the gradients of a slab of prototypes, and with the last slab those of all features, in one launch."""
@@ -304,7 +313,7 @@ class BackwardPass:
         tile = tiles.row_tile(width)
         feature_blocks = 0 if feature_sum is None else ceil_div(samples, tile.rows)
         prototype_blocks = 0 if prototype_sum is None else ceil_div(classes, tile.rows)
-        projection_kernel[(feature_blocks + prototype_blocks,)](
+        self.launch(projection_kernel, (feature_blocks + prototype_blocks,))(
             # inputs
             feature_sum,
             prototype_sum,

@@ -15,6 +15,7 @@ from ltloss_kernels.config.chunking import ceil_div
 from ltloss_kernels.config.operands import vector
 from ltloss_kernels.cosine_logsumexp import Partials
 from ltloss_kernels.device.margin_loss import margin_loss_kernel, reduce_kernel
+from ltloss_kernels.launching import Launches, layout
 from ltloss_kernels.running import on_device
 
 __all__ = ["margin_loss"]
@@ -55,8 +56,14 @@ def margin_loss(
     cosine_vector, cosine = _per_class(margin.cosine_margin)
     weight_vector, weight = _per_class(1.0 if objective.class_weight is None else objective.class_weight)
     turns = margin.angle_multiplier != 1.0 or angle_vector is not None or angle != 0.0
+    mean = objective.reduction == "mean"
+    launch = Launches(
+        "margin_loss",
+        layout(*partials[:2], *partials[3:6], labels, angle_vector, cosine_vector, prior, weight_vector),
+        (num_classes, smoothing > 0.0, turns, mean, objective.ignore_index, margin.beyond_pi, margin.margin_gradient),
+    )
     with on_device(losses):
-        margin_loss_kernel[(block_sums.shape[1],)](
+        launch(margin_loss_kernel, (block_sums.shape[1],))(
             # inputs
             partials.sum,
             partials.max,
@@ -93,7 +100,7 @@ def margin_loss(
             EXACT_GRADIENT=margin.margin_gradient == "exact",
             ROWS=tiles.SAMPLE_ROWS,
         )
-        loss, inverse_weight_sum, max_coefficient = _reduced(block_sums, objective.reduction == "mean")
+        loss, inverse_weight_sum, max_coefficient = _reduced(launch, block_sums, mean)
     return losses if objective.reduction == "none" else loss, coefficients, inverse_weight_sum, max_coefficient
 
 
@@ -102,10 +109,10 @@ def _per_class(values: PerClass) -> tuple[Tensor | None, float]:
     return (vector(values), 0.0) if isinstance(values, Tensor) else (None, float(values))
 
 
-def _reduced(block_sums: Tensor, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _reduced(launch: Launches, block_sums: Tensor, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
     """From (3, blocks): the loss, 1/Σ weights (1 unless ``mean``) and the largest coefficient, three scalars."""
     loss, inverse_weight_sum, max_coefficient = (block_sums.new_empty(()) for _ in range(3))
-    reduce_kernel[(1,)](
+    launch(reduce_kernel, (1,))(
         # inputs
         block_sums,
         # outputs

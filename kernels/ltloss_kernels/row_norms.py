@@ -7,6 +7,7 @@ from torch import Tensor
 from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.config.chunking import ceil_div
 from ltloss_kernels.device.rows import row_norm_kernel
+from ltloss_kernels.launching import Launch, through_triton
 
 __all__ = ["row_norms"]
 
@@ -21,6 +22,7 @@ def row_norms(
     prior: Tensor | None = None,
     prior_out: Tensor | None = None,
     flags: Tensor | None = None,
+    launch: Launch = through_triton,
 ) -> None:
     """Launch :func:`row_norm_kernel`.
 
@@ -31,10 +33,11 @@ def row_norms(
             receives ``factor_scale`` over their lengths. Both or neither, and at least these or ``factor``.
         prior, prior_out: (K,) and (P,) float32; the second receives prior·log2 e. Both or neither.
         flags: (F,) int8, cleared.
+        launch: the launches that this one belongs to.
     """
     tile = tiles.row_tile(vectors.shape[1])
     padded = next(one.shape[0] for one in (factor, copy_factor) if one is not None)
-    row_norm_kernel[(ceil_div(padded, tile.rows),)](
+    launch(row_norm_kernel, (ceil_div(padded, tile.rows),))(
         # inputs
         vectors,
         prior,

@@ -31,8 +31,8 @@ def test_the_first_example_alone_under_torchrun(tmp_path: Path) -> None:
     block = FENCE.search(PAGE.read_text(encoding="utf-8"))
     assert block
     show = "print(f'{loss_fn.weight.to_local().shape[0]} of {loss_fn.num_classes}', flush=True)\n"
-    # What the example does is over by then. PyTorch sometimes aborts where gloo's threads meet the end of the interpreter,
-    # see the page and pytorch#190489.
+    # What the example does is over by then. PyTorch sometimes aborts where gloo's threads meet the end of the
+    # interpreter, see the page and pytorch#190489.
     show += "os._exit(0)\n"
     (tmp_path / "example.py").write_text(block[1] + show)
     root = PAGE.parents[1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +20,13 @@ __all__ = [
     "block_source",
     "multiply_add",
     "padded_matrix",
+    "part",
     "product_dtype",
     "readable_in_place",
     "vector",
 ]
 
+_Given = TypeVar("_Given", Tensor, Tensor | None)
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -48,7 +51,16 @@ def readable_in_place(matrix: Tensor, dtype: torch.dtype) -> bool:
 def padded_matrix(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised (rows, width) matrix that is readable in place."""
     unit = 16 // dtype.itemsize
-    return torch.empty(rows, ceil_div(width, unit) * unit, dtype=dtype, device=device)[:, :width]
+    padded = ceil_div(width, unit) * unit
+    matrix = torch.empty(rows, padded, dtype=dtype, device=device)
+    return matrix if padded == width else matrix[:, :width]
+
+
+def part(values: _Given, rows: slice, dim: int = 0) -> _Given:
+    """Some of the rows (or columns). All of them, or None, as they are: a view takes the host half a launch's time."""
+    if values is None or rows.stop - rows.start == values.shape[dim]:
+        return values
+    return values.narrow(dim, rows.start, rows.stop - rows.start)
 
 
 def block_source(matrix: Tensor, rows: int, columns: int, described: bool) -> TensorDescriptor | Tensor:

@@ -7,6 +7,7 @@ always be read.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = ["float32_products", "product_precision"]
 _SETTINGS = {"highest": ("ieee", "ieee"), "high": ("tf32", "tf32"), "medium": ("tf32", "bf16")}
 
 
+@functools.cache
 def _backends() -> tuple[Any, ...]:
     """What holds a ``fp32_precision`` for matrix products; nothing before PyTorch 2.9."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))

@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_file", "entry_name", "store", "stored", "triton_version", "trying", "tuned_tile"]
+__all__ = ["cache_file", "entry_name", "forget", "store", "stored", "triton_version", "trying", "tuned_tile"]
 
 _SIZES = 5  # rows, classes, depth, warps, stages
+_VARIABLES = ("LTLOSS_TILES", "XDG_CACHE_HOME", "HOME")  # what the file's place depends on
 
 
 _tried: dict[str, tuple[int, ...]] = {}
@@ -78,6 +79,12 @@ def tuned_tile(kernel: str, arch: int, dtype: object, precision: str) -> tuple[i
     """(rows, classes, depth, warps, stages) as measured on this machine, or None where nothing usable is stored."""
     if kernel in _tried:
         return _tried[kernel]
+    return _looked_up(kernel, arch, dtype, precision, *(os.environ.get(name) for name in _VARIABLES))
+
+
+@functools.cache
+def _looked_up(kernel: str, arch: int, dtype: object, precision: str, *variables: str | None) -> tuple[int, ...] | None:
+    """Once per state of the environment: paths and names take longer than a launch."""
     file = cache_file()
     entry = None if file is None else stored(file).get(entry_name(kernel, arch, dtype, precision))
     if not isinstance(entry, dict) or entry.get("triton") != triton_version():
@@ -90,10 +97,16 @@ def tuned_tile(kernel: str, arch: int, dtype: object, precision: str) -> tuple[i
 
 def store(entries: Mapping[str, Any], file: Path) -> None:
     """Add entries to a file, in one step: a reader sees the old file or the new one."""
-    stored.cache_clear()
+    forget()
     merged = {**stored(file), **entries}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(merged, indent=2) + "\n")
     temporary.replace(file)
+    forget()
+
+
+def forget() -> None:
+    """Read the files again at the next call."""
     stored.cache_clear()
+    _looked_up.cache_clear()
