@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -236,14 +237,20 @@ def under_torchrun(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     dist.destroy_process_group()
 
 
-def main() -> None:
-    """Measure, print and write the table."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--most", type=int, default=4, help="most ranks on this machine")
-    for name, default in (("classes", STRONG), ("dim", DIM), ("batch", BATCH), ("data", 1)):
+    for name, default in (("classes", STRONG), ("embedding-size", DIM), ("batch", BATCH), ("data", 1)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"under torchrun (default: {default})")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="under torchrun (default: float32)")
-    options = parser.parse_args()
+    parser.add_argument("--output", type=Path, help="CSV to write (default: results/scaling….csv)")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure, print and write the table."""
+    options = parse()
     launched = "RANK" in os.environ
     rows = []
     for line in under_torchrun(options) if launched else here(options.most):
@@ -252,7 +259,7 @@ def main() -> None:
         print("  ".join(f"{name}={value}" for name, value in line.items() if name not in hidden), flush=True)
     if rows:
         name = f"scaling-{rows[0]['device'].split()[-1].lower()}-{rows[0]['ranks']}" if launched else "scaling"
-        write_rows(rows, RESULTS / f"{name}.csv")
+        write_rows(rows, options.output or RESULTS / f"{name}.csv")
 
 
 if __name__ == "__main__":
