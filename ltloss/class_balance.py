@@ -118,7 +118,7 @@ def log_prior_from_counts(class_counts: Counts, tau: float = 1.0) -> Tensor:
         >>> log_prior_from_counts([3, 1]).exp()
         tensor([0.7500, 0.2500])
     """
-    tau = check_number("tau", tau)
+    tau = check_number("tau", tau, at_least=0.0)
     counts = checked_counts(class_counts)
     return (tau * (counts / counts.sum()).log()).float()
 

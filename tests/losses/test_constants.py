@@ -119,6 +119,8 @@ def test_degrees_are_refused(margin: Tensor | float, value: str) -> None:
 def test_a_negative_tau_is_refused() -> None:
     with refused("tau", "-1.0"):
         ltloss.LogitAdjustedLoss.from_counts([3, 1], 4, tau=-1.0)
+    with refused("tau", "-1.0"):
+        ltloss.class_balance.log_prior_from_counts([3, 1], tau=-1.0)
 
 
 def test_numpy_numbers_are_numbers() -> None:
