@@ -1,7 +1,8 @@
 """ltloss: long-tail, large-class cosine losses for PyTorch that never store the N×C logits.
 
 Functions are in :mod:`ltloss.functional`, their dense float64 twins in :mod:`ltloss.reference`, the helpers that turn
-class counts into margins, priors and weights in :mod:`ltloss.class_balance`. The loss modules are here.
+class counts into margins, priors and weights in :mod:`ltloss.class_balance`. The loss modules are here. A loss of your
+own starts from :mod:`ltloss.extend` and is tried with :mod:`ltloss.testing`; errors are in :mod:`ltloss.errors`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ltloss import class_balance, distributed, functional, reference
+    from ltloss import (
+        class_balance,
+        distributed,
+        errors,
+        extend,
+        functional,
+        interop,
+        reference,
+        testing,
+        training,
+    )
     from ltloss._types import NearestPrototype, TopK
     from ltloss.losses.class_centers import ClassCenters
     from ltloss.losses.cosine_space import CosineSpaceLoss
@@ -42,8 +53,13 @@ __all__ = [
     "debug",
     "default_scale",
     "distributed",
+    "errors",
+    "extend",
     "functional",
+    "interop",
     "reference",
+    "testing",
+    "training",
     "use_backend",
     "use_workspace",
 ]
