@@ -7,7 +7,6 @@ for float64 inputs) whatever the dtype of features and prototypes; gradients com
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from ltloss import reference
 from ltloss._deprecation import tf32_unless
 from ltloss._types import NearestPrototype, Reduction, TopK
 from ltloss._validation import (
-    check_choice,
     check_features,
     check_k,
     check_number,
@@ -30,7 +28,7 @@ from ltloss._validation import (
     check_type,
 )
 from ltloss.class_balance import checked_counts
-from ltloss.margins import BeyondPi, Margin, MarginGradient, Objective
+from ltloss.margins import BeyondPi, MarginGradient, Objective
 from ltloss.numerics import compute_dtype
 from ltloss.ops import prototype_search
 from ltloss.ops._dispatch import at_hand, choose_backend
@@ -114,30 +112,22 @@ def margin_cross_entropy(
         tensor(0.2381)
     """
     check_supervised(features, prototypes, labels)
-    scale = check_number("scale", scale, above=0.0)
-    label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
-    check_type("ignore_index", ignore_index, int)
-    check_type("normalize_features", normalize_features, bool)
-    check_choice("reduction", reduction, get_args(Reduction))
-    like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
     classes = prototypes.shape[0]
-    margin = Margin(angular_margin, cosine_margin, angle_multiplier, beyond_pi, margin_gradient).checked(classes, like)
-    angle, cosine = (v.expand(classes) if isinstance(v, Tensor) else v for v in margin[:2])
-    prior, weight = (
-        None if given is None else torch.as_tensor(check_per_class(name, given, classes, like)).to(like)
-        for name, given in (("log_prior", log_prior), ("class_weight", class_weight))
-    )
-    check_prior(prior, labels, ignore_index)
-    objective = Objective(
-        margin._replace(angular_margin=angle, cosine_margin=cosine),
-        prior if prior is not None and prior.dim() else None,  # the same constant on every logit cancels
-        None if weight is None else weight.expand(classes),
-        float(scale),
-        normalize_features,
-        float(label_smoothing),
-        ignore_index,
-        reduction,
-    )
+    objective = Objective.named(
+        scale=scale,
+        angular_margin=angular_margin,
+        cosine_margin=cosine_margin,
+        angle_multiplier=angle_multiplier,
+        log_prior=log_prior,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalize_features=normalize_features,
+        beyond_pi=beyond_pi,
+        margin_gradient=margin_gradient,
+        reduction=reduction,
+    ).checked(classes, features.new_empty(0, dtype=compute_dtype(features, prototypes)))
+    check_prior(objective.log_prior, labels, ignore_index)
     prototypes, shard = at_hand(prototypes, shard)
     backend = choose_backend(features, prototypes, sharded=shard is not None)
     labels = checked_labels(labels, classes, ignore_index, "labels")

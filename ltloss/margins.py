@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ltloss._types import Reduction
-from ltloss._validation import check_choice, check_number, check_per_class
+from ltloss._validation import check_choice, check_number, check_per_class, check_type
 
 __all__ = [
     "ANGLE_FLOOR",
@@ -127,6 +127,25 @@ class Objective(NamedTuple):
     label_smoothing: float = 0.0
     ignore_index: int | None = -100
     reduction: Reduction = "mean"
+
+    def checked(self, num_classes: int, like: Tensor) -> Objective:
+        """The same with vectors (C,) as ``like`` is; an error that names the option where one is wrong."""
+        check_type("ignore_index", self.ignore_index, int)
+        check_type("normalize_features", self.normalize_features, bool)
+        check_choice("reduction", self.reduction, get_args(Reduction))
+        margin = self.margin.checked(num_classes, like)
+        angle, cosine = (v.expand(num_classes) if isinstance(v, Tensor) else v for v in margin[:2])
+        prior, weight = (
+            None if given is None else torch.as_tensor(check_per_class(name, given, num_classes, like)).to(like)
+            for name, given in (("log_prior", self.log_prior), ("class_weight", self.class_weight))
+        )
+        return self._replace(
+            margin=margin._replace(angular_margin=angle, cosine_margin=cosine),
+            log_prior=prior if prior is not None and prior.dim() else None,  # one constant on every logit cancels
+            class_weight=None if weight is None else weight.expand(num_classes),
+            scale=float(check_number("scale", self.scale, above=0.0)),
+            label_smoothing=float(check_number("label_smoothing", self.label_smoothing, at_least=0.0, at_most=1.0)),
+        )
 
     def flat(self) -> tuple[list[Tensor | None], list[float], bool, int | None, list[str]]:
         """As the schema of an operator can say it, ``OBJECTIVE``."""

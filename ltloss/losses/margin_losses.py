@@ -15,7 +15,7 @@ from torch import Tensor
 from ltloss import functional as F
 from ltloss._types import Reduction
 from ltloss.losses.prototype_head import PrototypeHead
-from ltloss.margins import OPTION_NAMES, BeyondPi, MarginGradient
+from ltloss.margins import OPTION_NAMES, BeyondPi, MarginGradient, Objective
 from ltloss.ops.logsumexp import Shard
 
 if TYPE_CHECKING:
@@ -116,11 +116,11 @@ class CombinedMarginLoss(PrototypeHead):
         self.beyond_pi, self.margin_gradient = beyond_pi, margin_gradient
         self.angular_margin, self.cosine_margin = angular_margin, cosine_margin
         self.log_prior, self.class_weight = log_prior, class_weight
-        if not self.weight.is_meta:
-            # A dry run over no samples: bad options are refused here and not in the first training step.
-            CombinedMarginLoss.forward(
-                self, self.weight.new_empty(0, embedding_size), torch.empty(0, dtype=torch.int64, device=device)
-            )
+        # Bad options are refused here and not in the first training step.
+        Objective.named(**self._options()).checked(num_classes, torch.empty(0, device=self._constants_device))
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in OPTION_NAMES}
 
     def set_class_weight(self, class_weight: Tensor | None) -> None:
         """Replace the class weights (C,), or remove them with None: what a deferred schedule does at its epoch."""
@@ -132,12 +132,11 @@ class CombinedMarginLoss(PrototypeHead):
 
     def forward(self, features: Tensor, labels: Tensor, *, shard: Shard | None = None) -> Tensor:
         """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
-        options = {name: getattr(self, name) for name in OPTION_NAMES}
-        return F.margin_cross_entropy(features, self.weight, labels, **options, shard=shard)
+        return F.margin_cross_entropy(features, self.weight, labels, **self._options(), shard=shard)
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""
-        return {**super().hyper_parameters(), **{name: getattr(self, name) for name in OPTION_NAMES}}
+        return {**super().hyper_parameters(), **self._options()}
 
 
 class CosineSoftmaxLoss(CombinedMarginLoss):

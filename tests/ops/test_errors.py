@@ -156,11 +156,12 @@ def test_numbers_of_numpy_and_tensors_without_dimensions_are_numbers(name: str, 
     assert torch.equal(margin_cross_entropy(X, W, Y, **{name: number}), margin_cross_entropy(X, W, Y, **{name: 0.5}))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("what", [what for what in OPTIONS if not what.endswith(("gradient", "elsewhere"))])
-def test_modules_refuse_bad_options_when_they_are_made(what: str) -> None:
+def test_modules_refuse_bad_options_when_they_are_made(what: str, device: str) -> None:
     options, error, facts = OPTIONS[what]
     with refused(*facts, error=error):
-        ltloss.CombinedMarginLoss(4, 5, **options)
+        ltloss.CombinedMarginLoss(4, 5, **options, device=device)
 
 
 @pytest.mark.parametrize(
