@@ -1,4 +1,7 @@
-"""ONE list of the losses of the family, over which every law is checked, and the problems they are checked on."""
+"""The one list of the losses of the family, the problems that laws are checked on, and the laws for a loss of yours.
+
+:func:`check_loss` is for everyone. The rest serves the tests of this package.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltloss
@@ -20,6 +23,8 @@ from ltloss.class_balance import (
 )
 from ltloss.losses.defaults import LONG_TAIL_PRIOR
 from ltloss.ops._dispatch import IMPLEMENTATIONS
+
+__all__ = ["check_loss"]
 
 Options = Callable[[int], dict[str, Any]]  # number of classes -> keyword arguments of margin_cross_entropy
 
@@ -165,6 +170,97 @@ def assert_same(actual: Outcome, exact: Outcome, tolerance: float, smallest_size
     for name, one, other in zip(Outcome._fields, actual, exact, strict=True):
         error = relative_error(one, other, smallest_size)
         assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def check_loss(build: Callable[[int, int], nn.Module]) -> None:
+    """Check a loss module against the laws that every loss of this package keeps.
+
+    A module is called with features (N, D) and labels (N,), and has its prototypes (C, D) in ``weight``. The laws:
+
+    * a step that is repeated gives the same bits;
+    * its gradients are the derivatives of its value (finite differences, in float64);
+    * a row labelled -100 neither changes the loss nor gets a gradient, also where it holds NaN;
+    * bfloat16 costs no more than a few roundings of the logits;
+    * an empty batch gives a finite loss and finite gradients.
+
+    Args:
+        build: (C, D) -> the module, with reduction "mean" and without randomness.
+
+    Raises:
+        AssertionError: the law that does not hold.
+
+    Example:
+        >>> from ltloss import ArcFaceLoss
+        >>> from ltloss.testing import check_loss
+        >>> check_loss(lambda num_classes, embedding_size: ArcFaceLoss(num_classes, embedding_size, scale=8.0))
+    """
+    given = problem()
+    for law in (_repeated, _derivative, _ignored_rows, _half_precision, _empty_batch):
+        torch.manual_seed(0)
+        law(build(given.prototypes.shape[0], given.features.shape[1]), given)
+
+
+def _step(module: nn.Module, features: Tensor, labels: Tensor) -> Outcome:
+    """From the state that the module has, and back to it."""
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    leaf = features.detach().clone().requires_grad_()
+    module.zero_grad()
+    loss = module(leaf, labels)
+    loss.backward()
+    module.load_state_dict(state)
+    features_grad, weight_grad = (
+        torch.zeros_like(one) if one.grad is None else one.grad for one in (leaf, module.get_parameter("weight"))
+    )
+    return Outcome(loss.detach(), features_grad, weight_grad)
+
+
+def _derivative(module: nn.Module, given: Problem) -> None:
+    module.double().eval()
+    features, weight = (
+        given.features.clone().requires_grad_(),
+        module.get_parameter("weight").detach().clone().requires_grad_(),
+    )
+
+    def loss(features: Tensor, weight: Tensor) -> Tensor:
+        value: Tensor = torch.func.functional_call(module, {"weight": weight}, (features, given.labels))
+        return value
+
+    holds = torch.autograd.gradcheck(loss, (features, weight), raise_exception=False)
+    assert holds, "gradients: they are not the derivatives of the loss"
+
+
+def _ignored_rows(module: nn.Module, given: Problem) -> None:
+    counted = given.labels != -100
+    padded = torch.where(counted[:, None], given.features, torch.nan).float()
+    found = _step(module, padded, given.labels)
+    expected = _step(module, given.features.float()[counted], given.labels[counted])
+    assert not found.features[~counted].any(), "ignored rows: they get a gradient"
+    shown = found._replace(features=found.features[counted])
+    for name, one, other in zip(Outcome._fields, shown, expected, strict=True):
+        assert relative_error(one, other) <= 1e-5, f"ignored rows: they change the loss or its gradients ({name})"
+
+
+def _repeated(module: nn.Module, given: Problem) -> None:
+    first, second = (_step(module, given.features.float(), given.labels) for _ in range(2))
+    same = all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert same, "repetition: two equal steps give different bits"
+
+
+def _half_precision(module: nn.Module, given: Problem) -> None:
+    module.bfloat16().eval()
+    features = given.features.bfloat16()
+    found = _step(module, features, given.labels)
+    exact = _step(module.double(), features.double(), given.labels)
+    for name, one, other in zip(Outcome._fields, found, exact, strict=True):
+        # Logits of size s, each rounded to 8 bits.
+        allowed = 2.0**-8 * (4.0 + float(getattr(module, "scale", 1.0)))
+        assert relative_error(one, other) <= allowed, f"bfloat16: the error of the {name} is no rounding error"
+
+
+def _empty_batch(module: nn.Module, given: Problem) -> None:
+    found = _step(module, given.features[:0].float(), given.labels[:0])
+    finite = all(bool(one.isfinite().all()) for one in found)
+    assert finite, "an empty batch: the loss or its gradients are not finite"
 
 
 @contextmanager
