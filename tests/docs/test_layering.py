@@ -25,11 +25,9 @@ FORBIDDEN = [
     ("ltloss.distributed", "ltloss.training"),
     ("ltloss.distributed", "ltloss.interop"),
     ("ltloss.interop", "ltloss.training"),
-    ("ltloss.training", "ltloss.cli"),
     ("ltloss.training.data", "ltloss.training.run"),
     ("ltloss.errors", "ltloss."),
     ("ltloss._files", "ltloss."),
-    ("ltloss.tools", "ltloss.cli"),
 ]
 
 
@@ -98,6 +96,13 @@ def test_nobody_imports_upwards(who: str, what: str) -> None:
         if f"{used}.".startswith(what if what.endswith(".") else f"{what}.")
     ]
     assert not wrong, wrong
+
+
+def test_only_the_command_imports_the_command() -> None:
+    using = {
+        module for module in MODULES if any(name.startswith("ltloss.cli") for name in _imports(module, deferred=True))
+    }
+    assert {module for module in using if not module.startswith("ltloss.cli")} == {"ltloss.__main__"}
 
 
 def test_there_are_no_circles_inside_functions_neither() -> None:
