@@ -15,8 +15,7 @@ class NearestPrototype(NamedTuple):
     """Largest cosine of each prototype to any other, and which one that is.
 
     ``cosine`` (R,) in [-1, 1]; ``index`` (R,) int64, the lowest where several are equally near. With a single class
-    there is
-    no other: cosine -1 and index -1.
+    there is no other: cosine -1 and index -1.
     """
 
     cosine: Tensor

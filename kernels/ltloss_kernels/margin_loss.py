@@ -31,11 +31,10 @@ def margin_loss(
     Args:
         partials: of all classes: from one pass, or from passes over shards of the classes, concatenated along S.
         labels: (N,) integers in [0, C), any strides. A label outside is not looked up: its target cosine is NaN.
-        objective: has the attributes of ``ltloss.margins.Objective``: the ``margin`` (``angular_margin`` in radians and
-            ``cosine_margin``, a number or (C,) each, ``angle_multiplier``, ``beyond_pi`` "monotone" or "arcface",
-            ``margin_gradient`` "exact" or "straight_through"); ``log_prior`` and ``class_weight``, (C,) or None;
-            ``scale``, ``label_smoothing``; ``ignore_index``, None if all samples count; ``reduction`` "mean", "sum" or
-            "none".
+        objective: has the attributes of ``ltloss.margins.Objective``. Its ``margin`` has ``angular_margin`` in radians
+            and ``cosine_margin``, a number or (C,) each, ``angle_multiplier``, ``turns`` (whether an angle is
+            involved), ``beyond_pi`` and ``margin_gradient``. Of its own: ``log_prior`` and ``class_weight``, (C,) or
+            None; ``scale``, ``label_smoothing``; ``ignore_index``, None if all samples count; ``reduction``.
         num_classes: C, of all shards.
 
     Returns:
@@ -55,12 +54,19 @@ def margin_loss(
     angle_vector, angle = _per_class(margin.angular_margin)
     cosine_vector, cosine = _per_class(margin.cosine_margin)
     weight_vector, weight = _per_class(1.0 if objective.class_weight is None else objective.class_weight)
-    turns = margin.angle_multiplier != 1.0 or angle_vector is not None or angle != 0.0
     mean = objective.reduction == "mean"
     launch = Launches(
         "margin_loss",
         layout(*partials[:2], *partials[3:6], labels, angle_vector, cosine_vector, prior, weight_vector),
-        (num_classes, smoothing > 0.0, turns, mean, objective.ignore_index, margin.beyond_pi, margin.margin_gradient),
+        (
+            num_classes,
+            smoothing > 0.0,
+            margin.turns,
+            mean,
+            objective.ignore_index,
+            margin.beyond_pi,
+            margin.margin_gradient,
+        ),
     )
     with on_device(losses):
         launch(margin_loss_kernel, (block_sums.shape[1],))(
@@ -90,7 +96,7 @@ def margin_loss(
             objective.ignore_index,
             partials.shift,
             float(objective.scale),  # an integer would be compiled in
-            angle if turns else None,
+            angle if margin.turns else None,
             cosine,
             weight,
             float(margin.angle_multiplier),

@@ -97,6 +97,7 @@ def _looked_up(kernel: str, arch: int, dtype: object, precision: str, *variables
 
 def store(entries: Mapping[str, Any], file: Path) -> None:
     """Add entries to a file, in one step: a reader sees the old file or the new one."""
+    # The kernels import nothing of ltloss, so not its module for files; a lost file costs another `ltloss tune`.
     forget()
     merged = {**stored(file), **entries}
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Tile shapes, warps and pipeline stages per architecture, dtype and kernel.
 
 Plain Python: nothing here imports Triton or touches a device, except :func:`architecture`, which asks for the
-capability of a CUDA device. Tests replace :func:`forward_tile` and :func:`gradient_tile` by tiny tiles.
+capability of a CUDA device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The training loop: SGD with momentum and a cosine schedule, one checkpoint an epoch, resumable at any moment."""
+"""The training loop: SGD with momentum, one checkpoint an epoch, resumable at any moment."""
 
 from __future__ import annotations
 
@@ -156,9 +156,8 @@ class Trainer:
         settings = self.settings
         self._prepare_epoch(epoch)
         generator = torch_generator(settings.seed, self.ranks.purpose("augmentation"), epoch)
-        mixing = numpy_generator(
-            settings.seed, "mixup", epoch
-        )  # of all ranks alike: one fraction mixes the whole batch
+        # All ranks draw alike: one fraction mixes the whole batch.
+        mixing = numpy_generator(settings.seed, "mixup", epoch)
         losses = torch.zeros(self.steps, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         mine = {"rank": self.ranks.rank, "ranks": self.ranks.count}
