@@ -113,7 +113,7 @@ def test_products_of_halves_are_added_up_in_float32(overwrite: bool, monkeypatch
         monkeypatch.setattr(torch.ops.aten, name, SimpleNamespace(dtype_out=product))
     torch.backends.cuda.matmul.allow_fp16_accumulation = True
     try:
-        operands._multiply_add_halves(target, left, right, overwrite)
+        operands.multiply_add_halves(target, left, right, overwrite)
         assert torch.backends.cuda.matmul.allow_fp16_accumulation
     finally:
         torch.backends.cuda.matmul.allow_fp16_accumulation = False

@@ -19,6 +19,7 @@ from ltloss_kernels.config.chunking import ceil_div
 __all__ = [
     "block_source",
     "multiply_add",
+    "multiply_add_halves",
     "padded_matrix",
     "part",
     "product_dtype",
@@ -105,10 +106,11 @@ def multiply_add(target: Tensor, left: Tensor, right: Tensor, *, overwrite: bool
     elif left.device.type != "cuda":  # the interpreter: a CPU has no product with a wider result
         multiply_add(target, left.float(), right.float(), overwrite=overwrite)
     else:
-        _multiply_add_halves(target, left, right, overwrite)
+        multiply_add_halves(target, left, right, overwrite)
 
 
-def _multiply_add_halves(target: Tensor, left: Tensor, right: Tensor, overwrite: bool) -> None:
+def multiply_add_halves(target: Tensor, left: Tensor, right: Tensor, overwrite: bool) -> None:
+    """:func:`multiply_add` for half-precision factors on a GPU: the library adds in float32, whatever is set."""
     with _wide_sums():
         if overwrite:
             torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=target)

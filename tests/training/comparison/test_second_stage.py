@@ -17,6 +17,7 @@ from ltloss.training.comparison.second_stage import (
     normalize_weights,
     post_hoc_offset,
 )
+from ltloss.training.data.batches import batches
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.softmax_loss import SoftmaxLoss
@@ -72,7 +73,9 @@ def test_class_balanced_order_draws_every_class_evenly_and_every_image_of_a_clas
     assert set(order[labels[order] == 1]) == set(np.flatnonzero(labels == 1))
 
 
-def test_retraining_freezes_the_backbone_and_starts_a_new_classifier(toy_npz: Path) -> None:
+def test_retraining_freezes_the_backbone_and_starts_a_new_classifier(
+    toy_npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = data_of(toy_npz)
     first = Trainer(data.config, data.train, CPU)
     first.run_epoch(1, data.test)
@@ -80,13 +83,21 @@ def test_retraining_freezes_the_backbone_and_starts_a_new_classifier(toy_npz: Pa
     second = ClassifierRetraining(data.config, data.train, CPU, stored)
     fresh = second.classifier.loss.weight.detach().clone()
     assert not torch.equal(fresh, stored["loss.linear.weight"])
+    orders = []
+
+    def watched(source: object, batch_size: int, order: np.ndarray, **options: object) -> object:
+        orders.append(order)
+        return batches(source, batch_size, order, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("ltloss.training.run.trainer.batches", watched)
     second.run_epoch(1, data.test)
     now = second.classifier.state_dict()
     changed = {name for name, tensor in now.items() if not torch.equal(tensor, stored[name])}
     assert changed == {"loss.linear.weight", "loss.linear.bias"}  # no weight and no statistic of the backbone
     assert not torch.equal(now["loss.linear.weight"], fresh)
     seen = class_balanced_order(data.train.labels, numpy_generator(0, "class-balanced order", 1))
-    assert np.array_equal(second._order(1), seen)
+    assert len(orders) == 1
+    assert np.array_equal(orders[0], seen)
 
 
 def test_class_weights_begin_at_their_epoch(toy_npz: Path) -> None:
