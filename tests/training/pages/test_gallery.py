@@ -13,6 +13,8 @@ from helpers.pages import Page
 from helpers.small_run import HOSTILE, make_run
 from PIL import Image
 
+from ltloss.errors import ImageError
+from ltloss.training.data.decode import open_image
 from ltloss.training.data.images import ArrayImages
 from ltloss.training.pages import gallery
 from ltloss.training.pages.gallery import THUMBNAIL_SIZE, Gallery, folder_address, percent, thumbnail, write_gallery
@@ -164,17 +166,19 @@ def test_beyond_the_limit_previews_lie_beside_the_page(tmp_path: Path, monkeypat
 def test_a_image_that_vanished_still_has_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path / "run", ["one", "two"])
     images = make_images(tmp_path / "images", 3)
-    make = gallery.write_gallery
+    make, gone = gallery.write_gallery, next((images / "a & b").iterdir())
 
     def after_removal(*given: object, **named: object) -> None:
-        next((images / "a & b").iterdir()).unlink()
+        gone.unlink()
         make(*given, **named)
 
     monkeypatch.setattr("ltloss.training.predict.predict.write_gallery", after_removal)
     predict_folder(tmp_path / "run", images, tmp_path / "out")
     page = Page(tmp_path / "out" / "gallery.html")
     page.check()
-    assert "does not exist (any more)" in page.text
+    with pytest.raises(ImageError) as reason:
+        open_image(gone)
+    assert str(reason.value) in page.text
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import pytest
 import torch
 from helpers.browser import needs_chromium, render
 from helpers.pages import Page
-from helpers.refusals import refused
+from helpers.refusals import missing, refused
 from helpers.small_run import HOSTILE, history, make_run
 
 from ltloss.errors import UserError
+from ltloss.training.model.classifier import Classifier
 from ltloss.training.pages import plots
 from ltloss.training.pages.run_report import write_report
 from ltloss.training.run.checkpoint import Checkpoint, save_checkpoint
@@ -124,11 +125,13 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     page.check()
     assert set(figures(page)) == FIGURES - {"Feature lengths", "Accuracy and class size"}
     assert "Accuracy by class and feature lengths, which need the test images" in page.text
-    assert "'nowhere/images' does not exist" in page.text
+    assert not missing(page.text, "'nowhere/images'")
     shutil.rmtree(run / "checkpoints")
     page = Page(write_report(run))
     assert set(figures(page)) == {"Loss", "Accuracy", "Many, medium and few"}
-    assert "has no checkpoint yet" in page.text
+    with pytest.raises(UserError) as reason:
+        Classifier.load(run)
+    assert str(reason.value) in page.text
 
 
 def test_angles_are_those_between_the_prototypes(tmp_path: Path) -> None:
