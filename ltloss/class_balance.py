@@ -29,8 +29,14 @@ Normalize = Literal["none", "max"]
 def counts_from_labels(labels: Counts, num_classes: int, *, ignore_index: int = -100) -> Tensor:
     """Samples per class, (C,) int64, of a label vector (N,).
 
+    Args:
+        labels: (N,) integers in [0, C), or ``ignore_index``.
+        num_classes: C.
+        ignore_index: a label that is not counted.
+
     Raises:
         IndexError: a label outside [0, C) that is not ``ignore_index``, with its position.
+        TypeError: labels that are no integers.
 
     Example:
         >>> from ltloss.class_balance import counts_from_labels
@@ -92,6 +98,10 @@ def margins_from_counts(
     Returns:
         (C,) float32.
 
+    Raises:
+        TypeError, ValueError: counts that are no numbers, not one per class, or of a class without samples; a negative
+            margin or power; an unknown ``normalize``.
+
     Sources: source A; Cao et al., LDAM, NeurIPS 2019, section 3.1.
 
     Example:
@@ -111,6 +121,14 @@ def margins_from_counts(
 def log_prior_from_counts(class_counts: Counts, tau: float = 1.0) -> Tensor:
     """τ·log π_c with π_c = n_c/Σn, (C,) float32: added to the training logits, it makes the softmax balanced.
 
+    Args:
+        class_counts: (C,) training samples per class, all > 0.
+        tau: τ >= 0; 1 is the balanced softmax.
+
+    Raises:
+        TypeError, ValueError: counts that are no numbers, not one per class, or of a class without samples; a negative
+            ``tau``.
+
     Sources: Menon et al., ICLR 2021, eq. 10; Ren et al., NeurIPS 2020 (τ = 1).
 
     Example:
@@ -125,6 +143,14 @@ def log_prior_from_counts(class_counts: Counts, tau: float = 1.0) -> Tensor:
 
 def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tensor:
     """Class-balanced weights (1 − β)/(1 − β^n_c), scaled to mean 1, (C,) float32.
+
+    Args:
+        class_counts: (C,) training samples per class, all > 0.
+        beta: β in [0, 1): (1 − β)⁻¹ is the number of samples beyond which more add nothing.
+
+    Raises:
+        TypeError, ValueError: counts that are no numbers, not one per class, or of a class without samples; a ``beta``
+            outside [0, 1).
 
     Source: Cui et al., Class-balanced loss based on effective number of samples, CVPR 2019, eq. 7.
 
@@ -144,6 +170,14 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
 
 def inverse_frequency_weights(class_counts: Counts, power: float = 1.0) -> Tensor:
     """Weights ∝ n_c^(−power), scaled to mean 1, (C,) float32; power 0.5 is the usual softer variant.
+
+    Args:
+        class_counts: (C,) training samples per class, all > 0.
+        power: the exponent.
+
+    Raises:
+        TypeError, ValueError: counts that are no numbers, not one per class, or of a class without samples; a power
+            that is not finite.
 
     Example:
         >>> from ltloss.class_balance import inverse_frequency_weights

@@ -164,6 +164,9 @@ def margin_losses(
         margin: options of :class:`ltloss.margins.Margin`, with a number or (C,) as angular margin (radians) and as
             cosine margin.
 
+    Raises:
+        ValueError, TypeError: a margin out of range or of another shape, smoothing without ``with_logit_sum=True``.
+
     Example:
         >>> import torch
         >>> from ltloss.extend import logsumexp_stats, margin_losses
@@ -215,6 +218,9 @@ def reduce_losses(
 
     Returns:
         A scalar, or (N,) for ``"none"``. A mean over nothing is 0, with zero gradients.
+
+    Raises:
+        ValueError: an unknown reduction, weights of another shape.
 
     Example:
         >>> import torch

@@ -157,6 +157,9 @@ def cosine_logsumexp(
         other class, and t_i = l_{i,y_i}, with l_ic = s·cos_ic + log-prior_c. Both are differentiable, with any
         upstream gradient.
 
+    Raises:
+        ValueError, TypeError: arguments that do not fit together, a scale that is not positive, a prior out of range.
+
     Example:
         >>> import torch
         >>> from ltloss.functional import cosine_logsumexp
@@ -196,6 +199,10 @@ def nearest_prototype(
         ``NearestPrototype(cosine, index)``, (C,) or (R,) each. Of several nearest the lowest index wins. With C = 1:
         −1 and −1. The gradient of ``cosine`` flows along each found pair only, to both of its ends. How near the found
         one is to the nearest: "The search" in ``docs/mathematics.md``.
+
+    Raises:
+        ValueError, TypeError: prototypes of another shape or dtype, rows that are no integers.
+        IndexError: a row outside [0, C), with its position (on a GPU only under ``ltloss.debug``).
 
     Example:
         >>> import torch
@@ -247,6 +254,10 @@ def min_angle_regularizer(
     Returns:
         A scalar in [−π, 0], radians; 0 for a single class. The gradient stays finite where two prototypes coincide.
 
+    Raises:
+        ValueError, TypeError: prototypes, counts or rows of another shape or dtype, a count that is not positive.
+        IndexError: a row outside [0, C), with its position (on a GPU only under ``ltloss.debug``).
+
     Sources: source A's L2; uniform weights: Wang et al., MMA regularization, NeurIPS 2020.
 
     Example:
@@ -293,6 +304,9 @@ def feature_norm_penalty(
         A scalar; 0 for an empty batch. A zero feature has the value of the shortest length told apart from zero (1e-6)
         and a zero gradient.
 
+    Raises:
+        ValueError, TypeError: features of another shape or dtype, an unknown kind, a radius that is not positive.
+
     Sources: source A's L3 leaves g open; Meng et al., MagFace, CVPR 2021; Zheng et al., Ring loss, CVPR 2018.
 
     Example:
@@ -316,6 +330,9 @@ def top_k(features: Tensor, prototypes: Tensor, k: int = 1) -> TopK:
 
     Returns:
         ``TopK(cosine, index)``, (N, k) each, best first; equal cosines in class order. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: tensors that do not fit together, a k outside [1, C].
 
     Example:
         >>> import torch

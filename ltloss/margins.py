@@ -48,6 +48,12 @@ class Margin(NamedTuple):
         margin_gradient: ``"exact"``, or ``"straight_through"``, which takes d margin / d cos as 1 (InsightFace).
 
     A vector is per class, (C,), where the loss function takes it, and per sample, (N,), after :meth:`of_samples`.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.margins import Margin
+        >>> Margin(cosine_margin=0.2).value(torch.tensor([0.5]))
+        tensor([0.3000])
     """
 
     angular_margin: Tensor | float = 0.0

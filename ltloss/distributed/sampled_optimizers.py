@@ -67,6 +67,10 @@ class SampledSGD(_SampledOptimizer):
         module: the loss module, after :func:`ltloss.distributed.parallelize`.
         lr, momentum, weight_decay: as in ``torch.optim.SGD``.
 
+    Raises:
+        TypeError: ``module`` is no loss module.
+        ValueError: a setting that is negative or not finite.
+
     Example:
         >>> import torch
         >>> from ltloss import CosFaceLoss
@@ -99,6 +103,10 @@ class SampledAdamW(_SampledOptimizer):
     Args:
         module: the loss module, after :func:`ltloss.distributed.parallelize`.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
+
+    Raises:
+        TypeError: ``module`` is no loss module.
+        ValueError: a setting that is negative or not finite, a beta outside [0, 1].
 
     Example:
         >>> from ltloss import CosFaceLoss

@@ -54,6 +54,9 @@ class ClassCenters(nn.Module):
     Buffers (in the state_dict): ``centers`` (C, D) float32, zero for a class that was never seen; ``counts`` (C,)
     int64 samples seen. A class absent from the batch keeps its centre; the first batch with a class sets it.
 
+    Raises:
+        ValueError, TypeError: an unknown ``update``, a momentum outside [0, 1).
+
     Example:
         >>> import torch
         >>> from ltloss.losses.class_centers import ClassCenters

@@ -42,6 +42,9 @@ class LDAMLoss(FromCounts, CombinedMarginLoss):
         options: see :class:`CombinedMarginLoss`; ``set_class_weight`` with a ``DeferredWeights`` schedule makes it
             LDAM-DRW.
 
+    Raises:
+        ValueError, TypeError: an option of another type or out of range, when the module is made or the option set.
+
     Source: Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, eq. 13.
 
     Example:
@@ -80,6 +83,9 @@ class LogitAdjustedLoss(FromCounts, CombinedMarginLoss):
         class_counts: (C,) training samples per class, all > 0.
         tau: strength of the prior.
         options: see :class:`CombinedMarginLoss`.
+
+    Raises:
+        ValueError, TypeError: an option of another type or out of range, when the module is made or the option set.
 
     Sources: Menon et al., Long-tail learning via logit adjustment, ICLR 2021, eq. 10; Ren et al., Balanced
     meta-softmax, NeurIPS 2020.

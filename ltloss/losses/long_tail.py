@@ -100,6 +100,9 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         parts: after a call, the values of the terms that were computed, unweighted and detached:
             ``{"margin_cross_entropy": L1, "min_angle": L2, "feature_norm": L3}``.
 
+    Raises:
+        ValueError, TypeError: an option of another type or out of range, when the module is made or the option set.
+
     Example:
         >>> import torch
         >>> from ltloss import LongTailLoss

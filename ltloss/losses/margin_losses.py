@@ -69,6 +69,9 @@ class CombinedMarginLoss(PrototypeHead):
             :func:`ltloss.functional.margin_cross_entropy`, which this module calls.
         device, dtype: of the weight.
 
+    Raises:
+        ValueError, TypeError: an option of another type or out of range, when the module is made or the option set.
+
     Source: Deng et al., ArcFace, CVPR 2019, eq. 4.
 
     Example:

@@ -45,6 +45,9 @@ class PrototypeHead(nn.Module):
     Attributes:
         weight: (C, D) parameter, drawn with length ≈ 1. Give it to the optimizer: ``loss.parameters()``.
 
+    Raises:
+        ValueError, TypeError: sizes that are no whole numbers from 1, a scale that is not positive.
+
     Example:
         >>> import torch
         >>> from ltloss import PrototypeHead
