@@ -2,7 +2,8 @@
 
 A study is a list of `ltloss compare` command lines, which the documentation shows as they are. The results of every
 training are kept in --out, so an interrupted study continues; when it is done its rows go to
-``results/evidence_<study>.csv`` (and ``..._tuning.csv``). The page, and the advice in the README, are made from these.
+``results/evidence_<study>.csv`` (and ``..._tuning.csv``). The page, and the advice in ``docs/choosing.md``, are made
+from these.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ltloss.training.comparison.methods import RENAMED, method
 from ltloss.training.comparison.tables import by_method, percents, summary
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
-README = Path(__file__).parents[2] / "README.md"
+CHOOSING = Path(__file__).parents[2] / "docs" / "choosing.md"
 _MAIN = "ce,balanced,post-hoc,tau-norm,logit-adjusted,ldam-drw,arcface,long-tail,long-tail-prior"
 _BEST = "logit-adjusted,ldam-drw,long-tail-prior"
 _EVERY = (
@@ -105,7 +106,7 @@ STUDIES = {
 
 
 class Advice(NamedTuple):
-    """A line of the README's table: for which situation what, and the two rows of a study that say so."""
+    """A line of the table of docs/choosing.md: for which situation what, and the two rows of a study that say so."""
 
     situation: str
     use: str
@@ -279,7 +280,7 @@ def with_studies(page: str, results: Path = RESULTS) -> str:
 
 
 def start_here(page: str, results: Path = RESULTS) -> str:
-    """The README with its table of situations, each with the two rows of a study that it rests on."""
+    """The page with its table of situations, each with the two rows of a study that it rests on."""
     lines = [["your data", "start with", "measured (test accuracy, %)", "with these values"]]
     tables = {advice.study: results / f"evidence_{advice.study}.csv" for advice in START_HERE}
     found = {
@@ -315,8 +316,8 @@ def main() -> None:
         for name in options.study or STUDIES:
             run(name, STUDIES[name], options.data_dir, options.out, options.jobs)
     PAGE.write_text(with_studies(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    README.write_text(start_here(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"renewed {PAGE} and the table in {README}")
+    CHOOSING.write_text(start_here(CHOOSING.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"renewed {PAGE} and the table in {CHOOSING}")
 
 
 if __name__ == "__main__":

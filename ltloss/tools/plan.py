@@ -1,7 +1,7 @@
 """What class-parallel training of a head takes: memory per device, bytes on the wire, seconds a step.
 
-Arithmetic on stored rates, no device touched. ``docs/distributed.md`` has the formulas, ``benchmarks/scaling.py``
-compares them with runs.
+Arithmetic on stored rates, no device touched. ``docs/distributed.md`` says what is sent, ``benchmarks/scaling.py``
+compares the plan with runs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ DEVICES = {
             "network": "NVIDIA DGX H200 datasheet: one 400 Gb/s ConnectX-7 per GPU",
             "product, copy": "bfloat16 torch.mm and a large copy on one H200",
             "latency": "assumed",
-            "forward_share, backward_share": "goals of the kernels (docs/kernels.md), not measured",
+            "forward_share, backward_share": "goals of the kernels (docs/performance.md), not measured",
         },
     ),
 }
