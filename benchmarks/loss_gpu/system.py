@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.loss_gpu import search as gpu_search
+from benchmarks.loss_gpu import search
 from benchmarks.loss_gpu.measure import Deadline, Device
 from benchmarks.peers import Inputs, Shape, run_step
 from benchmarks.timing import fresh_processes
@@ -168,7 +168,7 @@ def logits_beyond_32_bits(device: Device) -> str:
 
 Property = Callable[[Device], str]  # what is wrong, or ""
 
-ANYWHERE: tuple[Property, ...] = (repeatable, outside_label, not_contiguous, *gpu_search.PROPERTIES)
+ANYWHERE: tuple[Property, ...] = (repeatable, outside_label, not_contiguous, *search.PROPERTIES)
 ON_A_GPU: tuple[Property, ...] = (no_waiting, cuda_graph, compiled, prototypes_beyond_32_bits, logits_beyond_32_bits)
 
 

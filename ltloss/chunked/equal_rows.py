@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Copies", "row_keys"]
+__all__ = ["EqualRows", "row_keys"]
 
 # Odd constants of a multiplicative hash (2^64 divided by the golden ratio, and the finaliser of splitmix64).
 _GOLDEN, _MIX = -7046029254386353131, -7723592293110705685
@@ -37,7 +37,7 @@ def row_keys(prototypes: Tensor, index: Tensor) -> Tensor:
     return keys.view(index.shape)
 
 
-class Copies:
+class EqualRows:
     """The classes that share their prototype, to the last bit, with one of the classes ``found``.
 
     Args:

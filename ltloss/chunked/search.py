@@ -12,14 +12,14 @@ import torch
 from ltloss_kernels.config.precision import float32_products
 from torch import Tensor
 
-from ltloss.chunked.equal_rows import Copies
+from ltloss.chunked.equal_rows import EqualRows
 from ltloss.chunked.logsumexp import TargetColumn, block_sizes
 from ltloss.numerics import add_rows_, compute_dtype, inverse_norm, project_, spans
 
-__all__ = ["nearest_prototype", "nearest_prototype_gradient", "search_precision", "top_k"]
+__all__ = ["Best", "UnitRows", "nearest_prototype", "nearest_prototype_gradient", "search_precision", "top_k"]
 
 
-class _Unit:
+class UnitRows:
     """Unit rows of a matrix, made on demand in the compute dtype."""
 
     def __init__(self, vectors: Tensor, dtype: torch.dtype) -> None:
@@ -30,7 +30,7 @@ class _Unit:
         return self.vectors[rows].to(self.dtype) * self.inverse[rows, None]
 
 
-class _Best:
+class Best:
     """Largest cosine so far and its index. Fed in ascending class order, a strict comparison keeps the lowest index."""
 
     def __init__(self, rows: int, like: Tensor) -> None:
@@ -49,6 +49,7 @@ class _Best:
             self.index[rows][improved] = tile.index_select(1 - dim, improved).argmax(dim) + offset
 
     def result(self) -> tuple[Tensor, Tensor]:
+        """Cosines and indices; -1 and -1 where there is no other."""
         alone = self.index < 0  # no other class at all
         return torch.where(alone, -1.0, self.cosine.clamp(-1.0, 1.0)), self.index
 
@@ -60,12 +61,12 @@ def search_precision(allow_tf32: bool) -> contextlib.AbstractContextManager[None
 
 def nearest_prototype(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool) -> tuple[Tensor, Tensor]:
     """See :func:`ltloss.functional.nearest_prototype`."""
-    unit = _Unit(prototypes, compute_dtype(prototypes))
+    unit = UnitRows(prototypes, compute_dtype(prototypes))
     with search_precision(allow_tf32):
         cosine, index = _nearest_of_all(unit) if rows is None else _nearest_of_rows(unit, rows)
     if prototypes.shape[0] == 1 or index.numel() == 0:
         return cosine, index
-    copies = Copies(prototypes, index)
+    copies = EqualRows(prototypes, index)
     if copies.any:
         own = torch.arange(index.numel(), device=index.device) if rows is None else rows
         group = copies.group(index)
@@ -75,10 +76,10 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool)
     return cosine, index
 
 
-def _nearest_of_all(unit: _Unit) -> tuple[Tensor, Tensor]:
+def _nearest_of_all(unit: UnitRows) -> tuple[Tensor, Tensor]:
     """Each unordered pair once: a tile off the diagonal serves its rows and, transposed, its columns."""
     c, d = unit.vectors.shape
-    best = _Best(c, unit.inverse)
+    best = Best(c, unit.inverse)
     size = min(block_sizes(c, c, d, unit.vectors.device))
     buffer = unit.inverse.new_empty(size * size)
 
@@ -97,9 +98,9 @@ def _nearest_of_all(unit: _Unit) -> tuple[Tensor, Tensor]:
     return best.result()
 
 
-def _nearest_of_rows(unit: _Unit, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest_of_rows(unit: UnitRows, rows: Tensor) -> tuple[Tensor, Tensor]:
     c, d = unit.vectors.shape
-    best = _Best(rows.shape[0], unit.inverse)
+    best = Best(rows.shape[0], unit.inverse)
     blocks = block_sizes(rows.shape[0], c, d, rows.device)
     for start, stop in spans(c, blocks.classes):
         right = unit[slice(start, stop)]
@@ -115,7 +116,7 @@ def nearest_prototype_gradient(grad_cosine: Tensor, prototypes: Tensor, rows: Te
     """Gradient (C, D) along the found pairs only, deterministic also where several share one nearest prototype."""
     dtype = compute_dtype(prototypes)
     c, d = prototypes.shape
-    unit = _Unit(prototypes, dtype)
+    unit = UnitRows(prototypes, dtype)
     own = torch.arange(c, device=prototypes.device) if rows is None else rows
     grad = torch.zeros(c, d, dtype=dtype, device=prototypes.device)
     has_nearest = index >= 0  # C = 1 has none
@@ -135,7 +136,7 @@ def top_k(features: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, Tensor]
     """See :func:`ltloss.functional.top_k`."""
     dtype = compute_dtype(features, prototypes)
     n, (c, d) = features.shape[0], prototypes.shape
-    unit, query = _Unit(prototypes, dtype), _Unit(features, dtype)
+    unit, query = UnitRows(prototypes, dtype), UnitRows(features, dtype)
     cosine = query.inverse.new_full((n, k), -math.inf)
     index = torch.full((n, k), -1, dtype=torch.int64, device=features.device)
     blocks = block_sizes(n, c, d, features.device)
@@ -156,7 +157,7 @@ def top_k(features: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 def _copies_in_order(prototypes: Tensor, index: Tensor) -> Tensor:
     """Where m copies of a prototype are among the k best of a row, the m lowest of them, in ascending order."""
-    copies = Copies(prototypes, index)
+    copies = EqualRows(prototypes, index)
     if not copies.any:
         return index
     group = copies.group(index)

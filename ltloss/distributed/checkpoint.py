@@ -62,7 +62,7 @@ def save_checkpoint(
     partial = temporary(target)
     text = json.dumps(dict(state or {}))
     steps = {name: sampler.step for name, sampler in _samplers(modules).items()}
-    described = {name: head._described() for name, head in _heads(modules).items()}
+    described = {name: head.described() for name, head in _heads(modules).items()}
 
     def prepare() -> None:
         if target.exists():
@@ -137,7 +137,7 @@ def load_checkpoint(
     for name, sampler in _samplers(modules).items():
         sampler.step = record["sampler_steps"].get(name, 0)
     for name, head in _heads(modules).items():
-        head._compare(record.get("hyper_parameters", {}).get(name, {}))
+        head.warn_if_other(record.get("hyper_parameters", {}).get(name, {}))
     loaded: dict[str, Any] = record["state"]
     return loaded
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ltloss._types import NearestPrototype
-from ltloss.chunked.equal_rows import Copies, row_keys
+from ltloss.chunked.equal_rows import EqualRows, row_keys
 from ltloss.chunked.logsumexp import block_sizes
-from ltloss.chunked.search import _Best, _Unit, search_precision
+from ltloss.chunked.search import Best, UnitRows, search_precision
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.layout import Layout, own_part
 from ltloss.margins import arccos
@@ -256,8 +256,8 @@ def _compare_blocks(left: Tensor, right: Tensor, *, both: bool) -> tuple[Pair | 
         cosine, index = top_k_in_one_piece(left, right, 1)
         return (cosine[:, 0], index[:, 0]), None
     dtype = compute_dtype(left, right)
-    units = _Unit(left, dtype), _Unit(right, dtype)
-    rows, columns = _Best(left.shape[0], units[0].inverse), _Best(right.shape[0], units[0].inverse)
+    units = UnitRows(left, dtype), UnitRows(right, dtype)
+    rows, columns = Best(left.shape[0], units[0].inverse), Best(right.shape[0], units[0].inverse)
     blocks = block_sizes(left.shape[0], right.shape[0], left.shape[1], left.device)
     for start, stop in spans(right.shape[0], blocks.classes):
         visitors = units[1][slice(start, stop)]
@@ -271,7 +271,7 @@ def _compare_blocks(left: Tensor, right: Tensor, *, both: bool) -> tuple[Pair | 
 def _lowest(found: Pair, among: Tensor) -> Pair:
     """Instead of each found prototype, the lowest one that is equal to it."""
     cosine, index = found
-    copies = Copies(among, index)
+    copies = EqualRows(among, index)
     return cosine, copies.member(copies.group(index), 0) if copies.any else index
 
 

@@ -56,7 +56,7 @@ def export_safetensors(head: PrototypeHead, path: str | Path) -> None:
     try:
         if layout.rank == 0:
             content = map(_bytes, rows)
-            write_file(Path(path), chain([_safetensors_header(state, head._described())], content))
+            write_file(Path(path), chain([_safetensors_header(state, head.described())], content))
     except OSError as failure:
         error = failure
     for _ in rows:  # on the other ranks, and after an error: all take part
@@ -119,4 +119,4 @@ def import_safetensors(head: PrototypeHead, path: str | Path) -> None:
             sharded = hasattr(tensor, "device_mesh")
             local(tensor).copy_(file.get_slice(name)[start:stop] if sharded else file.get_tensor(name))
         metadata = file.metadata()
-    head._compare(metadata or {})
+    head.warn_if_other(metadata or {})

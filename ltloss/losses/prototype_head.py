@@ -155,22 +155,22 @@ class PrototypeHead(nn.Module):
         """Every hyper-parameter by name, in the order in which ``repr`` shows them."""
         return {"scale": self.scale, "normalize_features": self.normalize_features}
 
-    def _described(self) -> dict[str, str]:
+    def described(self) -> dict[str, str]:
         """Every hyper-parameter in words; vectors by their values on the CPU, for which nothing waits."""
         return {name: _describe(self._sources.get(name, value)) for name, value in self.hyper_parameters().items()}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Note the hyper-parameters in the metadata: among the tensors they would be a key that older files lack."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        getattr(destination, "_metadata", {}).setdefault(prefix[:-1], {})["hyper_parameters"] = self._described()
+        getattr(destination, "_metadata", {}).setdefault(prefix[:-1], {})["hyper_parameters"] = self.described()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-        self._compare(local_metadata.get("hyper_parameters") or {})
+        self.warn_if_other(local_metadata.get("hyper_parameters") or {})
 
-    def _compare(self, saved: Mapping[str, str]) -> None:
+    def warn_if_other(self, saved: Mapping[str, str]) -> None:
         """Warn where a state was saved under other hyper-parameters; class weights may follow a schedule."""
-        here = self._described()
+        here = self.described()
         names = [name for name in here if name != "class_weight" and saved.get(name, here[name]) != here[name]]
         if names:
             values = ", ".join(f"{name}={here[name]} (saved with {saved[name]})" for name in names)
@@ -181,5 +181,5 @@ class PrototypeHead(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and hyper-parameters."""
-        options = "".join(f", {name}={value}" for name, value in self._described().items())
+        options = "".join(f", {name}={value}" for name, value in self.described().items())
         return f"{self.num_classes}, {self.embedding_size}{options}"

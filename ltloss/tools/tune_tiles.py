@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from ltloss_kernels.config import tile_cache as tuned_tiles
+from ltloss_kernels.config import tile_cache
 from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.config.precision import product_precision
 from torch import Tensor
@@ -90,7 +90,7 @@ def rank(
 def _time(
     kernel: Kernel, tile: tiles.Tile, run: Callable[[], tuple[Tensor, ...]], expected: tuple[Tensor, ...], repeats: int
 ) -> Timing:
-    with tuned_tiles.trying(kernel, tile):
+    with tile_cache.trying(kernel, tile):
         try:
             found = run()
         except Exception as error:  # out of shared memory, not compilable, ...: not a candidate on this device
@@ -124,14 +124,14 @@ def remember(kernel: Kernel, fastest: Timing, dtype: torch.dtype, shape: tuple[i
         "milliseconds": fastest.milliseconds,
         "shape": "x".join(str(size) for size in shape),
         "device": torch.cuda.get_device_name(),
-        "triton": tuned_tiles.triton_version(),
+        "triton": tile_cache.triton_version(),
     }
-    tuned_tiles.store({tuned_tiles.entry_name(kernel, arch, dtype, product_precision()): entry}, file)
+    tile_cache.store({tile_cache.entry_name(kernel, arch, dtype, product_precision()): entry}, file)
 
 
 def tune(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 20) -> int:
     """What ``ltloss tune`` does: rank, show, remember. Returns the exit code."""
-    file = tuned_tiles.cache_file()
+    file = tile_cache.cache_file()
     if file is None:
         print("LTLOSS_TILES is empty, which switches tuned tiles off: nothing to do")
         return 2

@@ -17,9 +17,7 @@ from helpers.refusals import missing, refused
 from torch import Tensor
 
 from benchmarks.loss_gpu import __main__ as gpu
-from benchmarks.loss_gpu import correctness as gpu_correctness
-from benchmarks.loss_gpu import search as gpu_search
-from benchmarks.loss_gpu import system as gpu_system
+from benchmarks.loss_gpu import correctness, search, system
 from benchmarks.loss_gpu.measure import Deadline, Device, TooSlow
 from benchmarks.nearest import shortfall
 from benchmarks.peers import (
@@ -119,7 +117,7 @@ def test_every_section_runs_on_tiny_shapes(tmp_path: Path, capsys: pytest.Captur
     written = read(tmp_path / "rows.csv")
     rows = [row for row in written if not row["phase"] or row["phase"] in gpu.OPERATIONS]
     searches = [row for row in written if row not in rows]
-    cases = list(gpu_search.search_cases(small=True))
+    cases = list(search.search_cases(small=True))
     assert {(row["phase"], row["provider"]) for row in searches} == {(case.phase, case.provider) for case in cases}
     assert len(searches) == len(cases)
     assert all(row["median_ms"] for row in searches), [row["note"] for row in searches]
@@ -203,9 +201,9 @@ def test_after_the_deadline_nothing_is_started() -> None:
     gpu.time_shape(state, TINY, state.providers, 1.0)
     assert [row["note"][:8] for row in state.rows] == ["too slow"]
     assert not state.failed, "being out of time is no mistake"
-    assert gpu_correctness.check_all("cpu", Deadline(0.0), quick=True).compared == 0
-    todo = gpu_system.properties(Device("cpu"), quick=False)
-    assert gpu_system.check_all(Device("cpu"), Deadline(0.0), todo, apart=True).left_out == len(todo) > 5
+    assert correctness.check_all("cpu", Deadline(0.0), quick=True).compared == 0
+    todo = system.properties(Device("cpu"), quick=False)
+    assert system.check_all(Device("cpu"), Deadline(0.0), todo, apart=True).left_out == len(todo) > 5
 
 
 SPOILT = """
@@ -235,7 +233,7 @@ def spoilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_a_process_that_a_property_ends_takes_no_other_along(spoilt: ModuleType) -> None:
     todo = [spoilt.illegal_access, spoilt.crash, spoilt.fine, spoilt.off]
-    found = gpu_system.check_all(Device("cpu"), Deadline(600.0), todo, apart=True)
+    found = system.check_all(Device("cpu"), Deadline(600.0), todo, apart=True)
     assert (found.compared, found.left_out) == (4, 0)
     assert list(found.wrong) == ["illegal access", "crash", "off"]
     assert found.wrong["illegal access"].startswith("RuntimeError: CUDA error: an illegal memory access")
@@ -250,11 +248,11 @@ def test_memory_that_cannot_be_given_back_loses_nothing(monkeypatch: pytest.Monk
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(Device, "release", broken)
-    found = gpu_system.check_all(Device("cpu"), Deadline(600.0), gpu_system.ANYWHERE, apart=False)
-    assert len(found.wrong) == found.compared == len(gpu_system.ANYWHERE)
+    found = system.check_all(Device("cpu"), Deadline(600.0), system.ANYWHERE, apart=False)
+    assert len(found.wrong) == found.compared == len(system.ANYWHERE)
     state = bench(ON_GPU[0])
     gpu.time_shape(state, TINY, state.providers, 1.0)
-    gpu.time_search(state, next(iter(gpu_search.search_cases(small=True))), Deadline(60.0))
+    gpu.time_search(state, next(iter(search.search_cases(small=True))), Deadline(60.0))
     assert any(row.get("median_ms") for row in state.rows)
     assert sum("illegal memory access" in row["note"] for row in state.rows) >= 2
     assert state.failed
@@ -274,7 +272,7 @@ def test_the_correctness_summary_is_written_before_the_system_is_checked(
     def die(*args: object, **options: object) -> None:
         raise SystemExit(139)
 
-    monkeypatch.setattr(gpu_system, "check_all", die)
+    monkeypatch.setattr(system, "check_all", die)
     command = ["--device", "cpu", "--quick", "--minutes", "1", "--output", str(tmp_path / "rows.csv")]
     with pytest.raises(SystemExit):
         gpu.main(command)
@@ -284,7 +282,7 @@ def test_the_correctness_summary_is_written_before_the_system_is_checked(
 def test_times_are_measured_although_a_property_fails_and_say_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoilt: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_system, "ANYWHERE", (spoilt.off, spoilt.fine))
+    monkeypatch.setattr(system, "ANYWHERE", (spoilt.off, spoilt.fine))
     command = ["--device", "cpu", "--quick", "--minutes", "1", "--shape", "5x33x8", "--provider", "ltloss"]
     assert gpu.main([*command, "--repeats", "1", "--output", str(tmp_path / "rows.csv")]) == 1
     rows = read(tmp_path / "rows.csv")
@@ -329,11 +327,11 @@ def test_a_search_that_finds_something_else_is_not_timed(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(functional, "nearest_prototype", wrong)
     state = bench(ON_GPU[0])
-    case = next(iter(gpu_search.search_cases(small=True)))
+    case = next(iter(search.search_cases(small=True)))
     gpu.time_search(state, case, Deadline(60.0))
     assert state.failed
     assert "off by" in state.rows[0]["note"]
-    checked = gpu_system.check_all(Device("cpu"), Deadline(60.0), gpu_system.ANYWHERE, apart=False)
+    checked = system.check_all(Device("cpu"), Deadline(60.0), system.ANYWHERE, apart=False)
     assert list(checked.wrong) == ["nearest is right"]
 
 
@@ -354,14 +352,14 @@ def test_a_shortfall_is_seen(spoil: str) -> None:
 
 
 def test_a_verdict_takes_nan_for_wrong() -> None:
-    verdict = gpu_correctness.Verdict("case", (float("nan"), 0.0, 0.0), (1.0, 1.0, 1.0))
-    assert verdict.worst > gpu_correctness.WRONG
-    assert gpu_correctness.Verdict("case", (0.5, 3.0, 0.0), (1.0, 2.0, 1.0)).worst == 1.5
+    verdict = correctness.Verdict("case", (float("nan"), 0.0, 0.0), (1.0, 1.0, 1.0))
+    assert verdict.worst > correctness.WRONG
+    assert correctness.Verdict("case", (0.5, 3.0, 0.0), (1.0, 2.0, 1.0)).worst == 1.5
 
 
 def test_several_processes_compare_what_one_does() -> None:
-    one = gpu_correctness.check_all("cpu", Deadline(600.0), quick=True)
-    two = gpu_correctness.check_all("cpu", Deadline(600.0), quick=True, processes=2)
+    one = correctness.check_all("cpu", Deadline(600.0), quick=True)
+    two = correctness.check_all("cpu", Deadline(600.0), quick=True, processes=2)
     assert one.left_out == 0
     assert (two.compared, two.left_out, two.wrong, two.inaccurate) == (one.compared, 0, [], [])
     assert two.worst == pytest.approx(one.worst, rel=1e-3)
@@ -377,9 +375,9 @@ def test_the_product_runs_in_half_precision_only_where_both_allow_it() -> None:
         ((bf16, fp16), fp32),
         ((fp32, fp32), fp32),
     ):
-        assert gpu_correctness.product_dtype(dtypes) == product
+        assert correctness.product_dtype(dtypes) == product
 
 
 def test_every_case_of_the_comparison_has_a_name_of_its_own() -> None:
-    names = [(case.name, case.dtypes) for case in gpu_correctness.cases(quick=False)]
+    names = [(case.name, case.dtypes) for case in correctness.cases(quick=False)]
     assert len(names) == len(set(names)) > 200

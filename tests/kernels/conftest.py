@@ -21,13 +21,13 @@ SEARCH_TILE = (16, 16, 16)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The triton backend. Interpreted tiles are tiny, so that small problems cross many boundaries of them."""
     if not torch.cuda.is_available():
-        from ltloss_kernels import prototype_search as search_pass
+        from ltloss_kernels import prototype_search
         from ltloss_kernels.config import tile_table as tiles
 
         monkeypatch.setattr(tiles, "forward_tile", lambda *_: tiles.Tile(*FORWARD_TILE, 4, 2))
         monkeypatch.setattr(tiles, "gradient_tile", lambda *_: tiles.Tile(*GRADIENT_TILE, 4, 2))
         monkeypatch.setattr(tiles, "search_tile", lambda *_: tiles.Tile(*SEARCH_TILE, 4, 2))
         monkeypatch.setattr(tiles, "SAMPLE_ROWS", 16)
-        monkeypatch.setattr(search_pass, "GROUP", 2)
+        monkeypatch.setattr(prototype_search, "GROUP", 2)
     with ltloss.use_backend("triton"), np.errstate(all="ignore"):
         yield

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from helpers.kernel_problems import DEVICE
-from ltloss_kernels.device import elementary as arithmetic
+from ltloss_kernels.device import elementary
 from ltloss_kernels.device.margin_loss import margin_cosine
 
 from ltloss import margins
@@ -23,17 +23,17 @@ def _apply(x_ptr, y_ptr, z_ptr, count, NAME: tl.constexpr, BLOCK: tl.constexpr):
     y = x
     z = x
     if NAME == "log":
-        y = arithmetic.log(x)
+        y = elementary.log(x)
     elif NAME == "log1p":
-        y = arithmetic.log1p(x)
+        y = elementary.log1p(x)
     elif NAME == "exp_of_negative":
-        y = arithmetic.exp_of_negative(x)
+        y = elementary.exp_of_negative(x)
     elif NAME == "arccos":
-        y = arithmetic.arccos(x)
+        y = elementary.arccos(x)
     elif NAME == "sine_cosine":
-        y, z = arithmetic.sine_cosine(x)
+        y, z = elementary.sine_cosine(x)
     else:
-        y = arithmetic.power_of_two_below(x)
+        y = elementary.power_of_two_below(x)
     tl.store(y_ptr + at, y, mask=at < count)
     tl.store(z_ptr + at, z, mask=at < count)
 

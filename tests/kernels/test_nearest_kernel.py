@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from helpers.kernel_problems import DEVICE
 from helpers.memory import LargestTensor
-from ltloss_kernels import prototype_search as search_pass
+from ltloss_kernels import prototype_search
 from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.device.search_first_pass import LOWEST_KEY, number_of, order_key, triangle_tile
 
@@ -79,7 +79,7 @@ def test_subsets_of_rows(rows: list[int], width: int, monkeypatch: pytest.Monkey
     given = prototypes(37, width)
     chosen = torch.tensor(rows, dtype=torch.int64, device=DEVICE)
     assert_nearest(given, chosen)
-    monkeypatch.setattr(search_pass, "MOST_ROWS", 4)
+    monkeypatch.setattr(prototype_search, "MOST_ROWS", 4)
     assert_nearest(given, chosen)
 
 

@@ -118,13 +118,13 @@ class TestMemory:
     ) -> None:
         """Classes in several slabs, samples in several chunks, in both directions."""
         from ltloss_kernels import cosine_logsumexp, cosine_logsumexp_gradients
-        from ltloss_kernels.config import chunking as workspace
+        from ltloss_kernels.config import chunking
 
         options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in FAMILY[name](70).items()}
         whole = outcome(kernel_problem(d=width, dtypes=dtypes), **options)
         rows, classes = (16, 32) if INTERPRETED else (128, 128)
-        forward = workspace.ForwardPlan(rows, classes, 2)
-        backward = workspace.BackwardPlan(rows, classes)
+        forward = chunking.ForwardPlan(rows, classes, 2)
+        backward = chunking.BackwardPlan(rows, classes)
         monkeypatch.setattr(cosine_logsumexp, "forward_plan", lambda *_, **__: forward)
         monkeypatch.setattr(cosine_logsumexp_gradients, "backward_plan", lambda *_, **__: backward)
         parts = outcome(kernel_problem(d=width, dtypes=dtypes), **options)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltloss
 from ltloss import reference
-from ltloss.chunked import logsumexp as cpu
+from ltloss.chunked import logsumexp
 from ltloss.functional import cosine_logsumexp, margin_cross_entropy, min_angle_regularizer, nearest_prototype
 from ltloss.testing import FAMILY, MODULES, Outcome, assert_same, long_tail_counts, outcome, problem, relative_error
 
@@ -87,13 +87,13 @@ class _Recorder(TorchDispatchMode):
         self.needs: list[list[bool]] = []
         self.returned: list[tuple[int, ...]] = []
         self.projections = 0
-        project = cpu.project_
+        project = logsumexp.project_
 
         def counted(*args: Any) -> Tensor:
             self.projections += 1
             return project(*args)
 
-        monkeypatch.setattr(cpu, "project_", counted)
+        monkeypatch.setattr(logsumexp, "project_", counted)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

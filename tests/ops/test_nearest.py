@@ -12,7 +12,7 @@ from helpers.refusals import refused, warned
 
 import ltloss
 from ltloss import reference
-from ltloss.chunked import logsumexp as cpu
+from ltloss.chunked import logsumexp
 from ltloss.functional import min_angle_regularizer, nearest_prototype
 from ltloss.ops import prototype_search
 from ltloss.testing import copied_prototypes, lowest_nearest, problem, relative_error, signs, watching
@@ -87,7 +87,7 @@ def test_exact_duplicates_lowest_index_wins(positions: tuple[int, ...], rows: bo
 
 
 def test_lowest_copy_of_a_random_prototype() -> None:
-    """A product rounds equal columns differently at its edges: without ``Copies``, about one in a hundred fails."""
+    """A product rounds equal columns differently at its edges: without ``EqualRows``, about one in a hundred fails."""
     for seed in range(600):
         prototypes, query, low, high = copied_prototypes(seed)
         prototypes = torch.cat([prototypes, query[None]])
@@ -249,7 +249,7 @@ class TestEachPairOnce:
 
     def test_real_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
         c = 4100
-        size = min(cpu.block_sizes(c, c, 4, torch.device("cpu")))
+        size = min(logsumexp.block_sizes(c, c, 4, torch.device("cpu")))
         assert self.area(random_prototypes(c, 4, torch.float32), monkeypatch) <= c * c / 2 + size * c / 2
 
 

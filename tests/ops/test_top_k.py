@@ -142,7 +142,7 @@ def test_the_watcher_sees_a_dense_implementation(monkeypatch: pytest.MonkeyPatch
 
 
 def test_copies_come_in_class_order() -> None:
-    """A product rounds equal columns differently at its edges: without ``Copies``, about one in a hundred fails."""
+    """A product rounds equal columns differently at its edges: without ``EqualRows``, about one in a hundred fails."""
     for seed in range(300):
         prototypes, query, low, high = copied_prototypes(seed)
         assert top_k(query[None], prototypes, 1).index.tolist() == [[low]]

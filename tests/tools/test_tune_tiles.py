@@ -12,12 +12,12 @@ from helpers.refusals import missing, warned
 
 pytest.importorskip("triton")
 
-from ltloss_kernels.config import tile_cache as tuned_tiles
+from ltloss_kernels.config import tile_cache
 from ltloss_kernels.config import tile_table as tiles
 
 import ltloss
 from ltloss.cli.command import main
-from ltloss.tools import tune_tiles as tuning
+from ltloss.tools import tune_tiles
 
 BF16 = torch.bfloat16
 NAME = "forward/90/bfloat16/ieee"
@@ -27,18 +27,18 @@ NAME = "forward/90/bfloat16/ieee"
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "cache" / "tiles.json"
     monkeypatch.setenv("LTLOSS_TILES", str(path))
-    tuned_tiles.stored.cache_clear()
+    tile_cache.forget()
     yield path
-    tuned_tiles.stored.cache_clear()
+    tile_cache.forget()
 
 
 def entry(**changed: object) -> dict[str, object]:
-    return {"tile": [64, 32, 16, 4, 2], "triton": tuned_tiles.triton_version(), **changed}
+    return {"tile": [64, 32, 16, 4, 2], "triton": tile_cache.triton_version(), **changed}
 
 
 def test_a_stored_tile_is_used_and_only_where_it_was_measured(file: Path) -> None:
     usual = tiles.forward_tile(90, BF16, "ieee")
-    tuned_tiles.store({NAME: entry()}, file)
+    tile_cache.store({NAME: entry()}, file)
     assert tiles.forward_tile(90, BF16, "ieee") == tiles.Tile(64, 32, 16, 4, 2)
     assert tiles.forward_tile(90, BF16, "tf32") == tiles.Tile(64, 32, 16, 4, 2), "precision is for float32 only"
     assert tiles.forward_tile(90, torch.float16, "ieee") == usual
@@ -48,18 +48,18 @@ def test_a_stored_tile_is_used_and_only_where_it_was_measured(file: Path) -> Non
 
 def test_the_version_of_triton_is_looked_up_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes half a millisecond, in every step of a training with tuned tiles."""
-    tuned_tiles.store({NAME: entry()}, file)
+    tile_cache.store({NAME: entry()}, file)
 
     def version(name: str) -> str:
         raise AssertionError(f"looked up {name} again")
 
-    monkeypatch.setattr(tuned_tiles.importlib.metadata, "version", version)
+    monkeypatch.setattr(tile_cache.importlib.metadata, "version", version)
     assert tiles.forward_tile(90, BF16, "ieee").rows == 64
 
 
 def test_storing_keeps_the_other_entries(file: Path) -> None:
-    tuned_tiles.store({NAME: entry()}, file)
-    tuned_tiles.store({"gradient/90/bfloat16/ieee": entry(tile=[32, 32, 16, 4, 2])}, file)
+    tile_cache.store({NAME: entry()}, file)
+    tile_cache.store({"gradient/90/bfloat16/ieee": entry(tile=[32, 32, 16, 4, 2])}, file)
     assert tiles.forward_tile(90, BF16, "ieee").rows == 64
     assert tiles.gradient_tile(90, BF16, "ieee").rows == 32
     assert [path.name for path in file.parent.iterdir()] == ["tiles.json"]
@@ -71,14 +71,14 @@ def test_storing_keeps_the_other_entries(file: Path) -> None:
 )
 def test_an_entry_that_does_not_fit_is_not_used(file: Path, bad: object) -> None:
     usual = tiles.forward_tile(90, BF16, "ieee")
-    tuned_tiles.store({NAME: bad}, file)
+    tile_cache.store({NAME: bad}, file)
     assert tiles.forward_tile(90, BF16, "ieee") == usual
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\x00"])
 def test_a_damaged_file_is_left_out_with_one_warning(file: Path, text: str) -> None:
     usual = tiles.forward_tile(90, BF16, "ieee")
-    tuned_tiles.stored.cache_clear()
+    tile_cache.forget()
     file.parent.mkdir()
     file.write_text(text)
     with warned(str(file), "ltloss tune", kind=UserWarning):
@@ -88,7 +88,7 @@ def test_a_damaged_file_is_left_out_with_one_warning(file: Path, text: str) -> N
 
 def test_an_empty_setting_switches_stored_tiles_off(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = tiles.forward_tile(90, BF16, "ieee")
-    tuned_tiles.store({NAME: entry()}, file)
+    tile_cache.store({NAME: entry()}, file)
     monkeypatch.setenv("LTLOSS_TILES", "")
     assert tiles.forward_tile(90, BF16, "ieee") == usual != tiles.Tile(*entry()["tile"])
 
@@ -96,26 +96,26 @@ def test_an_empty_setting_switches_stored_tiles_off(file: Path, monkeypatch: pyt
 def test_the_file_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LTLOSS_TILES")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert tuned_tiles.cache_file() == Path("/somewhere/ltloss/tiles.json")
+    assert tile_cache.cache_file() == Path("/somewhere/ltloss/tiles.json")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert tuned_tiles.cache_file() == Path.home() / ".cache" / "ltloss" / "tiles.json"
+    assert tile_cache.cache_file() == Path.home() / ".cache" / "ltloss" / "tiles.json"
 
 
 @pytest.mark.parametrize("kernel", ["forward", "gradient"])
 def test_every_candidate_is_timed_and_a_broken_one_comes_last(
-    kernel: tuning.Kernel, file: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: tune_tiles.Kernel, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, broken = tiles.Tile(16, 16, 16, 1, 1), tiles.Tile(16, 16, 12, 1, 1)  # a depth that is no power of two
-    monkeypatch.setattr(tuning, "CANDIDATES", (small, broken))
+    monkeypatch.setattr(tune_tiles, "CANDIDATES", (small, broken))
     usual = entry(tile=[32, 16, 16, 1, 1])
-    tuned_tiles.store({"forward/90/float16/ieee": usual, "gradient/90/float16/ieee": usual}, file)
+    tile_cache.store({"forward/90/float16/ieee": usual, "gradient/90/float16/ieee": usual}, file)
     with ltloss.use_backend("triton"):
-        ranking = tuning.rank(kernel, 20, 40, 24, torch.float16, device="cpu", repeats=1)
+        ranking = tune_tiles.rank(kernel, 20, 40, 24, torch.float16, device="cpu", repeats=1)
     assert [timing.tile for timing in ranking[-1:]] == [broken]
     assert ranking[-1].problem
     assert {timing.tile for timing in ranking[:2]} == {small, tiles.Tile(32, 16, 16, 1, 1)}
     assert all(0 < timing.milliseconds < float("inf") and not timing.problem for timing in ranking[:2])
-    shown = tuning.show(kernel, (20, 40, 24), ranking)
+    shown = tune_tiles.show(kernel, (20, 40, 24), ranking)
     assert len(shown.splitlines()) == 4
     assert ranking[-1].problem in shown
 
@@ -127,16 +127,16 @@ def test_a_tile_that_computes_something_else_has_no_time(by: float, monkeypatch:
     def loss(features: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         return features.abs().sum() * (by if tiles.forward_tile(90, BF16, "ieee") == wrong else 1.0)
 
-    monkeypatch.setattr(tuning, "CANDIDATES", (wrong,))
-    monkeypatch.setattr(tuning, "margin_cross_entropy", loss)
-    good, bad = tuning.rank("forward", 2, 3, 4, BF16, device="cpu", repeats=1)
+    monkeypatch.setattr(tune_tiles, "CANDIDATES", (wrong,))
+    monkeypatch.setattr(tune_tiles, "margin_cross_entropy", loss)
+    good, bad = tune_tiles.rank("forward", 2, 3, 4, BF16, device="cpu", repeats=1)
     assert not good.problem
     assert (bad.tile, bad.milliseconds) == (wrong, float("inf"))
     assert bad.problem
 
 
 def test_float32_operands_take_half_the_depth() -> None:
-    half, full = (tuning.candidates("forward", 90, dtype, "tf32") for dtype in (BF16, torch.float32))
+    half, full = (tune_tiles.candidates("forward", 90, dtype, "tf32") for dtype in (BF16, torch.float32))
     assert half[0] == tiles.forward_tile(90, BF16, "tf32")
     assert {tile.depth for tile in half[1:]} == {32, 64}
     assert {tile.depth for tile in full[1:]} == {16, 32}
@@ -144,7 +144,7 @@ def test_float32_operands_take_half_the_depth() -> None:
 
 def test_a_tried_tile_is_forgotten_afterwards() -> None:
     usual = tiles.gradient_tile(90, BF16, "ieee")
-    with tuned_tiles.trying("gradient", (16, 16, 16, 1, 1)):
+    with tile_cache.trying("gradient", (16, 16, 16, 1, 1)):
         assert tiles.gradient_tile(90, BF16, "ieee").rows == 16
     assert tiles.gradient_tile(90, BF16, "ieee") == usual
 
@@ -152,7 +152,7 @@ def test_a_tried_tile_is_forgotten_afterwards() -> None:
 def test_what_was_stored_says_where_it_comes_from(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "architecture", lambda device: 90)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    tuning.remember("forward", tuning.Timing(tiles.Tile(64, 32, 16, 4, 2), 1.5), BF16, (1, 2, 3), file)
+    tune_tiles.remember("forward", tune_tiles.Timing(tiles.Tile(64, 32, 16, 4, 2), 1.5), BF16, (1, 2, 3), file)
     stored = json.loads(file.read_text())[NAME]
     assert stored == {**entry(), "milliseconds": 1.5, "shape": "1x2x3", "device": "a GPU"}
     assert tiles.forward_tile(90, BF16, "ieee").rows == 64
