@@ -32,7 +32,7 @@ from benchmarks.timing import RESULTS, cpu_name, interleaved, stamp, write_rows
 from ltloss import ArcFaceLoss
 from ltloss._files import write_file
 from ltloss.distributed import class_mesh, parallelize
-from ltloss.tools.plan import DEVICES, Device, Problem, make_plan
+from ltloss.tools.plan import DEVICES, Device, HeadConfig, make_plan
 
 RATES = RESULTS / "scaling-rates.json"
 ROUNDS, WARM_UP = 7, 2
@@ -40,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # On two cores: what one rank alone does in about a second.
 BATCH, DIM, STRONG, WEAK = 256, 256, 40_000, 20_000
 MESHES = ((1, 1), (2, 1), (4, 1), (4, 2))  # ranks, and of them data-parallel ones
-CALIBRATION = Problem(30_000, DIM, BATCH, 1, dtype="float32")
+CALIBRATION = HeadConfig(30_000, DIM, BATCH, 1, dtype="float32")
 
 
 class Traffic(TorchDispatchMode):
@@ -66,13 +66,13 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def least_bytes(p: Problem, width: int) -> float:
+def least_bytes(p: HeadConfig, width: int) -> float:
     """Every row to every rank, every gradient home, two N-vectors reduced: per rank."""
     share = (p.gpus - 1) / p.gpus
     return share * p.batch * (2 * p.embedding_size * width + 8) + 2 * share * p.batch * 8
 
 
-def step_of(p: Problem, device: torch.device) -> Callable[[], None]:
+def step_of(p: HeadConfig, device: torch.device) -> Callable[[], None]:
     """A training step of the head for one problem, on this rank."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     generator = torch.Generator().manual_seed(rank)
@@ -93,7 +93,7 @@ def step_of(p: Problem, device: torch.device) -> Callable[[], None]:
     return step
 
 
-def measured(p: Problem, device: torch.device) -> dict[str, float]:
+def measured(p: HeadConfig, device: torch.device) -> dict[str, float]:
     """Median seconds of a step and bytes sent by this rank in one."""
     step = step_of(p, device)
     seconds = []
@@ -109,7 +109,7 @@ def measured(p: Problem, device: torch.device) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "sent": traffic.sent}
 
 
-def row(kind: str, p: Problem, found: Mapping[str, float], device: Device | None) -> dict[str, Any]:
+def row(kind: str, p: HeadConfig, found: Mapping[str, float], device: Device | None) -> dict[str, Any]:
     """One line of the table."""
     least = least_bytes(p, DTYPES[p.dtype].itemsize)
     values: dict[str, Any] = {"kind": kind, "ranks": p.gpus}
@@ -216,7 +216,7 @@ def here(most: int) -> Iterator[dict[str, Any]]:
     for kind, ranks, data in (*(("strong", *mesh) for mesh in MESHES), *(("weak", ranks, 1) for ranks in (1, 2, 4))):
         if ranks <= most:
             classes = STRONG if kind == "strong" else WEAK * ranks
-            p = Problem(classes, DIM, BATCH, ranks, data=data, dtype="float32")
+            p = HeadConfig(classes, DIM, BATCH, ranks, data=data, dtype="float32")
             yield row(kind, p, on_ranks(ranks, measured, p, torch.device("cpu")), device)
 
 
@@ -230,7 +230,7 @@ def under_torchrun(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ranks = dist.get_world_size()
     known = DEVICES["h200"] if cuda and "H200" in torch.cuda.get_device_name() else None
     for kind, classes in (("strong", options.classes), ("weak", options.classes * ranks)):
-        p = Problem(classes, options.embedding_size, options.batch, ranks, data=options.data, dtype=options.dtype)
+        p = HeadConfig(classes, options.embedding_size, options.batch, ranks, data=options.data, dtype=options.dtype)
         found = measured(p, device)
         if dist.get_rank() == 0:
             yield {**row(kind, p, found, known), **({"device": torch.cuda.get_device_name()} if cuda else {})}

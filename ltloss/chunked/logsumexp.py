@@ -144,7 +144,7 @@ def partials(
         logit_sum=(u @ unit_sum)[None] if with_logit_sum else None,
         target_cosine=_target_cosine(features, prototypes, inverse, labels, ignore_index),
         norm=None if normalize_features else _length(features, labels, ignore_index, dtype),
-        class_factor=inverse,
+        logit_scale_log2=inverse,
     )
 
 
@@ -294,7 +294,7 @@ def gradients(
     labels: Tensor,
     log_prior: Tensor | None,
     coefficients: Tensor,
-    class_factor: Tensor,
+    logit_scale_log2: Tensor,
     inverse_weight_sum: Tensor,
     max_coefficient: Tensor,
     scale: float,
@@ -315,7 +315,7 @@ def gradients(
     feature_inverse = inverse_norm(_counted(features, labels, ignore_index), dtype)
     u = _scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
     blocks = block_sizes(n, c, d, features.device)
-    tiles = _Tiles(u, prototypes, class_factor, None if log_prior is None else log_prior.to(dtype), blocks)
+    tiles = _Tiles(u, prototypes, logit_scale_log2, None if log_prior is None else log_prior.to(dtype), blocks)
     d_lse, d_target, d_all, *d_norm = coefficients[1:] * (grad_loss.to(dtype) * inverse_weight_sum)
     of_samples = _SampleGradients.of(coefficients[0], d_lse, d_target - d_all if smooth else d_target)
     grad_u = torch.zeros_like(u) if needs[0] else None
@@ -338,7 +338,7 @@ def gradients(
                 chunk.addmm_(tile.t(), signed_u[rows], beta=0 if row[0] == 0 else 1)
         if grad_w is not None:
             chunk = chunk if sum_row is None else chunk.add_(sum_row)
-            project_(chunk, unit, class_factor[start:stop])
+            project_(chunk, unit, logit_scale_log2[start:stop])
             if not in_place:
                 grad_w[start:stop] = chunk
     if grad_u is not None:

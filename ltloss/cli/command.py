@@ -318,7 +318,7 @@ def _tune(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from dataclasses import fields
 
-    from ltloss.tools.plan import OPTIMIZERS, WIDTHS, Problem, make_plan, read_device
+    from ltloss.tools.plan import OPTIMIZERS, WIDTHS, HeadConfig, make_plan, read_device
     from ltloss.training.model.registry import LOSSES
 
     for name, known in (("dtype", WIDTHS), ("optimizer", OPTIMIZERS), ("loss", set(LOSSES) - {"softmax"})):
@@ -326,7 +326,7 @@ def _plan(options: argparse.Namespace) -> int:
             raise UserError(f"--{name} {getattr(options, name)} is unknown; {nearest(getattr(options, name), known)}")
     try:
         device = read_device(options.device)
-        problem = Problem(**picked(options, *(item.name for item in fields(Problem))))
+        problem = HeadConfig(**picked(options, *(item.name for item in fields(HeadConfig))))
     except (ValueError, OverflowError) as error:
         raise UserError(f"{error}; correct the option") from None
     found = make_plan(problem, device)

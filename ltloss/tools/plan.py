@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DEVICES", "Device", "Plan", "Problem", "make_plan", "read_device"]
+__all__ = ["DEVICES", "Device", "HeadConfig", "Plan", "make_plan", "read_device"]
 
 GIB = 1 << 30
 
@@ -66,7 +66,7 @@ DEVICES = {
 
 
 @dataclass(frozen=True)
-class Problem:
+class HeadConfig:
     """A head and how it is to be trained. ``batch`` counts the samples of all ranks together."""
 
     classes: int
@@ -108,7 +108,7 @@ class Problem:
 class Plan:
     """The answer, by part: bytes of memory, bytes sent per rank and step, seconds. ``advice`` if it does not fit."""
 
-    problem: Problem
+    problem: HeadConfig
     device: Device
     memory: Mapping[str, float]
     wire: Mapping[str, float]
@@ -163,12 +163,12 @@ def read_device(name: str) -> Device:
         raise ValueError(f"device: {name} cannot be read as rates ({error})") from None
 
 
-def make_plan(problem: Problem, device: Device) -> Plan:
+def make_plan(problem: HeadConfig, device: Device) -> Plan:
     """Memory, traffic and time of one training step of the head.
 
     Example:
-        >>> from ltloss.tools.plan import DEVICES, Problem, make_plan
-        >>> plan = make_plan(Problem(classes=100_000_000, embedding_size=512, batch=8192, gpus=64), DEVICES["h200"])
+        >>> from ltloss.tools.plan import DEVICES, HeadConfig, make_plan
+        >>> plan = make_plan(HeadConfig(classes=100_000_000, embedding_size=512, batch=8192, gpus=64), DEVICES["h200"])
         >>> plan.fits, round(plan.memory["prototypes (float32)"] / 2**30, 1)
         (True, 3.0)
     """
@@ -177,7 +177,7 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     return plan if plan.fits else replace(plan, advice=_advice(problem, device))
 
 
-def _memory(p: Problem) -> dict[str, float]:
+def _memory(p: HeadConfig) -> dict[str, float]:
     matrix = 4.0 * p.own_classes * p.embedding_size
     states, _ = OPTIMIZERS[p.optimizer]
     width = WIDTHS[p.dtype]
@@ -196,7 +196,7 @@ def _memory(p: Problem) -> dict[str, float]:
     }
 
 
-def _buffers(p: Problem, *, centres: bool) -> float:
+def _buffers(p: HeadConfig, *, centres: bool) -> float:
     """Bytes of what the loss keeps on every rank, or of the ``centres`` that each keeps for its classes."""
     classes = p.own_classes if centres else p.classes
     found = (size * classes**c * p.embedding_size**d for size, c, d, own in _shapes(p.loss) if own == centres)
@@ -226,7 +226,7 @@ def _shapes(loss: str) -> tuple[tuple[int, int, int, bool], ...]:
     )
 
 
-def _wire(p: Problem) -> dict[str, float]:
+def _wire(p: HeadConfig) -> dict[str, float]:
     """What a rank sends if every collective sends as little as it can (a ring)."""
     ranks, width = p.gpus, WIDTHS[p.dtype]
     own_rows, group_rows = p.batch / ranks, p.batch / p.data
@@ -239,7 +239,7 @@ def _wire(p: Problem) -> dict[str, float]:
     }
 
 
-def _seconds(p: Problem, device: Device) -> dict[str, float]:
+def _seconds(p: HeadConfig, device: Device) -> dict[str, float]:
     turns = 1.0 if device.together is None else max(1.0, p.gpus / device.together)
     crowd = turns / device.shared if device.together is not None and p.gpus > 1 else turns
     products = 2.0 * p.batch / p.data * p.used_classes * p.embedding_size
@@ -257,10 +257,10 @@ def _seconds(p: Problem, device: Device) -> dict[str, float]:
     }
 
 
-def _advice(p: Problem, device: Device) -> tuple[str, ...]:
+def _advice(p: HeadConfig, device: Device) -> tuple[str, ...]:
     """Single changes with which it would fit."""
 
-    def fits(changed: Problem) -> bool:
+    def fits(changed: HeadConfig) -> bool:
         return sum(_memory(changed).values()) <= 0.9 * device.memory
 
     found = []

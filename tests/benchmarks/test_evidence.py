@@ -167,7 +167,7 @@ def test_a_study_that_fails_says_so(digits: tuple[Study, Path], capsys: pytest.C
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_commands_of_the_studies_can_be_parsed(name: str) -> None:
     from ltloss.cli.command import build_parser
-    from ltloss.training.comparison.grid import Plan
+    from ltloss.training.comparison.grid import ComparisonSpec
     from ltloss.training.run.settings import SETTINGS
 
     for command in STUDIES[name].commands:
@@ -175,7 +175,7 @@ def test_the_commands_of_the_studies_can_be_parsed(name: str) -> None:
         options = vars(build_parser().parse_args(line))
         given = {key: value for key, value in options.items() if key in SETTINGS}
         names = ("recipe", "seeds", "tune", "tune_seeds")
-        plan = Plan(
+        plan = ComparisonSpec(
             given,
             tuple(options["losses"]),
             vary=dict(options["vary"]),

@@ -327,7 +327,7 @@ class TestOnePass:
         arguments = (*given, None, 3.0, normalize, True, -100)
         ours, chunked = (OPERATORS["logsumexp_stats"][backend](*arguments)[:4] for backend in ("triton", "torch"))
         counted = given.labels != -100  # what is not counted may hold anything
-        for one, other in zip(ours, chunked, strict=True):  # the class factor is in the backend's own unit
+        for one, other in zip(ours, chunked, strict=True):  # the scale is in the backend's own unit
             one, other = (vector[counted] if vector.numel() else vector for vector in (one, other))
             torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-5)  # a sum of 70 logits of either sign
 

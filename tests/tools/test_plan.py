@@ -15,11 +15,11 @@ from helpers.refusals import warned
 from ltloss.cli.command import main
 from ltloss.cli.values import count
 from ltloss.distributed import class_mesh, parallelize
-from ltloss.tools.plan import DEVICES, Device, Problem, make_plan
+from ltloss.tools.plan import DEVICES, Device, HeadConfig, make_plan
 from ltloss.training.model.registry import LOSSES, build_loss
 
 H200 = DEVICES["h200"]
-LARGE = Problem(classes=100_000_000, embedding_size=512, batch=8192, gpus=64)
+LARGE = HeadConfig(classes=100_000_000, embedding_size=512, batch=8192, gpus=64)
 
 
 def test_counts_of_a_plan_by_hand() -> None:
@@ -36,7 +36,7 @@ def test_counts_of_a_plan_by_hand() -> None:
 KEPT = ("prototypes (float32)", "their gradient", "state of sgd", "constants of the loss", "centres of the classes")
 
 
-def _bytes_of_a_step(rank: int, loss: str, p: Problem) -> int:
+def _bytes_of_a_step(rank: int, loss: str, p: HeadConfig) -> int:
     """What the tensors of a rank take after a step: of the module, their gradients, and of the optimizer."""
     module = build_loss(
         loss, [3] * p.classes, p.embedding_size, {"min_angle_weight": 0.0} if loss == "long-tail" else {}
@@ -57,14 +57,14 @@ def _bytes_of_a_step(rank: int, loss: str, p: Problem) -> int:
 
 @pytest.mark.parametrize(("loss", "rate"), [*((name, 1.0) for name in LOSSES if name != "softmax"), ("long-tail", 0.5)])
 def test_memory_is_that_of_the_module(loss: str, rate: float) -> None:
-    p = Problem(classes=60, embedding_size=8, batch=4, gpus=1, dtype="float32", loss=loss, sample_rate=rate)
+    p = HeadConfig(classes=60, embedding_size=8, batch=4, gpus=1, dtype="float32", loss=loss, sample_rate=rate)
     plan = make_plan(p, H200)
     assert sum(plan.memory[name] for name in KEPT) == _bytes_of_a_step(0, loss, p)
 
 
 @pytest.mark.parametrize("loss", ["long-tail", "cosine-space"])
 def test_memory_is_that_of_the_module_on_each_rank(loss: str) -> None:
-    p = Problem(classes=60, embedding_size=8, batch=4, gpus=2, dtype="float32", loss=loss)
+    p = HeadConfig(classes=60, embedding_size=8, batch=4, gpus=2, dtype="float32", loss=loss)
     plan = make_plan(p, H200)
     assert {sum(plan.memory[name] for name in KEPT)} == set(world.run(_bytes_of_a_step, 2, loss, p))
 
@@ -109,10 +109,10 @@ def test_advice_names_what_would_fit(changes: dict[str, object], words: str) -> 
 
 def test_ranks_on_shared_cores_take_turns() -> None:
     device = Device("core", 1e12, 1e9, 1e9, 1e9, 1e9, 2, 0.0, 1.0, 1.0, together=2)
-    alone, both, four = (make_plan(Problem(1000, 8, 16, n), device).seconds["forward pass"] for n in (1, 2, 4))
+    alone, both, four = (make_plan(HeadConfig(1000, 8, 16, n), device).seconds["forward pass"] for n in (1, 2, 4))
     assert both == pytest.approx(alone / 2)
     assert four == pytest.approx(alone / 2)
-    crowded = make_plan(Problem(1000, 8, 16, 2), replace(device, shared=0.5)).seconds["forward pass"]
+    crowded = make_plan(HeadConfig(1000, 8, 16, 2), replace(device, shared=0.5)).seconds["forward pass"]
     assert crowded == pytest.approx(alone)
 
 

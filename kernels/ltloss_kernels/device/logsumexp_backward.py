@@ -70,7 +70,7 @@ def sample_gradient_kernel(
     copy (samples, width) in the dtype of the product: unit rows if COPY is "unit", the rows as they are if "plain";
     zero for the label ``ignore_index`` (unless None), since 0·NaN in a product would reach every class.
     label (samples,) int32: the class, or -1. sample_gradients (4, samples): shift, d_lse, d_target and d_all, the last
-    three times upstream·ln 2 (since the class factor of the tiles brings log2 e) and the scale of a float16 slab.
+    three times upstream·ln 2 (since the scale of the tiles brings log2 e) and the scale of a float16 slab.
     FOLD puts the size of d_lse into the shift, which saves the tiles a multiplication per element and costs some 1e-5
     of a row's accuracy: nothing to a slab in half precision. Its sign stays in d_lse.
     """
@@ -121,7 +121,7 @@ def gradient_tile_kernel(
     # inputs
     features,
     prototypes,
-    class_factor_ptr,
+    logit_scale_log2_ptr,
     prior_ptr,
     label_ptr,
     sample_gradients_ptr,
@@ -150,7 +150,7 @@ def gradient_tile_kernel(
     """One tile of dZ: 2^(l·log2 e - shift)·d_lse + d_all, d_target in the column of the label, all times s/‖w̃_c‖.
 
     features: (samples, width); prototypes: a slab (classes, width), whose first class is the ``first_class``-th of all;
-    both, and the result, are descriptors if DESCRIBED. class_factor (classes,) s·log2 e/‖w̃‖; prior (classes,) in
+    both, and the result, are descriptors if DESCRIBED. logit_scale_log2 (classes,) s·log2 e/‖w̃‖; prior (classes,) in
     natural units or None; label (samples,) and sample_gradients (4, samples), rows ``sample_gradients_stride`` apart:
     see sample_gradient_kernel, also for FOLD. slab: (samples, classes).
     Class tiles are taken in groups, so that the programs at work at one time share feature rows and prototypes.
@@ -172,12 +172,12 @@ def gradient_tile_kernel(
     here = column + tl.arange(0, BLOCK_CLASSES)
     inside = rows < samples
     known = here < classes
-    class_factor = tl.load(class_factor_ptr + here, mask=known, other=0.0)
+    logit_scale_log2 = tl.load(logit_scale_log2_ptr + here, mask=known, other=0.0)
     at = sample_gradients_ptr + rows
     stride = sample_gradients_stride.to(tl.int64)
     shift = tl.load(at, mask=inside, other=float("inf"))
     d_lse = tl.load(at + stride, mask=inside, other=0.0)
-    logit = product * class_factor[None, :] - shift[:, None]
+    logit = product * logit_scale_log2[None, :] - shift[:, None]
     if prior_ptr is not None:
         logit += (tl.load(prior_ptr + here, mask=known, other=0.0) * LOG2E)[None, :]
     gradient = tl.exp2(logit)
@@ -191,7 +191,7 @@ def gradient_tile_kernel(
     if tl.max(((label >= column) & (label < column + BLOCK_CLASSES)).to(tl.int32), 0) != 0:
         d_target = tl.load(at + 2 * stride, mask=inside, other=0.0)
         gradient = tl.where(here[None, :] == label[:, None], d_target[:, None], gradient)
-    gradient *= class_factor[None, :]
+    gradient *= logit_scale_log2[None, :]
     store_block(slab, gradient, row, column, samples, classes, slab_stride, BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED)
 
 

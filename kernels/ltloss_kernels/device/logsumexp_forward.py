@@ -111,7 +111,7 @@ def cosine_logsumexp_kernel(
     # inputs
     features,
     prototypes,
-    class_factor_ptr,
+    logit_scale_log2_ptr,
     prior_ptr,
     label_ptr,
     flags_ptr,
@@ -143,8 +143,8 @@ def cosine_logsumexp_kernel(
     """Partial sums over the other classes of exp(l - shift): one row block by one range of class tiles per program.
 
     features: (samples, width); prototypes: a slab of the classes, (slab_classes, width), whose first tile is the
-    ``first_tile``-th of all; both are descriptors if DESCRIBED. label (samples,); class_factor s·log2 e/‖w‖ and prior
-    b·log2 e (class_tiles · BLOCK_CLASSES,), 0 and -inf beyond the classes; flags (row blocks, class_tiles).
+    ``first_tile``-th of all; both are descriptors if DESCRIBED. label (samples,); logit_scale_log2 s·log2 e/‖w‖ and
+    prior b·log2 e (class_tiles · BLOCK_CLASSES,), 0 and -inf beyond the classes; flags (row blocks, class_tiles).
     partial_sum (splits, samples): Σ 2^(l·log2 e - shift). The shift, in units of log 2, is the argument, or the running
     maximum of each row, which partial_max (splits, samples) returns unless it is None. partial_logit (splits, samples)
     or None: Σ s·cos over all classes of the range. Rows of the three are ``partial_stride`` apart.
@@ -166,7 +166,7 @@ def cosine_logsumexp_kernel(
             DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
         )  # fmt: skip
         classes_here = (first_tile + tile) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
-        logit = product * tl.load(class_factor_ptr + classes_here)[None, :]
+        logit = product * tl.load(logit_scale_log2_ptr + classes_here)[None, :]
         if partial_logit_ptr is not None:
             logit_sum += tl.sum(logit, 1)
         if prior_ptr is not None:

@@ -83,7 +83,7 @@ def nearest_prototype_kernel(
     # inputs
     rows_source,
     prototypes,
-    class_factor_ptr,
+    inverse_norm_ptr,
     # outputs
     best_ptr,
     # sizes
@@ -101,7 +101,7 @@ def nearest_prototype_kernel(
 ):
     """For every prototype the tile that holds its nearest other one: one square tile of the triangle per program.
 
-    rows_source, prototypes (classes, width): the same matrix, descriptors if DESCRIBED. class_factor (tiles ·
+    rows_source, prototypes (classes, width): the same matrix, descriptors if DESCRIBED. inverse_norm (tiles ·
     BLOCK_CLASSES,) float32: 1/‖w‖ of the rows of that matrix, 0 beyond the classes.
     best (classes,) int64: the largest :func:`order_key` of each class, LOWEST_KEY before.
 
@@ -117,11 +117,11 @@ def nearest_prototype_kernel(
         rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         here = tile * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
         # The columns first: their products are not needed afterwards, which spares registers.
-        mirrored = largest(product * tl.load(class_factor_ptr + rows)[:, None], 0)
+        mirrored = largest(product * tl.load(inverse_norm_ptr + rows)[:, None], 0)
         tl.atomic_max(
             best_ptr + here, order_key(mirrored, block), mask=(here < classes) & (block < tile), sem="relaxed"
         )
-        value = product * tl.load(class_factor_ptr + here)[None, :]
+        value = product * tl.load(inverse_norm_ptr + here)[None, :]
         if (block == tile) | (tile == tiles - 1):  # the latter may reach beyond the classes
             hidden = (here[None, :] == rows[:, None]) | (here >= classes)[None, :]
             value = tl.where(hidden, float("-inf"), value)
@@ -133,7 +133,7 @@ def best_tile_kernel(
     # inputs
     rows_source,
     prototypes,
-    class_factor_ptr,
+    inverse_norm_ptr,
     own_ptr,
     # outputs
     best_ptr,
@@ -155,7 +155,7 @@ def best_tile_kernel(
 ):
     """For any rows, the largest (x_i·w_c)/‖w_c‖ of every tile, or the best tile: a row block by a range of tiles.
 
-    rows_source (count, width), prototypes (classes, width): descriptors if DESCRIBED. class_factor (tiles ·
+    rows_source (count, width), prototypes (classes, width): descriptors if DESCRIBED. inverse_norm (tiles ·
     BLOCK_CLASSES,) float32: 1/‖w‖ of the rows of ``prototypes`` as they are given. own (count,) int64: a class that
     each row leaves out, or None.
     best (count,) int64: the largest :func:`order_key` of a row, LOWEST_KEY before; if EVERY_TILE (count, tiles): the
@@ -174,7 +174,7 @@ def best_tile_kernel(
             DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
         )  # fmt: skip
         here = tile * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
-        value = product * tl.load(class_factor_ptr + here)[None, :]
+        value = product * tl.load(inverse_norm_ptr + here)[None, :]
         hides = tile == tiles - 1  # it may reach beyond the classes
         if own_ptr is not None:
             hides |= tl.max((own // BLOCK_CLASSES == tile).to(tl.int32), 0) != 0

@@ -46,7 +46,7 @@ def tile_candidates_kernel(
     # inputs
     rows_ptr,
     prototypes_ptr,
-    class_factor_ptr,
+    inverse_norm_ptr,
     own_ptr,
     best_ptr,
     order_ptr,
@@ -68,7 +68,7 @@ def tile_candidates_kernel(
 ):
     """Multiply the rows of some pairs with the classes of their tiles.
 
-    rows (any, width), prototypes (classes, width): columns next to each other; class_factor (classes,) float32: 1/‖w‖
+    rows (any, width), prototypes (classes, width): columns next to each other; inverse_norm (classes,) float32: 1/‖w‖
     of the rows of ``prototypes``. best (pairs,) int64: keys with the tile; order (pairs,) int32.
     With an index (pairs,) int64: the row of a pair is a prototype, number own (pairs,) int64 (if not None) or the pair
     itself, which is left out; index receives the nearest class of the tile, the lowest where several are. Without:
@@ -96,7 +96,7 @@ def tile_candidates_kernel(
             x = tl.load(row_pointers + (k + depth)[None, :], mask=mine[:, None] & cells, other=0.0)
             w = tl.load(class_pointers + (k + depth)[None, :], mask=known[:, None] & cells, other=0.0)
             product = tl.dot(x, w.T, product, input_precision=PRECISION)
-        value = product * tl.load(class_factor_ptr + here, mask=known, other=0.0)[None, :]
+        value = product * tl.load(inverse_norm_ptr + here, mask=known, other=0.0)[None, :]
         hidden = (here >= classes)[None, :]
         if index_ptr is not None:
             hidden |= here[None, :] == row[:, None]

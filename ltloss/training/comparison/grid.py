@@ -100,7 +100,7 @@ def compare(
     for name in RENAMED.keys() & set(methods):
         warn_deprecated(f"the method {name} is called {RENAMED[name]} now")
     names = tuple(dict.fromkeys(RENAMED.get(name, name) for name in methods))
-    plan = Plan(dict(given), names, recipe, seeds, dict(vary or {}), tune, tune_seeds, validation_per_class)
+    plan = ComparisonSpec(dict(given), names, recipe, seeds, dict(vary or {}), tune, tune_seeds, validation_per_class)
     settings = Settings(**plan.settings)
     train = load_split(settings, "train")
     apply_limits(train, settings, "train")  # which refuses an imbalance that the data does not allow
@@ -118,7 +118,7 @@ def compare(
     return found
 
 
-def _open_folder(out: Path, plan: Plan) -> Path:
+def _open_folder(out: Path, plan: ComparisonSpec) -> Path:
     """Write the manifest, remove what a killed comparison left, and return the folder."""
     for folder in (out, out / "runs", out / "models"):
         remove_leftovers(folder)
@@ -128,7 +128,7 @@ def _open_folder(out: Path, plan: Plan) -> Path:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonSpec:
     """The arguments of ``compare``, checked, and the jobs that follow from them; UserError where they cannot work."""
 
     given: Mapping[str, Any]
@@ -260,7 +260,7 @@ def _loss_options(given: Mapping[str, Any]) -> dict[str, Any]:
 class _Grid:
     """A plan, the folder that it fills, who computes, and the checksum of the training file."""
 
-    plan: Plan
+    plan: ComparisonSpec
     out: Path
     workers: Workers
     train: str

@@ -10,7 +10,7 @@ from helpers.refusals import refused
 import ltloss
 from ltloss.errors import UserError
 from ltloss.training.comparison.climb import next_points
-from ltloss.training.comparison.grid import Plan
+from ltloss.training.comparison.grid import ComparisonSpec
 from ltloss.training.comparison.methods import METHODS, listing, method, search_space, with_values
 from ltloss.training.comparison.recipes import recipe
 from ltloss.training.model.registry import build_loss
@@ -19,10 +19,10 @@ from ltloss.training.run.settings import Settings
 COUNTS = [81, 16, 1]
 
 
-def plan(*methods: str, **changes: object) -> Plan:
+def plan(*methods: str, **changes: object) -> ComparisonSpec:
     asked = {"recipe": "small", "seeds": 1, "vary": {}, "tune": False, "tune_seeds": 1, "validation_per_class": None}
     given = {"data": "digits", "device": "cpu", **changes.pop("given", {})}  # type: ignore[dict-item]
-    return Plan(given=given, methods=methods, **{**asked, **changes})  # type: ignore[arg-type]
+    return ComparisonSpec(given=given, methods=methods, **{**asked, **changes})  # type: ignore[arg-type]
 
 
 def loss_of(name: str, **values: object) -> ltloss.CombinedMarginLoss:
