@@ -45,7 +45,7 @@ _MANIFEST = "demo.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo and return the exit code, with mistakes reported as by the `ltloss` command."""
+    """Run the demo and return the exit code, with mistakes reported as by the ``ltloss`` command."""
     from ltloss.cli.command import reported
 
     # So small a network keeps one core busy: more threads would wait for each other, for long on a busy machine.

@@ -156,7 +156,7 @@ def check_supervised(features: Any, prototypes: Any, labels: Any) -> None:
 
 
 def check_per_class(name: str, given: Any, num_classes: int, like: Tensor) -> Tensor | float:
-    """Return a number or a (C,) vector in ``like``'s dtype; anything else raises, and so do values out of range.
+    """A number or a (C,) vector in ``like``'s dtype; anything else raises, and so do values out of range.
 
     Margins, priors and weights are constants of the training set: one that requires a gradient is refused, because
     none would arrive.

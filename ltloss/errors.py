@@ -72,7 +72,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def explain_os_error(error: OSError, again: str = "run the command again") -> str:
-    """One line for a failed file operation; a full disk says that nothing finished earlier was harmed, and `again`."""
+    """One line for a failed file operation; a full disk: that nothing finished earlier was harmed, and ``again``."""
     where = f" {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (

@@ -26,7 +26,7 @@ _backend: Backend = _checked(os.environ.get("LTLOSS_BACKEND", "auto"), f"{_VARIA
 
 
 def current_backend() -> Backend:
-    """Return the backend in force (see :class:`use_backend`).
+    """The backend in force (see :class:`use_backend`).
 
     Example:
         >>> import ltloss
@@ -84,7 +84,7 @@ _workspace: int = _workspace_of_environment()
 
 
 def current_workspace() -> int:
-    """Return how many bytes the backward of the kernels may take beside the gradients (see :class:`use_workspace`).
+    """How many bytes the backward of the kernels may take beside the gradients (see :class:`use_workspace`).
 
     Example:
         >>> import ltloss

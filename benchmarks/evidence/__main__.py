@@ -81,7 +81,8 @@ STUDIES = {
     "decay": Study(
         "omniglot28.npz",
         "Omniglot-LT",
-        "the three best methods tuned again at four times the weight decay, and at the rate that all three chose.",
+        "the three best methods tuned again at four times the weight decay, and at the learning rate that all three "
+        "chose.",
         (f"{_OMNIGLOT} --lr 0.8 --weight-decay 0.002 --losses {_BEST} --seeds 3 --tune",),
     ),
     "fashion": Study(
@@ -93,13 +94,14 @@ STUDIES = {
     "ablation": Study(
         "omniglot28.npz",
         "Omniglot-LT",
-        "the long-tail margins with log prior at their tuned rate and scale, one thing changed at a time.",
+        "the long-tail margins with log prior at their tuned learning rate and scale, one thing changed at a time.",
         tuple(f"{_OMNIGLOT} {_TUNED} {_VARIED} {changed}" for changed in _TUNED_CHANGES),
     ),
     "low-rate": Study(
         "omniglot28.npz",
         "Omniglot-LT",
-        "the long-tail margins with log prior at the recipe's rate, an eighth of the tuned one, and twice the scale.",
+        "the long-tail margins with log prior at the recipe's learning rate, an eighth of the tuned one, and twice the "
+        "scale.",
         tuple(f"{_OMNIGLOT} --scale 30 {_VARIED} {changed}" for changed in _SLOW_CHANGES),
     ),
 }
@@ -120,7 +122,7 @@ _PRIOR = 'tau=1, margin_normalize="max", min_angle_weight=0'
 _KEPT = "normalize_features=False, scale=1.5, feature_norm_weight="
 START_HERE = (
     Advice(
-        "hundreds of classes or more, a handful of samples in most; rate and scale tuned",
+        "hundreds of classes or more, a handful of samples in most; learning rate and scale tuned",
         "`LogitAdjustedLoss.from_counts(counts, D, scale=8)`",
         "omniglot",
         ("logit-adjusted", ""),
@@ -237,7 +239,7 @@ def best_at_each_scale(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
 
 
 def with_and_without_margin(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """A header, and a line for each rate and scale at which the log prior was tried with the margins and alone.
+    """A header, and a line for each learning rate and scale that the log prior was tried at, with the margins and alone.
 
     Alone it is cosine softmax with log prior; τ is 1 and the margin 0.5. One that diverged is "none".
     """
@@ -247,7 +249,7 @@ def with_and_without_margin(trials: Sequence[Mapping[str, str]]) -> list[list[st
         same = [(values, share) for values, share in found if values[key] == at]
         places.append({(v.get("lr", 0.0), v["scale"]): float(share) if share else None for v, share in same})
     return [
-        ["rate", "scale", "log prior alone", "log prior and margin"],
+        ["lr", "scale", "log prior alone", "log prior and margin"],
         *(
             [f"{lr:g}" if lr else "as given", f"{scale:g}", *(percents([place[lr, scale]]) for place in places)]
             for lr, scale in sorted(places[0].keys() & places[1].keys())

@@ -1,4 +1,4 @@
-"""`parallelize`: a loss module whose classes are spread over the ranks of a mesh."""
+"""``parallelize``: a loss module whose classes are spread over the ranks of a mesh."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def parallelize(
             step's message on the host.
         averaged_backbone: True where DDP or FSDP divides the gradients of the backbone by the number of ranks: those
             of the features are multiplied by it, so that the backbone gets the gradient of the global batch.
-        sample_rate: below 1, each training step takes the batch's own classes and random others up to this share of
+        sample_rate: below 1, each training step takes the batch's own classes and random others up to this fraction of
             each rank's classes, and only their prototypes get gradients, which :class:`SampledSGD` and
             :class:`SampledAdamW` use. ``eval()`` computes with all classes. A loss of your own takes ``shard=None`` in
             its ``forward`` and hands it to ``logsumexp_stats`` or ``margin_cross_entropy``.

@@ -87,12 +87,12 @@ class Gallery:
     originals: str | None = None
 
     def class_label(self, class_index: int) -> str:
-        """Return the escaped name of a class, or words where it is empty."""
+        """The escaped name of a class, or words where it is empty."""
         return escape(self.class_names[class_index]) or "(no name)"
 
 
 def folder_address(folder: Path, page_folder: Path) -> str:
-    """Return the URL of ``folder`` for a page in ``page_folder``: relative, so that both can move together."""
+    """The URL of ``folder`` for a page in ``page_folder``: relative, so that both can move together."""
     try:
         relative = os.path.relpath(folder, page_folder)
     except ValueError:  # another drive on Windows
@@ -102,14 +102,14 @@ def folder_address(folder: Path, page_folder: Path) -> str:
 
 
 def percent(probability: float) -> str:
-    """Return a probability for people; what is not certain is never shown as 100%."""
+    """A probability for people; what is not certain is never shown as 100%."""
     if 0.9995 <= probability < 1:
         return "> 99.9%"
     return f"{100 * probability:.1f}%"
 
 
 def thumbnail(image: Image.Image) -> tuple[bytes, str]:
-    """Return a small copy of an image of mode L or RGB as (bytes, "png" or "jpeg").
+    """A small copy of an image of mode L or RGB as (bytes, "png" or "jpeg").
 
     Tiny images keep every pixel (PNG).
     """
@@ -158,7 +158,7 @@ class _Cards:
         return f'<a href="{escape(self.gallery.originals)}/{quote(os.fsencode(Path(name).as_posix()))}">{image}</a>'
 
     def card(self, number: int, *, with_class: bool) -> str:
-        """Return the HTML of image ``number``; ``with_class`` where the section's heading does not name the class."""
+        """The HTML of image ``number``; ``with_class`` where the section's heading does not name the class."""
         label, name = self.gallery.class_label, self.source.names[number]
         index, probability = self.predictions.index[number], self.predictions.probability[number]
         predicted, likely = self.gallery.class_names[index[0]], float(probability[0])

@@ -61,7 +61,7 @@ PLOTS_STYLE = """
 
 
 def escape(value: object) -> str:
-    """Return ``value`` as text that is safe in HTML, inside and outside of quoted attributes.
+    """``value`` as text that is safe in HTML, inside and outside of quoted attributes.
 
     Control characters and the bytes of a file name that are not UTF-8 show as �.
     """
@@ -69,7 +69,7 @@ def escape(value: object) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: Sequence[int] = ()) -> str:
-    """Return a table of escaped cells; the columns in ``numeric`` (counted from 0) are set flush right."""
+    """A table of escaped cells; the columns in ``numeric`` (counted from 0) are set flush right."""
     kind = [' class="number"' if column in numeric else "" for column in range(len(header))]
     head = "".join(f"<th{kind[i]}>{escape(cell)}</th>" for i, cell in enumerate(header))
     body = "\n".join(
@@ -79,13 +79,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: S
 
 
 def tiles(items: Iterable[tuple[str, str]]) -> str:
-    """Return the key numbers at the top of a page: (what it is, the number) each."""
+    """The key numbers at the top of a page: (what it is, the number) each."""
     cards = "".join(f'<div class="tile"><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>' for k, v in items)
     return f'<dl class="tiles">{cards}</dl>'
 
 
 def figure(plot: Plot, about: str) -> str:
-    """Return a figure for an element of class ``plots``, with ``about``, text that says what it shows."""
+    """A figure for an element of class ``plots``, with ``about``, text that says what it shows."""
     return (
         f'<figure>\n<figcaption>{escape(plot.title)}<span class="about">{escape(about)}</span></figcaption>\n'
         f'<div role="img" aria-label="{escape(plot.alt)}">{plot.svg}</div></figure>'
@@ -93,7 +93,7 @@ def figure(plot: Plot, about: str) -> str:
 
 
 def details(summary: str, content: str, *, opened: bool = False) -> str:
-    """Return a section that folds. ``content`` is HTML, ``summary`` is text."""
+    """A section that folds. ``content`` is HTML, ``summary`` is text."""
     return f"<details{' open' if opened else ''}><summary>{escape(summary)}</summary>\n{content}\n</details>"
 
 

@@ -87,7 +87,7 @@ def classify(
     batch_size: int = 256,
     logits_at_once: int = _LOGITS_AT_ONCE,
 ) -> Predictions:
-    """Return the ``top`` best classes (at most as many as there are) of every image of ``source``.
+    """The ``top`` best classes (at most as many as there are) of every image of ``source``.
 
     ``logits_at_once`` bounds the elements of a matrix of logits, down to those of one image.
 

@@ -36,7 +36,7 @@ def _safe(name: str) -> str:
 
 
 def folder_names(class_names: Sequence[str]) -> list[str]:
-    """Return one folder name per class: usable on every common file system and unlike all others, even without case.
+    """One folder name per class: usable on every common file system and unlike all others, even without case.
 
     A class whose name is usable keeps it; of several that would share a name, later ones get ``-2``, ``-3``, ...
     """

@@ -13,8 +13,9 @@ def first_epoch(when: float, epochs: int) -> int:
 
 
 def learning_rate(settings: Settings, step: int, total: int) -> float:
-    """The rate of step number ``step`` (from 0) of ``total``: a linear rise to settings.lr, then half a cosine to 0, or
-    the factors of settings.schedule from their epochs on.
+    """The learning rate of step number ``step`` (from 0) of ``total``.
+
+    A linear rise to settings.lr, then half a cosine to 0, or the factors of settings.schedule from their epochs on.
     """
     rising = math.floor(settings.warmup * total)
     if step < rising:
