@@ -142,7 +142,9 @@ class Objective(NamedTuple):
         margin = self.margin.checked(num_classes, like)
         angle, cosine = (v.expand(num_classes) if isinstance(v, Tensor) else v for v in margin[:2])
         prior, weight = (
-            None if given is None else torch.as_tensor(check_per_class(name, given, num_classes, like)).to(like)
+            None
+            if given is None
+            else torch.as_tensor(check_per_class(name, given, num_classes, like), dtype=like.dtype, device=like.device)
             for name, given in (("log_prior", self.log_prior), ("class_weight", self.class_weight))
         )
         return self._replace(

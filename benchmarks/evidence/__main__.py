@@ -239,7 +239,7 @@ def best_at_each_scale(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
 
 
 def with_and_without_margin(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """A header, and a line for each learning rate and scale that the log prior was tried at, with the margins and alone.
+    """A header, and a line for each learning rate and scale at which the log prior was tried, with margins and alone.
 
     Alone it is cosine softmax with log prior; τ is 1 and the margin 0.5. One that diverged is "none".
     """
