@@ -91,7 +91,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         feature_norm_weight: λ2; 0 leaves L3 out. Features that keep their length (``normalize_features=False``) may
             shrink to nothing without it.
         feature_norm: the g of L3, by name or a function of the lengths (N,). ``"ring"`` with λ2 = 0.1 measured best, on
-            long-tailed digits (docs/evidence.md).
+            long-tailed digits (docs/evidence-more.md).
         feature_norm_radius: the R or u of that g; None for 1.25·√D, a quarter more than batch normalisation gives.
         tau: strength of the log prior τ·log π_c on the training logits; 0 adds none.
         options: see :class:`CombinedMarginLoss`.
