@@ -1,4 +1,4 @@
-"""`make demo`: five losses on long-tailed digits, a table, and a gallery of the test images as the model sorts them.
+"""``make demo``: five losses on long-tailed digits, a table, and a gallery of the test images as the model sorts them.
 
 Everything lands under ./demo/; what an earlier demo wrote there is replaced, anything else is left alone.
 """

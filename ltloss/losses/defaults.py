@@ -1,6 +1,6 @@
 """The scale that the modules take where a call gives none, and the values of the long-tail margins with log prior.
 
-A module of its own, without torch, so that the `ltloss` command can list methods before torch is there.
+A module of its own, without torch, so that the ``ltloss`` command can list methods before torch is there.
 """
 
 from __future__ import annotations
