@@ -43,7 +43,7 @@ class Partials(NamedTuple):
         logit_sum: (S, N) Σ s·cos_c over all classes of a split, or None where it was not asked for.
         target_cosine: (N,) cos_y: 0 where the target is not among these classes, NaN for a label that is no class.
         norm: (N,) ‖x‖ where features keep their length, else None.
-        logit_scale_log2: (C,) for the backward: 1/‖w‖, or s·log2 e/‖w‖ (kernels).
+        class_scale: (C,) for the backward: 1/‖w‖, or s·log2 e/‖w‖ (kernels).
     """
 
     sum: Tensor
@@ -51,7 +51,7 @@ class Partials(NamedTuple):
     logit_sum: Tensor | None
     target_cosine: Tensor
     norm: Tensor | None
-    logit_scale_log2: Tensor
+    class_scale: Tensor
 
 
 class MarginLoss(NamedTuple):

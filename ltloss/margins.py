@@ -49,6 +49,9 @@ class Margin(NamedTuple):
 
     A vector is per class, (C,), where the loss function takes it, and per sample, (N,), after :meth:`of_samples`.
 
+    Raises:
+        ValueError, TypeError: by :meth:`checked`, an option of another type, shape or range.
+
     Example:
         >>> import torch
         >>> from ltloss.margins import Margin

@@ -107,7 +107,7 @@ def _loss(features: torch.Tensor, prototypes: torch.Tensor, margin: Margin, **op
         torch.ones_like(loss),
         *given,
         coefficients,
-        partials.logit_scale_log2,
+        partials.class_scale,
         *rest,
         objective.scale,
         smooth,

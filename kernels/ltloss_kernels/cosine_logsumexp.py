@@ -46,7 +46,7 @@ class Partials(NamedTuple):
     logit_sum: Tensor | None  # (S, N): Σ s·cos over all classes of each part, if asked for
     target_cosine: Tensor  # (N,)
     norm: Tensor | None  # (N,): ‖x‖, where features keep their length
-    logit_scale_log2: Tensor  # (C,): s·log2 e/‖w‖, for the backward; 0 for a zero row
+    class_scale: Tensor  # (C,): s·log2 e/‖w‖, for the backward; 0 for a zero row
 
 
 def of_ranks(logsumexp: Tensor) -> Partials:
@@ -205,7 +205,7 @@ class ForwardPass:
             logit_sum=self._float(*shape) if with_logit_sum else None,
             target_cosine=self._float(samples),
             norm=None if normalize else self._float(samples),
-            logit_scale_log2=self._factor[:classes],
+            class_scale=self._factor[:classes],
         )
 
     def _float(self, *shape: int) -> Tensor:

@@ -54,7 +54,7 @@ def gradients(
     labels: Tensor,
     log_prior: Tensor | None,
     coefficients: Tensor,
-    logit_scale_log2: Tensor,
+    class_scale: Tensor,
     inverse_weight_sum: Tensor | None,
     max_coefficient: Tensor,
     scale: float,
@@ -71,7 +71,7 @@ def gradients(
         grad_loss: upstream gradient, a scalar or (N,) of any stride.
         features, prototypes, labels, log_prior, scale, normalize_features: as for ``partials``.
         coefficients: (4 or 5, N) of ``margin_loss``.
-        logit_scale_log2: (C,) s·log2 e/‖w‖, of the partials.
+        class_scale: (C,) s·log2 e/‖w‖, of the partials.
         inverse_weight_sum: scalar that multiplies the upstream gradient, or None.
         max_coefficient: scalar, the largest |coefficient|; read for float16 only.
         smooth: whether row 3 of the coefficients is used.
@@ -89,7 +89,7 @@ def gradients(
         run = BackwardPass(
             widened(features), widened(prototypes), labels, vector(log_prior), scale, normalize_features, ignore_index
         )
-        run.take(grad_loss, coefficients, logit_scale_log2, inverse_weight_sum, max_coefficient, smooth)
+        run.take(grad_loss, coefficients, class_scale, inverse_weight_sum, max_coefficient, smooth)
         run.allocate(needs[0], needs[1], limit())
         run.launch_samples()
         for slab in run.slabs():
@@ -154,14 +154,14 @@ class BackwardPass:
         self,
         upstream: Tensor,
         coefficients: Tensor,
-        logit_scale_log2: Tensor,
+        class_scale: Tensor,
         inverse_weight_sum: Tensor | None,
         max_coefficient: Tensor,
         smooth: bool,
     ) -> None:
         """Keep the upstream gradient, and what the forward left of each sample."""
         self.upstream, self.upstream_stride = upstream, upstream.stride(0) if upstream.dim() else 0
-        self.coefficients, self.logit_scale_log2, self.smooth = coefficients, logit_scale_log2, smooth
+        self.coefficients, self.class_scale, self.smooth = coefficients, class_scale, smooth
         self.inverse_weight_sum = inverse_weight_sum
         float16_slab = self.dtype == torch.float16  # then it is multiplied by a power of two, see slab_scale
         self.max_coefficient = max_coefficient if float16_slab else None
@@ -198,7 +198,7 @@ class BackwardPass:
         self._sample_gradients = torch.empty(4, samples, dtype=torch.float32, device=device)
         self.launch = Launches(
             "gradients",
-            layout(features, self.prototypes, self.labels, self.prior, self.coefficients, self.logit_scale_log2),
+            layout(features, self.prototypes, self.labels, self.prior, self.coefficients, self.class_scale),
             layout(self.upstream, self.inverse_weight_sum, self.max_coefficient, self.max_upstream),
             (self.feature_copy, self.smooth, self.ignore_index, need_features, need_prototypes),
             (self.tile, self.precision, self.plan),
@@ -216,7 +216,7 @@ class BackwardPass:
         for first in range(0, classes, self.plan.classes):
             here = slice(first, min(first + self.plan.classes, classes))
             operand = prototypes = part(self.prototypes, here)
-            factor, copy_factor, grad = part(self.logit_scale_log2, here), None, part(self.grad_prototypes, here)
+            factor, copy_factor, grad = part(self.class_scale, here), None, part(self.grad_prototypes, here)
             some = slice(0, here.stop - first)
             if self._copy is not None:
                 operand = part(self._copy, some)

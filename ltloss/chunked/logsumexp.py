@@ -144,7 +144,7 @@ def partials(
         logit_sum=(u @ unit_sum)[None] if with_logit_sum else None,
         target_cosine=_target_cosine(features, prototypes, inverse, labels, ignore_index),
         norm=None if normalize_features else _length(features, labels, ignore_index, dtype),
-        logit_scale_log2=inverse,
+        class_scale=inverse,
     )
 
 
@@ -294,7 +294,7 @@ def gradients(
     labels: Tensor,
     log_prior: Tensor | None,
     coefficients: Tensor,
-    logit_scale_log2: Tensor,
+    class_scale: Tensor,
     inverse_weight_sum: Tensor,
     max_coefficient: Tensor,
     scale: float,
@@ -315,7 +315,7 @@ def gradients(
     feature_inverse = inverse_norm(_counted(features, labels, ignore_index), dtype)
     u = _scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
     blocks = block_sizes(n, c, d, features.device)
-    tiles = _Tiles(u, prototypes, logit_scale_log2, None if log_prior is None else log_prior.to(dtype), blocks)
+    tiles = _Tiles(u, prototypes, class_scale, None if log_prior is None else log_prior.to(dtype), blocks)
     d_lse, d_target, d_all, *d_norm = coefficients[1:] * (grad_loss.to(dtype) * inverse_weight_sum)
     of_samples = _SampleGradients.of(coefficients[0], d_lse, d_target - d_all if smooth else d_target)
     grad_u = torch.zeros_like(u) if needs[0] else None
@@ -338,7 +338,7 @@ def gradients(
                 chunk.addmm_(tile.t(), signed_u[rows], beta=0 if row[0] == 0 else 1)
         if grad_w is not None:
             chunk = chunk if sum_row is None else chunk.add_(sum_row)
-            project_(chunk, unit, logit_scale_log2[start:stop])
+            project_(chunk, unit, class_scale[start:stop])
             if not in_place:
                 grad_w[start:stop] = chunk
     if grad_u is not None:
@@ -347,14 +347,19 @@ def gradients(
             grad_u.addr_(d_all, unit_sum)
         grad_u *= scale  # u = s·x̂, or s·x
         x_hat = _counted(features, labels, ignore_index).to(dtype) * feature_inverse[:, None]
-        if normalize_features:
-            project_(grad_u, x_hat, feature_inverse)
-        else:  # a zero feature has no direction: no gradient
-            grad_u.addcmul_(x_hat, d_norm[0][:, None]).masked_fill_((feature_inverse == 0)[:, None], 0.0)
+        _through_length(grad_u, x_hat, feature_inverse, *d_norm)
     return (
         features.new_empty(0) if grad_u is None else grad_u.to(features.dtype),
         prototypes.new_empty(0) if grad_w is None else grad_w,
     )
+
+
+def _through_length(grad: Tensor, x_hat: Tensor, inverse: Tensor, d_norm: Tensor | None = None) -> None:
+    """From the gradient for x̂, or for x with d_norm (N,) beside it, to that for x, in place."""
+    if d_norm is None:
+        project_(grad, x_hat, inverse)
+    else:  # a zero feature has no direction: no gradient
+        grad.addcmul_(x_hat, d_norm[:, None]).masked_fill_((inverse == 0)[:, None], 0.0)
 
 
 def _gradient_tile(

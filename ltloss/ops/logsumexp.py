@@ -76,7 +76,7 @@ def _stats(backend: Callable[[], Any]) -> Callable[..., tuple[Tensor, ...]]:
             partials.target_cosine.to(like.dtype),
             _empty(logit_sum, like),
             _empty(partials.norm, like),
-            partials.logit_scale_log2,
+            partials.class_scale,
         )
 
     return run
@@ -101,7 +101,7 @@ def _fake_stats(
 STATS = define(
     "logsumexp_stats(Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, float scale, "
     "bool normalize_features, bool with_logit_sum, int? ignore_index) -> (Tensor logsumexp, Tensor target_cosine, "
-    "Tensor logit_sum, Tensor norm, Tensor logit_scale_log2)",
+    "Tensor logit_sum, Tensor norm, Tensor class_scale)",
     _fake_stats,
     **{name: _stats(backend) for name, backend in BACKENDS.items()},
 )
@@ -117,7 +117,7 @@ def _fake_gradients(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *re
 
 _GRADIENTS = define(
     "logsumexp_gradients(Tensor grad_loss, Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, "
-    "Tensor coefficients, Tensor logit_scale_log2, Tensor inverse_weight_sum, Tensor max_coefficient, float scale, "
+    "Tensor coefficients, Tensor class_scale, Tensor inverse_weight_sum, Tensor max_coefficient, float scale, "
     "bool smooth, bool normalize_features, int? ignore_index, bool[] needs) -> (Tensor features, Tensor prototypes)",
     _fake_gradients,
     torch=chunked.gradients,
@@ -149,10 +149,10 @@ class LocalWork(NamedTuple):
 def gathered_stats(
     local: LocalWork, prototypes: Tensor, objective: Objective, with_logit_sum: bool, backend: str, shard: Shard
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Of all ranks (logsumexp (S, N), logit_sum (S, N), target_cosine (N,), norm (N,)); and ``logit_scale_log2``."""
+    """Of all ranks (logsumexp (S, N), logit_sum (S, N), target_cosine (N,), norm (N,)); and ``class_scale``."""
     normalize_features = objective.normalize_features
     if prototypes.shape[0]:
-        *vectors, logit_scale_log2 = STATS[backend](
+        *vectors, class_scale = STATS[backend](
             local.features,
             prototypes,
             local.labels,
@@ -166,7 +166,7 @@ def gathered_stats(
         like = local.features.new_zeros(local.features.shape[0], dtype=compute_dtype(local.features, prototypes))
         norm = torch.linalg.vector_norm(local.features, dim=1, dtype=like.dtype)
         vectors = [like - torch.inf, like, like[: len(like) * with_logit_sum], norm]
-        logit_scale_log2 = like[:0]
+        class_scale = like[:0]
     r, cosine, logit_sum, norm = vectors
     parts = [r, cosine] + [logit_sum] * with_logit_sum + [norm] * (not normalize_features)
     whole = shard.gather(torch.stack(parts))
@@ -176,14 +176,14 @@ def gathered_stats(
         whole[:, 2] if with_logit_sum else none,
         whole[:, 1].sum(0),  # a target has one owner, and the others have 0
         none if normalize_features else whole[0, -1],
-    ), logit_scale_log2
+    ), class_scale
 
 
 def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = None) -> tuple[Tensor | None, ...]:
     """The backward of the wide pass: dX and dW, summed over the ranks of a shard, and None for what comes after them.
 
     ``saved``, by default what the forward saved: features, prototypes, labels and prior of this rank's work, then
-    coefficients, ``logit_scale_log2``, 1/Σ weights and the largest coefficient.
+    coefficients, ``class_scale``, 1/Σ weights and the largest coefficient.
     """
     features, prototypes, labels, prior, coefficients, *rest = ctx.saved_tensors if saved is None else saved
     shard, needs, samples = ctx.shard, list(ctx.needs_input_grad[:2]), coefficients.shape[1]
@@ -249,28 +249,28 @@ class _LogSumExpStats(torch.autograd.Function):
         prior, scale, normalize_features = objective.log_prior, objective.scale, objective.normalize_features
         ignore_index = objective.ignore_index
         if shard is None:
-            r, cosine, logit_sum, norm, logit_scale_log2 = STATS[backend](
+            r, cosine, logit_sum, norm, class_scale = STATS[backend](
                 features, prototypes, labels, prior, scale, normalize_features, with_logit_sum, ignore_index
             )
         else:
             local = LocalWork.of(features, labels, objective, shard)
-            (parts, sums, cosine, norm), logit_scale_log2 = gathered_stats(
+            (parts, sums, cosine, norm), class_scale = gathered_stats(
                 local, prototypes, objective, with_logit_sum, backend, shard
             )
             r, logit_sum = torch.logsumexp(parts, 0), sums.sum(0) if with_logit_sum else sums
             (features, labels, prior), ignore_index = local, None
-        ctx.save_for_backward(features, prototypes, labels, prior, r, logit_scale_log2)
+        ctx.save_for_backward(features, prototypes, labels, prior, r, class_scale)
         ctx.options = scale, with_logit_sum, normalize_features, ignore_index
         ctx.backend, ctx.shard = backend, shard
         return r, cosine * (scale if normalize_features else scale * norm), logit_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *given, r, logit_scale_log2 = ctx.saved_tensors
+        *given, r, class_scale = ctx.saved_tensors
         _, with_logit_sum, normalize_features, _ = ctx.options
         d_all = grads[2] if with_logit_sum else torch.zeros_like(r)
         # The target logit s·‖x‖·cos_y is linear in x: no part of its gradient goes by the length alone.
         rows = [r, grads[0], grads[1] + d_all, d_all] + [torch.zeros_like(r)] * (not normalize_features)
         one = r.new_ones(())
         coefficients, max_coefficient = BACKENDS[ctx.backend]().coefficients(torch.stack(rows))
-        return propagate(ctx, one, (*given, coefficients, logit_scale_log2, one, max_coefficient))
+        return propagate(ctx, one, (*given, coefficients, class_scale, one, max_coefficient))

@@ -36,7 +36,7 @@ def _forward(backend: Callable[[], Any]) -> Callable[..., tuple[Tensor, ...]]:
             objective.ignore_index,
         )
         loss = implementation.margin_loss(partials, labels, objective, prototypes.shape[0])
-        return (*loss, partials.logit_scale_log2)
+        return (*loss, partials.class_scale)
 
     return partials_and_loss
 
@@ -84,7 +84,7 @@ _LOSS = "Tensor loss, Tensor coefficients, Tensor inverse_weight_sum, Tensor max
 OPERATORS = {
     "margin_cross_entropy": define(
         f"margin_cross_entropy(Tensor features, Tensor prototypes, Tensor labels, {OBJECTIVE}) "
-        f"-> ({_LOSS}, Tensor logit_scale_log2)",
+        f"-> ({_LOSS}, Tensor class_scale)",
         _fake_forward,
         **{name: _forward(backend) for name, backend in BACKENDS.items()},
     ),
@@ -115,16 +115,16 @@ class MarginCrossEntropy(torch.autograd.Function):
         prior, ignore_index, smooth = objective.log_prior, objective.ignore_index, objective.label_smoothing > 0.0
         if shard is None:
             operator = OPERATORS["margin_cross_entropy"][backend]
-            loss, coefficients, *scalars, logit_scale_log2 = operator(features, prototypes, labels, *objective.flat())
+            loss, coefficients, *scalars, class_scale = operator(features, prototypes, labels, *objective.flat())
         else:
             local = LocalWork.of(features, labels, objective, shard)
-            gathered, logit_scale_log2 = gathered_stats(local, prototypes, objective, smooth, backend, shard)
+            gathered, class_scale = gathered_stats(local, prototypes, objective, smooth, backend, shard)
             loss, coefficients, *scalars = OPERATORS["margin_loss"][backend](
                 *gathered, labels, *objective.flat(), num_classes
             )
             (features, labels, prior), ignore_index = local, None
         # The scalars: 1/Σ weights, and the largest coefficient.
-        ctx.save_for_backward(features, prototypes, labels, prior, coefficients, logit_scale_log2, *scalars)
+        ctx.save_for_backward(features, prototypes, labels, prior, coefficients, class_scale, *scalars)
         ctx.options = objective.scale, smooth, objective.normalize_features, ignore_index
         ctx.backend, ctx.shard = backend, shard
         result: Tensor = loss

@@ -65,7 +65,7 @@ def test_the_scale_of_the_logits_is_that_of_the_prototypes_themselves(
     width: int, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
     given = kernel_problem(d=width, dtypes=dtypes)
-    factor = partials_of(given, given.labels, IGNORED).logit_scale_log2
+    factor = partials_of(given, given.labels, IGNORED).class_scale
     exact = 9.0 / torch.log(torch.tensor(2.0, dtype=torch.float64)) / given.prototypes.double().norm(dim=1).cpu()
     assert relative_error(factor.cpu(), exact) <= 5e-7
 
@@ -78,7 +78,7 @@ def test_a_backward_may_read_in_place_what_the_forward_copied() -> None:
     objective = Objective(Margin(cosine_margin=0.1), scale=9.0)
     loss, coefficients, inverse, largest = margin_loss(found, given.labels, objective, C)
     grads = gradients(
-        torch.ones((), device=DEVICE), *given, None, coefficients, found.logit_scale_log2, inverse, largest,
+        torch.ones((), device=DEVICE), *given, None, coefficients, found.class_scale, inverse, largest,
         9.0, smooth=False, normalize_features=True, ignore_index=IGNORED, needs=(True, True), limit=lambda: 1 << 20,
     )  # fmt: skip
     assert_close(Outcome(loss, *grads), exact_outcome(given, cosine_margin=0.1, scale=9.0))
