@@ -18,7 +18,7 @@ from torch.nn import functional as torch_functional
 
 import ltloss.functional as ltloss_functional
 from ltloss import reference
-from ltloss.margins import margin_cosine
+from ltloss.margins import Margin, margin_cosine
 
 SCALE = 30.0
 SCALAR_MARGIN = 0.5  # radians, for peers that have no per-class margins
@@ -126,6 +126,61 @@ def _compiled(objective: Objective) -> Build:
     return build
 
 
+_BLOCK_BYTES = 256 << 20  # of the logits that the row blocks hold at a time
+
+
+class _RowBlocks(torch.autograd.Function):
+    """Loss of unit features and prototypes, some rows at a time: a library product, one pass, two library products.
+
+    Gradients are made in the forward, where the logits are at hand, and scaled in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, unit: Tensor, weight: Tensor, inputs: Inputs, one_pass: Callable[..., Any]) -> Tensor:
+        rows = max(1, _BLOCK_BYTES // (weight.shape[0] * weight.element_size()))
+        grad_unit, grad_weight = torch.empty_like(unit), torch.zeros_like(weight, dtype=torch.float32)
+        loss = unit.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(unit), rows):
+            block, labels = unit[start : start + rows], inputs.labels[start : start + rows]
+            part, d_cosine = one_pass(block @ weight.t(), labels, inputs.margins[labels], len(unit))
+            loss += part
+            grad_unit[start : start + rows] = d_cosine @ weight
+            grad_weight += d_cosine.t() @ block
+        ctx.save_for_backward(grad_unit, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        unit, weight = ctx.saved_tensors
+        return grads[0] * unit, grads[0] * weight, None, None
+
+
+def _softmax_pass(cosine: Tensor, labels: Tensor, margins: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The summed loss of a block over ``count``, and its gradient for the cosines in their dtype."""
+    labels, margin = labels[:, None], Margin(margins)
+    wide = cosine.float()
+    target = wide.gather(1, labels)[:, 0]
+    logit = SCALE * wide.scatter(1, labels, margin.value(target)[:, None])
+    lse = torch.logsumexp(logit, 1)
+    own = logit.gather(1, labels)[:, 0]
+    probability = torch.exp(logit - lse[:, None]) * (SCALE / count)
+    d_target = (torch.exp(own - lse) - 1.0) * margin.slope(target) * (SCALE / count)
+    return (lse - own).sum() / count, probability.scatter(1, labels, d_target[:, None]).to(cosine.dtype)
+
+
+def row_blocks(inputs: Inputs, *, compiled: bool = True) -> Callable[[], Tensor]:
+    if compiled:
+        torch.compiler.reset()
+    one_pass = torch.compile(_softmax_pass, dynamic=False) if compiled else _softmax_pass
+
+    def loss() -> Tensor:
+        unit = torch_functional.normalize(inputs.features), torch_functional.normalize(inputs.prototypes)
+        value: Tensor = _RowBlocks.apply(*unit, inputs, one_pass)  # type: ignore[no-untyped-call]
+        return value
+
+    return loss
+
+
 def _linear_cross_entropy(inputs: Inputs, *, chunked: bool = False) -> Callable[[], Tensor]:
     if not hasattr(torch_functional, "linear_cross_entropy"):
         raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy (2.12 has)")
@@ -178,6 +233,7 @@ ON_GPU = (
     _OURS,
     Provider("dense", _eager(dense_margin_loss), margin_truth, note="eager"),
     Provider("torch.compile", _compiled(dense_margin_loss), margin_truth, compiled=True, note="of the dense formula"),
+    Provider("row blocks", row_blocks, margin_truth, compiled=True, note="library products and one compiled pass"),
     _LINEAR,
     Provider("liger", _liger, plain_truth, note=f"{_PLAIN}, gradients computed in the forward"),
     Provider("cut-cross-entropy", _cut_cross_entropy, plain_truth, note=_PLAIN),

@@ -1,11 +1,16 @@
-"""``python -m benchmarks.loss_gpu``: is it right on this GPU, how fast is it, and how much memory does it take?
+"""``python -m benchmarks.loss_gpu``: is it right on this GPU, how fast is it, and which tiles are fastest?
 
-First every loss is compared with float64, compiled and not interpreted; if one is wrong, nothing is timed. Then what a
-GPU adds is checked (graphs, big tensors), in a process of its own; rows that are timed although such a property fails
-name it. Then forward and backward are measured apart, ours at every shape and then the peers, each beside a large bf16
-product that gives P, the rate that the GPU reaches at that moment. Ends within ``--minutes`` whatever happens, and
-writes what it has to ``results/<device>.csv``, the findings to ``.txt`` beside it, each as soon as it is known. Exit
-codes: 0 fine, 1 something is wrong, 2 cannot run here, 3 stopped at the deadline.
+Three stages, each of which can be run alone (``--stage``):
+
+1. correctness: every loss against float64, compiled and not interpreted, with each assembler that Triton brings, each
+   case in a process that a crash costs nothing else; then what a GPU adds (graphs, big tensors).
+2. times: forward and backward apart, ours at every shape and then the peers, each beside a large bf16 product that
+   gives P, the rate that the GPU reaches at that moment. Also if something failed before: then the rows say what.
+3. tiles: every candidate tile, other slabs and other products; winners in the form of the tile table.
+
+Ends within ``--minutes`` whatever happens, and writes what it has, each as soon as it is known: rows to
+``results/<device>.csv``, ``-correctness.csv`` and ``-tiles.csv``, findings to ``.txt``. Exit codes: 0 fine, 1 something
+is wrong, 2 cannot run here, 3 stopped at the deadline.
 """
 
 from __future__ import annotations
@@ -13,300 +18,84 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from benchmarks.loss_gpu import correctness, system
-from benchmarks.loss_gpu.measure import Deadline, Device, TooSlow, ends_within
-from benchmarks.loss_gpu.search import SearchCase, search_cases
-from benchmarks.peers import ON_GPU, Inputs, Provider, Shape, check_step, exact_step
+from benchmarks.loss_gpu import correctness, system, tiles, times
+from benchmarks.loss_gpu.apart import Answer
+from benchmarks.loss_gpu.measure import Deadline, Device, ends_within
+from benchmarks.loss_gpu.times import TINY, Bench
+from benchmarks.peers import ON_GPU, Shape
 from benchmarks.timing import RESULTS, write_rows
-from ltloss._files import write_file
 
-Row = dict[str, Any]
+STAGES = ("correctness", "times", "tiles")
+# Of the time that is left when it begins.
+_SHARE = {"correctness": 0.4, "times": 0.75, "tiles": 1.0}
 
 MAIN = (Shape(8192, 131_072, 512), Shape(4096, 1_000_000, 512), Shape(8192, 131_072, 4096))
 OTHERS = (
     *(Shape(8192, 131_072, width) for width in (128, 256, 1024)),
     Shape(4096, 131_072, 1024),
+    Shape(256, 1_000_000, 512),
 )
-LAUNCH_BOUND = Shape(256, 1000, 512)
-TINY = (Shape(12, 40, 16), Shape(5, 33, 8))  # for --device cpu
-
-# Operations per N·C·D: one product forwards; backwards two, and one to have the logits again (the count is the same
-# for providers that stored them, so that shares compare times).
-OPERATIONS = {"forward": 2, "backward": 6, "step": 8}
-_SEARCH_REPEATS = 10
-_SENTENCES = 20  # about mistakes are printed; the rest is counted
-_FLOAT64_LOGITS = 1 << 28  # of the exact reference at a time: 2 GiB, of which it holds about a dozen
 
 
-@dataclass
-class Bench:
-    """What every measurement needs, and where its rows go."""
+def _assemblers(device: Device) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Versions, and the variables that choose them; the one that Triton takes by itself first."""
+    if not device.is_cuda:
+        yield "", {}
+        return
+    from ltloss_kernels.config import assembler, tile_table
 
-    device: Device
-    deadline: Deadline
-    output: Path | None
-    dtype: torch.dtype = torch.bfloat16
-    repeats: int = 20
-    providers: Sequence[Provider] = ON_GPU
-    rows: list[Row] = field(default_factory=list)
-    findings: list[str] = field(default_factory=list)
-    failed: bool = False
-
-    def __post_init__(self) -> None:
-        size = 8192 if self.device.is_cuda else 64
-        self.stamp = {**self.device.stamp(), "failed_properties": ""}
-        self._operands = tuple(torch.randn(size, size, device=self.device.kind, dtype=self.dtype) for _ in "ab")
-        self._result = torch.empty_like(self._operands[0])
-        self.product_operations = 2 * size**3
-
-    def product(self) -> None:
-        """The product that P is measured with."""
-        torch.mm(*self._operands, out=self._result)
-
-    def add(self, rows: Iterable[Row]) -> None:
-        """Show rows, keep them, and write everything so far: a run that is stopped loses nothing."""
-        for row in rows:
-            self.rows.append({**self.stamp, **row})
-            print(_line(self.rows[-1]), flush=True)
-        self.write()
-
-    def tell(self, *sentences: str) -> None:
-        """Show findings and write all so far, before anything else is tried that may end the process."""
-        print(*sentences, sep="\n", flush=True)
-        self.findings += sentences
-        if self.output is not None:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            write_file(self.output.with_suffix(".txt"), ("\n".join(self.findings) + "\n").encode())
-
-    def write(self) -> None:
-        """Write every row so far."""
-        if self.output is not None and self.rows:
-            write_rows(self.rows, self.output)
+    arch = tile_table.architecture(torch.device("cuda"))
+    usual = assembler.assembler(arch)
+    for one in sorted(assembler.assemblers(), key=lambda one: one != usual):
+        yield one.version, {assembler.variable(arch): one.path}
 
 
-def _line(row: Row) -> str:
-    head = f"{row['N']}x{row['C']}x{row['D']:<6} {row['provider']:24}"
-    if not row.get("median_ms"):
-        return f"{head} left out: {row['note']}"
-    parts = [
-        f"{head} {row['phase']:9} {row['median_ms']:>9} ms  {row['tflops']:>6} TFLOP/s  {row['share_of_P']:>6} of P"
-    ]
-    parts += [f"{row[key]} {unit}" for key, unit in _OPTIONAL.items() if row.get(key) not in (None, "")]
-    if row["failed_properties"]:
-        parts.append(f"although it fails: {row['failed_properties']}")
-    return "  ".join(parts)
+def check(bench: Bench, quick: bool) -> None:
+    """Stage 1. What fails is named in every row from now on, and times are measured all the same."""
+    rows: list[dict[str, Any]] = []
+    output = None if bench.output is None else bench.output.with_name(f"{bench.output.stem}-correctness.csv")
+    processes = min(8, (os.cpu_count() or 2) // 2) if bench.device.is_cuda else 0
+    failed: list[str] = []
+    versions = list(_assemblers(bench.device))
+    for number, (version, environment) in enumerate(versions):
+        by = f" (ptxas {version})" if version else ""
 
+        def tell(name: str, answer: Answer, by: str = by, version: str = version) -> None:
+            verdict: correctness.Verdict | None = answer.value
+            problem = answer.problem or (verdict.problem() if verdict else "")
+            errors = verdict.row() if verdict else {}
+            rows.append({**bench.stamp, "ptxas": version, "case": name, "problem": problem, **errors})
+            if output is not None:
+                write_rows(rows, output)
+            if problem:
+                bench.tell(f"{problem}: {name}{by}")
 
-_OPTIONAL = {"extra_mib": "MiB extra", "host_us": "us host", "launches": "launches"}
-
-
-def _head(shape: Shape, dtype: torch.dtype, provider: str) -> Row:
-    kind = str(dtype).removeprefix("torch.")
-    return {"N": shape.n, "C": shape.c, "D": shape.d, "dtype": kind, "provider": provider}
-
-
-def time_shape(bench: Bench, shape: Shape, providers: Sequence[Provider], share: float, *, host: bool = False) -> None:
-    """Check and time every provider at one shape, with at most ``share`` of the time that is left."""
-    deadline = bench.deadline.share(share)
-    inputs = cache(lambda: Inputs.draw(shape, device=bench.device.kind, dtype=bench.dtype))
-    exact = cache(lambda truth: exact_step(truth, inputs(), max(1, _FLOAT64_LOGITS // shape.c)))
-
-    def check(provider: Provider) -> None:
-        deadline.allow(0.0)
-        loss = provider.build(inputs())
-        checked[provider] = loss, check_step(provider.name, loss, inputs(), exact(provider.truth))
-
-    def measure(provider: Provider) -> None:
-        loss, error = checked[provider]
-        rows = _measure(bench, deadline, shape, loss, inputs(), host=host)
-        head = _head(shape, bench.dtype, provider.name)
-        bench.add({**head, **row, "relative_error": f"{error:.1e}", "note": provider.note} for row in rows)
-
-    checked: dict[Provider, tuple[Callable[[], torch.Tensor], float]] = {}
-    for provider in providers:  # first check all, then forget the exact gradients, which take memory
-        _attempt(bench, _head(shape, bench.dtype, provider.name), partial(check, provider))
-    exact.cache_clear()
-    for provider in checked:
-        _attempt(bench, _head(shape, bench.dtype, provider.name), partial(measure, provider))
-
-
-def _reason(failure: Exception) -> str:
-    if isinstance(failure, torch.OutOfMemoryError):
-        return "out of memory"
-    if isinstance(failure, TooSlow):
-        return str(failure)
-    kind = "not importable" if isinstance(failure, ImportError) else type(failure).__name__
-    return f"{kind}: {' '.join(str(failure).split())[:200]}"
-
-
-def _attempt(bench: Bench, head: Row, action: Callable[[], None]) -> None:
-    """Do it; if that fails, a row says why there are no numbers. Peers may; if ours does, it must be for lack of time.
-
-    What is said is said outside of the except block, which would keep the failed step's tensors alive.
-    """
-    reason = ""
-    try:
-        action()
-    except Exception as failure:
-        reason = _reason(failure)
-    try:
-        bench.device.release()
-    except Exception as failure:  # an illegal access is reported by whatever comes after it
-        reason = reason or _reason(failure)
-    if reason:
-        bench.add([{**head, "note": reason}])
-        bench.failed |= head["provider"] == "ltloss" and not reason.startswith("too slow")
-
-
-def _measure(
-    bench: Bench, deadline: Deadline, shape: Shape, loss: Callable[[], torch.Tensor], inputs: Inputs, *, host: bool
-) -> list[Row]:
-    """Rows of forward, backward and both: medians of hot repeats, and the memory beyond inputs and gradients."""
-    device, state = bench.device, {}
-
-    def forward() -> None:
-        state["loss"] = loss()
-
-    def backward() -> None:
-        state.pop("loss").backward()
-
-    inputs.drop_gradients()
-    timed = partial(device.time, inputs.drop_gradients, bench.product, [forward, backward])
-    first = timed(1)
-    a_round = 1e-3 * (sum(times[0] for times in first.steps) + first.product[0])
-    deadline.allow(1.2 * (bench.repeats + 3) * a_round)
-    timed(2)
-    times = timed(bench.repeats)
-    inputs.drop_gradients()
-    peaks = device.peak_bytes([forward, backward])
-    if peaks[1] is not None:
-        peaks[1] = max(0, peaks[1] - inputs.gradient_bytes)
-    inputs.drop_gradients()
-    both = [sum(pair) for pair in zip(*times.steps, strict=True)]
-    rows = [
-        _speed(bench, shape, phase, OPERATIONS[phase], milliseconds, times.product, peak)
-        for phase, milliseconds, peak in zip(OPERATIONS, [*times.steps, both], [*peaks, None], strict=True)
-    ]
-    if host:
-        rows[0] |= {"host_us": f"{device.host_microseconds(loss):.0f}", "launches": device.launches(forward)}
-        rows[1]["launches"] = device.launches(backward)
-        rows[2]["host_us"] = f"{device.host_microseconds(lambda: loss().backward()):.0f}"
-        inputs.drop_gradients()
-    return rows
-
-
-def time_search(bench: Bench, case: SearchCase, deadline: Deadline) -> None:
-    """Check and time one search, and take the memory beyond its inputs."""
-    head = {**_head(case.shape, case.dtype, case.provider), "phase": case.phase}
-
-    def measure() -> None:
-        deadline.allow(0.0)
-        search = case.build(bench.device.kind, case.shape, case.dtype)
-        timed = partial(bench.device.time, lambda: None, bench.product, [search])
-        first = timed(2)
-        deadline.allow(1.2e-3 * _SEARCH_REPEATS * (first.steps[0][-1] + first.product[-1]))
-        times = timed(min(bench.repeats, _SEARCH_REPEATS))
-        peak = bench.device.peak_bytes([search])[0]
-        speed = _speed(bench, case.shape, case.phase, case.operations, times.steps[0], times.product, peak)
-        bench.add([{**head, **speed, "note": case.note}])
-
-    _attempt(bench, head, measure)
-
-
-def _speed(
-    bench: Bench,
-    shape: Shape,
-    phase: str,
-    operations: int,
-    milliseconds: Sequence[float],
-    product: Sequence[float],
-    peak: int | None,
-) -> Row:
-    median = statistics.median(milliseconds)
-    rate = bench.product_operations / statistics.median(product) * 1e-9
-    reached = operations * shape.n * shape.c * shape.d / median * 1e-9
-    return {
-        "phase": phase,
-        "median_ms": f"{median:.4f}",
-        "min_ms": f"{min(milliseconds):.4f}",
-        "max_ms": f"{max(milliseconds):.4f}",
-        "repeats": len(milliseconds),
-        "tflops": f"{reached:.4g}",
-        "share_of_P": f"{reached / rate:.3f}",
-        "P_tflops": f"{rate:.4g}",
-        "extra_mib": "" if peak is None else f"{peak / (1 << 20):.1f}",
-    }
-
-
-def check_losses(bench: Bench, quick: bool) -> bool:
-    """Compare every loss with float64; False means: time nothing."""
-    processes = min(8, (os.cpu_count() or 2) // 2) if bench.device.is_cuda else 1
-    summary = correctness.check_all(bench.device.kind, bench.deadline.share(0.4), quick, processes)
+        share = bench.deadline.share(0.6 / (len(versions) - number))
+        kind = bench.device.kind
+        summary = correctness.check_all(kind, share, quick, processes, environment, tell)
+        bench.tell(
+            f"correctness{by}: {summary.compared} comparisons with float64, {summary.left_out} left out for time, "
+            f"{len(summary.wrong)} wrong, {len(summary.inaccurate)} less accurate than promised; "
+            f"worst error {summary.worst:.2f} of what is allowed"
+        )
+        failed += [f"{len(summary.wrong)} comparisons{by}"] * bool(summary.wrong)
+        bench.failed |= bool(summary.wrong or summary.inaccurate)
+    todo = system.properties(bench.device, quick)
+    properties = system.check_all(bench.device, bench.deadline.share(0.6), todo, apart=bench.device.is_cuda)
     bench.tell(
-        *(f"less accurate than promised: {sentence}" for sentence in summary.inaccurate[:_SENTENCES]),
-        *(f"WRONG: {sentence}" for sentence in summary.wrong[:_SENTENCES]),
-        f"correctness: {summary.compared} comparisons with float64, {summary.left_out} left out for time, "
-        f"{len(summary.wrong)} wrong, {len(summary.inaccurate)} less accurate than promised; "
-        f"worst error {summary.worst:.2f} of what is allowed",
+        *(f"WRONG: {name}: {problem}" for name, problem in properties.wrong.items()),
+        f"properties: {properties.compared} checked, {properties.left_out} left out for time, "
+        f"{len(properties.wrong)} wrong",
     )
-    bench.failed |= bool(summary.wrong or summary.inaccurate)
-    return not summary.wrong
-
-
-def check_system(bench: Bench, todo: Sequence[system.Property]) -> None:
-    """Try what a GPU adds. What fails is named in every row from now on, and times are measured all the same."""
-    summary = system.check_all(bench.device, bench.deadline.share(0.3), todo, apart=bench.device.is_cuda)
-    bench.tell(
-        *(f"WRONG: {name}: {problem}" for name, problem in summary.wrong.items()),
-        f"properties: {summary.compared} checked, {summary.left_out} left out for time, {len(summary.wrong)} wrong",
-    )
-    bench.stamp["failed_properties"] = "; ".join(summary.wrong)
-    bench.failed |= bool(summary.wrong)
-
-
-def run(bench: Bench, shapes: Sequence[Shape], quick: bool, usual: bool) -> None:
-    """Ours first at every shape, then the peers, the most telling shapes first; the searches with the usual shapes."""
-    ours = [provider for provider in bench.providers if provider.name == "ltloss"]
-    peers = [provider for provider in bench.providers if provider.name != "ltloss"]
-    small = LAUNCH_BOUND if bench.device.is_cuda else TINY[-1]
-    for shape in shapes:
-        time_shape(bench, shape, ours, 0.3)
-    time_shape(bench, small, ours, 0.3, host=True)
-    section = bench.deadline.share(0.4)
-    searches = list(search_cases(not bench.device.is_cuda)) if usual else []
-    for wanted, is_ours in ((ours, True), (peers and not quick, False)):
-        for case in searches if wanted else ():
-            if (case.provider == "ltloss") == is_ours:
-                time_search(bench, case, section)
-    for shape in () if quick else shapes:
-        time_shape(bench, shape, peers, 0.4)
-    time_shape(bench, small, peers, 1.0, host=True)
-
-
-def tune(bench: Bench, shapes: Sequence[Shape]) -> int:
-    """Time every candidate tile for as long as the time lasts; print a ranking per kernel and shape, store nothing."""
-    from ltloss.tools import tune_tiles  # needs Triton
-
-    for shape in shapes:
-        sizes = (shape.n, shape.c, shape.d)
-        for kernel in get_args(tune_tiles.Kernel):
-            if bench.deadline.left() <= 0:
-                print(f"left out for time: {kernel} at {shape}")
-                continue
-            ranking = tune_tiles.rank(kernel, *sizes, bench.dtype, bench.device.kind, bench.repeats)
-            print(tune_tiles.show(kernel, sizes, ranking), flush=True)
-            bench.device.release()
-    return 0
+    bench.stamp["failed_properties"] = "; ".join([*failed, *properties.wrong])
+    bench.failed |= bool(properties.wrong)
 
 
 def _shape(text: str) -> Shape:
@@ -326,7 +115,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = [provider.name for provider in ON_GPU]
     parser.add_argument("--provider", action="append", choices=names, help="only these (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer comparisons, one shape, no peers at large shapes")
-    parser.add_argument("--tune", action="store_true", help="time every candidate tile instead, and print the ranking")
+    stages = ", ".join(STAGES)
+    parser.add_argument("--stage", action="append", choices=STAGES, help=f"only this (default: {stages}, in turn)")
     parser.add_argument("--output", type=Path, help="CSV to write (default: results/<device>.csv; none for cpu)")
     return parser.parse_args(arguments)
 
@@ -342,18 +132,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if output is None and device.is_cuda:
         output = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.name().lower()).strip("-") + ".csv")
     deadline = Deadline(0.94 * 60 * options.minutes)
-    chosen = [one for one in ON_GPU if options.provider is None or one.name in options.provider]
-    bench = Bench(device, deadline, output, repeats=options.repeats, providers=chosen)
+    providers = [one for one in ON_GPU if options.provider is None or one.name in options.provider]
+    bench = Bench(device, deadline, output, repeats=options.repeats, providers=providers)
     shapes = options.shape or ((*MAIN, *OTHERS) if device.is_cuda else TINY)
     shapes = shapes[:1] if options.quick else shapes
     print(", ".join(f"{name} {value}" for name, value in bench.stamp.items()), flush=True)
+    quick = options.quick or not device.is_cuda
     with ends_within(60 * options.minutes, bench.write):
-        if options.tune:
-            return tune(bench, shapes)
-        quick = options.quick or not device.is_cuda
-        if check_losses(bench, quick):
-            check_system(bench, system.properties(device, quick))
-            run(bench, shapes, options.quick, usual=options.shape is None)
+        for stage in options.stage or (STAGES if device.is_cuda else STAGES[:2]):
+            bench.deadline = deadline.share(1.0 if options.stage else _SHARE[stage])
+            if stage == "correctness":
+                check(bench, quick)
+            elif stage == "times":
+                times.run(bench, shapes, options.quick, usual=options.shape is None)
+            else:
+                chosen = options.shape or (tiles.SHAPES if device.is_cuda else TINY[:1])
+                table = None if output is None else output.with_name(f"{output.stem}-tiles.csv")
+                tiles.measure(bench, chosen, table)
     if output is not None and bench.rows:
         print(f"wrote {output}: {len(bench.rows)} rows")
     return 1 if bench.failed else 0

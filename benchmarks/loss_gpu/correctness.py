@@ -7,10 +7,8 @@ the result.
 
 from __future__ import annotations
 
-import concurrent.futures
-import itertools
-from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
@@ -18,9 +16,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.loss_gpu.apart import Answer, spread
 from benchmarks.loss_gpu.measure import Deadline
-from benchmarks.timing import fresh_processes
-from ltloss import functional, reference
+from ltloss import functional, reference, use_workspace
 from ltloss.testing import FAMILY, Outcome, Problem, outcome, problem
 
 Dtypes = tuple[torch.dtype, torch.dtype]  # of features and prototypes
@@ -42,6 +40,7 @@ SHAPES = (
 )
 DTYPES: tuple[Dtypes, ...] = ((BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP32, BF16), (FP16, BF16))
 SCALES = (1.0, 64.0, 100.0, 512.0)
+USUAL, SMALL = 256 << 20, 1 << 20  # bytes of workspace; the small one makes slabs of 1024 classes
 
 
 class Case(NamedTuple):
@@ -51,6 +50,7 @@ class Case(NamedTuple):
     given: Problem
     dtypes: Dtypes
     options: dict[str, Any]
+    workspace: int = USUAL
 
 
 class Verdict(NamedTuple):
@@ -65,6 +65,19 @@ class Verdict(NamedTuple):
         """Largest error as a multiple of what was allowed; infinite for NaN."""
         ratios = [error / bound for error, bound in zip(self.errors, self.allowed, strict=True)]
         return max(ratio if ratio == ratio else float("inf") for ratio in ratios)
+
+    def problem(self) -> str:
+        """WRONG, or less accurate than promised, with the numbers; empty where neither."""
+        if self.worst <= 1.0:
+            return ""
+        pairs = zip(("loss", "dX", "dW"), self.errors, self.allowed, strict=True)
+        text = ", ".join(f"{name} {error:.1e} (allowed {bound:.1e})" for name, error, bound in pairs)
+        return f"{'WRONG' if self.worst > WRONG else 'less accurate than promised'}, {text}"
+
+    def row(self) -> dict[str, str]:
+        """For a table."""
+        names = ("loss", "features", "prototypes")
+        return {name: f"{error:.2e}" for name, error in zip(names, self.errors, strict=False)}
 
 
 def _inputs(n: int, c: int, d: int) -> dict[str, Problem]:
@@ -87,7 +100,7 @@ def _inputs(n: int, c: int, d: int) -> dict[str, Problem]:
 def cases(quick: bool) -> Iterator[Case]:
     """What is compared, the most telling first, in case the time runs out."""
     n, c, d = 200, 1000, 96
-    for dtypes in DTYPES[: 1 if quick else 3]:
+    for dtypes in DTYPES[: 1 if quick else 4]:  # the last: float32 master weights under bfloat16
         for loss, options in FAMILY.items():
             yield Case(f"{loss}", problem(n, c, d), dtypes, options(c))
     margins = FAMILY["long_tail"]
@@ -95,6 +108,7 @@ def cases(quick: bool) -> Iterator[Case]:
         for shape in SHAPES[: 4 if quick else None]:
             for loss in ("long_tail", "everything"):
                 yield Case(f"{loss} {shape}", problem(*shape), dtypes, FAMILY[loss](shape[1]))
+    yield from _several_slabs(quick)
     for dtypes in DTYPES[:3]:
         for kind, given in _inputs(150, 600, 64).items():
             yield Case(f"long_tail on {kind}", given, dtypes, margins(600))
@@ -104,6 +118,17 @@ def cases(quick: bool) -> Iterator[Case]:
             yield Case(f"length kept, scale {scale / 8:g}", problem(150, 600, 64), dtypes, kept)
     empty = problem(2, 600, 64)
     yield Case("empty batch", Problem(empty.features[:0], empty.prototypes, empty.labels[:0]), (BF16, BF16), {})
+
+
+def _several_slabs(quick: bool) -> Iterator[Case]:
+    """More classes than a slab of the backward holds, in every pair of dtypes; one sample; many classes."""
+    for dtypes in DTYPES[: 2 if quick else None]:
+        for n in (130, 1):
+            for loss in ("long_tail", "everything"):
+                options = FAMILY[loss](5000)
+                yield Case(f"{loss}, slabs of 1024 classes, N = {n}", problem(n, 5000, 96), dtypes, options, SMALL)
+    for dtypes in () if quick else (DTYPES[0], DTYPES[1], DTYPES[3]):
+        yield Case("long_tail, C = 70000", problem(64, 70_000, 64), dtypes, FAMILY["long_tail"](70_000), SMALL)
 
 
 def product_dtype(dtypes: Dtypes) -> torch.dtype:
@@ -142,7 +167,8 @@ def compare(case: Case, device: str) -> Verdict:
     wide = Problem(given.features.double(), given.prototypes.double(), labels)
     exact = outcome(wide, exact_upstream, loss=reference.margin_cross_entropy, **options)
     plain = outcome(given, upstream, loss=plain_pytorch(product_dtype(case.dtypes)), **options)
-    found = outcome(given, upstream, loss=functional.margin_cross_entropy, **options)
+    with use_workspace(case.workspace):
+        found = outcome(given, upstream, loss=functional.margin_cross_entropy, **options)
     rounding = [max(FLOOR, unit) for unit in (0.0, *(torch.finfo(dtype).eps for dtype in case.dtypes))]
     allowed = [FACTOR * error + floor for error, floor in zip(_distances(plain, exact), rounding, strict=True)]
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in case.dtypes)
@@ -166,49 +192,42 @@ class Summary:
     def add(self, verdict: Verdict) -> None:
         """Take one comparison in."""
         self.worst = max(self.worst, verdict.worst)
-        if verdict.worst > 1.0:
-            pairs = zip(("loss", "dX", "dW"), verdict.errors, verdict.allowed, strict=True)
-            text = ", ".join(f"{name} {error:.1e} (allowed {bound:.1e})" for name, error, bound in pairs)
-            (self.wrong if verdict.worst > WRONG else self.inaccurate).append(f"{verdict.case}: {text}")
-
-    def merge(self, other: Summary) -> None:
-        """Add the counts and sentences of another run."""
-        self.compared += other.compared
-        self.left_out += other.left_out
-        self.worst = max(self.worst, other.worst)
-        self.wrong += other.wrong
-        self.inaccurate += other.inaccurate
+        if problem := verdict.problem():
+            (self.wrong if verdict.worst > WRONG else self.inaccurate).append(f"{verdict.case}: {problem}")
 
 
-def check_part(device: str, seconds: float, quick: bool, part: int, parts: int) -> Summary:
-    """Run every ``parts``-th case from the ``part``-th on, as far as the time allows."""
-    deadline, summary = Deadline(seconds), Summary()
-    for case in itertools.islice(cases(quick), part, None, parts):
-        if deadline.left() <= 0:
-            summary.left_out += 1
-            continue
+@functools.cache
+def _all_cases(quick: bool) -> list[Case]:
+    return list(cases(quick))
+
+
+def check_case(number: int, device: str, quick: bool) -> Verdict:
+    """Compare one of the cases."""
+    return compare(_all_cases(quick)[number], device)
+
+
+def check_all(
+    device: str,
+    deadline: Deadline,
+    quick: bool = False,
+    processes: int = 0,
+    environment: Mapping[str, str] | None = None,
+    tell: Callable[[str, Answer], None] = lambda name, answer: None,
+) -> Summary:
+    """Run every case that the time allows; ``tell`` gets the answer of each at once.
+
+    In ``processes`` processes, each with ``environment`` besides, for nearly all of the time is spent compiling; a case
+    that ends its process costs that case.
+    """
+    names = [f"{case.name} {tuple(str(one).removeprefix('torch.') for one in case.dtypes)}" for case in cases(quick)]
+    summary = Summary(left_out=len(names))
+    work = functools.partial(check_case, device=device, quick=quick)
+    for number, answer in spread(work, range(len(names)), device, deadline, processes, environment):
         summary.compared += 1
-        try:
-            summary.add(compare(case, device))
-        except Exception as error:  # one broken variant must not hide what the others do
-            summary.wrong.append(f"{case.name} {case.dtypes}: {type(error).__name__}: {str(error)[:300]}")
+        summary.left_out -= 1
+        if answer.problem:
+            summary.wrong.append(f"{names[number]}: {answer.problem}")
+        else:
+            summary.add(answer.value)
+        tell(names[number], answer)
     return summary
-
-
-def check_all(device: str, deadline: Deadline, quick: bool = False, processes: int = 1) -> Summary:
-    """Run every case that the time allows, in several processes: nearly all of the time is spent compiling."""
-    if processes <= 1:
-        return check_part(device, deadline.left(), quick, 0, 1)
-    summary = Summary()
-    with fresh_processes(processes) as pool:
-        work = [pool.submit(check_part, device, deadline.left(), quick, i, processes) for i in range(processes)]
-        for done in work:
-            summary.merge(_result(done))
-    return summary
-
-
-def _result(done: concurrent.futures.Future[Summary]) -> Summary:
-    try:
-        return done.result()
-    except BrokenProcessPool:
-        return Summary(wrong=["a process that compared died (a crash, or out of memory)"])

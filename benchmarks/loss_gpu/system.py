@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.loss_gpu import search
+from benchmarks.loss_gpu.apart import Worker
 from benchmarks.loss_gpu.measure import Deadline, Device
 from benchmarks.peers import Inputs, Shape, run_step
-from benchmarks.timing import fresh_processes
 from ltloss import ArcFaceLoss, functional, use_backend
 
 Options = dict[str, Any]
@@ -185,42 +182,24 @@ def properties(device: Device, quick: bool) -> list[Property]:
     return [*ANYWHERE, *(ON_A_GPU[: 2 if quick else None] if device.is_cuda else ())]
 
 
-def check_one(holds: Property, kind: str) -> tuple[str, bool]:
-    """What is wrong, and whether it was raised: then the device may be of no more use to this process."""
-    device = Device(kind)
-    try:
-        problem = holds(device)
-        device.release()  # may raise as well: an illegal access is reported by whatever comes after it
-    except Exception as error:  # the others shall be checked too
-        return f"{type(error).__name__}: {str(error)[:300]}", True
-    return problem, False
-
-
-def _elsewhere(pool: Executor, holds: Property, kind: str) -> tuple[str, bool]:
-    try:
-        return pool.submit(check_one, holds, kind).result()
-    except BrokenProcessPool:
-        return "the process that checked died (a crash, or out of memory)", True
-
-
-def check_all(device: Device, deadline: Deadline, todo: Sequence[Property], *, apart: bool) -> Summary:
-    """Check what the time allows.
-
-    ``apart``: in another process, so that this one keeps a device that works, and in a new one after each that raised:
-    no broken device is handed on.
-    """
+def check_all(
+    device: Device,
+    deadline: Deadline,
+    todo: Sequence[Property],
+    *,
+    apart: bool,
+    environment: Mapping[str, str] | None = None,
+) -> Summary:
+    """Check what the time allows; ``apart``: in other processes, so that this one keeps a device that works."""
     wrong: dict[str, str] = {}
-    check: Callable[[Property, str], tuple[str, bool]] = check_one
-    compared, raised = 0, True
-    with ExitStack() as elsewhere:
-        for holds in todo:
-            if deadline.left() <= 0:
-                break
-            compared += 1
-            if apart and raised:
-                elsewhere.close()
-                check = partial(_elsewhere, elsewhere.enter_context(fresh_processes(1)))
-            problem, raised = check(holds, device.kind)
-            if problem:
-                wrong[holds.__name__.replace("_", " ")] = problem
+    compared = 0
+    worker = Worker(device.kind, apart=apart, environment=environment)
+    for holds in todo:
+        if deadline.left() <= 0:
+            break
+        compared += 1
+        answer = worker.do(holds, device)
+        if problem := answer.problem or answer.value:
+            wrong[holds.__name__.replace("_", " ")] = problem
+    worker.close()
     return Summary(compared, len(todo) - compared, wrong)

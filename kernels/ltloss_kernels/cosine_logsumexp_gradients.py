@@ -9,11 +9,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ltloss_kernels.config import choices
 from ltloss_kernels.config import tile_table as tiles
-from ltloss_kernels.config.chunking import backward_plan, ceil_div
+from ltloss_kernels.config.chunking import backward_plan, ceil_div, in_waves, parts_of_product
 from ltloss_kernels.config.operands import (
     block_source,
     multiply_add,
+    multiply_add_in_parts,
     padded_matrix,
     part,
     product_dtype,
@@ -104,7 +106,7 @@ def gradients(
             for rows in run.chunks():
                 tile = run.launch_tiles(rows, slab)
                 if run.feature_sum is not None:
-                    multiply_add(part(run.feature_sum, rows), tile, slab.operand, overwrite=slab.first == 0)
+                    run.add_to_features(part(run.feature_sum, rows), tile, slab)
                 if slab.sum is not None:
                     multiply_add(slab.sum, tile.t(), part(run.unit, rows), overwrite=rows.start == 0)
             run.launch_projection(slab)
@@ -183,6 +185,9 @@ class BackwardPass:
             tile_classes=self.tile.classes,
             limit=limit,
         )
+        if choices.tried("one wave"):
+            slab = in_waves(self.plan.classes, width, tiles.multiprocessors(device))
+            self.plan = self.plan._replace(classes=slab)
 
         def matrix(rows: int, dtype: torch.dtype) -> Tensor:
             return torch.empty((rows, width), dtype=dtype, device=device)
@@ -301,6 +306,16 @@ class BackwardPass:
             num_stages=tile.stages,
         )
         return slab_part
+
+    def add_to_features(self, target: Tensor, dz: Tensor, slab: _Slab) -> None:
+        """The product of dZ (n, c) and the prototypes of a slab, onto the sum for the features."""
+        first = slab.first == 0
+        if choices.tried("parts of K"):
+            (rows, classes), slots = dz.shape, tiles.multiprocessors(dz.device)
+            parts = parts_of_product(rows, target.shape[1], classes, slots)
+            multiply_add_in_parts(target, dz, slab.operand, parts, overwrite=first)
+        else:
+            multiply_add(target, dz, slab.operand, overwrite=first)
 
     def launch_projection(self, slab: _Slab) -> None:
         """Finish the gradients of a slab of prototypes, and with the last slab those of all features, in one launch."""

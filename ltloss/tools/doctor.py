@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from ltloss_kernels.config.assembler import assembler, risk
 from torch import Tensor
 
 from ltloss import functional, reference
@@ -70,6 +71,21 @@ def _devices() -> Iterator[Row]:
     if not torch.cuda.is_available():
         reason = "no usable device" if torch.version.cuda else "this PyTorch is built without CUDA"
         yield "CUDA", f"none: {reason}"
+
+
+def _assemblers() -> Iterator[Row]:
+    """Of the GPUs that are here; without one, of Hopper."""
+    devices = range(torch.cuda.device_count())
+    found = {10 * major + minor for major, minor in (torch.cuda.get_device_capability(device) for device in devices)}
+    for arch in sorted(found) or [90]:
+        one = assembler(arch)
+        name = f"for sm_{arch}" + ("" if found else " (no GPU here)")
+        if one is None:
+            yield name, "none: Triton brings it (Linux)"
+            continue
+        yield name, f"ptxas {one.version}, {one.path}"
+        if warning := risk(arch, one.version):
+            yield "", f"WARNING: {warning}"
 
 
 def _implementations() -> Iterator[Row]:
@@ -147,6 +163,7 @@ def main() -> int:
     print("ltloss doctor")
     _print_section("Versions", _versions())
     _print_section("Devices", _devices())
+    _print_section("Assembler of the kernels", _assemblers())
     _print_section("Implementation", _implementations())
     failures: list[str] = []
     for device in ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ltloss.functional import margin_cross_entropy
 
-__all__ = ["CANDIDATES", "Kernel", "Timing", "candidates", "rank", "remember"]
+__all__ = ["CANDIDATES", "Kernel", "Timing", "candidates", "rank", "remember", "show", "table_line"]
 
 Kernel = Literal["forward", "gradient"]
 
@@ -46,6 +46,7 @@ class Timing(NamedTuple):
     tile: tiles.Tile
     milliseconds: float
     problem: str = ""
+    today: bool = False  # what is used now
 
 
 def candidates(kernel: Kernel, arch: int, dtype: torch.dtype, precision: str) -> list[tiles.Tile]:
@@ -84,6 +85,7 @@ def rank(
     expected = run()
     arch, precision = tiles.architecture(features.device), product_precision()
     timings = [_time(kernel, tile, run, expected, repeats) for tile in candidates(kernel, arch, dtype, precision)]
+    timings[0] = timings[0]._replace(today=True)
     return sorted(timings, key=lambda timing: timing.milliseconds)
 
 
@@ -144,6 +146,14 @@ def tune(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 20) -> 
         remember(kernel, ranking[0], dtype, shape, file)
     print(f"stored in {file}; later runs on this machine use it")
     return 0
+
+
+def table_line(kernel: Kernel, fastest: Timing, dtype: torch.dtype) -> str:
+    """The winner as a line of ``ltloss_kernels/config/tile_table.py``."""
+    kind = "HALF" if dtype != torch.float32 else "TF32" if product_precision() == "tf32" else "FLOAT32"
+    table = f"_{kernel.upper()}_{kind}" if kind == "HALF" or (kernel, kind) == ("gradient", "TF32") else f"_{kind}"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return f"{table}[{tiles.architecture(device)}] = Tile{tuple(fastest.tile)}"
 
 
 def show(kernel: Kernel, shape: tuple[int, int, int], ranking: list[Timing]) -> str:

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
+from helpers.refusals import missing
 
 import ltloss
 from ltloss import functional
@@ -21,6 +22,22 @@ def test_a_sound_installation_passes(capsys: pytest.CaptureFixture[str]) -> None
         assert part in printed
     assert f"{torch.get_num_threads()} threads" in printed
     assert printed.count("relative error") == 4 * (1 + torch.cuda.device_count())
+
+
+def test_the_assembler_is_named_and_an_old_one_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    from ltloss_kernels.config.assembler import Assembler
+
+    for version, warns in (("12.8", True), ("13.0", True), ("13.1", False), ("14.0", False)):
+        monkeypatch.setattr(doctor, "assembler", lambda arch, version=version: Assembler("/usr/bin/ptxas", version))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        assert doctor.main() == 0
+        printed = capsys.readouterr().out
+        assert not missing(printed, "sm_90", version, "/usr/bin/ptxas")
+        assert ("WARNING" in printed) == warns
+        assert ("TRITON_PTXAS_PATH=" in printed) == warns
 
 
 def test_the_self_check_compares_with_float64() -> None:

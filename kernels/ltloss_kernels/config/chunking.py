@@ -10,6 +10,8 @@ __all__ = [
     "backward_plan",
     "ceil_div",
     "forward_plan",
+    "in_waves",
+    "parts_of_product",
     "search_rows",
     "splits_for",
 ]
@@ -116,6 +118,24 @@ def backward_plan(
     slabs = ceil_div(classes, slab)
     even = ceil_div(classes, slabs)
     return BackwardPlan(rows, min(classes, _round_up(even, tile_classes)))
+
+
+def in_waves(classes: int, width: int, slots: int) -> int:
+    """At most so many classes, of which a library product (classes, N)·(N, width) makes just under whole waves.
+
+    In tiles of 128 by 256, one on each of ``slots`` multiprocessors: 8448 classes of width 512 are one wave of 132.
+    """
+    rows = slots // ceil_div(width, 256) * 128
+    return classes if rows == 0 or classes < rows else classes // rows * rows
+
+
+def parts_of_product(rows: int, width: int, depth: int, slots: int) -> int:
+    """Into how many parts of ``depth`` a product with a result (rows, width) is cut, so that all ``slots`` have a tile.
+
+    A library's tiles are some 128 by 256; a part of fewer than 1024 would be read faster than it is started.
+    """
+    tiles = ceil_div(rows, 128) * ceil_div(width, 256)
+    return max(1, min(slots // tiles, depth // 1024))
 
 
 def search_rows(rows: int, tiles: int, candidates: int, limit: int) -> int:

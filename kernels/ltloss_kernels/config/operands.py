@@ -20,6 +20,7 @@ __all__ = [
     "block_source",
     "multiply_add",
     "multiply_add_halves",
+    "multiply_add_in_parts",
     "padded_matrix",
     "part",
     "product_dtype",
@@ -107,6 +108,25 @@ def multiply_add(target: Tensor, left: Tensor, right: Tensor, *, overwrite: bool
         multiply_add(target, left.float(), right.float(), overwrite=overwrite)
     else:
         multiply_add_halves(target, left, right, overwrite)
+
+
+def multiply_add_in_parts(target: Tensor, left: Tensor, right: Tensor, parts: int, *, overwrite: bool) -> None:
+    """:func:`multiply_add` as ``parts`` products over parts of K, added in order: more tiles for a small target."""
+    depth = left.shape[1] // parts
+    whole = slice(0, parts * depth)
+    factors = (
+        torch.unflatten(part(left, whole, 1), 1, (parts, depth)).transpose(0, 1),
+        torch.unflatten(part(right, whole), 0, (parts, depth)),
+    )
+    if left.device.type == "cuda" and left.dtype != torch.float32:
+        with _wide_sums():
+            products = torch.ops.aten.bmm.dtype(*factors, torch.float32)
+    else:
+        products = torch.bmm(*(factor.float() for factor in factors))
+    torch.sum(products, 0, out=target) if overwrite else target.add_(products.sum(0))
+    if whole.stop < left.shape[1]:
+        rest = slice(whole.stop, left.shape[1])
+        multiply_add(target, part(left, rest, 1), part(right, rest), overwrite=False)
 
 
 def multiply_add_halves(target: Tensor, left: Tensor, right: Tensor, overwrite: bool) -> None:

@@ -57,6 +57,8 @@ _FORWARD_HALF = {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100
 # The staging of the result for the store (32 KB) reuses the pipeline buffers, so three stages still leave room for two.
 _GRADIENT_HALF = {80: Tile(128, 64, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100: Tile(128, 128, 64, 8, 3)}
 _TF32 = {80: Tile(128, 128, 16, 8, 4), 90: Tile(128, 128, 32, 8, 3), 100: Tile(128, 128, 32, 8, 3)}
+# With four warps two blocks of the gradient fit a Hopper multiprocessor, with eight one: the store's staging is in it.
+_GRADIENT_TF32 = {**_TF32, 90: Tile(128, 128, 32, 4, 3)}
 # Exact float32 products run on the ordinary units, fed from shared memory: smaller tiles, no tensor core.
 _FLOAT32 = {80: Tile(64, 64, 16, 8, 3), 90: Tile(64, 64, 16, 8, 3), 100: Tile(64, 64, 16, 8, 3)}
 # The nearest prototype takes square tiles. Four warps on Hopper: the maxima over columns go through shared memory once
@@ -102,7 +104,7 @@ def gradient_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
         return Tile(*tuned)
     if dtype != torch.float32:
         return _GRADIENT_HALF[arch]
-    return (_TF32 if precision == "tf32" else _FLOAT32)[arch]
+    return (_GRADIENT_TF32 if precision == "tf32" else _FLOAT32)[arch]
 
 
 def search_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:

@@ -1,0 +1,111 @@
+"""Work in processes of their own: what breaks a device, or ends a process, costs one piece of work and no other."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
+
+from benchmarks.loss_gpu.measure import Deadline, Device
+
+__all__ = ["Answer", "Worker", "spread"]
+
+
+class Answer(NamedTuple):
+    """What a piece of work returned, or why it has no value."""
+
+    value: Any
+    problem: str = ""
+
+
+def _attempt(kind: str, function: Callable[..., Any], arguments: Sequence[Any]) -> Answer:
+    try:
+        value = function(*arguments)
+        Device(kind).release()  # an illegal access is reported by whatever comes after it
+    except Exception as error:
+        return Answer(None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return Answer(value)
+
+
+def _set(environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+
+
+class Worker:
+    """Does one thing after the other, in a process of its own, and in a new one after each that raised or died.
+
+    ``apart`` False: in this process. ``environment``: variables that the process has besides.
+    """
+
+    def __init__(self, kind: str, *, apart: bool, environment: Mapping[str, str] | None = None) -> None:
+        self._kind, self._apart, self._environment = kind, apart, dict(environment or {})
+        self._pool: ProcessPoolExecutor | None = None
+
+    def do(self, function: Callable[..., Any], *arguments: Any) -> Answer:
+        """The answer of ``function(*arguments)``."""
+        if not self._apart:
+            return _attempt(self._kind, function, arguments)
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(1, spawn, initializer=_set, initargs=(self._environment,))
+        try:
+            answer = self._pool.submit(_attempt, self._kind, function, arguments).result()
+        except BrokenProcessPool:
+            answer = Answer(None, "the process died (a crash, or out of memory)")
+        if answer.problem:
+            self.close()
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+
+def spread(
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    kind: str,
+    deadline: Deadline,
+    processes: int,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[tuple[Any, Answer]]:
+    """Each item with its answer, as soon as it is there; items for which the time does not last are left out.
+
+    ``processes`` 0: one item after the other, in this process.
+    """
+    ahead, lock = iter(items), threading.Lock()
+    answers: queue.SimpleQueue[tuple[Any, Answer] | None] = queue.SimpleQueue()
+
+    def lane() -> None:
+        worker = Worker(kind, apart=processes > 0, environment=environment)
+        try:
+            while deadline.left() > 0:
+                with lock:
+                    item = list(itertools.islice(ahead, 1))
+                if not item:
+                    break
+                answers.put((item[0], worker.do(function, item[0])))
+        finally:
+            worker.close()
+            answers.put(None)
+
+    lanes = max(1, processes)
+    if processes:
+        for _ in range(lanes):
+            threading.Thread(target=lane, daemon=True).start()
+    else:
+        lane()
+    while lanes:
+        answer = answers.get()
+        if answer is None:
+            lanes -= 1
+        else:
+            yield answer

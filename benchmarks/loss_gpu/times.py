@@ -1,0 +1,251 @@
+"""Stage 2: forward and backward of the loss and of its peers, and the searches, each beside a large library product.
+
+Every row says which properties failed before; a provider that is wrong at the very shape is not timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.loss_gpu.measure import Deadline, Device, TooSlow
+from benchmarks.loss_gpu.search import SearchCase, search_cases
+from benchmarks.peers import ON_GPU, Inputs, Provider, Shape, check_step, exact_step
+from benchmarks.timing import write_rows
+from ltloss._files import write_file
+
+Row = dict[str, Any]
+
+LAUNCH_BOUND = Shape(256, 1000, 512)
+TINY = (Shape(12, 40, 16), Shape(5, 33, 8))  # for --device cpu
+
+# Operations per N·C·D: one product forwards; backwards two, and one to have the logits again (the count is the same
+# for providers that stored them, so that shares compare times).
+OPERATIONS = {"forward": 2, "backward": 6, "step": 8}
+_SEARCH_REPEATS = 10
+_FLOAT64_LOGITS = 1 << 28  # of the exact reference at a time: 2 GiB, of which it holds about a dozen
+
+
+@dataclass
+class Bench:
+    """What every measurement needs, and where its rows go."""
+
+    device: Device
+    deadline: Deadline
+    output: Path | None
+    dtype: torch.dtype = torch.bfloat16
+    repeats: int = 20
+    providers: Sequence[Provider] = ON_GPU
+    rows: list[Row] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    failed: bool = False
+
+    def __post_init__(self) -> None:
+        size = 8192 if self.device.is_cuda else 64
+        self.stamp = {**self.device.stamp(), "failed_properties": ""}
+        self._operands = tuple(torch.randn(size, size, device=self.device.kind, dtype=self.dtype) for _ in "ab")
+        self._result = torch.empty_like(self._operands[0])
+        self.product_operations = 2 * size**3
+
+    def product(self) -> None:
+        """The product that P is measured with."""
+        torch.mm(*self._operands, out=self._result)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Show rows, keep them, and write everything so far: a run that is stopped loses nothing."""
+        for row in rows:
+            self.rows.append({**self.stamp, **row})
+            print(_line(self.rows[-1]), flush=True)
+        self.write()
+
+    def tell(self, *sentences: str) -> None:
+        """Show findings and write all so far, before anything else is tried that may end the process."""
+        print(*sentences, sep="\n", flush=True)
+        self.findings += sentences
+        if self.output is not None:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            write_file(self.output.with_suffix(".txt"), ("\n".join(self.findings) + "\n").encode())
+
+    def write(self) -> None:
+        """Write every row so far."""
+        if self.output is not None and self.rows:
+            write_rows(self.rows, self.output)
+
+
+def _line(row: Row) -> str:
+    head = f"{row['N']}x{row['C']}x{row['D']:<6} {row['provider']:24}"
+    if not row.get("median_ms"):
+        return f"{head} left out: {row['note']}"
+    parts = [
+        f"{head} {row['phase']:9} {row['median_ms']:>9} ms  {row['tflops']:>6} TFLOP/s  {row['share_of_P']:>6} of P"
+    ]
+    parts += [f"{row[key]} {unit}" for key, unit in _OPTIONAL.items() if row.get(key) not in (None, "")]
+    if row["failed_properties"]:
+        parts.append(f"although it fails: {row['failed_properties']}")
+    return "  ".join(parts)
+
+
+_OPTIONAL = {"extra_mib": "MiB extra", "host_us": "us host", "launches": "launches"}
+
+
+def _head(shape: Shape, dtype: torch.dtype, provider: str) -> Row:
+    kind = str(dtype).removeprefix("torch.")
+    return {"N": shape.n, "C": shape.c, "D": shape.d, "dtype": kind, "provider": provider}
+
+
+def time_shape(bench: Bench, shape: Shape, providers: Sequence[Provider], share: float, *, host: bool = False) -> None:
+    """Check and time every provider at one shape, with at most ``share`` of the time that is left."""
+    deadline = bench.deadline.share(share)
+    inputs = cache(lambda: Inputs.draw(shape, device=bench.device.kind, dtype=bench.dtype))
+    exact = cache(lambda truth: exact_step(truth, inputs(), max(1, _FLOAT64_LOGITS // shape.c)))
+
+    def check(provider: Provider) -> None:
+        deadline.allow(0.0)
+        loss = provider.build(inputs())
+        checked[provider] = loss, check_step(provider.name, loss, inputs(), exact(provider.truth))
+
+    def measure(provider: Provider) -> None:
+        loss, error = checked[provider]
+        rows = _measure(bench, deadline, shape, loss, inputs(), host=host)
+        head = _head(shape, bench.dtype, provider.name)
+        bench.add({**head, **row, "relative_error": f"{error:.1e}", "note": provider.note} for row in rows)
+
+    checked: dict[Provider, tuple[Callable[[], torch.Tensor], float]] = {}
+    for provider in providers:  # first check all, then forget the exact gradients, which take memory
+        _attempt(bench, _head(shape, bench.dtype, provider.name), partial(check, provider))
+    exact.cache_clear()
+    for provider in checked:
+        _attempt(bench, _head(shape, bench.dtype, provider.name), partial(measure, provider))
+
+
+def _reason(failure: Exception) -> str:
+    if isinstance(failure, torch.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(failure, TooSlow):
+        return str(failure)
+    kind = "not importable" if isinstance(failure, ImportError) else type(failure).__name__
+    return f"{kind}: {' '.join(str(failure).split())[:200]}"
+
+
+def _attempt(bench: Bench, head: Row, action: Callable[[], None]) -> None:
+    """Do it; if that fails, a row says why there are no numbers. Peers may; if ours does, it must be for lack of time.
+
+    What is said is said outside of the except block, which would keep the failed step's tensors alive.
+    """
+    reason = ""
+    try:
+        action()
+    except Exception as failure:
+        reason = _reason(failure)
+    try:
+        bench.device.release()
+    except Exception as failure:  # an illegal access is reported by whatever comes after it
+        reason = reason or _reason(failure)
+    if reason:
+        bench.add([{**head, "note": reason}])
+        bench.failed |= head["provider"] == "ltloss" and not reason.startswith("too slow")
+
+
+def _measure(
+    bench: Bench, deadline: Deadline, shape: Shape, loss: Callable[[], torch.Tensor], inputs: Inputs, *, host: bool
+) -> list[Row]:
+    """Rows of forward, backward and both: medians of hot repeats, and the memory beyond inputs and gradients."""
+    device, state = bench.device, {}
+
+    def forward() -> None:
+        state["loss"] = loss()
+
+    def backward() -> None:
+        state.pop("loss").backward()
+
+    inputs.drop_gradients()
+    timed = partial(device.time, inputs.drop_gradients, bench.product, [forward, backward])
+    first = timed(1)
+    a_round = 1e-3 * (sum(times[0] for times in first.steps) + first.product[0])
+    deadline.allow(1.2 * (bench.repeats + 3) * a_round)
+    timed(2)
+    times = timed(bench.repeats)
+    inputs.drop_gradients()
+    peaks = device.peak_bytes([forward, backward])
+    if peaks[1] is not None:
+        peaks[1] = max(0, peaks[1] - inputs.gradient_bytes)
+    inputs.drop_gradients()
+    both = [sum(pair) for pair in zip(*times.steps, strict=True)]
+    rows = [
+        _speed(bench, shape, phase, OPERATIONS[phase], milliseconds, times.product, peak)
+        for phase, milliseconds, peak in zip(OPERATIONS, [*times.steps, both], [*peaks, None], strict=True)
+    ]
+    if host:
+        rows[0] |= {"host_us": f"{device.host_microseconds(loss):.0f}", "launches": device.launches(forward)}
+        rows[1]["launches"] = device.launches(backward)
+        rows[2]["host_us"] = f"{device.host_microseconds(lambda: loss().backward()):.0f}"
+        inputs.drop_gradients()
+    return rows
+
+
+def time_search(bench: Bench, case: SearchCase, deadline: Deadline) -> None:
+    """Check and time one search, and take the memory beyond its inputs."""
+    head = {**_head(case.shape, case.dtype, case.provider), "phase": case.phase}
+
+    def measure() -> None:
+        deadline.allow(0.0)
+        search = case.build(bench.device.kind, case.shape, case.dtype)
+        timed = partial(bench.device.time, lambda: None, bench.product, [search])
+        first = timed(2)
+        deadline.allow(1.2e-3 * _SEARCH_REPEATS * (first.steps[0][-1] + first.product[-1]))
+        times = timed(min(bench.repeats, _SEARCH_REPEATS))
+        peak = bench.device.peak_bytes([search])[0]
+        speed = _speed(bench, case.shape, case.phase, case.operations, times.steps[0], times.product, peak)
+        bench.add([{**head, **speed, "note": case.note}])
+
+    _attempt(bench, head, measure)
+
+
+def _speed(
+    bench: Bench,
+    shape: Shape,
+    phase: str,
+    operations: int,
+    milliseconds: Sequence[float],
+    product: Sequence[float],
+    peak: int | None,
+) -> Row:
+    median = statistics.median(milliseconds)
+    rate = bench.product_operations / statistics.median(product) * 1e-9
+    reached = operations * shape.n * shape.c * shape.d / median * 1e-9
+    return {
+        "phase": phase,
+        "median_ms": f"{median:.4f}",
+        "min_ms": f"{min(milliseconds):.4f}",
+        "max_ms": f"{max(milliseconds):.4f}",
+        "repeats": len(milliseconds),
+        "tflops": f"{reached:.4g}",
+        "share_of_P": f"{reached / rate:.3f}",
+        "P_tflops": f"{rate:.4g}",
+        "extra_mib": "" if peak is None else f"{peak / (1 << 20):.1f}",
+    }
+
+
+def run(bench: Bench, shapes: Sequence[Shape], quick: bool, usual: bool) -> None:
+    """Ours first at every shape, then the peers, the most telling shapes first; the searches with the usual shapes."""
+    ours = [provider for provider in bench.providers if provider.name == "ltloss"]
+    peers = [provider for provider in bench.providers if provider.name != "ltloss"]
+    small = LAUNCH_BOUND if bench.device.is_cuda else TINY[-1]
+    for shape in shapes:
+        time_shape(bench, shape, ours, 0.3)
+    time_shape(bench, small, ours, 0.3, host=True)
+    section = bench.deadline.share(0.4)
+    searches = list(search_cases(not bench.device.is_cuda)) if usual else []
+    for wanted, is_ours in ((ours, True), (peers and not quick, False)):
+        for case in searches if wanted else ():
+            if (case.provider == "ltloss") == is_ours:
+                time_search(bench, case, section)
+    for shape in () if quick else shapes:
+        time_shape(bench, shape, peers, 0.4)
+    time_shape(bench, small, peers, 1.0, host=True)

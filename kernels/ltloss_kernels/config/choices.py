@@ -1,0 +1,30 @@
+"""Ways to work that no GPU has measured yet: off, unless tried (``python -m benchmarks.loss_gpu --stage tiles``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+__all__ = ["NAMES", "Choice", "tried", "trying"]
+
+# one wave: slabs of the backward for which the product for the prototypes is just under whole waves of its tiles.
+# parts of K: the product for few features over parts of the classes at a time, so that it has more tiles than 4 or 8.
+Choice = Literal["one wave", "parts of K"]
+NAMES: tuple[Choice, ...] = ("one wave", "parts of K")
+_tried: set[str] = set()
+
+
+@contextmanager
+def trying(name: Choice) -> Iterator[None]:
+    """Within the block the choice is on."""
+    _tried.add(name)
+    try:
+        yield
+    finally:
+        _tried.discard(name)
+
+
+def tried(name: Choice) -> bool:
+    """Whether the choice is on."""
+    return name in _tried

@@ -1,0 +1,135 @@
+"""The stages of the GPU benchmark: each alone, and none stopped by what happens in another process."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from helpers.refusals import missing
+from ltloss_kernels.config import choices
+
+from benchmarks.loss_gpu import __main__ as gpu
+from benchmarks.loss_gpu import apart, correctness, system, tiles, times
+from benchmarks.loss_gpu.measure import Deadline, Device
+from benchmarks.peers import Shape
+from ltloss import use_backend
+
+pytestmark = pytest.mark.slow
+
+TINY = Shape(5, 33, 8)
+
+
+@pytest.fixture(autouse=True)
+def as_users_run_it(default_algorithms: None) -> None:
+    """Peers use operators that have no deterministic variant."""
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+SPOILT = """
+import os
+
+def illegal_access(device):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def crash(device):
+    os._exit(139)
+
+def fine(device):
+    return ""
+
+def off(device):
+    return "differs"
+
+def case(number):
+    if number == 2:
+        illegal_access(None)
+    if number == 3:
+        crash(None)
+    return f"{os.environ['SPOILT']} {number}"
+"""
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Properties that fail, in a file that a process of its own can import."""
+    (tmp_path / "spoilt_properties.py").write_text(SPOILT)
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module("spoilt_properties")
+
+
+def test_a_crash_in_one_case_costs_that_case(spoilt: ModuleType) -> None:
+    found = dict(apart.spread(spoilt.case, range(7), "cpu", Deadline(600.0), 2, {"SPOILT": "yes"}))
+    assert sorted(found) == list(range(7))
+    assert {number: answer.value for number, answer in found.items() if not answer.problem} == {
+        number: f"yes {number}" for number in (0, 1, 4, 5, 6)
+    }
+    assert not missing(found[2].problem, "RuntimeError", "illegal memory access")
+    assert not missing(found[3].problem, "died")
+
+
+def test_what_lies_behind_the_deadline_is_left_out() -> None:
+    assert list(apart.spread(print, range(3), "cpu", Deadline(0.0), 0)) == []
+
+
+def test_the_tiles_are_ranked_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ltloss.tools import tune_tiles
+
+    monkeypatch.setattr(tune_tiles, "CANDIDATES", (tune_tiles.tiles.Tile(16, 16, 16, 4, 2),))
+    state = times.Bench(Device("cpu"), Deadline(600.0), tmp_path / "rows.csv", repeats=2, dtype=torch.float32)
+    with use_backend("triton"):
+        tiles.measure(state, [TINY], tmp_path / "tiles.csv")
+    rows = read(tmp_path / "tiles.csv")
+    assert {row["what"] for row in rows} == {"forward", "gradient", "step"}
+    assert [row["choice"] for row in rows if row["what"] == "step"] == ["today", *choices.NAMES]
+    lines = [line for line in (tmp_path / "rows.txt").read_text().splitlines() if " = Tile(" in line]
+    assert len(lines) == 2
+    for line in lines:
+        table, _, tile = line.partition("  #")[0].partition(" = ")
+        assert re.fullmatch(r"_(FORWARD_HALF|GRADIENT_HALF|TF32|FLOAT32)\[(80|90|100)\]", table)
+        assert tune_tiles.tiles.Tile(*map(int, re.findall(r"\d+", tile))).rows in (16, 64)
+
+
+def test_a_stage_can_be_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--device", "cpu", "--quick", "--minutes", "9", "--output", str(tmp_path / "rows.csv")]
+    assert gpu.main([*command, "--stage", "correctness"]) == 0
+    assert not (tmp_path / "rows.csv").exists(), "nothing was timed"
+    cases = read(tmp_path / "rows-correctness.csv")
+    assert len(cases) == len(list(correctness.cases(quick=True)))
+    assert not any(row["problem"] for row in cases)
+    capsys.readouterr()
+    one = ["--provider", "ltloss", "--shape", "5x33x8", "--repeats", "1"]
+    assert gpu.main([*command, "--stage", "times", *one]) == 0
+    assert "comparisons with float64" not in capsys.readouterr().out
+    assert read(tmp_path / "rows.csv")
+
+
+def test_a_process_that_a_property_ends_takes_no_other_along(spoilt: ModuleType) -> None:
+    todo = [spoilt.illegal_access, spoilt.crash, spoilt.fine, spoilt.off]
+    found = system.check_all(Device("cpu"), Deadline(600.0), todo, apart=True)
+    assert (found.compared, found.left_out) == (4, 0)
+    assert list(found.wrong) == ["illegal access", "crash", "off"]
+    assert found.wrong["illegal access"].startswith("RuntimeError: CUDA error: an illegal memory access")
+    assert found.wrong["crash"] == "the process died (a crash, or out of memory)"
+    assert found.wrong["off"] == "differs"
+
+
+def test_times_are_measured_although_a_property_fails_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoilt: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(system, "ANYWHERE", (spoilt.off, spoilt.fine))
+    command = ["--device", "cpu", "--quick", "--minutes", "1", "--shape", "5x33x8", "--provider", "ltloss"]
+    assert gpu.main([*command, "--repeats", "1", "--output", str(tmp_path / "rows.csv")]) == 1
+    rows = read(tmp_path / "rows.csv")
+    assert any(row["median_ms"] for row in rows)
+    assert {row["failed_properties"] for row in rows} == {"off"}
+    assert "although it fails: off" in capsys.readouterr().out
+    assert "WRONG: off: differs" in (tmp_path / "rows.txt").read_text()
