@@ -111,7 +111,7 @@ def test_every_section_runs_on_tiny_shapes(tmp_path: Path, capsys: pytest.Captur
     chosen = [
         name for one in ON_GPU if (name := one.name) not in ("torch.compile", "row blocks")
     ]  # takes half a minute
-    command = ["--device", "cpu", "--minutes", "2", "--repeats", "3", "--output", str(tmp_path / "rows.csv")]
+    command = ["--device", "cpu", "--minutes", "9", "--repeats", "3", "--output", str(tmp_path / "rows.csv")]
     assert gpu.main([*command, *(part for name in chosen for part in ("--provider", name))]) == 0
     shown = capsys.readouterr().out
     assert " 0 wrong, 0 less accurate than promised" in shown
@@ -150,7 +150,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
     monkeypatch.setattr(functional, "margin_cross_entropy", wrong)
     only = ["--provider", "ltloss", "--provider", "dense"]
-    assert gpu.main(["--device", "cpu", "--quick", "--minutes", "1", "--repeats", "1", *only]) == 1
+    assert gpu.main(["--device", "cpu", "--quick", "--minutes", "9", "--repeats", "1", *only]) == 1
     shown = capsys.readouterr().out
     assert "WRONG, loss" in shown
     steps = [line for line in shown.splitlines() if " of P" in line and ("forward" in line or "backward" in line)]
@@ -242,7 +242,7 @@ def test_the_correctness_summary_is_written_before_the_system_is_checked(
         raise SystemExit(139)
 
     monkeypatch.setattr(system, "check_all", die)
-    command = ["--device", "cpu", "--quick", "--minutes", "1", "--output", str(tmp_path / "rows.csv")]
+    command = ["--device", "cpu", "--quick", "--minutes", "9", "--output", str(tmp_path / "rows.csv")]
     with pytest.raises(SystemExit):
         gpu.main(command)
     assert " 0 wrong, 0 less accurate than promised" in (tmp_path / "rows.txt").read_text()
