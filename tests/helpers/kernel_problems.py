@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -13,6 +16,25 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Sums of some hundred float32 products, times a scale of 30 in the exponent.
 TOLERANCE = 5e-6
+
+
+FORWARD_TILE, GRADIENT_TILE, SEARCH_TILE = (16, 32, 16), (16, 16, 16), (16, 16, 16)
+
+
+@contextmanager
+def tiny_tiles() -> Iterator[None]:
+    """Tiles so small that little problems cross many boundaries of them."""
+    from ltloss_kernels import prototype_search
+    from ltloss_kernels.config import tile_table as tiles
+
+    chosen = {"forward_tile": FORWARD_TILE, "gradient_tile": GRADIENT_TILE, "search_tile": SEARCH_TILE}
+    with ExitStack() as stack:
+        for name, tile in chosen.items():
+            value = tiles.Tile(*tile, 4, 2)
+            stack.enter_context(mock.patch.object(tiles, name, return_value=value))
+        stack.enter_context(mock.patch.object(tiles, "SAMPLE_ROWS", 16))
+        stack.enter_context(mock.patch.object(prototype_search, "GROUP", 2))
+        yield
 
 
 def kernel_problem(

@@ -1,0 +1,202 @@
+"""Interpreted kernels under watch: memory that ends at a page without access, poison in it, other orders of the grid.
+
+``python -m helpers.guarded CASE`` runs one case in a process that an access out of bounds ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+from unittest import mock
+
+import numpy as np
+import torch
+from ltloss_kernels.config import chunking
+from torch import Tensor
+
+import ltloss
+from helpers import faulty_kernels
+from helpers.kernel_problems import kernel_problem, tiny_tiles
+from ltloss import functional
+
+Side = Literal["start", "end"]
+Order = Literal["usual", "reversed", "shuffled"]
+
+_PAGE = mmap.PAGESIZE
+_ALIGNMENT = 16  # of every allocation; what lies between the end of a tensor and the page is poisoned
+_POISON = 0xFF  # NaN in every floating dtype, -1 in integers
+_empty = torch.empty
+
+
+def _forbid(address: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address), _PAGE, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def guarded(shape: Sequence[int], dtype: torch.dtype, side: Side) -> Tensor:
+    """A poisoned tensor that begins or ends at a page without access."""
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0:
+        return _empty(shape, dtype=dtype)
+    padded = -(-size // _ALIGNMENT) * _ALIGNMENT
+    room = -(-padded // _PAGE) * _PAGE
+    region = mmap.mmap(-1, room + 2 * _PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    torch.frombuffer(region, dtype=torch.uint8, count=room, offset=_PAGE).fill_(_POISON)
+    for page in (address, address + _PAGE + room):
+        _forbid(page)
+    offset = _PAGE + (room - padded if side == "end" else 0)
+    return torch.frombuffer(region, dtype=torch.uint8, count=size, offset=offset).view(dtype).view(tuple(shape))
+
+
+def _copied(tensor: Tensor, side: Side) -> Tensor:
+    """The same numbers in guarded memory, with the strides that they had."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = guarded((extent,), tensor.dtype, side)
+    return memory.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+@contextmanager
+def guards(side: Side) -> Iterator[None]:
+    """Within the block ``torch.empty`` and its like give guarded memory."""
+
+    def empty(*size: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        return guarded(tuple(shape), dtype or torch.get_default_dtype(), side)
+
+    def new_empty(self: Tensor, *size: Any, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
+        return empty(*size, dtype=dtype or self.dtype)
+
+    def empty_like(tensor: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        return empty(*tensor.shape, dtype=dtype or tensor.dtype)
+
+    with (
+        mock.patch.object(torch, "empty", empty),
+        mock.patch.object(torch, "empty_like", empty_like),
+        mock.patch.object(torch.Tensor, "new_empty", new_empty),
+    ):
+        yield
+
+
+@contextmanager
+def grid_order(order: Order) -> Iterator[None]:
+    """Within the block the programs of a kernel run in another order."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    generator = np.random.default_rng(0)
+    usual, turns = interpreter_builder.set_grid_idx, {}
+
+    def set_grid_idx(x: int, y: int, z: int) -> None:
+        grid = interpreter_builder.grid_dim
+        count = math.prod(grid)
+        number = (x * grid[1] + y) * grid[2] + z
+        if number == 0:  # a launch begins
+            turns["now"] = np.arange(count)[::-1] if order == "reversed" else generator.permutation(count)
+        rest, z = divmod(int(turns["now"][number]), grid[2])
+        usual(*divmod(rest, grid[1]), z)
+
+    if order == "usual":
+        yield
+        return
+    with mock.patch.object(interpreter_builder, "set_grid_idx", set_grid_idx):
+        yield
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+
+
+def differing(run: Callable[..., Sequence[Tensor]], *given: Tensor) -> list[str]:
+    """Where a run under watch differs from the run without, in any bit."""
+    expected = [_bits(one) for one in run(*given)]
+    ways: list[tuple[str, Side | None, Order]] = [
+        ("memory that ends at a guard", "end", "usual"),
+        ("memory that begins at a guard", "start", "usual"),
+        ("programs in reverse", None, "reversed"),
+        ("programs in random order", None, "shuffled"),
+    ]
+    different = []
+    for name, side, order in ways:
+        with ExitStack() as stack:
+            stack.enter_context(grid_order(order))
+            inputs = list(given)
+            if side is not None:
+                inputs = [_copied(one, side) for one in given]
+                stack.enter_context(guards(side))
+            found = [_bits(one) for one in run(*inputs)]
+        if not all(map(torch.equal, found, expected)):
+            different.append(name)
+    return different
+
+
+def _loss(
+    dtypes: tuple[torch.dtype, torch.dtype], workspace: int = 256 << 20, **options: Any
+) -> Callable[[], list[str]]:
+    """Forward and backward; vectors among the options lie in guarded memory too."""
+    names = [name for name, value in options.items() if isinstance(value, Tensor)]
+
+    def run(features: Tensor, prototypes: Tensor, labels: Tensor, *vectors: Tensor) -> Sequence[Tensor]:
+        leaves = features.requires_grad_(), prototypes.requires_grad_()
+        with ltloss.use_workspace(workspace), mock.patch.object(chunking, "_LEAST_CLASSES", 16):
+            chosen = {**options, **dict(zip(names, vectors, strict=True))}
+            loss = functional.margin_cross_entropy(*leaves, labels, **chosen)
+            return loss, *torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+
+    given = kernel_problem(37, 70, 19, dtypes=dtypes)
+    return lambda: differing(run, *(one.detach() for one in given), *(options[name] for name in names))
+
+
+def _searches() -> list[str]:
+    def run(features: Tensor, prototypes: Tensor, rows: Tensor) -> Sequence[Tensor]:
+        leaf = prototypes.requires_grad_()
+        values = [functional.min_angle_regularizer(leaf, rows=chosen) for chosen in (None, rows)]
+        best = functional.top_k(features, leaf.detach(), 5)
+        return *values, *torch.autograd.grad(values[0] + values[1], leaf), *best
+
+    given = kernel_problem(37, 70, 19)
+    return differing(run, given.features, given.prototypes, torch.tensor([3, 69, 3, 0]))
+
+
+def _faulty(kernel: str) -> Callable[[], list[str]]:
+    """A kernel that reads one element too far, one that leaves one out, and one whose programs need their order."""
+
+    def run(values: Tensor) -> Sequence[Tensor]:
+        out = torch.empty(len(values), dtype=values.dtype)
+        getattr(faulty_kernels, kernel)[(4,)](values, out, len(values))
+        return (out,)
+
+    return lambda: differing(run, torch.arange(64.0))
+
+
+def cases() -> dict[str, Callable[[], list[str]]]:
+    """By name, what is run under watch."""
+    single, half = torch.float32, torch.float16
+    vector = torch.linspace(0.1, 0.5, 70)
+    everything: dict[str, Any] = {"log_prior": vector, "class_weight": vector, "cosine_margin": vector}
+    everything |= {"label_smoothing": 0.1, "angle_multiplier": 1.1}
+    return {
+        "float32": _loss((single, single), angular_margin=vector),
+        "float16": _loss((half, half), angular_margin=vector),
+        "mixed": _loss((half, single), angular_margin=0.3),
+        "everything": _loss((single, single), **everything),
+        "length kept": _loss((single, single), normalize_features=False, angular_margin=0.3),
+        "running maximum": _loss((single, single), scale=512.0),
+        "several slabs": _loss((half, half), 1, angular_margin=vector, reduction="none"),
+        "searches": _searches,
+        **{name: _faulty(name) for name in ("reads_beyond", "leaves_one_out", "needs_an_order")},
+    }
+
+
+def main(name: str) -> None:
+    """Print where the case differs."""
+    with tiny_tiles(), ltloss.use_backend("triton"), np.errstate(all="ignore"):
+        print("; ".join(cases()[name]()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
