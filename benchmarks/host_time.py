@@ -119,7 +119,7 @@ def _labels(n: int, dtype: torch.dtype, layout: str) -> Tensor:
     return {"": torch.zeros(n, dtype=dtype), "strided": torch.zeros(2 * n, dtype=dtype)[::2]}[layout]
 
 
-def _problems() -> Iterator[Callable[[], None]]:
+def problems() -> Iterator[Callable[[], None]]:
     """Steps that differ in one thing each: what Triton specialises a kernel for, and what the launchers decide on."""
     half, single = torch.bfloat16, torch.float32
     usual: dict[str, Any] = {"n": 40, "c": 300, "d": 64, "x": (half, ""), "w": (half, ""), "y": (torch.int64, "")}
@@ -182,7 +182,7 @@ def differences() -> list[str]:
         step()
         return list(launches)
 
-    steps = list(_problems())
+    steps = list(problems())
     with no_device(launches.append):
         chosen = []
         for step in steps:

@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kernel", default="", metavar="REGEX", help="only kernels whose name matches")
     parser.add_argument("--architecture", action="append", choices=list(ARCHITECTURES), help="(default: all)")
+    parser.add_argument("--layouts", action="store_true", help="the launches of many layouts of the inputs instead")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--documentation", type=Path, metavar="FILE", help="renew the marked table in this page")
     parser.add_argument("--output", type=Path, default=RESULTS / "kernel_report.csv", help="CSV to write")
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if why := missing_tools():
         print(f"no kernel report: {why}", file=sys.stderr)
         return 2
-    rows = report(options.architecture or list(ARCHITECTURES), options.kernel, options.processes)
+    architectures = options.architecture or list(ARCHITECTURES)
+    rows = report(architectures, options.kernel, options.processes, layouts=options.layouts)
     print(plain_table(rows))
     who = {name: value for name, value in stamp().items() if name in ("date", "commit")}
     write_rows([{**row, **who, **tool_versions()} for row in rows], options.output)

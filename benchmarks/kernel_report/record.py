@@ -13,9 +13,10 @@ from unittest import mock
 
 import torch
 
+import ltloss
 from ltloss.margins import Margin, Objective
 
-__all__ = ["KernelCase", "recorded_kernels"]
+__all__ = ["KernelCase", "recorded_kernels", "recorded_layouts"]
 
 # Not multiples of a tile nor of 16, more than one of each: nothing is specialised on that a step may not have.
 _SAMPLES, _CLASSES = 300, 2200
@@ -182,4 +183,20 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
         _loss(features, prototypes, Margin(0.5))
         for _, launch in _searches(features, prototypes):
             launch()
+    return list(cases.values())
+
+
+def recorded_layouts(arch: int) -> list[KernelCase]:
+    """Every distinct specialisation of a step over the layouts of inputs that ``benchmarks.host_time`` tries."""
+    from benchmarks.host_time import problems
+
+    counts: dict[str, int] = {}
+
+    def name(kernel: str) -> str:
+        counts[kernel] = counts.get(kernel, 0) + 1
+        return f"{kernel} layout {counts[kernel]}"
+
+    with _taken_down(arch, name) as cases, ltloss.use_backend("triton"):
+        for step in problems():
+            step()
     return list(cases.values())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.kernel_report import sass
-from benchmarks.kernel_report.record import KernelCase, recorded_kernels
+from benchmarks.kernel_report.record import KernelCase, recorded_kernels, recorded_layouts
 from benchmarks.timing import fresh_processes
 
 Row = dict[str, Any]
@@ -43,6 +43,7 @@ ARCHITECTURES = {
 # What the driver keeps of the shared memory for itself, per block (same table, a footnote).
 RESERVED_SHARED = 1024
 _REGISTER_UNIT = 256  # registers are handed out per warp, in units of this
+_LAYOUTS = "LTLOSS_REPORT_LAYOUTS"  # to the processes that compile
 _SHARED_UNIT = 128
 
 
@@ -107,7 +108,8 @@ def tool_versions() -> dict[str, str]:
 
 @functools.cache
 def _cases(architecture: str) -> dict[str, KernelCase]:
-    return {case.name: case for case in recorded_kernels(ARCHITECTURES[architecture].capability)}
+    recorded = recorded_layouts if os.environ.get(_LAYOUTS) else recorded_kernels
+    return {case.name: case for case in recorded(ARCHITECTURES[architecture].capability)}
 
 
 def kernel_names(architecture: str, pattern: str = "") -> list[str]:
@@ -187,8 +189,12 @@ def _per_element(case: KernelCase, listing: sass.Listing) -> Row:
     return row
 
 
-def report(architectures: Sequence[str], pattern: str, processes: int) -> list[Row]:
-    """Describe every kernel, in fresh processes that really compile: under the interpreter a kernel is no kernel."""
+def report(architectures: Sequence[str], pattern: str, processes: int, *, layouts: bool = False) -> list[Row]:
+    """Describe every kernel, in fresh processes that really compile: under the interpreter a kernel is no kernel.
+
+    ``layouts``: instead of the usual launches those of many layouts of the inputs.
+    """
+    os.environ[_LAYOUTS] = "yes" if layouts else ""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["LTLOSS_TILES"] = ""  # the project's tiles, not those tuned on this machine
     with fresh_processes(processes) as pool:

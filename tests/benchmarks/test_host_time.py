@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -54,3 +55,18 @@ except Exception as error:
 """
     done = _run(code)
     assert done.stdout.strip() == "found", done.stdout[-1000:] + done.stderr[-1000:]
+
+
+@pytest.mark.compile
+def test_the_launches_of_every_layout_compile(tmp_path: Path) -> None:
+    output = tmp_path / "rows.csv"
+    command = ["--layouts", "--architecture", "sm_90", "--processes", "2", "--output", str(output)]
+    done = _run(f"from benchmarks.kernel_report.__main__ import main; raise SystemExit(main({command!r}))")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) > 100
+    assert [row["kernel"] for row in rows if row["error"]] == []
+    # A kernel on whole rows (N·D work) may put a few bytes on the stack; one with tiles may not.
+    stack = {row["kernel"]: int(row["stack_bytes"]) for row in rows}
+    assert [row["kernel"] for row in rows if stack[row["kernel"]] > (0 if row["dtype"] else 16)] == []
