@@ -18,7 +18,7 @@ from ltloss.errors import UserError
 from ltloss.training.data.images import ArrayImages
 from ltloss.training.data.sources import load_images
 from ltloss.training.model.classifier import Classifier
-from ltloss.training.predict import predict as prediction
+from ltloss.training.predict import predict
 from ltloss.training.predict.predict import classify, predict_folder
 from ltloss.training.predict.sort_images import Sorter, folder_names
 
@@ -303,7 +303,7 @@ def test_what_breaks_off_leaves_the_old_results_untouched(
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(prediction, "write_gallery", fails)
+    monkeypatch.setattr(predict, "write_gallery", fails)
     (images / "0.png").unlink()
     for folder in (out, tmp_path / "new"):
         with pytest.raises(type(error)):
