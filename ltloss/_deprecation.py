@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = ["tf32_unless", "warn_deprecated"]
+if TYPE_CHECKING:
+    from typing import ParamSpec
+
+    P = ParamSpec("P")
+R = TypeVar("R")
+C = TypeVar("C", bound=type)
+
+__all__ = ["renamed_fields", "renamed_keys", "renamed_keywords", "warn_deprecated"]
 _OURS = ("ltloss.", "argparse")  # an option of the command is read within argparse
 
 
@@ -17,7 +27,67 @@ def warn_deprecated(message: str) -> None:
     warnings.warn(message, DeprecationWarning, stacklevel=level)
 
 
-def tf32_unless(former: str, exact: bool, name: str) -> bool:
-    """What the option ``name`` is where a caller gave its opposite, ``exact``, under the ``former`` name of 0.1."""
-    warn_deprecated(f"{former}={exact} is {name}={not exact} now; the former name ends with version 0.3")
-    return not exact
+def renamed_keys(given: Mapping[str, Any], former: Mapping[str, str]) -> dict[str, Any]:
+    """``given`` by the names of today: ``former`` has the name of each former one, "not " before that of its opposite.
+
+    Raises TypeError for a former name beside its name of today, and for an opposite of what is no bool.
+    """
+    values = {}
+    for key, value in given.items():
+        name = former.get(key, key)
+        if name != key:
+            if name.startswith("not "):
+                if value is None:  # its default in 0.2
+                    continue
+                from ltloss._validation import check_type  # which needs torch; the command starts without it
+
+                check_type(key, value, bool)
+                name, value = name.removeprefix("not "), not value
+            if name in given:
+                raise TypeError(f"{key} is the former name of {name}; pass {name} alone")
+            warn_deprecated(f"{key}={given[key]!r} is {name}={value!r} now; the former name ends with version 0.3")
+        values[name] = value
+    return values
+
+
+def renamed_keywords(**former: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function take keyword arguments by former names too, with a warning: ``rows="classes"``, see above."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def wrapper(*args: P.args, **given: P.kwargs) -> R:
+            if not former.keys().isdisjoint(given):
+                given = renamed_keys(given, former)  # type: ignore[assignment]
+            return function(*args, **given)
+
+        return wrapper
+
+    return decorate
+
+
+def renamed_fields(**former: str) -> Callable[[C], C]:
+    """Let a class take keyword arguments by former names too, and have attributes of those names, with a warning."""
+
+    def decorate(cls: C) -> C:
+        cls.__init__ = renamed_keywords(**former)(cls.__init__)  # type: ignore[misc]
+        for name, now in former.items():
+            if not now.startswith("not "):
+                setattr(cls, name, _FormerAttribute(f"{cls.__name__}.{name}", now))
+        return cls
+
+    return decorate
+
+
+class _FormerAttribute:
+    def __init__(self, former: str, name: str) -> None:
+        self._name, self._message = name, f"{former} is {name} now; the former name ends with version 0.3"
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        warn_deprecated(self._message)
+        return getattr(instance, self._name)
+
+    def __set__(self, instance: object, value: object) -> None:
+        warn_deprecated(self._message)
+        setattr(instance, self._name, value)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ltloss import reference
-from ltloss._deprecation import tf32_unless
+from ltloss._deprecation import renamed_keywords
 from ltloss._types import NearestPrototype, Reduction, TopK
 from ltloss._validation import (
     check_features,
@@ -182,9 +182,8 @@ def cosine_logsumexp(
     return other, target
 
 
-def nearest_prototype(
-    prototypes: Tensor, rows: Tensor | None = None, *, allow_tf32: bool = True, exact: bool | None = None
-) -> NearestPrototype:
+@renamed_keywords(exact="not allow_tf32")
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, allow_tf32: bool = True) -> NearestPrototype:
     """For every prototype, the largest cosine to any other prototype and its index, without the C×C matrix.
 
     Args:
@@ -193,7 +192,6 @@ def nearest_prototype(
             is computed once.
         allow_tf32: False searches float32 prototypes with float32 products, even where
             ``torch.set_float32_matmul_precision`` allows TF32. Half precision is not affected: its products are exact.
-        exact: the opposite of ``allow_tf32``, under its former name; it ends with version 0.3.
 
     Returns:
         ``NearestPrototype(cosine, index)``, (C,) or (R,) each. Of several nearest the lowest index wins. With C = 1:
@@ -213,16 +211,8 @@ def nearest_prototype(
     check_prototypes(prototypes)
     if rows is not None:
         rows = _checked_rows(rows, prototypes)
-    allow_tf32 = _tf32(allow_tf32, exact)
-    return prototype_search.nearest_prototype(prototypes, rows, allow_tf32)
-
-
-def _tf32(allow_tf32: bool, exact: bool | None) -> bool:
     check_type("allow_tf32", allow_tf32, bool)
-    if exact is None:
-        return allow_tf32
-    check_type("exact", exact, bool)
-    return allow_tf32 and tf32_unless("exact", exact, "allow_tf32")
+    return prototype_search.nearest_prototype(prototypes, rows, allow_tf32)
 
 
 def _checked_rows(rows: Tensor, prototypes: Tensor) -> Tensor:
@@ -230,6 +220,7 @@ def _checked_rows(rows: Tensor, prototypes: Tensor) -> Tensor:
     return checked_labels(rows, prototypes.shape[0], NOTHING, "rows").to(torch.int64)
 
 
+@renamed_keywords(exact="not allow_tf32")
 def min_angle_regularizer(
     prototypes: Tensor,
     class_counts: Tensor | None = None,
@@ -237,7 +228,6 @@ def min_angle_regularizer(
     power: float = 0.25,
     rows: Tensor | None = None,
     allow_tf32: bool = True,
-    exact: bool | None = None,
 ) -> Tensor:
     """Minus the weighted mean angle from each prototype to its nearest other one: pushed down, it spreads them.
 
@@ -249,7 +239,7 @@ def min_angle_regularizer(
         power: 1/k of source A; 0.25 there.
         rows: (R,) class indices to take the mean over (for instance the classes of the batch), or None for all. The
             weights then sum to 1 over the rows.
-        allow_tf32, exact: as in :func:`nearest_prototype`.
+        allow_tf32: as in :func:`nearest_prototype`.
 
     Returns:
         A scalar in [−π, 0], radians; 0 for a single class. The gradient stays finite where two prototypes coincide.
@@ -268,7 +258,7 @@ def min_angle_regularizer(
     """
     check_prototypes(prototypes)
     power = check_number("power", power, at_least=0.0)
-    allow_tf32 = _tf32(allow_tf32, exact)
+    check_type("allow_tf32", allow_tf32, bool)
     if class_counts is not None:
         class_counts = _checked_counts(class_counts, prototypes)
     if rows is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ltloss._deprecation import renamed_keywords
 from ltloss._types import NearestPrototype, Reduction, TopK
 from ltloss.margins import BeyondPi, Margin, MarginGradient, Objective, arccos
 from ltloss.regularizers import FeatureNormKind, norm_penalty
@@ -198,9 +199,8 @@ def loss_of(features: Tensor, prototypes: Tensor, labels: Tensor, objective: Obj
     return losses.sum() / torch.where(total == 0, 1.0, total) if objective.reduction == "mean" else losses.sum()
 
 
-def nearest_prototype(
-    prototypes: Tensor, rows: Tensor | None = None, *, allow_tf32: bool = True, exact: bool | None = None
-) -> NearestPrototype:
+@renamed_keywords(exact="not allow_tf32")
+def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, allow_tf32: bool = True) -> NearestPrototype:
     """Dense twin of :func:`ltloss.functional.nearest_prototype`: the whole C×C matrix.
 
     ``allow_tf32`` changes nothing.
@@ -214,6 +214,7 @@ def nearest_prototype(
     return NearestPrototype(others.gather(1, index[:, None])[:, 0].clamp(-1.0, 1.0), index)
 
 
+@renamed_keywords(exact="not allow_tf32")
 def min_angle_regularizer(
     prototypes: Tensor,
     class_counts: Tensor | None = None,
@@ -221,7 +222,6 @@ def min_angle_regularizer(
     power: float = 0.25,
     rows: Tensor | None = None,
     allow_tf32: bool = True,
-    exact: bool | None = None,
 ) -> Tensor:
     """Dense twin of :func:`ltloss.functional.min_angle_regularizer`. ``allow_tf32`` changes nothing."""
     cosine, _ = nearest_prototype(prototypes, rows)

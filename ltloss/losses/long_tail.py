@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ltloss import functional as F
-from ltloss._deprecation import tf32_unless, warn_deprecated
+from ltloss._deprecation import renamed_fields, warn_deprecated
 from ltloss._validation import check_choice, check_number, check_type
 from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margins_from_counts
 from ltloss.losses.count_losses import FromCounts, check_class_counts
@@ -46,8 +46,8 @@ _OWN_OPTIONS = (
 )
 
 
-def _with_former_options(init: Callable[P, None]) -> Callable[P, None]:
-    """The constructor, which for one version takes ``form`` and ``min_angle_exact`` of version 0.1 as well."""
+def _with_form(init: Callable[P, None]) -> Callable[P, None]:
+    """The constructor, which for one version takes ``form`` of version 0.1 as well."""
 
     @functools.wraps(init)
     def constructor(*args: P.args, **given: P.kwargs) -> None:
@@ -57,15 +57,12 @@ def _with_former_options(init: Callable[P, None]) -> Callable[P, None]:
             given.update(values)
             instead = ", ".join(f"{name}={value!r}" for name, value in values.items()) or "nothing"
             warn_deprecated(f"form={form!r} of LongTailLoss goes; pass {instead} instead")
-        exact = given.pop("min_angle_exact", None)
-        if exact is not None:
-            check_type("min_angle_exact", exact, bool)
-            given["min_angle_allow_tf32"] = tf32_unless("min_angle_exact", bool(exact), "min_angle_allow_tf32")
         init(*args, **given)
 
     return constructor
 
 
+@renamed_fields(min_angle_exact="not min_angle_allow_tf32")
 class LongTailLoss(FromCounts, CombinedMarginLoss):
     """Source A: count-dependent angular margins, spread prototypes, long features. L = L1 + λ1·L2 + λ2·L3.
 
@@ -120,7 +117,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
 
     _settled = ("class_counts", "margin", "margin_power", "margin_normalize", "tau")
 
-    @_with_former_options
+    @_with_form
     def __init__(
         self,
         num_classes: int,
