@@ -30,6 +30,7 @@ from ltloss.training.run.checkpoint import read_tensors, to_bytes
 from ltloss.training.run.prepare import TrainingData, apply_limits, load_split, prepare_data, run_config
 from ltloss.training.run.settings import Settings
 from ltloss.training.run.trainer import Trainer
+from ltloss.training.stored_keys import stored
 
 # The images themselves are part of a job's key; the groups are made from the accuracies of the classes.
 _MAY_DIFFER = ("data", "device", "workers", "many_above", "few_below")
@@ -133,7 +134,7 @@ def _trained(trainer: Trainer, data: TrainingData, found: dict[str, Any]) -> Cla
     for epoch in range(1, trainer.settings.epochs + 1):
         row = trainer.run_epoch(epoch, data.test)
         if row["test_accuracy"] is not None and trainer.measured is not None:
-            found["last"] = {"epoch": epoch, **asdict(trainer.measured)}
+            found["last"] = {"epoch": epoch, **stored(asdict(trainer.measured))}
             if found["best"] is None or row["test_accuracy"] > found["best"]["accuracy"]:
                 found["best"] = found["last"]
     found["seconds_per_epoch"] = round(statistics.median(trainer.train_seconds), 4)
@@ -161,7 +162,7 @@ def _second_stage(
     else:
         normalize_weights(classifier, given["norm_power"])
     metrics = measure(classifier, data.test, settings.thresholds, amp=bool(settings.amp), logit_offset=offset)
-    found["last"] = {"epoch": settings.epochs, **asdict(metrics)}
+    found["last"] = {"epoch": settings.epochs, **stored(asdict(metrics))}
     return classifier
 
 

@@ -20,6 +20,7 @@ from ltloss.training.measure.metrics import Metrics, MetricsAccumulator, number,
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.run.prepare import apply_limits, load_split
 from ltloss.training.run.settings import RunConfig
+from ltloss.training.stored_keys import stored
 
 BATCH_SIZE = 512
 _LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32, however many classes there are
@@ -87,7 +88,7 @@ class Evaluation:
             "loss_name": self.config.loss,
             "backbone": self.config.backbone,
             **asdict(self.thresholds),
-            **asdict(self.metrics),
+            **stored(asdict(self.metrics)),
             "per_class": dict(zip(self.config.class_names, self.metrics.per_class, strict=True)),
         }
         return json.dumps(values, indent=2)
@@ -96,7 +97,7 @@ class Evaluation:
         """A short table: the groups, the geometry, and the classes from the largest to the smallest."""
         metrics = self.metrics
         rows = [
-            ("images", str(metrics.pictures)),
+            ("images", str(metrics.images)),
             ("accuracy, %", percent(metrics.accuracy)),
             *((f"{words}, %", percent(getattr(metrics, name))) for name, words in self.thresholds.describe().items()),
             ("calibration error, %", percent(metrics.calibration_error)),

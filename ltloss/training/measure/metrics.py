@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltloss._deprecation import renamed_fields
 from ltloss.training.measure.class_groups import Thresholds
 
 # One row of metrics.csv.
@@ -19,6 +20,7 @@ COLUMNS = (
 )
 
 
+@renamed_fields(pictures="images")
 @dataclass(frozen=True)
 class Metrics:
     """Measured on one split. Fractions are in [0, 1], angles in radians; None where nothing could be measured.
@@ -28,7 +30,7 @@ class Metrics:
     ``balanced_accuracy`` that of all of them. ``calibration_error`` is the expected one of the softmax of the logits in
     15 bins (Guo et al., On calibration of modern neural networks, ICML 2017, eq. 3)."""
 
-    pictures: int  # images in the split
+    images: int  # in the split
     loss: float | None  # cross-entropy of the logits without margin
     accuracy: float | None
     balanced_accuracy: float | None
@@ -81,7 +83,7 @@ class MetricsAccumulator:
         per_class = np.divide(self._correct, self._total, out=np.full(len(present), np.nan), where=present)
         loss, norm, angle = (float(total) / count if count else None for total in self._sums)
         return Metrics(
-            pictures=count,
+            images=count,
             loss=loss,
             accuracy=float(self._correct.sum()) / count if count else None,
             balanced_accuracy=float(per_class[present].mean()) if count else None,

@@ -221,7 +221,7 @@ def _add_from_checkpoint(body: _Body, run: _Run, device: str | None) -> None:
         source = _test_images(run)
         if stored is None:
             metrics = measure(classifier, source, run.config.settings.thresholds)
-            _add_classes(body, run, _as_array(metrics.per_class), metrics.pictures)
+            _add_classes(body, run, _as_array(metrics.per_class), metrics.images)
         _add_lengths(body, classifier, source)
     except UserError as error:
         body.missing.append(f"{absent}, which need the test images: {error}.")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ltloss._deprecation import renamed_fields
 from ltloss._files import write_file
 from ltloss.errors import UserError
 from ltloss.training.data.batches import batches
@@ -30,6 +31,7 @@ _MANIFEST = "prediction.json"
 _LOGITS_AT_ONCE = 1 << 22  # elements: 16 MiB of float32, however many classes there are
 
 
+@renamed_fields(pictures="images")
 @dataclass(frozen=True)
 class PredictionSummary:
     """What :func:`predict_folder` did; ``str()`` of it is what the command line prints."""
@@ -37,7 +39,7 @@ class PredictionSummary:
     out: Path
     table: Path
     gallery: Path
-    pictures: int  # images that were classified
+    images: int  # that were classified
     classes: int
     uncertain: int
     skipped: int
@@ -45,7 +47,7 @@ class PredictionSummary:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.pictures:,} images classified into {self.classes:,} classes, "
+            f"{self.images:,} images classified into {self.classes:,} classes, "
             f"{self.uncertain:,} of them uncertain (below {UNCERTAIN_BELOW:.0%})"
         ]
         if self.skipped:
@@ -236,7 +238,7 @@ def predict_folder(
         out=out,
         table=out / _TABLE,
         gallery=out / _GALLERY,
-        pictures=len(source),
+        images=len(source),
         classes=len(np.unique(predictions.index[:, 0])),
         uncertain=int((best < UNCERTAIN_BELOW).sum()),
         skipped=len(source.skipped),

@@ -74,7 +74,7 @@ def test_table_holds_what_the_model_says(run: Path, tmp_path: Path) -> None:
         found = [float(cell) for cell in (row[2], row[5], row[7])]
         assert found == pytest.approx(probability[number, ranked[:3]].tolist(), rel=1e-3)
         assert float(row[3]) == pytest.approx(math.degrees(math.acos(cosine[number, ranked[0]])), abs=0.01)
-    assert (summary.pictures, summary.skipped) == (6, 0)
+    assert (summary.images, summary.skipped) == (6, 0)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "cosine", "long-tail", "logit-adjusted"])
