@@ -180,7 +180,7 @@ def regularizer(shape: Shape, rounds: int) -> list[Row]:
     counts = torch.randint(1, 1000, (shape.c,))
     variants: dict[str, dict[str, Any]] = {
         "without": {"min_angle_weight": 0.0},
-        "rows=batch": {"min_angle_weight": 0.1, "min_angle_rows": "batch"},
+        "rows=batch": {"min_angle_weight": 0.1, "min_angle_classes": "batch"},
         "all rows": {"min_angle_weight": 0.1},
     }
 

@@ -36,6 +36,7 @@ def renamed_keys(given: Mapping[str, Any], former: Mapping[str, str]) -> dict[st
     for key, value in given.items():
         name = former.get(key, key)
         if name != key:
+            said = f"{key} is {name}"
             if name.startswith("not "):
                 if value is None:  # its default in 0.2
                     continue
@@ -43,9 +44,10 @@ def renamed_keys(given: Mapping[str, Any], former: Mapping[str, str]) -> dict[st
 
                 check_type(key, value, bool)
                 name, value = name.removeprefix("not "), not value
+                said = f"{key}={given[key]} is {name}={value}"
             if name in given:
                 raise TypeError(f"{key} is the former name of {name}; pass {name} alone")
-            warn_deprecated(f"{key}={given[key]!r} is {name}={value!r} now; the former name ends with version 0.3")
+            warn_deprecated(f"{said} now; the former name ends with version 0.3")
         values[name] = value
     return values
 
@@ -56,7 +58,7 @@ def renamed_keywords(**former: str) -> Callable[[Callable[P, R]], Callable[P, R]
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def wrapper(*args: P.args, **given: P.kwargs) -> R:
-            if not former.keys().isdisjoint(given):
+            if any(name in given for name in former):
                 given = renamed_keys(given, former)  # type: ignore[assignment]
             return function(*args, **given)
 

@@ -16,6 +16,7 @@ from ltloss.runtime import current_backend
 
 __all__ = [
     "check_choice",
+    "check_classes",
     "check_count",
     "check_features",
     "check_k",
@@ -25,7 +26,6 @@ __all__ = [
     "check_per_class",
     "check_prior",
     "check_prototypes",
-    "check_rows",
     "check_same_device",
     "check_supervised",
     "check_type",
@@ -208,13 +208,15 @@ def check_prior(log_prior: Tensor | None, labels: Tensor, ignore_index: int) -> 
         )
 
 
-def check_rows(rows: Any, prototypes: Tensor) -> None:
+def check_classes(classes: Any, prototypes: Tensor) -> None:
     """Class indices (R,), integer, on the prototypes' device. Their range is checked with the labels'."""
-    if not isinstance(rows, Tensor):
-        raise TypeError(f"rows must be a torch.Tensor (R,) of class indices; got {type(rows).__name__}")
-    if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
-        raise ValueError(f"rows must be integer class indices of shape (R,); got {rows.dtype} {tuple(rows.shape)}")
-    check_same_device(prototypes=prototypes, rows=rows)
+    if not isinstance(classes, Tensor):
+        raise TypeError(f"classes must be a torch.Tensor (R,) of class indices; got {type(classes).__name__}")
+    if classes.dim() != 1 or classes.is_floating_point() or classes.dtype == torch.bool:
+        raise ValueError(
+            f"classes must be integer class indices of shape (R,); got {classes.dtype} {tuple(classes.shape)}"
+        )
+    check_same_device(prototypes=prototypes, classes=classes)
 
 
 def check_label_range(labels: Tensor, num_classes: int, ignore_index: int, name: str = "labels") -> None:

@@ -15,6 +15,7 @@ from ltloss import reference
 from ltloss._deprecation import renamed_keywords
 from ltloss._types import NearestPrototype, Reduction, TopK
 from ltloss._validation import (
+    check_classes,
     check_features,
     check_k,
     check_number,
@@ -22,7 +23,6 @@ from ltloss._validation import (
     check_per_class,
     check_prior,
     check_prototypes,
-    check_rows,
     check_same_device,
     check_supervised,
     check_type,
@@ -182,14 +182,16 @@ def cosine_logsumexp(
     return other, target
 
 
-@renamed_keywords(exact="not allow_tf32")
-def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, allow_tf32: bool = True) -> NearestPrototype:
+@renamed_keywords(rows="classes", exact="not allow_tf32")
+def nearest_prototype(
+    prototypes: Tensor, classes: Tensor | None = None, *, allow_tf32: bool = True
+) -> NearestPrototype:
     """For every prototype, the largest cosine to any other prototype and its index, without the C×C matrix.
 
     Args:
         prototypes: (C, D).
-        rows: (R,) class indices to answer for (each is compared with all C), or None for all; then each unordered pair
-            is computed once.
+        classes: (R,) class indices to answer for (each is compared with all C), or None for all; then each unordered
+            pair is computed once.
         allow_tf32: False searches float32 prototypes with float32 products, even where
             ``torch.set_float32_matmul_precision`` allows TF32. Half precision is not affected: its products are exact.
 
@@ -199,8 +201,8 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, allow_t
         one is to the nearest: "The search" in ``docs/mathematics.md``.
 
     Raises:
-        ValueError, TypeError: prototypes of another shape or dtype, rows that are no integers.
-        IndexError: a row outside [0, C), with its position (on a GPU only under ``ltloss.debug``).
+        ValueError, TypeError: prototypes of another shape or dtype, classes that are no integers.
+        IndexError: a class outside [0, C), with its position (on a GPU only under ``ltloss.debug``).
 
     Example:
         >>> import torch
@@ -209,24 +211,24 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, allow_t
         tensor([2, 0, 0])
     """
     check_prototypes(prototypes)
-    if rows is not None:
-        rows = _checked_rows(rows, prototypes)
+    if classes is not None:
+        classes = _checked_classes(classes, prototypes)
     check_type("allow_tf32", allow_tf32, bool)
-    return prototype_search.nearest_prototype(prototypes, rows, allow_tf32)
+    return prototype_search.nearest_prototype(prototypes, classes, allow_tf32)
 
 
-def _checked_rows(rows: Tensor, prototypes: Tensor) -> Tensor:
-    check_rows(rows, prototypes)
-    return checked_labels(rows, prototypes.shape[0], NOTHING, "rows").to(torch.int64)
+def _checked_classes(classes: Tensor, prototypes: Tensor) -> Tensor:
+    check_classes(classes, prototypes)
+    return checked_labels(classes, prototypes.shape[0], NOTHING, "classes").to(torch.int64)
 
 
-@renamed_keywords(exact="not allow_tf32")
+@renamed_keywords(rows="classes", exact="not allow_tf32")
 def min_angle_regularizer(
     prototypes: Tensor,
     class_counts: Tensor | None = None,
     *,
     power: float = 0.25,
-    rows: Tensor | None = None,
+    classes: Tensor | None = None,
     allow_tf32: bool = True,
 ) -> Tensor:
     """Minus the weighted mean angle from each prototype to its nearest other one: pushed down, it spreads them.
@@ -237,16 +239,16 @@ def min_angle_regularizer(
         prototypes: (C, D).
         class_counts: (C,) training samples per class, all > 0; None weights all classes alike (the MMA regulariser).
         power: 1/k of source A; 0.25 there.
-        rows: (R,) class indices to take the mean over (for instance the classes of the batch), or None for all. The
-            weights then sum to 1 over the rows.
+        classes: (R,) class indices to take the mean over (for instance the classes of the batch), or None for all. The
+            weights then sum to 1 over those.
         allow_tf32: as in :func:`nearest_prototype`.
 
     Returns:
         A scalar in [−π, 0], radians; 0 for a single class. The gradient stays finite where two prototypes coincide.
 
     Raises:
-        ValueError, TypeError: prototypes, counts or rows of another shape or dtype, a count that is not positive.
-        IndexError: a row outside [0, C), with its position (on a GPU only under ``ltloss.debug``).
+        ValueError, TypeError: prototypes, counts or classes of another shape or dtype, a count that is not positive.
+        IndexError: a class outside [0, C), with its position (on a GPU only under ``ltloss.debug``).
 
     Sources: source A's L2; uniform weights: Wang et al., MMA regularization, NeurIPS 2020.
 
@@ -261,9 +263,9 @@ def min_angle_regularizer(
     check_type("allow_tf32", allow_tf32, bool)
     if class_counts is not None:
         class_counts = _checked_counts(class_counts, prototypes)
-    if rows is not None:
-        rows = _checked_rows(rows, prototypes)
-    return prototype_search.min_angle(prototypes, class_counts, power, rows, allow_tf32)
+    if classes is not None:
+        classes = _checked_classes(classes, prototypes)
+    return prototype_search.min_angle(prototypes, class_counts, power, classes, allow_tf32)
 
 
 def _checked_counts(class_counts: Tensor, prototypes: Tensor) -> Tensor:

@@ -199,13 +199,15 @@ def loss_of(features: Tensor, prototypes: Tensor, labels: Tensor, objective: Obj
     return losses.sum() / torch.where(total == 0, 1.0, total) if objective.reduction == "mean" else losses.sum()
 
 
-@renamed_keywords(exact="not allow_tf32")
-def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, allow_tf32: bool = True) -> NearestPrototype:
+@renamed_keywords(rows="classes", exact="not allow_tf32")
+def nearest_prototype(
+    prototypes: Tensor, classes: Tensor | None = None, *, allow_tf32: bool = True
+) -> NearestPrototype:
     """Dense twin of :func:`ltloss.functional.nearest_prototype`: the whole C×C matrix.
 
     ``allow_tf32`` changes nothing.
     """
-    own = torch.arange(prototypes.shape[0], device=prototypes.device) if rows is None else rows
+    own = torch.arange(prototypes.shape[0], device=prototypes.device) if classes is None else classes
     cosine = cosines(prototypes[own], prototypes)
     if prototypes.shape[0] == 1:
         return NearestPrototype(cosine[:, 0] * 0.0 - 1.0, torch.full_like(own, -1))
@@ -214,22 +216,22 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None = None, *, allow_t
     return NearestPrototype(others.gather(1, index[:, None])[:, 0].clamp(-1.0, 1.0), index)
 
 
-@renamed_keywords(exact="not allow_tf32")
+@renamed_keywords(rows="classes", exact="not allow_tf32")
 def min_angle_regularizer(
     prototypes: Tensor,
     class_counts: Tensor | None = None,
     *,
     power: float = 0.25,
-    rows: Tensor | None = None,
+    classes: Tensor | None = None,
     allow_tf32: bool = True,
 ) -> Tensor:
     """Dense twin of :func:`ltloss.functional.min_angle_regularizer`. ``allow_tf32`` changes nothing."""
-    cosine, _ = nearest_prototype(prototypes, rows)
+    cosine, _ = nearest_prototype(prototypes, classes)
     if prototypes.shape[0] == 1:
         return (cosine * 0.0).sum()
     counts = torch.ones_like(cosine) if class_counts is None else class_counts.to(cosine.dtype)
-    if rows is not None and class_counts is not None:
-        counts = counts[rows]
+    if classes is not None and class_counts is not None:
+        counts = counts[classes]
     weights = counts ** (-power)
     return -(weights / weights.sum() * arccos(cosine)).sum()
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from helpers.refusals import refused, warned
 
+import ltloss
+from ltloss import functional, reference
 from ltloss._deprecation import renamed_keywords
 from ltloss.training.measure.metrics import Metrics
+from ltloss.training.model.registry import build_loss
 from ltloss.training.predict.predict import PredictionSummary
+from ltloss.training.run.settings import Settings, changed_settings
 
 
 @renamed_keywords(old="new", exact="not loose")
@@ -19,34 +25,60 @@ def _given(new: int = 0, loose: bool = True) -> tuple[int, bool]:
 
 
 def test_a_former_keyword_and_an_opposite() -> None:
-    with warned("old=3", "new=3"):
-        assert _given(old=3) == (3, True)  # type: ignore[call-arg]
+    with warned("old", "new"):
+        assert _given(old=3) == (3, True)
     with warned("exact=True", "loose=False"):
-        assert _given(4, exact=True) == (4, False)  # type: ignore[call-arg]
+        assert _given(4, exact=True) == (4, False)
 
 
 def test_both_names_at_once_are_refused() -> None:
     with refused("old", "new", error=TypeError):
-        _given(new=1, old=1)  # type: ignore[call-arg]
+        _given(new=1, old=1)
     with refused("exact", "loose", error=TypeError):
-        _given(loose=True, exact=False)  # type: ignore[call-arg]
+        _given(loose=True, exact=False)
 
 
 def test_the_warning_points_at_the_caller() -> None:
-    with warned("old=3") as caught:
-        _given(old=3)  # type: ignore[call-arg]
+    with warned("old", "new") as caught:
+        _given(old=3)
     assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_images_are_called_pictures_too() -> None:
     values = {item.name: None for item in fields(Metrics)} | {"images": 7}
-    metrics = Metrics(**values)  # type: ignore[arg-type]
+    metrics = Metrics(**values)
     with warned("Metrics.pictures", "images"):
-        assert metrics.pictures == 7  # type: ignore[attr-defined]
-    with warned("pictures=7", "images=7"):
-        assert Metrics(**{name: v for name, v in values.items() if name != "images"}, pictures=7) == metrics  # type: ignore
+        assert metrics.pictures == 7
+    with warned("pictures", "images"):
+        assert Metrics(**{name: v for name, v in values.items() if name != "images"}, pictures=7) == metrics
     with pytest.raises(FrozenInstanceError):
-        metrics.pictures = 8  # type: ignore[attr-defined]
+        metrics.pictures = 8
     summary = PredictionSummary(Path(), Path(), Path(), images=7, classes=2, uncertain=0, skipped=0, sorted_into=None)
     with warned("PredictionSummary.pictures", "images"):
-        assert summary.pictures == 7  # type: ignore[attr-defined]
+        assert summary.pictures == 7
+
+
+@pytest.mark.parametrize("module", [functional, reference])
+def test_rows_are_classes(module: Any) -> None:
+    prototypes, chosen = torch.randn(5, 3), torch.tensor([3, 0])
+    with warned("rows", "classes"):
+        found = module.nearest_prototype(prototypes, rows=chosen)
+    assert all(map(torch.equal, found, module.nearest_prototype(prototypes, classes=chosen)))
+    with warned("rows", "classes"):
+        angle = module.min_angle_regularizer(prototypes, rows=chosen)
+    assert torch.equal(angle, module.min_angle_regularizer(prototypes, classes=chosen))
+
+
+@pytest.mark.parametrize("loss", ["long-tail", "long-tail-prior"])
+def test_min_angle_rows_are_classes(loss: str) -> None:
+    with warned("min_angle_rows", "min_angle_classes"):
+        head = ltloss.LongTailLoss.from_counts([5, 3, 1], 4, min_angle_rows="batch")
+    assert head.min_angle_classes == "batch"
+    with warned("min_angle_rows", "min_angle_classes"):
+        head.min_angle_rows = "all"
+    assert head.hyper_parameters()["min_angle_classes"] == "all"
+    with warned("min_angle_rows", "min_angle_classes"):
+        assert build_loss(loss, [5, 3, 1], 4, {"min_angle_rows": "batch"}).min_angle_classes == "batch"
+    stored = Settings(loss=loss, loss_options={"min_angle_classes": "batch"})
+    with warned("min_angle_rows", "min_angle_classes"):
+        assert not changed_settings(stored, {"loss_options": {"min_angle_rows": "batch"}})

@@ -149,7 +149,7 @@ def search_cases(small: bool) -> Iterator[SearchCase]:
     all_rows: dict[str, Any] = {"min_angle_weight": 0.1}
     for note, options, precision in (
         ("without the minimum angle", {}, "highest"),
-        ("minimum angle, rows=batch", {**all_rows, "min_angle_rows": "batch"}, "highest"),
+        ("minimum angle, rows=batch", {**all_rows, "min_angle_classes": "batch"}, "highest"),
         ("minimum angle, all rows, TF32", all_rows, "high"),
         ("minimum angle, all rows", all_rows, "highest"),
     ):

@@ -86,7 +86,7 @@ def _waiting_is_an_error() -> Iterator[None]:
 def _searches(inputs: Inputs) -> tuple[Tensor, ...]:
     """Minimum angle over all rows and over some, its gradient, and the best classes."""
     rows = torch.arange(0, inputs.prototypes.shape[0], 3, device=inputs.prototypes.device)
-    values = [functional.min_angle_regularizer(inputs.prototypes, rows=chosen) for chosen in (None, rows)]
+    values = [functional.min_angle_regularizer(inputs.prototypes, classes=chosen) for chosen in (None, rows)]
     gradient = torch.autograd.grad(values[0] + values[1], inputs.prototypes)[0]
     return (
         *(value.detach() for value in values),

@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["FORMER_OPTIONS", "LONG_TAIL_PRIOR", "default_scale", "of_form"]
+__all__ = ["FORMER_OPTIONS", "LONG_TAIL_PRIOR", "RENAMED_OPTIONS", "default_scale", "of_form"]
 
 # What docs/evidence.md measures as `long-tail-prior`: the margins of source A, with a log prior instead of L2 and L3.
 LONG_TAIL_PRIOR: Mapping[str, Any] = MappingProxyType(
     {"tau": 1.0, "margin_normalize": "max", "min_angle_weight": 0.0, "feature_norm_weight": 0.0}
 )
 
-FORMER_OPTIONS = {"form", "min_angle_exact"}  # of LongTailLoss in version 0.1, for one version more
+# Of LongTailLoss in version 0.1, for one version more.
+RENAMED_OPTIONS = {"min_angle_exact": "not min_angle_allow_tf32", "min_angle_rows": "min_angle_classes"}
+FORMER_OPTIONS = {"form", *RENAMED_OPTIONS}
 
 
 def of_form(form: object, given: Mapping[str, Any]) -> dict[str, Any]:

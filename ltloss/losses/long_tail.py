@@ -14,7 +14,7 @@ from ltloss._deprecation import renamed_fields, warn_deprecated
 from ltloss._validation import check_choice, check_number, check_type
 from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margins_from_counts
 from ltloss.losses.count_losses import FromCounts, check_class_counts
-from ltloss.losses.defaults import of_form
+from ltloss.losses.defaults import RENAMED_OPTIONS, of_form
 from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions
 from ltloss.ops.logsumexp import Shard
 from ltloss.ops.prototype_search import min_angle
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LongTailLoss"]
 
-AngleRows = Literal["all", "batch"]
+AngleClasses = Literal["all", "batch"]
 
 _OWN_OPTIONS = (
     "margin",
@@ -37,7 +37,7 @@ _OWN_OPTIONS = (
     "margin_normalize",
     "min_angle_weight",
     "min_angle_power",
-    "min_angle_rows",
+    "min_angle_classes",
     "min_angle_allow_tf32",
     "feature_norm_weight",
     "feature_norm",
@@ -62,7 +62,7 @@ def _with_form(init: Callable[P, None]) -> Callable[P, None]:
     return constructor
 
 
-@renamed_fields(min_angle_exact="not min_angle_allow_tf32")
+@renamed_fields(**RENAMED_OPTIONS)
 class LongTailLoss(FromCounts, CombinedMarginLoss):
     """Source A: count-dependent angular margins, spread prototypes, long features. L = L1 + λ1·L2 + λ2·L3.
 
@@ -83,7 +83,8 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         margin_normalize: ``"none"``, or ``"max"`` to give the rarest class exactly ``margin``.
         min_angle_weight: λ1; 0 leaves L2 out.
         min_angle_power: 1/k for the weights of L2.
-        min_angle_rows: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of C²·D/2.
+        min_angle_classes: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of
+            C²·D/2.
         min_angle_allow_tf32: the ``allow_tf32`` of :func:`ltloss.functional.nearest_prototype` for L2.
         feature_norm_weight: λ2; 0 leaves L3 out. Features that keep their length (``normalize_features=False``) may
             shrink to nothing without it.
@@ -129,7 +130,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         margin_normalize: Normalize = "none",
         min_angle_weight: float = 0.1,
         min_angle_power: float = 0.25,
-        min_angle_rows: AngleRows = "all",
+        min_angle_classes: AngleClasses = "all",
         min_angle_allow_tf32: bool = True,
         feature_norm_weight: float = 0.1,
         feature_norm: FeatureNormKind | Callable[[Tensor], Tensor] = "ring",
@@ -144,7 +145,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
             ("feature_norm_weight", feature_norm_weight),
         ):
             check_number(name, value, at_least=0.0)
-        check_choice("min_angle_rows", min_angle_rows, get_args(AngleRows))
+        check_choice("min_angle_classes", min_angle_classes, get_args(AngleClasses))
         check_type("min_angle_allow_tf32", min_angle_allow_tf32, bool)
         if not callable(feature_norm):
             check_choice("feature_norm", feature_norm, get_args(FeatureNormKind))
@@ -158,7 +159,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         super().__init__(num_classes, embedding_size, angular_margin=margins, **options)
         self.margin, self.margin_power, self.margin_normalize, self.tau = margin, margin_power, margin_normalize, tau
         self.min_angle_weight, self.min_angle_power = min_angle_weight, min_angle_power
-        self.min_angle_rows, self.min_angle_allow_tf32 = min_angle_rows, min_angle_allow_tf32
+        self.min_angle_classes, self.min_angle_allow_tf32 = min_angle_classes, min_angle_allow_tf32
         self.feature_norm_weight, self.feature_norm = feature_norm_weight, feature_norm
         self.feature_norm_radius = 1.25 * embedding_size**0.5 if feature_norm_radius is None else feature_norm_radius
         check_number("feature_norm_radius", self.feature_norm_radius, above=0.0)
@@ -191,7 +192,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
     def _min_angle(self, labels: Tensor, counted: Tensor) -> Tensor:
         """L2 over all classes, or over those of the batch, each once."""
         power, allow_tf32 = self.min_angle_power, self.min_angle_allow_tf32
-        if self.min_angle_rows == "all":
+        if self.min_angle_classes == "all":
             return min_angle(self.weight, self.class_counts, power, None, allow_tf32)
         # Not torch.unique: how many classes there are would have to be read back from a GPU.
         beyond = self.num_classes

@@ -57,7 +57,7 @@ class Nearest(NamedTuple):
 def _search(weight: Tensor, rows: Tensor | None) -> Nearest:
     cosine, index = functional.nearest_prototype(weight, rows)
     counts = torch.arange(1, weight.shape[0] + 1)
-    angles = [functional.min_angle_regularizer(weight, given, rows=rows) for given in (counts, None)]
+    angles = [functional.min_angle_regularizer(weight, given, classes=rows) for given in (counts, None)]
     torch.autograd.backward(angles[0] + 3 * angles[1])
     assert weight.grad is not None
     return Nearest(whole(cosine), whole(index), torch.stack(angles).detach(), whole(weight.grad))

@@ -36,7 +36,7 @@ def _long_tail(**options: Any) -> Callable[..., PrototypeHead]:
 BUILD: dict[str, Callable[..., PrototypeHead]] = {
     **{f"family {name}": _module(options) for name, options in FAMILY.items()},
     **MODULES,
-    "long-tail of the batch": _long_tail(min_angle_rows="batch", min_angle_weight=2.0),
+    "long-tail of the batch": _long_tail(min_angle_classes="batch", min_angle_weight=2.0),
     "long-tail per sample": _long_tail(reduction="none"),
     "cosine-space ema": lambda c, d, **more: ltloss.CosineSpaceLoss(
         c, d, center_update="ema", truncate="sample", epsilon=0.0, label_smoothing=0.1, **more

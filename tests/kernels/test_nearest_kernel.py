@@ -174,7 +174,7 @@ class TestGradient:
         gradients = []
         for function, wide in ((min_angle_regularizer, F32), (reference.min_angle_regularizer, torch.float64)):
             leaf = given.to(wide).requires_grad_()
-            gradients.append(torch.autograd.grad(function(leaf, class_counts, rows=chosen), leaf)[0])
+            gradients.append(torch.autograd.grad(function(leaf, class_counts, classes=chosen), leaf)[0])
         assert relative_error(*gradients) <= 5e-6  # 1/sin of angles near 0.5
 
     @pytest.mark.parametrize("dtype", [F32, F16, BF16])
@@ -280,7 +280,7 @@ def test_long_tail_loss() -> None:
         for name, wide in (("triton", F32), ("reference", torch.float64)):
             torch.manual_seed(1)
             counts = long_tail_counts(40)
-            options = {"min_angle_weight": 0.5, "min_angle_rows": rows}
+            options = {"min_angle_weight": 0.5, "min_angle_classes": rows}
             head = ltloss.LongTailLoss.from_counts(counts, 8, **options)
             head = head.to(DEVICE, wide)
             x = torch.linspace(-1, 2, 96, device=DEVICE, dtype=wide).sin().view(12, 8)

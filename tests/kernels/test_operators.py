@@ -300,7 +300,7 @@ class TestOnTheDevice:
     @staticmethod
     def _searches(given: Any) -> tuple[torch.Tensor, ...]:
         rows = torch.arange(0, 70, 3, device=DEVICE)
-        values = [functional.min_angle_regularizer(given.prototypes, rows=chosen) for chosen in (None, rows)]
+        values = [functional.min_angle_regularizer(given.prototypes, classes=chosen) for chosen in (None, rows)]
         gradient = torch.autograd.grad(values[0] + values[1], given.prototypes)[0]
         return (*(value.detach() for value in values), gradient, *functional.top_k(given.features, given.prototypes, 5))
 

@@ -25,7 +25,7 @@ def test_long_tail_loss_adds_its_regularisers(rows: str, backend: str) -> None:
     counts = long_tail_counts(C)
     module = ltloss.LongTailLoss.from_counts(
         counts, D, min_angle_weight=0.3, feature_norm_weight=0.2, feature_norm="ring", feature_norm_radius=2.0,
-        min_angle_rows=rows, min_angle_power=0.5, margin_normalize="max", tau=0.0, scale=30.0,
+        min_angle_classes=rows, min_angle_power=0.5, margin_normalize="max", tau=0.0, scale=30.0,
     )  # fmt: skip
     features, labels = batch()
     counted = labels >= 0
@@ -33,7 +33,7 @@ def test_long_tail_loss_adds_its_regularisers(rows: str, backend: str) -> None:
         features, module.weight, labels, angular_margin=margins_from_counts(counts, 0.5, normalize="max")
     )
     chosen = None if rows == "all" else labels[counted].unique()
-    l2 = functional.min_angle_regularizer(module.weight, counts, power=0.5, rows=chosen)
+    l2 = functional.min_angle_regularizer(module.weight, counts, power=0.5, classes=chosen)
     l3 = functional.feature_norm_penalty(features[counted], "ring", radius=2.0)
     torch.testing.assert_close(module(features, labels), l1 + 0.3 * l2 + 0.2 * l3)
     expected = {"margin_cross_entropy": l1, "min_angle": l2, "feature_norm": l3}
@@ -42,7 +42,7 @@ def test_long_tail_loss_adds_its_regularisers(rows: str, backend: str) -> None:
 
 
 def test_angles_of_a_batch_without_a_class_that_counts() -> None:
-    module = ltloss.LongTailLoss.from_counts([5, 1], D, min_angle_rows="batch", min_angle_weight=0.5)
+    module = ltloss.LongTailLoss.from_counts([5, 1], D, min_angle_classes="batch", min_angle_weight=0.5)
     module(torch.randn(2, D), torch.tensor([-100, -100])).backward()
     assert float(module.parts["min_angle"]) == 0.0
     assert module.weight.grad is not None
@@ -50,7 +50,7 @@ def test_angles_of_a_batch_without_a_class_that_counts() -> None:
 
 
 def test_angles_of_the_only_class() -> None:
-    module = ltloss.LongTailLoss.from_counts([5], D, min_angle_rows="batch", min_angle_weight=0.5)
+    module = ltloss.LongTailLoss.from_counts([5], D, min_angle_classes="batch", min_angle_weight=0.5)
     module(torch.randn(2, D), torch.tensor([0, 0])).backward()
     assert float(module.parts["min_angle"]) == 0.0
     assert bool(module.weight.grad.isfinite().all())

@@ -118,7 +118,7 @@ def test_options_in_one_graph() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_angles_of_the_batch_in_one_graph(dynamic: bool) -> None:
-    _check("LongTailLoss", "aot_eager", dynamic, min_angle_rows="batch", min_angle_weight=0.5)
+    _check("LongTailLoss", "aot_eager", dynamic, min_angle_classes="batch", min_angle_weight=0.5)
 
 
 def test_with_the_default_compiler() -> None:

@@ -132,7 +132,7 @@ def test_single_class_two_numbers_and_minimum_angle() -> None:
     cosine, index = nearest_prototype(w)
     assert (cosine.tolist(), index.tolist()) == ([-1.0], [-1])
     for rows in (None, torch.tensor([0, 0])):
-        value = min_angle_regularizer(w, rows=rows)
+        value = min_angle_regularizer(w, classes=rows)
         assert float(value.detach()) == 0.0
         (grad,) = torch.autograd.grad(value, w)
         assert not grad.any()
@@ -158,7 +158,7 @@ def test_empty_batch_elsewhere() -> None:
     assert float(feature_norm_penalty(x)) == 0.0
     none = torch.zeros(0, dtype=torch.int64)
     assert [t.shape for t in nearest_prototype(w, none)] == [(0,), (0,)]
-    assert float(min_angle_regularizer(w, rows=none)) == 0.0
+    assert float(min_angle_regularizer(w, classes=none)) == 0.0
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -208,10 +208,10 @@ def test_label_outside_is_an_index_error(label: int, position: int) -> None:
 
 @pytest.mark.parametrize("row", [-1, 4])
 def test_row_outside_is_an_index_error(row: int) -> None:
-    with refused("rows", "[0, 4)", str(row), "1", error=IndexError):
+    with refused("classes", "[0, 4)", str(row), "1", error=IndexError):
         nearest_prototype(torch.randn(4, 5), torch.tensor([0, row]))
-    with refused("rows", "[0, 4)", str(row), "1", error=IndexError):
-        min_angle_regularizer(torch.randn(4, 5), torch.ones(4), rows=torch.tensor([0, row]))
+    with refused("classes", "[0, 4)", str(row), "1", error=IndexError):
+        min_angle_regularizer(torch.randn(4, 5), torch.ones(4), classes=torch.tensor([0, row]))
 
 
 def test_class_without_samples() -> None:

@@ -288,7 +288,7 @@ class TestMinimumAngle:
         w, counts = on_circle(*PROTOTYPES), torch.tensor([4, 1, 9])
         assert float(min_angle_regularizer(w)) == pytest.approx(-3.5 / 3, rel=EXACT)
         expected = -(1.0 / 2 + 1.5 / 3) / (1 / 2 + 1 / 3)
-        got = min_angle_regularizer(w, counts, power=0.5, rows=torch.tensor([0, 2]))
+        got = min_angle_regularizer(w, counts, power=0.5, classes=torch.tensor([0, 2]))
         assert float(got) == pytest.approx(expected, rel=EXACT)
 
     def test_nearest(self, backend: str) -> None:

@@ -121,7 +121,7 @@ def test_gradient_equals_the_dense_one(counts: bool, rows: list[int] | None, tin
     results = []
     for function in (min_angle_regularizer, reference.min_angle_regularizer):
         leaf = given.clone().requires_grad_()
-        value = function(leaf, class_counts, rows=chosen)
+        value = function(leaf, class_counts, classes=chosen)
         results.append((value, torch.autograd.grad(value, leaf)[0]))
     for ours, exact in zip(*results, strict=True):
         assert relative_error(ours, exact) <= 1e-12  # 1/sin of angles near 0.05 amplifies twentyfold
@@ -260,6 +260,6 @@ def test_no_square_matrix(rows: int | None, monkeypatch: pytest.MonkeyPatch) -> 
     leaf = random_prototypes(c, d, torch.float32).requires_grad_()
     with watching(LargestTensor()) as seen:
         chosen = None if rows is None else torch.arange(rows)
-        min_angle_regularizer(leaf, torch.ones(c), rows=chosen).backward()
+        min_angle_regularizer(leaf, torch.ones(c), classes=chosen).backward()
     assert seen.operators > 20  # it looked inside
     assert seen.largest <= 1 << 20  # the budget of a tile: 1M elements, against C² = 9M and R·C = 1.8M

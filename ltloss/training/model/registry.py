@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from ltloss.errors import UserError, nearest
-from ltloss.losses.defaults import FORMER_OPTIONS, LONG_TAIL_PRIOR
+from ltloss.losses.defaults import FORMER_OPTIONS, LONG_TAIL_PRIOR, RENAMED_OPTIONS
 
 if TYPE_CHECKING:
     from ltloss.losses.prototype_head import PrototypeHead
@@ -71,7 +71,7 @@ def _option_names(kind: LossKind, loss_class: Any) -> set[str]:
     if kind is LOSSES["long-tail"]:
         taken |= FORMER_OPTIONS
     elif "min_angle_allow_tf32" in taken:
-        taken.add("min_angle_exact")
+        taken |= RENAMED_OPTIONS.keys()
     return taken | {"tau"} if kind.tau_as_prior else taken
 
 

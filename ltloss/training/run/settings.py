@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ltloss._deprecation import renamed_keys
 from ltloss.errors import UserError, nearest
-from ltloss.losses.defaults import FORMER_OPTIONS
+from ltloss.losses.defaults import FORMER_OPTIONS, RENAMED_OPTIONS
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.model.registry import LOSSES, options_in_force
 
@@ -256,6 +257,8 @@ def _named_as_now(values: Mapping[str, Any]) -> dict[str, Any]:
     if not str(versions.get("ltloss")).startswith("0.1."):
         return dict(values)
     options = dict(options)
+    if "min_angle_rows" in options:  # no warning: the user of a run did not write it
+        options["min_angle_classes"] = options.pop("min_angle_rows")
     prior = options.pop("form", "recommended") == "recommended"
     if prior and options.get("normalize_features") is False:
         options.setdefault("feature_norm_weight", 0.1)  # features that kept their length had L3
@@ -327,7 +330,7 @@ def changed_settings(stored: Settings, given: Mapping[str, Any]) -> list[str]:
     for name, value in given.items():
         old, value = getattr(stored, name), _checked(name, value)
         if name == "loss_options":
-            was = stored.all_loss_options
+            was, value = stored.all_loss_options, renamed_keys(value, RENAMED_OPTIONS)
             differences += [f"{key} (run: {was.get(key)}, now: {v})" for key, v in value.items() if was.get(key) != v]
             continue
         allowed = name in MAY_CHANGE_ON_RESUME or (name == "epochs" and value >= old)

@@ -97,6 +97,7 @@ def test_values_in_force_of_the_two_long_tail_losses() -> None:
         ({}, "0.1.0", "long-tail-prior", {}),
         ({"form": "published", "margin_power": 0.5}, "0.1.0", "long-tail", {"margin_power": 0.5}),
         ({"form": "recommended"}, "0.1.0", "long-tail-prior", {}),
+        ({"min_angle_rows": "batch"}, "0.1.0", "long-tail-prior", {"min_angle_classes": "batch"}),
         (
             {"normalize_features": False},
             "0.1.0",
