@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltloss._deprecation import renamed_keywords
 from ltloss._validation import check_choice, check_number
 from ltloss.ops.labels import checked_labels
 
@@ -82,16 +83,17 @@ def _abridged(values: Tensor) -> str:
     return f"[{shown}{', ...' if values.numel() > 8 else ''}]"
 
 
+@renamed_keywords(power="count_exponent")
 def margins_from_counts(
-    class_counts: Counts, margin: float = 0.5, *, power: float = 0.25, normalize: Normalize = "none"
+    class_counts: Counts, margin: float = 0.5, *, count_exponent: float = 0.25, normalize: Normalize = "none"
 ) -> Tensor:
-    """Per-class margins m_c = margin · n_c^(−power): the rarer the class, the larger its margin.
+    """Per-class margins m_c = margin · n_c^(−count_exponent): the rarer the class, the larger its margin.
 
     Args:
         class_counts: (C,) training samples per class, all > 0.
         margin: the margin of a class with one sample, or with ``normalize="max"`` that of the rarest class (radians for
             an angular margin, cosine units for LDAM).
-        power: 1/k; 0.25 in source A and in LDAM.
+        count_exponent: 1/k; 0.25 in source A and in LDAM.
         normalize: ``"none"``, or ``"max"`` to rescale so that the rarest class has exactly ``margin`` (the LDAM
             convention).
 
@@ -100,7 +102,7 @@ def margins_from_counts(
 
     Raises:
         TypeError, ValueError: counts that are no numbers, not one per class, or of a class without samples; a negative
-            margin or power; an unknown ``normalize``.
+            margin or exponent; an unknown ``normalize``.
 
     Sources: source A; Cao et al., LDAM, NeurIPS 2019, section 3.1.
 
@@ -110,9 +112,9 @@ def margins_from_counts(
         tensor([0.2500, 0.5000])
     """
     margin = check_number("margin", margin, at_least=0.0)
-    power = check_number("power", power, at_least=0.0)
+    count_exponent = check_number("count_exponent", count_exponent, at_least=0.0)
     check_choice("normalize", normalize, get_args(Normalize))
-    margins = checked_counts(class_counts) ** -power
+    margins = checked_counts(class_counts) ** -count_exponent
     if normalize == "max":
         margins = margins / margins.max()
     return (margin * margins).float()
@@ -168,24 +170,25 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
     return (weights / weights.mean()).float()
 
 
-def inverse_frequency_weights(class_counts: Counts, power: float = 1.0) -> Tensor:
-    """Weights ∝ n_c^(−power), scaled to mean 1, (C,) float32; power 0.5 is the usual softer variant.
+@renamed_keywords(power="count_exponent")
+def inverse_frequency_weights(class_counts: Counts, count_exponent: float = 1.0) -> Tensor:
+    """Weights ∝ n_c^(−count_exponent), scaled to mean 1, (C,) float32; 0.5 is the usual softer variant.
 
     Args:
         class_counts: (C,) training samples per class, all > 0.
-        power: the exponent.
+        count_exponent: the exponent.
 
     Raises:
-        TypeError, ValueError: counts that are no numbers, not one per class, or of a class without samples; a power
-            that is not finite.
+        TypeError, ValueError: counts that are no numbers, not one per class, or of a class without samples; an
+            exponent that is not finite.
 
     Example:
         >>> from ltloss.class_balance import inverse_frequency_weights
         >>> inverse_frequency_weights([3, 1])
         tensor([0.5000, 1.5000])
     """
-    power = check_number("power", power)
-    weights = checked_counts(class_counts) ** -power
+    count_exponent = check_number("count_exponent", count_exponent)
+    weights = checked_counts(class_counts) ** -count_exponent
     return (weights / weights.mean()).float()
 
 

@@ -222,23 +222,24 @@ def _checked_classes(classes: Tensor, prototypes: Tensor) -> Tensor:
     return checked_labels(classes, prototypes.shape[0], NOTHING, "classes").to(torch.int64)
 
 
-@renamed_keywords(rows="classes", exact="not allow_tf32")
+@renamed_keywords(power="count_exponent", rows="classes", exact="not allow_tf32")
 def min_angle_regularizer(
     prototypes: Tensor,
     class_counts: Tensor | None = None,
     *,
-    power: float = 0.25,
+    count_exponent: float = 0.25,
     classes: Tensor | None = None,
     allow_tf32: bool = True,
 ) -> Tensor:
     """Minus the weighted mean angle from each prototype to its nearest other one: pushed down, it spreads them.
 
-    L = −Σ_i ω_i · min_{j≠i} arccos(ŵ_i·ŵ_j) with ω_i ∝ n_i^(−power), Σ ω = 1, so rare classes are pushed apart most.
+    L = −Σ_i ω_i · min_{j≠i} arccos(ŵ_i·ŵ_j) with ω_i ∝ n_i^(−count_exponent), Σ ω = 1, so rare classes are
+    pushed apart most.
 
     Args:
         prototypes: (C, D).
         class_counts: (C,) training samples per class, all > 0; None weights all classes alike (the MMA regulariser).
-        power: 1/k of source A; 0.25 there.
+        count_exponent: 1/k of source A; 0.25 there.
         classes: (R,) class indices to take the mean over (for instance the classes of the batch), or None for all. The
             weights then sum to 1 over those.
         allow_tf32: as in :func:`nearest_prototype`.
@@ -259,13 +260,13 @@ def min_angle_regularizer(
         tensor(-1.5708)
     """
     check_prototypes(prototypes)
-    power = check_number("power", power, at_least=0.0)
+    count_exponent = check_number("count_exponent", count_exponent, at_least=0.0)
     check_type("allow_tf32", allow_tf32, bool)
     if class_counts is not None:
         class_counts = _checked_counts(class_counts, prototypes)
     if classes is not None:
         classes = _checked_classes(classes, prototypes)
-    return prototype_search.min_angle(prototypes, class_counts, power, classes, allow_tf32)
+    return prototype_search.min_angle(prototypes, class_counts, count_exponent, classes, allow_tf32)
 
 
 def _checked_counts(class_counts: Tensor, prototypes: Tensor) -> Tensor:

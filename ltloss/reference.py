@@ -216,12 +216,12 @@ def nearest_prototype(
     return NearestPrototype(others.gather(1, index[:, None])[:, 0].clamp(-1.0, 1.0), index)
 
 
-@renamed_keywords(rows="classes", exact="not allow_tf32")
+@renamed_keywords(power="count_exponent", rows="classes", exact="not allow_tf32")
 def min_angle_regularizer(
     prototypes: Tensor,
     class_counts: Tensor | None = None,
     *,
-    power: float = 0.25,
+    count_exponent: float = 0.25,
     classes: Tensor | None = None,
     allow_tf32: bool = True,
 ) -> Tensor:
@@ -232,7 +232,7 @@ def min_angle_regularizer(
     counts = torch.ones_like(cosine) if class_counts is None else class_counts.to(cosine.dtype)
     if classes is not None and class_counts is not None:
         counts = counts[classes]
-    weights = counts ** (-power)
+    weights = counts ** (-count_exponent)
     return -(weights / weights.sum() * arccos(cosine)).sum()
 
 

@@ -11,7 +11,7 @@ import torch
 from helpers.refusals import refused, warned
 
 import ltloss
-from ltloss import functional, reference
+from ltloss import class_balance, functional, reference
 from ltloss._deprecation import renamed_keywords
 from ltloss.training.measure.metrics import Metrics
 from ltloss.training.model.registry import build_loss
@@ -82,3 +82,20 @@ def test_min_angle_rows_are_classes(loss: str) -> None:
     stored = Settings(loss=loss, loss_options={"min_angle_classes": "batch"})
     with warned("min_angle_rows", "min_angle_classes"):
         assert not changed_settings(stored, {"loss_options": {"min_angle_rows": "batch"}})
+
+
+@pytest.mark.parametrize("name", ["margins_from_counts", "inverse_frequency_weights"])
+def test_power_is_the_count_exponent(name: str) -> None:
+    function = getattr(class_balance, name)
+    with warned("power", "count_exponent"):
+        found = function([9, 4, 1], power=0.5)
+    assert torch.equal(found, function([9, 4, 1], count_exponent=0.5))
+    assert not torch.equal(found, function([9, 4, 1]))
+
+
+@pytest.mark.parametrize("module", [functional, reference])
+def test_power_of_the_minimum_angle_is_the_count_exponent(module: Any) -> None:
+    prototypes, counts = torch.randn(4, 3), torch.tensor([9, 4, 1, 1])
+    with warned("power", "count_exponent"):
+        found = module.min_angle_regularizer(prototypes, counts, power=1.0)
+    assert torch.equal(found, module.min_angle_regularizer(prototypes, counts, count_exponent=1.0))

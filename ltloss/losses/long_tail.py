@@ -155,7 +155,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
                     f"log_prior and tau both give a prior; pass one of them, got tau={tau:g} and a log_prior"
                 )
             options["log_prior"] = log_prior_from_counts(class_counts, tau)
-        margins = margins_from_counts(class_counts, margin, power=margin_power, normalize=margin_normalize)
+        margins = margins_from_counts(class_counts, margin, count_exponent=margin_power, normalize=margin_normalize)
         super().__init__(num_classes, embedding_size, angular_margin=margins, **options)
         self.margin, self.margin_power, self.margin_normalize, self.tau = margin, margin_power, margin_normalize, tau
         self.min_angle_weight, self.min_angle_power = min_angle_weight, min_angle_power

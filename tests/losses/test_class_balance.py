@@ -39,8 +39,8 @@ def test_counts_from_labels_refuses() -> None:
 
 def test_margins() -> None:
     assert margins_from_counts([10_000, 16, 1], 0.5).tolist() == pytest.approx([0.05, 0.25, 0.5], rel=FLOAT32)
-    assert margins_from_counts([4, 9], 1.2, power=0.5).tolist() == pytest.approx([0.6, 0.4], rel=FLOAT32)
-    assert margins_from_counts([4, 9], 0.3, power=0.0).tolist() == pytest.approx([0.3, 0.3], rel=FLOAT32)
+    assert margins_from_counts([4, 9], 1.2, count_exponent=0.5).tolist() == pytest.approx([0.6, 0.4], rel=FLOAT32)
+    assert margins_from_counts([4, 9], 0.3, count_exponent=0.0).tolist() == pytest.approx([0.3, 0.3], rel=FLOAT32)
     normalized = margins_from_counts(np.array([10_000, 16, 81]), 0.5, normalize="max")
     assert normalized.tolist() == pytest.approx([0.1, 0.5, 1 / 3], rel=FLOAT32)
 
@@ -71,7 +71,7 @@ def test_effective_numbers_next_to_one_are_inverse_frequencies() -> None:
 
 def test_inverse_frequencies() -> None:
     assert inverse_frequency_weights([1, 4]).tolist() == pytest.approx([1.6, 0.4], rel=FLOAT32)
-    assert inverse_frequency_weights([1, 4], power=0.5).tolist() == pytest.approx([4 / 3, 2 / 3], rel=FLOAT32)
+    assert inverse_frequency_weights([1, 4], count_exponent=0.5).tolist() == pytest.approx([4 / 3, 2 / 3], rel=FLOAT32)
 
 
 def test_weights_have_mean_one_for_any_counts() -> None:
@@ -133,13 +133,13 @@ class TestEveryHelper:
     ("call", "error", "facts"),
     [
         (lambda: margins_from_counts([1], -0.5), ValueError, ("margin", "0.0", "-0.5")),
-        (lambda: margins_from_counts([1], power=-1.0), ValueError, ("power", "0.0", "-1.0")),
+        (lambda: margins_from_counts([1], count_exponent=-1.0), ValueError, ("count_exponent", "0.0", "-1.0")),
         (lambda: margins_from_counts([1], "0.5"), TypeError, ("margin", "str", "'0.5'")),
         (lambda: margins_from_counts([1], normalize="mean"), ValueError, ("normalize", "none", "max", "'mean'")),
         (lambda: log_prior_from_counts([1], tau=math.nan), ValueError, ("tau", "nan")),
         (lambda: effective_number_weights([1], beta=1.0), ValueError, ("beta", "1", "1.0")),
         (lambda: effective_number_weights([1], beta=-0.1), ValueError, ("beta", "0.0", "-0.1")),
-        (lambda: inverse_frequency_weights([1], power=None), TypeError, ("power", "None")),
+        (lambda: inverse_frequency_weights([1], count_exponent=None), TypeError, ("count_exponent", "None")),
     ],
 )
 def test_options_out_of_range(call, error, facts) -> None:  # type: ignore[no-untyped-def]

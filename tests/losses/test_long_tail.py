@@ -33,7 +33,7 @@ def test_long_tail_loss_adds_its_regularisers(rows: str, backend: str) -> None:
         features, module.weight, labels, angular_margin=margins_from_counts(counts, 0.5, normalize="max")
     )
     chosen = None if rows == "all" else labels[counted].unique()
-    l2 = functional.min_angle_regularizer(module.weight, counts, power=0.5, classes=chosen)
+    l2 = functional.min_angle_regularizer(module.weight, counts, count_exponent=0.5, classes=chosen)
     l3 = functional.feature_norm_penalty(features[counted], "ring", radius=2.0)
     torch.testing.assert_close(module(features, labels), l1 + 0.3 * l2 + 0.2 * l3)
     expected = {"margin_cross_entropy": l1, "min_angle": l2, "feature_norm": l3}
@@ -72,7 +72,7 @@ def test_long_tail_loss_has_all_three_terms_and_tau_adds_the_prior_alone(tau: fl
         features, module.weight, labels, scale=ltloss.default_scale(C), angular_margin=0.5 * counts.float() ** -0.25,
         log_prior=log_prior_from_counts(counts) if tau else None,
     )  # fmt: skip
-    l2 = functional.min_angle_regularizer(module.weight, counts, power=0.25)
+    l2 = functional.min_angle_regularizer(module.weight, counts, count_exponent=0.25)
     l3 = functional.feature_norm_penalty(features[labels >= 0], "ring", radius=1.25 * D**0.5)
     torch.testing.assert_close(module(features, labels), l1 + 0.1 * l2 + 0.1 * l3)
     assert sorted(module.parts) == ["feature_norm", "margin_cross_entropy", "min_angle"]

@@ -182,7 +182,7 @@ def test_modules_refuse_bad_options_when_they_are_made(what: str, device: str) -
         (lambda: min_angle_regularizer(W, torch.ones(3)), ValueError, ("class_counts", "(4,)", "(3,)")),
         (lambda: min_angle_regularizer(W, [1, 1, 1, 1]), ValueError, ("class_counts", "(4,)", "list")),
         (lambda: min_angle_regularizer(W, torch.ones(4, device=META)), ValueError, ("class_counts", "meta")),
-        (lambda: min_angle_regularizer(W, power=-1.0), ValueError, ("power", "0.0", "-1.0")),
+        (lambda: min_angle_regularizer(W, count_exponent=-1.0), ValueError, ("count_exponent", "0.0", "-1.0")),
         (lambda: feature_norm_penalty(X, "cube"), ValueError, ("kind", "inverse", "magface", "ring", "'cube'")),
         (lambda: feature_norm_penalty(X, lambda r: r.sum()), ValueError, ("kind", "(3,)", "()")),
         (lambda: feature_norm_penalty(X, lambda r: 1.0), ValueError, ("kind", "(3,)", "float")),

@@ -165,7 +165,7 @@ def test_margin_of_a_class() -> None:
     """m_c = m / n_c^(1/k), k = 4; `normalize="max"` rescales so that the rarest class has exactly m."""
     assert margins_from_counts([16, 81, 1], 0.6).tolist() == pytest.approx([0.3, 0.2, 0.6], rel=1e-6)
     assert margins_from_counts([16, 81], 0.6, normalize="max").tolist() == pytest.approx([0.6, 0.4], rel=1e-6)
-    assert margins_from_counts([8, 27], 0.6, power=1 / 3).tolist() == pytest.approx([0.3, 0.2], rel=1e-6)
+    assert margins_from_counts([8, 27], 0.6, count_exponent=1 / 3).tolist() == pytest.approx([0.3, 0.2], rel=1e-6)
 
 
 def test_two_numbers_per_sample(backend: str) -> None:
@@ -288,7 +288,7 @@ class TestMinimumAngle:
         w, counts = on_circle(*PROTOTYPES), torch.tensor([4, 1, 9])
         assert float(min_angle_regularizer(w)) == pytest.approx(-3.5 / 3, rel=EXACT)
         expected = -(1.0 / 2 + 1.5 / 3) / (1 / 2 + 1 / 3)
-        got = min_angle_regularizer(w, counts, power=0.5, classes=torch.tensor([0, 2]))
+        got = min_angle_regularizer(w, counts, count_exponent=0.5, classes=torch.tensor([0, 2]))
         assert float(got) == pytest.approx(expected, rel=EXACT)
 
     def test_nearest(self, backend: str) -> None:
