@@ -154,7 +154,7 @@ def _loss(
 def _searches() -> list[str]:
     def run(features: Tensor, prototypes: Tensor, rows: Tensor) -> Sequence[Tensor]:
         leaf = prototypes.requires_grad_()
-        values = [functional.min_angle_regularizer(leaf, rows=chosen) for chosen in (None, rows)]
+        values = [functional.min_angle_regularizer(leaf, classes=chosen) for chosen in (None, rows)]
         best = functional.top_k(features, leaf.detach(), 5)
         return *values, *torch.autograd.grad(values[0] + values[1], leaf), *best
 
