@@ -29,7 +29,7 @@ from ltloss.training.run.progress import progress_bar
 from ltloss.training.run.trainer import train
 
 # The digits have at most 146 training images a class, so the usual limits of 100 and 20 would leave few classes many.
-GROUPS = Thresholds(many_above=50, few_below=10)
+GROUPS = Thresholds(many_threshold=50, few_threshold=10)
 SCALE = 16.0
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "softmax": ("plain softmax", {}),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+import json
+import warnings
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,14 @@ from helpers.refusals import refused, warned
 import ltloss
 from ltloss import class_balance, functional, reference
 from ltloss._deprecation import renamed_keywords
+from ltloss.cli.command import build_parser
+from ltloss.errors import UserError
+from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.metrics import Metrics
 from ltloss.training.model.registry import build_loss
 from ltloss.training.predict.predict import PredictionSummary
-from ltloss.training.run.settings import Settings, changed_settings
+from ltloss.training.run.run_folder import open_run
+from ltloss.training.run.settings import RunConfig, Settings, changed_settings, read_settings_file
 
 
 @renamed_keywords(old="new", exact="not loose")
@@ -99,3 +105,70 @@ def test_power_of_the_minimum_angle_is_the_count_exponent(module: Any) -> None:
     with warned("power", "count_exponent"):
         found = module.min_angle_regularizer(prototypes, counts, power=1.0)
     assert torch.equal(found, module.min_angle_regularizer(prototypes, counts, count_exponent=1.0))
+
+
+SETTINGS_OF_0_1 = {"drw_from": 0.5, "many_above": 40, "few_below": 5}
+SETTINGS_NOW = {"drw_start": 0.5, "many_threshold": 40, "few_threshold": 5}
+
+
+@pytest.mark.parametrize(("former", "now"), list(zip(SETTINGS_OF_0_1, SETTINGS_NOW, strict=True)))
+class TestSettings:
+    def test_in_python(self, former: str, now: str, tmp_path: Path) -> None:
+        value, expected = SETTINGS_OF_0_1[former], Settings(data="digits", **{now: SETTINGS_NOW[now]})
+        with warned(former, now):
+            found = Settings(data="digits", **{former: value})
+        assert found == expected
+        with warned(former, now):
+            assert getattr(found, former) == value
+        with warned(former, now):
+            assert open_run(tmp_path / "run", {"data": "digits", former: value}, False)[0] == replace(
+                expected, data=found.data
+            )
+
+    def test_on_the_command_line(self, former: str, now: str) -> None:
+        old, new = ("--" + name.replace("_", "-") for name in (former, now))
+        value = str(SETTINGS_OF_0_1[former])
+        for line in (["train", "--out", "run"], ["compare", "--out", "run", "--losses", "ce"]):
+            with warned(old, new):
+                found = build_parser().parse_args([*line, old, value])
+            assert vars(found)[now] == vars(build_parser().parse_args([*line, new, value]))[now]
+
+    def test_help_shows_the_name_of_today_alone(
+        self, former: str, now: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit):
+            build_parser().parse_args(["train", "--help"])
+        shown = capsys.readouterr().out
+        assert "--" + now.replace("_", "-") in shown
+        assert "--" + former.replace("_", "-") not in shown
+
+    def test_in_a_settings_file(self, former: str, now: str, tmp_path: Path) -> None:
+        (tmp_path / "old.toml").write_text(f"{former.replace('_', '-')} = {SETTINGS_OF_0_1[former]}")
+        with warned(former, now):
+            assert read_settings_file(tmp_path / "old.toml") == {now: SETTINGS_NOW[now]}
+        (tmp_path / "both.toml").write_text(f"{former} = 1\n{now} = 1")
+        with refused(former, now, error=UserError):
+            read_settings_file(tmp_path / "both.toml")
+
+
+def test_a_run_keeps_the_keys_of_0_1_and_is_read_without_a_warning(tmp_path: Path) -> None:
+    settings = Settings(data="digits", loss="ldam", **SETTINGS_NOW)
+    (tmp_path / "config.json").write_text(
+        RunConfig(settings, ("a", "b"), (9, 1), (1, 8, 8), (0.5,), (0.5,), {"ltloss": "0.1.0"}).to_json()
+    )
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert SETTINGS_OF_0_1.items() <= stored.items()
+    assert not stored.keys() & SETTINGS_NOW.keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert RunConfig.read(tmp_path).settings == settings
+        assert Settings(**read_settings_file(tmp_path / "config.json")) == settings
+
+
+def test_thresholds() -> None:
+    with warned("many_above", "many_threshold") as caught:
+        found = Thresholds(many_above=50, few_below=10)
+    assert len(caught) == 2
+    assert found == Thresholds(many_threshold=50, few_threshold=10) == Thresholds(50, 10)
+    with warned("Thresholds.few_below", "few_threshold"):
+        assert found.few_below == 10

@@ -42,7 +42,7 @@ _SLOW_CHANGES = (
     "feature_norm=hinge --vary feature_norm_weight=0.1",
     "normalize_features=false --vary scale=1.5 --vary feature_norm_weight=0,0.1",
     "normalize_features=false --vary scale=1.5 --vary feature_norm_weight=0.1 --vary feature_norm=inverse,hinge",
-    "drw_from=0.8",
+    "drw_start=0.8",
 )
 _TUNED_CHANGES = (
     "margin=0,0.25,0.5,0.75",
@@ -50,7 +50,7 @@ _TUNED_CHANGES = (
     "scale=8,15,30",
     "min_angle_weight=0.1",
     "feature_norm_weight=0.1",
-    "drw_from=0.8",
+    "drw_start=0.8",
     "lr=1.6",
     "weight_decay=0.002",
     "mixup=0.2",
@@ -67,7 +67,7 @@ class Study(NamedTuple):
 
 
 _VARIED = "--losses long-tail-prior --seeds 1 --vary"
-_OMNIGLOT = "--imbalance 15 --many-above 7 --few-below 4 --recipe small --evaluate-every 5"
+_OMNIGLOT = "--imbalance 15 --many-threshold 7 --few-threshold 4 --recipe small --evaluate-every 5"
 _TUNED = "--lr 0.8 --scale 16"  # what the search chose for them
 _FASHION = "--imbalance 100 --recipe small --epochs 6 --evaluate-every 3"
 

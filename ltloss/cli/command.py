@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from ltloss.cli.compare import add_compare, add_recipe, run_compare
-from ltloss.cli.values import Renamed, count, named_value, path, picked, settings_given
+from ltloss.cli.values import add_renamed, count, named_value, path, picked, settings_given
 from ltloss.errors import LtlossError, UserError, explain_os_error, nearest
 
 __all__ = ["build_parser", "main", "reported"]
@@ -181,8 +181,8 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     splits = "test and train: the images the run used; all: every image (default: test)"
     evaluate.add_argument("--split", choices=("test", "train", "all"), default="test", help=splits)
     evaluate.add_argument("--json", action="store_true", help="for machine reading")
-    evaluate.add_argument("--many-above", type=int, metavar="N", help=_help("many_above"))
-    evaluate.add_argument("--few-below", type=int, metavar="N", help=_help("few_below"))
+    add_renamed(evaluate, "--many-threshold", "--many-above", type=int, metavar="N", help=_help("many_threshold"))
+    add_renamed(evaluate, "--few-threshold", "--few-below", type=int, metavar="N", help=_help("few_threshold"))
     evaluate.add_argument("--device", help=_help("device"))
 
 
@@ -208,16 +208,14 @@ def _add_predict(predict: argparse.ArgumentParser) -> None:
 def _add_tune(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--samples", type=int, default=8192, metavar="N", help="N, samples a step (default: 8192)")
     tune.add_argument("--classes", type=int, default=131072, metavar="N", help="C (default: 131072)")
-    tune.add_argument(
-        "--embedding-size", "--width", action=Renamed, type=int, default=512, metavar="N", help="D (default: 512)"
-    )
+    add_renamed(tune, "--embedding-size", "--width", type=int, default=512, metavar="N", help="D (default: 512)")
     dtypes = ("bfloat16", "float16", "float32")
     tune.add_argument("--dtype", choices=dtypes, default="bfloat16", help="(default: bfloat16)")
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--classes", type=count, required=True, metavar="N", help="C, such as 100M or 250k")
-    plan.add_argument("--embedding-size", "--dim", action=Renamed, type=count, required=True, metavar="N", help="D")
+    add_renamed(plan, "--embedding-size", "--dim", type=count, required=True, metavar="N", help="D")
     plan.add_argument("--batch", type=count, required=True, metavar="N", help="samples a step, of all devices together")
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="devices")
     plan.add_argument("--data", type=int, default=1, metavar="N", help="groups that share the batch (default: 1)")
@@ -234,7 +232,9 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     """One option per setting; only those given end up in the namespace, so that a file can hold the others."""
     from ltloss.training.run.settings import SETTINGS, setting_type
+    from ltloss.training.stored_keys import FORMER_SETTINGS
 
+    former = {now: name for name, now in FORMER_SETTINGS.items()}
     group = parser.add_argument_group("settings")
     for name, item in SETTINGS.items():
         if name in without:
@@ -245,11 +245,16 @@ def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
         common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": about}
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        elif kind is dict:
+            continue
+        if kind is dict:
             group.add_argument("--loss-option", action="append", type=named_value, metavar="NAME=VALUE", **common)
+            continue
+        common |= {"type": kind, "choices": item.metadata["choices"]}
+        metavar = "N" if kind is int else "X" if kind is float else None
+        if name in former:
+            add_renamed(group, flag, "--" + former[name].replace("_", "-"), metavar=metavar, **common)
         else:
-            metavar = "N" if kind is int else "X" if kind is float else None
-            group.add_argument(flag, type=kind, choices=item.metadata["choices"], metavar=metavar, **common)
+            group.add_argument(flag, metavar=metavar, **common)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -280,7 +285,7 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from ltloss.training.measure.evaluate import evaluate_run
 
-    chosen = picked(options, "split", "device", "many_above", "few_below")
+    chosen = picked(options, "split", "device", "many_threshold", "few_threshold")
     evaluation = evaluate_run(options.run, options.data, **chosen)
     print(evaluation.to_json() if options.json else evaluation.to_text())
     return 0

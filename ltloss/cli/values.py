@@ -30,16 +30,19 @@ def count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number such as 8192, 100k, 1.5M or 2B")
 
 
-class Renamed(argparse.Action):
-    """An option that has a former name, the second; it works for one version more, with a warning."""
+def add_renamed(parser: argparse._ActionsContainer, name: str, former: str, **about: Any) -> None:
+    """Add an option that has a former name, which --help does not show; it works for one version more, and warns."""
+    parser.add_argument(name, former, action=_Renamed, **about).option_strings = [name]
 
+
+class _Renamed(argparse.Action):
     def __call__(
         self, parser: object, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         """Keep the value."""
-        name, former = self.option_strings
-        if option_string == former:
-            warn_deprecated(f"{former} is {name} now; the former name ends with version 0.3")
+        (name,) = self.option_strings
+        if option_string != name:
+            warn_deprecated(f"{option_string} is {name} now; the former name ends with version 0.3")
         setattr(namespace, self.dest, values)
 
 

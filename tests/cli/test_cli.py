@@ -23,7 +23,7 @@ SMALL = ["--epochs", "1", "--batch-size", "16", "--embedding-size", "8", "--devi
 def test_train_on_digits_then_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     line = ["train", "--data", "digits", "--imbalance", "20", "--loss", "arcface", "--margin", "0.2", "--scale", "16"]
-    line += ["--loss-option", "beyond_pi=arcface", "--many-above", "40", "--few-below", "15", "--out", str(run)]
+    line += ["--loss-option", "beyond_pi=arcface", "--many-threshold", "40", "--few-threshold", "15", "--out", str(run)]
     assert main([*line, *SMALL, "--epochs", "2"]) == 0
     settings = RunConfig.read(run).settings
     assert (settings.epochs, settings.margin, settings.loss_options["beyond_pi"]) == (2, 0.2, "arcface")
@@ -40,7 +40,7 @@ def test_train_on_digits_then_evaluate(tmp_path: Path, capsys: pytest.CaptureFix
     assert (found["many_above"], found["few_below"], found["pictures"]) == (40, 15, 359)
     assert list(found["per_class"]) == list("0123456789")
 
-    assert main(["evaluate", str(run), "--many-above", "1000", "--few-below", "2"]) == 0
+    assert main(["evaluate", str(run), "--many-threshold", "1000", "--few-threshold", "2"]) == 0
     shown = capsys.readouterr().out
     assert [line.split()[-1] for line in shown.splitlines() if line.startswith(("  many", "  few"))] == ["–", "–"]
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("in_empty_folder")
         (["--image-size", "1"], ("image_size", "4", "1")),
         (["--channels", "2"], ("channels", "1", "3", "2")),
         (["--seed", "-1"], ("seed", "0", "-1")),
-        (["--few-below", "200"], ("few_below", "200", "many_above", "100")),
+        (["--few-threshold", "200"], ("few_threshold", "200", "many_threshold", "100")),
         (["--loss", "softmx"], ("--loss", "'softmx'")),
         (["--loss", "softmax", "--margin", "0.3"], ("softmax", "margin", "0.3")),
         (["--loss", "softmax", "--scale", "16"], ("softmax", "scale", "16.0")),

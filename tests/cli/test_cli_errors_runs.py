@@ -139,7 +139,7 @@ def test_evaluation_on_other_classes_names_them(
 
 
 def test_evaluation_with_groups_that_overlap(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fails(["evaluate", str(run), "--few-below", "500"], capsys, "few_below", "500", "many_above", "100")
+    fails(["evaluate", str(run), "--few-threshold", "500"], capsys, "few_threshold", "500", "many_threshold", "100")
 
 
 def test_run_without_a_checkpoint_cannot_be_evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

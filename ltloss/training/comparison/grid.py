@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ltloss._deprecation import warn_deprecated
+from ltloss._deprecation import renamed_keys, warn_deprecated
 from ltloss._files import remove_leftovers, write_file
 from ltloss.errors import UserError, nearest
 from ltloss.training.comparison.climb import edges, next_points
@@ -38,6 +38,7 @@ from ltloss.training.run.lock import owned, refuse_if_written
 from ltloss.training.run.prepare import apply_limits, load_split
 from ltloss.training.run.run_folder import refuse_foreign_files
 from ltloss.training.run.settings import SETTINGS, Settings
+from ltloss.training.stored_keys import FORMER_SETTINGS, stored
 
 MANIFEST = "compare.json"
 # What the grid itself decides, or has no use for: each of its trainings is one process.
@@ -100,7 +101,8 @@ def compare(
     for name in RENAMED.keys() & set(methods):
         warn_deprecated(f"the method {name} is called {RENAMED[name]} now")
     names = tuple(dict.fromkeys(RENAMED.get(name, name) for name in methods))
-    plan = ComparisonSpec(dict(given), names, recipe, seeds, dict(vary or {}), tune, tune_seeds, validation_per_class)
+    given, vary = renamed_keys(given, FORMER_SETTINGS), renamed_keys(vary or {}, FORMER_SETTINGS)
+    plan = ComparisonSpec(given, names, recipe, seeds, vary, tune, tune_seeds, validation_per_class)
     settings = Settings(**plan.settings)
     train = load_split(settings, "train")
     apply_limits(train, settings, "train")  # which refuses an imbalance that the data does not allow
@@ -123,6 +125,7 @@ def _open_folder(out: Path, plan: ComparisonSpec) -> Path:
     for folder in (out, out / "runs", out / "models"):
         remove_leftovers(folder)
     record = {name: getattr(plan, name) for name in ("recipe", "settings", "methods", "seeds", "vary", "tune")}
+    record |= {name: stored(record[name]) for name in ("settings", "vary")}
     write_file(out / MANIFEST, (json.dumps(record, indent=2) + "\n").encode())
     return out
 

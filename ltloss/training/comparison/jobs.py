@@ -33,7 +33,7 @@ from ltloss.training.run.trainer import Trainer
 from ltloss.training.stored_keys import stored
 
 # The images themselves are part of a job's key; the groups are made from the accuracies of the classes.
-_MAY_DIFFER = ("data", "device", "workers", "many_above", "few_below")
+_MAY_DIFFER = ("data", "device", "workers", "many_threshold", "few_threshold")
 _FORMAT = 2  # raise it where the same settings come to mean something else
 
 _DATA_SETTINGS = (
@@ -66,7 +66,8 @@ class Job:
     @property
     def key(self) -> str:
         """A name that two jobs share if and only if they compute the same."""
-        facts = {name: value for name, value in asdict(Settings(**self.settings)).items() if name not in _MAY_DIFFER}
+        values = asdict(Settings(**self.settings))
+        facts = stored({name: value for name, value in values.items() if name not in _MAY_DIFFER})
         facts["loss_options"] = {name: _number(value) for name, value in facts["loss_options"].items()}
         second_stage = {name: _number(value) for name, value in self.second_stage.items()}
         known = [_FORMAT, facts, self.fingerprint, self.validation_per_class, second_stage]
@@ -117,7 +118,7 @@ def run_job(job: Job, out: Path) -> None:
     except DivergedError as error:
         found["failed"] = error.what  # without the advice, which is about one run
     facts = {
-        "settings": asdict(settings),
+        "settings": stored(asdict(settings)),
         "stage_two": dict(job.second_stage),
         "validation_per_class": job.validation_per_class,
         "class_counts": data.config.class_counts,

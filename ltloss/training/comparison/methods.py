@@ -71,7 +71,7 @@ METHODS: dict[str, Method] = {
     "class-balanced": Method(
         "class-balanced weights",
         f"{_CUI}, eq. 7",
-        {"loss": "softmax", "drw_from": 0.0},
+        {"loss": "softmax", "drw_start": 0.0},
         {"lr": _LRS, "beta": (0.9, 0.99, 0.999, 0.9999)},
     ),
     "balanced": Method("balanced softmax", f"{_REN}, eq. 4", {"loss": "softmax", "tau": 1.0}, _SOFTMAX_SPACE),
@@ -113,7 +113,7 @@ METHODS: dict[str, Method] = {
     "ldam-drw": Method(
         "LDAM-DRW",
         f"{_CAO}, algorithm 1",
-        {"loss": "ldam", "drw_from": 0.8},
+        {"loss": "ldam", "drw_start": 0.8},
         {**_COSINE_SPACE, "margin": _LDAM_MARGINS},
     ),
     "arcface": Method(

@@ -15,6 +15,7 @@ import numpy as np
 from ltloss._files import write_csv
 from ltloss.training.comparison.methods import described, method
 from ltloss.training.measure.class_groups import Thresholds
+from ltloss.training.stored_keys import stored
 
 GROUPS = ("many", "medium", "few")
 _ACCURACIES = ("accuracy", "balanced_accuracy", *GROUPS)
@@ -81,7 +82,7 @@ class FinalRun:
             "angle_mean_degrees": angles.get("mean"),
             "seconds_per_epoch": result["seconds_per_epoch"],
             "seconds": result["seconds"],
-            **asdict(self.thresholds),
+            **stored(asdict(self.thresholds)),
             "pictures_train": result["pictures"][0],
             "pictures_test": result["pictures"][1],
             "device": result["device"],

@@ -7,30 +7,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ltloss._deprecation import renamed_fields
 from ltloss.errors import UserError
 
 
+@renamed_fields(many_above="many_threshold", few_below="few_threshold")
 @dataclass(frozen=True)
 class Thresholds:
-    """Which classes are 'many' (more training images than many_above) and 'few' (fewer than few_below).
+    """Which classes are 'many' (more training images than many_threshold) and 'few' (fewer than few_threshold).
 
     Raises UserError where a class could be both.
     """
 
-    many_above: int = 100
-    few_below: int = 20
+    many_threshold: int = 100
+    few_threshold: int = 20
 
     def __post_init__(self) -> None:
         """Every class belongs to one group."""
-        if self.few_below > self.many_above + 1:
+        if self.few_threshold > self.many_threshold + 1:
             raise UserError(
-                f"few_below {self.few_below} lies above many_above {self.many_above}: a class would be both; lower it"
+                f"few_threshold {self.few_threshold} lies above many_threshold {self.many_threshold}: a class would be "
+                "both; lower it"
             )
 
     def groups(self, class_counts: Sequence[int]) -> dict[str, np.ndarray]:
         """Masks (C,) of the many, medium and few classes; together they hold every class once."""
         counts = np.asarray(class_counts)
-        many, few = counts > self.many_above, counts < self.few_below
+        many, few = counts > self.many_threshold, counts < self.few_threshold
         return {"many": many, "medium": ~many & ~few, "few": few}
 
     def means(self, per_class: np.ndarray, class_counts: Sequence[int]) -> dict[str, float | None]:
@@ -44,7 +47,7 @@ class Thresholds:
     def describe(self) -> dict[str, str]:
         """The groups in words, for a table's header."""
         return {
-            "many": f"many (>{self.many_above})",
-            "medium": f"medium ({self.few_below}-{self.many_above})",
-            "few": f"few (<{self.few_below})",
+            "many": f"many (>{self.many_threshold})",
+            "medium": f"medium ({self.few_threshold}-{self.many_threshold})",
+            "few": f"few (<{self.few_threshold})",
         }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltloss._deprecation import renamed_keywords
 from ltloss.distributed import in_one_piece
 from ltloss.training.data.batches import batches
 from ltloss.training.data.images import ImageSource, Split
@@ -87,8 +88,7 @@ class Evaluation:
             "split": self.split,
             "loss_name": self.config.loss,
             "backbone": self.config.backbone,
-            **asdict(self.thresholds),
-            **stored(asdict(self.metrics)),
+            **stored({**asdict(self.thresholds), **asdict(self.metrics)}),
             "per_class": dict(zip(self.config.class_names, self.metrics.per_class, strict=True)),
         }
         return json.dumps(values, indent=2)
@@ -124,14 +124,15 @@ class Evaluation:
         return lines
 
 
+@renamed_keywords(many_above="many_threshold", few_below="few_threshold")
 def evaluate_run(
     run: Path,
     data: str | None = None,
     *,
     split: Split = "test",
     device: str | None = None,
-    many_above: int | None = None,
-    few_below: int | None = None,
+    many_threshold: int | None = None,
+    few_threshold: int | None = None,
 ) -> Evaluation:
     """Measure a run's newest checkpoint on its own data, or on other data with the same classes.
 
@@ -146,8 +147,8 @@ def evaluate_run(
     settings = config.settings
     spec = data or settings.data
     thresholds = Thresholds(
-        settings.many_above if many_above is None else many_above,
-        settings.few_below if few_below is None else few_below,
+        settings.many_threshold if many_threshold is None else many_threshold,
+        settings.few_threshold if few_threshold is None else few_threshold,
     )
     same_data = absolute(spec) == absolute(settings.data)
     used: Split = split if same_data or has_own_splits(spec) else "all"

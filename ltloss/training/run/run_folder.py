@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ltloss._deprecation import renamed_keys
 from ltloss._files import TEMPORARY, write_csv, write_file
 from ltloss.errors import UserError
 from ltloss.training.data.sources import absolute, check_same_classes
 from ltloss.training.measure.metrics import COLUMNS
 from ltloss.training.run.lock import LOCK, refuse_if_written
 from ltloss.training.run.settings import RunConfig, Settings, changed_settings
+from ltloss.training.stored_keys import FORMER_SETTINGS
 
 
 def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Settings, RunConfig | None]:
@@ -23,7 +25,7 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
     something else, or where the run has other settings.
     """
     refuse_if_written(out)
-    given = dict(given)
+    given = renamed_keys(given, FORMER_SETTINGS)
     if given.get("data"):
         given["data"] = absolute(given["data"])
     if (out / "config.json").is_file():

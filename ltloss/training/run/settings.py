@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ltloss._deprecation import renamed_keys
+from ltloss._deprecation import renamed_fields, renamed_keys
 from ltloss.errors import UserError, nearest
 from ltloss.losses.defaults import FORMER_OPTIONS, RENAMED_OPTIONS
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.model.registry import LOSSES, options_in_force
+from ltloss.training.stored_keys import FORMER_SETTINGS, named_as_now, stored
 
 PARALLEL = ("none", "class")
 
@@ -65,6 +66,7 @@ def _option(default: Any, help: str, allowed: _Allowed | None = None, choices: t
     return field(default=default, metadata={"help": help, "allowed": allowed, "choices": choices})
 
 
+@renamed_fields(**FORMER_SETTINGS)
 @dataclass(frozen=True)
 class Settings:
     """What a user chooses about a run. Raises UserError for a value out of range or of the wrong type."""
@@ -92,7 +94,7 @@ class Settings:
     tau: float | None = _option(
         None, "strength of the log prior on the training logits (default: the loss's own)", _at_least(0)
     )
-    drw_from: float | None = _option(
+    drw_start: float | None = _option(
         None,
         "weight classes by effective number from this epoch on (below 1: fraction of the epochs; 0: always)",
         _at_least(0),
@@ -117,8 +119,8 @@ class Settings:
     crop_pad: int | None = _option(None, "largest shift in pixels (default: an eighth of the side)", _at_least(0))
     limit_per_class: int | None = _option(None, "use at most N training images a class", _at_least(1))
     limit_test: int | None = _option(None, "use at most N test images", _at_least(1))
-    many_above: int = _option(100, "'many' classes have more training images than this", _at_least(0))
-    few_below: int = _option(20, "'few' classes have fewer training images than this", _at_least(0))
+    many_threshold: int = _option(100, "'many' classes have more training images than this", _at_least(0))
+    few_threshold: int = _option(20, "'few' classes have fewer training images than this", _at_least(0))
     seed: int = _option(0, "seed of all random numbers", _at_least(0))
     data_seed: int | None = _option(
         None, "decides the long tail and the split of the data (default: --seed)", _at_least(0)
@@ -142,7 +144,7 @@ class Settings:
     @property
     def thresholds(self) -> Thresholds:
         """What 'many' and 'few' mean in this run."""
-        return Thresholds(self.many_above, self.few_below)
+        return Thresholds(self.many_threshold, self.few_threshold)
 
     @property
     def split_seed(self) -> int:
@@ -225,7 +227,7 @@ class RunConfig:
     def to_json(self) -> str:
         """The text of config.json: settings and facts side by side."""
         facts = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "settings"}
-        return json.dumps({**asdict(self.settings), **facts}, indent=2) + "\n"
+        return json.dumps({**stored(asdict(self.settings)), **facts}, indent=2) + "\n"
 
     @classmethod
     def read(cls, run: Path) -> RunConfig:
@@ -243,19 +245,20 @@ class RunConfig:
             facts = {name: values[name] for name in _FACTS}
             _check_facts(facts)
             facts |= {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
-            values = _named_as_now(values)
+            values = _of_a_run(values)
             return cls(Settings(**{name: values[name] for name in SETTINGS if name in values}), **facts)
         except (TypeError, ValueError, OverflowError, RecursionError, UserError) as error:
             raise UserError(f"{path} is damaged ({_in_one_line(error)}); train the run again") from error
 
 
-def _named_as_now(values: Mapping[str, Any]) -> dict[str, Any]:
+def _of_a_run(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json holds, with the names of today: ``long-tail`` of version 0.1 had the log prior, as a rule."""
+    values = named_as_now(values)
     versions, options = values.get("versions"), values.get("loss_options", {})
     if values.get("loss") != "long-tail" or not isinstance(versions, dict) or not isinstance(options, dict):
-        return dict(values)
+        return values
     if not str(versions.get("ltloss")).startswith("0.1."):
-        return dict(values)
+        return values
     options = dict(options)
     if "min_angle_rows" in options:  # no warning: the user of a run did not write it
         options["min_angle_classes"] = options.pop("min_angle_rows")
@@ -314,7 +317,13 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         raise UserError(
             f"--config {path} must hold names with values, holds a {type(values).__name__}; correct the file"
         )
-    settings = {name.replace("-", "_"): value for name, value in _named_as_now(values).items() if name not in _FACTS}
+    if "versions" in values:  # the config.json of a run
+        values = _of_a_run(values)
+    settings = {name.replace("-", "_"): value for name, value in values.items() if name not in _FACTS}
+    try:
+        settings = renamed_keys(settings, FORMER_SETTINGS)
+    except TypeError as error:
+        raise UserError(f"--config {path}: {error}") from error
     for name in settings:
         if name not in SETTINGS:
             raise UserError(f"--config {path}: unknown setting {name}; {nearest(name, SETTINGS)}")

@@ -250,12 +250,12 @@ def build_optimizer(classifier: nn.Module, settings: Settings) -> torch.optim.SG
 
 def _deferred_weights(classifier: Classifier, config: RunConfig) -> DeferredWeights | None:
     settings = config.settings
-    if settings.drw_from is None:
+    if settings.drw_start is None:
         return None
     if not hasattr(classifier.loss, "set_class_weight"):
-        raise UserError(f"loss {settings.loss} takes no class weights; leave --drw-from out, or choose another --loss")
+        raise UserError(f"loss {settings.loss} takes no class weights; leave --drw-start out, or choose another --loss")
     weights = effective_number_weights(config.class_counts, settings.beta)
-    return DeferredWeights(weights, first_epoch(settings.drw_from, settings.epochs))
+    return DeferredWeights(weights, first_epoch(settings.drw_start, settings.epochs))
 
 
 def _check_finite(losses: Tensor, epoch: int, steps: int, lr: float) -> None:

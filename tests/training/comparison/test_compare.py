@@ -56,7 +56,7 @@ def compared(toy_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Compari
     """Two methods and three second stages, two seeds, in this process. Do not change its files."""
     out = tmp_path_factory.mktemp("compare") / "one"
     methods = ["ce", "long-tail-prior", "post-hoc", "tau-norm", "crt"]
-    return compare(out, small(toy_npz, many_above=15, few_below=6), methods, seeds=2, quiet=True)
+    return compare(out, small(toy_npz, many_threshold=15, few_threshold=6), methods, seeds=2, quiet=True)
 
 
 def test_rows_say_what_was_measured(compared: Comparison) -> None:
@@ -91,14 +91,14 @@ def test_second_stages_begin_with_the_network_of_the_first(compared: Comparison)
 
 def test_two_jobs_at_a_time_give_the_numbers_of_one(compared: Comparison, toy_npz: Path, tmp_path: Path) -> None:
     methods = ["ce", "long-tail-prior", "post-hoc", "tau-norm", "crt"]
-    compare(tmp_path, small(toy_npz, many_above=15, few_below=6), methods, seeds=2, jobs=2, quiet=True)
+    compare(tmp_path, small(toy_npz, many_threshold=15, few_threshold=6), methods, seeds=2, jobs=2, quiet=True)
     assert rows_of(tmp_path) == rows_of(compared.out)
 
 
 def test_a_killed_comparison_continues_where_it_was(compared: Comparison, toy_npz: Path, tmp_path: Path) -> None:
     settings = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     line = ["compare", "--data", str(toy_npz), "--losses", "ce,long-tail-prior", "--seeds", "2", "--jobs", "1"]
-    line += ["--quiet", *settings, "--many-above", "15", "--few-below", "6", "--out", str(tmp_path / "cut")]
+    line += ["--quiet", *settings, "--many-threshold", "15", "--few-threshold", "6", "--out", str(tmp_path / "cut")]
     process = subprocess.Popen([sys.executable, "-m", "ltloss", *line], env=os.environ)
     while not files_of(tmp_path / "cut") and process.poll() is None:
         time.sleep(0.005)
@@ -151,7 +151,9 @@ def test_the_name_of_version_0_1_is_taken_with_a_warning(toy_npz: Path, tmp_path
 
 def test_other_groups_need_no_training(toy_npz: Path, tmp_path: Path) -> None:
     for many, few, empty in ((15, 6, set()), (100, 0, {"many", "few"})):
-        found = compare(tmp_path, small(toy_npz, epochs=1, many_above=many, few_below=few), ["ce"], seeds=1, quiet=True)
+        found = compare(
+            tmp_path, small(toy_npz, epochs=1, many_threshold=many, few_threshold=few), ["ce"], seeds=1, quiet=True
+        )
         row = found.rows[0]
         assert {name for name in ("many", "medium", "few") if row[f"last_{name}"] is None} == empty
     assert len(files_of(tmp_path)) == 1

@@ -81,8 +81,8 @@ def test_a_name_means_one_loss_in_train_compare_and_python(name: str, values: di
 def test_weights_of_deferred_and_class_balanced_methods() -> None:
     both = plan("ldam-drw", "class-balanced", recipe="cifar-lt")
     drw, balanced = (Settings(**both.job(name, {}, {}, 0, "").settings) for name in both.methods)
-    assert (drw.loss, drw.drw_from, drw.beta, drw.epochs) == ("ldam", 0.8, 0.9999, 200)
-    assert (balanced.loss, balanced.drw_from) == ("softmax", 0.0)
+    assert (drw.loss, drw.drw_start, drw.beta, drw.epochs) == ("ldam", 0.8, 0.9999, 200)
+    assert (balanced.loss, balanced.drw_start) == ("softmax", 0.0)
 
 
 def test_factors_multiply_the_recipe_and_what_is_given_is_not_tuned() -> None:
@@ -120,7 +120,7 @@ def test_the_same_training_has_the_same_key_whatever_it_is_called() -> None:
     asked = plan("logit-adjusted", "ce", "post-hoc")
     key = asked.job("ce", {}, {}, 0, "p").key
     assert asked.job("post-hoc", {}, {}, 0, "p").base.key == key  # type: ignore[union-attr]
-    moved = plan("ce", given={"data": "digits", "many_above": 7, "few_below": 3, "workers": 1})
+    moved = plan("ce", given={"data": "digits", "many_threshold": 7, "few_threshold": 3, "workers": 1})
     assert moved.job("ce", {}, {}, 0, "p").key == key
     others = [
         asked.job("ce", {}, {}, 1, "p"),

@@ -101,7 +101,7 @@ def test_retraining_freezes_the_backbone_and_starts_a_new_classifier(
 
 
 def test_class_weights_begin_at_their_epoch(toy_npz: Path) -> None:
-    data = data_of(toy_npz, epochs=4, drw_from=0.5, beta=0.9)
+    data = data_of(toy_npz, epochs=4, drw_start=0.5, beta=0.9)
     trainer = Trainer(data.config, data.train, CPU)
     head = trainer.classifier.loss
     assert isinstance(head, SoftmaxLoss)
@@ -116,8 +116,8 @@ def test_class_weights_begin_at_their_epoch(toy_npz: Path) -> None:
 
 def test_weights_from_the_start_differ_from_none_and_a_loss_without_them_is_refused(toy_npz: Path) -> None:
     losses = []
-    for drw_from in (None, 0.0):
-        data = data_of(toy_npz, epochs=1, drw_from=drw_from)
+    for drw_start in (None, 0.0):
+        data = data_of(toy_npz, epochs=1, drw_start=drw_start)
         losses.append(Trainer(data.config, data.train, CPU).run_epoch(1, data.test)["train_loss"])
     assert losses[0] != losses[1]
     settings = dataclasses.replace(data.config.settings, loss="cosine-space")
@@ -141,7 +141,7 @@ def test_a_softmax_prior_is_added_in_training_alone() -> None:
 def test_a_classifier_config_of_before_can_still_be_read(toy_npz: Path, tmp_path: Path) -> None:
     data = data_of(toy_npz)
     text = data.config.to_json()
-    for name in ("schedule", "drw_from", "beta", "mixup", "tau", "crop_pad", "data_seed", "evaluate_every"):
+    for name in ("schedule", "drw_start", "beta", "mixup", "tau", "crop_pad", "data_seed", "evaluate_every"):
         text = "\n".join(line for line in text.splitlines() if f'"{name}"' not in line)
     (tmp_path / "config.json").write_text(text)
     assert RunConfig.read(tmp_path).settings == data.config.settings
