@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     from ltloss.losses.long_tail import LongTailLoss
     from ltloss.losses.margin_losses import ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, CosineSoftmaxLoss
     from ltloss.losses.prototype_head import PrototypeHead
-    from ltloss.runtime import current_backend, current_workspace, debug, use_backend, use_workspace
+    from ltloss.runtime import (
+        current_backend,
+        current_debug,
+        current_workspace,
+        debug_labels,
+        set_debug,
+        use_backend,
+        use_workspace,
+    )
+    from ltloss.runtime import debug as debug  # of 0.1
 
 __version__ = "0.2.0"
 
@@ -49,8 +58,9 @@ __all__ = [
     "TopK",
     "class_balance",
     "current_backend",
+    "current_debug",
     "current_workspace",
-    "debug",
+    "debug_labels",
     "default_scale",
     "distributed",
     "errors",
@@ -58,6 +68,7 @@ __all__ = [
     "functional",
     "interop",
     "reference",
+    "set_debug",
     "testing",
     "training",
     "use_backend",
@@ -66,7 +77,10 @@ __all__ = [
 
 # Imported on first use: the `ltloss` command starts, and reports what goes wrong, before torch is there.
 _HOMES = {
-    "runtime": ("current_backend", "current_workspace", "debug", "use_backend", "use_workspace"),
+    "runtime": (
+        *("current_backend", "current_debug", "current_workspace", "debug_labels", "set_debug"),
+        *("use_backend", "use_workspace", "debug"),  # the last of 0.1
+    ),
     "losses.class_centers": ("ClassCenters",),
     "losses.cosine_space": ("CosineSpaceLoss",),
     "losses.defaults": ("default_scale",),

@@ -40,9 +40,8 @@ def renamed_keys(given: Mapping[str, Any], former: Mapping[str, str]) -> dict[st
             if name.startswith("not "):
                 if value is None:  # its default in 0.2
                     continue
-                from ltloss._validation import check_type  # which needs torch; the command starts without it
-
-                check_type(key, value, bool)
+                if not isinstance(value, bool):
+                    raise TypeError(f"{key} must be a bool; got {type(value).__name__} {value!r}")
                 name, value = name.removeprefix("not "), not value
                 said = f"{key}={given[key]} is {name}={value}"
             if name in given:

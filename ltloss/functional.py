@@ -36,7 +36,7 @@ from ltloss.ops.labels import NOTHING, checked_labels
 from ltloss.ops.logsumexp import Shard, logsumexp_stats
 from ltloss.ops.margin_cross_entropy import MarginCrossEntropy
 from ltloss.regularizers import FeatureNormKind, norm_penalty
-from ltloss.runtime import debug
+from ltloss.runtime import current_debug
 
 __all__ = [
     "cosine_logsumexp",
@@ -98,7 +98,7 @@ def margin_cross_entropy(
         ValueError, TypeError: arguments that do not fit together, or values out of range (those of tensors are looked
             at on the CPU only).
         IndexError: a label outside [0, C) that is not ``ignore_index``, with its position (on a GPU: only under
-            ``ltloss.debug``, and the sample's loss is NaN otherwise).
+            ``ltloss.debug_labels``, and the sample's loss is NaN otherwise).
 
     Sources: Wang et al., NormFace, ACM MM 2017; CosFace, CVPR 2018; Deng et al., ArcFace, CVPR 2019;
     Cao et al., LDAM, NeurIPS 2019; Menon et al., Logit adjustment, ICLR 2021; Ren et al., NeurIPS 2020.
@@ -202,7 +202,7 @@ def nearest_prototype(
 
     Raises:
         ValueError, TypeError: prototypes of another shape or dtype, classes that are no integers.
-        IndexError: a class outside [0, C), with its position (on a GPU only under ``ltloss.debug``).
+        IndexError: a class outside [0, C), with its position (on a GPU only under ``ltloss.debug_labels``).
 
     Example:
         >>> import torch
@@ -249,7 +249,7 @@ def min_angle_regularizer(
 
     Raises:
         ValueError, TypeError: prototypes, counts or classes of another shape or dtype, a count that is not positive.
-        IndexError: a class outside [0, C), with its position (on a GPU only under ``ltloss.debug``).
+        IndexError: a class outside [0, C), with its position (on a GPU only under ``ltloss.debug_labels``).
 
     Sources: source A's L2; uniform weights: Wang et al., MMA regularization, NeurIPS 2020.
 
@@ -274,7 +274,7 @@ def _checked_counts(class_counts: Tensor, prototypes: Tensor) -> Tensor:
         given = tuple(class_counts.shape) if isinstance(class_counts, Tensor) else type(class_counts).__name__
         raise ValueError(f"class_counts must be a tensor of shape ({prototypes.shape[0]},); got {given}")
     check_same_device(prototypes=prototypes, class_counts=class_counts)
-    if not torch.compiler.is_compiling() and (class_counts.device.type == "cpu" or debug):
+    if not torch.compiler.is_compiling() and (class_counts.device.type == "cpu" or current_debug()):
         checked_counts(class_counts)  # looks at the values, which would synchronise a GPU with the host
     return class_counts
 

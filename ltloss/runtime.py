@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Literal, get_args
 
+from ltloss._deprecation import warn_deprecated
 from ltloss.errors import VariableError
 
-__all__ = ["Backend", "current_backend", "current_workspace", "debug", "use_backend", "use_workspace"]
+__all__ = [
+    "Backend",
+    "current_backend",
+    "current_debug",
+    "current_workspace",
+    "debug_labels",
+    "set_debug",
+    "use_backend",
+    "use_workspace",
+]
 
 Backend = Literal["auto", "triton", "torch", "reference"]
 
@@ -122,33 +133,75 @@ class use_workspace(AbstractContextManager["use_workspace"]):
         _workspace = self._previous
 
 
-class _Debug:
-    """``ltloss.debug(True)`` checks labels on a GPU too, at the price of one host synchronisation a call.
+_debug = os.environ.get("LTLOSS_DEBUG", "0") not in ("", "0")
 
-    Labels on the CPU are always checked. ``with ltloss.debug(): ...`` limits it to a block, ``bool(ltloss.debug)`` is
-    the state, and the environment variable ``LTLOSS_DEBUG=1`` turns it on at import.
+
+def current_debug() -> bool:
+    """Whether labels on a GPU are checked (see :func:`set_debug`).
+
+    Example:
+        >>> import ltloss
+        >>> with ltloss.debug_labels():
+        ...     ltloss.current_debug()
+        True
     """
+    return _debug
 
-    def __init__(self) -> None:
-        self.on = os.environ.get("LTLOSS_DEBUG", "0") not in ("", "0")
 
-    def __call__(self, on: bool = True) -> _DebugScope:
-        scope = _DebugScope(self.on)
-        self.on = on
+def set_debug(on: bool) -> None:
+    """Check labels on a GPU too from now on, at the price of one host synchronisation a call, or no longer.
+
+    Labels on the CPU are always checked. The environment variable ``LTLOSS_DEBUG=1`` turns it on at import. Global to
+    the process. :func:`debug_labels` limits it to a block.
+
+    Args:
+        on: whether to check them.
+
+    Example:
+        >>> import ltloss
+        >>> ltloss.set_debug(False)
+        >>> ltloss.current_debug()
+        False
+    """
+    global _debug
+    _debug = bool(on)
+
+
+@contextmanager
+def debug_labels(on: bool = True) -> Iterator[None]:
+    """``set_debug(on)`` inside a ``with`` block, and what was before after it.
+
+    Args:
+        on: whether to check labels on a GPU.
+
+    Example:
+        >>> import ltloss
+        >>> with ltloss.debug_labels():  # IndexError for a bad label, on a GPU as well
+        ...     pass
+    """
+    previous = _debug
+    set_debug(on)
+    try:
+        yield
+    finally:
+        set_debug(previous)
+
+
+class _Debug:
+    """``ltloss.debug`` of version 0.1: a switch, a context manager and a flag."""
+
+    def __call__(self, on: bool = True) -> ExitStack:
+        warn_deprecated(
+            "ltloss.debug is ltloss.set_debug now, and ltloss.debug_labels for a block; it ends with version 0.3"
+        )
+        scope = ExitStack()
+        scope.callback(set_debug, _debug)
+        set_debug(on)
         return scope
 
     def __bool__(self) -> bool:
-        return self.on
-
-
-class _DebugScope(AbstractContextManager["_DebugScope"]):
-    def __init__(self, previous: bool) -> None:
-        self._previous = previous
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        debug.on = self._previous
+        warn_deprecated("bool(ltloss.debug) is ltloss.current_debug() now; it ends with version 0.3")
+        return _debug
 
 
 debug = _Debug()

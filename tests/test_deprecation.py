@@ -172,3 +172,13 @@ def test_thresholds() -> None:
     assert found == Thresholds(many_threshold=50, few_threshold=10) == Thresholds(50, 10)
     with warned("Thresholds.few_below", "few_threshold"):
         assert found.few_below == 10
+
+
+def test_debug_is_a_switch_a_block_and_a_flag_still() -> None:
+    with ltloss.debug_labels(False):
+        with warned("ltloss.debug", "ltloss.set_debug", "ltloss.debug_labels"):
+            block = ltloss.debug()
+        assert ltloss.current_debug()
+        with block, warned("ltloss.debug", "ltloss.current_debug"):
+            assert ltloss.debug
+        assert not ltloss.current_debug()

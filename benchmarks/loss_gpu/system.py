@@ -59,7 +59,7 @@ def outside_label(device: Device) -> str:
     try:
         losses = functional.margin_cross_entropy(inputs.features, inputs.prototypes, inputs.labels, reduction="none")
     except IndexError:
-        return "" if not device.is_cuda else "IndexError without ltloss.debug"
+        return "" if not device.is_cuda else "IndexError without ltloss.debug_labels"
     return "" if torch.isnan(losses).nonzero().flatten().tolist() == [3] else f"losses {losses.tolist()}"
 
 

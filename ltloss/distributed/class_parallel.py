@@ -23,7 +23,7 @@ from ltloss.distributed.top_k import top_k
 from ltloss.errors import DistributedError
 from ltloss.losses.class_centers import ClassCenters
 from ltloss.losses.prototype_head import PrototypeHead
-from ltloss.runtime import debug
+from ltloss.runtime import current_debug
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -243,7 +243,7 @@ class ClassParallel(PrototypeHead):
 
         def check() -> None:
             check_supervised(features, self.weight, labels)
-            if (labels.device.type == "cpu" or debug) and not torch.compiler.is_compiling():
+            if (labels.device.type == "cpu" or current_debug()) and not torch.compiler.is_compiling():
                 check_label_range(labels.to(torch.int64), self.num_classes, ignore_index)
 
         batch = self.batch(features, labels, check, padding=ignore_index)

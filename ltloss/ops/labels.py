@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ltloss._validation import check_label_range
 from ltloss.ops._dispatch import define
-from ltloss.runtime import debug
+from ltloss.runtime import current_debug
 
 __all__ = ["NOTHING", "OPERATOR", "checked_labels"]
 
@@ -21,7 +21,7 @@ def _checked(labels: Tensor, num_classes: int, ignore_index: int, name: str) -> 
 
 
 def _check(labels: Tensor, num_classes: int, ignore_index: int, name: str) -> None:
-    if labels.device.type == "cpu" or debug:
+    if labels.device.type == "cpu" or current_debug():
         check_label_range(labels, num_classes, ignore_index, name)
 
 
@@ -34,7 +34,7 @@ OPERATOR = define(
 
 
 def checked_labels(labels: Tensor, num_classes: int, ignore_index: int, name: str) -> Tensor:
-    """Labels (N,) as they are; on the CPU (on a GPU under ``ltloss.debug``) their range is checked.
+    """Labels (N,) as they are; on the CPU (on a GPU under ``ltloss.debug_labels``) their range is checked.
 
     Raises:
         IndexError: a label that is neither in [0, C) nor ``ignore_index``, naming the argument ``name``.

@@ -211,7 +211,7 @@ class TestLabels:
         others = torch.arange(37, device=DEVICE) != 20
         assert torch.equal(got[others], expected[others])
 
-    @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU only under ltloss.debug")
+    @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU only under ltloss.debug_labels")
     def test_bad_label_on_the_cpu_is_an_error(self) -> None:
         given = kernel_problem()
         with refused("labels", "[0, 70)", "70", "2", "1", error=IndexError):

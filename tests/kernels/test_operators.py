@@ -307,7 +307,7 @@ class TestOnTheDevice:
     @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, F32)])
     def test_searches_do_not_synchronise_and_can_be_captured(self, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
         leaves, others = kernel_problem(dtypes=dtypes).leaves(), kernel_problem(dtypes=dtypes, seed=1)
-        with ltloss.debug(False):
+        with ltloss.debug_labels(False):
             self._searches(leaves)  # compiles
             torch.cuda.set_sync_debug_mode("error")
             try:

@@ -88,21 +88,21 @@ class TestUseBackend:
 
 class TestDebug:
     def test_switch(self) -> None:
-        before = bool(ltloss.debug)
-        with ltloss.debug():
-            assert ltloss.debug
-            with ltloss.debug(False):
-                assert not ltloss.debug
-            assert ltloss.debug
-        assert bool(ltloss.debug) == before
-
-    def test_only_a_call_is_a_block(self) -> None:
-        with pytest.raises((TypeError, AttributeError)), ltloss.debug:  # type: ignore[attr-defined]
-            pass
+        before = ltloss.current_debug()
+        with ltloss.debug_labels():
+            assert ltloss.current_debug()
+            with ltloss.debug_labels(False):
+                assert not ltloss.current_debug()
+            with pytest.raises(IndexError), ltloss.debug_labels(False):
+                [][0]
+            assert ltloss.current_debug()
+            ltloss.set_debug(False)
+            assert not ltloss.current_debug()
+        assert ltloss.current_debug() == before
 
     def test_labels_on_the_cpu_are_always_checked(self) -> None:
         given = problem()
-        with ltloss.debug(False), pytest.raises(IndexError):
+        with ltloss.debug_labels(False), pytest.raises(IndexError):
             margin_cross_entropy(given.features, given.prototypes, given.labels + 9)
 
     def test_unchecked_labels_are_never_read_out_of_bounds(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ class TestEnvironment:
         assert not missing(failed.stderr, "LTLOSS_BACKEND", "auto", "triton", "torch", "reference", "'gpu'")
 
     def test_debug(self) -> None:
-        code = "import ltloss; print(bool(ltloss.debug))"
+        code = "import ltloss; print(ltloss.current_debug())"
         assert [output(code, LTLOSS_DEBUG=value) for value in ("1", "0", "")] == ["True", "False", "False"]
 
 
