@@ -131,8 +131,8 @@ def _table(found: dict[str, list[tuple[Metrics, float]]], epochs: int) -> str:
     return "\n".join(lines)
 
 
-def _spread(shares: list[float | None]) -> str:
-    values = [100 * share for share in shares if share is not None]
+def _spread(fractions: list[float | None]) -> str:
+    values = [100 * fraction for fraction in fractions if fraction is not None]
     if not values:
         return "–"
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"

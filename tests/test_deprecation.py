@@ -182,3 +182,10 @@ def test_debug_is_a_switch_a_block_and_a_flag_still() -> None:
         with block, warned("ltloss.debug", "ltloss.current_debug"):
             assert ltloss.debug
         assert not ltloss.current_debug()
+
+
+def test_the_terms_of_a_loss_by_their_former_name() -> None:
+    for module in (ltloss.LongTailLoss.from_counts([4, 2, 1], 4), ltloss.CosineSpaceLoss(3, 4)):
+        module(torch.randn(3, 4), torch.tensor([0, 1, 2]))
+        with warned("parts", "terms"):
+            assert module.parts is module.terms

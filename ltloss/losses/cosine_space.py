@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ltloss._deprecation import renamed_fields
 from ltloss._validation import check_choice, check_number
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.losses.class_centers import CenterUpdate, ClassCenters, check_not_inside_ddp
@@ -30,6 +31,7 @@ _OPTIONS = (
 )
 
 
+@renamed_fields(parts="terms")
 class CosineSpaceLoss(PrototypeHead):
     """Source B: spread the classes first, then draw each together. L = α·L_inter + β(t)·Trunc(L_intra − ε) + γ·L_CE.
 
@@ -53,7 +55,7 @@ class CosineSpaceLoss(PrototypeHead):
         device, dtype: of the weight.
 
     Attributes:
-        parts: after a call, ``{"inter": L_inter, "intra": L_intra, "cross_entropy": L_CE}``, unweighted, untruncated,
+        terms: after a call, ``{"inter": L_inter, "intra": L_intra, "cross_entropy": L_CE}``, unweighted, untruncated,
             detached.
         centers: the centres, which move in ``train()`` mode only. They and ``step`` (batches seen) are in the
             state_dict.
@@ -66,7 +68,7 @@ class CosineSpaceLoss(PrototypeHead):
         >>> from ltloss import CosineSpaceLoss
         >>> loss_fn = CosineSpaceLoss(10, 16, start_step=100)
         >>> loss = loss_fn(torch.randn(4, 16), torch.tensor([0, 0, 1, 2]))
-        >>> int(loss_fn.step), sorted(loss_fn.parts)
+        >>> int(loss_fn.step), sorted(loss_fn.terms)
         (1, ['cross_entropy', 'inter', 'intra'])
     """
 
@@ -113,7 +115,7 @@ class CosineSpaceLoss(PrototypeHead):
             num_classes, embedding_size, update=center_update, momentum=center_momentum, device=device
         )
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
-        self.parts: dict[str, Tensor] = {}
+        self.terms: dict[str, Tensor] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._ordered and (name == "strict" or "strict" in self.__dict__):
@@ -146,7 +148,7 @@ class CosineSpaceLoss(PrototypeHead):
             self.centers.update(features.detach(), labels)
             self.step += 1
         intra, truncated = self._intra(features, labels)
-        self.parts = {"inter": inter.detach(), "intra": intra.detach(), "cross_entropy": cross_entropy.detach()}
+        self.terms = {"inter": inter.detach(), "intra": intra.detach(), "cross_entropy": cross_entropy.detach()}
         return self.inter_weight * inter + intra_weight * truncated + self.ce_weight * cross_entropy
 
     def _cross_entropies(self, features: Tensor, labels: Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ def _with_form(init: Callable[P, None]) -> Callable[P, None]:
     return constructor
 
 
-@renamed_fields(**RENAMED_OPTIONS)
+@renamed_fields(**RENAMED_OPTIONS, parts="terms")
 class LongTailLoss(FromCounts, CombinedMarginLoss):
     """Source A: count-dependent angular margins, spread prototypes, long features. L = L1 + λ1·L2 + λ2·L3.
 
@@ -95,7 +95,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         options: see :class:`CombinedMarginLoss`.
 
     Attributes:
-        parts: after a call, the values of the terms that were computed, unweighted and detached:
+        terms: after a call, the values of the terms that were computed, unweighted and detached:
             ``{"margin_cross_entropy": L1, "min_angle": L2, "feature_norm": L3}``.
 
     Raises:
@@ -106,11 +106,11 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         >>> from ltloss import LongTailLoss
         >>> loss_fn = LongTailLoss.from_counts([500, 40, 3], embedding_size=16)
         >>> loss = loss_fn(torch.randn(4, 16), torch.tensor([0, 0, 1, 2]))
-        >>> sorted(loss_fn.parts)
+        >>> sorted(loss_fn.terms)
         ['feature_norm', 'margin_cross_entropy', 'min_angle']
         >>> loss_fn = LongTailLoss.from_counts([500, 40, 3], 16, tau=1, min_angle_weight=0, feature_norm_weight=0)
         >>> loss = loss_fn(torch.randn(4, 16), torch.tensor([0, 0, 1, 2]))
-        >>> sorted(loss_fn.parts)
+        >>> sorted(loss_fn.terms)
         ['margin_cross_entropy']
     """
 
@@ -165,7 +165,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         check_number("feature_norm_radius", self.feature_norm_radius, above=0.0)
         counts = torch.as_tensor(class_counts, device=None if isinstance(class_counts, Tensor) else "cpu")
         self._keep("class_counts", counts)
-        self.parts: dict[str, Tensor] = {}
+        self.terms: dict[str, Tensor] = {}
 
     def forward(self, features: Tensor, labels: Tensor, *, shard: Shard | None = None) -> Tensor:
         """L1 + λ1·L2 + λ2·L3 for features (N, D) and labels (N,).
@@ -184,7 +184,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
             length = norm_penalty(features, self.feature_norm, self.feature_norm_radius, counted)
             parts["feature_norm"] = length.detach()
             regularizers.append(self.feature_norm_weight * length)
-        self.parts = parts
+        self.terms = parts
         for term in regularizers:
             loss = loss + (torch.where(counted, term, 0.0) if self.reduction == "none" else term)
         return loss

@@ -48,7 +48,7 @@ def test_all_parts(backend: str) -> None:
     inter = sum(cross_entropy(a, y, MARGIN) for a, y in zip(ANGLES, LABELS, strict=True)) / 3
     plain = sum(cross_entropy(a, y, 0.0) for a, y in zip(ANGLES, LABELS, strict=True)) / 3
     intra = 2 * (1 - math.cos(0.4)) / 3  # the only sample of class 1 is its own centre
-    parts = {name: float(value) for name, value in module.parts.items()}
+    parts = {name: float(value) for name, value in module.terms.items()}
     assert parts == pytest.approx({"inter": inter, "intra": intra, "cross_entropy": plain}, rel=CLOSE)
     assert float(total.detach()) == pytest.approx(0.5 * inter + 0.25 * (intra - 0.01) + 2.0 * plain, rel=CLOSE)
 
@@ -135,7 +135,7 @@ class TestCenters:
     def test_class_never_seen_contributes_nothing(self) -> None:
         module = make(epsilon=0.0).eval()
         module(*batch())
-        assert float(module.parts["intra"]) == 0.0
+        assert float(module.terms["intra"]) == 0.0
         assert float(ClassCenters(2, 2).cosine(on_circle(0.3), torch.tensor([1]))) == 1.0
 
     def test_ignored_samples_move_nothing(self) -> None:

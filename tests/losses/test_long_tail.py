@@ -37,14 +37,14 @@ def test_long_tail_loss_adds_its_regularisers(rows: str, backend: str) -> None:
     l3 = functional.feature_norm_penalty(features[counted], "ring", radius=2.0)
     torch.testing.assert_close(module(features, labels), l1 + 0.3 * l2 + 0.2 * l3)
     expected = {"margin_cross_entropy": l1, "min_angle": l2, "feature_norm": l3}
-    torch.testing.assert_close(module.parts, {name: value.detach() for name, value in expected.items()})
-    assert not any(part.requires_grad for part in module.parts.values())
+    torch.testing.assert_close(module.terms, {name: value.detach() for name, value in expected.items()})
+    assert not any(part.requires_grad for part in module.terms.values())
 
 
 def test_angles_of_a_batch_without_a_class_that_counts() -> None:
     module = ltloss.LongTailLoss.from_counts([5, 1], D, min_angle_classes="batch", min_angle_weight=0.5)
     module(torch.randn(2, D), torch.tensor([-100, -100])).backward()
-    assert float(module.parts["min_angle"]) == 0.0
+    assert float(module.terms["min_angle"]) == 0.0
     assert module.weight.grad is not None
     assert not module.weight.grad.any()
 
@@ -52,15 +52,15 @@ def test_angles_of_a_batch_without_a_class_that_counts() -> None:
 def test_angles_of_the_only_class() -> None:
     module = ltloss.LongTailLoss.from_counts([5], D, min_angle_classes="batch", min_angle_weight=0.5)
     module(torch.randn(2, D), torch.tensor([0, 0])).backward()
-    assert float(module.parts["min_angle"]) == 0.0
+    assert float(module.terms["min_angle"]) == 0.0
     assert bool(module.weight.grad.isfinite().all())
 
 
 def test_parts_hold_only_what_was_computed() -> None:
     module = MODULES["LongTailLoss with prior"](2, D)
-    assert module.parts == {}
+    assert module.terms == {}
     module(torch.randn(2, D), torch.tensor([0, 1]))
-    assert list(module.parts) == ["margin_cross_entropy"]
+    assert list(module.terms) == ["margin_cross_entropy"]
 
 
 @pytest.mark.parametrize("tau", [0.0, 1.0])
@@ -75,7 +75,7 @@ def test_long_tail_loss_has_all_three_terms_and_tau_adds_the_prior_alone(tau: fl
     l2 = functional.min_angle_regularizer(module.weight, counts, count_exponent=0.25)
     l3 = functional.feature_norm_penalty(features[labels >= 0], "ring", radius=1.25 * D**0.5)
     torch.testing.assert_close(module(features, labels), l1 + 0.1 * l2 + 0.1 * l3)
-    assert sorted(module.parts) == ["feature_norm", "margin_cross_entropy", "min_angle"]
+    assert sorted(module.terms) == ["feature_norm", "margin_cross_entropy", "min_angle"]
     assert (module.log_prior is None) == (tau == 0.0)
 
 
@@ -125,7 +125,7 @@ def test_long_tail_loss_takes_a_log_prior(backend: str) -> None:
 def test_long_tail_loss_takes_a_function_of_the_length() -> None:
     module = ltloss.LongTailLoss.from_counts([5, 1], 2, feature_norm=lambda r: r * 7.0)
     module(torch.tensor([[3.0, 4.0]]), torch.tensor([0]))
-    assert float(module.parts["feature_norm"]) == pytest.approx(35.0)
+    assert float(module.terms["feature_norm"]) == pytest.approx(35.0)
 
 
 def _with_weight(module: ltloss.PrototypeHead, weight: Tensor):  # type: ignore[no-untyped-def]

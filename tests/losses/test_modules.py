@@ -302,7 +302,7 @@ def test_cosine_space_loss_takes_a_margin_per_class() -> None:
     module = ltloss.CosineSpaceLoss(5, features.shape[1], margin=margins, scale=30.0)
     module(features, labels % 5)
     expected = functional.margin_cross_entropy(features, module.weight, labels % 5, cosine_margin=margins)
-    torch.testing.assert_close(module.parts["inter"], expected.detach(), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(module.terms["inter"], expected.detach(), rtol=1e-6, atol=0.0)
     assert "margin" not in module.state_dict()
 
 

@@ -333,7 +333,7 @@ def test_long_tail_loss_is_the_weighted_sum(backend: str) -> None:
     l1 = by_hand(lambda t: SCALE * math.cos(t + 0.2), 1)
     omega = (1 / 3, 1 / 2, 1.0)
     l2 = -(omega[0] * 1.0 + omega[1] * 1.0 + omega[2] * 1.5) / sum(omega)
-    parts = {name: float(value) for name, value in module.parts.items()}
+    parts = {name: float(value) for name, value in module.terms.items()}
     # 1e-7: the module keeps its margins in float32
     assert parts == pytest.approx({"margin_cross_entropy": l1, "min_angle": l2, "feature_norm": 0.5}, rel=1e-7)
     assert total == pytest.approx(l1 + 0.3 * l2 + 0.2 * 0.5, rel=1e-7)
