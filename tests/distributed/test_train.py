@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def _train(rank: int, data: Path, out: Path) -> tuple[float, float]:
         shutil.copytree(out / "whole", out / "resumed")
         shutil.rmtree(out / "resumed" / "checkpoints" / "epoch-0003")
     dist.barrier()
+    if rank == 1:  # later than the other, which must not own the folder before this one has looked at it
+        time.sleep(1.0)
     train(out / "resumed", _settings(data, 3), resume=True, quiet=True)
     train(out / "long-tail", _settings(data, 1, "long-tail"), quiet=True)
     with refused("softmax", error=UserError):

@@ -52,7 +52,9 @@ def process_group(parallel: str, device: torch.device) -> Iterator[tuple[Ranks, 
         yield Ranks(), device
         return
     if dist.is_initialized():  # by the caller, who will also end it
+        dist.barrier()  # every rank has looked at the run folder before the first one owns it,
         yield Ranks(dist.get_rank(), dist.get_world_size()), device
+        dist.barrier()  # and the first one has let go of it before another goes on
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

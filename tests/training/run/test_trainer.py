@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import inspect
 import json
 import math
 import shutil
@@ -117,7 +118,7 @@ def test_a_run_keeps_its_values_when_the_defaults_change(
     shutil.copytree(toy_run.run, tmp_path / "run")
     before = evaluate_run(toy_run.run).metrics
     monkeypatch.setattr("ltloss.losses.prototype_head.default_scale", lambda *_: 99.0)
-    monkeypatch.setitem(ltloss.LongTailLoss.__init__.__wrapped__.__kwdefaults__, "margin", 0.25)
+    monkeypatch.setitem(inspect.unwrap(ltloss.LongTailLoss.__init__).__kwdefaults__, "margin", 0.25)
     changed = Classifier(RunConfig(Settings(), ("a", "b"), (3, 3), (1, 8, 8), (0.5,), (0.5,), {})).loss
     assert (changed.scale, changed.margin) == (99.0, 0.25)
     assert evaluate_run(toy_run.run).metrics == before
