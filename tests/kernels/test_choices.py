@@ -11,12 +11,13 @@ import ltloss
 from ltloss.testing import FAMILY, assert_same, outcome, problem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", choices.NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_step_is_the_same(name: choices.Choice, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunking, "_LEAST_CLASSES", 64)
     monkeypatch.setattr(tile_table, "multiprocessors", lambda device: 2)
-    given, options = problem(20, 2500, 32, dtype=dtype), FAMILY["long_tail"](2500)
+    given, options = problem(20, 2500, 16, dtype=dtype), FAMILY["long_tail"](2500)
     with ltloss.use_workspace(1 << 17):
         usual = outcome(given, **options)
         with choices.trying(name):
