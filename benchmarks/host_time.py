@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import ltloss
+from benchmarks.kernel_report.record import as_on_a_gpu
 from ltloss import functional
 
 Launch = tuple[Any, ...]  # the specialisation, the grid, and all arguments but tensors
@@ -83,8 +84,7 @@ def _kernel_class(told: Callable[[Launch], None] | None) -> Any:
 def no_device(told: Callable[[Launch], None] | None = None) -> Iterator[None]:
     """Within the block kernels take CPU tensors, and every launch ends before the device; ``told`` gets each."""
     import triton
-    from ltloss_kernels import cosine_logsumexp_gradients, launching, running
-    from ltloss_kernels.config import tile_table
+    from ltloss_kernels import cosine_logsumexp_gradients, launching
     from triton.runtime.jit import JITFunction
 
     kernel_class = _kernel_class(told)
@@ -97,9 +97,7 @@ def no_device(told: Callable[[Launch], None] | None = None) -> Iterator[None]:
     with (
         mock.patch.object(triton.runtime.driver, "_active", _Driver()),
         mock.patch.object(JITFunction, "_do_compile", compiled),
-        mock.patch.object(running, "runnable", return_value=True),
-        mock.patch.object(tile_table, "architecture", return_value=90),
-        mock.patch.object(tile_table, "multiprocessors", return_value=132),
+        as_on_a_gpu(90),
         mock.patch.object(cosine_logsumexp_gradients, "multiply_add"),
         ltloss.use_backend("triton"),
     ):

@@ -63,9 +63,14 @@ def peak_extra_bytes(step: Callable[[], Any], before: Callable[[], None]) -> int
     return (_status_kib("VmHWM") - resident) * 1024
 
 
-def fresh_processes(most: int) -> ProcessPoolExecutor:
-    """Processes that inherit nothing: no threads, no memory, no broken device."""
-    return ProcessPoolExecutor(most, mp_context=multiprocessing.get_context("spawn"))
+def fresh_processes(most: int, environment: Mapping[str, str] | None = None) -> ProcessPoolExecutor:
+    """Processes that inherit nothing: no threads, no memory, no broken device; with these variables besides."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(most, spawn, initializer=_set_variables, initargs=(environment or {},))
+
+
+def _set_variables(environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
 
 
 def cpu_name() -> str:

@@ -16,7 +16,7 @@ import torch
 import ltloss
 from ltloss.margins import Margin, Objective
 
-__all__ = ["KernelCase", "recorded_kernels", "recorded_layouts"]
+__all__ = ["KernelCase", "as_on_a_gpu", "recorded_kernels", "recorded_layouts"]
 
 # Not multiples of a tile nor of 16, more than one of each: nothing is specialised on that a step may not have.
 _SAMPLES, _CLASSES = 300, 2200
@@ -66,10 +66,22 @@ class KernelCase:
 
 
 @contextmanager
-def _taken_down(arch: int, name: Callable[[str], str]) -> Iterator[dict[str, KernelCase]]:
-    """Within the block a launch is recorded, for a GPU of compute capability ``arch``; what it would write is left."""
+def as_on_a_gpu(arch: int) -> Iterator[None]:
+    """Within the block the launchers take CPU tensors, and work as on a GPU of compute capability ``arch``."""
     from ltloss_kernels import running
     from ltloss_kernels.config import tile_table
+
+    with (
+        mock.patch.object(running, "runnable", return_value=True),
+        mock.patch.object(tile_table, "architecture", return_value=arch),
+        mock.patch.object(tile_table, "multiprocessors", return_value=_MULTIPROCESSORS),
+    ):
+        yield
+
+
+@contextmanager
+def _taken_down(arch: int, name: Callable[[str], str]) -> Iterator[dict[str, KernelCase]]:
+    """Within the block a launch is recorded, for a GPU of compute capability ``arch``; what it would write is left."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -86,12 +98,7 @@ def _taken_down(arch: int, name: Callable[[str], str]) -> Iterator[dict[str, Ker
             label = name(self.__name__.removesuffix("_kernel"))
             cases[key] = KernelCase(label, self, signature, constants, attrs, found.num_warps, found.num_stages)
 
-    with (
-        mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(tile_table, "architecture", return_value=arch),
-        mock.patch.object(running, "runnable", return_value=True),
-        mock.patch.object(tile_table, "multiprocessors", return_value=_MULTIPROCESSORS),
-    ):
+    with mock.patch.object(JITFunction, "run", run), as_on_a_gpu(arch):
         yield cases
 
 

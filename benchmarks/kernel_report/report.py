@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,6 @@ ARCHITECTURES = {
 # What the driver keeps of the shared memory for itself, per block (same table, a footnote).
 RESERVED_SHARED = 1024
 _REGISTER_UNIT = 256  # registers are handed out per warp, in units of this
-_LAYOUTS = "LTLOSS_REPORT_LAYOUTS"  # to the processes that compile
 _SHARED_UNIT = 128
 
 
@@ -106,20 +105,20 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
-@functools.cache
-def _cases(architecture: str) -> dict[str, KernelCase]:
-    recorded = recorded_layouts if os.environ.get(_LAYOUTS) else recorded_kernels
+@cache
+def _cases(architecture: str, layouts: bool) -> dict[str, KernelCase]:
+    recorded = recorded_layouts if layouts else recorded_kernels
     return {case.name: case for case in recorded(ARCHITECTURES[architecture].capability)}
 
 
-def kernel_names(architecture: str, pattern: str = "") -> list[str]:
+def kernel_names(architecture: str, pattern: str = "", layouts: bool = False) -> list[str]:
     """Every kernel that is launched on an architecture and whose name contains the regular expression ``pattern``."""
-    return [name for name in _cases(architecture) if re.search(pattern, name)]
+    return [name for name in _cases(architecture, layouts) if re.search(pattern, name)]
 
 
-def report_row(architecture: str, kernel: str) -> Row:
+def report_row(architecture: str, kernel: str, layouts: bool = False) -> Row:
     """Compile one kernel and describe it. A kernel that does not compile has a row too, with ``error`` filled."""
-    case = _cases(architecture)[kernel]
+    case = _cases(architecture, layouts)[kernel]
     row: Row = {"architecture": architecture, "kernel": kernel, "tile": _tile_name(case.constants)}
     row |= {"warps": case.num_warps, "stages": case.num_stages, "dtype": case.dtype}
     try:
@@ -194,10 +193,9 @@ def report(architectures: Sequence[str], pattern: str, processes: int, *, layout
 
     ``layouts``: instead of the usual launches those of many layouts of the inputs.
     """
-    os.environ[_LAYOUTS] = "yes" if layouts else ""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["LTLOSS_TILES"] = ""  # the project's tiles, not those tuned on this machine
     with fresh_processes(processes) as pool:
-        names = list(pool.map(kernel_names, architectures, [pattern] * len(architectures)))
+        names = list(pool.map(partial(kernel_names, pattern=pattern, layouts=layouts), architectures))
         work = [(arch, name) for arch, some in zip(architectures, names, strict=True) for name in some]
-        return list(pool.map(report_row, *zip(*work, strict=True))) if work else []
+        return list(pool.map(partial(report_row, layouts=layouts), *zip(*work, strict=True))) if work else []

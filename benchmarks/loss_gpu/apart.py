@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 from benchmarks.loss_gpu.measure import Deadline, Device
+from benchmarks.timing import fresh_processes
 
 __all__ = ["Answer", "Worker", "spread"]
 
@@ -33,10 +32,6 @@ def _attempt(kind: str, function: Callable[..., Any], arguments: Sequence[Any]) 
     return Answer(value)
 
 
-def _set(environment: Mapping[str, str]) -> None:
-    os.environ.update(environment)
-
-
 class Worker:
     """Does one thing after the other, in a process of its own, and in a new one after each that raised or died.
 
@@ -44,7 +39,7 @@ class Worker:
     """
 
     def __init__(self, kind: str, *, apart: bool, environment: Mapping[str, str] | None = None) -> None:
-        self._kind, self._apart, self._environment = kind, apart, dict(environment or {})
+        self._kind, self._apart, self._environment = kind, apart, environment
         self._pool: ProcessPoolExecutor | None = None
 
     def do(self, function: Callable[..., Any], *arguments: Any) -> Answer:
@@ -52,8 +47,7 @@ class Worker:
         if not self._apart:
             return _attempt(self._kind, function, arguments)
         if self._pool is None:
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, spawn, initializer=_set, initargs=(self._environment,))
+            self._pool = fresh_processes(1, self._environment)
         try:
             answer = self._pool.submit(_attempt, self._kind, function, arguments).result()
         except BrokenProcessPool:
