@@ -19,7 +19,8 @@ from ltloss.margins import Margin, Objective
 __all__ = ["KernelCase", "as_on_a_gpu", "recorded_kernels", "recorded_layouts"]
 
 # Not multiples of a tile nor of 16, more than one of each: nothing is specialised on that a step may not have.
-_SAMPLES, _CLASSES = 300, 2200
+_SAMPLES, _CLASSES = 600, 2200
+_FEW_SAMPLES = (300, 60)  # read prototypes once; and in tiles of 64 rows
 _WIDTH, _WIDEST = 512, 8192
 _MULTIPROCESSORS = 132
 _BYTES = 256 << 20  # of workspace
@@ -184,6 +185,13 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
                 for variant, launch in itertools.chain(_losses(features, prototypes), _searches(features, prototypes)):
                     if chosen is None or variant in chosen:
                         scenario = f"{label}, {variant}"
+                        launch()
+        for samples, (label, *pair) in itertools.product(_FEW_SAMPLES, products[:1] + products[3:]):
+            features, prototypes = (torch.ones(n, _WIDTH, dtype=pair[0]) for n in (samples, _CLASSES))
+            with float32_products(pair[2]):
+                for variant, launch in _losses(features, prototypes):
+                    if variant in some:
+                        scenario = f"{label}, {variant}, N = {samples}"
                         launch()
         features, prototypes = torch.ones(_SAMPLES, _WIDEST, dtype=half), torch.ones(_CLASSES, _WIDEST, dtype=half)
         scenario = f"bf16, D = {_WIDEST}"

@@ -27,6 +27,7 @@ SHAPES = (
     Shape(8192, 131_072, 256),
     Shape(8192, 131_072, 4096),
     Shape(256, 1_000_000, 512),
+    Shape(64, 1_000_000, 512),
 )
 
 
@@ -52,7 +53,8 @@ def _tiles(bench: Bench, shape: Shape) -> Iterator[Row]:
             return
         ranking = tune_tiles.rank(kernel, *sizes, bench.dtype, bench.device.kind, bench.repeats)
         best, today = ranking[0], next(one for one in ranking if one.today)
-        line = f"no tile works for {kernel}" if best.problem else tune_tiles.table_line(kernel, best, bench.dtype)
+        line = tune_tiles.table_line(kernel, best, bench.dtype, shape.n)
+        line = f"no tile works for {kernel}" if best.problem else line
         bench.tell(tune_tiles.show(kernel, sizes, ranking), f"{line}  # {shape}: {best.milliseconds:.3f} ms, "
                    f"today's {today.milliseconds:.3f} ms")  # fmt: skip
         for place, timing in enumerate(ranking, 1):

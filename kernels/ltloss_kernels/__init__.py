@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ltloss_kernels.cosine_logsumexp import Partials, logsumexp, of_ranks, partials
-    from ltloss_kernels.cosine_logsumexp_gradients import coefficients, gradients
-    from ltloss_kernels.margin_loss import margin_loss
+    from ltloss_kernels.cosine_logsumexp_gradients import gradients
+    from ltloss_kernels.margin_loss import coefficients, margin_loss
     from ltloss_kernels.prototype_search import nearest_prototype, nearest_prototype_gradient, top_k
     from ltloss_kernels.running import interpreting
 

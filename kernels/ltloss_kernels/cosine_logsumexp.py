@@ -103,7 +103,8 @@ def partials(
             chunk = run.chunk(start)
             for index in range(run.slabs):
                 slab = run.slab(index)
-                if start == 0 or not run.in_place:  # norms are computed with the first chunk, or with each copy
+                # Norms are computed with the first chunk, or with each copy; or by the tiles themselves.
+                if not run.norms_in_tiles and (start == 0 or not run.in_place):
                     row_norms(
                         slab.prototypes,
                         factor=slab.factor,
@@ -166,8 +167,10 @@ class ForwardPass:
         samples, (classes, width), device = features.shape[0], prototypes.shape, features.device
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
         arch = tiles.architecture(device)
-        self.tile, self.described = tiles.forward_tile(arch, self.dtype, self.precision), tiles.has_copy_engine(arch)
+        self.tile = tiles.forward_tile(arch, self.dtype, self.precision, samples)
+        self.described = tiles.has_copy_engine(arch)
         self.in_place = readable_in_place(prototypes, self.dtype)
+        self.norms_in_tiles = self.in_place and tiles.norms_in_tiles(arch, self.dtype, self.precision, samples)
         self.plan = forward_plan(
             samples,
             classes,
@@ -191,12 +194,14 @@ class ForwardPass:
         padded = self.class_tiles * self.tile.classes
         self._factor = self._float(padded)
         self._copy_factor = None if self.in_place else self._float(padded)
-        self._scaled_prior = None if prior is None else self._float(padded)
+        self._scaled_prior = None if prior is None or self.norms_in_tiles else self._float(padded)
         self._copy = (
             None if self.in_place else padded_matrix(min(self.plan.classes, classes), width, self.dtype, device)
         )
-        row_blocks = ceil_div(min(self.plan.rows, samples), self.tile.rows)
-        self.flags = torch.empty(row_blocks, self.class_tiles, dtype=torch.int8, device=device)
+        self.flags = None
+        if not self.norms_in_tiles:
+            row_blocks = ceil_div(min(self.plan.rows, samples), self.tile.rows)
+            self.flags = torch.empty(row_blocks, self.class_tiles, dtype=torch.int8, device=device)
         shape = (self.slabs * self.plan.splits, samples)
         self.result = Partials(
             sum=self._float(*shape),
@@ -217,7 +222,8 @@ class ForwardPass:
         features = part(self.features, rows)
         (count, width), device = features.shape, features.device
         copied = self.normalize or not readable_in_place(features, self.dtype)
-        if start > 0 and self.in_place:  # otherwise a launch of row_norms clears them on its way
+        # Otherwise a launch of row_norms clears them on its way.
+        if start > 0 and self.in_place and self.flags is not None:
             self.flags.zero_()
         return _Chunk(
             rows,
@@ -287,7 +293,7 @@ class ForwardPass:
             block_source(features, tile.rows, tile.depth, self.described),
             block_source(prototypes, tile.classes, tile.depth, self.described),
             self._factor if self._copy_factor is None else self._copy_factor,
-            self._scaled_prior,
+            self.prior if self.norms_in_tiles else self._scaled_prior,
             chunk.label,
             self.flags,
             # outputs
@@ -308,9 +314,11 @@ class ForwardPass:
             prototypes.stride(0),
             partials.sum.stride(0),
             partials.shift,
+            self.factor_scale,
             # constants
             DESCRIBED=self.described,
             PRECISION=self.precision,
+            NORMS=self.norms_in_tiles,
             BLOCK_ROWS=tile.rows,
             BLOCK_CLASSES=tile.classes,
             BLOCK_DEPTH=tile.depth,

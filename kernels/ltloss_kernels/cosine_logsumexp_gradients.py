@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -24,29 +23,20 @@ from ltloss_kernels.config.operands import (
 )
 from ltloss_kernels.config.precision import product_precision
 from ltloss_kernels.cosine_logsumexp import LOG2E
-from ltloss_kernels.device.logsumexp_backward import gradient_tile_kernel, projection_kernel, sample_gradient_kernel
+from ltloss_kernels.device.logsumexp_backward import (
+    gradient_tile_kernel,
+    projection_kernel,
+    prototype_gradient_kernel,
+    sample_gradient_kernel,
+)
 from ltloss_kernels.launching import Launches, layout
 from ltloss_kernels.row_norms import row_norms
 from ltloss_kernels.running import on_device, widened
 
-__all__ = ["BackwardPass", "coefficients", "gradients"]
+__all__ = ["BackwardPass", "gradients"]
 
 # Class tiles that are worked on together; their prototypes and a block of features stay in the second-level cache.
 _GROUP = 8
-
-
-def coefficients(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (4 or 5, N) with their shift in natural units -> as :func:`gradients` takes them, and the largest.
-
-    The shift in units of log 2 is rounded for a whole row; what that loses goes into the coefficient.
-    """
-    exact = rows[0].double() / math.log(2.0)
-    shift = exact.float()
-    nothing = (rows[1] == 0) | (rows[0] == -math.inf)
-    d_lse = torch.where(nothing, 0.0, rows[1] * torch.exp2(shift.double() - exact).float())
-    rows = torch.cat([torch.where(nothing, math.inf, shift)[None], d_lse[None], rows[2:]])
-    max_coefficient = rows[1:].abs().amax() if rows.shape[1] else rows.new_zeros(())
-    return rows, max_coefficient
 
 
 def gradients(
@@ -107,7 +97,9 @@ def gradients(
                 tile = run.launch_tiles(rows, slab)
                 if run.feature_sum is not None:
                     run.add_to_features(part(run.feature_sum, rows), tile, slab)
-                if slab.sum is not None:
+                if run.along is not None:
+                    run.launch_prototypes(tile, slab)
+                elif slab.sum is not None:
                     multiply_add(slab.sum, tile.t(), part(run.unit, rows), overwrite=rows.start == 0)
             run.launch_projection(slab)
     return _like(run.grad_features, features), _like(run.grad_prototypes, prototypes)
@@ -150,7 +142,11 @@ class BackwardPass:
         # Power-of-two scaled copies keep float16 in range; other dtypes have the range of float32.
         self.in_place = readable_in_place(prototypes, self.dtype) and self.dtype != torch.float16
         arch = tiles.architecture(features.device)
-        self.tile, self.described = tiles.gradient_tile(arch, self.dtype, self.precision), tiles.has_copy_engine(arch)
+        samples = features.shape[0]
+        self.tile = tiles.gradient_tile(arch, self.dtype, self.precision, samples)
+        self.described = tiles.has_copy_engine(arch)
+        projecting = tiles.prototype_gradient_tile(arch, self.dtype, self.precision, samples)
+        self.projecting_tile = projecting if self.in_place else None
 
     def take(
         self,
@@ -174,7 +170,8 @@ class BackwardPass:
         features, prototypes = self.features, self.prototypes
         (samples, width), classes, device = features.shape, prototypes.shape[0], features.device
         wide_features = need_features and features.dtype != torch.float32
-        wide_prototypes = need_prototypes and prototypes.dtype != torch.float32
+        projecting = need_prototypes and self.projecting_tile is not None
+        wide_prototypes = need_prototypes and prototypes.dtype != torch.float32 and not projecting
         size = self.dtype.itemsize
         self.plan = backward_plan(
             samples,
@@ -184,6 +181,8 @@ class BackwardPass:
             itemsize=size,
             tile_classes=self.tile.classes,
             limit=limit,
+            reread=width * (size + 4 * (need_prototypes and not projecting)),
+            cache=0 if choices.tried("slabs of memory") else tiles.cache_bytes(device),
         )
         if choices.tried("one wave"):
             slab = in_waves(self.plan.classes, width, tiles.multiprocessors(device))
@@ -196,6 +195,8 @@ class BackwardPass:
         self.grad_prototypes = matrix(classes, prototypes.dtype) if need_prototypes else None
         self.feature_sum = matrix(samples, torch.float32) if wide_features else self.grad_features
         self._slab_sum = matrix(self.plan.classes, torch.float32) if wide_prototypes else None
+        blocks = ceil_div(samples, self.tile.rows)
+        self.along = torch.empty(blocks, self.plan.classes, device=device) if projecting else None
         self._copy = None if self.in_place else padded_matrix(self.plan.classes, width, self.dtype, device)
         self._slab = padded_matrix(self.plan.rows, self.plan.classes, self.dtype, device)
         self.unit = padded_matrix(samples, width, self.dtype, device)
@@ -226,7 +227,7 @@ class BackwardPass:
             if self._copy is not None:
                 operand = part(self._copy, some)
                 factor = copy_factor = torch.empty(some.stop, dtype=torch.float32, device=operand.device)
-            wide = grad if self._slab_sum is None else part(self._slab_sum, some)
+            wide = None if self.along is not None else grad if self._slab_sum is None else part(self._slab_sum, some)
             yield _Slab(first, prototypes, operand, factor, copy_factor, wide, grad)
 
     def launch_samples(self) -> None:
@@ -283,6 +284,7 @@ class BackwardPass:
             sample_gradients,
             # outputs
             block_source(slab_part, tile.rows, tile.classes, self.described),
+            self.along,
             # sizes
             samples,
             classes,
@@ -316,6 +318,38 @@ class BackwardPass:
             multiply_add_in_parts(target, dz, slab.operand, parts, overwrite=first)
         else:
             multiply_add(target, dz, slab.operand, overwrite=first)
+
+    def launch_prototypes(self, dz: Tensor, slab: _Slab) -> None:
+        """The gradients of a slab of prototypes from dZ (N, c), in one launch."""
+        tile, (samples, classes), width = self.projecting_tile, dz.shape, self.unit.shape[1]
+        assert tile is not None
+        self.launch(prototype_gradient_kernel, (ceil_div(classes, tile.classes) * ceil_div(width, tile.depth),))(
+            # inputs
+            block_source(dz, tile.rows, tile.classes, self.described),
+            block_source(self.unit, tile.rows, tile.depth, self.described),
+            block_source(slab.prototypes, tile.classes, tile.depth, self.described),
+            slab.factor,
+            self.along,
+            # outputs
+            slab.grad,
+            # sizes
+            samples,
+            classes,
+            width,
+            ceil_div(samples, self.tile.rows),
+            dz.stride(0),
+            self.unit.stride(0),
+            slab.prototypes.stride(0),
+            1.0 / (self.scale * LOG2E),
+            # constants
+            DESCRIBED=self.described,
+            PRECISION=self.precision,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_CLASSES=tile.classes,
+            BLOCK_DEPTH=tile.depth,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
 
     def launch_projection(self, slab: _Slab) -> None:
         """Finish the gradients of a slab of prototypes, and with the last slab those of all features, in one launch."""

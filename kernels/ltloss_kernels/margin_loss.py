@@ -5,6 +5,7 @@ Two launches on N-vectors, whichever device or shard the partial sums come from.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ltloss_kernels.device.margin_loss import margin_loss_kernel, reduce_kernel
 from ltloss_kernels.launching import Launches, layout
 from ltloss_kernels.running import on_device
 
-__all__ = ["margin_loss"]
+__all__ = ["coefficients", "margin_loss"]
 
 PerClass = Tensor | float
 
@@ -108,6 +109,20 @@ def margin_loss(
         )
         loss, inverse_weight_sum, max_coefficient = _reduced(launch, block_sums, mean)
     return losses if objective.reduction == "none" else loss, coefficients, inverse_weight_sum, max_coefficient
+
+
+def coefficients(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (4 or 5, N) with their shift in natural units -> as ``gradients`` takes them, and the largest.
+
+    The shift in units of log 2 is rounded for a whole row; what that loses goes into the coefficient.
+    """
+    exact = rows[0].double() / math.log(2.0)
+    shift = exact.float()
+    nothing = (rows[1] == 0) | (rows[0] == -math.inf)
+    d_lse = torch.where(nothing, 0.0, rows[1] * torch.exp2(shift.double() - exact).float())
+    rows = torch.cat([torch.where(nothing, math.inf, shift)[None], d_lse[None], rows[2:]])
+    max_coefficient = rows[1:].abs().amax() if rows.shape[1] else rows.new_zeros(())
+    return rows, max_coefficient
 
 
 def _per_class(values: PerClass) -> tuple[Tensor | None, float]:

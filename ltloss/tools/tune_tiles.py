@@ -35,7 +35,9 @@ CANDIDATES = (
     tiles.Tile(128, 256, 64, 8, 4),
     tiles.Tile(256, 128, 64, 8, 3),
     tiles.Tile(64, 256, 64, 4, 3),
+    tiles.Tile(64, 128, 64, 4, 3),
     tiles.Tile(64, 128, 64, 4, 4),
+    tiles.Tile(64, 64, 64, 4, 4),
     tiles.Tile(128, 64, 64, 4, 4),
 )
 
@@ -49,12 +51,12 @@ class Timing(NamedTuple):
     today: bool = False  # what is used now
 
 
-def candidates(kernel: Kernel, arch: int, dtype: torch.dtype, precision: str) -> list[tiles.Tile]:
+def candidates(kernel: Kernel, arch: int, dtype: torch.dtype, precision: str, samples: int) -> list[tiles.Tile]:
     """What is used now, first, and everything else that is tried."""
     choose = tiles.forward_tile if kernel == "forward" else tiles.gradient_tile
     shrink = 2 if dtype == torch.float32 else 1
     tried = (tile._replace(depth=tile.depth // shrink) for tile in CANDIDATES)
-    return list(dict.fromkeys([choose(arch, dtype, precision), *tried]))
+    return list(dict.fromkeys([choose(arch, dtype, precision, samples), *tried]))
 
 
 def rank(
@@ -84,7 +86,8 @@ def rank(
     run = forward if kernel == "forward" else step
     expected = run()
     arch, precision = tiles.architecture(features.device), product_precision()
-    timings = [_time(kernel, tile, run, expected, repeats) for tile in candidates(kernel, arch, dtype, precision)]
+    tried = candidates(kernel, arch, dtype, precision, samples)
+    timings = [_time(kernel, tile, run, expected, repeats) for tile in tried]
     timings[0] = timings[0]._replace(today=True)
     return sorted(timings, key=lambda timing: timing.milliseconds)
 
@@ -128,7 +131,8 @@ def remember(kernel: Kernel, fastest: Timing, dtype: torch.dtype, shape: tuple[i
         "device": torch.cuda.get_device_name(),
         "triton": tile_cache.triton_version(),
     }
-    tile_cache.store({tile_cache.entry_name(kernel, arch, dtype, product_precision()): entry}, file)
+    name = tiles.size_name(kernel, dtype, shape[0])
+    tile_cache.store({tile_cache.entry_name(name, arch, dtype, product_precision()): entry}, file)
 
 
 def tune(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 20) -> int:
@@ -148,10 +152,14 @@ def tune(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 20) -> 
     return 0
 
 
-def table_line(kernel: Kernel, fastest: Timing, dtype: torch.dtype) -> str:
+def table_line(kernel: Kernel, fastest: Timing, dtype: torch.dtype, samples: int) -> str:
     """The winner as a line of ``ltloss_kernels/config/tile_table.py``."""
-    kind = "HALF" if dtype != torch.float32 else "TF32" if product_precision() == "tf32" else "FLOAT32"
-    table = f"_{kernel.upper()}_{kind}" if kind == "HALF" or (kernel, kind) == ("gradient", "TF32") else f"_{kind}"
+    if dtype != torch.float32:
+        table = f"_{kernel.upper()}_{'HALF' if tiles.size_name(kernel, dtype, samples) == kernel else 'FEW'}"
+    elif product_precision() == "tf32":
+        table = "_GRADIENT_TF32" if kernel == "gradient" else "_TF32"
+    else:
+        table = "_FLOAT32"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return f"{table}[{tiles.architecture(device)}] = Tile{tuple(fastest.tile)}"
 

@@ -18,7 +18,8 @@ def test_a_step_is_the_same(name: choices.Choice, dtype: torch.dtype, monkeypatc
     monkeypatch.setattr(chunking, "_LEAST_CLASSES", 64)
     monkeypatch.setattr(tile_table, "multiprocessors", lambda device: 2)
     given, options = problem(20, 2500, 16, dtype=dtype), FAMILY["long_tail"](2500)
-    with ltloss.use_workspace({"one wave": 1 << 17, "parts of K": 1 << 28}[name]):  # 960 classes a slab, or all
+    monkeypatch.setattr(tile_table, "cache_bytes", lambda device: 1 << (17 if name == "slabs of memory" else 28))
+    with ltloss.use_workspace(1 << (17 if name == "one wave" else 28)):  # 960 classes a slab, or all
         usual = outcome(given, **options)
         with choices.trying(name):
             found = outcome(given, **options)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 __all__ = ["NAMES", "Choice", "tried", "trying"]
 
 # one wave: slabs of the backward for which the product for the prototypes is just under whole waves of its tiles.
 # parts of K: the product for few features over parts of the classes at a time, so that it has more tiles than 4 or 8.
-Choice = Literal["one wave", "parts of K"]
-NAMES: tuple[Choice, ...] = ("one wave", "parts of K")
+# slabs of memory: for few samples slabs as large as the workspace allows, instead of what stays in the cache.
+Choice = Literal["one wave", "parts of K", "slabs of memory"]
+NAMES: tuple[Choice, ...] = get_args(Choice)
 _tried: set[str] = set()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
+    "FEW_SAMPLES",
     "BackwardPlan",
     "ForwardPlan",
     "backward_plan",
@@ -16,6 +17,8 @@ __all__ = [
     "splits_for",
 ]
 
+# Up to so many samples a pass takes as long as the prototypes take to be read: they are read once, whatever it costs.
+FEW_SAMPLES = 512
 # The forward promises less: what it holds beside its results stays in the second-level cache.
 _FORWARD_BYTES = 8 << 20
 # Bytes of unit features held at a time. Smaller chunks of samples read all prototypes once more each, so a chunk never
@@ -100,7 +103,15 @@ def forward_plan(
 
 
 def backward_plan(
-    samples: int, classes: int, per_sample: int, per_class: int, itemsize: int, tile_classes: int, limit: int
+    samples: int,
+    classes: int,
+    per_sample: int,
+    per_class: int,
+    itemsize: int,
+    tile_classes: int,
+    limit: int,
+    reread: int = 0,
+    cache: int = 0,
 ) -> BackwardPlan:
     """Choose the slab of dZ.
 
@@ -110,10 +121,13 @@ def backward_plan(
         itemsize: bytes of an entry of dZ.
         tile_classes: slabs are a multiple of it.
         limit: bytes for everything together; kept unless the batch alone takes more.
+        reread, cache: bytes of each class that are read again beside its dZ, which for few samples stay in ``cache``.
     """
     rows = min(samples, _MOST_ROWS)
     left = limit - samples * per_sample
     fits = _round_down(left // (rows * itemsize + per_class), tile_classes) if left > 0 else tile_classes
+    if cache and samples <= FEW_SAMPLES:
+        fits = min(fits, _round_down(cache // (rows * itemsize + reread), tile_classes))
     slab = max(fits, min(_LEAST_CLASSES, _round_up(classes, tile_classes)))
     slabs = ceil_div(classes, slab)
     even = ceil_div(classes, slabs)

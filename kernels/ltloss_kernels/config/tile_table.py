@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ltloss_kernels.config.chunking import FEW_SAMPLES
 from ltloss_kernels.config.tile_cache import tuned_tile
 
 __all__ = [
@@ -17,13 +18,17 @@ __all__ = [
     "SAMPLE_ROWS",
     "Tile",
     "architecture",
+    "cache_bytes",
     "candidate_tile",
     "forward_tile",
     "gradient_tile",
     "has_copy_engine",
     "multiprocessors",
+    "norms_in_tiles",
+    "prototype_gradient_tile",
     "row_tile",
     "search_tile",
+    "size_name",
 ]
 
 # Compute capabilities that the ahead-of-time report compiles for: A100, H100/H200, B200.
@@ -59,6 +64,14 @@ _GRADIENT_HALF = {80: Tile(128, 64, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100
 _TF32 = {80: Tile(128, 128, 16, 8, 4), 90: Tile(128, 128, 32, 8, 3), 100: Tile(128, 128, 32, 8, 3)}
 # With four warps two blocks of the gradient fit a Hopper multiprocessor, with eight one: the store's staging is in it.
 _GRADIENT_TF32 = {**_TF32, 90: Tile(128, 128, 32, 4, 3)}
+# Few samples, for which memory is read once and what counts is loads in flight; with 64 or fewer, half of a tile of 128
+# rows would be padding. The gradient's tile also sums over its rows then, and with 128 rows registers spill for it.
+_MOST_FEW = {"forward": 64, "gradient": FEW_SAMPLES}
+_FORWARD_FEW = {80: Tile(64, 128, 32, 4, 4), 90: Tile(64, 128, 64, 4, 4), 100: Tile(64, 64, 64, 4, 4)}
+_GRADIENT_FEW = {80: Tile(64, 64, 32, 4, 4), 90: Tile(64, 128, 64, 4, 3), 100: Tile(64, 128, 64, 4, 3)}
+# The product for the prototypes with their projection: samples at a time, classes by columns of the result.
+_PROTOTYPES_HALF = {80: Tile(32, 64, 128, 8, 3), 90: Tile(64, 128, 128, 8, 3), 100: Tile(64, 128, 128, 8, 3)}
+_PROTOTYPES_FLOAT32 = Tile(16, 64, 64, 8, 3)
 # Exact float32 products run on the ordinary units, fed from shared memory: smaller tiles, no tensor core.
 _FLOAT32 = {80: Tile(64, 64, 16, 8, 3), 90: Tile(64, 64, 16, 8, 3), 100: Tile(64, 64, 16, 8, 3)}
 # The nearest prototype takes square tiles. Four warps on Hopper: the maxima over columns go through shared memory once
@@ -89,22 +102,60 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def forward_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
+def size_name(kernel: str, dtype: torch.dtype, samples: int) -> str:
+    """Of "forward" or "gradient": itself, or with "_few" behind it where tiles for few samples are taken."""
+    return f"{kernel}_few" if dtype != torch.float32 and samples <= _MOST_FEW[kernel] else kernel
+
+
+def forward_tile(arch: int, dtype: torch.dtype, precision: str, samples: int) -> Tile:
     """Tile of the log-sum-exp kernel for operands of ``dtype`` (``precision`` is "ieee" or "tf32" for float32)."""
-    if (tuned := tuned_tile("forward", arch, dtype, precision)) is not None:
+    name = size_name("forward", dtype, samples)
+    if (tuned := tuned_tile(name, arch, dtype, precision)) is not None:
         return Tile(*tuned)
     if dtype != torch.float32:
-        return _FORWARD_HALF[arch]
+        return (_FORWARD_HALF if name == "forward" else _FORWARD_FEW)[arch]
     return (_TF32 if precision == "tf32" else _FLOAT32)[arch]
 
 
-def gradient_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
+def gradient_tile(arch: int, dtype: torch.dtype, precision: str, samples: int) -> Tile:
     """Tile of the kernel that writes dZ; arguments as for :func:`forward_tile`."""
-    if (tuned := tuned_tile("gradient", arch, dtype, precision)) is not None:
+    name = size_name("gradient", dtype, samples)
+    if (tuned := tuned_tile(name, arch, dtype, precision)) is not None:
         return Tile(*tuned)
     if dtype != torch.float32:
-        return _GRADIENT_HALF[arch]
+        return (_GRADIENT_HALF if name == "gradient" else _GRADIENT_FEW)[arch]
     return (_GRADIENT_TF32 if precision == "tf32" else _FLOAT32)[arch]
+
+
+def prototype_gradient_tile(arch: int, dtype: torch.dtype, precision: str, samples: int) -> Tile | None:
+    """Tile of the product that ends in the prototypes' gradient: ``rows`` samples, ``classes``, ``depth`` columns.
+
+    None where a library product and the projection after it do as well: for many samples, where the float32 product in
+    between is little beside the rest, and in TF32, whose matrix instructions take no transposed operand.
+    """
+    if samples > FEW_SAMPLES or (dtype == torch.float32 and precision == "tf32"):
+        return None
+    return _PROTOTYPES_FLOAT32 if dtype == torch.float32 else _PROTOTYPES_HALF[arch]
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Half of the second-level cache, whose two halves may hold the same; of an H100 (50 MiB) without a GPU."""
+    if device.type != "cuda":
+        return 25 << 20
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) // 2
+
+
+def norms_in_tiles(arch: int, dtype: torch.dtype, precision: str, samples: int) -> bool:
+    """Whether the forward's tiles find the lengths of the prototypes themselves, which saves a pass over them.
+
+    It pays while reading the prototypes takes longer than the products: not in exact float32, nor for many samples. On
+    sm_100 registers spill for it in tiles of 128 rows.
+    """
+    if precision == "ieee" and dtype == torch.float32:
+        return False
+    if arch == 100:
+        return size_name("forward", dtype, samples) == "forward_few"
+    return samples <= FEW_SAMPLES
 
 
 def search_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from ltloss_kernels.device.elementary import LN2, LOG2E, TINY, log, power_of_two_below, scaled_rows, unit_rows
-from ltloss_kernels.device.tile_io import store_block, tile_product
+from ltloss_kernels.device.logsumexp_forward import add_splits
+from ltloss_kernels.device.tile_io import load_block, store_block, tile_product
 
-__all__ = ["gradient_tile_kernel", "projection_kernel", "sample_gradient_kernel"]
+__all__ = ["gradient_tile_kernel", "projection_kernel", "prototype_gradient_kernel", "sample_gradient_kernel"]
 
 
 @triton.jit
@@ -127,6 +128,7 @@ def gradient_tile_kernel(
     sample_gradients_ptr,
     # outputs
     slab,
+    along_ptr,
     # sizes
     samples,
     classes,
@@ -152,7 +154,8 @@ def gradient_tile_kernel(
     features: (samples, width); prototypes: a slab (classes, width), whose first class is the ``first_class``-th of all;
     both, and the result, are descriptors if DESCRIBED. logit_scale_log2 (classes,) s·log2 e/‖w̃‖; prior (classes,) in
     natural units or None; label (samples,) and sample_gradients (4, samples), rows ``sample_gradients_stride`` apart:
-    see sample_gradient_kernel, also for FOLD. slab: (samples, classes).
+    see sample_gradient_kernel, also for FOLD. slab: (samples, classes). along (row blocks, classes) or None: of each
+    block the sum of dZ_ic·(x̂_i·w̃_c), which adds up to g·w̃_c with g = dZᵀX̂: for prototype_gradient_kernel.
     Class tiles are taken in groups, so that the programs at work at one time share feature rows and prototypes.
     """
     program = tl.program_id(0)
@@ -162,7 +165,7 @@ def gradient_tile_kernel(
     group_width = tl.minimum(class_tiles - group * GROUP, GROUP)
     block = in_group // group_width
     tile = group * GROUP + in_group % group_width
-    product = tile_product(
+    product, _ = tile_product(
         features, prototypes, block, tile, samples, classes, width, features_stride, prototypes_stride,
         DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
     )  # fmt: skip
@@ -192,7 +195,62 @@ def gradient_tile_kernel(
         d_target = tl.load(at + 2 * stride, mask=inside, other=0.0)
         gradient = tl.where(here[None, :] == label[:, None], d_target[:, None], gradient)
     gradient *= logit_scale_log2[None, :]
+    if along_ptr is not None:
+        gradient = gradient.to(slab.dtype if DESCRIBED else slab.dtype.element_ty)  # g is made from what is stored
+        along = tl.sum(gradient.to(tl.float32) * product, 0)
+        tl.store(along_ptr + block.to(tl.int64) * classes + here, along, mask=known)
     store_block(slab, gradient, row, column, samples, classes, slab_stride, BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED)
+
+
+@triton.jit(do_not_specialize=["samples", "classes", "row_blocks"])
+def prototype_gradient_kernel(
+    # inputs
+    slab,
+    features,
+    prototypes,
+    logit_scale_log2_ptr,
+    along_ptr,
+    # outputs
+    grad_prototypes_ptr,
+    # sizes
+    samples,
+    classes,
+    width,
+    row_blocks,
+    slab_stride,
+    features_stride,
+    prototypes_stride,
+    inverse_factor_scale,
+    # constants
+    DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """The gradient of a slab of prototypes where the product is made: g - (g·ŵ) ŵ with g = dZᵀX̂, one tile per program.
+
+    slab: dZ (samples, classes); features: X̂ (samples, width); prototypes: (classes, width); descriptors if DESCRIBED.
+    logit_scale_log2 (classes,) and along (row_blocks, classes): see gradient_tile_kernel; inverse_factor_scale brings
+    the first to 1/‖w‖. grad_prototypes (classes, width), columns next to each other. For prototypes that went into the
+    product as they are, BLOCK_CLASSES by BLOCK_DEPTH entries at a time; the samples are added BLOCK_ROWS at a time.
+    """
+    column_tiles = tl.cdiv(width, BLOCK_DEPTH)
+    row = tl.program_id(0) // column_tiles * BLOCK_CLASSES
+    column = tl.program_id(0) % column_tiles * BLOCK_DEPTH
+    tl.assume(samples > 0)
+    g = tl.zeros((BLOCK_CLASSES, BLOCK_DEPTH), tl.float32)
+    for k in range(0, samples, BLOCK_ROWS):
+        dz = load_block(slab, k, row, samples, classes, slab_stride, BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED)
+        x = load_block(features, k, column, samples, width, features_stride, BLOCK_ROWS, BLOCK_DEPTH, DESCRIBED)
+        g = tl.dot(dz.T, x, g, input_precision=PRECISION)
+    here = row + tl.arange(0, BLOCK_CLASSES)
+    known = here < classes
+    inverse = tl.load(logit_scale_log2_ptr + here, mask=known, other=0.0) * inverse_factor_scale
+    along = add_splits(along_ptr, here, known, classes, row_blocks)
+    w = load_block(prototypes, row, column, classes, width, prototypes_stride, BLOCK_CLASSES, BLOCK_DEPTH, DESCRIBED)
+    g -= (along * inverse)[:, None] * (w.to(tl.float32) * inverse[:, None])
+    store_block(grad_prototypes_ptr, g, row, column, classes, width, width, BLOCK_CLASSES, BLOCK_DEPTH, False)
 
 
 @triton.jit

@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ltloss_kernels.device.elementary import LN2, exact_cosine, log, scaled_rows, unit_rows
-from ltloss_kernels.device.tile_io import tile_product
+from ltloss_kernels.device.elementary import LN2, LOG2E, exact_cosine, log, scaled_rows, unit_rows
+from ltloss_kernels.device.tile_io import inverse_lengths, tile_product
 
 __all__ = ["add_splits", "combine_splits", "cosine_logsumexp_kernel", "sample_kernel"]
 
@@ -57,7 +57,7 @@ def sample_kernel(
     a label outside [0, classes). Without an ``ignore_index`` (None) such a label means that there is no target here: 0.
     label (samples,) int32: the class, or -1.
     flags (row blocks, class_tiles) int8, cleared before: 1 where a tile holds the target of one of its rows, and in the
-    last column if that tile reaches beyond the classes (RAGGED). Several rows may write the same 1.
+    last column if that tile reaches beyond the classes (RAGGED). Several rows may write the same 1. Or None.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
@@ -87,11 +87,35 @@ def sample_kernel(
     if norm_ptr is not None:
         norm = tl.sqrt_rn(tl.sum(x * x, 1))
         tl.store(norm_ptr + rows, tl.div_rn(norm, x_power), mask=inside)
-    flag_row = (rows // FLAG_ROWS).to(tl.int64) * class_tiles
-    one = tl.full((ROWS,), 1, tl.int8)
-    tl.store(flags_ptr + flag_row + target // FLAG_CLASSES, one, mask=valid)
-    if RAGGED:
-        tl.store(flags_ptr + flag_row + class_tiles - 1, one, mask=inside & (rows % FLAG_ROWS == 0))
+    if flags_ptr is not None:
+        flag_row = (rows // FLAG_ROWS).to(tl.int64) * class_tiles
+        one = tl.full((ROWS,), 1, tl.int8)
+        tl.store(flags_ptr + flag_row + target // FLAG_CLASSES, one, mask=valid)
+        if RAGGED:
+            tl.store(flags_ptr + flag_row + class_tiles - 1, one, mask=inside & (rows % FLAG_ROWS == 0))
+
+
+@triton.jit
+def prior_log2(prior_ptr, classes_here, classes, RAW: tl.constexpr):
+    """b·log2 e of some classes, which the vector holds unless it is RAW; anything beyond the classes."""
+    if RAW:
+        prior = tl.load(prior_ptr + classes_here, mask=classes_here < classes, other=0.0) * LOG2E
+    else:
+        prior = tl.load(prior_ptr + classes_here)
+    return prior
+
+
+@triton.jit
+def add_exponentials(total, largest, logit, ONLINE: tl.constexpr):
+    """Σ 2^l of each row of a tile (R, C), onto a total (R,); if ONLINE relative to the running maximum (R,)."""
+    if ONLINE:
+        new = tl.maximum(largest, tl.max(logit, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)  # no other class yet: -inf - -inf would be NaN
+        total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(logit - base[:, None]), 1)
+        largest = new
+    else:
+        total += tl.sum(tl.exp2(logit), 1)
+    return total, largest
 
 
 @triton.jit(
@@ -133,9 +157,11 @@ def cosine_logsumexp_kernel(
     prototypes_stride,
     partial_stride,
     shift,
+    factor_scale,
     # constants
     DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr,
+    NORMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
@@ -145,6 +171,8 @@ def cosine_logsumexp_kernel(
     features: (samples, width); prototypes: a slab of the classes, (slab_classes, width), whose first tile is the
     ``first_tile``-th of all; both are descriptors if DESCRIBED. label (samples,); logit_scale_log2 s·log2 e/‖w‖ and
     prior b·log2 e (class_tiles · BLOCK_CLASSES,), 0 and -inf beyond the classes; flags (row blocks, class_tiles).
+    With NORMS the tiles find the lengths themselves, so that prototypes are read once: logit_scale_log2 (classes,) is
+    an output, factor_scale/‖w‖; prior (classes,) is in natural units; there are no flags, each tile looks for labels.
     partial_sum (splits, samples): Σ 2^(l·log2 e - shift). The shift, in units of log 2, is the argument, or the running
     maximum of each row, which partial_max (splits, samples) returns unless it is None. partial_logit (splits, samples)
     or None: Σ s·cos over all classes of the range. Rows of the three are ``partial_stride`` apart.
@@ -158,32 +186,40 @@ def cosine_logsumexp_kernel(
     logit_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, slab_tiles)
-    flags_row = flags_ptr + block.to(tl.int64) * class_tiles
+    label_at = label_ptr + rows
+    if NORMS:
+        label = tl.load(label_at, mask=inside, other=-1)
     tl.assume(width > 0)  # else the flattened loop has a second body, for products of no columns
     for tile in tl.range(first, last, flatten=True):
-        product = tile_product(
+        product, squares = tile_product(
             features, prototypes, block, tile, samples, slab_classes, width, features_stride, prototypes_stride,
-            DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
+            DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH, NORMS,
         )  # fmt: skip
-        classes_here = (first_tile + tile) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
-        logit = product * tl.load(logit_scale_log2_ptr + classes_here)[None, :]
+        column = (first_tile + tile) * BLOCK_CLASSES
+        here = column + tl.arange(0, BLOCK_CLASSES)
+        if NORMS:
+            logit_scale_log2 = factor_scale * inverse_lengths(
+                squares, prototypes, tile, slab_classes, width, prototypes_stride, DESCRIBED, BLOCK_CLASSES, BLOCK_DEPTH
+            )
+            if block == 0:
+                tl.store(logit_scale_log2_ptr + here, logit_scale_log2, mask=here < classes)
+            in_tile = tl.max(((label >= column) & (label < column + BLOCK_CLASSES)).to(tl.int32), 0) != 0
+            special = in_tile | (column + BLOCK_CLASSES > classes)
+        else:
+            logit_scale_log2 = tl.load(logit_scale_log2_ptr + here)
+            special = tl.load(flags_ptr + block.to(tl.int64) * class_tiles + first_tile + tile) != 0
+        logit = product * logit_scale_log2[None, :]
         if partial_logit_ptr is not None:
             logit_sum += tl.sum(logit, 1)
         if prior_ptr is not None:
-            logit += tl.load(prior_ptr + classes_here)[None, :]
+            logit += prior_log2(prior_ptr, here, classes, NORMS)[None, :]
         elif partial_max_ptr is None:
             logit -= shift
-        if tl.load(flags_row + first_tile + tile) != 0:
-            label = tl.load(label_ptr + rows, mask=inside, other=-1)[:, None]
-            here = classes_here[None, :]
-            logit = tl.where((here == label) | (here >= classes), float("-inf"), logit)
-        if partial_max_ptr is not None:
-            new = tl.maximum(largest, tl.max(logit, 1))
-            base = tl.where(new == float("-inf"), 0.0, new)  # no other class yet: -inf - -inf would be NaN
-            total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(logit - base[:, None]), 1)
-            largest = new
-        else:
-            total += tl.sum(tl.exp2(logit), 1)
+        if special:
+            if not NORMS:
+                label = tl.load(label_at, mask=inside, other=-1)
+            logit = tl.where((here[None, :] == label[:, None]) | (here[None, :] >= classes), float("-inf"), logit)
+        total, largest = add_exponentials(total, largest, logit, partial_max_ptr is not None)
     cell = (first_split + split).to(tl.int64) * partial_stride + rows
     tl.store(partial_sum_ptr + cell, total, mask=inside)
     if partial_max_ptr is not None:

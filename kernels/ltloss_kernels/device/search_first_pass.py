@@ -110,7 +110,7 @@ def nearest_prototype_kernel(
     """
     block, tile = triangle_tile(tiles, GROUP)
     if block <= tile:
-        product = tile_product(
+        product, _ = tile_product(
             rows_source, prototypes, block, tile, classes, classes, width, prototypes_stride, prototypes_stride,
             DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
         )  # fmt: skip
@@ -169,7 +169,7 @@ def best_tile_kernel(
     best = tl.full((BLOCK_ROWS,), _LOWEST, tl.int64)
     end = tl.minimum((split + 1) * tiles_per_split, tiles)
     for tile in tl.range(split * tiles_per_split, end, flatten=True):
-        product = tile_product(
+        product, _ = tile_product(
             rows_source, prototypes, block, tile, count, classes, width, rows_stride, prototypes_stride,
             DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
         )  # fmt: skip

@@ -6,7 +6,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["load_block", "store_block", "tile_product"]
+from ltloss_kernels.device.elementary import TINY, power_of_two_below
+
+__all__ = ["inverse_lengths", "load_block", "store_block", "tile_product"]
+
+# Between these a sum of squares in float32 has lost nothing.
+LEAST_SQUARES = tl.constexpr(2.0**-80)
+MOST_SQUARES = tl.constexpr(2.0**120)
 
 
 @triton.jit
@@ -68,10 +74,15 @@ def tile_product(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    SQUARES: tl.constexpr = False,
 ):
-    """x·w of one row block (of ``count`` rows) and one class tile: (BLOCK_ROWS, BLOCK_CLASSES) float32."""
+    """x·w of one row block (of ``count`` rows) and one class tile, and w·w of each class if SQUARES, in float32.
+
+    Returns (BLOCK_ROWS, BLOCK_CLASSES) and (BLOCK_CLASSES,), zeros without SQUARES.
+    """
     tl.assume(width > 0)  # else a flattened loop around it has a second body, for products of no columns
     product = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
+    squares = tl.zeros((BLOCK_CLASSES,), tl.float32)
     for k in range(0, width, BLOCK_DEPTH):
         x = load_block(
             rows_source, block * BLOCK_ROWS, k, count, width, rows_stride, BLOCK_ROWS, BLOCK_DEPTH, DESCRIBED
@@ -81,4 +92,49 @@ def tile_product(
             DESCRIBED,
         )  # fmt: skip
         product = tl.dot(x, w.T, product, input_precision=PRECISION)
-    return product
+        if SQUARES:
+            wide = w.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+    return product, squares
+
+
+@triton.jit
+def inverse_lengths(
+    squares,
+    classes_source,
+    tile,
+    classes,
+    width,
+    classes_stride,
+    DESCRIBED: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """1/‖w‖ of each class of a tile from its w·w, both (BLOCK_CLASSES,); 0 for a zero row and beyond the classes.
+
+    Where a sum of squares left the range of float32, the tile is read again and its rows are scaled first.
+    """
+    one = tl.full(squares.shape, 1.0, tl.float32)
+    known = tile * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES) < classes
+    in_range = (squares >= LEAST_SQUARES) & (squares <= MOST_SQUARES)
+    inverse = tl.div_rn(one, tl.sqrt_rn(tl.where(in_range, squares, 1.0)))
+    if tl.max((known & ~in_range).to(tl.int32), 0) != 0:
+        largest = tl.zeros((BLOCK_CLASSES,), tl.float32)
+        for k in range(0, width, BLOCK_DEPTH):
+            w = load_block(
+                classes_source, tile * BLOCK_CLASSES, k, classes, width, classes_stride, BLOCK_CLASSES, BLOCK_DEPTH,
+                DESCRIBED,
+            )  # fmt: skip
+            largest = tl.maximum(largest, tl.max(tl.abs(w.to(tl.float32)), 1))
+        power = power_of_two_below(largest)
+        squares = tl.zeros((BLOCK_CLASSES,), tl.float32)
+        for k in range(0, width, BLOCK_DEPTH):
+            w = load_block(
+                classes_source, tile * BLOCK_CLASSES, k, classes, width, classes_stride, BLOCK_CLASSES, BLOCK_DEPTH,
+                DESCRIBED,
+            )  # fmt: skip
+            scaled = w.to(tl.float32) * power[:, None]
+            squares += tl.sum(scaled * scaled, 1)
+        zero = largest < TINY
+        inverse = tl.where(zero, 0.0, tl.div_rn(one, tl.sqrt_rn(tl.where(zero, 1.0, squares))) * power)
+    return tl.where(known, inverse, 0.0)
