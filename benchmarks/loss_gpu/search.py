@@ -56,10 +56,11 @@ def top_k_is_right(device: Device) -> str:
 
 def minimum_angle_is_right(device: Device) -> str:
     """Value and gradient of the regulariser against float64, also with one neighbour of many; the same bits twice."""
+    c, around = 2000, 1400  # so many have one nearest: several chunks of its gradient, and a rest
     for dtype, tolerance in ((FP32, 1e-4), (BF16, 2.0**-7)):
-        prototypes = _draw(device.kind, 900, 64, dtype)
-        prototypes[:400] += 3.0 * prototypes[7]
-        counts = torch.arange(1, 901, device=device.kind)
+        prototypes = _draw(device.kind, c, 64, dtype)
+        prototypes[:around] += 3.0 * prototypes[7]
+        counts = torch.arange(1, c + 1, device=device.kind)
         outcomes = []
         for function, wide in (
             *[(functional.min_angle_regularizer, dtype)] * 2,

@@ -11,7 +11,7 @@ from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.config.chunking import ceil_div, search_rows, splits_for
 from ltloss_kernels.config.operands import block_source, padded_matrix, readable_in_place
 from ltloss_kernels.config.precision import product_precision
-from ltloss_kernels.device.search_backward import nearest_gradient_kernel
+from ltloss_kernels.device.search_backward import chunk_sum_kernel, nearest_gradient_kernel
 from ltloss_kernels.device.search_first_pass import LAST_NUMBER, LOWEST_KEY, best_tile_kernel, nearest_prototype_kernel
 from ltloss_kernels.device.search_second_pass import (
     arrange_pairs_kernel,
@@ -22,13 +22,23 @@ from ltloss_kernels.device.search_second_pass import (
 from ltloss_kernels.row_norms import row_norms
 from ltloss_kernels.running import on_device, widened
 
-__all__ = ["GROUP", "MOST_ROWS", "PAIRS_PER_PROGRAM", "nearest_prototype", "nearest_prototype_gradient", "top_k"]
+__all__ = [
+    "CHUNK",
+    "GROUP",
+    "MOST_ROWS",
+    "PAIRS_PER_PROGRAM",
+    "nearest_prototype",
+    "nearest_prototype_gradient",
+    "top_k",
+]
 
 # Tiles of the triangle that are taken together; see triangle_tile.
 GROUP = 16
 PAIRS_PER_PROGRAM = 1024
 # Rows of a subset that are gathered at a time.
 MOST_ROWS = 16384
+# Entries of the gradient that one program adds up; of a class with more, another takes them. Whole steps of any width.
+CHUNK = 256
 
 
 def _operand(vectors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -298,6 +308,9 @@ def _top_of_chunk(
 def nearest_prototype_gradient(grad_cosine: Tensor, prototypes: Tensor, own: Tensor | None, near: Tensor) -> Tensor:
     """Gradient for the prototypes.
 
+    Beside the result it keeps the sorted ends of the pairs, and partial sums for classes in many of them: one row for
+    every CHUNK ends, (2·R // CHUNK, D) float32 whatever the pairs are, a 128th of (R, D).
+
     Args:
         grad_cosine: (R,) any strides.
         prototypes: (C, D); any half or float32 dtype, any strides.
@@ -318,24 +331,33 @@ def nearest_prototype_gradient(grad_cosine: Tensor, prototypes: Tensor, own: Ten
         starts = torch.searchsorted(ends, every)
         grad = torch.empty(classes, width, dtype=prototypes.dtype, device=prototypes.device)
         tile = tiles.row_tile(width)
+        partial = torch.empty(order.shape[0] // CHUNK, width, dtype=torch.float32, device=prototypes.device)
+        pairs = prototypes, own, near, grad_cosine, order
+        sizes = near.shape[0], width, *prototypes.stride(), grad_cosine.stride(0)
+        constants = {"CHUNK": CHUNK, "ENTRIES": tile.rows, "WIDTH": tile.width, "num_warps": tile.warps}
+        if len(partial) > 0:
+            chunk_sum_kernel[(len(partial),)](
+                # inputs
+                *pairs,
+                ends,
+                starts,
+                # outputs
+                partial,
+                # sizes
+                *sizes,
+                # constants
+                **constants,
+            )
         nearest_gradient_kernel[(classes,)](
             # inputs
-            prototypes,
-            own,
-            near,
-            grad_cosine,
-            order,
+            *pairs,
             starts,
+            partial,
             # outputs
             grad,
             # sizes
-            near.shape[0],
-            width,
-            *prototypes.stride(),
-            grad_cosine.stride(0),
+            *sizes,
             # constants
-            ENTRIES=tile.rows,
-            WIDTH=tile.width,
-            num_warps=tile.warps,
+            **constants,
         )
     return grad.to(given.dtype)

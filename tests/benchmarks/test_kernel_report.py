@@ -219,7 +219,7 @@ def test_every_kernel_compiles_for_every_architecture(rows: list[Row]) -> None:
     families = {name.split()[0] for name in kernels}
     forward = {"row_norm", "sample", "cosine_logsumexp", "margin_loss", "reduce"}
     searches = {"nearest_prototype", "best_tile", "tile_candidates", "count_tiles", "arrange_pairs", "pair_cosine"}
-    backward = {"sample_gradient", "gradient_tile", "projection", "nearest_gradient"}
+    backward = {"sample_gradient", "gradient_tile", "projection", "chunk_sum", "nearest_gradient"}
     assert families == forward | backward | searches
 
 

@@ -159,7 +159,8 @@ def _searches() -> list[str]:
         return *values, *torch.autograd.grad(values[0] + values[1], leaf), *best
 
     given = kernel_problem(37, 70, 19)
-    return differing(run, given.features, given.prototypes, torch.tensor([3, 69, 3, 0]))
+    rows = torch.tensor([3, 69, *[3] * 9, 0])  # class 3 and its nearest have several chunks of the gradient
+    return differing(run, given.features, given.prototypes, rows)
 
 
 def _faulty(kernel: str) -> Callable[[], list[str]]:

@@ -34,6 +34,7 @@ def tiny_tiles() -> Iterator[None]:
             stack.enter_context(mock.patch.object(tiles, name, return_value=value))
         stack.enter_context(mock.patch.object(tiles, "SAMPLE_ROWS", 16))
         stack.enter_context(mock.patch.object(prototype_search, "GROUP", 2))
+        stack.enter_context(mock.patch.object(prototype_search, "CHUNK", 4))
         yield
 
 

@@ -50,7 +50,7 @@ def test_row_offsets_are_64_bit() -> None:
     """Wherever a row stride comes in at run time it is widened first; no product of it is formed in 32 bits."""
     script = """
 names = ["row_norm bf16 x fp32, fixed", "sample bf16, fixed", "projection bf16, fixed", "nearest_gradient bf16, all"]
-names += ["pair_cosine bf16, all", "tile_candidates bf16, all", "tile_candidates bf16, top 5"]
+names += ["chunk_sum bf16, all", "pair_cosine bf16, all", "tile_candidates bf16, all", "tile_candidates bf16, top 5"]
 ends = ("row_stride", "rows_stride", "copy_stride", "gradient_stride")
 for name in names:
     ttir = compiled(cases[name])["ttir"].splitlines()

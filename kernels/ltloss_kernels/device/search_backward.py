@@ -1,4 +1,11 @@
-"""Backward of the nearest prototype: along the found pairs only, O(R·D), every sum in one order."""
+"""Backward of the nearest prototype: along the found pairs only, O(R·D), every sum in one order.
+
+Entry p < pairs stands for the own end of pair p, pairs + p for the other one. The entries, sorted by the class at their
+end, are a list in which each class has a stretch. One program adds a stretch up, unless it holds a whole chunk: the
+chunks of a class start at its first entry, and each is added up by a program of its own. What is left at the end of a
+stretch is shorter than a chunk. So no program adds more than one chunk, one partial sum for each chunk of its class,
+and a rest, however many classes share one neighbour.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
@@ -8,43 +15,31 @@ import triton.language as tl
 
 from ltloss_kernels.device.elementary import scaled_rows, unit_rows
 
-__all__ = ["nearest_gradient_kernel"]
+__all__ = ["chunk_sum_kernel", "nearest_gradient_kernel"]
 
 
-@triton.jit(do_not_specialize=["pairs"])
-def nearest_gradient_kernel(
-    # inputs
+@triton.jit
+def _add_partners(
+    total,
     prototypes_ptr,
     own_ptr,
     near_ptr,
     grad_cosine_ptr,
     order_ptr,
-    starts_ptr,
-    # outputs
-    grad_ptr,
-    # sizes
+    first,
+    end,
     pairs,
     width,
     row_stride,
     column_stride,
     grad_cosine_stride,
-    # constants
     ENTRIES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """dw_c = (g − (g·ŵ_c) ŵ_c)/‖w_c‖ with g = Σ grad·ŵ_partner over the pairs that c is in; one class per program.
-
-    prototypes (classes, width): any dtype and strides. Pair p is (own_p, near_p), both (pairs,) int64, own_p = p if
-    own is None; grad_cosine (pairs,), strided. Entry p < pairs stands for the own end of pair p, pairs + p for the
-    other one: order (2·pairs,) int64 are the entries sorted by the class at their end, starts (classes + 1,) int64
-    where each class begins. grad (classes, width): columns next to each other.
-    """
-    target = tl.program_id(0).to(tl.int64)
+    """total (1, WIDTH) + Σ grad·ŵ_partner over the entries from ``first`` to ``end``, ENTRIES at a time."""
     columns = tl.arange(0, WIDTH)
     cells = (columns < width)[None, :]
     column_offsets = columns.to(tl.int64)[None, :] * column_stride
-    first, end = tl.load(starts_ptr + target), tl.load(starts_ptr + target + 1)
-    total = tl.zeros((1, WIDTH), tl.float32)
     for start in range(first, end, ENTRIES):
         at = start + tl.arange(0, ENTRIES)
         inside = at < end
@@ -61,6 +56,125 @@ def nearest_gradient_kernel(
         rows = tl.load(prototypes_ptr + offsets, mask=inside[:, None] & cells, other=0.0).to(tl.float32)
         rows, _, inverse = scaled_rows(rows)
         total += tl.sum(rows * (inverse * weight)[:, None], 0)[None, :]
+    return total
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def chunk_sum_kernel(
+    # inputs
+    prototypes_ptr,
+    own_ptr,
+    near_ptr,
+    grad_cosine_ptr,
+    order_ptr,
+    ends_ptr,
+    starts_ptr,
+    # outputs
+    partial_ptr,
+    # sizes
+    pairs,
+    width,
+    row_stride,
+    column_stride,
+    grad_cosine_stride,
+    # constants
+    CHUNK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Σ grad·ŵ_partner over the chunk that starts in a window of CHUNK places of the list; one window per program.
+
+    No two chunks start in one window, and the class of a chunk that does has the last place of it. A class whose
+    stretch starts at ``first`` so has its chunks in the windows first // CHUNK and following.
+
+    ends (2·pairs,) int64: the class at each entry's end, ascending. partial (2·pairs // CHUNK, width) float32: what is
+    of no chunk stays as it is. The others as for :func:`nearest_gradient_kernel`.
+    """
+    window = tl.program_id(0).to(tl.int64)
+    target = tl.load(ends_ptr + window * CHUNK + CHUNK - 1)
+    first, end = tl.load(starts_ptr + target), tl.load(starts_ptr + target + 1)
+    start = first + (window - first // CHUNK) * CHUNK
+    if start + CHUNK <= end:
+        total = _add_partners(
+            tl.zeros((1, WIDTH), tl.float32),
+            prototypes_ptr,
+            own_ptr,
+            near_ptr,
+            grad_cosine_ptr,
+            order_ptr,
+            start,
+            start + CHUNK,
+            pairs,
+            width,
+            row_stride,
+            column_stride,
+            grad_cosine_stride,
+            ENTRIES,
+            WIDTH,
+        )
+        columns = tl.arange(0, WIDTH)[None, :]
+        tl.store(partial_ptr + window * width + columns, total, mask=columns < width)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def nearest_gradient_kernel(
+    # inputs
+    prototypes_ptr,
+    own_ptr,
+    near_ptr,
+    grad_cosine_ptr,
+    order_ptr,
+    starts_ptr,
+    partial_ptr,
+    # outputs
+    grad_ptr,
+    # sizes
+    pairs,
+    width,
+    row_stride,
+    column_stride,
+    grad_cosine_stride,
+    # constants
+    CHUNK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """dw_c = (g − (g·ŵ_c) ŵ_c)/‖w_c‖ with g = Σ grad·ŵ_partner over the pairs that c is in; one class per program.
+
+    prototypes (classes, width): any dtype and strides. Pair p is (own_p, near_p), both (pairs,) int64, own_p = p if
+    own is None; grad_cosine (pairs,), strided. order (2·pairs,) int64 are the entries sorted by the class at their end,
+    starts (classes + 1,) int64 where each class begins; partial (2·pairs // CHUNK, width) float32 the sums of chunks.
+    grad (classes, width): columns next to each other.
+    """
+    target = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    cells = (columns < width)[None, :]
+    first, end = tl.load(starts_ptr + target), tl.load(starts_ptr + target + 1)
+    chunks = (end - first) // CHUNK
+    total = tl.zeros((1, WIDTH), tl.float32)
+    for start in range(0, chunks, ENTRIES):
+        at = start + tl.arange(0, ENTRIES)
+        offsets = (first // CHUNK + at)[:, None] * width + columns[None, :]
+        sums = tl.load(partial_ptr + offsets, mask=(at < chunks)[:, None] & cells, other=0.0)
+        total += tl.sum(sums, 0)[None, :]
+    total = _add_partners(
+        total,
+        prototypes_ptr,
+        own_ptr,
+        near_ptr,
+        grad_cosine_ptr,
+        order_ptr,
+        first + chunks * CHUNK,
+        end,
+        pairs,
+        width,
+        row_stride,
+        column_stride,
+        grad_cosine_stride,
+        ENTRIES,
+        WIDTH,
+    )
+    column_offsets = columns.to(tl.int64)[None, :] * column_stride
     row = tl.load(prototypes_ptr + target * row_stride + column_offsets, mask=cells, other=0.0).to(tl.float32)
     row, power, inverse = scaled_rows(row)
     unit = unit_rows(row, inverse)
