@@ -174,6 +174,13 @@ LIMITS = {
     "best_tile bf16, rows": Most(4.5, 1.05, 205, 1480),
     "best_tile bf16, top 5": Most(4.1, 1.05, 185, 1120),
 }
+# What Triton 3.8 makes more of than 3.6 and 3.7 do, for which the limits above are.
+LIMITS_FROM_3_8 = {
+    **LIMITS,
+    "gradient_tile bf16, fixed": Most(5.1, 2.05, 210, 1600),
+    "nearest_prototype tf32, all": Most(10.5, 2.35, 215, 1950),
+    "best_tile bf16, rows": Most(4.85, 1.05, 215, 1650),
+}
 
 Row = dict[str, str]
 
@@ -200,6 +207,10 @@ def violations(rows: list[Row], holds: Callable[[Row], bool]) -> list[str]:
         for row in rows
         if not holds(row)
     ]
+
+
+def from_3_8(rows: list[Row]) -> bool:
+    return tuple(map(int, rows[0]["triton"].split(".")[:2])) >= (3, 8)
 
 
 def on_hopper(rows: list[Row]) -> list[Row]:
@@ -288,14 +299,15 @@ def test_the_nearest_prototype_costs_two_maxima_and_two_products_per_element(row
     """One for its row and one for its column; the rest is the way across the threads."""
     half = [row for row in on_hopper(rows) if row["kernel"].startswith("nearest_prototype") and row["dtype"] != "fp32"]
     assert len(half) == 2
-    assert violations(half, lambda row: 2.0 <= float(row["maxima_per_element"]) <= 2.65) == []
+    most = 3.05 if from_3_8(rows) else 2.65
+    assert violations(half, lambda row: 2.0 <= float(row["maxima_per_element"]) <= most) == []
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("kernel", LIMITS)
 def test_the_main_kernels_stay_as_small_as_they_are(rows: list[Row], kernel: str) -> None:
     row = next(row for row in on_hopper(rows) if row["kernel"] == kernel)
-    most = LIMITS[kernel]
+    most = (LIMITS_FROM_3_8 if from_3_8(rows) else LIMITS)[kernel]
     assert float(row["epilogue_per_element"]) <= most.per_element
     assert float(row["float32_per_element"]) <= most.float32
     assert int(row["registers"]) <= most.registers
