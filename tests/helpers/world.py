@@ -30,7 +30,9 @@ def processes() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ltloss.distributed", "ltloss.training.run.trainer", "ltloss.testing"])
+    ours = ["ltloss.distributed", "ltloss.training.run.trainer", "ltloss.testing"]
+    # A DTensor imports these on first use: more than a second in every rank.
+    context.set_forkserver_preload([*ours, "torch.distributed.tensor", "torch._dynamo"])
     return context
 
 
