@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kernel", default="", metavar="REGEX", help="only kernels whose name matches")
     parser.add_argument("--architecture", action="append", choices=list(ARCHITECTURES), help="(default: all)")
-    parser.add_argument("--layouts", action="store_true", help="the launches of many layouts of the inputs instead")
+    parser.add_argument("--layouts", action="store_true", help="many layouts of the inputs instead; not disassembled")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--documentation", type=Path, metavar="FILE", help="renew the marked table in this page")
     parser.add_argument("--output", type=Path, default=RESULTS / "kernel_report.csv", help="CSV to write")

@@ -122,7 +122,7 @@ def report_row(architecture: str, kernel: str, layouts: bool = False) -> Row:
     row: Row = {"architecture": architecture, "kernel": kernel, "tile": _tile_name(case.constants)}
     row |= {"warps": case.num_warps, "stages": case.num_stages, "dtype": case.dtype}
     try:
-        return {**row, "error": "", **_describe(case, ARCHITECTURES[architecture])}
+        return {**row, "error": "", **_describe(case, ARCHITECTURES[architecture], disassembled=not layouts)}
     except Exception as error:  # whatever a compiler raises belongs into the table
         message = " ".join(str(error).split())  # a compiler shows the source first, and says at the end what is wrong
         return {**row, "error": f"{type(error).__name__}: {message[-300:]}"}
@@ -136,7 +136,8 @@ def _tile_name(constants: dict[str, Any]) -> str:
     return ""
 
 
-def _describe(case: KernelCase, arch: Architecture) -> Row:
+def _describe(case: KernelCase, arch: Architecture, *, disassembled: bool) -> Row:
+    """What ptxas says of a kernel, and what its instructions do; the disassembler takes most of the report's time."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -149,17 +150,24 @@ def _describe(case: KernelCase, arch: Architecture) -> Row:
         file.flush()
         name = compiled.metadata.name
         resources = sass.parse_resources(_output("cuobjdump", "--dump-resource-usage", file.name), name)
-        disassembly = _output("nvdisasm", "-c", file.name)
-    listing = sass.parse_listing(disassembly, name)
+        # Its dataflow analysis takes a quarter of its time, and changes nothing that is printed.
+        disassembly = _output("nvdisasm", "-c", "-ndf", file.name) if disassembled else ""
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0
     blocks = resident_blocks(arch, resources.registers, shared, case.num_warps, columns)
-    return {
+    row = {
         "registers": resources.registers,
         "stack_bytes": resources.stack,
-        "spill_instructions": listing.count(r"STL|LDL"),
+        "spill_instructions": "",  # known from the disassembly
         "shared_bytes": shared,
         "tensor_memory_columns": columns,
         "blocks_per_sm": blocks,
+    }
+    if not disassembled:
+        return row
+    listing = sass.parse_listing(disassembly, name)
+    return {
+        **row,
+        "spill_instructions": listing.count(r"STL|LDL"),
         "matrix_instructions": " ".join(listing.matrix_opcodes()),
         # Hopper: waits that leave one product running, so that the next is issued before this one has ended.
         "waits_in_flight": len(re.findall(r"WARPGROUP\.DEPBAR\S* gsb0, 0x1\b", disassembly)),
