@@ -17,9 +17,12 @@ from ltloss.testing import FAMILY, assert_same, outcome, problem
 def test_a_step_is_the_same(name: choices.Choice, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunking, "_LEAST_CLASSES", 64)
     monkeypatch.setattr(tile_table, "multiprocessors", lambda device: 2)
-    given, options = problem(20, 2500, 16, dtype=dtype), FAMILY["long_tail"](2500)
-    monkeypatch.setattr(tile_table, "cache_bytes", lambda device: 1 << (17 if name == "slabs of memory" else 28))
-    with ltloss.use_workspace(1 << (17 if name == "one wave" else 28)):  # 960 classes a slab, or all
+    # Several slabs by the workspace, one, or several by the cache.
+    sizes = {"one wave": (900, 1 << 16, 1 << 28), "parts of K": (2100, 1 << 28, 1 << 28)}
+    classes, workspace, cache = sizes.get(name, (900, 1 << 28, 1 << 16))
+    monkeypatch.setattr(tile_table, "cache_bytes", lambda device: cache)
+    given, options = problem(20, classes, 16, dtype=dtype), FAMILY["long_tail"](classes)
+    with ltloss.use_workspace(workspace):
         usual = outcome(given, **options)
         with choices.trying(name):
             found = outcome(given, **options)
