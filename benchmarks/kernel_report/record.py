@@ -186,9 +186,9 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
                     if chosen is None or variant in chosen:
                         scenario = f"{label}, {variant}"
                         launch()
-        for samples, (label, *pair) in itertools.product(_FEW_SAMPLES, products[:1] + products[3:]):
-            features, prototypes = (torch.ones(n, _WIDTH, dtype=pair[0]) for n in (samples, _CLASSES))
-            with float32_products(pair[2]):
+        for samples, (label, left, right, precision, _) in itertools.product(_FEW_SAMPLES, products):
+            features, prototypes = torch.ones(samples, _WIDTH, dtype=left), torch.ones(_CLASSES, _WIDTH, dtype=right)
+            with float32_products(precision):
                 for variant, launch in _losses(features, prototypes):
                     if variant in some:
                         scenario = f"{label}, {variant}, N = {samples}"

@@ -169,8 +169,14 @@ class ForwardPass:
         arch = tiles.architecture(device)
         self.tile = tiles.forward_tile(arch, self.dtype, self.precision, samples)
         self.described = tiles.has_copy_engine(arch)
-        self.in_place = readable_in_place(prototypes, self.dtype)
-        self.norms_in_tiles = self.in_place and tiles.norms_in_tiles(arch, self.dtype, self.precision, samples)
+        # Few samples: rows of float32 are rounded on their way to a bfloat16 product, which has the range for them.
+        read_as = prototypes.dtype if self.dtype == torch.bfloat16 else self.dtype
+        self.norms_in_tiles = readable_in_place(prototypes, read_as) and tiles.norms_in_tiles(
+            arch, self.dtype, self.precision, samples
+        )
+        self.in_place = self.norms_in_tiles or readable_in_place(prototypes, self.dtype)
+        if self.norms_in_tiles and read_as != self.dtype:  # as many bytes of a row at a time
+            self.tile = self.tile._replace(depth=self.tile.depth // 2)
         self.plan = forward_plan(
             samples,
             classes,

@@ -247,7 +247,7 @@ def prototype_gradient_kernel(
     here = row + tl.arange(0, BLOCK_CLASSES)
     known = here < classes
     inverse = tl.load(logit_scale_log2_ptr + here, mask=known, other=0.0) * inverse_factor_scale
-    along = add_splits(along_ptr, here, known, classes, row_blocks)
+    along = add_splits(along_ptr, here, known, classes, row_blocks, 1)
     w = load_block(prototypes, row, column, classes, width, prototypes_stride, BLOCK_CLASSES, BLOCK_DEPTH, DESCRIBED)
     g -= (along * inverse)[:, None] * (w.to(tl.float32) * inverse[:, None])
     store_block(grad_prototypes_ptr, g, row, column, classes, width, width, BLOCK_CLASSES, BLOCK_DEPTH, False)

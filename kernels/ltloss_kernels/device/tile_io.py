@@ -91,7 +91,7 @@ def tile_product(
             classes_source, tile * BLOCK_CLASSES, k, classes, width, classes_stride, BLOCK_CLASSES, BLOCK_DEPTH,
             DESCRIBED,
         )  # fmt: skip
-        product = tl.dot(x, w.T, product, input_precision=PRECISION)
+        product = tl.dot(x, w.to(x.dtype).T, product, input_precision=PRECISION)
         if SQUARES:
             wide = w.to(tl.float32)
             squares += tl.sum(wide * wide, 1)

@@ -1,0 +1,180 @@
+"""``python -m benchmarks.bytes_moved``: bytes between a GPU's memory and its cache in a step, counted without a GPU.
+
+The launchers run on a CPU and every launch is taken down with its operands instead of done. Then each launch goes over
+its operands once, from the first byte to the last, all at the same pace, through a model of the second-level cache: the
+least recently used lines leave first, and what was written goes to memory when it leaves. So this is a count of what
+must move if the programs that work at one time share what they read; it is no measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernel_report.record import as_on_a_gpu
+from ltloss.margins import Margin, Objective
+
+CACHE = 50 << 20  # of an H100
+_LINE = 32 << 10  # the model's; small beside every operand that matters
+_STEPS = 64  # of a launch
+
+
+class Operand(NamedTuple):
+    """Consecutive bytes that a launch reads or writes."""
+
+    start: int
+    size: int
+    written: bool
+
+
+class Traffic:
+    """A cache of ``capacity`` bytes that writes back; ``moved`` counts the bytes between it and the memory."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.moved = capacity // _LINE, 0
+        self._lines: OrderedDict[int, bool] = OrderedDict()  # whether each is newer than the memory
+
+    def launch(self, operands: list[Operand]) -> None:
+        """All operands at once, a part of each at a time."""
+        for step in range(_STEPS):
+            for start, size, written in operands:
+                first, end = (start + size * at // _STEPS for at in (step, step + 1))
+                for line in range(first // _LINE, -(-end // _LINE)):
+                    self._touch(line, written)
+
+    def _touch(self, line: int, written: bool) -> None:
+        known = self._lines.pop(line, None)
+        if known is None and not written:
+            self.moved += _LINE
+        self._lines[line] = written or bool(known)
+        if len(self._lines) > self.capacity:
+            self.moved += _LINE * self._lines.popitem(last=False)[1]
+
+    def flush(self) -> None:
+        """Everything that was written, back to the memory."""
+        self.moved += _LINE * sum(self._lines.values())
+        self._lines.clear()
+
+
+def _bytes_of(given: Any) -> tuple[int, int] | None:
+    """Where a tensor or what a descriptor describes begins, and how long it is; a row that is read in part counts."""
+    matrix = getattr(given, "base", given)
+    if not isinstance(matrix, Tensor) or matrix.numel() == 0:
+        return None
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(matrix.shape, matrix.stride(), strict=True))
+    return matrix.data_ptr(), extent * matrix.element_size()
+
+
+def _written(kernel: Any) -> set[str]:
+    """The arguments between "# outputs" and "# sizes" in a kernel's signature."""
+    section = kernel.src.partition("# outputs")[2].partition("# sizes")[0]
+    return set(re.findall(r"^\s*(\w+),", section, re.MULTILINE))
+
+
+@contextmanager
+def _taken_down(traffic: Traffic) -> Iterator[None]:
+    """Within the block launches and library products go through ``traffic`` instead of a device."""
+    from ltloss_kernels import cosine_logsumexp_gradients, launching
+    from triton.runtime.jit import JITFunction
+
+    def run(self: Any, *args: Any, **_: Any) -> None:
+        written, operands = _written(self), []
+        for name, given in zip(self.arg_names, args, strict=False):
+            if (found := _bytes_of(given)) is None:
+                continue
+            start, size = found
+            if (self.__name__, name) == ("sample_kernel", "prototypes_ptr"):  # gathered: those of the labels
+                size = size // len(given) * len(args[self.arg_names.index("labels_ptr")])
+            operands.append(Operand(start, size, name in written))
+        traffic.launch(operands)
+
+    def product(target: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
+        parts = [(left, False), (right, False), *([] if overwrite else [(target, False)]), (target, True)]
+        traffic.launch([Operand(*_bytes_of(one), written) for one, written in parts])  # type: ignore[misc]
+
+    launching.forget()
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(cosine_logsumexp_gradients, "multiply_add", product),
+        as_on_a_gpu(90),
+    ):
+        yield
+    launching.forget()
+
+
+class Moved(NamedTuple):
+    """Bytes of one direction, and the least: each operand and each result once."""
+
+    bytes: int
+    least: int
+
+    @property
+    def ratio(self) -> float:
+        """1 is the least."""
+        return self.bytes / self.least
+
+
+def step(
+    n: int, c: int, d: int, x: torch.dtype = torch.bfloat16, w: torch.dtype = torch.bfloat16
+) -> tuple[Moved, Moved]:
+    """Forward and backward of (n, c, d) with features of dtype ``x`` and prototypes of ``w``; no memory is touched."""
+    import ltloss_kernels as kernels
+
+    features, prototypes = torch.empty(n, d, dtype=x), torch.empty(c, d, dtype=w)
+    labels, objective = torch.zeros(n, dtype=torch.int64), Objective(Margin(0.5), scale=64.0)
+    given, least = (features, prototypes, labels, None), features.nbytes + prototypes.nbytes + labels.nbytes
+    counted = []
+    traffic = Traffic(CACHE)
+    with _taken_down(traffic):
+        partials = kernels.partials(*given, 64.0, True, False, -100)
+        loss, coefficients, *rest = kernels.margin_loss(partials, labels, objective, c)
+        traffic.flush()
+        counted.append(Moved(traffic.moved, least))
+        before = traffic.moved
+        kernels.gradients(
+            torch.ones_like(loss), *given, coefficients, partials.class_scale, *rest, 64.0, False, True, -100,
+            (True, True), limit=lambda: 256 << 20,
+        )  # fmt: skip
+        traffic.flush()
+        counted.append(Moved(traffic.moved - before, least + features.nbytes + prototypes.nbytes))
+    return counted[0], counted[1]
+
+
+@contextmanager
+def as_for_many() -> Iterator[None]:
+    """Within the block few samples are worked on as many are."""
+    from ltloss_kernels.config import choices, tile_table
+
+    with ExitStack() as stack:
+        stack.enter_context(choices.trying("slabs of memory"))
+        stack.enter_context(mock.patch.object(tile_table, "norms_in_tiles", return_value=False))
+        stack.enter_context(mock.patch.object(tile_table, "prototype_gradient_tile", return_value=None))
+        yield
+
+
+def main() -> int:
+    """Print a table for few samples and a million classes."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    print("prototypes     N  as          forward  x least   backward  x least   (GB; C = 1,000,000, D = 512)")
+    for w in (torch.bfloat16, torch.float32):
+        for n in (64, 256, 512):
+            for name, way in (("many", as_for_many), ("few", nullcontext)):
+                with way():
+                    forward, backward = step(n, 10**6, 512, w=w)
+                print(
+                    f"{str(w)[6:]:10} {n:5}  {name:8} {forward.bytes / 1e9:10.2f} {forward.ratio:8.2f} "
+                    f"{backward.bytes / 1e9:10.2f} {backward.ratio:8.2f}"
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,76 @@
+"""Bytes of a step with few samples, counted through a model of the cache; and the model itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.bytes_moved import _LINE, Moved, Operand, Traffic, as_for_many, step
+from benchmarks.timing import fresh_processes
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def traffic() -> Traffic:
+    """Of 16 lines."""
+    return Traffic(16 * _LINE)
+
+
+def lines(first: int, count: int, *, written: bool = False) -> Operand:
+    return Operand(first * _LINE, count * _LINE, written)
+
+
+class TestTheCache:
+    def test_what_fits_is_read_once(self, traffic: Traffic) -> None:
+        for _ in range(3):
+            traffic.launch([lines(0, 16)])
+        assert traffic.moved == 16 * _LINE
+
+    def test_what_does_not_fit_is_read_again(self, traffic: Traffic) -> None:
+        for _ in range(3):
+            traffic.launch([lines(0, 17)])
+        assert traffic.moved == 3 * 17 * _LINE
+
+    def test_memory_that_is_written_again_and_again_moves_once(self, traffic: Traffic) -> None:
+        for _ in range(5):
+            traffic.launch([lines(0, 8, written=True)])
+            traffic.launch([lines(0, 8)])
+        assert traffic.moved == 0
+        traffic.flush()
+        assert traffic.moved == 8 * _LINE
+
+    def test_what_was_written_leaves_for_the_memory_and_is_read_back(self, traffic: Traffic) -> None:
+        traffic.launch([lines(0, 8, written=True)])
+        traffic.launch([lines(100, 16)])
+        assert traffic.moved == (8 + 16) * _LINE
+        traffic.launch([lines(0, 8)])
+        assert traffic.moved == (8 + 16 + 8) * _LINE
+
+    def test_a_result_that_streams_by_does_not_take_the_place_of_what_is_read_with_it(self, traffic: Traffic) -> None:
+        traffic.launch([lines(0, 8)])
+        traffic.launch([lines(0, 8), lines(100, 8, written=True)])
+        assert traffic.moved == 8 * _LINE
+
+
+def many(n: int, c: int, d: int, x: torch.dtype, w: torch.dtype) -> tuple[Moved, Moved]:
+    with as_for_many():
+        return step(n, c, d, x, w)
+
+
+# The library's float32 product in between costs float32 prototypes the rest.
+@pytest.mark.parametrize(("prototypes", "backward_at_most"), [(torch.bfloat16, 1.1), (torch.float32, 1.6)])
+@pytest.mark.parametrize("samples", [64, 512])
+def test_few_samples_read_a_million_prototypes_once(
+    samples: int, prototypes: torch.dtype, backward_at_most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # in a process where kernels are not interpreted
+    with fresh_processes(1) as pool:
+        sizes = (samples, 10**6, 512, torch.bfloat16, prototypes)
+        as_few, as_many = pool.submit(step, *sizes), pool.submit(many, *sizes)
+        forward, backward = as_few.result()
+        assert 1.0 <= forward.ratio <= 1.05
+        assert 1.0 <= backward.ratio <= backward_at_most
+        forward, backward = as_many.result()
+    assert forward.ratio > 1.9
+    assert backward.ratio > 3.0
