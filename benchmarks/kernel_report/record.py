@@ -21,7 +21,7 @@ __all__ = ["KernelCase", "as_on_a_gpu", "recorded_kernels", "recorded_layouts"]
 # Not multiples of a tile nor of 16, more than one of each: nothing is specialised on that a step may not have.
 _SAMPLES, _CLASSES = 600, 2200
 _FEW_SAMPLES = (300, 60)  # read prototypes once; and in tiles of 64 rows
-_WIDTH, _WIDEST = 512, 8192
+_UNEVEN, _NARROW, _WIDTH, _WIDEST = 100, 128, 512, 8192
 _MULTIPROCESSORS = 132
 _BYTES = 256 << 20  # of workspace
 
@@ -186,13 +186,22 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
                     if chosen is None or variant in chosen:
                         scenario = f"{label}, {variant}"
                         launch()
+        # Few samples: the usual case, and the largest of each product.
         for samples, (label, left, right, precision, _) in itertools.product(_FEW_SAMPLES, products):
             features, prototypes = torch.ones(samples, _WIDTH, dtype=left), torch.ones(_CLASSES, _WIDTH, dtype=right)
             with float32_products(precision):
                 for variant, launch in _losses(features, prototypes):
-                    if variant in some:
+                    if variant == "everything" or (variant, left, right) == ("fixed", half, half):
                         scenario = f"{label}, {variant}, N = {samples}"
                         launch()
+        features, prototypes = (torch.ones(n, _NARROW, dtype=half) for n in (_SAMPLES, _CLASSES))
+        for variant, launch in _losses(features, prototypes):
+            if variant in ("fixed", "everything"):
+                scenario = f"bf16, {variant}, D = {_NARROW}"
+                launch()
+        features, prototypes = (torch.ones(n, _UNEVEN, dtype=half) for n in (_SAMPLES, _CLASSES))
+        scenario = f"bf16, D = {_UNEVEN}"
+        _loss(features, prototypes, Margin(0.5))
         features, prototypes = torch.ones(_SAMPLES, _WIDEST, dtype=half), torch.ones(_CLASSES, _WIDEST, dtype=half)
         scenario = f"bf16, D = {_WIDEST}"
         _loss(features, prototypes, Margin(0.5))

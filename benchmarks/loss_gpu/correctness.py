@@ -32,11 +32,14 @@ SHAPES = (
     (3, 2, 5),
     (7, 130, 33),
     (129, 257, 72),
+    (600, 2000, 512),
     (64, 300, 1000),
     (256, 1000, 512),
     (130, 5000, 96),
     (33, 700, 4096),
     (16, 300, 8192),
+    (513, 1500, 128),
+    (700, 900, 100),
 )
 DTYPES: tuple[Dtypes, ...] = ((BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP32, BF16), (FP16, BF16))
 SCALES = (1.0, 64.0, 100.0, 512.0)
@@ -99,13 +102,15 @@ def _inputs(n: int, c: int, d: int) -> dict[str, Problem]:
 
 def cases(quick: bool) -> Iterator[Case]:
     """What is compared, the most telling first, in case the time runs out."""
-    n, c, d = 200, 1000, 96
-    for dtypes in DTYPES[: 1 if quick else 4]:  # the last: float32 master weights under bfloat16
+    c, d = 1000, 96
+    few, many = 200, 600  # up to 512 samples other kernels run
+    sizes = ((BF16, BF16, few), (BF16, BF16, many), (FP16, FP16, many), (FP32, FP32, many), (BF16, FP32, few))
+    for x, w, n in sizes[: 2 if quick else None]:  # the last: float32 master weights under bfloat16
         for loss, options in FAMILY.items():
-            yield Case(f"{loss}", problem(n, c, d), dtypes, options(c))
+            yield Case(f"{loss}, N = {n}", problem(n, c, d), (x, w), options(c))
     margins = FAMILY["long_tail"]
     for dtypes in DTYPES[: 2 if quick else None]:
-        for shape in SHAPES[: 4 if quick else None]:
+        for shape in SHAPES[: 5 if quick else None]:
             for loss in ("long_tail", "everything"):
                 yield Case(f"{loss} {shape}", problem(*shape), dtypes, FAMILY[loss](shape[1]))
     yield from _several_slabs(quick)
@@ -123,7 +128,7 @@ def cases(quick: bool) -> Iterator[Case]:
 def _several_slabs(quick: bool) -> Iterator[Case]:
     """More classes than a slab of the backward holds, in every pair of dtypes; one sample; many classes."""
     for dtypes in DTYPES[: 2 if quick else None]:
-        for n in (130,) if quick else (130, 1):
+        for n in (130,) if quick else (130, 1, 600):
             for loss in ("long_tail",) if quick else ("long_tail", "everything"):
                 options = FAMILY[loss](5000)
                 yield Case(f"{loss}, slabs of 1024 classes, N = {n}", problem(n, 5000, 96), dtypes, options, SMALL)

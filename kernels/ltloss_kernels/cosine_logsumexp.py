@@ -167,7 +167,7 @@ class ForwardPass:
         samples, (classes, width), device = features.shape[0], prototypes.shape, features.device
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
         arch = tiles.architecture(device)
-        self.tile = tiles.forward_tile(arch, self.dtype, self.precision, samples)
+        self.tile = tiles.forward_tile(arch, self.dtype, self.precision, samples, width)
         self.described = tiles.has_copy_engine(arch)
         # Few samples: rows of float32 are rounded on their way to a bfloat16 product, which has the range for them.
         read_as = prototypes.dtype if self.dtype == torch.bfloat16 else self.dtype
@@ -177,6 +177,7 @@ class ForwardPass:
         self.in_place = self.norms_in_tiles or readable_in_place(prototypes, self.dtype)
         if self.norms_in_tiles and read_as != self.dtype:  # as many bytes of a row at a time
             self.tile = self.tile._replace(depth=self.tile.depth // 2)
+        self.row_block_stays = tiles.row_block_stays(arch, self.tile, width)
         self.plan = forward_plan(
             samples,
             classes,
@@ -325,6 +326,7 @@ class ForwardPass:
             DESCRIBED=self.described,
             PRECISION=self.precision,
             NORMS=self.norms_in_tiles,
+            RESIDENT=self.row_block_stays,
             BLOCK_ROWS=tile.rows,
             BLOCK_CLASSES=tile.classes,
             BLOCK_DEPTH=tile.depth,

@@ -143,7 +143,7 @@ class BackwardPass:
         self.in_place = readable_in_place(prototypes, self.dtype) and self.dtype != torch.float16
         arch = tiles.architecture(features.device)
         samples = features.shape[0]
-        self.tile = tiles.gradient_tile(arch, self.dtype, self.precision, samples)
+        self.tile = tiles.gradient_tile(arch, self.dtype, self.precision, *features.shape)
         self.described = tiles.has_copy_engine(arch)
         projecting = tiles.prototype_gradient_tile(arch, self.dtype, self.precision, samples)
         self.projecting_tile = projecting if self.in_place else None
@@ -359,7 +359,7 @@ class BackwardPass:
         if feature_sum is None and prototype_sum is None:
             return
         (samples, width), classes = self.features.shape, prototypes.shape[0]
-        tile = tiles.row_tile(width)
+        tile = tiles.row_tile(width, self.features.stride(0), prototypes.stride(0))
         feature_blocks = 0 if feature_sum is None else ceil_div(samples, tile.rows)
         prototype_blocks = 0 if prototype_sum is None else ceil_div(classes, tile.rows)
         self.launch(projection_kernel, (feature_blocks + prototype_blocks,))(
@@ -393,6 +393,7 @@ class BackwardPass:
             # constants
             FEATURE_COPY=self.feature_copy,
             PROTOTYPE_COPY="none" if self.in_place else "scaled",
+            UNIT=tile.unit,
             ROWS=tile.rows,
             WIDTH=tile.width,
             num_warps=tile.warps,

@@ -1,6 +1,6 @@
 """The epilogue on the host: from partial sums to losses, the reduced loss, and the coefficients of the backward.
 
-Two launches on N-vectors, whichever device or shard the partial sums come from.
+One launch on N-vectors, or two for many samples, whichever device or shard the partial sums come from.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def margin_loss(
     if samples == 0:
         loss = losses if objective.reduction == "none" else losses.new_zeros(())
         return loss, coefficients, losses.new_ones(()), losses.new_zeros(())
-    block_sums = losses.new_empty(3, ceil_div(samples, tiles.SAMPLE_ROWS))
+    rows = tiles.sample_rows(samples)
+    blocks = ceil_div(samples, rows)
+    block_sums = None if blocks == 1 else losses.new_empty(3, blocks)
+    reduced = [losses.new_empty(()) for _ in range(3)]
     prior = vector(objective.log_prior)
     angle_vector, angle = _per_class(margin.angular_margin)
     cosine_vector, cosine = _per_class(margin.cosine_margin)
@@ -70,7 +73,7 @@ def margin_loss(
         ),
     )
     with on_device(losses):
-        launch(margin_loss_kernel, (block_sums.shape[1],))(
+        launch(margin_loss_kernel, (blocks,))(
             # inputs
             partials.sum,
             partials.max,
@@ -87,13 +90,14 @@ def margin_loss(
             losses,
             coefficients,
             block_sums,
+            *reduced,
             # sizes
             samples,
             num_classes,
             partials.sum.shape[0],
             labels.stride(0),
             coefficients.stride(0),
-            block_sums.shape[1],
+            blocks,
             objective.ignore_index,
             partials.shift,
             float(objective.scale),  # an integer would be compiled in
@@ -105,9 +109,12 @@ def margin_loss(
             # constants
             ARCFACE=margin.beyond_pi == "arcface",
             EXACT_GRADIENT=margin.margin_gradient == "exact",
-            ROWS=tiles.SAMPLE_ROWS,
+            MEAN=mean,
+            ROWS=rows,
         )
-        loss, inverse_weight_sum, max_coefficient = _reduced(launch, block_sums, mean)
+        if block_sums is not None:
+            launch(reduce_kernel, (1,))(block_sums, *reduced, blocks, MEAN=mean, BLOCK=1024)
+    loss, inverse_weight_sum, max_coefficient = reduced
     return losses if objective.reduction == "none" else loss, coefficients, inverse_weight_sum, max_coefficient
 
 
@@ -128,22 +135,3 @@ def coefficients(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _per_class(values: PerClass) -> tuple[Tensor | None, float]:
     """A vector and nothing, or no vector and a number."""
     return (vector(values), 0.0) if isinstance(values, Tensor) else (None, float(values))
-
-
-def _reduced(launch: Launches, block_sums: Tensor, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """From (3, blocks): the loss, 1/Σ weights (1 unless ``mean``) and the largest coefficient, three scalars."""
-    loss, inverse_weight_sum, max_coefficient = (block_sums.new_empty(()) for _ in range(3))
-    launch(reduce_kernel, (1,))(
-        # inputs
-        block_sums,
-        # outputs
-        loss,
-        inverse_weight_sum,
-        max_coefficient,
-        # sizes
-        block_sums.shape[1],
-        # constants
-        MEAN=mean,
-        BLOCK=1024,
-    )
-    return loss, inverse_weight_sum, max_coefficient

@@ -35,7 +35,8 @@ def row_norms(
         flags: (F,) int8, cleared.
         launch: the launches that this one belongs to.
     """
-    tile = tiles.row_tile(vectors.shape[1])
+    copy_stride = 0 if copy is None else copy.stride(0)
+    tile = tiles.row_tile(vectors.shape[1], vectors.stride(0), copy_stride)
     padded = next(one.shape[0] for one in (factor, copy_factor) if one is not None)
     launch(row_norm_kernel, (ceil_div(padded, tile.rows),))(
         # inputs
@@ -53,9 +54,10 @@ def row_norms(
         padded,
         0 if flags is None else flags.numel(),
         *vectors.stride(),
-        0 if copy is None else copy.stride(0),
+        copy_stride,
         factor_scale,
         # constants
+        UNIT=tile.unit,
         ROWS=tile.rows,
         WIDTH=tile.width,
         num_warps=tile.warps,

@@ -28,6 +28,7 @@ Kernel = Literal["forward", "gradient"]
 CANDIDATES = (
     tiles.Tile(128, 128, 64, 4, 3),
     tiles.Tile(128, 128, 64, 4, 2),
+    tiles.Tile(128, 128, 128, 4, 2),
     tiles.Tile(128, 128, 64, 8, 3),
     tiles.Tile(128, 128, 64, 8, 4),
     tiles.Tile(128, 128, 32, 8, 4),
@@ -51,12 +52,14 @@ class Timing(NamedTuple):
     today: bool = False  # what is used now
 
 
-def candidates(kernel: Kernel, arch: int, dtype: torch.dtype, precision: str, samples: int) -> list[tiles.Tile]:
+def candidates(
+    kernel: Kernel, arch: int, dtype: torch.dtype, precision: str, samples: int, width: int
+) -> list[tiles.Tile]:
     """What is used now, first, and everything else that is tried."""
     choose = tiles.forward_tile if kernel == "forward" else tiles.gradient_tile
     shrink = 2 if dtype == torch.float32 else 1
     tried = (tile._replace(depth=tile.depth // shrink) for tile in CANDIDATES)
-    return list(dict.fromkeys([choose(arch, dtype, precision, samples), *tried]))
+    return list(dict.fromkeys([choose(arch, dtype, precision, samples, width), *tried]))
 
 
 def rank(
@@ -86,7 +89,7 @@ def rank(
     run = forward if kernel == "forward" else step
     expected = run()
     arch, precision = tiles.architecture(features.device), product_precision()
-    tried = candidates(kernel, arch, dtype, precision, samples)
+    tried = candidates(kernel, arch, dtype, precision, samples, embedding_size)
     timings = [_time(kernel, tile, run, expected, repeats) for tile in tried]
     timings[0] = timings[0]._replace(today=True)
     return sorted(timings, key=lambda timing: timing.milliseconds)
@@ -131,7 +134,7 @@ def remember(kernel: Kernel, fastest: Timing, dtype: torch.dtype, shape: tuple[i
         "device": torch.cuda.get_device_name(),
         "triton": tile_cache.triton_version(),
     }
-    name = tiles.size_name(kernel, dtype, shape[0])
+    name = tiles.size_name(kernel, dtype, shape[0], shape[2])
     tile_cache.store({tile_cache.entry_name(name, arch, dtype, product_precision()): entry}, file)
 
 
@@ -152,10 +155,11 @@ def tune(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 20) -> 
     return 0
 
 
-def table_line(kernel: Kernel, fastest: Timing, dtype: torch.dtype, samples: int) -> str:
+def table_line(kernel: Kernel, fastest: Timing, dtype: torch.dtype, samples: int, width: int) -> str:
     """The winner as a line of ``ltloss_kernels/config/tile_table.py``."""
     if dtype != torch.float32:
-        table = f"_{kernel.upper()}_{'HALF' if tiles.size_name(kernel, dtype, samples) == kernel else 'FEW'}"
+        size = tiles.size_name(kernel, dtype, samples, width).removeprefix(kernel) or "_half"
+        table = f"_{kernel.upper()}{size.upper()}"
     elif product_precision() == "tf32":
         table = "_GRADIENT_TF32" if kernel == "gradient" else "_TF32"
     else:

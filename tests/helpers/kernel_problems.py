@@ -32,7 +32,7 @@ def tiny_tiles() -> Iterator[None]:
         for name, tile in chosen.items():
             value = tiles.Tile(*tile, 4, 2)
             stack.enter_context(mock.patch.object(tiles, name, return_value=value))
-        stack.enter_context(mock.patch.object(tiles, "SAMPLE_ROWS", 16))
+        stack.enter_context(mock.patch.object(tiles, "SAMPLE_ROWS", (16, 32)))
         stack.enter_context(mock.patch.object(prototype_search, "GROUP", 2))
         stack.enter_context(mock.patch.object(prototype_search, "CHUNK", 4))
         yield

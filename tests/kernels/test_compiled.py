@@ -57,7 +57,7 @@ for name in names:
     strides = [arg for arg in cases[name].signature if arg.endswith(ends)]
     assert strides
     for stride in strides:
-        uses = [line for line in ttir if f"%{stride}" in line and "tt.func" not in line]
+        uses = [line for line in ttir if re.search(rf"%{stride}\\b", line) and "tt.func" not in line]
         assert uses and all("extsi" in line and "i64" in line for line in uses), (name, stride, uses)
 print("64 bits")
 """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from helpers.kernel_problems import (
@@ -12,7 +10,6 @@ from helpers.kernel_problems import (
     exact_outcome,
     kernel_problem,
     options_on_device,
-    tiny_tiles,
 )
 from ltloss_kernels.config import chunking, tile_table
 from ltloss_kernels.config.precision import float32_products
@@ -21,12 +18,6 @@ import ltloss
 from ltloss.testing import FAMILY, outcome
 
 INTERPRETED = DEVICE == "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _small() -> Iterator[None]:
-    with ltloss.use_backend("triton"), tiny_tiles():
-        yield
 
 
 # In TF32 the forward's tiles find the lengths of prototypes (its products are exact in the interpreter), in float32 the
@@ -100,3 +91,7 @@ def test_a_slab_stays_in_the_cache() -> None:
     assert 15_000 < few.classes <= (25 << 20) // 1536
     many = chunking.backward_plan(8192, 10**6, **sizes, reread=1024, cache=25 << 20)
     assert many == chunking.backward_plan(8192, 10**6, **sizes)
+
+
+def test_one_program_takes_what_it_can() -> None:
+    assert [chunking.ceil_div(n, tile_table.sample_rows(n)) for n in (1, 16, 17, 32, 33, 64)] == [1, 1, 1, 1, 3, 4]

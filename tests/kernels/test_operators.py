@@ -246,8 +246,8 @@ class TestLaunches:
     """How many launches a small problem costs: it is bound by them, not by arithmetic."""
 
     # forward, backward. Prototypes of another dtype, and float16 operands, are copied by one more launch; the forward's
-    # tiles find the lengths of half-precision prototypes that are not.
-    EXPECTED: ClassVar = {(F32, F32): (5, 5), (F16, F32): (5, 6), (F16, F16): (4, 6)}
+    # tiles find the lengths of half-precision prototypes that are not. More than 256 samples: one more forward.
+    EXPECTED: ClassVar = {(F32, F32): (4, 5), (F16, F32): (4, 6), (F16, F16): (3, 6)}
 
     @staticmethod
     def _counted(monkeypatch: pytest.MonkeyPatch, run: Any) -> Counter[str]:

@@ -78,7 +78,7 @@ def test_every_operator_runs(backend: Any, mixed: None) -> None:
 
 
 def test_tiles_are_tuned(mixed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = tune_tiles.candidates("forward", 90, torch.float32, "tf32", 4096)[:1]
+    usual = tune_tiles.candidates("forward", 90, torch.float32, "tf32", 4096, 512)[:1]
     monkeypatch.setattr(tune_tiles, "candidates", lambda *_: usual)
     (timing,) = tune_tiles.rank("forward", 8, 12, 8, torch.float32, device="cpu", repeats=1)
     assert not timing.problem

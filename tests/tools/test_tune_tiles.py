@@ -37,13 +37,15 @@ def entry(**changed: object) -> dict[str, object]:
 
 
 def test_a_stored_tile_is_used_and_only_where_it_was_measured(file: Path) -> None:
-    usual = tiles.forward_tile(90, BF16, "ieee", 4096)
+    usual = tiles.forward_tile(90, BF16, "ieee", 4096, 512)
     tile_cache.store({NAME: entry()}, file)
-    assert tiles.forward_tile(90, BF16, "ieee", 4096) == tiles.Tile(64, 32, 16, 4, 2)
-    assert tiles.forward_tile(90, BF16, "tf32", 4096) == tiles.Tile(64, 32, 16, 4, 2), "precision is for float32 only"
-    assert tiles.forward_tile(90, torch.float16, "ieee", 4096) == usual
-    assert tiles.forward_tile(80, BF16, "ieee", 4096) != tiles.Tile(64, 32, 16, 4, 2)
-    assert tiles.gradient_tile(90, BF16, "ieee", 4096) != tiles.Tile(64, 32, 16, 4, 2)
+    assert tiles.forward_tile(90, BF16, "ieee", 4096, 512) == tiles.Tile(64, 32, 16, 4, 2)
+    assert tiles.forward_tile(90, BF16, "tf32", 4096, 512) == tiles.Tile(64, 32, 16, 4, 2), (
+        "precision is for float32 only"
+    )
+    assert tiles.forward_tile(90, torch.float16, "ieee", 4096, 512) == usual
+    assert tiles.forward_tile(80, BF16, "ieee", 4096, 512) != tiles.Tile(64, 32, 16, 4, 2)
+    assert tiles.gradient_tile(90, BF16, "ieee", 4096, 512) != tiles.Tile(64, 32, 16, 4, 2)
 
 
 def test_the_version_of_triton_is_looked_up_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,14 +56,14 @@ def test_the_version_of_triton_is_looked_up_once(file: Path, monkeypatch: pytest
         raise AssertionError(f"looked up {name} again")
 
     monkeypatch.setattr(tile_cache.importlib.metadata, "version", version)
-    assert tiles.forward_tile(90, BF16, "ieee", 4096).rows == 64
+    assert tiles.forward_tile(90, BF16, "ieee", 4096, 512).rows == 64
 
 
 def test_storing_keeps_the_other_entries(file: Path) -> None:
     tile_cache.store({NAME: entry()}, file)
     tile_cache.store({"gradient/90/bfloat16/ieee": entry(tile=[32, 32, 16, 4, 2])}, file)
-    assert tiles.forward_tile(90, BF16, "ieee", 4096).rows == 64
-    assert tiles.gradient_tile(90, BF16, "ieee", 4096).rows == 32
+    assert tiles.forward_tile(90, BF16, "ieee", 4096, 512).rows == 64
+    assert tiles.gradient_tile(90, BF16, "ieee", 4096, 512).rows == 32
     assert [path.name for path in file.parent.iterdir()] == ["tiles.json"]
 
 
@@ -70,27 +72,27 @@ def test_storing_keeps_the_other_entries(file: Path) -> None:
     [entry(triton="0.1"), entry(tile=[64, 32]), entry(tile=[64, 32, 16, 4, "2"]), entry(tile=[64, 32, 16, 4, 0]), 7],
 )
 def test_an_entry_that_does_not_fit_is_not_used(file: Path, bad: object) -> None:
-    usual = tiles.forward_tile(90, BF16, "ieee", 4096)
+    usual = tiles.forward_tile(90, BF16, "ieee", 4096, 512)
     tile_cache.store({NAME: bad}, file)
-    assert tiles.forward_tile(90, BF16, "ieee", 4096) == usual
+    assert tiles.forward_tile(90, BF16, "ieee", 4096, 512) == usual
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\x00"])
 def test_a_damaged_file_is_left_out_with_one_warning(file: Path, text: str) -> None:
-    usual = tiles.forward_tile(90, BF16, "ieee", 4096)
+    usual = tiles.forward_tile(90, BF16, "ieee", 4096, 512)
     tile_cache.forget()
     file.parent.mkdir()
     file.write_text(text)
     with warned(str(file), "ltloss tune", kind=UserWarning):
-        assert tiles.forward_tile(90, BF16, "ieee", 4096) == usual
-    assert tiles.forward_tile(90, BF16, "ieee", 4096) == usual  # no second warning, which would be an error here
+        assert tiles.forward_tile(90, BF16, "ieee", 4096, 512) == usual
+    assert tiles.forward_tile(90, BF16, "ieee", 4096, 512) == usual  # no second warning, which would be an error here
 
 
 def test_an_empty_setting_switches_stored_tiles_off(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = tiles.forward_tile(90, BF16, "ieee", 4096)
+    usual = tiles.forward_tile(90, BF16, "ieee", 4096, 512)
     tile_cache.store({NAME: entry()}, file)
     monkeypatch.setenv("LTLOSS_TILES", "")
-    assert tiles.forward_tile(90, BF16, "ieee", 4096) == usual != tiles.Tile(*entry()["tile"])
+    assert tiles.forward_tile(90, BF16, "ieee", 4096, 512) == usual != tiles.Tile(*entry()["tile"])
 
 
 def test_the_file_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +127,7 @@ def test_a_tile_that_computes_something_else_has_no_time(by: float, monkeypatch:
     wrong = tiles.Tile(16, 16, 16, 1, 1)
 
     def loss(features: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-        return features.abs().sum() * (by if tiles.forward_tile(90, BF16, "ieee", 4096) == wrong else 1.0)
+        return features.abs().sum() * (by if tiles.forward_tile(90, BF16, "ieee", 4096, 512) == wrong else 1.0)
 
     monkeypatch.setattr(tune_tiles, "CANDIDATES", (wrong,))
     monkeypatch.setattr(tune_tiles, "margin_cross_entropy", loss)
@@ -136,17 +138,17 @@ def test_a_tile_that_computes_something_else_has_no_time(by: float, monkeypatch:
 
 
 def test_float32_operands_take_half_the_depth() -> None:
-    half, full = (tune_tiles.candidates("forward", 90, dtype, "tf32", 4096) for dtype in (BF16, torch.float32))
-    assert half[0] == tiles.forward_tile(90, BF16, "tf32", 4096)
-    assert {tile.depth for tile in half[1:]} == {32, 64}
-    assert {tile.depth for tile in full[1:]} == {16, 32}
+    half, full = (tune_tiles.candidates("forward", 90, dtype, "tf32", 4096, 512) for dtype in (BF16, torch.float32))
+    assert half[0] == tiles.forward_tile(90, BF16, "tf32", 4096, 512)
+    assert {tile.depth for tile in half[1:]} == {32, 64, 128}
+    assert {tile.depth for tile in full[1:]} == {16, 32, 64}
 
 
 def test_a_tried_tile_is_forgotten_afterwards() -> None:
-    usual = tiles.gradient_tile(90, BF16, "ieee", 4096)
+    usual = tiles.gradient_tile(90, BF16, "ieee", 4096, 512)
     with tile_cache.trying("gradient", (16, 16, 16, 1, 1)):
-        assert tiles.gradient_tile(90, BF16, "ieee", 4096).rows == 16
-    assert tiles.gradient_tile(90, BF16, "ieee", 4096) == usual
+        assert tiles.gradient_tile(90, BF16, "ieee", 4096, 512).rows == 16
+    assert tiles.gradient_tile(90, BF16, "ieee", 4096, 512) == usual
 
 
 def test_what_was_stored_says_where_it_comes_from(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +157,7 @@ def test_what_was_stored_says_where_it_comes_from(file: Path, monkeypatch: pytes
     tune_tiles.remember("forward", tune_tiles.Timing(tiles.Tile(64, 32, 16, 4, 2), 1.5), BF16, (4096, 2, 3), file)
     stored = json.loads(file.read_text())[NAME]
     assert stored == {**entry(), "milliseconds": 1.5, "shape": "4096x2x3", "device": "a GPU"}
-    assert tiles.forward_tile(90, BF16, "ieee", 4096).rows == 64
+    assert tiles.forward_tile(90, BF16, "ieee", 4096, 512).rows == 64
 
 
 def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,3 +165,14 @@ def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str], m
     assert main(["tune"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert not missing(line, "tune", "CUDA")
+
+
+def test_sizes_have_tiles_of_their_own() -> None:
+    def forward(samples: int, width: int, dtype: torch.dtype = torch.bfloat16) -> tiles.Tile:
+        return tiles.forward_tile(90, dtype, "ieee", samples, width)
+
+    assert [forward(n, 512).rows for n in (1, 64, 65, 8192)] == [64, 64, 128, 128]
+    stays = [width for width in (64, 65, 128, 129, 256) if tiles.row_block_stays(90, forward(8192, width), width)]
+    assert stays == [64, 65, 128]
+    assert not tiles.row_block_stays(100, tiles.forward_tile(100, torch.bfloat16, "ieee", 8192, 64), 64)
+    assert forward(64, 128, torch.float32) == forward(8192, 512, torch.float32)

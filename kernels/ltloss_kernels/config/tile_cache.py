@@ -28,7 +28,7 @@ _tried: dict[str, tuple[int, ...]] = {}
 
 @contextmanager
 def trying(kernel: str, tile: tuple[int, ...]) -> Iterator[None]:
-    """Within the block, ``kernel`` ("forward" or "gradient", for few samples or many) runs with this tile."""
+    """Within the block, ``kernel`` ("forward" or "gradient", at any size) runs with this tile."""
     _tried[kernel] = tile
     try:
         yield
@@ -77,7 +77,7 @@ def stored(file: Path) -> Mapping[str, Any]:
 
 def tuned_tile(kernel: str, arch: int, dtype: object, precision: str) -> tuple[int, ...] | None:
     """(rows, classes, depth, warps, stages) as measured on this machine, or None where nothing usable is stored."""
-    if tried := _tried.get(kernel.removesuffix("_few")):
+    if tried := _tried.get(kernel.partition("_")[0]):
         return tried
     return _looked_up(kernel, arch, dtype, precision, *(os.environ.get(name) for name in _VARIABLES))
 

@@ -6,6 +6,7 @@ capability of a CUDA device.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,9 @@ __all__ = [
     "multiprocessors",
     "norms_in_tiles",
     "prototype_gradient_tile",
+    "row_block_stays",
     "row_tile",
+    "sample_rows",
     "search_tile",
     "size_name",
 ]
@@ -34,8 +37,9 @@ __all__ = [
 # Compute capabilities that the ahead-of-time report compiles for: A100, H100/H200, B200.
 ARCHITECTURES = (80, 90, 100)
 
-# Rows that one program of the kernels on N-vectors takes.
-SAMPLE_ROWS = 128
+# Samples that one program of the margin loss takes: the first number that holds all, which saves the launch that adds
+# programs up; else the first.
+SAMPLE_ROWS = (128, 256)
 
 
 class Tile(NamedTuple):
@@ -49,11 +53,12 @@ class Tile(NamedTuple):
 
 
 class RowTile(NamedTuple):
-    """``rows`` whole rows of ``width`` >= D columns (a power of two) in registers."""
+    """``rows`` whole rows of ``width`` >= D columns (a power of two) in registers; ``unit`` divides D and strides."""
 
     rows: int
     width: int
     warps: int
+    unit: int
 
 
 # Two 128x128 blocks fit on a multiprocessor, so that the exponentials of one run under the matrix products of the
@@ -67,6 +72,9 @@ _GRADIENT_TF32 = {**_TF32, 90: Tile(128, 128, 32, 4, 3)}
 # Few samples, for which memory is read once and what counts is loads in flight; with 64 or fewer, half of a tile of 128
 # rows would be padding. The gradient's tile also sums over its rows then, and with 128 rows registers spill for it.
 _MOST_FEW = {"forward": 64, "gradient": FEW_SAMPLES}
+# All columns at once: the row block is loaded once and stays, which halves what is read through the cache.
+_NARROW = range(65, 129)  # below, tiles of 64 columns do the same
+_FORWARD_NARROW = {**_FORWARD_HALF, 90: Tile(128, 128, 128, 4, 2)}
 _FORWARD_FEW = {80: Tile(64, 128, 32, 4, 4), 90: Tile(64, 128, 64, 4, 4), 100: Tile(64, 64, 64, 4, 4)}
 _GRADIENT_FEW = {80: Tile(64, 64, 32, 4, 4), 90: Tile(64, 128, 64, 4, 3), 100: Tile(64, 128, 64, 4, 3)}
 # The product for the prototypes with their projection: samples at a time, classes by columns of the result.
@@ -102,24 +110,29 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def size_name(kernel: str, dtype: torch.dtype, samples: int) -> str:
-    """Of "forward" or "gradient": itself, or with "_few" behind it where tiles for few samples are taken."""
-    return f"{kernel}_few" if dtype != torch.float32 and samples <= _MOST_FEW[kernel] else kernel
+def size_name(kernel: str, dtype: torch.dtype, samples: int, width: int) -> str:
+    """Of "forward" or "gradient": itself, or followed by the size that has tiles of its own, "_few" or "_narrow"."""
+    if dtype != torch.float32 and samples <= _MOST_FEW[kernel]:
+        return f"{kernel}_few"
+    if dtype != torch.float32 and width in _NARROW and kernel == "forward":
+        return f"{kernel}_narrow"
+    return kernel
 
 
-def forward_tile(arch: int, dtype: torch.dtype, precision: str, samples: int) -> Tile:
+def forward_tile(arch: int, dtype: torch.dtype, precision: str, samples: int, width: int) -> Tile:
     """Tile of the log-sum-exp kernel for operands of ``dtype`` (``precision`` is "ieee" or "tf32" for float32)."""
-    name = size_name("forward", dtype, samples)
+    name = size_name("forward", dtype, samples, width)
     if (tuned := tuned_tile(name, arch, dtype, precision)) is not None:
         return Tile(*tuned)
     if dtype != torch.float32:
-        return (_FORWARD_HALF if name == "forward" else _FORWARD_FEW)[arch]
+        tables = {"forward": _FORWARD_HALF, "forward_few": _FORWARD_FEW, "forward_narrow": _FORWARD_NARROW}
+        return tables[name][arch]
     return (_TF32 if precision == "tf32" else _FLOAT32)[arch]
 
 
-def gradient_tile(arch: int, dtype: torch.dtype, precision: str, samples: int) -> Tile:
+def gradient_tile(arch: int, dtype: torch.dtype, precision: str, samples: int, width: int) -> Tile:
     """Tile of the kernel that writes dZ; arguments as for :func:`forward_tile`."""
-    name = size_name("gradient", dtype, samples)
+    name = size_name("gradient", dtype, samples, width)
     if (tuned := tuned_tile(name, arch, dtype, precision)) is not None:
         return Tile(*tuned)
     if dtype != torch.float32:
@@ -138,6 +151,16 @@ def prototype_gradient_tile(arch: int, dtype: torch.dtype, precision: str, sampl
     return _PROTOTYPES_FLOAT32 if dtype == torch.float32 else _PROTOTYPES_HALF[arch]
 
 
+def sample_rows(samples: int) -> int:
+    """Samples that one program of the margin loss takes, a power of two."""
+    return next((rows for rows in SAMPLE_ROWS if samples <= rows), SAMPLE_ROWS[0])
+
+
+def row_block_stays(arch: int, tile: Tile, width: int) -> bool:
+    """Whether the forward loads a row block once for all class tiles; on sm_100 the second block would not fit then."""
+    return width <= tile.depth and arch < 100
+
+
 def cache_bytes(device: torch.device) -> int:
     """Half of the second-level cache, whose two halves may hold the same; of an H100 (50 MiB) without a GPU."""
     if device.type != "cuda":
@@ -154,7 +177,7 @@ def norms_in_tiles(arch: int, dtype: torch.dtype, precision: str, samples: int) 
     if precision == "ieee" and dtype == torch.float32:
         return False
     if arch == 100:
-        return size_name("forward", dtype, samples) == "forward_few"
+        return dtype != torch.float32 and samples <= _MOST_FEW["forward"]
     return samples <= FEW_SAMPLES
 
 
@@ -171,7 +194,11 @@ def candidate_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
     return Tile(min(_CANDIDATE_ROWS, tile.rows), tile.classes, tile.depth, 8, min(3, tile.stages))
 
 
-def row_tile(width: int) -> RowTile:
-    """Whole rows for the kernels whose work is per row: some 2048 elements a program, one row at least."""
+def row_tile(width: int, *strides: int) -> RowTile:
+    """Whole rows for the kernels whose work is per row: some 2048 elements a program, one row at least.
+
+    ``strides`` of the matrices whose rows are read; without any, nothing is known of where rows begin.
+    """
     padded = max(16, 1 << (width - 1).bit_length())
-    return RowTile(max(1, 2048 // padded), padded, 4 if padded <= 4096 else 8)
+    unit = math.gcd(16, width, *strides) if strides else 1
+    return RowTile(max(1, 2048 // padded), padded, 4 if padded <= 4096 else 8, unit)

@@ -19,6 +19,12 @@ ANGLE_FLOOR = tl.constexpr(2.0**-11)  # slopes of arccos are taken no closer to 
 
 
 @triton.jit
+def multiple(value, UNIT: tl.constexpr):
+    """``value``, a multiple of UNIT: then the compiler knows it too, and loads as many entries of a row at once."""
+    return tl.cast(value, tl.int64) // UNIT * UNIT
+
+
+@triton.jit
 def power_of_two_below(value):
     """2^-floor(log2 value) for positive normal values, 1 for zero: multiplying by it brings ``value`` into [1, 2)."""
     exponent = tl.minimum(tl.maximum(value.to(tl.int32, bitcast=True) >> 23, 1), 253)

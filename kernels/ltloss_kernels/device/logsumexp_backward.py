@@ -15,7 +15,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ltloss_kernels.device.elementary import LN2, LOG2E, TINY, log, power_of_two_below, scaled_rows, unit_rows
+from ltloss_kernels.device.elementary import (
+    LN2,
+    LOG2E,
+    TINY,
+    log,
+    multiple,
+    power_of_two_below,
+    scaled_rows,
+    unit_rows,
+)
 from ltloss_kernels.device.logsumexp_forward import add_splits
 from ltloss_kernels.device.tile_io import load_block, store_block, tile_product
 
@@ -269,13 +278,16 @@ def project_rows(
     inverse_slab_scale,
     along,
     COPY: tl.constexpr,
+    UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """From g, the gradient for the rows that went into the product, to the gradient for the rows v themselves.
 
     (g - (g·v̂) v̂)/S, times d(row of the product)/dv: 1 if COPY is "none", 2^p if "scaled", 1/‖v‖ if "unit". If it is
-    "plain", the length counts: g/S + along·v̂, and nothing for a zero row.
+    "plain", the length counts: g/S + along·v̂, and nothing for a zero row. UNIT divides width and the strides of rows.
     """
+    width, row_stride = multiple(width, UNIT), multiple(row_stride, UNIT)
+    gradient_stride, out_stride = multiple(gradient_stride, UNIT), multiple(out_stride, UNIT)
     columns = tl.arange(0, WIDTH)
     cells = (columns < width)[None, :]
     wide = rows.to(tl.int64)[:, None]
@@ -331,6 +343,7 @@ def projection_kernel(
     # constants
     FEATURE_COPY: tl.constexpr,
     PROTOTYPE_COPY: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -340,7 +353,7 @@ def projection_kernel(
     that is not needed. features, prototypes: the original rows, any dtype and strides, in the same order; labels
     (samples,): rows labelled ``ignore_index`` count as zero (unless None). d_norm (samples,) ∂L/∂‖x‖, or None; upstream
     (samples,), stride 0 for a scalar; inverse_weight_sum, max_coefficient, max_upstream: as for
-    sample_gradient_kernel. *_COPY: see project_rows.
+    sample_gradient_kernel. *_COPY, UNIT: see project_rows.
     grad_features, grad_prototypes: as large as the rows, their columns next to each other; may be the input itself.
     """
     program = tl.program_id(0)
@@ -364,7 +377,7 @@ def projection_kernel(
             project_rows(
                 feature_gradient_ptr, features_ptr, used, grad_features_ptr, rows, inside, width,
                 feature_gradient_stride, features_row_stride, features_column_stride, width, inverse_slab_scale, along,
-                FEATURE_COPY, WIDTH,
+                FEATURE_COPY, UNIT, WIDTH,
             )  # fmt: skip
     if prototype_gradient_ptr is not None:  # noqa: SIM102 - likewise
         if program >= feature_blocks:
@@ -373,5 +386,5 @@ def projection_kernel(
             project_rows(
                 prototype_gradient_ptr, prototypes_ptr, inside, grad_prototypes_ptr, rows, inside, width,
                 prototype_gradient_stride, prototypes_row_stride, prototypes_column_stride, width, inverse_slab_scale,
-                tl.zeros((ROWS,), tl.float32), PROTOTYPE_COPY, WIDTH,
+                tl.zeros((ROWS,), tl.float32), PROTOTYPE_COPY, UNIT, WIDTH,
             )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ltloss_kernels.device.elementary import LN2, LOG2E, exact_cosine, log, scaled_rows, unit_rows
-from ltloss_kernels.device.tile_io import inverse_lengths, tile_product
+from ltloss_kernels.device.tile_io import inverse_lengths, load_block, tile_product
 
 __all__ = ["add_splits", "combine_splits", "cosine_logsumexp_kernel", "sample_kernel"]
 
@@ -106,6 +106,13 @@ def prior_log2(prior_ptr, classes_here, classes, RAW: tl.constexpr):
 
 
 @triton.jit
+def store_unless_none(target_ptr, cell, values, inside):
+    """What was asked for."""
+    if target_ptr is not None:
+        tl.store(target_ptr + cell, values, mask=inside)
+
+
+@triton.jit
 def add_exponentials(total, largest, logit, ONLINE: tl.constexpr):
     """Σ 2^l of each row of a tile (R, C), onto a total (R,); if ONLINE relative to the running maximum (R,)."""
     if ONLINE:
@@ -162,6 +169,7 @@ def cosine_logsumexp_kernel(
     DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr,
     NORMS: tl.constexpr,
+    RESIDENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
@@ -173,6 +181,7 @@ def cosine_logsumexp_kernel(
     prior b·log2 e (class_tiles · BLOCK_CLASSES,), 0 and -inf beyond the classes; flags (row blocks, class_tiles).
     With NORMS the tiles find the lengths themselves, so that prototypes are read once: logit_scale_log2 (classes,) is
     an output, factor_scale/‖w‖; prior (classes,) is in natural units; there are no flags, each tile looks for labels.
+    RESIDENT: BLOCK_DEPTH covers all columns, and the row block is loaded once.
     partial_sum (splits, samples): Σ 2^(l·log2 e - shift). The shift, in units of log 2, is the argument, or the running
     maximum of each row, which partial_max (splits, samples) returns unless it is None. partial_logit (splits, samples)
     or None: Σ s·cos over all classes of the range. Rows of the three are ``partial_stride`` apart.
@@ -186,6 +195,11 @@ def cosine_logsumexp_kernel(
     logit_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, slab_tiles)
+    resident = None
+    if RESIDENT:
+        resident = load_block(
+            features, block * BLOCK_ROWS, 0, samples, width, features_stride, BLOCK_ROWS, BLOCK_DEPTH, DESCRIBED
+        )
     label_at = label_ptr + rows
     if NORMS:
         label = tl.load(label_at, mask=inside, other=-1)
@@ -193,7 +207,7 @@ def cosine_logsumexp_kernel(
     for tile in tl.range(first, last, flatten=True):
         product, squares = tile_product(
             features, prototypes, block, tile, samples, slab_classes, width, features_stride, prototypes_stride,
-            DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH, NORMS,
+            DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH, NORMS, resident,
         )  # fmt: skip
         column = (first_tile + tile) * BLOCK_CLASSES
         here = column + tl.arange(0, BLOCK_CLASSES)
@@ -221,11 +235,9 @@ def cosine_logsumexp_kernel(
             logit = tl.where((here[None, :] == label[:, None]) | (here[None, :] >= classes), float("-inf"), logit)
         total, largest = add_exponentials(total, largest, logit, partial_max_ptr is not None)
     cell = (first_split + split).to(tl.int64) * partial_stride + rows
-    tl.store(partial_sum_ptr + cell, total, mask=inside)
-    if partial_max_ptr is not None:
-        tl.store(partial_max_ptr + cell, largest, mask=inside)
-    if partial_logit_ptr is not None:
-        tl.store(partial_logit_ptr + cell, logit_sum * LN2, mask=inside)
+    store_unless_none(partial_sum_ptr, cell, total, inside)
+    store_unless_none(partial_max_ptr, cell, largest, inside)
+    store_unless_none(partial_logit_ptr, cell, logit_sum * LN2, inside)
 
 
 @triton.jit

@@ -76,6 +76,9 @@ def margin_loss_kernel(
     loss_ptr,
     coefficients_ptr,
     block_sums_ptr,
+    reduced_ptr,
+    inverse_weight_sum_ptr,
+    max_coefficient_ptr,
     # sizes
     samples,
     classes,
@@ -94,6 +97,7 @@ def margin_loss_kernel(
     # constants
     ARCFACE: tl.constexpr,
     EXACT_GRADIENT: tl.constexpr,
+    MEAN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """From the partial sums to weighted losses and to everything that the backward needs of a sample.
@@ -110,7 +114,8 @@ def margin_loss_kernel(
     angle_margin, cosine_margin, 0 or class_weight is everyone's; angle_margin None: there is no angle. prior_sum: a
     scalar.
     loss (samples,): times the weight of the class, 0 where ignored. block_sums (3, blocks): Σ loss, Σ weight and the
-    largest coefficient of each program's rows. coefficients (5, samples), times the weight too:
+    largest coefficient of each program's rows; or None for a single program, which then does what reduce_kernel does:
+    reduced, inverse_weight_sum, max_coefficient. coefficients (5, samples), times the weight too:
 
         0  shift     log-sum-exp over the other classes, in units of log 2, rounded to float32
         1  d_lse     ∂loss/∂r, corrected for the rounding of row 0: d_lse·2^(l·log2 e - shift) is right
@@ -173,10 +178,27 @@ def margin_loss_kernel(
     if norm_ptr is not None:
         d_norm = target_slope * (margin - subtracted - cosine * slope) * scale
         tl.store(at + 4 * stride, tl.where(counted, weight * d_norm, 0.0), mask=inside)
-    sums = block_sums_ptr + program
-    tl.store(sums, tl.sum(tl.where(inside, loss, 0.0), 0))
-    tl.store(sums + blocks, tl.sum(tl.where(inside, weight, 0.0), 0))
-    tl.store(sums + 2 * blocks, tl.max(tl.where(inside, tl.maximum(tl.abs(d_lse), tl.abs(d_target)), 0.0), 0))
+    loss_sum = tl.sum(tl.where(inside, loss, 0.0), 0)
+    weight_sum = tl.sum(tl.where(inside, weight, 0.0), 0)
+    largest = tl.max(tl.where(inside, tl.maximum(tl.abs(d_lse), tl.abs(d_target)), 0.0), 0)
+    if block_sums_ptr is None:
+        store_reduced(reduced_ptr, inverse_weight_sum_ptr, max_coefficient_ptr, loss_sum, weight_sum, largest, MEAN)
+    else:
+        sums = block_sums_ptr + program
+        tl.store(sums, loss_sum)
+        tl.store(sums + blocks, weight_sum)
+        tl.store(sums + 2 * blocks, largest)
+
+
+@triton.jit
+def store_reduced(
+    loss_ptr, inverse_weight_sum_ptr, max_coefficient_ptr, loss_sum, weight_sum, largest, MEAN: tl.constexpr
+):
+    """The three scalars of a batch: loss; 1/Σ weights if MEAN (1 for a mean over nothing), else 1; largest."""
+    divisor = tl.where((weight_sum == 0.0) | (not MEAN), 1.0, weight_sum)
+    tl.store(loss_ptr, tl.div_rn(loss_sum, divisor))
+    tl.store(inverse_weight_sum_ptr, 1.0 / divisor)
+    tl.store(max_coefficient_ptr, largest)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -195,8 +217,7 @@ def reduce_kernel(
 ):
     """The reduced loss, added up in one order by one program.
 
-    block_sums (3, blocks): losses, weights and the largest coefficients. Scalars: loss; inverse_weight_sum, 1/Σ
-    weights if MEAN (1 for a mean over nothing), else 1; max_coefficient.
+    block_sums (3, blocks): losses, weights and the largest coefficients. The scalars: see store_reduced.
     """
     loss = tl.zeros((BLOCK,), tl.float32)
     weight = tl.zeros((BLOCK,), tl.float32)
@@ -206,8 +227,7 @@ def reduce_kernel(
         loss += tl.load(block_sums_ptr + cells, mask=cells < blocks, other=0.0)
         weight += tl.load(block_sums_ptr + blocks + cells, mask=cells < blocks, other=0.0)
         largest = tl.maximum(largest, tl.load(block_sums_ptr + 2 * blocks + cells, mask=cells < blocks, other=0.0))
-    total = tl.sum(weight, 0)
-    divisor = tl.where((total == 0.0) | (not MEAN), 1.0, total)
-    tl.store(loss_ptr, tl.div_rn(tl.sum(loss, 0), divisor))
-    tl.store(inverse_weight_sum_ptr, 1.0 / divisor)
-    tl.store(max_coefficient_ptr, tl.max(largest, 0))
+    store_reduced(
+        loss_ptr, inverse_weight_sum_ptr, max_coefficient_ptr, tl.sum(loss, 0), tl.sum(weight, 0), tl.max(largest, 0),
+        MEAN,
+    )  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ltloss_kernels.device.elementary import LOG2E, scaled_rows
+from ltloss_kernels.device.elementary import LOG2E, multiple, scaled_rows
 
 __all__ = ["row_norm_kernel"]
 
@@ -32,6 +32,7 @@ def row_norm_kernel(
     copy_stride,
     factor_scale,
     # constants
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -42,9 +43,12 @@ def row_norm_kernel(
     copy (count, width) in the dtype of the product: each row times a power of two, so that neither the cast nor the
     products leave the range; copy_factor (padded,) float32: factor_scale over the length of that row.
     prior_out (padded,) prior·log2 e, -inf beyond ``count``.
-    flags (flag_count,) set to 0. One program per ROWS rows; the flags are shared out evenly.
+    flags (flag_count,) set to 0. One program per ROWS rows; the flags are shared out evenly. UNIT divides width and the
+    strides of rows.
     """
     program = tl.program_id(0)
+    width, copy_stride = multiple(width, UNIT), multiple(copy_stride, UNIT)
+    vectors_row_stride = multiple(vectors_row_stride, UNIT)
     rows = program * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
     inside = rows < count

@@ -59,6 +59,16 @@ def store_block(
 
 
 @triton.jit
+def multiplied(x, w, product, squares, PRECISION: tl.constexpr, SQUARES: tl.constexpr):
+    """x·w added to a product, and w·w to the squares if SQUARES; w in the dtype of x, which has the range for it."""
+    product = tl.dot(x, w.to(x.dtype).T, product, input_precision=PRECISION)
+    if SQUARES:
+        wide = w.to(tl.float32)
+        squares += tl.sum(wide * wide, 1)
+    return product, squares
+
+
+@triton.jit
 def tile_product(
     rows_source,
     classes_source,
@@ -75,14 +85,22 @@ def tile_product(
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     SQUARES: tl.constexpr = False,
+    resident=None,
 ):
     """x·w of one row block (of ``count`` rows) and one class tile, and w·w of each class if SQUARES, in float32.
 
+    ``resident``: the row block with all its columns, if BLOCK_DEPTH covers them and it was loaded before; or None.
     Returns (BLOCK_ROWS, BLOCK_CLASSES) and (BLOCK_CLASSES,), zeros without SQUARES.
     """
     tl.assume(width > 0)  # else a flattened loop around it has a second body, for products of no columns
     product = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
     squares = tl.zeros((BLOCK_CLASSES,), tl.float32)
+    if resident is not None:
+        w = load_block(
+            classes_source, tile * BLOCK_CLASSES, 0, classes, width, classes_stride, BLOCK_CLASSES, BLOCK_DEPTH,
+            DESCRIBED,
+        )  # fmt: skip
+        return multiplied(resident, w, product, squares, PRECISION, SQUARES)
     for k in range(0, width, BLOCK_DEPTH):
         x = load_block(
             rows_source, block * BLOCK_ROWS, k, count, width, rows_stride, BLOCK_ROWS, BLOCK_DEPTH, DESCRIBED
@@ -91,10 +109,7 @@ def tile_product(
             classes_source, tile * BLOCK_CLASSES, k, classes, width, classes_stride, BLOCK_CLASSES, BLOCK_DEPTH,
             DESCRIBED,
         )  # fmt: skip
-        product = tl.dot(x, w.to(x.dtype).T, product, input_precision=PRECISION)
-        if SQUARES:
-            wide = w.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
+        product, squares = multiplied(x, w, product, squares, PRECISION, SQUARES)
     return product, squares
 
 
