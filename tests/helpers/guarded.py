@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 from ltloss_kernels.config import chunking
+from ltloss_kernels.config.precision import float32_products
 from torch import Tensor
 
 import ltloss
@@ -135,19 +136,27 @@ def differing(run: Callable[..., Sequence[Tensor]], *given: Tensor) -> list[str]
 
 
 def _loss(
-    dtypes: tuple[torch.dtype, torch.dtype], workspace: int = 256 << 20, **options: Any
+    dtypes: tuple[torch.dtype, torch.dtype],
+    workspace: int = 256 << 20,
+    sizes: tuple[int, int, int] = (37, 70, 19),
+    precision: str = "highest",
+    **options: Any,
 ) -> Callable[[], list[str]]:
     """Forward and backward; vectors among the options lie in guarded memory too."""
     names = [name for name, value in options.items() if isinstance(value, Tensor)]
 
     def run(features: Tensor, prototypes: Tensor, labels: Tensor, *vectors: Tensor) -> Sequence[Tensor]:
         leaves = features.requires_grad_(), prototypes.requires_grad_()
-        with ltloss.use_workspace(workspace), mock.patch.object(chunking, "_LEAST_CLASSES", 16):
+        with (
+            ltloss.use_workspace(workspace),
+            float32_products(precision),
+            mock.patch.object(chunking, "_LEAST_CLASSES", 16),
+        ):
             chosen = {**options, **dict(zip(names, vectors, strict=True))}
             loss = functional.margin_cross_entropy(*leaves, labels, **chosen)
             return loss, *torch.autograd.grad(loss, leaves, torch.ones_like(loss))
 
-    given = kernel_problem(37, 70, 19, dtypes=dtypes)
+    given = kernel_problem(*sizes, dtypes=dtypes)
     return lambda: differing(run, *(one.detach() for one in given), *(options[name] for name in names))
 
 
@@ -188,6 +197,12 @@ def cases() -> dict[str, Callable[[], list[str]]]:
         "length kept": _loss((single, single), normalize_features=False, angular_margin=0.3),
         "running maximum": _loss((single, single), scale=512.0),
         "several slabs": _loss((half, half), 1, angular_margin=vector, reduction="none"),
+        # Rows of whole 16 bytes are read in place. Then the forward finds lengths in its tiles (TF32, float16), and the
+        # product for the prototypes ends in their projection (float32).
+        "lengths in tiles": _loss((single, single), sizes=(37, 70, 20), precision="high", **everything),
+        "lengths in tiles, float16": _loss((half, half), sizes=(37, 70, 24), angular_margin=vector),
+        "projecting product": _loss((single, single), sizes=(37, 70, 20), angular_margin=vector),
+        "projecting product, several slabs": _loss((single, single), 1, (37, 70, 20), reduction="none"),
         "searches": _searches,
         **{name: _faulty(name) for name in ("reads_beyond", "leaves_one_out", "needs_an_order")},
     }

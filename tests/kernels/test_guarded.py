@@ -17,7 +17,20 @@ pytestmark = [
 ]
 
 TESTS = Path(__file__).parents[1]
-CASES = ("float32", "float16", "mixed", "everything", "length kept", "running maximum", "several slabs", "searches")
+CASES = (
+    "float32",
+    "float16",
+    "mixed",
+    "everything",
+    "length kept",
+    "running maximum",
+    "several slabs",
+    "lengths in tiles",
+    "lengths in tiles, float16",
+    "projecting product",
+    "projecting product, several slabs",
+    "searches",
+)
 
 
 def watched(case: str) -> subprocess.CompletedProcess[str]:
