@@ -1,4 +1,4 @@
-"""The backward on the host: a slab of dZ at a time, two library products on it, and the projections."""
+"""The backward on the host: a slab of dZ at a time, two products on it, and the projections."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ltloss_kernels.device.logsumexp_backward import (
 )
 from ltloss_kernels.launching import Launches, layout
 from ltloss_kernels.row_norms import row_norms
-from ltloss_kernels.running import on_device, widened
+from ltloss_kernels.running import on_device, recording, widened
 
 __all__ = ["BackwardPass", "gradients"]
 
@@ -172,17 +172,17 @@ class BackwardPass:
         wide_features = need_features and features.dtype != torch.float32
         projecting = need_prototypes and self.projecting_tile is not None
         wide_prototypes = need_prototypes and prototypes.dtype != torch.float32 and not projecting
-        size = self.dtype.itemsize
+        size, blocks = self.dtype.itemsize, ceil_div(samples, self.tile.rows)
         self.plan = backward_plan(
             samples,
             classes,
             per_sample=width * (size + 4 * wide_features),
-            per_class=width * (size * (not self.in_place) + 4 * wide_prototypes),
+            per_class=width * (size * (not self.in_place) + 4 * wide_prototypes) + 4 * blocks * projecting,
             itemsize=size,
             tile_classes=self.tile.classes,
             limit=limit,
             reread=width * (size + 4 * (need_prototypes and not projecting)),
-            cache=0 if choices.tried("slabs of memory") else tiles.cache_bytes(device),
+            cache=tiles.cache_bytes(device) if choices.tried("slabs of the cache") or recording(device) else 0,
         )
         if choices.tried("one wave"):
             slab = in_waves(self.plan.classes, width, tiles.multiprocessors(device))
@@ -195,7 +195,6 @@ class BackwardPass:
         self.grad_prototypes = matrix(classes, prototypes.dtype) if need_prototypes else None
         self.feature_sum = matrix(samples, torch.float32) if wide_features else self.grad_features
         self._slab_sum = matrix(self.plan.classes, torch.float32) if wide_prototypes else None
-        blocks = ceil_div(samples, self.tile.rows)
         self.along = torch.empty(blocks, self.plan.classes, device=device) if projecting else None
         self._copy = None if self.in_place else padded_matrix(self.plan.classes, width, self.dtype, device)
         self._slab = padded_matrix(self.plan.rows, self.plan.classes, self.dtype, device)

@@ -10,8 +10,9 @@ __all__ = ["NAMES", "Choice", "tried", "trying"]
 
 # one wave: slabs of the backward for which the product for the prototypes is just under whole waves of its tiles.
 # parts of K: the product for few features over parts of the classes at a time, so that it has more tiles than 4 or 8.
-# slabs of memory: for few samples slabs as large as the workspace allows, instead of what stays in the cache.
-Choice = Literal["one wave", "parts of K", "slabs of memory"]
+# slabs of the cache: for few samples slabs that stay in it. Always so in a CUDA graph, where launches cost the host
+# nothing; a step at (256, 1M, 512) has some 60 slabs.
+Choice = Literal["one wave", "parts of K", "slabs of the cache"]
 NAMES: tuple[Choice, ...] = get_args(Choice)
 _tried: set[str] = set()
 

@@ -121,7 +121,8 @@ def backward_plan(
         itemsize: bytes of an entry of dZ.
         tile_classes: slabs are a multiple of it.
         limit: bytes for everything together; kept unless the batch alone takes more.
-        reread, cache: bytes of each class that are read again beside its dZ, which for few samples stay in ``cache``.
+        reread, cache: bytes of each class that are read again beside its dZ, which for few samples stay in ``cache``
+            (0: no matter).
     """
     rows = min(samples, _MOST_ROWS)
     left = limit - samples * per_sample

@@ -76,6 +76,13 @@ _MOST_FEW = {"forward": 64, "gradient": FEW_SAMPLES}
 _NARROW = range(65, 129)  # below, tiles of 64 columns do the same
 _FORWARD_NARROW = {**_FORWARD_HALF, 90: Tile(128, 128, 128, 4, 2)}
 _FORWARD_FEW = {80: Tile(64, 128, 32, 4, 4), 90: Tile(64, 128, 64, 4, 4), 100: Tile(64, 64, 64, 4, 4)}
+_FORWARD_SOME = {**_FORWARD_HALF}  # up to FEW_SAMPLES
+_FORWARD = {
+    "forward": _FORWARD_HALF,
+    "forward_few": _FORWARD_FEW,
+    "forward_some": _FORWARD_SOME,
+    "forward_narrow": _FORWARD_NARROW,
+}
 _GRADIENT_FEW = {80: Tile(64, 64, 32, 4, 4), 90: Tile(64, 128, 64, 4, 3), 100: Tile(64, 128, 64, 4, 3)}
 # The product for the prototypes with their projection: samples at a time, classes by columns of the result.
 _PROTOTYPES_HALF = {80: Tile(32, 64, 128, 8, 3), 90: Tile(64, 128, 128, 8, 3), 100: Tile(64, 128, 128, 8, 3)}
@@ -111,12 +118,14 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def size_name(kernel: str, dtype: torch.dtype, samples: int, width: int) -> str:
-    """Of "forward" or "gradient": itself, or followed by the size that has tiles of its own, "_few" or "_narrow"."""
-    if dtype != torch.float32 and samples <= _MOST_FEW[kernel]:
+    """Of "forward" or "gradient": itself, or followed by a size with tiles of its own: "_few", "_some", "_narrow"."""
+    if dtype == torch.float32:
+        return kernel
+    if samples <= _MOST_FEW[kernel]:
         return f"{kernel}_few"
-    if dtype != torch.float32 and width in _NARROW and kernel == "forward":
-        return f"{kernel}_narrow"
-    return kernel
+    if kernel == "forward" and samples <= FEW_SAMPLES:
+        return "forward_some"
+    return "forward_narrow" if kernel == "forward" and width in _NARROW else kernel
 
 
 def forward_tile(arch: int, dtype: torch.dtype, precision: str, samples: int, width: int) -> Tile:
@@ -125,8 +134,7 @@ def forward_tile(arch: int, dtype: torch.dtype, precision: str, samples: int, wi
     if (tuned := tuned_tile(name, arch, dtype, precision)) is not None:
         return Tile(*tuned)
     if dtype != torch.float32:
-        tables = {"forward": _FORWARD_HALF, "forward_few": _FORWARD_FEW, "forward_narrow": _FORWARD_NARROW}
-        return tables[name][arch]
+        return _FORWARD[name][arch]
     return (_TF32 if precision == "tf32" else _FLOAT32)[arch]
 
 
