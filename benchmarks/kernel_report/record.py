@@ -51,7 +51,7 @@ class KernelCase:
     @property
     def elements(self) -> int:
         """Of the accumulator tile that an epilogue works on; 0 without one, or where it does not matter."""
-        if not self.dtype or self.fn.__name__.startswith("tile_candidates"):
+        if not self.dtype or self.fn.__name__.startswith(("tile_candidates", "prototype_gradient")):
             return 0
         return int(self.constants["BLOCK_ROWS"] * self.constants["BLOCK_CLASSES"])
 
