@@ -19,8 +19,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_report.record import as_on_a_gpu
-from ltloss.margins import Margin, Objective
+from benchmarks.kernel_report.record import as_on_a_gpu, loss_step
+from ltloss.margins import Margin
 
 CACHE = 50 << 20  # of an H100
 _LINE = 32 << 10  # the model's; small beside every operand that matters
@@ -128,26 +128,19 @@ def step(
     n: int, c: int, d: int, x: torch.dtype = torch.bfloat16, w: torch.dtype = torch.bfloat16
 ) -> tuple[Moved, Moved]:
     """Forward and backward of (n, c, d) with features of dtype ``x`` and prototypes of ``w``; no memory is touched."""
-    import ltloss_kernels as kernels
-
     features, prototypes = torch.empty(n, d, dtype=x), torch.empty(c, d, dtype=w)
-    labels, objective = torch.zeros(n, dtype=torch.int64), Objective(Margin(0.5), scale=64.0)
-    given, least = (features, prototypes, labels, None), features.nbytes + prototypes.nbytes + labels.nbytes
-    counted = []
     traffic = Traffic(CACHE)
+    counted: list[int] = []
+
+    def count() -> None:
+        traffic.flush()
+        counted.append(traffic.moved - sum(counted))
+
     with _taken_down(traffic):
-        partials = kernels.partials(*given, 64.0, True, False, -100)
-        loss, coefficients, *rest = kernels.margin_loss(partials, labels, objective, c)
-        traffic.flush()
-        counted.append(Moved(traffic.moved, least))
-        before = traffic.moved
-        kernels.gradients(
-            torch.ones_like(loss), *given, coefficients, partials.class_scale, *rest, 64.0, False, True, -100,
-            (True, True), limit=lambda: 256 << 20,
-        )  # fmt: skip
-        traffic.flush()
-        counted.append(Moved(traffic.moved - before, least + features.nbytes + prototypes.nbytes))
-    return counted[0], counted[1]
+        loss_step(features, prototypes, Margin(0.5), between=count)
+        count()
+    least = features.nbytes + prototypes.nbytes + n * torch.int64.itemsize
+    return Moved(counted[0], least), Moved(counted[1], least + features.nbytes + prototypes.nbytes)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 import ltloss
 from ltloss.margins import Margin, Objective
 
-__all__ = ["KernelCase", "as_on_a_gpu", "recorded_kernels", "recorded_layouts"]
+__all__ = ["KernelCase", "as_on_a_gpu", "loss_step", "recorded_kernels", "recorded_layouts"]
 
 # Not multiples of a tile nor of 16, more than one of each: nothing is specialised on that a step may not have.
 _SAMPLES, _CLASSES = 600, 2200
@@ -103,8 +103,15 @@ def _taken_down(arch: int, name: Callable[[str], str]) -> Iterator[dict[str, Ker
         yield cases
 
 
-def _loss(features: torch.Tensor, prototypes: torch.Tensor, margin: Margin, **options: Any) -> None:
-    """Forward and backward of a margin loss."""
+def loss_step(
+    features: torch.Tensor,
+    prototypes: torch.Tensor,
+    margin: Margin,
+    *,
+    between: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> None:
+    """Forward and backward of a margin loss by the entry points of the kernels; ``between`` is called between them."""
     import ltloss_kernels as kernels
 
     labels = torch.arange(len(features))
@@ -112,6 +119,7 @@ def _loss(features: torch.Tensor, prototypes: torch.Tensor, margin: Margin, **op
     given, smooth = (features, prototypes, labels, objective.log_prior), objective.label_smoothing > 0.0
     partials = kernels.partials(*given, objective.scale, objective.normalize_features, smooth, -100)
     loss, coefficients, *rest = kernels.margin_loss(partials, labels, objective, len(prototypes))
+    between()
     kernels.gradients(
         torch.ones_like(loss),
         *given,
@@ -154,7 +162,11 @@ def _losses(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tuple[
         "length kept": (Margin(0.5), {"normalize_features": False}),
     }
     for name, (margin, options) in variants.items():
-        yield name, lambda margin=margin, options=options: _loss(features, prototypes, margin, **options)  # type: ignore[misc]
+        yield name, lambda margin=margin, options=options: loss_step(features, prototypes, margin, **options)  # type: ignore[misc]
+
+
+def _matrices(samples: int, width: int, left: torch.dtype, right: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(samples, width, dtype=left), torch.ones(_CLASSES, width, dtype=right)
 
 
 def recorded_kernels(arch: int) -> list[KernelCase]:
@@ -180,7 +192,7 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
     )
     with _taken_down(arch, name) as cases:
         for label, left, right, precision, chosen in products:
-            features, prototypes = torch.ones(_SAMPLES, _WIDTH, dtype=left), torch.ones(_CLASSES, _WIDTH, dtype=right)
+            features, prototypes = _matrices(_SAMPLES, _WIDTH, left, right)
             with float32_products(precision):
                 for variant, launch in itertools.chain(_losses(features, prototypes), _searches(features, prototypes)):
                     if chosen is None or variant in chosen:
@@ -188,23 +200,23 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
                         launch()
         # Few samples: the usual case, and the largest of each product.
         for samples, (label, left, right, precision, _) in itertools.product(_FEW_SAMPLES, products):
-            features, prototypes = torch.ones(samples, _WIDTH, dtype=left), torch.ones(_CLASSES, _WIDTH, dtype=right)
+            features, prototypes = _matrices(samples, _WIDTH, left, right)
             with float32_products(precision):
                 for variant, launch in _losses(features, prototypes):
                     if variant == "everything" or (variant, left, right) == ("fixed", half, half):
                         scenario = f"{label}, {variant}, N = {samples}"
                         launch()
-        features, prototypes = (torch.ones(n, _NARROW, dtype=half) for n in (_SAMPLES, _CLASSES))
+        features, prototypes = _matrices(_SAMPLES, _NARROW, half, half)
         for variant, launch in _losses(features, prototypes):
             if variant in ("fixed", "everything"):
                 scenario = f"bf16, {variant}, D = {_NARROW}"
                 launch()
-        features, prototypes = (torch.ones(n, _UNEVEN, dtype=half) for n in (_SAMPLES, _CLASSES))
+        features, prototypes = _matrices(_SAMPLES, _UNEVEN, half, half)
         scenario = f"bf16, D = {_UNEVEN}"
-        _loss(features, prototypes, Margin(0.5))
-        features, prototypes = torch.ones(_SAMPLES, _WIDEST, dtype=half), torch.ones(_CLASSES, _WIDEST, dtype=half)
+        loss_step(features, prototypes, Margin(0.5))
+        features, prototypes = _matrices(_SAMPLES, _WIDEST, half, half)
         scenario = f"bf16, D = {_WIDEST}"
-        _loss(features, prototypes, Margin(0.5))
+        loss_step(features, prototypes, Margin(0.5))
         for _, launch in _searches(features, prototypes):
             launch()
     return list(cases.values())
