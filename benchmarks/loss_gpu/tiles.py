@@ -53,8 +53,10 @@ def _tiles(bench: Bench, shape: Shape) -> Iterator[Row]:
             return
         ranking = tune_tiles.rank(kernel, *sizes, bench.dtype, bench.device.kind, bench.repeats)
         best, today = ranking[0], next(one for one in ranking if one.today)
-        line = tune_tiles.table_line(kernel, best, bench.dtype, shape.n, shape.d)
-        line = f"no tile works for {kernel}" if best.problem else line
+        if best.problem:
+            line = f"no tile works for {kernel}"
+        else:
+            line = tune_tiles.table_line(kernel, best, bench.dtype, shape.n, shape.d)
         bench.tell(tune_tiles.show(kernel, sizes, ranking), f"{line}  # {shape}: {best.milliseconds:.3f} ms, "
                    f"today's {today.milliseconds:.3f} ms")  # fmt: skip
         for place, timing in enumerate(ranking, 1):

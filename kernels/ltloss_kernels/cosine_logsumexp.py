@@ -171,9 +171,8 @@ class ForwardPass:
         self.described = tiles.has_copy_engine(arch)
         # Few samples: rows of float32 are rounded on their way to a bfloat16 product, which has the range for them.
         read_as = prototypes.dtype if self.dtype == torch.bfloat16 else self.dtype
-        self.norms_in_tiles = readable_in_place(prototypes, read_as) and tiles.norms_in_tiles(
-            arch, self.dtype, self.precision, samples
-        )
+        few = tiles.norms_in_tiles(arch, self.dtype, self.precision, samples)
+        self.norms_in_tiles = few and readable_in_place(prototypes, read_as)
         self.in_place = self.norms_in_tiles or readable_in_place(prototypes, self.dtype)
         if self.norms_in_tiles and read_as != self.dtype:  # as many bytes of a row at a time
             self.tile = self.tile._replace(depth=self.tile.depth // 2)
@@ -327,9 +326,5 @@ class ForwardPass:
             PRECISION=self.precision,
             NORMS=self.norms_in_tiles,
             RESIDENT=self.row_block_stays,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_CLASSES=tile.classes,
-            BLOCK_DEPTH=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.constants,
         )

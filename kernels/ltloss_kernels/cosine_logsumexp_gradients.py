@@ -300,11 +300,7 @@ class BackwardPass:
             FOLD=self.fold,
             PRECISION=self.precision,
             GROUP=_GROUP,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_CLASSES=tile.classes,
-            BLOCK_DEPTH=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.constants,
         )
         return slab_part
 
@@ -343,11 +339,7 @@ class BackwardPass:
             # constants
             DESCRIBED=self.described,
             PRECISION=self.precision,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_CLASSES=tile.classes,
-            BLOCK_DEPTH=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.constants,
         )
 
     def launch_projection(self, slab: _Slab) -> None:

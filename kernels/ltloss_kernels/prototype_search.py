@@ -73,15 +73,7 @@ class _Classes:
             row_norms(prototypes, copy=self.matrix, copy_factor=self.factor)
 
     def _constants(self) -> dict[str, object]:
-        return {
-            "DESCRIBED": self.described,
-            "PRECISION": self.precision,
-            "BLOCK_ROWS": self.tile.rows,
-            "BLOCK_CLASSES": self.tile.classes,
-            "BLOCK_DEPTH": self.tile.depth,
-            "num_warps": self.tile.warps,
-            "num_stages": self.tile.stages,
-        }
+        return {"DESCRIBED": self.described, "PRECISION": self.precision, **self.tile.constants}
 
     def no_keys(self, rows: int) -> Tensor:
         """(rows,) keys below all others."""
@@ -174,11 +166,7 @@ class _Classes:
             self.matrix.stride(0),
             # constants
             PRECISION=self.precision,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_CLASSES=tile.classes,
-            BLOCK_DEPTH=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.constants,
         )
 
     def cosines(self, rows: Tensor, own: Tensor | None, per_row: int, index: Tensor, cosine: Tensor) -> None:

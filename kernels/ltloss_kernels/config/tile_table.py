@@ -51,6 +51,13 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """What a launch of a kernel on such tiles is given."""
+        rows, classes, depth, warps, stages = self
+        blocks = {"BLOCK_ROWS": rows, "BLOCK_CLASSES": classes, "BLOCK_DEPTH": depth}
+        return {**blocks, "num_warps": warps, "num_stages": stages}
+
 
 class RowTile(NamedTuple):
     """``rows`` whole rows of ``width`` >= D columns (a power of two) in registers; ``unit`` divides D and strides."""
@@ -77,13 +84,15 @@ _NARROW = range(65, 129)  # below, tiles of 64 columns do the same
 _FORWARD_NARROW = {**_FORWARD_HALF, 90: Tile(128, 128, 128, 4, 2)}
 _FORWARD_FEW = {80: Tile(64, 128, 32, 4, 4), 90: Tile(64, 128, 64, 4, 4), 100: Tile(64, 64, 64, 4, 4)}
 _FORWARD_SOME = {**_FORWARD_HALF}  # up to FEW_SAMPLES
-_FORWARD = {
+_GRADIENT_FEW = {80: Tile(64, 64, 32, 4, 4), 90: Tile(64, 128, 64, 4, 3), 100: Tile(64, 128, 64, 4, 3)}
+_HALF = {
     "forward": _FORWARD_HALF,
     "forward_few": _FORWARD_FEW,
     "forward_some": _FORWARD_SOME,
     "forward_narrow": _FORWARD_NARROW,
+    "gradient": _GRADIENT_HALF,
+    "gradient_few": _GRADIENT_FEW,
 }
-_GRADIENT_FEW = {80: Tile(64, 64, 32, 4, 4), 90: Tile(64, 128, 64, 4, 3), 100: Tile(64, 128, 64, 4, 3)}
 # The product for the prototypes with their projection: samples at a time, classes by columns of the result.
 _PROTOTYPES_HALF = {80: Tile(32, 64, 128, 8, 3), 90: Tile(64, 128, 128, 8, 3), 100: Tile(64, 128, 128, 8, 3)}
 _PROTOTYPES_FLOAT32 = Tile(16, 64, 64, 8, 3)
@@ -123,29 +132,30 @@ def size_name(kernel: str, dtype: torch.dtype, samples: int, width: int) -> str:
         return kernel
     if samples <= _MOST_FEW[kernel]:
         return f"{kernel}_few"
-    if kernel == "forward" and samples <= FEW_SAMPLES:
+    if kernel == "gradient":
+        return kernel
+    if samples <= FEW_SAMPLES:
         return "forward_some"
-    return "forward_narrow" if kernel == "forward" and width in _NARROW else kernel
+    return "forward_narrow" if width in _NARROW else kernel
+
+
+def _tile(kernel: str, arch: int, dtype: torch.dtype, precision: str, samples: int, width: int) -> Tile:
+    name = size_name(kernel, dtype, samples, width)
+    if (tuned := tuned_tile(name, arch, dtype, precision)) is not None:
+        return Tile(*tuned)
+    if dtype != torch.float32:
+        return _HALF[name][arch]
+    return (_FLOAT32 if precision == "ieee" else _GRADIENT_TF32 if kernel == "gradient" else _TF32)[arch]
 
 
 def forward_tile(arch: int, dtype: torch.dtype, precision: str, samples: int, width: int) -> Tile:
     """Tile of the log-sum-exp kernel for operands of ``dtype`` (``precision`` is "ieee" or "tf32" for float32)."""
-    name = size_name("forward", dtype, samples, width)
-    if (tuned := tuned_tile(name, arch, dtype, precision)) is not None:
-        return Tile(*tuned)
-    if dtype != torch.float32:
-        return _FORWARD[name][arch]
-    return (_TF32 if precision == "tf32" else _FLOAT32)[arch]
+    return _tile("forward", arch, dtype, precision, samples, width)
 
 
 def gradient_tile(arch: int, dtype: torch.dtype, precision: str, samples: int, width: int) -> Tile:
     """Tile of the kernel that writes dZ; arguments as for :func:`forward_tile`."""
-    name = size_name("gradient", dtype, samples, width)
-    if (tuned := tuned_tile(name, arch, dtype, precision)) is not None:
-        return Tile(*tuned)
-    if dtype != torch.float32:
-        return (_GRADIENT_HALF if name == "gradient" else _GRADIENT_FEW)[arch]
-    return (_GRADIENT_TF32 if precision == "tf32" else _FLOAT32)[arch]
+    return _tile("gradient", arch, dtype, precision, samples, width)
 
 
 def prototype_gradient_tile(arch: int, dtype: torch.dtype, precision: str, samples: int) -> Tile | None:

@@ -26,7 +26,7 @@ from ltloss_kernels.device.elementary import (
     unit_rows,
 )
 from ltloss_kernels.device.logsumexp_forward import add_splits
-from ltloss_kernels.device.tile_io import load_block, store_block, tile_product
+from ltloss_kernels.device.tile_io import holds_a_label, load_block, store_block, tile_product
 
 __all__ = ["gradient_tile_kernel", "projection_kernel", "prototype_gradient_kernel", "sample_gradient_kernel"]
 
@@ -200,7 +200,7 @@ def gradient_tile_kernel(
     if SMOOTH:
         gradient += tl.load(at + 3 * stride, mask=inside, other=0.0)[:, None]
     label = tl.load(label_ptr + rows, mask=inside, other=-1) - first_class
-    if tl.max(((label >= column) & (label < column + BLOCK_CLASSES)).to(tl.int32), 0) != 0:
+    if holds_a_label(label, column, BLOCK_CLASSES):
         d_target = tl.load(at + 2 * stride, mask=inside, other=0.0)
         gradient = tl.where(here[None, :] == label[:, None], d_target[:, None], gradient)
     gradient *= logit_scale_log2[None, :]

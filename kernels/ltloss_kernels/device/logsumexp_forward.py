@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ltloss_kernels.device.elementary import LN2, LOG2E, exact_cosine, log, scaled_rows, unit_rows
-from ltloss_kernels.device.tile_io import inverse_lengths, load_block, tile_product
+from ltloss_kernels.device.tile_io import holds_a_label, inverse_lengths, load_block, tile_product
 
 __all__ = ["add_splits", "combine_splits", "cosine_logsumexp_kernel", "sample_kernel"]
 
@@ -217,8 +217,7 @@ def cosine_logsumexp_kernel(
             )
             if block == 0:
                 tl.store(logit_scale_log2_ptr + here, logit_scale_log2, mask=here < classes)
-            in_tile = tl.max(((label >= column) & (label < column + BLOCK_CLASSES)).to(tl.int32), 0) != 0
-            special = in_tile | (column + BLOCK_CLASSES > classes)
+            special = holds_a_label(label, column, BLOCK_CLASSES) | (column + BLOCK_CLASSES > classes)
         else:
             logit_scale_log2 = tl.load(logit_scale_log2_ptr + here)
             special = tl.load(flags_ptr + block.to(tl.int64) * class_tiles + first_tile + tile) != 0

@@ -8,11 +8,17 @@ import triton.language as tl
 
 from ltloss_kernels.device.elementary import TINY, power_of_two_below
 
-__all__ = ["inverse_lengths", "load_block", "store_block", "tile_product"]
+__all__ = ["holds_a_label", "inverse_lengths", "load_block", "store_block", "tile_product"]
 
 # Between these a sum of squares in float32 has lost nothing.
 LEAST_SQUARES = tl.constexpr(2.0**-80)
 MOST_SQUARES = tl.constexpr(2.0**120)
+
+
+@triton.jit
+def holds_a_label(label, column, COLUMNS: tl.constexpr):
+    """Whether one of the labels (R,) is among the COLUMNS classes from ``column`` on."""
+    return tl.max(((label >= column) & (label < column + COLUMNS)).to(tl.int32), 0) != 0
 
 
 @triton.jit
