@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["MarginLoss", "NearestPrototype", "Partials", "Reduction", "TopK"]
+__all__ = ["MarginLoss", "NearestPrototype", "Partials", "Reduction", "TakeGradient", "TopK"]
 
 Reduction = Literal["none", "mean", "sum"]
+# Takes the gradient (stop - start, D) of the prototypes [start, stop), float32 or float64, and may use it up.
+TakeGradient = Callable[[int, int, Tensor], None]
 
 
 class NearestPrototype(NamedTuple):

@@ -68,6 +68,7 @@ def logsumexp_stats(
     ignore_index: int = -100,
     with_logit_sum: bool = False,
     shard: ops.Shard | None = None,
+    update: ops.Update | None = None,
 ) -> LogSumExpStats:
     """One pass of features over prototypes: r_i and the target logit of every sample, both differentiable.
 
@@ -81,6 +82,8 @@ def logsumexp_stats(
         ignore_index: label of samples that do not count.
         with_logit_sum: also Σ_c l_c, which label smoothing needs.
         shard: a sample of the classes, which ``forward`` of a module got; None for all.
+        update: ``self.update`` of a module, with which the optimizers of :mod:`ltloss.optim` move its prototypes inside
+            the backward; None gives them a gradient.
 
     Raises:
         ValueError, TypeError, IndexError: arguments that do not fit together.
@@ -122,8 +125,8 @@ def logsumexp_stats(
         objective = Objective(
             log_prior=log_prior, scale=float(scale), normalize_features=normalize_features, ignore_index=ignore_index
         )
-    here, shard = at_hand(prototypes, shard)
-    r, target, logit_sum = ops.logsumexp_stats(features, here, labels, objective, with_logit_sum, shard)
+    here, shard = at_hand(prototypes if update is None else update.reads(prototypes), shard)
+    r, target, logit_sum = ops.logsumexp_stats(features, here, labels, objective, with_logit_sum, shard, update)
     labels = torch.where(counted, labels, -1)
     if logit_sum is not None and log_prior is not None:
         logit_sum = logit_sum + log_prior.sum()

@@ -33,7 +33,7 @@ from ltloss.numerics import compute_dtype
 from ltloss.ops import prototype_search
 from ltloss.ops._dispatch import at_hand, choose_backend
 from ltloss.ops.labels import NOTHING, checked_labels
-from ltloss.ops.logsumexp import Shard, logsumexp_stats
+from ltloss.ops.logsumexp import Shard, Update, logsumexp_stats
 from ltloss.ops.margin_cross_entropy import MarginCrossEntropy
 from ltloss.regularizers import FeatureNormKind, norm_penalty
 from ltloss.runtime import current_debug
@@ -66,6 +66,7 @@ def margin_cross_entropy(
     margin_gradient: MarginGradient = "exact",
     reduction: Reduction = "mean",
     shard: Shard | None = None,
+    update: Update | None = None,
 ) -> Tensor:
     r"""Softmax cross-entropy on cosine logits with a margin on the target class: the whole family in one function.
 
@@ -90,6 +91,8 @@ def margin_cross_entropy(
         margin_gradient: ``"exact"``, or ``"straight_through"`` (d margin / d cos = 1).
         reduction: ``"mean"`` (divides by the summed weights of the counted samples), ``"sum"`` or ``"none"``.
         shard: a sample of the classes, which ``forward`` of a module got; None for all.
+        update: the optimizer that moves the prototypes inside the backward (:mod:`ltloss.optim`); None gives them a
+            gradient.
 
     Returns:
         A scalar, or (N,) for ``"none"``; float32, or float64 where an input is.
@@ -128,15 +131,15 @@ def margin_cross_entropy(
         reduction=reduction,
     ).checked(classes, features.new_empty(0, dtype=compute_dtype(features, prototypes)))
     check_prior(objective.log_prior, labels, ignore_index)
-    prototypes, shard = at_hand(prototypes, shard)
-    backend = choose_backend(features, prototypes, sharded=shard is not None)
+    prototypes, shard = at_hand(prototypes if update is None else update.reads(prototypes), shard)
+    backend = choose_backend(features, prototypes, sharded=shard is not None, updated=update is not None)
     labels = checked_labels(labels, classes, ignore_index, "labels")
     if backend == "reference":
         return reference.loss_of(features, prototypes, labels, objective)
-    loss: Tensor = MarginCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        features, prototypes, labels, objective, classes, backend, shard
-    )
-    return loss
+    given = features, prototypes, labels, objective, classes, backend, shard
+    if update is None:
+        return MarginCrossEntropy.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
+    return update.run(MarginCrossEntropy, *given)  # type: ignore[no-any-return]
 
 
 def cosine_logsumexp(

@@ -54,6 +54,7 @@ def gradients(
     normalize_features: bool,
     ignore_index: int | None,
     needs: Sequence[bool],
+    take: Callable[[int, int, Tensor], None] | None = None,
     *,
     limit: Callable[[], int],
 ) -> tuple[Tensor, Tensor]:
@@ -69,6 +70,8 @@ def gradients(
         smooth: whether row 3 of the coefficients is used.
         ignore_index: rows with this label may hold anything, also NaN; None: all rows count.
         needs: which of the two gradients are computed.
+        take: gets the gradients (stop - start, D) float32 of the prototypes [start, stop), slab by slab, in memory that
+            the next slab takes again; after it was called the prototypes of the slab may have changed.
         limit: says how many bytes of memory may be taken beside the gradients, see ``backward_plan``.
 
     Returns:
@@ -82,7 +85,7 @@ def gradients(
             widened(features), widened(prototypes), labels, vector(log_prior), scale, normalize_features, ignore_index
         )
         run.take(grad_loss, coefficients, class_scale, inverse_weight_sum, max_coefficient, smooth)
-        run.allocate(needs[0], needs[1], limit())
+        run.allocate(needs[0], needs[1], limit(), by_slab=take is not None)
         run.launch_samples()
         for slab in run.slabs():
             if slab.copy_factor is not None:
@@ -102,7 +105,9 @@ def gradients(
                 elif slab.sum is not None:
                     multiply_add(slab.sum, tile.t(), part(run.unit, rows), overwrite=rows.start == 0)
             run.launch_projection(slab)
-    return _like(run.grad_features, features), _like(run.grad_prototypes, prototypes)
+            if take is not None and slab.grad is not None:
+                take(slab.first, slab.first + len(slab.grad), slab.grad)
+    return _like(run.grad_features, features), _like(run.grad_prototypes if needs[1] else None, prototypes)
 
 
 def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor:
@@ -165,19 +170,24 @@ class BackwardPass:
         self.max_coefficient = max_coefficient if float16_slab else None
         self.max_upstream = (upstream.abs().amax() if upstream.dim() else upstream) if float16_slab else None
 
-    def allocate(self, need_features: bool, need_prototypes: bool, limit: int) -> None:
-        """The gradients, and in ``limit`` bytes beside them what they are made from."""
+    def allocate(self, need_features: bool, need_prototypes: bool, limit: int, by_slab: bool) -> None:
+        """The gradients, and in ``limit`` bytes beside them what they are made from.
+
+        ``by_slab``: those of the prototypes, in float32, have memory for one slab only, which counts as well.
+        """
+        need_prototypes |= by_slab
+        gradient_dtype = torch.float32 if by_slab else self.prototypes.dtype
         features, prototypes = self.features, self.prototypes
         (samples, width), classes, device = features.shape, prototypes.shape[0], features.device
         wide_features = need_features and features.dtype != torch.float32
         projecting = need_prototypes and self.projecting_tile is not None
-        wide_prototypes = need_prototypes and prototypes.dtype != torch.float32 and not projecting
+        wide_prototypes = need_prototypes and gradient_dtype != torch.float32 and not projecting
         size, blocks = self.dtype.itemsize, ceil_div(samples, self.tile.rows)
         self.plan = backward_plan(
             samples,
             classes,
             per_sample=width * (size + 4 * wide_features),
-            per_class=width * (size * (not self.in_place) + 4 * wide_prototypes) + 4 * blocks * projecting,
+            per_class=width * (size * (not self.in_place) + 4 * (wide_prototypes or by_slab)) + 4 * blocks * projecting,
             itemsize=size,
             tile_classes=self.tile.classes,
             limit=limit,
@@ -192,7 +202,8 @@ class BackwardPass:
             return torch.empty((rows, width), dtype=dtype, device=device)
 
         self.grad_features = matrix(samples, features.dtype) if need_features else None
-        self.grad_prototypes = matrix(classes, prototypes.dtype) if need_prototypes else None
+        self.by_slab, rows = by_slab, self.plan.classes if by_slab else classes
+        self.grad_prototypes = matrix(rows, gradient_dtype) if need_prototypes else None
         self.feature_sum = matrix(samples, torch.float32) if wide_features else self.grad_features
         self._slab_sum = matrix(self.plan.classes, torch.float32) if wide_prototypes else None
         self.along = torch.empty(blocks, self.plan.classes, device=device) if projecting else None
@@ -221,8 +232,9 @@ class BackwardPass:
         for first in range(0, classes, self.plan.classes):
             here = slice(first, min(first + self.plan.classes, classes))
             operand = prototypes = part(self.prototypes, here)
-            factor, copy_factor, grad = part(self.class_scale, here), None, part(self.grad_prototypes, here)
             some = slice(0, here.stop - first)
+            factor, copy_factor = part(self.class_scale, here), None
+            grad = part(self.grad_prototypes, some if self.by_slab else here)
             if self._copy is not None:
                 operand = part(self._copy, some)
                 factor = copy_factor = torch.empty(some.stop, dtype=torch.float32, device=operand.device)

@@ -8,6 +8,7 @@ three of a dense implementation that streams its N×C logits through memory seve
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ltloss._types import MarginLoss, Partials
+from ltloss._types import MarginLoss, Partials, TakeGradient
 from ltloss.margins import Objective
 from ltloss.numerics import compute_dtype, inverse_norm, project_, spans
 
@@ -302,10 +303,12 @@ def gradients(
     normalize_features: bool,
     ignore_index: int | None,
     needs: list[bool],
+    take: TakeGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of features (N, D) and prototypes (C, D), each in its dtype; (0,) where ``needs`` is False.
 
     ``coefficients`` as :func:`margin_loss` makes them, ``grad_loss`` a scalar or (N,); ``smooth``: row 3 counts.
+    ``take`` gets the gradients of the prototypes, some classes at a time, after the last look at them.
     """
     dtype = compute_dtype(features, prototypes)
     n, (c, d) = features.shape[0], prototypes.shape
@@ -320,6 +323,10 @@ def gradients(
     of_samples = _SampleGradients.of(coefficients[0], d_lse, d_target - d_all if smooth else d_target)
     grad_u = torch.zeros_like(u) if needs[0] else None
     grad_w = prototypes.new_empty(c, d) if needs[1] else None
+    if take is None and grad_w is not None:
+        take = functools.partial(_keep, grad_w)
+    in_place = grad_w is not None and grad_w.dtype == dtype
+    buffer = None if take is None or in_place else u.new_empty(blocks.classes, d)
     signed_u = u * of_samples.factor[:, None]
     sum_row = d_all @ u if smooth else None
     unit_sum = u.new_zeros(d)
@@ -327,20 +334,19 @@ def gradients(
         unit = tiles.unit_prototypes(start, stop)
         if smooth:
             unit_sum += unit.sum(0)
-        in_place = grad_w is not None and grad_w.dtype == dtype
-        chunk = grad_w[start:stop] if grad_w is not None and in_place else torch.empty_like(unit)
+        chunk = None
+        if take is not None:
+            chunk = grad_w[start:stop] if buffer is None else buffer[: stop - start]  # type: ignore[index]
         for row in spans(n, blocks.rows):
             rows = slice(*row)
             tile = _gradient_tile(tiles, unit, rows, (start, stop), labels[rows], of_samples)
             if grad_u is not None:
                 grad_u[rows].addmm_(tile, unit)
-            if grad_w is not None:
+            if chunk is not None:
                 chunk.addmm_(tile.t(), signed_u[rows], beta=0 if row[0] == 0 else 1)
-        if grad_w is not None:
+        if chunk is not None and take is not None:
             chunk = chunk if sum_row is None else chunk.add_(sum_row)
-            project_(chunk, unit, class_scale[start:stop])
-            if not in_place:
-                grad_w[start:stop] = chunk
+            take(start, stop, project_(chunk, unit, class_scale[start:stop]))
     if grad_u is not None:
         grad_u *= of_samples.factor[:, None]
         if smooth:
@@ -352,6 +358,12 @@ def gradients(
         features.new_empty(0) if grad_u is None else grad_u.to(features.dtype),
         prototypes.new_empty(0) if grad_w is None else grad_w,
     )
+
+
+def _keep(whole: Tensor, start: int, stop: int, chunk: Tensor) -> None:
+    """Round a chunk of the gradient; in its own dtype it was made in its place."""
+    if whole.dtype != chunk.dtype:
+        whole[start:stop] = chunk
 
 
 def _through_length(grad: Tensor, x_hat: Tensor, inverse: Tensor, d_norm: Tensor | None = None) -> None:

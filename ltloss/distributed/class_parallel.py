@@ -229,7 +229,7 @@ class ClassParallel(PrototypeHead):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """For copies and pickles: the class was made by :func:`parallelize`, and can be made again."""
-        return _empty, (type(self).__bases__[1],), self.__dict__
+        return _empty, (type(self).__bases__[1],), self.__getstate__()
 
     def rearrange(self, layout: Layout) -> None:
         """Take another layout: what the ranks had agreed on is forgotten."""

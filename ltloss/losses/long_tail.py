@@ -177,7 +177,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         regularizers = []
         counted = labels.to(torch.int64) != self.ignore_index  # -100 compared with uint8 would be 156
         if self.min_angle_weight:
-            angle = self._min_angle(labels, counted)
+            angle = self._min_angle(self.weight if self.update is None else self.update.joined(loss), labels, counted)
             parts["min_angle"] = angle.detach()
             regularizers.append(self.min_angle_weight * angle)
         if self.feature_norm_weight:
@@ -189,17 +189,17 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
             loss = loss + (torch.where(counted, term, 0.0) if self.reduction == "none" else term)
         return loss
 
-    def _min_angle(self, labels: Tensor, counted: Tensor) -> Tensor:
+    def _min_angle(self, weight: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
         """L2 over all classes, or over those of the batch, each once."""
         power, allow_tf32 = self.min_angle_power, self.min_angle_allow_tf32
         if self.min_angle_classes == "all":
-            return min_angle(self.weight, self.class_counts, power, None, allow_tf32)
+            return min_angle(weight, self.class_counts, power, None, allow_tf32)
         # Not torch.unique: how many classes there are would have to be read back from a GPU.
         beyond = self.num_classes
         rows = torch.where(counted, labels.to(torch.int64), beyond).sort().values
         first = (rows < beyond) & (torch.cat([rows.new_full((1,), -1), rows[:-1]]) != rows)
         rows = rows.clamp(0, beyond - 1)
-        cosine = F.nearest_prototype(self.weight, rows, allow_tf32=allow_tf32).cosine
+        cosine = F.nearest_prototype(weight, rows, allow_tf32=allow_tf32).cosine
         weights = torch.where(first, self.class_counts[rows].to(cosine.dtype) ** -power, 0.0)
         angle = mean_angle(cosine, weights)
         return angle if beyond > 1 else angle * 0.0

@@ -14,6 +14,7 @@ from ltloss import functional as F
 from ltloss._types import TopK
 from ltloss._validation import check_count, check_number, check_per_class, check_values, plain_number
 from ltloss.losses.defaults import default_scale
+from ltloss.ops.logsumexp import Update
 from ltloss.reference import cosines
 
 __all__ = ["PrototypeHead"]
@@ -43,7 +44,8 @@ class PrototypeHead(nn.Module):
             weight are lost.
 
     Attributes:
-        weight: (C, D) parameter, drawn with length ≈ 1. Give it to the optimizer: ``loss.parameters()``.
+        weight: (C, D) parameter, drawn with length ≈ 1. Give it to the optimizer: ``loss.parameters()``; or give this
+            module to an optimizer of :mod:`ltloss.optim`, which is then in ``update``.
 
     Raises:
         ValueError, TypeError: sizes that are no whole numbers from 1, a scale that is not positive.
@@ -58,6 +60,7 @@ class PrototypeHead(nn.Module):
         TopK(cosine=tensor([[0.8000]]), index=tensor([[1]]))
     """
 
+    update: Update | None = None  # the optimizer of ltloss.optim that was made for this module; a copy has none
     _settled: tuple[str, ...] = ()  # hyper-parameters from which constants are made
     _per_class: tuple[str, ...] = ()  # hyper-parameters that are a number or a constant (C,)
 
@@ -105,6 +108,10 @@ class PrototypeHead(nn.Module):
             self._set_constant(name, value)
         else:
             super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: an optimizer belongs to the module that it was made for."""
+        return {**self.__dict__, "update": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves constants with the weight, but never rounds them, and never leaves them without their values."""

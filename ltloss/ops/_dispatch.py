@@ -70,7 +70,7 @@ def _not_runnable(device: torch.device) -> str:
     return "" if running.runnable(device) else f"the tensors are on {device}, and {running.RUNNABLE}"
 
 
-def choose_backend(features: Tensor, prototypes: Tensor, *, sharded: bool = False) -> Chosen:
+def choose_backend(features: Tensor, prototypes: Tensor, *, sharded: bool = False, updated: bool = False) -> Chosen:
     """The backend for these tensors: the kernels where they serve them, chunked PyTorch otherwise.
 
     Raises:
@@ -82,6 +82,11 @@ def choose_backend(features: Tensor, prototypes: Tensor, *, sharded: bool = Fals
             raise BackendError(
                 "backend 'reference' holds all classes in one piece; these prototypes are spread over ranks or "
                 "sampled. Use 'auto', 'torch' or 'triton'"
+            )
+        if updated:
+            raise BackendError(
+                "backend 'reference' leaves gradients to autograd, and cannot move prototypes inside the backward. Use "
+                "'auto', 'torch' or 'triton', or an optimizer of torch.optim"
             )
         return "reference"
     if backend == "triton":

@@ -5,6 +5,7 @@ A backend is a module with ``partials``, ``logsumexp``, ``margin_loss``, ``coeff
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ltloss import reference
-from ltloss._types import Partials
+from ltloss._types import Partials, TakeGradient
 from ltloss.chunked import logsumexp as chunked
 from ltloss.margins import Objective
-from ltloss.numerics import compute_dtype
+from ltloss.numerics import compute_dtype, spans
 from ltloss.ops._dispatch import Kernel, choose_backend, define, no_gradient
 from ltloss.runtime import current_workspace
 
-__all__ = ["BACKENDS", "LocalWork", "Shard", "Stats", "gathered_stats", "logsumexp_stats", "propagate"]
+__all__ = ["BACKENDS", "LocalWork", "Shard", "Stats", "Update", "gathered_stats", "logsumexp_stats", "propagate"]
 
 
 class Shard(Protocol):
@@ -49,6 +50,25 @@ class Shard(Protocol):
 
     def reduce_prototypes(self, gradient: Tensor) -> Tensor:
         """Gradient of the prototypes at hand, summed over the ranks that hold the same."""
+
+
+class Update(Protocol):
+    """Moves the prototypes inside the backward, a slab of classes at a time: see :mod:`ltloss.optim`."""
+
+    def reads(self, prototypes: Tensor) -> Tensor:
+        """The prototypes without a gradient, for a pass that ends in the update."""
+
+    def run(self, function: Any, *arguments: Any) -> Any:
+        """``function.apply(*arguments, self, anchor)``, where a compiler does not see it."""
+
+    def joined(self, loss: Tensor) -> Tensor:
+        """The prototypes (C, D) for a further term of ``loss``, whose gradient joins before the update."""
+
+    def watch(self, node: Any) -> None:
+        """Remember a forward pass, the node of an autograd Function."""
+
+    def begin(self, node: Any, upstream: Tensor, shard: Shard | None) -> TakeGradient | None:
+        """Start the update in the backward of ``node``; None where gradients are not finite. Raises before it moves."""
 
 
 def _kernels() -> Any:
@@ -179,6 +199,13 @@ def gathered_stats(
     ), class_scale
 
 
+def remember(ctx: Any, backend: str, shard: Shard | None, update: Update | None) -> None:
+    """Keep for :func:`propagate` what is no tensor."""
+    ctx.backend, ctx.shard, ctx.update = backend, shard, update
+    if update is not None:
+        update.watch(ctx)
+
+
 def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = None) -> tuple[Tensor | None, ...]:
     """The backward of the wide pass: dX and dW, summed over the ranks of a shard, and None for what comes after them.
 
@@ -187,6 +214,9 @@ def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = No
     """
     features, prototypes, labels, prior, coefficients, *rest = ctx.saved_tensors if saved is None else saved
     shard, needs, samples = ctx.shard, list(ctx.needs_input_grad[:2]), coefficients.shape[1]
+    take = None
+    if ctx.update is not None and ctx.needs_input_grad[-1]:  # not where only the gradient of the features was asked for
+        take = ctx.update.begin(ctx, coefficients[1:] * grad_loss, shard)
     if shard is not None:
         rows = shard.rows(samples)
         coefficients = coefficients[:, rows].contiguous()
@@ -194,7 +224,8 @@ def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = No
             coefficients[4] = 0.0
         grad_loss = grad_loss[rows] if grad_loss.dim() else grad_loss
     if prototypes.shape[0]:
-        grad_features, grad_prototypes = _GRADIENTS[ctx.backend](
+        gradients = _GRADIENTS[ctx.backend] if take is None else _updating(ctx.backend, take)
+        grad_features, grad_prototypes = gradients(
             grad_loss, features, prototypes, labels, prior, coefficients, *rest, *ctx.options, needs
         )
     else:  # a rank without classes
@@ -204,6 +235,29 @@ def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = No
         grad_prototypes = shard.reduce_prototypes(grad_prototypes) if needs[1] else grad_prototypes
     none = (None,) * (len(ctx.needs_input_grad) - 2)
     return grad_features if needs[0] else None, grad_prototypes if needs[1] else None, *none
+
+
+_SLAB_WITHOUT_SAMPLES = 1 << 14
+
+
+def _updating(backend: str, take: TakeGradient) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The gradients of the features, while those of the prototypes go to ``take``. No operator: it moves its input."""
+
+    def run(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        if not features.shape[0]:  # weights decay and momentum runs on
+            dtype = compute_dtype(features, prototypes)
+            for start, stop in spans(prototypes.shape[0], _SLAB_WITHOUT_SAMPLES):
+                take(start, stop, torch.zeros_like(prototypes[start:stop], dtype=dtype))
+            return torch.zeros_like(features), prototypes
+        limit = {} if backend == "torch" else {"limit": current_workspace}
+        with torch.autocast(features.device.type, enabled=False):
+            implementation = BACKENDS[backend]()
+            found: tuple[Tensor, Tensor] = implementation.gradients(
+                grad_loss, features, prototypes, *rest, take=take, **limit
+            )
+        return found
+
+    return run
 
 
 class Stats(NamedTuple):
@@ -221,14 +275,15 @@ def logsumexp_stats(
     objective: Objective,
     with_logit_sum: bool,
     shard: Shard | None = None,
+    update: Update | None = None,
 ) -> Stats:
     """:func:`ltloss.extend.logsumexp_stats` on checked arguments. Differentiable, with any upstream gradient."""
-    backend = choose_backend(features, prototypes, sharded=shard is not None)
+    backend = choose_backend(features, prototypes, sharded=shard is not None, updated=update is not None)
     if backend == "reference":
         return Stats(*reference.logsumexp_stats(features, prototypes, labels, objective, with_logit_sum))
-    r, target, logit_sum = _LogSumExpStats.apply(  # type: ignore[no-untyped-call]
-        features, prototypes, labels, objective, with_logit_sum, backend, shard
-    )
+    given = features, prototypes, labels, objective, with_logit_sum, backend, shard
+    run: Any = _LogSumExpStats.apply if update is None else functools.partial(update.run, _LogSumExpStats)
+    r, target, logit_sum = run(*given)
     return Stats(r, target, logit_sum if with_logit_sum else None)
 
 
@@ -245,6 +300,8 @@ class _LogSumExpStats(torch.autograd.Function):
         with_logit_sum: bool,
         backend: str,
         shard: Shard | None,
+        update: Update | None = None,
+        anchor: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         prior, scale, normalize_features = objective.log_prior, objective.scale, objective.normalize_features
         ignore_index = objective.ignore_index
@@ -261,7 +318,7 @@ class _LogSumExpStats(torch.autograd.Function):
             (features, labels, prior), ignore_index = local, None
         ctx.save_for_backward(features, prototypes, labels, prior, r, class_scale)
         ctx.options = scale, with_logit_sum, normalize_features, ignore_index
-        ctx.backend, ctx.shard = backend, shard
+        remember(ctx, backend, shard, update)
         return r, cosine * (scale if normalize_features else scale * norm), logit_sum
 
     @staticmethod

@@ -17,7 +17,7 @@ from torch import Tensor
 from ltloss.margins import OBJECTIVE, Objective
 from ltloss.numerics import compute_dtype
 from ltloss.ops._dispatch import define
-from ltloss.ops.logsumexp import BACKENDS, LocalWork, Shard, gathered_stats, propagate
+from ltloss.ops.logsumexp import BACKENDS, LocalWork, Shard, Update, gathered_stats, propagate, remember
 
 __all__ = ["OPERATORS", "MarginCrossEntropy"]
 
@@ -110,6 +110,8 @@ class MarginCrossEntropy(torch.autograd.Function):
         num_classes: int,
         backend: str,
         shard: Shard | None,
+        update: Update | None = None,
+        anchor: Tensor | None = None,
     ) -> Tensor:
         """The loss: a scalar, or (N,) for ``reduction="none"``."""
         prior, ignore_index, smooth = objective.log_prior, objective.ignore_index, objective.label_smoothing > 0.0
@@ -126,7 +128,7 @@ class MarginCrossEntropy(torch.autograd.Function):
         # The scalars: 1/Σ weights, and the largest coefficient.
         ctx.save_for_backward(features, prototypes, labels, prior, coefficients, class_scale, *scalars)
         ctx.options = objective.scale, smooth, objective.normalize_features, ignore_index
-        ctx.backend, ctx.shard = backend, shard
+        remember(ctx, backend, shard, update)
         result: Tensor = loss
         return result
 

@@ -1,0 +1,345 @@
+"""What the optimizers of prototypes have in common: the update of a slab inside the backward, and what it refuses."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ltloss._validation import check_choice, check_number
+from ltloss.distributed.layout import Layout, local
+from ltloss.losses.prototype_head import PrototypeHead
+from ltloss.optim.rounding import random_bits, round_stochastically
+
+__all__ = ["PrototypeOptimizer", "Rounding", "UpdateOptions"]
+
+Rounding = Literal["stochastic", "kahan", "nearest"]
+
+
+class UpdateOptions(TypedDict, total=False):
+    """What all of them take besides their own settings; see :class:`ltloss.optim.PrototypeSGD`."""
+
+    state_dtype: torch.dtype | None
+    rounding: Rounding | None
+    seed: int
+    max_class_norm: float | None
+    grad_scaler: torch.amp.GradScaler | None
+
+
+class PrototypeOptimizer(torch.optim.Optimizer):
+    """The update of a loss module's prototypes inside the backward, a slab of classes at a time.
+
+    A subclass states its state by name and the arithmetic of some rows. See :class:`ltloss.optim.PrototypeSGD`.
+    """
+
+    _step_supports_amp_scaling = True  # a GradScaler's scale is divided out here, see ``grad_scaler``
+
+    def __init__(
+        self,
+        module: PrototypeHead,
+        defaults: dict[str, Any],
+        *,
+        state_dtype: torch.dtype | None = None,
+        rounding: Rounding | None = None,
+        seed: int = 0,
+        max_class_norm: float | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        if not isinstance(module, PrototypeHead):
+            raise TypeError(f"module must be a loss module of ltloss; got {type(module).__name__}")
+        if module.update is not None:
+            raise ValueError(
+                f"module has a {type(module.update).__name__} already; call its detach() before another takes over"
+            )
+        weight = module.weight
+        if weight.is_meta:
+            raise ValueError("module must have memory, for its state is made here; got a weight on device 'meta'")
+        _check_dtypes(weight.dtype, state_dtype, rounding)
+        if max_class_norm is not None:
+            check_number("max_class_norm", max_class_norm, above=0.0)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+            raise ValueError(f"seed must be an integer in [0, 2^63); got {seed!r}")
+        self._module = weakref.ref(module)
+        self._state_dtype = state_dtype or torch.promote_types(weight.dtype, torch.float32)
+        self.rounding = rounding
+        self._scaler = grad_scaler
+        super().__init__([weight], {**defaults, "max_class_norm": max_class_norm, "seed": seed})
+        self._make_state(weight)
+        # A compiler would move the update out of the backward, or drop it.
+        self.run: Callable[..., Any] = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
+        self.joined: Callable[[Tensor], Tensor] = torch.compiler.disable(self._joined)  # type: ignore[no-untyped-call]
+        self._anchor = torch.empty(0, requires_grad=True)
+        self._passes: weakref.WeakSet[Any] = weakref.WeakSet()  # forward passes whose backward may still come
+        self._moves = 0  # how many backwards moved the prototypes
+        self._moved = False  # since the last step()
+        self._gradient: Tensor | None = None  # what other terms add to the next update
+        self._skipped = torch.zeros((), dtype=torch.int64, device=weight.device)
+        self._told = 0
+        module.update = self
+
+    # The state
+
+    def _make_state(self, weight: Tensor) -> None:
+        layout, state = Layout.of(weight), self.state[weight]
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        for name, columns in self._needs().items():
+            state[name] = layout.zeros(*weight.shape[1 : 1 + columns], dtype=self._state_dtype)
+        if self.rounding == "kahan":
+            state["compensation"] = layout.zeros(*weight.shape[1:], dtype=weight.dtype)
+
+    def _needs(self) -> dict[str, bool]:
+        """The state by name, and whether it has columns as the weight has."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The one group of the prototypes; any other parameter belongs to an optimizer of its own."""
+        if self.param_groups:
+            raise ValueError(f"{type(self).__name__} moves the prototypes of one loss module; give it nothing else")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over settings and state; the dtypes of the state stay those of this optimizer."""
+        (weight,) = self.param_groups[0]["params"]
+        here = dict(self.state[weight])
+        super().load_state_dict(state_dict)
+        (saved,) = state_dict["state"].values()
+        if set(saved) != set(here):
+            raise ValueError(f"state_dict must hold {sorted(here)} of the prototypes; got {sorted(saved)}")
+        for name, tensor in here.items():
+            if tensor.shape != saved[name].shape:
+                raise ValueError(
+                    f"{name} in state_dict must have the shape {tuple(tensor.shape)}; got {tuple(saved[name].shape)}"
+                )
+            tensor.copy_(saved[name])  # torch.optim would give it the dtype of the prototypes
+        self.state[weight] = here
+        self._moves += 1
+
+    # What a loss calls
+
+    def reads(self, prototypes: Tensor) -> Tensor:
+        """The prototypes without a gradient, for a pass that ends in the update."""
+        (weight,) = self.param_groups[0]["params"]
+        if prototypes is not weight:
+            raise ValueError(
+                f"these are not the prototypes that {type(self).__name__} was made for: make it after parallelize, "
+                "add_classes and whatever else replaces loss_fn.weight"
+            )
+        wrapper: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+        if wrapper is not None:
+            raise RuntimeError(
+                f"{type(self).__name__} would move the prototypes of each process by its own samples inside "
+                "DistributedDataParallel. Wrap the backbone alone, and call ltloss.distributed.parallelize before the "
+                "optimizer is made"
+            )
+        return prototypes.detach()
+
+    def _run(self, function: Any, *arguments: Any) -> Any:
+        """``function.apply``, with a leaf besides whose gradient is asked for where the prototypes are trained."""
+        return function.apply(*arguments, self, self._anchor)
+
+    def watch(self, node: Any) -> None:
+        """Remember a forward pass; its node is gone with its graph."""
+        node.moves = self._moves
+        self._passes.add(node)
+
+    def _joined(self, loss: Tensor) -> Tensor:
+        """The prototypes for a further term of ``loss``; its gradient joins before the update."""
+        weight: Tensor = self.param_groups[0]["params"][0]
+        if hasattr(weight, "device_mesh"):
+            raise ValueError(
+                f"{type(self).__name__} takes no further term on prototypes that are spread over ranks: its gradient "
+                "crosses them. Leave the term out (min_angle_weight=0)"
+            )
+        return _Joined.apply(weight.detach(), loss, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def join(self, gradient: Tensor) -> None:
+        """Keep the gradient (C, D) of a further term for the update of this backward."""
+        self._gradient = gradient if self._gradient is None else self._gradient + gradient
+
+    def begin(self, node: Any, upstream: Tensor, shard: Any) -> Callable[[int, int, Tensor], None] | None:
+        """What takes the gradients (rows, D) of classes [start, stop); None where they are not finite.
+
+        ``upstream``: everything that multiplies the gradients of the samples. Raises RuntimeError, before anything has
+        moved, where the update cannot be done as asked for.
+        """
+        joined, self._gradient = self._gradient, None
+        self._refuse(node)
+        self._moved, self._moves = True, self._moves + 1
+        self._passes.discard(node)
+        finite = upstream.isfinite().all()
+        if joined is not None:
+            finite = finite & joined.isfinite().all()
+        if not bool(finite):
+            self._skipped += 1
+            return None
+        return _Slabs(self, shard, joined).take
+
+    def _refuse(self, node: Any) -> None:
+        (weight,) = self.param_groups[0]["params"]
+        name = type(self).__name__
+        if self._moved:
+            raise RuntimeError(
+                f"a second backward before {name}.step(): the prototypes moved with the first. Gradients cannot be "
+                "accumulated over several backwards; use one larger batch"
+            )
+        if node.moves != self._moves:
+            raise RuntimeError(
+                "the prototypes have moved since this loss was computed; call backward once, before the next step"
+            )
+        runs = torch._C._will_engine_execute_node
+        if any(other is not node and runs(other) for other in self._passes):
+            raise RuntimeError(
+                f"two losses of one backward read the prototypes that {name} moves; compute one loss over all samples"
+            )
+        if weight.grad is not None or runs(torch.autograd.graph.get_gradient_edge(weight).node):
+            raise RuntimeError(
+                f"another term of the loss has a gradient for the prototypes, which {name} would leave out: take "
+                "optimizer.joined(loss) for them in that term, or use torch.optim"
+            )
+
+    # What a training loop calls
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Close the step. The prototypes have moved in the backward.
+
+        Raises:
+            RuntimeError: no backward came since the last call.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._moved:
+            raise RuntimeError(
+                f"{type(self).__name__}.step() without a backward since the last one: prototypes move in the "
+                "backward of their loss module"
+            )
+        self._moved = False
+        if self._scaler is None and self._skipped.device.type == "cpu" and self.skipped_steps > self._told:
+            warnings.warn(
+                f"gradients of the prototypes were not finite: {self.skipped_steps} steps skipped so far", stacklevel=2
+            )
+            self._told = self.skipped_steps
+        return loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many backwards left everything as it was, because a gradient was NaN or infinite."""
+        return int(self._skipped)
+
+    def detach(self) -> None:
+        """Give the prototypes back: from now on the backward makes their gradient again."""
+        module = self._module()
+        if module is not None and module.update is self:
+            module.update = None
+
+    # The arithmetic
+
+    def inverse_scale(self) -> float | None:
+        """What undoes the scale of the GradScaler."""
+        return None if self._scaler is None else 1.0 / self._scaler.get_scale()
+
+    def move(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Tensor) -> None:
+        """Move some prototypes (rows, D) and their state, all in float32 (or float64), in place."""
+        raise NotImplementedError
+
+
+class _Joined(torch.autograd.Function):
+    """The prototypes as a function of the loss, so that the loss waits for the gradient of what is made of them."""
+
+    @staticmethod
+    def forward(ctx: Any, prototypes: Tensor, loss: Tensor, optimizer: PrototypeOptimizer) -> Tensor:
+        ctx.optimizer = optimizer
+        return prototypes.view_as(prototypes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.optimizer.join(gradients[0])
+        return None, None, None
+
+
+class _Slabs:
+    """One backward: takes the gradients of the classes a slab at a time."""
+
+    def __init__(self, optimizer: PrototypeOptimizer, shard: Any, joined: Tensor | None) -> None:
+        (group,) = optimizer.param_groups
+        (weight,) = group["params"]
+        state = {name: local(tensor) for name, tensor in optimizer.state[weight].items()}
+        self.optimizer, self.shard, self.joined = optimizer, shard, joined
+        self.weight, self.step = local(weight), state.pop("step")
+        self.compensation, self.state = state.pop("compensation", None), state
+        self.step += 1
+        self.first = Layout.of(weight).span()[0]
+        self.wide = torch.promote_types(weight.dtype, torch.float32)
+        self.rounding = optimizer.rounding or "stochastic"  # of bfloat16 state beside float32 prototypes
+        self.seed, self.max_class_norm = group["seed"], group["max_class_norm"]
+        self.inverse_scale = optimizer.inverse_scale()
+
+    @torch.no_grad()
+    def take(self, start: int, stop: int, gradient: Tensor) -> None:
+        """The gradient (stop - start, D) of these classes, or of these of the sample. It is used up."""
+        here: Tensor | slice = slice(start, stop)
+        if self.shard is not None:
+            gradient = self.shard.reduce_prototypes(gradient)
+            here = here if self.shard.index is None else self.shard.index[here]
+        if self.joined is not None:
+            gradient += self.joined[here]
+        if self.inverse_scale is not None:
+            gradient *= self.inverse_scale
+        if self.max_class_norm is not None:
+            norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+            gradient *= (self.max_class_norm / norm).clamp_max_(1.0)
+        kept = {"": self.weight, **self.state}
+        wide = {name: tensor[here].to(self.wide) for name, tensor in kept.items()}  # a slab of its own dtype is a view
+        if self.compensation is not None:
+            wide[""] += self.compensation[here]
+        weight = wide.pop("")
+        self.optimizer.move(weight, gradient, wide, self.step)
+        for stream, (name, rows) in enumerate({"": weight, **wide}.items()):
+            self._keep(kept[name], here, rows, stream)
+
+    def _keep(self, kept: Tensor, here: Tensor | slice, rows: Tensor, stream: int) -> None:
+        """Write rows back to where they are kept; ``stream`` 0 are the prototypes, the others their state."""
+        if kept.dtype != torch.bfloat16 or self.rounding == "nearest":
+            if isinstance(here, Tensor) or rows.dtype != kept.dtype:
+                kept[here] = rows.to(kept.dtype)
+        elif self.compensation is not None and stream == 0:
+            kept[here] = rounded = rows.to(torch.bfloat16)
+            self.compensation[here] = rows.sub_(rounded).to(torch.bfloat16)
+        else:
+            width = rows[0].numel()
+            bits = random_bits(self._classes(here), width, self.seed, int(self.step), stream)
+            rounded = rows.new_empty(rows.shape, dtype=torch.bfloat16) if isinstance(here, Tensor) else kept[here]
+            round_stochastically(rows, bits.to(rows.device).reshape(rows.shape), rounded)
+            if isinstance(here, Tensor):
+                kept[here] = rounded
+
+    def _classes(self, here: Tensor | slice) -> range | np.ndarray:
+        """Global numbers of some rows."""
+        if isinstance(here, slice):
+            return range(self.first + here.start, self.first + here.stop)
+        numbers: np.ndarray = here.cpu().numpy() + self.first
+        return numbers
+
+
+def _check_dtypes(weight: torch.dtype, state: torch.dtype | None, rounding: Rounding | None) -> None:
+    if weight not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"the prototypes must be float32 or bfloat16; got {weight}")
+    if state not in (None, torch.float32, torch.bfloat16, weight):
+        raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16; got {state}")
+    if rounding is not None:
+        check_choice("rounding", rounding, get_args(Rounding))
+    if weight == torch.bfloat16 and rounding is None:
+        raise ValueError(
+            "rounding must be chosen for bfloat16 prototypes, where most updates are smaller than one unit of the last "
+            "place: 'stochastic', 'kahan' (2 bytes an entry more) or 'nearest' (loses them); got None"
+        )
+    if rounding == "kahan" and weight != torch.bfloat16:
+        raise ValueError(f"rounding='kahan' is for bfloat16 prototypes; got {weight}")
