@@ -82,8 +82,8 @@ def logsumexp_stats(
         ignore_index: label of samples that do not count.
         with_logit_sum: also Σ_c l_c, which label smoothing needs.
         shard: a sample of the classes, which ``forward`` of a module got; None for all.
-        update: ``self.update`` of a module, with which the optimizers of :mod:`ltloss.optim` move its prototypes inside
-            the backward; None gives them a gradient.
+        update: ``self.fused_update`` of a module, with which the optimizers of :mod:`ltloss.optim` move its prototypes
+            inside the backward; None gives them a gradient.
 
     Raises:
         ValueError, TypeError, IndexError: arguments that do not fit together.

@@ -161,7 +161,7 @@ class CosineSpaceLoss(PrototypeHead):
             ignore_index=self.ignore_index,
             with_logit_sum=self.label_smoothing > 0.0,
             shard=shard,
-            update=self.update,
+            update=self.fused_update,
         )
         inter, plain = (
             reduce_losses(

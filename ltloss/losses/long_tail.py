@@ -177,7 +177,8 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         regularizers = []
         counted = labels.to(torch.int64) != self.ignore_index  # -100 compared with uint8 would be 156
         if self.min_angle_weight:
-            angle = self._min_angle(self.weight if self.update is None else self.update.joined(loss), labels, counted)
+            weight = self.weight if self.fused_update is None else self.fused_update.joined(loss)
+            angle = self._min_angle(weight, labels, counted)
             parts["min_angle"] = angle.detach()
             regularizers.append(self.min_angle_weight * angle)
         if self.feature_norm_weight:

@@ -45,7 +45,7 @@ class PrototypeHead(nn.Module):
 
     Attributes:
         weight: (C, D) parameter, drawn with length ≈ 1. Give it to the optimizer: ``loss.parameters()``; or give this
-            module to an optimizer of :mod:`ltloss.optim`, which is then in ``update``.
+            module to an optimizer of :mod:`ltloss.optim`, which is then in ``fused_update``.
 
     Raises:
         ValueError, TypeError: sizes that are no whole numbers from 1, a scale that is not positive.
@@ -60,7 +60,7 @@ class PrototypeHead(nn.Module):
         TopK(cosine=tensor([[0.8000]]), index=tensor([[1]]))
     """
 
-    update: Update | None = None  # the optimizer of ltloss.optim that was made for this module; a copy has none
+    fused_update: Update | None = None  # the optimizer of ltloss.optim that was made for this module; a copy has none
     _settled: tuple[str, ...] = ()  # hyper-parameters from which constants are made
     _per_class: tuple[str, ...] = ()  # hyper-parameters that are a number or a constant (C,)
 
@@ -111,7 +111,7 @@ class PrototypeHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: an optimizer belongs to the module that it was made for."""
-        return {**self.__dict__, "update": None}
+        return {**self.__dict__, "fused_update": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves constants with the weight, but never rounds them, and never leaves them without their values."""

@@ -68,7 +68,7 @@ class Update(Protocol):
         """Remember a forward pass, the node of an autograd Function."""
 
     def begin(self, node: Any, upstream: Tensor, shard: Shard | None) -> TakeGradient | None:
-        """Start the update in the backward of ``node``; None where gradients are not finite. Raises before it moves."""
+        """Start the update in the backward of ``node``; None where there is nothing to move. Raises before it moves."""
 
 
 def _kernels() -> Any:
@@ -214,9 +214,7 @@ def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = No
     """
     features, prototypes, labels, prior, coefficients, *rest = ctx.saved_tensors if saved is None else saved
     shard, needs, samples = ctx.shard, list(ctx.needs_input_grad[:2]), coefficients.shape[1]
-    take = None
-    if ctx.update is not None and ctx.needs_input_grad[-1]:  # not where only the gradient of the features was asked for
-        take = ctx.update.begin(ctx, coefficients[1:] * grad_loss, shard)
+    take = None if ctx.update is None else ctx.update.begin(ctx, coefficients[1:] * grad_loss, shard)
     if shard is not None:
         rows = shard.rows(samples)
         coefficients = coefficients[:, rows].contiguous()

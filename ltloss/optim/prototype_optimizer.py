@@ -53,9 +53,9 @@ class PrototypeOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(module, PrototypeHead):
             raise TypeError(f"module must be a loss module of ltloss; got {type(module).__name__}")
-        if module.update is not None:
+        if module.fused_update is not None:
             raise ValueError(
-                f"module has a {type(module.update).__name__} already; call its detach() before another takes over"
+                f"module has a {type(module.fused_update).__name__} already; call its release() before another is made"
             )
         weight = module.weight
         if weight.is_meta:
@@ -81,7 +81,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         self._gradient: Tensor | None = None  # what other terms add to the next update
         self._skipped = torch.zeros((), dtype=torch.int64, device=weight.device)
         self._told = 0
-        module.update = self
+        module.fused_update = self
 
     # The state
 
@@ -97,6 +97,12 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         """The state by name, and whether it has columns as the weight has."""
         raise NotImplementedError
 
+    @property
+    def weight(self) -> Tensor:
+        """The prototypes (C, D)."""
+        (weight,) = self.param_groups[0]["params"]
+        return weight  # type: ignore[no-any-return]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The one group of the prototypes; any other parameter belongs to an optimizer of its own."""
         if self.param_groups:
@@ -106,10 +112,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over settings and state; the dtypes of the state stay those of this optimizer."""
-        (weight,) = self.param_groups[0]["params"]
-        here = dict(self.state[weight])
-        super().load_state_dict(state_dict)
-        (saved,) = state_dict["state"].values()
+        here, (saved,) = dict(self.state[self.weight]), state_dict["state"].values()
         if set(saved) != set(here):
             raise ValueError(f"state_dict must hold {sorted(here)} of the prototypes; got {sorted(saved)}")
         for name, tensor in here.items():
@@ -117,16 +120,17 @@ class PrototypeOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{name} in state_dict must have the shape {tuple(tensor.shape)}; got {tuple(saved[name].shape)}"
                 )
+        super().load_state_dict(state_dict)
+        for name, tensor in here.items():
             tensor.copy_(saved[name])  # torch.optim would give it the dtype of the prototypes
-        self.state[weight] = here
+        self.state[self.weight] = here
         self._moves += 1
 
     # What a loss calls
 
     def reads(self, prototypes: Tensor) -> Tensor:
         """The prototypes without a gradient, for a pass that ends in the update."""
-        (weight,) = self.param_groups[0]["params"]
-        if prototypes is not weight:
+        if prototypes is not self.weight:
             raise ValueError(
                 f"these are not the prototypes that {type(self).__name__} was made for: make it after parallelize, "
                 "add_classes and whatever else replaces loss_fn.weight"
@@ -151,25 +155,28 @@ class PrototypeOptimizer(torch.optim.Optimizer):
 
     def _joined(self, loss: Tensor) -> Tensor:
         """The prototypes for a further term of ``loss``; its gradient joins before the update."""
-        weight: Tensor = self.param_groups[0]["params"][0]
+        weight = self.weight
         if hasattr(weight, "device_mesh"):
             raise ValueError(
                 f"{type(self).__name__} takes no further term on prototypes that are spread over ranks: its gradient "
                 "crosses them. Leave the term out (min_angle_weight=0)"
             )
-        return _Joined.apply(weight.detach(), loss, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _Joined.apply(weight.detach(), loss, self)  # type: ignore[no-any-return,no-untyped-call]
 
     def join(self, gradient: Tensor) -> None:
         """Keep the gradient (C, D) of a further term for the update of this backward."""
         self._gradient = gradient if self._gradient is None else self._gradient + gradient
 
     def begin(self, node: Any, upstream: Tensor, shard: Any) -> Callable[[int, int, Tensor], None] | None:
-        """What takes the gradients (rows, D) of classes [start, stop); None where they are not finite.
+        """What takes the gradients (rows, D) of classes [start, stop).
 
+        None where they are not finite, or where only other gradients were asked for (``torch.autograd.grad``).
         ``upstream``: everything that multiplies the gradients of the samples. Raises RuntimeError, before anything has
         moved, where the update cannot be done as asked for.
         """
         joined, self._gradient = self._gradient, None
+        if not _runs(self._anchor):
+            return None
         self._refuse(node)
         self._moved, self._moves = True, self._moves + 1
         self._passes.discard(node)
@@ -182,8 +189,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         return _Slabs(self, shard, joined).take
 
     def _refuse(self, node: Any) -> None:
-        (weight,) = self.param_groups[0]["params"]
-        name = type(self).__name__
+        weight, name = self.weight, type(self).__name__
         if self._moved:
             raise RuntimeError(
                 f"a second backward before {name}.step(): the prototypes moved with the first. Gradients cannot be "
@@ -193,12 +199,11 @@ class PrototypeOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "the prototypes have moved since this loss was computed; call backward once, before the next step"
             )
-        runs = torch._C._will_engine_execute_node
-        if any(other is not node and runs(other) for other in self._passes):
+        if any(other is not node and _runs(other) for other in self._passes):
             raise RuntimeError(
                 f"two losses of one backward read the prototypes that {name} moves; compute one loss over all samples"
             )
-        if weight.grad is not None or runs(torch.autograd.graph.get_gradient_edge(weight).node):
+        if weight.grad is not None or _runs(weight):
             raise RuntimeError(
                 f"another term of the loss has a gradient for the prototypes, which {name} would leave out: take "
                 "optimizer.joined(loss) for them in that term, or use torch.optim"
@@ -234,11 +239,11 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         """How many backwards left everything as it was, because a gradient was NaN or infinite."""
         return int(self._skipped)
 
-    def detach(self) -> None:
+    def release(self) -> None:
         """Give the prototypes back: from now on the backward makes their gradient again."""
         module = self._module()
-        if module is not None and module.update is self:
-            module.update = None
+        if module is not None and module.fused_update is self:
+            module.fused_update = None
 
     # The arithmetic
 
@@ -249,6 +254,12 @@ class PrototypeOptimizer(torch.optim.Optimizer):
     def move(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Tensor) -> None:
         """Move some prototypes (rows, D) and their state, all in float32 (or float64), in place."""
         raise NotImplementedError
+
+
+def _runs(place: Any) -> bool:
+    """Whether a node, or that of a leaf, is part of the backward under way."""
+    node = torch.autograd.graph.get_gradient_edge(place).node if isinstance(place, Tensor) else place
+    return bool(torch._C._will_engine_execute_node(node))
 
 
 class _Joined(torch.autograd.Function):
@@ -269,8 +280,7 @@ class _Slabs:
     """One backward: takes the gradients of the classes a slab at a time."""
 
     def __init__(self, optimizer: PrototypeOptimizer, shard: Any, joined: Tensor | None) -> None:
-        (group,) = optimizer.param_groups
-        (weight,) = group["params"]
+        (group,), weight = optimizer.param_groups, optimizer.weight
         state = {name: local(tensor) for name, tensor in optimizer.state[weight].items()}
         self.optimizer, self.shard, self.joined = optimizer, shard, joined
         self.weight, self.step = local(weight), state.pop("step")
