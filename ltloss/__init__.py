@@ -2,7 +2,8 @@
 
 Functions are in :mod:`ltloss.functional`, their dense float64 twins in :mod:`ltloss.reference`, the helpers that turn
 class counts into margins, priors and weights in :mod:`ltloss.class_balance`. The loss modules are here. A loss of your
-own starts from :mod:`ltloss.extend` and is tried with :mod:`ltloss.testing`; errors are in :mod:`ltloss.errors`.
+own starts from :mod:`ltloss.extend` and is tried with :mod:`ltloss.testing`. Optimizers that move the prototypes inside
+the backward are in :mod:`ltloss.optim`, errors in :mod:`ltloss.errors`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         extend,
         functional,
         interop,
+        optim,
         reference,
         testing,
         training,
@@ -67,6 +69,7 @@ __all__ = [
     "extend",
     "functional",
     "interop",
+    "optim",
     "reference",
     "set_debug",
     "testing",

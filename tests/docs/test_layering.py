@@ -24,6 +24,8 @@ FORBIDDEN = [
     ("ltloss.ops", "ltloss.functional"),
     ("ltloss.functional", "ltloss.losses"),
     ("ltloss.losses", "ltloss.training"),
+    *((f"ltloss.{name}", "ltloss.optim") for name in ("ops", "losses", "distributed")),
+    ("ltloss.optim", "ltloss.training"),
     ("ltloss.distributed", "ltloss.training"),
     ("ltloss.distributed", "ltloss.interop"),
     ("ltloss.interop", "ltloss.training"),
