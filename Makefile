@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-compile lint bench kernel-report gpu clean
+.PHONY: help demo test test-fast test-compile compile-launches lint bench kernel-report gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1|/' | column -t -s '|'
@@ -31,6 +31,9 @@ test-fast: $(VENV)/.installed  ## what one runs while working: a minute or so
 
 test-compile: $(VENV)/.installed  ## compile the kernels ahead of time and hold their limits (`make test` does it too)
 	@$(BIN)/python -m pytest -n 2 -m compile
+
+compile-launches: $(VENV)/.installed  ## compile every launch of the tests of the kernels as it was specialised (no GPU needed)
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.kernel_report.launches
 
 lint: $(VENV)/.installed  ## ruff and mypy --strict
 	@$(BIN)/ruff check .

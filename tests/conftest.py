@@ -13,6 +13,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import ltloss
+from benchmarks.kernel_report import launches
+
+
+@pytest.fixture(autouse=True, scope="session")
+def launches_written_down() -> Iterator[None]:
+    """Where ``python -m benchmarks.kernel_report.launches`` asks for it, to be compiled."""
+    with launches.written_down():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.evidence.pages import markdown_table, renewed
+from benchmarks.kernel_report.record import recorded_kernels, recorded_layouts
 from benchmarks.kernel_report.report import ARCHITECTURES, Row, missing_tools, report, tool_versions
 from benchmarks.timing import RESULTS, stamp, write_rows
 
@@ -79,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"no kernel report: {why}", file=sys.stderr)
         return 2
     architectures = options.architecture or list(ARCHITECTURES)
-    rows = report(architectures, options.kernel, options.processes, layouts=options.layouts)
+    recorded = recorded_layouts if options.layouts else recorded_kernels
+    rows = report(architectures, options.kernel, options.processes, recorded)
     print(plain_table(rows))
     who = {name: value for name, value in stamp().items() if name in ("date", "commit")}
     write_rows([{**row, **who, **tool_versions()} for row in rows], options.output)

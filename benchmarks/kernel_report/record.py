@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -16,7 +15,7 @@ import torch
 import ltloss
 from ltloss.margins import Margin, Objective
 
-__all__ = ["KernelCase", "as_on_a_gpu", "loss_step", "recorded_kernels", "recorded_layouts"]
+__all__ = ["KernelCase", "as_on_a_gpu", "loss_step", "recorded_kernels", "recorded_layouts", "specialiser"]
 
 # Not multiples of a tile nor of 16, more than one of each: nothing is specialised on that a step may not have.
 _SAMPLES, _CLASSES = 600, 2200
@@ -80,24 +79,37 @@ def as_on_a_gpu(arch: int) -> Iterator[None]:
         yield
 
 
+def specialiser(arch: int) -> Callable[..., KernelCase]:
+    """Of a kernel, the arguments and the options of a launch: what Triton compiles for ``arch``, without a name yet."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    binders: dict[Any, Any] = {}  # by the Python function: a kernel of the interpreter's has no hash
+
+    def specialised(fn: Any, args: Sequence[Any], options: dict[str, Any]) -> KernelCase:
+        if fn.fn not in binders:
+            binders[fn.fn] = create_function_from_signature(fn.signature, fn.params, backend)
+        bound, specialization, rest = binders[fn.fn](*args, **options)
+        found, signature, constants, attrs = fn._pack_args(backend, options, bound, specialization, rest)
+        return KernelCase("", fn, signature, constants, attrs, found.num_warps, found.num_stages)
+
+    return specialised
+
+
 @contextmanager
 def _taken_down(arch: int, name: Callable[[str], str]) -> Iterator[dict[str, KernelCase]]:
     """Within the block a launch is recorded, for a GPU of compute capability ``arch``; what it would write is left."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import JITFunction, create_function_from_signature
+    from triton.runtime.jit import JITFunction
 
-    backend = make_backend(GPUTarget("cuda", arch, 32))
-    binder = cache(lambda fn: create_function_from_signature(fn.signature, fn.params, backend))
+    specialised = specialiser(arch)
     cases: dict[str, KernelCase] = {}
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        bound, specialization, rest = binder(self)(*args, **options)
-        found, signature, constants, attrs = self._pack_args(backend, options, bound, specialization, rest)
-        key = str((self.__name__, signature, constants, attrs, found.num_warps, found.num_stages))
-        if key not in cases:
-            label = name(self.__name__.removesuffix("_kernel"))
-            cases[key] = KernelCase(label, self, signature, constants, attrs, found.num_warps, found.num_stages)
+        case = specialised(self, args, options)
+        if (key := str(case)) not in cases:
+            cases[key] = replace(case, name=name(self.__name__.removesuffix("_kernel")))
 
     with mock.patch.object(JITFunction, "run", run), as_on_a_gpu(arch):
         yield cases

@@ -6,16 +6,17 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.kernel_report import sass
-from benchmarks.kernel_report.record import KernelCase, recorded_kernels, recorded_layouts
+from benchmarks.kernel_report.record import KernelCase, recorded_kernels
 from benchmarks.timing import fresh_processes
 
 Row = dict[str, Any]
+Recorded = Callable[[int], list[KernelCase]]  # what to compile for a compute capability; hashed and pickled
 WARP = 32
 
 
@@ -106,23 +107,26 @@ def tool_versions() -> dict[str, str]:
 
 
 @cache
-def _cases(architecture: str, layouts: bool) -> dict[str, KernelCase]:
-    recorded = recorded_layouts if layouts else recorded_kernels
+def _cases(architecture: str, recorded: Recorded) -> dict[str, KernelCase]:
     return {case.name: case for case in recorded(ARCHITECTURES[architecture].capability)}
 
 
-def kernel_names(architecture: str, pattern: str = "", layouts: bool = False) -> list[str]:
+def kernel_names(architecture: str, pattern: str = "", recorded: Recorded = recorded_kernels) -> list[str]:
     """Every kernel that is launched on an architecture and whose name contains the regular expression ``pattern``."""
-    return [name for name in _cases(architecture, layouts) if re.search(pattern, name)]
+    return [name for name in _cases(architecture, recorded) if re.search(pattern, name)]
 
 
-def report_row(architecture: str, kernel: str, layouts: bool = False) -> Row:
+def report_row(architecture: str, kernel: str, recorded: Recorded = recorded_kernels) -> Row:
     """Compile one kernel and describe it. A kernel that does not compile has a row too, with ``error`` filled."""
-    case = _cases(architecture, layouts)[kernel]
+    case = _cases(architecture, recorded)[kernel]
     row: Row = {"architecture": architecture, "kernel": kernel, "tile": _tile_name(case.constants)}
     row |= {"warps": case.num_warps, "stages": case.num_stages, "dtype": case.dtype}
     try:
-        return {**row, "error": "", **_describe(case, ARCHITECTURES[architecture], disassembled=not layouts)}
+        return {
+            **row,
+            "error": "",
+            **_describe(case, ARCHITECTURES[architecture], disassembled=recorded is recorded_kernels),
+        }
     except Exception as error:  # whatever a compiler raises belongs into the table
         message = " ".join(str(error).split())  # a compiler shows the source first, and says at the end what is wrong
         return {**row, "error": f"{type(error).__name__}: {message[-300:]}"}
@@ -197,14 +201,16 @@ def _per_element(case: KernelCase, listing: sass.Listing) -> Row:
     return row
 
 
-def report(architectures: Sequence[str], pattern: str, processes: int, *, layouts: bool = False) -> list[Row]:
+def report(
+    architectures: Sequence[str], pattern: str, processes: int, recorded: Recorded = recorded_kernels
+) -> list[Row]:
     """Describe every kernel, in fresh processes that really compile: under the interpreter a kernel is no kernel.
 
-    ``layouts``: instead of the usual launches those of many layouts of the inputs.
+    Other launches than the usual ones (``recorded``) are not disassembled, which would take most of the time.
     """
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["LTLOSS_TILES"] = ""  # the project's tiles, not those tuned on this machine
     with fresh_processes(processes) as pool:
-        names = list(pool.map(partial(kernel_names, pattern=pattern, layouts=layouts), architectures))
+        names = list(pool.map(partial(kernel_names, pattern=pattern, recorded=recorded), architectures))
         work = [(arch, name) for arch, some in zip(architectures, names, strict=True) for name in some]
-        return list(pool.map(partial(report_row, layouts=layouts), *zip(*work, strict=True))) if work else []
+        return list(pool.map(partial(report_row, recorded=recorded), *zip(*work, strict=True))) if work else []

@@ -21,6 +21,7 @@ from ltloss_kernels.config.precision import float32_products
 from torch import Tensor
 
 import ltloss
+from benchmarks.kernel_report.launches import written_down
 from helpers import faulty_kernels
 from helpers.kernel_problems import kernel_problem, tiny_tiles
 from ltloss import functional
@@ -210,7 +211,7 @@ def cases() -> dict[str, Callable[[], list[str]]]:
 
 def main(name: str) -> None:
     """Print where the case differs."""
-    with tiny_tiles(), ltloss.use_backend("triton"), np.errstate(all="ignore"):
+    with written_down(), tiny_tiles(), ltloss.use_backend("triton"), np.errstate(all="ignore"):
         print("; ".join(cases()[name]()))
 
 
