@@ -83,7 +83,7 @@ def test_what_lies_behind_the_deadline_is_left_out() -> None:
 def test_the_tiles_are_ranked_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ltloss.tools import tune_tiles
 
-    monkeypatch.setattr(tune_tiles, "CANDIDATES", (tune_tiles.tiles.Tile(16, 16, 16, 4, 2),))
+    monkeypatch.setattr(tune_tiles, "CANDIDATES", (tune_tiles.tiles.Tile(16, 16, 32, 4, 2),))
     state = times.Bench(Device("cpu"), Deadline(600.0), tmp_path / "rows.csv", repeats=2, dtype=torch.float32)
     with use_backend("triton"):
         tiles.measure(state, [TINY], tmp_path / "tiles.csv")
