@@ -231,7 +231,8 @@ def _gathered(matrix: Tensor, rows: Tensor) -> Tensor:
     gathered = matrix.index_select(0, rows)
     if readable_in_place(gathered, matrix.dtype):
         return gathered
-    return padded_matrix(gathered.shape[0], gathered.shape[1], matrix.dtype, matrix.device).copy_(gathered)
+    width, unit = matrix.shape[1], 16 // matrix.element_size()
+    return torch.nn.functional.pad(gathered, (0, -width % unit))[:, :width]
 
 
 def top_k(features: Tensor, prototypes: Tensor, k: int, *, limit: Callable[[], int]) -> tuple[Tensor, Tensor]:

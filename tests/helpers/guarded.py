@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from ltloss_kernels.config import chunking
+from ltloss_kernels.config import chunking, tile_table
 from ltloss_kernels.config.precision import float32_products
 from torch import Tensor
 
@@ -184,6 +184,16 @@ def _faulty(kernel: str) -> Callable[[], list[str]]:
     return lambda: differing(run, torch.arange(64.0))
 
 
+def _without_copy_engine(case: Callable[[], list[str]]) -> Callable[[], list[str]]:
+    """Blocks by addresses, 16 bytes at a time."""
+
+    def run() -> list[str]:
+        with mock.patch.object(tile_table, "has_copy_engine", return_value=False):
+            return case()
+
+    return run
+
+
 def cases() -> dict[str, Callable[[], list[str]]]:
     """By name, what is run under watch."""
     single, half = torch.float32, torch.float16
@@ -205,6 +215,8 @@ def cases() -> dict[str, Callable[[], list[str]]]:
         "projecting product": _loss((single, single), sizes=(37, 70, 20), angular_margin=vector),
         "projecting product, several slabs": _loss((single, single), 1, (37, 70, 20), reduction="none"),
         "searches": _searches,
+        "by addresses": _without_copy_engine(_loss((half, half), 1, angular_margin=vector)),
+        "searches by addresses": _without_copy_engine(_searches),
         **{name: _faulty(name) for name in ("reads_beyond", "leaves_one_out", "needs_an_order")},
     }
 

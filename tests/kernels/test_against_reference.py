@@ -105,16 +105,6 @@ def test_priors_of_any_range() -> None:
     check(given, log_prior=prior, reduction="sum", tolerance=2e-5)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="what runs on a GPU depends on the GPU")
-@pytest.mark.parametrize("shape", [*SHAPES, (37, 70, 19)])
-def test_by_addresses_instead_of_the_copy_engine(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What GPUs before Hopper run; bit for bit the same."""
-    expected = outcome(kernel_problem(*shape), cosine_margin=0.2)
-    monkeypatch.setattr("ltloss_kernels.config.tile_table.has_copy_engine", lambda arch: False)
-    got = outcome(kernel_problem(*shape), cosine_margin=0.2)
-    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
-
-
 def test_numbers_scalars_and_strided_vectors() -> None:
     """Margins and weights as numbers, as scalars on the device, and as vectors with strides."""
     wide = torch.linspace(0.1, 0.9, 140, dtype=torch.float64)

@@ -30,6 +30,8 @@ CASES = (
     "projecting product",
     "projecting product, several slabs",
     "searches",
+    "by addresses",
+    "searches by addresses",
 )
 
 

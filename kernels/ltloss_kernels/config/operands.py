@@ -1,7 +1,8 @@
 """What the matrix unit is fed: the caller's rows where they can be read in place, copies of them otherwise.
 
 The copy engine (TMA) reads rows that are contiguous and start at multiples of 16 bytes. Anything else is copied, and so
-is anything of another dtype: features whole, prototypes slab by slab.
+is anything of another dtype: features whole, prototypes slab by slab. Without the engine 16 bytes are read at a time,
+also where a row ends in the middle of them: the kernels that write copies fill the rest with zeros.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.config.chunking import ceil_div
 
 __all__ = [
@@ -38,7 +40,7 @@ def product_dtype(features: torch.dtype, prototypes: torch.dtype) -> torch.dtype
 
 
 def readable_in_place(matrix: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the copy engine can read the rows of ``matrix`` (K, D) as they are, for a product in ``dtype``."""
+    """Whether the rows of ``matrix`` (K, D) can be read as they are, for a product in ``dtype``."""
     row_bytes = matrix.stride(0) * matrix.element_size()
     return (
         matrix.dtype == dtype
@@ -47,6 +49,10 @@ def readable_in_place(matrix: Tensor, dtype: torch.dtype) -> bool:
         and row_bytes % 16 == 0
         and row_bytes < 1 << 40
         and matrix.data_ptr() % 16 == 0
+        and (
+            matrix.shape[1] * matrix.element_size() % 16 == 0
+            or tiles.has_copy_engine(tiles.architecture(matrix.device))  # it leaves out what is between rows
+        )
     )
 
 

@@ -77,8 +77,9 @@ def sample_gradient_kernel(
     features (samples, width), labels (samples,): any dtype and strides; coefficients (>= 4, samples) as
     margin_loss_kernel writes them; upstream (samples,), stride 0 for a scalar. Scalars or None: inverse_weight_sum, a
     factor of the upstream gradient; max_coefficient and max_upstream, the largest of each, for a float16 slab.
-    copy (samples, width) in the dtype of the product: unit rows if COPY is "unit", the rows as they are if "plain";
-    zero for the label ``ignore_index`` (unless None), since 0·NaN in a product would reach every class.
+    copy (samples, width) in the dtype of the product: unit rows if COPY is "unit", the rows as they are if "plain",
+    and zeros from there to copy_stride; zero for the label ``ignore_index`` (unless None), since 0·NaN in a product
+    would reach every class.
     label (samples,) int32: the class, or -1. sample_gradients (4, samples): shift, d_lse, d_target and d_all, the last
     three times upstream·ln 2 (since the scale of the tiles brings log2 e) and the scale of a float16 slab.
     FOLD puts the size of d_lse into the shift, which saves the tiles a multiplication per element and costs some 1e-5
@@ -99,7 +100,8 @@ def sample_gradient_kernel(
         scaled, _, inverse = scaled_rows(copied)
         copied = unit_rows(scaled, inverse)
     copy_cells = copy_ptr + rows.to(tl.int64)[:, None] * copy_stride + columns[None, :]
-    tl.store(copy_cells, copied.to(copy_ptr.dtype.element_ty), mask=inside[:, None] & cells)
+    whole = inside[:, None] & (columns < tl.cast(copy_stride, tl.int64))[None, :]
+    tl.store(copy_cells, copied.to(copy_ptr.dtype.element_ty), mask=whole)
 
     at = coefficients_ptr + rows
     stride = coefficients_stride.to(tl.int64)
@@ -208,7 +210,7 @@ def gradient_tile_kernel(
         gradient = gradient.to(slab.dtype if DESCRIBED else slab.dtype.element_ty)  # g is made from what is stored
         along = tl.sum(gradient.to(tl.float32) * product, 0)
         tl.store(along_ptr + block.to(tl.int64) * classes + here, along, mask=known)
-    store_block(slab, gradient, row, column, samples, classes, slab_stride, BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED)
+    store_block(slab, gradient, row, column, samples, classes, slab_stride, BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED, True)
 
 
 @triton.jit(do_not_specialize=["samples", "classes", "row_blocks"])
@@ -259,7 +261,7 @@ def prototype_gradient_kernel(
     along = add_splits(along_ptr, here, known, classes, row_blocks, 1)
     w = load_block(prototypes, row, column, classes, width, prototypes_stride, BLOCK_CLASSES, BLOCK_DEPTH, DESCRIBED)
     g -= (along * inverse)[:, None] * (w.to(tl.float32) * inverse[:, None])
-    store_block(grad_prototypes_ptr, g, row, column, classes, width, width, BLOCK_CLASSES, BLOCK_DEPTH, False)
+    store_block(grad_prototypes_ptr, g, row, column, classes, width, width, BLOCK_CLASSES, BLOCK_DEPTH, False, False)
 
 
 @triton.jit

@@ -52,7 +52,8 @@ def sample_kernel(
 
     features (samples, width), prototypes (classes, width), labels (samples,): any dtype and strides.
     norm (samples,) ‖x‖, or None where features are normalised.
-    copy (samples, width), in the dtype of the product: unit rows without ``norm``, else the rows as they are; or None.
+    copy (samples, width), in the dtype of the product: unit rows without ``norm``, else the rows as they are, and
+    zeros from there to copy_stride; or None.
     target_cosine (samples,): from the original rows, rounded to float32 once; 0 for the label ``ignore_index``, NaN for
     a label outside [0, classes). Without an ``ignore_index`` (None) such a label means that there is no target here: 0.
     label (samples,) int32: the class, or -1.
@@ -73,7 +74,8 @@ def sample_kernel(
     if copy_ptr is not None:
         copied = unit_rows(x, x_inverse) if norm_ptr is None else values
         copy_cells = copy_ptr + rows.to(tl.int64)[:, None] * copy_stride + columns[None, :]
-        tl.store(copy_cells, copied.to(copy_ptr.dtype.element_ty), mask=inside[:, None] & cells)
+        whole = inside[:, None] & (columns < tl.cast(copy_stride, tl.int64))[None, :]
+        tl.store(copy_cells, copied.to(copy_ptr.dtype.element_ty), mask=whole)
     target = tl.where(valid, label, 0)
     offsets = target[:, None] * prototypes_row_stride + columns.to(tl.int64)[None, :] * prototypes_column_stride
     w = tl.load(prototypes_ptr + offsets, mask=valid[:, None] & cells, other=0.0).to(tl.float32)

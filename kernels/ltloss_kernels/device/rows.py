@@ -41,7 +41,8 @@ def row_norm_kernel(
     vectors (count, width) any dtype and strides; prior (count,) float32. An output that is None is left out:
     factor (padded,) float32: factor_scale/‖v‖; 0 for zero rows and beyond ``count``.
     copy (count, width) in the dtype of the product: each row times a power of two, so that neither the cast nor the
-    products leave the range; copy_factor (padded,) float32: factor_scale over the length of that row.
+    products leave the range, and zeros from there to copy_stride; copy_factor (padded,) float32: factor_scale over the
+    length of that row.
     prior_out (padded,) prior·log2 e, -inf beyond ``count``.
     flags (flag_count,) set to 0. One program per ROWS rows; the flags are shared out evenly. UNIT divides width and the
     strides of rows.
@@ -60,7 +61,8 @@ def row_norm_kernel(
         tl.store(factor_ptr + rows, inverse * power * factor_scale, mask=rows < padded)
     if copy_ptr is not None:
         copy_offsets = rows.to(tl.int64)[:, None] * copy_stride + columns[None, :]
-        tl.store(copy_ptr + copy_offsets, scaled.to(copy_ptr.dtype.element_ty), mask=inside[:, None] & cells)
+        whole = inside[:, None] & (columns < copy_stride)[None, :]
+        tl.store(copy_ptr + copy_offsets, scaled.to(copy_ptr.dtype.element_ty), mask=whole)
         tl.store(copy_factor_ptr + rows, inverse * factor_scale, mask=rows < padded)
     if prior_ptr is not None:
         prior = tl.load(prior_ptr + rows, mask=inside, other=float("-inf"))

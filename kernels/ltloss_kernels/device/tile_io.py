@@ -22,21 +22,34 @@ def holds_a_label(label, column, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def addresses(
+    matrix, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr
+):
+    """Pointers to a block (ROWS, COLUMNS), and which of them are inside the matrix, its rows filled up to whole UNITs.
+
+    Rows are ``stride`` apart, a multiple of UNIT: so the compiler moves as many entries at once.
+    """
+    at_row = row + tl.arange(0, ROWS)
+    at_column = tl.arange(0, COLUMNS)
+    pointers = matrix + at_row.to(tl.int64)[:, None] * (stride // UNIT * UNIT) + (column + at_column)[None, :]
+    return pointers, (at_row < rows)[:, None] & (column + at_column // UNIT * UNIT < columns)[None, :]
+
+
+@triton.jit
 def load_block(
     source, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIBED: tl.constexpr
 ):
     """The block (ROWS, COLUMNS) at (row, column) of a matrix (rows, columns), 0 beyond it.
 
     ``source`` is a descriptor with that block shape if DESCRIBED, which knows the sizes itself; else a pointer to rows
-    that are ``stride`` apart, columns next to each other.
+    that are ``stride`` apart, columns next to each other, and filled up to whole 16 bytes, which are read too.
     """
     if DESCRIBED:
         block = source.load([row, column])
     else:
-        at_row = row + tl.arange(0, ROWS)
-        at_column = column + tl.arange(0, COLUMNS)
-        pointers = source + at_row.to(tl.int64)[:, None] * stride + at_column[None, :]
-        block = tl.load(pointers, mask=(at_row < rows)[:, None] & (at_column < columns)[None, :], other=0.0)
+        UNIT: tl.constexpr = 128 // source.dtype.element_ty.primitive_bitwidth
+        pointers, inside = addresses(source, row, column, rows, columns, stride, ROWS, COLUMNS, UNIT)
+        block = tl.load(pointers, mask=inside, other=0.0)
     return block
 
 
@@ -52,15 +65,18 @@ def store_block(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    FILLED: tl.constexpr,
 ):
-    """Write a block to where :func:`load_block` would read it; what lies beyond the matrix is left out."""
+    """Write a block to where :func:`load_block` would read it; what lies beyond the matrix is left out.
+
+    FILLED: rows are filled up to whole 16 bytes, and anything may be written there. Not used for float32, which would
+    take 12 registers more on sm_80: one block instead of two.
+    """
     if DESCRIBED:
         target.store([row, column], block.to(target.dtype))
     else:
-        at_row = row + tl.arange(0, ROWS)
-        at_column = column + tl.arange(0, COLUMNS)
-        pointers = target + at_row.to(tl.int64)[:, None] * stride + at_column[None, :]
-        inside = (at_row < rows)[:, None] & (at_column < columns)[None, :]
+        UNIT: tl.constexpr = 8 if FILLED and target.dtype.element_ty.primitive_bitwidth == 16 else 1
+        pointers, inside = addresses(target, row, column, rows, columns, stride, ROWS, COLUMNS, UNIT)
         tl.store(pointers, block.to(target.dtype.element_ty), mask=inside)
 
 
