@@ -41,11 +41,11 @@ def test_a_key_that_lacks_something_is_found(forgotten: str) -> None:
     """The comparison can fail: with a layout that says less, another kernel is launched."""
     code = f"""
 import inspect
-from ltloss_kernels import launching, cosine_logsumexp, cosine_logsumexp_gradients, margin_loss
+from ltloss_kernels import launching, cosine_logsumexp, backward_pass, margin_loss
 source = inspect.getsource(launching.layout).replace("one.{forgotten}, ", "")
 assert source != inspect.getsource(launching.layout)
 exec(compile(source, "less", "exec"), vars(launching))
-for module in (cosine_logsumexp, cosine_logsumexp_gradients, margin_loss):
+for module in (cosine_logsumexp, backward_pass, margin_loss):
     module.layout = launching.layout
 from benchmarks.host_time import differences
 try:

@@ -101,7 +101,7 @@ def test_one_program_takes_what_it_can() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("samples", "width"), [(1, 8), (512, 64)])
 def test_the_sums_of_the_tiles_are_in_the_workspace(samples: int, width: int, dtype: torch.dtype) -> None:
-    from ltloss_kernels.cosine_logsumexp_gradients import BackwardPass
+    from ltloss_kernels.backward_pass import BackwardPass
 
     classes, limit = 200_000, 1 << 20
     features, prototypes = torch.ones(samples, width, dtype=dtype), torch.empty(classes, width, dtype=dtype)

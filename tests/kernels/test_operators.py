@@ -123,7 +123,7 @@ class TestMemory:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Classes in several slabs, samples in several chunks unless they are few, in both directions."""
-        from ltloss_kernels import cosine_logsumexp, cosine_logsumexp_gradients
+        from ltloss_kernels import backward_pass, cosine_logsumexp
         from ltloss_kernels.config import chunking, tile_table
 
         options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in FAMILY[name](70).items()}
@@ -137,7 +137,7 @@ class TestMemory:
         forward = chunking.ForwardPlan(rows, classes, 2)
         backward = chunking.BackwardPlan(rows, classes)
         monkeypatch.setattr(cosine_logsumexp, "forward_plan", lambda *_, **__: forward)
-        monkeypatch.setattr(cosine_logsumexp_gradients, "backward_plan", lambda *_, **__: backward)
+        monkeypatch.setattr(backward_pass, "backward_plan", lambda *_, **__: backward)
         parts = outcome(kernel_problem(d=width, dtypes=dtypes), **options)
         tolerance = 1e-5 if dtypes[0] == F32 else 2.0**-9
         for one, other in zip(parts, whole, strict=True):
@@ -251,7 +251,7 @@ class TestLaunches:
 
     @staticmethod
     def _counted(monkeypatch: pytest.MonkeyPatch, run: Any) -> Counter[str]:
-        from ltloss_kernels import cosine_logsumexp_gradients
+        from ltloss_kernels import backward_pass
         from triton.runtime.interpreter import GridExecutor
 
         from ltloss.testing import watching
@@ -271,7 +271,7 @@ class TestLaunches:
 
         with monkeypatch.context() as patch, watching(_Computations()) as mode:
             patch.setattr(GridExecutor, "__call__", launch)
-            patch.setattr(cosine_logsumexp_gradients, "multiply_add", product)
+            patch.setattr(backward_pass, "multiply_add", product)
             run()
         return launches + mode.found
 

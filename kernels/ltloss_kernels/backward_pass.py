@@ -1,0 +1,326 @@
+"""What a backward holds and launches: memory for a slab of dZ at a time, its tiles, the products, the projections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ltloss_kernels.config import choices
+from ltloss_kernels.config import tile_table as tiles
+from ltloss_kernels.config.chunking import backward_plan, ceil_div, in_waves, parts_of_product
+from ltloss_kernels.config.operands import (
+    block_source,
+    multiply_add,
+    multiply_add_in_parts,
+    padded_matrix,
+    part,
+    product_dtype,
+    readable_in_place,
+)
+from ltloss_kernels.config.precision import product_precision
+from ltloss_kernels.cosine_logsumexp import LOG2E
+from ltloss_kernels.device.logsumexp_backward import gradient_tile_kernel, sample_gradient_kernel
+from ltloss_kernels.device.projection import projection_kernel, prototype_gradient_kernel
+from ltloss_kernels.launching import Launches, layout
+from ltloss_kernels.running import recording
+
+__all__ = ["BackwardPass", "Slab"]
+
+# Class tiles that are worked on together; their prototypes and a block of features stay in the second-level cache.
+_GROUP = 8
+
+
+class Slab(NamedTuple):
+    """Some of the classes, for whose dZ there is memory at a time."""
+
+    first: int
+    prototypes: Tensor
+    operand: Tensor  # of the products: the prototypes, or memory for their copy
+    factor: Tensor  # s·log2 e over the length of the operand's rows
+    copy_factor: Tensor | None  # the same, where a copy has yet to be made
+    sum: Tensor | None  # float32, of the gradient before the projection
+    grad: Tensor | None
+
+
+class BackwardPass:
+    """The pass; C classes are taken a slab at a time, N samples ``plan.rows`` at a time."""
+
+    def __init__(
+        self,
+        features: Tensor,
+        prototypes: Tensor,
+        labels: Tensor,
+        prior: Tensor | None,
+        scale: float,
+        normalize: bool,
+        ignore_index: int | None,
+    ) -> None:
+        self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
+        self.scale, self.ignore_index = float(scale), ignore_index
+        self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
+        self.fold = self.dtype != torch.float32
+        self.feature_copy: Literal["unit", "plain"] = "unit" if normalize else "plain"
+        # Power-of-two scaled copies keep float16 in range; other dtypes have the range of float32.
+        self.in_place = readable_in_place(prototypes, self.dtype) and self.dtype != torch.float16
+        arch = tiles.architecture(features.device)
+        samples = features.shape[0]
+        self.tile = tiles.gradient_tile(arch, self.dtype, self.precision, *features.shape)
+        self.described = tiles.has_copy_engine(arch)
+        projecting = tiles.prototype_gradient_tile(arch, self.dtype, self.precision, samples)
+        self.projecting_tile = projecting if self.in_place else None
+
+    def take(
+        self,
+        upstream: Tensor,
+        coefficients: Tensor,
+        class_scale: Tensor,
+        inverse_weight_sum: Tensor | None,
+        max_coefficient: Tensor,
+        smooth: bool,
+    ) -> None:
+        """Keep the upstream gradient, and what the forward left of each sample."""
+        self.upstream, self.upstream_stride = upstream, upstream.stride(0) if upstream.dim() else 0
+        self.coefficients, self.class_scale, self.smooth = coefficients, class_scale, smooth
+        self.inverse_weight_sum = inverse_weight_sum
+        float16_slab = self.dtype == torch.float16  # then it is multiplied by a power of two, see slab_scale
+        self.max_coefficient = max_coefficient if float16_slab else None
+        self.max_upstream = (upstream.abs().amax() if upstream.dim() else upstream) if float16_slab else None
+
+    def allocate(self, need_features: bool, need_prototypes: bool, limit: int, by_slab: bool = False) -> None:
+        """The gradients, and in ``limit`` bytes beside them what they are made from.
+
+        ``by_slab``: those of the prototypes, in float32, have memory for one slab only, which counts as well.
+        """
+        need_prototypes |= by_slab
+        gradient_dtype = torch.float32 if by_slab else self.prototypes.dtype
+        features, prototypes = self.features, self.prototypes
+        (samples, width), classes, device = features.shape, prototypes.shape[0], features.device
+        wide_features = need_features and features.dtype != torch.float32
+        projecting = need_prototypes and self.projecting_tile is not None
+        wide_prototypes = need_prototypes and gradient_dtype != torch.float32 and not projecting
+        size, blocks = self.dtype.itemsize, ceil_div(samples, self.tile.rows)
+        self.plan = backward_plan(
+            samples,
+            classes,
+            per_sample=width * (size + 4 * wide_features),
+            per_class=width * (size * (not self.in_place) + 4 * (wide_prototypes or by_slab)) + 4 * blocks * projecting,
+            itemsize=size,
+            tile_classes=self.tile.classes,
+            limit=limit,
+            reread=width * (size + 4 * (need_prototypes and not projecting)),
+            cache=tiles.cache_bytes(device) if choices.tried("slabs of the cache") or recording(device) else 0,
+        )
+        if choices.tried("one wave"):
+            slab = in_waves(self.plan.classes, width, tiles.multiprocessors(device))
+            self.plan = self.plan._replace(classes=slab)
+
+        def matrix(rows: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((rows, width), dtype=dtype, device=device)
+
+        self.grad_features = matrix(samples, features.dtype) if need_features else None
+        self.by_slab, rows = by_slab, self.plan.classes if by_slab else classes
+        self.grad_prototypes = matrix(rows, gradient_dtype) if need_prototypes else None
+        self.feature_sum = matrix(samples, torch.float32) if wide_features else self.grad_features
+        self._slab_sum = matrix(self.plan.classes, torch.float32) if wide_prototypes else None
+        self.along = torch.empty(blocks, self.plan.classes, device=device) if projecting else None
+        self._copy = None if self.in_place else padded_matrix(self.plan.classes, width, self.dtype, device)
+        self._slab = padded_matrix(self.plan.rows, self.plan.classes, self.dtype, device)
+        self.unit = padded_matrix(samples, width, self.dtype, device)
+        self._label = torch.empty(samples, dtype=torch.int32, device=device)
+        self._sample_gradients = torch.empty(4, samples, dtype=torch.float32, device=device)
+        self.launch = Launches(
+            "gradients",
+            layout(features, self.prototypes, self.labels, self.prior, self.coefficients, self.class_scale),
+            layout(self.upstream, self.inverse_weight_sum, self.max_coefficient, self.max_upstream),
+            (self.feature_copy, self.smooth, self.ignore_index, need_features, need_prototypes),
+            (self.tile, self.precision, self.plan),
+        )
+
+    def chunks(self) -> Iterator[slice]:
+        """The samples, some at a time."""
+        samples = self.features.shape[0]
+        for first in range(0, samples, self.plan.rows):
+            yield slice(first, min(first + self.plan.rows, samples))
+
+    def slabs(self) -> Iterator[Slab]:
+        """The classes, some at a time; every slab has the same memory."""
+        classes = self.prototypes.shape[0]
+        for first in range(0, classes, self.plan.classes):
+            here = slice(first, min(first + self.plan.classes, classes))
+            operand = prototypes = part(self.prototypes, here)
+            some = slice(0, here.stop - first)
+            factor, copy_factor = part(self.class_scale, here), None
+            grad = part(self.grad_prototypes, some if self.by_slab else here)
+            if self._copy is not None:
+                operand = part(self._copy, some)
+                factor = copy_factor = torch.empty(some.stop, dtype=torch.float32, device=operand.device)
+            wide = None if self.along is not None else grad if self._slab_sum is None else part(self._slab_sum, some)
+            yield Slab(first, prototypes, operand, factor, copy_factor, wide, grad)
+
+    def launch_samples(self) -> None:
+        """Features as an operand (N, D), clean labels (N,), and the gradients of each sample (4, N)."""
+        (samples, width), copy = self.features.shape, self.unit
+        tile = tiles.row_tile(width)
+        self.launch(sample_gradient_kernel, (ceil_div(samples, tile.rows),))(
+            # inputs
+            self.features,
+            self.labels,
+            self.coefficients,
+            self.upstream,
+            self.inverse_weight_sum,
+            self.max_coefficient,
+            self.max_upstream,
+            # outputs
+            copy,
+            self._label,
+            self._sample_gradients,
+            # sizes
+            samples,
+            self.prototypes.shape[0],
+            width,
+            *self.features.stride(),
+            self.labels.stride(0),
+            self.coefficients.stride(0),
+            self.upstream_stride,
+            copy.stride(0),
+            self.ignore_index,
+            self.scale,
+            # constants
+            COPY=self.feature_copy,
+            FOLD=self.fold,
+            ROWS=tile.rows,
+            WIDTH=tile.width,
+            num_warps=tile.warps,
+        )
+
+    def launch_tiles(self, rows: slice, slab: Slab) -> Tensor:
+        """dZ (n, c) of some samples and a slab, in memory that the next call takes again."""
+        features, label = part(self.unit, rows), part(self._label, rows)
+        sample_gradients = part(self._sample_gradients, rows, 1)
+        prototypes, here = slab.operand, slice(slab.first, slab.first + len(slab.operand))
+        slab_part = part(part(self._slab, slice(0, len(features))), slice(0, len(prototypes)), 1)
+        tile, (samples, classes) = self.tile, slab_part.shape
+        class_tiles = ceil_div(classes, tile.classes)
+        self.launch(gradient_tile_kernel, (ceil_div(samples, tile.rows) * class_tiles,))(
+            # inputs
+            block_source(features, tile.rows, tile.depth, self.described),
+            block_source(prototypes, tile.classes, tile.depth, self.described),
+            slab.factor,
+            part(self.prior, here),
+            label,
+            sample_gradients,
+            # outputs
+            block_source(slab_part, tile.rows, tile.classes, self.described),
+            self.along,
+            # sizes
+            samples,
+            classes,
+            features.shape[1],
+            here.start,
+            class_tiles,
+            sample_gradients.stride(0),
+            features.stride(0),
+            prototypes.stride(0),
+            slab_part.stride(0),
+            # constants
+            DESCRIBED=self.described,
+            SMOOTH=self.smooth,
+            FOLD=self.fold,
+            PRECISION=self.precision,
+            GROUP=_GROUP,
+            **tile.constants,
+        )
+        return slab_part
+
+    def add_to_features(self, target: Tensor, dz: Tensor, slab: Slab) -> None:
+        """The product of dZ (n, c) and the prototypes of a slab, onto the sum for the features."""
+        first = slab.first == 0
+        if choices.tried("parts of K"):
+            (rows, classes), slots = dz.shape, tiles.multiprocessors(dz.device)
+            parts = parts_of_product(rows, target.shape[1], classes, slots)
+            multiply_add_in_parts(target, dz, slab.operand, parts, overwrite=first)
+        else:
+            multiply_add(target, dz, slab.operand, overwrite=first)
+
+    def add_to_prototypes(self, target: Tensor, dz: Tensor, rows: slice) -> None:
+        """The product of dZ (n, c) and the features of these rows, onto the sum for a slab of prototypes."""
+        multiply_add(target, dz.t(), part(self.unit, rows), overwrite=rows.start == 0)
+
+    def launch_prototypes(self, dz: Tensor, slab: Slab) -> None:
+        """The gradients of a slab of prototypes from dZ (N, c), in one launch."""
+        tile, (samples, classes), width = self.projecting_tile, dz.shape, self.unit.shape[1]
+        assert tile is not None
+        self.launch(prototype_gradient_kernel, (ceil_div(classes, tile.classes) * ceil_div(width, tile.depth),))(
+            # inputs
+            block_source(dz, tile.rows, tile.classes, self.described),
+            block_source(self.unit, tile.rows, tile.depth, self.described),
+            block_source(slab.prototypes, tile.classes, tile.depth, self.described),
+            slab.factor,
+            self.along,
+            # outputs
+            slab.grad,
+            # sizes
+            samples,
+            classes,
+            width,
+            ceil_div(samples, self.tile.rows),
+            dz.stride(0),
+            self.unit.stride(0),
+            slab.prototypes.stride(0),
+            1.0 / (self.scale * LOG2E),
+            # constants
+            DESCRIBED=self.described,
+            PRECISION=self.precision,
+            **tile.constants,
+        )
+
+    def launch_projection(self, slab: Slab) -> None:
+        """Finish the gradients of a slab of prototypes, and with the last slab those of all features, in one launch."""
+        prototypes, prototype_sum, grad_prototypes = slab.prototypes, slab.sum, slab.grad
+        last = slab.first + len(prototypes) == len(self.prototypes)
+        feature_sum = self.feature_sum if last else None
+        if feature_sum is None and prototype_sum is None:
+            return
+        (samples, width), classes = self.features.shape, prototypes.shape[0]
+        tile = tiles.row_tile(width, self.features.stride(0), prototypes.stride(0))
+        feature_blocks = 0 if feature_sum is None else ceil_div(samples, tile.rows)
+        prototype_blocks = 0 if prototype_sum is None else ceil_div(classes, tile.rows)
+        self.launch(projection_kernel, (feature_blocks + prototype_blocks,))(
+            # inputs
+            feature_sum,
+            prototype_sum,
+            self.features,
+            prototypes,
+            self.labels,
+            self.coefficients[4] if self.coefficients.shape[0] == 5 else None,
+            self.upstream,
+            self.inverse_weight_sum,
+            self.max_coefficient,
+            self.max_upstream,
+            # outputs
+            self.grad_features,
+            grad_prototypes,
+            # sizes
+            samples,
+            classes,
+            width,
+            feature_blocks,
+            width,
+            *self.features.stride(),
+            width,
+            *prototypes.stride(),
+            self.labels.stride(0),
+            self.upstream_stride,
+            self.ignore_index,
+            self.scale,
+            # constants
+            FEATURE_COPY=self.feature_copy,
+            PROTOTYPE_COPY="none" if self.in_place else "scaled",
+            UNIT=tile.unit,
+            ROWS=tile.rows,
+            WIDTH=tile.width,
+            num_warps=tile.warps,
+        )

@@ -1,0 +1,196 @@
+"""The end of the backward: from sums over the tiles of dZ to the gradients of the rows themselves.
+
+A row enters the logits by its direction, so its gradient lies in the tangent space: (g - (g·v̂) v̂)/‖v‖.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ltloss_kernels.device.elementary import multiple, scaled_rows, unit_rows
+from ltloss_kernels.device.logsumexp_backward import slab_scale
+from ltloss_kernels.device.logsumexp_forward import add_splits
+from ltloss_kernels.device.tile_io import load_block, store_block
+
+__all__ = ["projection_kernel", "prototype_gradient_kernel"]
+
+
+@triton.jit(do_not_specialize=["samples", "classes", "row_blocks"])
+def prototype_gradient_kernel(
+    # inputs
+    slab,
+    features,
+    prototypes,
+    logit_scale_log2_ptr,
+    along_ptr,
+    # outputs
+    grad_prototypes_ptr,
+    # sizes
+    samples,
+    classes,
+    width,
+    row_blocks,
+    slab_stride,
+    features_stride,
+    prototypes_stride,
+    inverse_factor_scale,
+    # constants
+    DESCRIBED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """The gradient of a slab of prototypes where the product is made: g - (g·ŵ) ŵ with g = dZᵀX̂, one tile per program.
+
+    slab: dZ (samples, classes); features: X̂ (samples, width); prototypes: (classes, width); descriptors if DESCRIBED.
+    logit_scale_log2 (classes,) and along (row_blocks, classes): see gradient_tile_kernel; inverse_factor_scale brings
+    the first to 1/‖w‖. grad_prototypes (classes, width), columns next to each other. For prototypes that went into the
+    product as they are, BLOCK_CLASSES by BLOCK_DEPTH entries at a time; the samples are added BLOCK_ROWS at a time.
+    """
+    column_tiles = tl.cdiv(width, BLOCK_DEPTH)
+    row = tl.program_id(0) // column_tiles * BLOCK_CLASSES
+    column = tl.program_id(0) % column_tiles * BLOCK_DEPTH
+    tl.assume(samples > 0)
+    g = tl.zeros((BLOCK_CLASSES, BLOCK_DEPTH), tl.float32)
+    for k in range(0, samples, BLOCK_ROWS):
+        dz = load_block(slab, k, row, samples, classes, slab_stride, BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED)
+        x = load_block(features, k, column, samples, width, features_stride, BLOCK_ROWS, BLOCK_DEPTH, DESCRIBED)
+        g = tl.dot(dz.T, x, g, input_precision=PRECISION)
+    here = row + tl.arange(0, BLOCK_CLASSES)
+    known = here < classes
+    inverse = tl.load(logit_scale_log2_ptr + here, mask=known, other=0.0) * inverse_factor_scale
+    along = add_splits(along_ptr, here, known, classes, row_blocks, 1)
+    w = load_block(prototypes, row, column, classes, width, prototypes_stride, BLOCK_CLASSES, BLOCK_DEPTH, DESCRIBED)
+    g -= (along * inverse)[:, None] * (w.to(tl.float32) * inverse[:, None])
+    store_block(grad_prototypes_ptr, g, row, column, classes, width, width, BLOCK_CLASSES, BLOCK_DEPTH, False, False)
+
+
+@triton.jit
+def project_rows(
+    gradient_ptr,
+    vectors_ptr,
+    used,
+    out_ptr,
+    rows,
+    inside,
+    width,
+    gradient_stride,
+    row_stride,
+    column_stride,
+    out_stride,
+    inverse_slab_scale,
+    along,
+    COPY: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """From g, the gradient for the rows that went into the product, to the gradient for the rows v themselves.
+
+    (g - (g·v̂) v̂)/S, times d(row of the product)/dv: 1 if COPY is "none", 2^p if "scaled", 1/‖v‖ if "unit". If it is
+    "plain", the length counts: g/S + along·v̂, and nothing for a zero row. UNIT divides width and the strides of rows.
+    """
+    width, row_stride = multiple(width, UNIT), multiple(row_stride, UNIT)
+    gradient_stride, out_stride = multiple(gradient_stride, UNIT), multiple(out_stride, UNIT)
+    columns = tl.arange(0, WIDTH)
+    cells = (columns < width)[None, :]
+    wide = rows.to(tl.int64)[:, None]
+    offsets = wide * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    v = tl.load(vectors_ptr + offsets, mask=used[:, None] & cells, other=0.0).to(tl.float32)
+    g = tl.load(gradient_ptr + wide * gradient_stride + columns[None, :], mask=inside[:, None] & cells, other=0.0)
+    v, power, inverse = scaled_rows(v)
+    unit = unit_rows(v, inverse)
+    g *= inverse_slab_scale
+    if COPY == "plain":
+        g = tl.where((inverse == 0.0)[:, None], 0.0, g) + along[:, None] * unit
+    else:
+        g -= tl.sum(g * unit, 1)[:, None] * unit
+    if COPY == "scaled":
+        g *= power[:, None]
+    elif COPY == "unit":
+        g *= (power * inverse)[:, None]
+    out = out_ptr + wide * out_stride + columns[None, :]
+    tl.store(out, g.to(out_ptr.dtype.element_ty), mask=inside[:, None] & cells)
+
+
+@triton.jit(do_not_specialize=["samples", "classes", "feature_blocks"])
+def projection_kernel(
+    # inputs
+    feature_gradient_ptr,
+    prototype_gradient_ptr,
+    features_ptr,
+    prototypes_ptr,
+    labels_ptr,
+    d_norm_ptr,
+    upstream_ptr,
+    inverse_weight_sum_ptr,
+    max_coefficient_ptr,
+    max_upstream_ptr,
+    # outputs
+    grad_features_ptr,
+    grad_prototypes_ptr,
+    # sizes
+    samples,
+    classes,
+    width,
+    feature_blocks,
+    feature_gradient_stride,
+    features_row_stride,
+    features_column_stride,
+    prototype_gradient_stride,
+    prototypes_row_stride,
+    prototypes_column_stride,
+    labels_stride,
+    upstream_stride,
+    ignore_index,
+    scale,
+    # constants
+    FEATURE_COPY: tl.constexpr,
+    PROTOTYPE_COPY: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradients of the raw rows: the first ``feature_blocks`` programs take the features, the others a slab.
+
+    feature_gradient (samples, width) and prototype_gradient (classes, width) float32: the two products, or None for one
+    that is not needed. features, prototypes: the original rows, any dtype and strides, in the same order; labels
+    (samples,): rows labelled ``ignore_index`` count as zero (unless None). d_norm (samples,) ∂L/∂‖x‖, or None; upstream
+    (samples,), stride 0 for a scalar; inverse_weight_sum, max_coefficient, max_upstream: as for
+    sample_gradient_kernel. *_COPY, UNIT: see project_rows.
+    grad_features, grad_prototypes: as large as the rows, their columns next to each other; may be the input itself.
+    """
+    program = tl.program_id(0)
+    inverse_slab_scale = 1.0
+    if max_coefficient_ptr is not None:
+        inverse_slab_scale = 1.0 / slab_scale(max_coefficient_ptr, max_upstream_ptr, inverse_weight_sum_ptr, scale)
+    if feature_gradient_ptr is not None:  # noqa: SIM102 - a constant and a value of the device do not go in one condition
+        if program < feature_blocks:
+            rows = program * ROWS + tl.arange(0, ROWS)
+            inside = rows < samples
+            used = inside
+            if ignore_index is not None:
+                labels = tl.load(labels_ptr + rows.to(tl.int64) * labels_stride, mask=inside, other=0)
+                used = inside & (labels != ignore_index)
+            along = tl.zeros((ROWS,), tl.float32)
+            if d_norm_ptr is not None:
+                along = tl.load(d_norm_ptr + rows, mask=used, other=0.0)
+                along *= tl.load(upstream_ptr + rows.to(tl.int64) * upstream_stride, mask=used, other=0.0)
+                if inverse_weight_sum_ptr is not None:
+                    along *= tl.load(inverse_weight_sum_ptr)
+            project_rows(
+                feature_gradient_ptr, features_ptr, used, grad_features_ptr, rows, inside, width,
+                feature_gradient_stride, features_row_stride, features_column_stride, width, inverse_slab_scale, along,
+                FEATURE_COPY, UNIT, WIDTH,
+            )  # fmt: skip
+    if prototype_gradient_ptr is not None:  # noqa: SIM102 - likewise
+        if program >= feature_blocks:
+            rows = (program - feature_blocks) * ROWS + tl.arange(0, ROWS)
+            inside = rows < classes
+            project_rows(
+                prototype_gradient_ptr, prototypes_ptr, inside, grad_prototypes_ptr, rows, inside, width,
+                prototype_gradient_stride, prototypes_row_stride, prototypes_column_stride, width, inverse_slab_scale,
+                tl.zeros((ROWS,), tl.float32), PROTOTYPE_COPY, UNIT, WIDTH,
+            )  # fmt: skip
