@@ -121,9 +121,13 @@ def loss_step(
     margin: Margin,
     *,
     between: Callable[[], None] = lambda: None,
+    update: Any = None,
     **options: Any,
 ) -> None:
-    """Forward and backward of a margin loss by the entry points of the kernels; ``between`` is called between them."""
+    """Forward and backward of a margin loss by the entry points of the kernels; ``between`` is called between them.
+
+    ``update``: a ``PrototypeUpdate`` instead of the gradient of the prototypes.
+    """
     import ltloss_kernels as kernels
 
     labels = torch.arange(len(features))
@@ -142,9 +146,77 @@ def loss_step(
         smooth,
         objective.normalize_features,
         -100,
-        (True, True),
+        (True, update is None),
+        update=update,
         limit=lambda: _BYTES,
     )
+
+
+# The settings of each rule, and how many states a prototype has; one of Adagrad is a number a class.
+RULES: dict[str, tuple[tuple[float, ...], int]] = {
+    "sgd": ((0.9, 0.0, 1e-4), 1),
+    "nesterov": ((0.9, 0.0, 1e-4), 1),
+    "adamw": ((0.1, 0.001, 1e-8, 0.01), 2),
+    "adagrad": ((1e-10, 0.0), 1),
+}
+
+
+def prototype_update(
+    rule: str, prototypes: torch.Tensor, state: torch.dtype = torch.float32, rounding: str = "stochastic", **rest: Any
+) -> Any:
+    """A ``PrototypeUpdate`` of these prototypes, with a state of zeros, of which no memory is touched."""
+    import ltloss_kernels as kernels
+
+    settings, states = RULES[rule]
+    shape = prototypes.shape[: 1 if rule == "adagrad" else 2]
+    device, half = prototypes.device, torch.bfloat16
+    return kernels.PrototypeUpdate(
+        rule=rule,  # type: ignore[arg-type]
+        settings=settings,
+        lr=torch.full((), 0.01, device=device),
+        weight=prototypes,
+        state=tuple(torch.zeros(shape, dtype=state, device=device) for _ in range(states)),
+        compensation=torch.zeros(prototypes.shape, dtype=half, device=device) if rounding == "kahan" else None,
+        rounding=rounding,  # type: ignore[arg-type]
+        seed=0,
+        first_class=0,
+        finite=torch.ones((), dtype=torch.bool, device=device),
+        step=torch.zeros((), device=device),
+        skipped=torch.zeros((), dtype=torch.int64, device=device),
+        **rest,
+    )
+
+
+def _updates() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Few and many samples, prototypes of half and single precision, wide and uneven rows."""
+    half, single = torch.bfloat16, torch.float32
+    some = ("sgd", "adamw")
+    yield from _rules(f"bf16, N = {_FEW_SAMPLES[0]}", *_matrices(_FEW_SAMPLES[0], _WIDTH, half, half))
+    yield from _rules("bf16", *_matrices(_SAMPLES, _WIDTH, half, half))
+    yield from _rules("bf16 x fp32", *_matrices(_SAMPLES, _WIDTH, half, single))
+    yield from _rules(f"fp32, N = {_FEW_SAMPLES[0]}", *_matrices(_FEW_SAMPLES[0], _WIDTH, single, single), some)
+    for width in (_UNEVEN, _WIDEST):
+        yield from _rules(f"bf16, D = {width}", *_matrices(_SAMPLES, width, half, half), some)
+
+
+def _rules(
+    label: str, features: torch.Tensor, prototypes: torch.Tensor, chosen: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Each rule with float32 state, and what takes most registers: everything rounded, everything asked for."""
+    half, loss_scale = prototypes.dtype == torch.bfloat16, torch.ones(())
+    variants: dict[str, tuple[str, dict[str, Any]]] = {
+        "sgd": ("sgd", {}),
+        "adamw": ("adamw", {}),
+        "adagrad": ("adagrad", {}),
+        "nesterov, bf16 state": ("nesterov", {"state": torch.bfloat16}),
+        "adamw, bf16 state": ("adamw", {"state": torch.bfloat16}),
+        "adamw, clipped": ("adamw", {"max_class_norm": 1.0, "loss_scale": loss_scale}),
+        **({"adamw, kahan": ("adamw", {"rounding": "kahan"})} if half else {}),
+    }
+    for name in chosen or variants:
+        rule, options = variants[name]
+        update = prototype_update(rule, prototypes, **options)
+        yield f"{label}, {name}", lambda update=update: loss_step(features, prototypes, Margin(0.5), update=update)  # type: ignore[misc]
 
 
 def _searches(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -230,6 +302,9 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
         scenario = f"bf16, D = {_WIDEST}"
         loss_step(features, prototypes, Margin(0.5))
         for _, launch in _searches(features, prototypes):
+            launch()
+        for updated, launch in _updates():
+            scenario = updated
             launch()
     return list(cases.values())
 

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from ltloss_kernels.cosine_logsumexp_gradients import gradients
     from ltloss_kernels.margin_loss import coefficients, margin_loss
     from ltloss_kernels.prototype_search import nearest_prototype, nearest_prototype_gradient, top_k
+    from ltloss_kernels.prototype_update import PrototypeUpdate
     from ltloss_kernels.running import interpreting
 
 __all__ = [
     "Partials",
+    "PrototypeUpdate",
     "coefficients",
     "gradients",
     "interpreting",
@@ -29,7 +31,14 @@ __all__ = [
     "top_k",
 ]
 
-_FILES = ("cosine_logsumexp", "cosine_logsumexp_gradients", "margin_loss", "prototype_search", "running")
+_FILES = (
+    "cosine_logsumexp",
+    "cosine_logsumexp_gradients",
+    "margin_loss",
+    "prototype_search",
+    "prototype_update",
+    "running",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from ltloss_kernels.cosine_logsumexp import LOG2E
 from ltloss_kernels.device.logsumexp_backward import gradient_tile_kernel, sample_gradient_kernel
 from ltloss_kernels.device.projection import projection_kernel, prototype_gradient_kernel
 from ltloss_kernels.launching import Launches, layout
+from ltloss_kernels.prototype_update import PrototypeUpdate, Updating
 from ltloss_kernels.running import recording
 
 __all__ = ["BackwardPass", "Slab"]
@@ -42,7 +43,7 @@ class Slab(NamedTuple):
     factor: Tensor  # s·log2 e over the length of the operand's rows
     copy_factor: Tensor | None  # the same, where a copy has yet to be made
     sum: Tensor | None  # float32, of the gradient before the projection
-    grad: Tensor | None
+    grad: Tensor | None  # where it goes; the prototypes themselves where they move
 
 
 class BackwardPass:
@@ -65,12 +66,9 @@ class BackwardPass:
         self.feature_copy: Literal["unit", "plain"] = "unit" if normalize else "plain"
         # Power-of-two scaled copies keep float16 in range; other dtypes have the range of float32.
         self.in_place = readable_in_place(prototypes, self.dtype) and self.dtype != torch.float16
-        arch = tiles.architecture(features.device)
-        samples = features.shape[0]
-        self.tile = tiles.gradient_tile(arch, self.dtype, self.precision, *features.shape)
-        self.described = tiles.has_copy_engine(arch)
-        projecting = tiles.prototype_gradient_tile(arch, self.dtype, self.precision, samples)
-        self.projecting_tile = projecting if self.in_place else None
+        self.arch = tiles.architecture(features.device)
+        self.tile = tiles.gradient_tile(self.arch, self.dtype, self.precision, *features.shape)
+        self.described = tiles.has_copy_engine(self.arch)
 
     def take(
         self,
@@ -89,18 +87,27 @@ class BackwardPass:
         self.max_coefficient = max_coefficient if float16_slab else None
         self.max_upstream = (upstream.abs().amax() if upstream.dim() else upstream) if float16_slab else None
 
-    def allocate(self, need_features: bool, need_prototypes: bool, limit: int, by_slab: bool = False) -> None:
+    def allocate(
+        self,
+        need_features: bool,
+        need_prototypes: bool,
+        limit: int,
+        by_slab: bool = False,
+        update: PrototypeUpdate | None = None,
+    ) -> None:
         """The gradients, and in ``limit`` bytes beside them what they are made from.
 
         ``by_slab``: those of the prototypes, in float32, have memory for one slab only, which counts as well.
+        ``update``: they go into the prototypes, and have no memory.
         """
-        need_prototypes |= by_slab
+        self.projecting_tile = self._tile_for_prototypes(update)
+        need_prototypes |= by_slab or update is not None
         gradient_dtype = torch.float32 if by_slab else self.prototypes.dtype
         features, prototypes = self.features, self.prototypes
         (samples, width), classes, device = features.shape, prototypes.shape[0], features.device
         wide_features = need_features and features.dtype != torch.float32
         projecting = need_prototypes and self.projecting_tile is not None
-        wide_prototypes = need_prototypes and gradient_dtype != torch.float32 and not projecting
+        wide_prototypes = need_prototypes and (update is not None or gradient_dtype != torch.float32) and not projecting
         size, blocks = self.dtype.itemsize, ceil_div(samples, self.tile.rows)
         self.plan = backward_plan(
             samples,
@@ -122,7 +129,8 @@ class BackwardPass:
 
         self.grad_features = matrix(samples, features.dtype) if need_features else None
         self.by_slab, rows = by_slab, self.plan.classes if by_slab else classes
-        self.grad_prototypes = matrix(rows, gradient_dtype) if need_prototypes else None
+        kept = update.weight if update is not None else matrix(rows, gradient_dtype) if need_prototypes else None
+        self.grad_prototypes = kept
         self.feature_sum = matrix(samples, torch.float32) if wide_features else self.grad_features
         self._slab_sum = matrix(self.plan.classes, torch.float32) if wide_prototypes else None
         self.along = torch.empty(blocks, self.plan.classes, device=device) if projecting else None
@@ -136,8 +144,17 @@ class BackwardPass:
             layout(features, self.prototypes, self.labels, self.prior, self.coefficients, self.class_scale),
             layout(self.upstream, self.inverse_weight_sum, self.max_coefficient, self.max_upstream),
             (self.feature_copy, self.smooth, self.ignore_index, need_features, need_prototypes),
-            (self.tile, self.precision, self.plan),
+            (self.tile, self.precision, self.plan, None if update is None else update.key),
         )
+        self.updating = Updating(update)
+        self.updating.launch_numbers(self.launch)
+
+    def _tile_for_prototypes(self, update: PrototypeUpdate | None) -> tiles.Tile | None:
+        """Of the product that ends in what becomes of the prototypes; None where the library's does not."""
+        if not self.in_place or (update is not None and update.needs_rows):
+            return None
+        samples, updated = self.features.shape[0], update is not None
+        return tiles.prototype_gradient_tile(self.arch, self.dtype, self.precision, samples, updated)
 
     def chunks(self) -> Iterator[slice]:
         """The samples, some at a time."""
@@ -260,8 +277,11 @@ class BackwardPass:
             block_source(slab.prototypes, tile.classes, tile.depth, self.described),
             slab.factor,
             self.along,
+            self.updating.numbers,
             # outputs
             slab.grad,
+            # updated
+            *self.updating.states(slab.first, classes),
             # sizes
             samples,
             classes,
@@ -271,7 +291,9 @@ class BackwardPass:
             self.unit.stride(0),
             slab.prototypes.stride(0),
             1.0 / (self.scale * LOG2E),
+            *self.updating.place(slab.first),
             # constants
+            **self.updating.constants,
             DESCRIBED=self.described,
             PRECISION=self.precision,
             **tile.constants,
@@ -279,7 +301,8 @@ class BackwardPass:
 
     def launch_projection(self, slab: Slab) -> None:
         """Finish the gradients of a slab of prototypes, and with the last slab those of all features, in one launch."""
-        prototypes, prototype_sum, grad_prototypes = slab.prototypes, slab.sum, slab.grad
+        prototypes, prototype_sum = slab.prototypes, slab.sum
+        updating = self.updating if prototype_sum is not None else Updating(None)
         last = slab.first + len(prototypes) == len(self.prototypes)
         feature_sum = self.feature_sum if last else None
         if feature_sum is None and prototype_sum is None:
@@ -300,9 +323,12 @@ class BackwardPass:
             self.inverse_weight_sum,
             self.max_coefficient,
             self.max_upstream,
+            updating.numbers,
             # outputs
             self.grad_features,
-            grad_prototypes,
+            slab.grad,
+            # updated
+            *updating.states(slab.first, classes),
             # sizes
             samples,
             classes,
@@ -316,7 +342,9 @@ class BackwardPass:
             self.upstream_stride,
             self.ignore_index,
             self.scale,
+            *updating.place(slab.first),
             # constants
+            **updating.constants,
             FEATURE_COPY=self.feature_copy,
             PROTOTYPE_COPY="none" if self.in_place else "scaled",
             UNIT=tile.unit,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from ltloss.margins import Objective
 from ltloss.numerics import compute_dtype, spans
 from ltloss.ops._dispatch import Kernel, choose_backend, define, no_gradient
 from ltloss.runtime import current_workspace
+
+if TYPE_CHECKING:
+    from ltloss_kernels import PrototypeUpdate
 
 __all__ = ["BACKENDS", "LocalWork", "Shard", "Stats", "Update", "gathered_stats", "logsumexp_stats", "propagate"]
 
@@ -67,8 +70,11 @@ class Update(Protocol):
     def watch(self, node: Any) -> None:
         """Remember a forward pass, the node of an autograd Function."""
 
-    def begin(self, node: Any, upstream: Tensor, shard: Shard | None) -> TakeGradient | None:
-        """Start the update in the backward of ``node``; None where there is nothing to move. Raises before it moves."""
+    def begin(self, node: Any, upstream: Tensor, shard: Shard | None) -> TakeGradient | PrototypeUpdate | None:
+        """Start the update in the backward of ``node``; None where there is nothing to move. Raises before it moves.
+
+        Where the kernels can do all of it, what they need for it.
+        """
 
 
 def _kernels() -> Any:
@@ -238,21 +244,21 @@ def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = No
 _SLAB_WITHOUT_SAMPLES = 1 << 14
 
 
-def _updating(backend: str, take: TakeGradient) -> Callable[..., tuple[Tensor, Tensor]]:
+def _updating(backend: str, take: TakeGradient | PrototypeUpdate) -> Callable[..., tuple[Tensor, Tensor]]:
     """The gradients of the features, while those of the prototypes go to ``take``. No operator: it moves its input."""
 
     def run(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        if not features.shape[0]:  # weights decay and momentum runs on
+        if callable(take) and not features.shape[0]:  # weights decay and momentum runs on
             dtype = compute_dtype(features, prototypes)
             for start, stop in spans(prototypes.shape[0], _SLAB_WITHOUT_SAMPLES):
                 take(start, stop, torch.zeros_like(prototypes[start:stop], dtype=dtype))
             return torch.zeros_like(features), prototypes
-        limit = {} if backend == "torch" else {"limit": current_workspace}
+        options: dict[str, Any] = {"take": take} if callable(take) else {"update": take}
+        if backend == "triton":
+            options["limit"] = current_workspace
         with torch.autocast(features.device.type, enabled=False):
             implementation = BACKENDS[backend]()
-            found: tuple[Tensor, Tensor] = implementation.gradients(
-                grad_loss, features, prototypes, *rest, take=take, **limit
-            )
+            found: tuple[Tensor, Tensor] = implementation.gradients(grad_loss, features, prototypes, *rest, **options)
         return found
 
     return run

@@ -5,17 +5,21 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ltloss._types import TakeGradient
 from ltloss._validation import check_choice, check_number
 from ltloss.distributed.layout import Layout, local
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.optim.rounding import random_bits, round_stochastically
+
+if TYPE_CHECKING:
+    from ltloss_kernels import PrototypeUpdate
 
 __all__ = ["PrototypeOptimizer", "Rounding", "UpdateOptions"]
 
@@ -87,7 +91,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
 
     def _make_state(self, weight: Tensor) -> None:
         layout, state = Layout.of(weight), self.state[weight]
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=local(weight).device)
         for name, columns in self._needs().items():
             state[name] = layout.zeros(*weight.shape[1 : 1 + columns], dtype=self._state_dtype)
         if self.rounding == "kahan":
@@ -167,10 +171,11 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         """Keep the gradient (C, D) of a further term for the update of this backward."""
         self._gradient = gradient if self._gradient is None else self._gradient + gradient
 
-    def begin(self, node: Any, upstream: Tensor, shard: Any) -> Callable[[int, int, Tensor], None] | None:
+    def begin(self, node: Any, upstream: Tensor, shard: Any) -> TakeGradient | PrototypeUpdate | None:
         """What takes the gradients (rows, D) of classes [start, stop).
 
-        None where they are not finite, or where only other gradients were asked for (``torch.autograd.grad``).
+        None where they are not finite, or where only other gradients were asked for (``torch.autograd.grad``). Where
+        kernels can move the prototypes themselves, what they need for it: then nothing waits for the device.
         ``upstream``: everything that multiplies the gradients of the samples. Raises RuntimeError, before anything has
         moved, where the update cannot be done as asked for.
         """
@@ -181,12 +186,46 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         self._moved, self._moves = True, self._moves + 1
         self._passes.discard(node)
         finite = upstream.isfinite().all()
+        if joined is None and node.backend == "triton" and upstream.shape[1] and _in_one_piece(shard):
+            update = self._in_kernels(finite)
+            if update is not None:
+                return update
         if joined is not None:
             finite = finite & joined.isfinite().all()
         if not bool(finite):
             self._skipped += 1
             return None
         return _Slabs(self, shard, joined).take
+
+    def _in_kernels(self, finite: Tensor) -> PrototypeUpdate | None:
+        """The update as the kernels do it, or None where memory is laid out as they cannot take it."""
+        from ltloss_kernels import PrototypeUpdate
+
+        (group,) = self.param_groups
+        (weight,) = group["params"]
+        state = {name: local(tensor) for name, tensor in self.state[weight].items()}
+        step, compensation, own, lr = state.pop("step"), state.pop("compensation", None), local(weight), group["lr"]
+        kept = (own, *state.values(), *([] if compensation is None else [compensation]))
+        if not all(tensor.is_contiguous() for tensor in kept) or not own.shape[0] or step.device != own.device:
+            return None
+        scaler = self._scaler if self._scaler is not None and self._scaler.is_enabled() else None
+        rule, settings = self.rule()
+        return PrototypeUpdate(
+            rule,
+            settings,
+            lr if isinstance(lr, Tensor) and lr.device == own.device else float(lr),
+            own,
+            tuple(state.values()),
+            compensation,
+            self.rounding or "stochastic",
+            group["seed"],
+            Layout.of(weight).span()[0],
+            finite,
+            step,
+            self._skipped,
+            group["max_class_norm"],
+            None if scaler is None else scaler._scale,
+        )
 
     def _refuse(self, node: Any) -> None:
         weight, name = self.weight, type(self).__name__
@@ -251,6 +290,10 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         """What undoes the scale of the GradScaler."""
         return None if self._scaler is None else 1.0 / self._scaler.get_scale()
 
+    def rule(self) -> tuple[Any, tuple[float, ...]]:
+        """Name and settings of the update in ``ltloss_kernels.PrototypeUpdate``."""
+        raise NotImplementedError
+
     def move(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Tensor) -> None:
         """Move some prototypes (rows, D) and their state, all in float32 (or float64), in place."""
         raise NotImplementedError
@@ -274,6 +317,11 @@ class _Joined(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
         ctx.optimizer.join(gradients[0])
         return None, None, None
+
+
+def _in_one_piece(shard: Any) -> bool:
+    """Whether the gradient of the classes at hand is whole, and they are next to each other."""
+    return shard is None or (shard.index is None and shard.layout.data_group is None)
 
 
 class _Slabs:

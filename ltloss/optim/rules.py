@@ -84,6 +84,12 @@ class PrototypeSGD(PrototypeOptimizer):
     def _needs(self) -> dict[str, bool]:
         return {"momentum_buffer": True} if self.defaults["momentum"] else {}
 
+    def rule(self) -> tuple[str, tuple[float, ...]]:
+        """For the kernels."""
+        (group,) = self.param_groups
+        settings = group["momentum"], group["dampening"], group["weight_decay"]
+        return "nesterov" if group["nesterov"] else "sgd", settings
+
     def move(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Tensor) -> None:
         """One step of SGD."""
         (group,) = self.param_groups
@@ -151,6 +157,12 @@ class PrototypeAdamW(PrototypeOptimizer):
     def _needs(self) -> dict[str, bool]:
         return {"exp_avg": True, "exp_avg_sq": True, **({"draws": False} if self._sampled else {})}
 
+    def rule(self) -> tuple[str, tuple[float, ...]]:
+        """For the kernels."""
+        (group,) = self.param_groups
+        first, second = group["betas"]
+        return "adamw", (1.0 - first, 1.0 - second, group["eps"], group["weight_decay"])
+
     def move(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Tensor) -> None:
         """One step of AdamW."""
         (group,) = self.param_groups
@@ -214,6 +226,11 @@ class PrototypeAdagrad(PrototypeOptimizer):
 
     def _needs(self) -> dict[str, bool]:
         return {"sum": False}
+
+    def rule(self) -> tuple[str, tuple[float, ...]]:
+        """For the kernels."""
+        (group,) = self.param_groups
+        return "adagrad", (group["eps"], group["weight_decay"])
 
     def move(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Tensor) -> None:
         """One step of Adagrad."""

@@ -96,6 +96,8 @@ _HALF = {
 # The product for the prototypes with their projection: samples at a time, classes by columns of the result.
 _PROTOTYPES_HALF = {80: Tile(32, 64, 128, 8, 3), 90: Tile(64, 128, 128, 8, 3), 100: Tile(64, 128, 128, 8, 3)}
 _PROTOTYPES_FLOAT32 = Tile(16, 64, 64, 8, 3)
+# The same where it ends in their update: with state in registers too, larger tiles spill or leave room for one block.
+_UPDATE_HALF = {80: Tile(32, 64, 64, 8, 3), 90: Tile(64, 64, 64, 8, 3), 100: Tile(64, 64, 64, 8, 3)}
 # Exact float32 products run on the ordinary units, fed from shared memory: smaller tiles, no tensor core.
 _FLOAT32 = {80: Tile(64, 64, 16, 8, 3), 90: Tile(64, 64, 16, 8, 3), 100: Tile(64, 64, 16, 8, 3)}
 # The nearest prototype takes square tiles. Four warps on Hopper: the maxima over columns go through shared memory once
@@ -158,15 +160,21 @@ def gradient_tile(arch: int, dtype: torch.dtype, precision: str, samples: int, w
     return _tile("gradient", arch, dtype, precision, samples, width)
 
 
-def prototype_gradient_tile(arch: int, dtype: torch.dtype, precision: str, samples: int) -> Tile | None:
+def prototype_gradient_tile(
+    arch: int, dtype: torch.dtype, precision: str, samples: int, updated: bool = False
+) -> Tile | None:
     """Tile of the product that ends in the prototypes' gradient: ``rows`` samples, ``classes``, ``depth`` columns.
+
+    ``updated``: that ends in their update.
 
     None where a library product and the projection after it do as well: for many samples, where the float32 product in
     between is little beside the rest, and in TF32, whose matrix instructions take no transposed operand.
     """
     if samples > FEW_SAMPLES or (dtype == torch.float32 and precision == "tf32"):
         return None
-    return _PROTOTYPES_FLOAT32 if dtype == torch.float32 else _PROTOTYPES_HALF[arch]
+    if dtype == torch.float32:
+        return _PROTOTYPES_FLOAT32
+    return (_UPDATE_HALF if updated else _PROTOTYPES_HALF)[arch]
 
 
 def sample_rows(samples: int) -> int:

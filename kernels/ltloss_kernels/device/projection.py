@@ -1,4 +1,4 @@
-"""The end of the backward: from sums over the tiles of dZ to the gradients of the rows themselves.
+"""The end of the backward: from sums over the tiles of dZ to the gradients of the rows, or to the moved prototypes.
 
 A row enters the logits by its direction, so its gradient lies in the tangent space: (g - (g·v̂) v̂)/‖v‖.
 """
@@ -12,12 +12,13 @@ import triton.language as tl
 from ltloss_kernels.device.elementary import multiple, scaled_rows, unit_rows
 from ltloss_kernels.device.logsumexp_backward import slab_scale
 from ltloss_kernels.device.logsumexp_forward import add_splits
+from ltloss_kernels.device.prototype_update import update_rows
 from ltloss_kernels.device.tile_io import load_block, store_block
 
 __all__ = ["projection_kernel", "prototype_gradient_kernel"]
 
 
-@triton.jit(do_not_specialize=["samples", "classes", "row_blocks"])
+@triton.jit(do_not_specialize=["samples", "classes", "row_blocks", "seed", "first_class"])
 def prototype_gradient_kernel(
     # inputs
     slab,
@@ -25,8 +26,13 @@ def prototype_gradient_kernel(
     prototypes,
     logit_scale_log2_ptr,
     along_ptr,
+    numbers_ptr,
     # outputs
     grad_prototypes_ptr,
+    # updated
+    first_ptr,
+    second_ptr,
+    compensation_ptr,
     # sizes
     samples,
     classes,
@@ -36,7 +42,12 @@ def prototype_gradient_kernel(
     features_stride,
     prototypes_stride,
     inverse_factor_scale,
+    seed,
+    first_class,
     # constants
+    RULE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    CLIP: tl.constexpr,
     DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -49,6 +60,7 @@ def prototype_gradient_kernel(
     logit_scale_log2 (classes,) and along (row_blocks, classes): see gradient_tile_kernel; inverse_factor_scale brings
     the first to 1/‖w‖. grad_prototypes (classes, width), columns next to each other. For prototypes that went into the
     product as they are, BLOCK_CLASSES by BLOCK_DEPTH entries at a time; the samples are added BLOCK_ROWS at a time.
+    numbers, or None: then grad_prototypes is where the prototypes are kept, and they move (see update_rows).
     """
     column_tiles = tl.cdiv(width, BLOCK_DEPTH)
     row = tl.program_id(0) // column_tiles * BLOCK_CLASSES
@@ -64,23 +76,30 @@ def prototype_gradient_kernel(
     inverse = tl.load(logit_scale_log2_ptr + here, mask=known, other=0.0) * inverse_factor_scale
     along = add_splits(along_ptr, here, known, classes, row_blocks, 1)
     w = load_block(prototypes, row, column, classes, width, prototypes_stride, BLOCK_CLASSES, BLOCK_DEPTH, DESCRIBED)
-    g -= (along * inverse)[:, None] * (w.to(tl.float32) * inverse[:, None])
-    store_block(grad_prototypes_ptr, g, row, column, classes, width, width, BLOCK_CLASSES, BLOCK_DEPTH, False, False)
+    w = w.to(tl.float32)
+    g -= (along * inverse)[:, None] * (w * inverse[:, None])
+    if numbers_ptr is not None:
+        update_rows(
+            g, w, here, known, column, width, numbers_ptr, grad_prototypes_ptr, first_ptr, second_ptr,
+            compensation_ptr, seed, first_class, RULE, ROUNDING, CLIP,
+        )  # fmt: skip
+    else:
+        store_block(
+            grad_prototypes_ptr, g, row, column, classes, width, width, BLOCK_CLASSES, BLOCK_DEPTH, False, False
+        )
 
 
 @triton.jit
-def project_rows(
+def projected_rows(
     gradient_ptr,
     vectors_ptr,
     used,
-    out_ptr,
     rows,
     inside,
     width,
     gradient_stride,
     row_stride,
     column_stride,
-    out_stride,
     inverse_slab_scale,
     along,
     COPY: tl.constexpr,
@@ -91,17 +110,18 @@ def project_rows(
 
     (g - (g·v̂) v̂)/S, times d(row of the product)/dv: 1 if COPY is "none", 2^p if "scaled", 1/‖v‖ if "unit". If it is
     "plain", the length counts: g/S + along·v̂, and nothing for a zero row. UNIT divides width and the strides of rows.
+    Returns the gradient and v, both (rows, WIDTH) and 0 beyond ``width``.
     """
     width, row_stride = multiple(width, UNIT), multiple(row_stride, UNIT)
-    gradient_stride, out_stride = multiple(gradient_stride, UNIT), multiple(out_stride, UNIT)
+    gradient_stride = multiple(gradient_stride, UNIT)
     columns = tl.arange(0, WIDTH)
     cells = (columns < width)[None, :]
     wide = rows.to(tl.int64)[:, None]
     offsets = wide * row_stride + columns.to(tl.int64)[None, :] * column_stride
     v = tl.load(vectors_ptr + offsets, mask=used[:, None] & cells, other=0.0).to(tl.float32)
     g = tl.load(gradient_ptr + wide * gradient_stride + columns[None, :], mask=inside[:, None] & cells, other=0.0)
-    v, power, inverse = scaled_rows(v)
-    unit = unit_rows(v, inverse)
+    scaled, power, inverse = scaled_rows(v)
+    unit = unit_rows(scaled, inverse)
     g *= inverse_slab_scale
     if COPY == "plain":
         g = tl.where((inverse == 0.0)[:, None], 0.0, g) + along[:, None] * unit
@@ -111,11 +131,19 @@ def project_rows(
         g *= power[:, None]
     elif COPY == "unit":
         g *= (power * inverse)[:, None]
-    out = out_ptr + wide * out_stride + columns[None, :]
-    tl.store(out, g.to(out_ptr.dtype.element_ty), mask=inside[:, None] & cells)
+    return g, v
 
 
-@triton.jit(do_not_specialize=["samples", "classes", "feature_blocks"])
+@triton.jit
+def store_rows(out_ptr, values, rows, inside, width, UNIT: tl.constexpr):
+    """Whole rows (R, WIDTH) to a matrix (·, width) without gaps; UNIT divides width."""
+    width = multiple(width, UNIT)
+    columns = tl.arange(0, values.shape[1])
+    out = out_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
+    tl.store(out, values.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (columns < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["samples", "classes", "feature_blocks", "seed", "first_class"])
 def projection_kernel(
     # inputs
     feature_gradient_ptr,
@@ -128,9 +156,14 @@ def projection_kernel(
     inverse_weight_sum_ptr,
     max_coefficient_ptr,
     max_upstream_ptr,
+    numbers_ptr,
     # outputs
     grad_features_ptr,
     grad_prototypes_ptr,
+    # updated
+    first_ptr,
+    second_ptr,
+    compensation_ptr,
     # sizes
     samples,
     classes,
@@ -146,7 +179,12 @@ def projection_kernel(
     upstream_stride,
     ignore_index,
     scale,
+    seed,
+    first_class,
     # constants
+    RULE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    CLIP: tl.constexpr,
     FEATURE_COPY: tl.constexpr,
     PROTOTYPE_COPY: tl.constexpr,
     UNIT: tl.constexpr,
@@ -159,8 +197,9 @@ def projection_kernel(
     that is not needed. features, prototypes: the original rows, any dtype and strides, in the same order; labels
     (samples,): rows labelled ``ignore_index`` count as zero (unless None). d_norm (samples,) ∂L/∂‖x‖, or None; upstream
     (samples,), stride 0 for a scalar; inverse_weight_sum, max_coefficient, max_upstream: as for
-    sample_gradient_kernel. *_COPY, UNIT: see project_rows.
+    sample_gradient_kernel. *_COPY, UNIT: see projected_rows.
     grad_features, grad_prototypes: as large as the rows, their columns next to each other; may be the input itself.
+    numbers, or None: then grad_prototypes is where the prototypes are kept, and they move (see update_rows).
     """
     program = tl.program_id(0)
     inverse_slab_scale = 1.0
@@ -180,17 +219,24 @@ def projection_kernel(
                 along *= tl.load(upstream_ptr + rows.to(tl.int64) * upstream_stride, mask=used, other=0.0)
                 if inverse_weight_sum_ptr is not None:
                     along *= tl.load(inverse_weight_sum_ptr)
-            project_rows(
-                feature_gradient_ptr, features_ptr, used, grad_features_ptr, rows, inside, width,
-                feature_gradient_stride, features_row_stride, features_column_stride, width, inverse_slab_scale, along,
-                FEATURE_COPY, UNIT, WIDTH,
+            g, _ = projected_rows(
+                feature_gradient_ptr, features_ptr, used, rows, inside, width, feature_gradient_stride,
+                features_row_stride, features_column_stride, inverse_slab_scale, along, FEATURE_COPY, UNIT, WIDTH,
             )  # fmt: skip
+            store_rows(grad_features_ptr, g, rows, inside, width, UNIT)
     if prototype_gradient_ptr is not None:  # noqa: SIM102 - likewise
         if program >= feature_blocks:
             rows = (program - feature_blocks) * ROWS + tl.arange(0, ROWS)
             inside = rows < classes
-            project_rows(
-                prototype_gradient_ptr, prototypes_ptr, inside, grad_prototypes_ptr, rows, inside, width,
-                prototype_gradient_stride, prototypes_row_stride, prototypes_column_stride, width, inverse_slab_scale,
-                tl.zeros((ROWS,), tl.float32), PROTOTYPE_COPY, UNIT, WIDTH,
+            g, w = projected_rows(
+                prototype_gradient_ptr, prototypes_ptr, inside, rows, inside, width, prototype_gradient_stride,
+                prototypes_row_stride, prototypes_column_stride, inverse_slab_scale, tl.zeros((ROWS,), tl.float32),
+                PROTOTYPE_COPY, UNIT, WIDTH,
             )  # fmt: skip
+            if numbers_ptr is not None:
+                update_rows(
+                    g, w, rows, inside, 0, multiple(width, UNIT), numbers_ptr, grad_prototypes_ptr, first_ptr,
+                    second_ptr, compensation_ptr, seed, first_class, RULE, ROUNDING, CLIP,
+                )  # fmt: skip
+            else:
+                store_rows(grad_prototypes_ptr, g, rows, inside, width, UNIT)

@@ -1,0 +1,237 @@
+"""What an optimizer does to prototypes where their gradient is made: its rules, and rounding of float32 to bfloat16.
+
+All arithmetic is float32, on tiles (R, columns) of whole or partial rows. The numbers of a step lie in a vector on
+the device, which :func:`update_numbers_kernel` writes: a CUDA graph replays with new ones, and a step whose gradients
+are not finite writes nothing, without the host.
+
+    numbers   0           1     2               3               4 ...
+              finite      step  1/loss scale    max_class_norm  those of the rule
+
+Random bits are Philox4x64-10: key (seed, step), counter 1 + class·⌈D/16⌉ + column // 16 in the first word, the stream
+in the third; a block of 256 bits is 16 bits for each of 16 columns.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.random import philox_impl
+
+__all__ = ["update_numbers_kernel", "update_rows"]
+
+
+@triton.jit
+def power(base, exponent):
+    """base^exponent of a float64 and an integer in [0, 2^32)."""
+    result = base * 0.0 + 1.0
+    for bit in range(32):
+        result = tl.where((exponent >> bit) & 1 == 1, result * base, result)
+        base *= base
+    return result
+
+
+@triton.jit(do_not_specialize=["max_class_norm", "lr", "first", "second", "third", "fourth"])
+def update_numbers_kernel(
+    # inputs
+    finite_ptr,
+    loss_scale_ptr,
+    lr_ptr,
+    # outputs
+    numbers_ptr,
+    # updated
+    step_ptr,
+    skipped_ptr,
+    # sizes
+    max_class_norm,
+    lr,
+    first,
+    second,
+    third,
+    fourth,
+    # constants
+    RULE: tl.constexpr,
+):
+    """The numbers of this step, and its count: one program.
+
+    finite: whether the step is done; then step (a float32) counts it, else skipped (int64) does. loss_scale: float32 of
+    a GradScaler, or None. lr: the number, or where it is (any floating dtype) unless None. The settings of the rule are
+    μ, dampening, λ ("sgd", "nesterov"), 1 - β1, 1 - β2, ε, λ ("adamw"), or ε, λ ("adagrad").
+    """
+    finite = tl.load(finite_ptr).to(tl.int32)
+    step = tl.load(step_ptr) + finite.to(tl.float32)
+    tl.store(step_ptr, step)
+    tl.store(skipped_ptr, tl.load(skipped_ptr) + 1 - finite)
+    tl.store(numbers_ptr, finite.to(tl.float32))
+    tl.store(numbers_ptr + 1, step)
+    inverse_loss_scale = 1.0
+    if loss_scale_ptr is not None:
+        inverse_loss_scale = 1.0 / tl.load(loss_scale_ptr)
+    tl.store(numbers_ptr + 2, inverse_loss_scale)
+    tl.store(numbers_ptr + 3, max_class_norm)
+    if lr_ptr is not None:
+        lr = tl.load(lr_ptr).to(tl.float32)
+    if RULE == "adamw":
+        rate, taken, squared = tl.cast(lr, tl.float64), tl.cast(first, tl.float64), tl.cast(second, tl.float64)
+        count = step.to(tl.int64)
+        correction = 1.0 - power(1.0 - taken, count)
+        correction_squared = 1.0 - power(1.0 - squared, count)
+        tl.store(numbers_ptr + 4, (1.0 - rate * tl.cast(fourth, tl.float64)).to(tl.float32))
+        tl.store(numbers_ptr + 5, first)
+        tl.store(numbers_ptr + 6, (1.0 - squared).to(tl.float32))
+        tl.store(numbers_ptr + 7, second)
+        tl.store(numbers_ptr + 8, (rate / correction).to(tl.float32))
+        tl.store(numbers_ptr + 9, (1.0 / tl.sqrt(correction_squared)).to(tl.float32))
+        tl.store(numbers_ptr + 10, third)
+    elif RULE == "adagrad":
+        tl.store(numbers_ptr + 4, lr)
+        tl.store(numbers_ptr + 5, second)
+        tl.store(numbers_ptr + 6, first)
+    else:  # the momentum starts as the first gradient
+        tl.store(numbers_ptr + 4, lr)
+        tl.store(numbers_ptr + 5, third)
+        tl.store(numbers_ptr + 6, tl.where(step == 1.0, 0.0, first))
+        tl.store(numbers_ptr + 7, tl.where(step == 1.0, 1.0, 1.0 - second))
+        tl.store(numbers_ptr + 8, first)
+
+
+@triton.jit
+def random_words(counter, seed, step, STREAM: tl.constexpr):
+    """A block of four times 64 random bits for each counter."""
+    counter = counter.to(tl.uint64)
+    zero = tl.zeros(counter.shape, tl.uint64)
+    stream = tl.full(counter.shape, STREAM, tl.uint64)
+    return philox_impl(counter, zero, stream, zero, tl.cast(seed, tl.uint64), tl.cast(step, tl.uint64))
+
+
+@triton.jit
+def random_numbers(counter, seed, step, STREAM: tl.constexpr, COLUMNS: tl.constexpr):
+    """(R, COLUMNS) int32 in [0, 2^16): the blocks of row r begin with ``counter[r]``, one for each 16 columns."""
+    BLOCKS: tl.constexpr = COLUMNS // 16
+    words = random_words(counter[:, None] + tl.arange(0, BLOCKS)[None, :], seed, step, STREAM)
+    four = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))
+    four = tl.reshape(four, (counter.shape[0], BLOCKS * 4, 1))
+    parts = (four >> (tl.arange(0, 4) * 16).to(tl.uint64)[None, None, :]).to(tl.int32) & 0xFFFF
+    return tl.reshape(parts, (counter.shape[0], COLUMNS)) ^ 0x8000
+
+
+@triton.jit
+def cut_off(values, numbers):
+    """Float32 with the last 16 bits cut off, after ``numbers`` of 16 bits were added to them."""
+    cut = ((values.to(tl.int32, bitcast=True) + numbers) & -65536).to(tl.float32, bitcast=True)
+    return tl.where(values == values, cut, values)  # a NaN would run over
+
+
+@triton.jit
+def nearest(values):
+    """Float32 rounded to the nearest that bfloat16 has, ties to even. (The interpreter's own cast cuts off.)"""
+    return cut_off(values, 0x7FFF + ((values.to(tl.int32, bitcast=True) >> 16) & 1))
+
+
+@triton.jit
+def keep(pointers, values, mask, counter, seed, step, STREAM: tl.constexpr, ROUNDING: tl.constexpr):
+    """Write values (R, columns) in the dtype in which they are kept."""
+    if pointers.dtype.element_ty == tl.bfloat16:
+        if ROUNDING == "stochastic":
+            values = cut_off(values, random_numbers(counter, seed, step, STREAM, values.shape[1]))
+        else:
+            values = nearest(values)
+    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sgd(g, w, velocities, mask, numbers_ptr, counter, seed, step, NESTEROV: tl.constexpr, ROUNDING: tl.constexpr):
+    """v ← μ·v + (1 - dampening)·(g + λ·w), w ← w - η·v, or w - η·(g + λ·w + μ·v) by Nesterov. Returns w."""
+    g += tl.load(numbers_ptr + 5) * w
+    if velocities is not None:
+        v = tl.load(velocities, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(numbers_ptr + 6) * v + tl.load(numbers_ptr + 7) * g
+        keep(velocities, v, mask, counter, seed, step, 1, ROUNDING)
+        g = g + tl.load(numbers_ptr + 8) * v if NESTEROV else v
+    return w - tl.load(numbers_ptr + 4) * g
+
+
+@triton.jit
+def adamw(g, w, averages, squares, mask, numbers_ptr, counter, seed, step, ROUNDING: tl.constexpr):
+    """m ← β1·m + (1 - β1)·g, v ← β2·v + (1 - β2)·g², w ← (1 - η·λ)·w - η·m̂/(√v̂ + ε). Returns w."""
+    v = tl.load(squares, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(numbers_ptr + 6) * v + tl.load(numbers_ptr + 7) * (g * g)
+    keep(squares, v, mask, counter, seed, step, 2, ROUNDING)
+    m = tl.load(averages, mask=mask, other=0.0).to(tl.float32)
+    m += tl.load(numbers_ptr + 5) * (g - m)
+    keep(averages, m, mask, counter, seed, step, 1, ROUNDING)
+    root = tl.sqrt(v) * tl.load(numbers_ptr + 9) + tl.load(numbers_ptr + 10)
+    return tl.load(numbers_ptr + 4) * w - tl.load(numbers_ptr + 8) * (m / root)
+
+
+@triton.jit
+def adagrad(g, w, sums, classes, inside, width, numbers_ptr, seed, step, ROUNDING: tl.constexpr):
+    """With g + λ·w: a_c ← a_c + ‖g_c‖²/D, w ← w - η·g/(√a_c + ε), of whole rows. Returns w."""
+    g += tl.load(numbers_ptr + 5) * w
+    a = tl.load(sums, mask=inside, other=0.0).to(tl.float32)
+    a += tl.sum(g * g, 1) / width.to(tl.float32)
+    kept = a
+    if sums.dtype.element_ty == tl.bfloat16:
+        if ROUNDING == "stochastic":
+            word, _, _, _ = random_words(1 + classes, seed, step, 1)  # one column, so one block a class
+            kept = cut_off(a, (word & 0xFFFF).to(tl.int32) ^ 0x8000)
+        else:
+            kept = nearest(a)
+    tl.store(sums, kept.to(sums.dtype.element_ty), mask=inside)
+    return w - g * (tl.load(numbers_ptr + 4) / (tl.sqrt(a) + tl.load(numbers_ptr + 6)))[:, None]
+
+
+@triton.jit
+def update_rows(
+    g,
+    w,
+    rows,
+    inside,
+    column,
+    width,
+    numbers_ptr,
+    weight_ptr,
+    first_ptr,
+    second_ptr,
+    compensation_ptr,
+    seed,
+    first_class,
+    RULE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    CLIP: tl.constexpr,
+):
+    """Move a tile w (R, columns) of prototypes by its gradient g; both are 0 beyond ``width``.
+
+    rows (R,): of the slab whose first class is ``first_class``; columns from ``column`` on, a multiple of 16.
+    weight, first, second (width of a row apart) and compensation: the slab as it is kept, its state and what the
+    rounding cut off, or None; first is (classes,) for "adagrad". For "adagrad" and CLIP rows are whole.
+    ROUNDING of bfloat16: "stochastic", "nearest", or "kahan", where the state is rounded stochastically.
+    """
+    COLUMNS: tl.constexpr = g.shape[1]
+    KEPT: tl.constexpr = "nearest" if ROUNDING == "nearest" else "stochastic"
+    columns = column + tl.arange(0, COLUMNS)
+    inside &= tl.load(numbers_ptr).to(tl.int32) != 0
+    mask = inside[:, None] & (columns < width)[None, :]
+    at = rows.to(tl.int64)[:, None] * width + columns[None, :]
+    step = tl.load(numbers_ptr + 1).to(tl.int64)
+    classes = rows.to(tl.int64) + first_class
+    counter = 1 + classes * tl.cdiv(width, 16) + column // 16
+    g *= tl.load(numbers_ptr + 2)
+    if CLIP:
+        norm = tl.sqrt(tl.sum(g * g, 1))
+        g *= tl.minimum(tl.load(numbers_ptr + 3) / norm, 1.0)[:, None]
+    if compensation_ptr is not None:
+        w += tl.load(compensation_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if RULE == "adamw":
+        w = adamw(g, w, first_ptr + at, second_ptr + at, mask, numbers_ptr, counter, seed, step, KEPT)
+    elif RULE == "adagrad":
+        w = adagrad(g, w, first_ptr + rows, classes, inside, width, numbers_ptr, seed, step, KEPT)
+    else:
+        velocities = None if first_ptr is None else first_ptr + at
+        w = sgd(g, w, velocities, mask, numbers_ptr, counter, seed, step, RULE == "nesterov", KEPT)
+    if compensation_ptr is not None:
+        kept = nearest(w)
+        tl.store(weight_ptr + at, kept.to(tl.bfloat16), mask=mask)
+        tl.store(compensation_ptr + at, nearest(w - kept).to(tl.bfloat16), mask=mask)
+    else:
+        keep(weight_ptr + at, w, mask, counter, seed, step, 0, KEPT)

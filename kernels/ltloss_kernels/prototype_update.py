@@ -1,0 +1,112 @@
+"""What the last kernels of a backward need to move the prototypes instead of writing their gradient."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ltloss_kernels.config.operands import part
+from ltloss_kernels.device.prototype_update import update_numbers_kernel
+from ltloss_kernels.launching import Launches, layout
+
+__all__ = ["PrototypeUpdate", "Updating"]
+
+_NUMBERS = 16  # of the vector that update_numbers_kernel writes
+
+
+class PrototypeUpdate(NamedTuple):
+    """One step of an optimizer, as tensors and numbers.
+
+    Attributes:
+        rule: the formula, see ``ltloss_kernels.device.prototype_update``.
+        settings: of the rule, at most four: μ, dampening, λ ("sgd", "nesterov"), 1 - β1, 1 - β2, ε, λ ("adamw"), or
+            ε, λ ("adagrad").
+        lr: η; as a tensor on the device it is read when the kernels run, also in a CUDA graph.
+        weight: (C, D) float32 or bfloat16, contiguous as all others: the prototypes, where they are kept.
+        state: (C, D), or (C,) for "adagrad", in the order of their random streams; float32 or bfloat16.
+        compensation: (C, D) bfloat16, what the rounding of the weight cut off, or None.
+        rounding: "stochastic" or "nearest", of whatever is bfloat16; "kahan" with a compensation.
+        seed: of the stochastic rounding, with the number of the step.
+        first_class: the number of the first class of ``weight`` among all.
+        finite: a bool on the device. False: nothing is written but ``skipped``.
+        step, skipped: scalars on the device, float32 and int64, of which one counts this step.
+        max_class_norm: the most that the gradient of a class may be long, or None.
+        loss_scale: float32 scalar on the device that the gradients are divided by, or None.
+    """
+
+    rule: Literal["sgd", "nesterov", "adamw", "adagrad"]
+    settings: tuple[float, ...]
+    lr: float | Tensor
+    weight: Tensor
+    state: tuple[Tensor, ...]
+    compensation: Tensor | None
+    rounding: Literal["stochastic", "nearest", "kahan"]
+    seed: int
+    first_class: int
+    finite: Tensor
+    step: Tensor
+    skipped: Tensor
+    max_class_norm: float | None = None
+    loss_scale: Tensor | None = None
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether a class moves by more of its gradient than each column's own."""
+        return self.rule == "adagrad" or self.max_class_norm is not None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All that decides which kernels are launched, see :class:`ltloss_kernels.launching.Launches`."""
+        lr = self.lr if isinstance(self.lr, Tensor) else None
+        tensors = lr, self.weight, *self.state, self.compensation, self.finite, self.step, self.skipped, self.loss_scale
+        return self.rule, self.rounding, self.seed, self.first_class, self.max_class_norm is None, layout(*tensors)
+
+
+class Updating:
+    """What the launches of one backward are given for the update; without one, nothing."""
+
+    def __init__(self, update: PrototypeUpdate | None) -> None:
+        self.update, self.numbers = update, None
+        self.constants: dict[str, Any] = {"RULE": "", "ROUNDING": "", "CLIP": False}
+        if update is not None:
+            self.numbers = torch.empty(_NUMBERS, dtype=torch.float32, device=update.weight.device)
+            clip = update.max_class_norm is not None
+            self.constants = {"RULE": update.rule, "ROUNDING": update.rounding, "CLIP": clip}
+
+    def launch_numbers(self, launch: Launches) -> None:
+        """The numbers of this step, and its count."""
+        update = self.update
+        if update is None:
+            return
+        on_device = isinstance(update.lr, Tensor)
+        launch(update_numbers_kernel, (1,))(
+            # inputs
+            update.finite,
+            update.loss_scale,
+            update.lr if on_device else None,
+            # outputs
+            self.numbers,
+            # updated
+            update.step,
+            update.skipped,
+            # sizes
+            float(update.max_class_norm or 0.0),
+            0.0 if on_device else float(update.lr),
+            *(float(one) for one in (*update.settings, 0.0, 0.0, 0.0, 0.0)[:4]),
+            # constants
+            RULE=update.rule,
+        )
+
+    def states(self, first: int, count: int) -> tuple[Tensor | None, ...]:
+        """Two states and the compensation of ``count`` classes from ``first`` on."""
+        if self.update is None:
+            return None, None, None
+        here = slice(first, first + count)
+        state = (*self.update.state, None, None)[:2]
+        return tuple(part(one, here) for one in (*state, self.update.compensation))
+
+    def place(self, first: int) -> tuple[int, int]:
+        """The seed, and the number of a slab's first class among all."""
+        return (0, 0) if self.update is None else (self.update.seed, self.update.first_class + first)
