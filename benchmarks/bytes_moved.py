@@ -2,13 +2,15 @@
 
 The launchers run on a CPU and every launch is taken down with its operands instead of done. Then each launch goes over
 its operands once, from the first byte to the last, all at the same pace, through a model of the second-level cache: the
-least recently used lines leave first, and what was written goes to memory when it leaves. So this is a count of what
-must move if the programs that work at one time share what they read; it is no measurement.
+least recently used lines leave first (before them what a kernel marks so), and what was written goes to memory when it
+leaves. So this is a count of what must move if the programs that work at one time share what they read; it is no
+measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_report.record import as_on_a_gpu, loss_step
+from benchmarks.kernel_report.record import as_on_a_gpu, loss_step, prototype_update
 from ltloss.margins import Margin
 
 CACHE = 50 << 20  # of an H100
@@ -33,6 +35,7 @@ class Operand(NamedTuple):
     start: int
     size: int
     written: bool
+    streamed: bool = False  # marked to leave the cache first
 
 
 class Traffic:
@@ -45,16 +48,18 @@ class Traffic:
     def launch(self, operands: list[Operand]) -> None:
         """All operands at once, a part of each at a time."""
         for step in range(_STEPS):
-            for start, size, written in operands:
+            for start, size, written, streamed in operands:
                 first, end = (start + size * at // _STEPS for at in (step, step + 1))
                 for line in range(first // _LINE, -(-end // _LINE)):
-                    self._touch(line, written)
+                    self._touch(line, written, streamed)
 
-    def _touch(self, line: int, written: bool) -> None:
+    def _touch(self, line: int, written: bool, streamed: bool) -> None:
         known = self._lines.pop(line, None)
         if known is None and not written:
             self.moved += _LINE
         self._lines[line] = written or bool(known)
+        if streamed:
+            self._lines.move_to_end(line, last=False)
         if len(self._lines) > self.capacity:
             self.moved += _LINE * self._lines.popitem(last=False)[1]
 
@@ -73,9 +78,9 @@ def _bytes_of(given: Any) -> tuple[int, int] | None:
     return matrix.data_ptr(), extent * matrix.element_size()
 
 
-def _written(kernel: Any) -> set[str]:
-    """The arguments between "# outputs" and "# sizes" in a kernel's signature."""
-    section = kernel.src.partition("# outputs")[2].partition("# sizes")[0]
+def _section(kernel: Any, name: str) -> set[str]:
+    """The arguments between "# name" and the next such line in a kernel's signature."""
+    section = kernel.src.partition(f"# {name}\n")[2].partition("#")[0]
     return set(re.findall(r"^\s*(\w+),", section, re.MULTILINE))
 
 
@@ -86,7 +91,8 @@ def _taken_down(traffic: Traffic) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     def run(self: Any, *args: Any, **constants: Any) -> None:
-        written, operands = _written(self), []
+        updated, operands = _section(self, "updated"), []
+        written = _section(self, "outputs") | updated
         if constants.get("NORMS"):  # then the tiles find what is an input otherwise
             written.add("logit_scale_log2_ptr")
         for name, given in zip(self.arg_names, args, strict=False):
@@ -95,7 +101,10 @@ def _taken_down(traffic: Traffic) -> Iterator[None]:
             start, size = found
             if (self.__name__, name) == ("sample_kernel", "prototypes_ptr"):  # gathered: those of the labels
                 size = size // len(given) * len(args[self.arg_names.index("labels_ptr")])
-            operands.append(Operand(start, size, name in written))
+            moved = bool(constants.get("RULE")) and name == "grad_prototypes_ptr"  # then these are the prototypes
+            if name in updated:
+                operands.append(Operand(start, size, written=False, streamed=True))
+            operands.append(Operand(start, size, name in written, name in updated or moved))
         traffic.launch(operands)
 
     def product(target: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
@@ -125,10 +134,14 @@ class Moved(NamedTuple):
 
 
 def step(
-    n: int, c: int, d: int, x: torch.dtype = torch.bfloat16, w: torch.dtype = torch.bfloat16
+    n: int, c: int, d: int, x: torch.dtype = torch.bfloat16, w: torch.dtype = torch.bfloat16, rule: str | None = None
 ) -> tuple[Moved, Moved]:
-    """Forward and backward of (n, c, d) with features of dtype ``x`` and prototypes of ``w``; no memory is touched."""
+    """Forward and backward of (n, c, d) with features of dtype ``x`` and prototypes of ``w``; no memory is touched.
+
+    ``rule``: of an update with float32 state in the backward, instead of the gradient of the prototypes.
+    """
     features, prototypes = torch.empty(n, d, dtype=x), torch.empty(c, d, dtype=w)
+    update = None if rule is None else prototype_update(rule, prototypes)
     traffic = Traffic(CACHE)
     counted: list[int] = []
 
@@ -137,10 +150,11 @@ def step(
         counted.append(traffic.moved - sum(counted))
 
     with _taken_down(traffic):
-        loss_step(features, prototypes, Margin(0.5), between=count)
+        loss_step(features, prototypes, Margin(0.5), between=count, update=update)
         count()
     least = features.nbytes + prototypes.nbytes + n * torch.int64.itemsize
-    return Moved(counted[0], least), Moved(counted[1], least + features.nbytes + prototypes.nbytes)
+    state = 0 if update is None else sum(one.nbytes for one in update.state)
+    return Moved(counted[0], least), Moved(counted[1], least + features.nbytes + prototypes.nbytes + 2 * state)
 
 
 @contextmanager
@@ -176,6 +190,12 @@ def main() -> int:
                     f"{str(w)[6:]:10} {n:5}  {name:10} {forward.bytes / 1e9:10.2f} {forward.ratio:8.2f} "
                     f"{backward.bytes / 1e9:10.2f} {backward.ratio:8.2f}"
                 )
+    print("\nthe whole step, prototypes moved in the backward, float32 state, in a graph (N = 256)")
+    print("prototypes  rule       GB   x least")
+    for w, rule in itertools.product((torch.bfloat16, torch.float32), ("sgd", "adamw")):
+        with in_a_graph():
+            whole = Moved(*map(sum, zip(*step(256, 10**6, 512, w=w, rule=rule), strict=True)))
+        print(f"{str(w)[6:]:10}  {rule:6} {whole.bytes / 1e9:7.2f} {whole.ratio:8.2f}")
     return 0
 
 

@@ -164,7 +164,7 @@ RULES: dict[str, tuple[tuple[float, ...], int]] = {
 def prototype_update(
     rule: str, prototypes: torch.Tensor, state: torch.dtype = torch.float32, rounding: str = "stochastic", **rest: Any
 ) -> Any:
-    """A ``PrototypeUpdate`` of these prototypes, with a state of zeros, of which no memory is touched."""
+    """A ``PrototypeUpdate`` of these prototypes, with a state of which no memory is touched."""
     import ltloss_kernels as kernels
 
     settings, states = RULES[rule]
@@ -175,8 +175,8 @@ def prototype_update(
         settings=settings,
         lr=torch.full((), 0.01, device=device),
         weight=prototypes,
-        state=tuple(torch.zeros(shape, dtype=state, device=device) for _ in range(states)),
-        compensation=torch.zeros(prototypes.shape, dtype=half, device=device) if rounding == "kahan" else None,
+        state=tuple(torch.empty(shape, dtype=state, device=device) for _ in range(states)),
+        compensation=torch.empty(prototypes.shape, dtype=half, device=device) if rounding == "kahan" else None,
         rounding=rounding,  # type: ignore[arg-type]
         seed=0,
         first_class=0,

@@ -56,6 +56,14 @@ class TestTheCache:
         traffic.launch([lines(0, 8), lines(100, 8, written=True)])
         assert traffic.moved == 8 * _LINE
 
+    def test_what_is_marked_to_leave_first_displaces_nothing(self, traffic: Traffic) -> None:
+        traffic.launch([lines(0, 16)])
+        stream = lines(100, 64)._replace(streamed=True)
+        traffic.launch([stream, stream._replace(written=True)])
+        assert traffic.moved == (16 + 64 + 64) * _LINE
+        traffic.launch([lines(1, 15)])
+        assert traffic.moved == (16 + 64 + 64) * _LINE
+
 
 def counted(way: Callable[[], AbstractContextManager[None]], *sizes: Any) -> tuple[Moved, Moved]:
     with way():
@@ -79,3 +87,16 @@ def test_few_samples_read_a_million_prototypes_once(
     assert many[0].ratio > 1.9
     assert 1.0 <= graph[1].ratio <= backward_at_most
     assert graph[1].ratio < few[1].ratio <= 1.001 * many[1].ratio  # where memory begins moves a line or two
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize("prototypes", [torch.bfloat16, torch.float32])
+def test_a_step_that_moves_a_million_prototypes_moves_little_else(
+    prototypes: torch.dtype, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward together, in a CUDA graph."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with fresh_processes(1) as pool:
+        forward, backward = pool.submit(counted, in_a_graph, 256, 10**6, 512, torch.bfloat16, prototypes, rule).result()
+    assert backward.least > forward.least + 2 * 10**6 * 512 * 4  # float32 state is read and written
+    assert 1.0 <= (forward.bytes + backward.bytes) / (forward.least + backward.least) <= 1.1

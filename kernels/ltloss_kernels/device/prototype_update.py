@@ -7,6 +7,8 @@ are not finite writes nothing, without the host.
     numbers   0           1     2               3               4 ...
               finite      step  1/loss scale    max_class_norm  those of the rule
 
+What is kept passes through the second-level cache once, and is marked to leave it first: dZ and the sums stay.
+
 Random bits are Philox4x64-10: key (seed, step), counter 1 + class·⌈D/16⌉ + column // 16 in the first word, the stream
 in the third; a block of 256 bits is 16 bits for each of 16 columns.
 """
@@ -136,7 +138,13 @@ def keep(pointers, values, mask, counter, seed, step, STREAM: tl.constexpr, ROUN
             values = cut_off(values, random_numbers(counter, seed, step, STREAM, values.shape[1]))
         else:
             values = nearest(values)
-    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def read(pointers, mask):
+    """What is kept, in float32."""
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
 
 @triton.jit
@@ -144,7 +152,7 @@ def sgd(g, w, velocities, mask, numbers_ptr, counter, seed, step, NESTEROV: tl.c
     """v ← μ·v + (1 - dampening)·(g + λ·w), w ← w - η·v, or w - η·(g + λ·w + μ·v) by Nesterov. Returns w."""
     g += tl.load(numbers_ptr + 5) * w
     if velocities is not None:
-        v = tl.load(velocities, mask=mask, other=0.0).to(tl.float32)
+        v = read(velocities, mask)
         v = tl.load(numbers_ptr + 6) * v + tl.load(numbers_ptr + 7) * g
         keep(velocities, v, mask, counter, seed, step, 1, ROUNDING)
         g = g + tl.load(numbers_ptr + 8) * v if NESTEROV else v
@@ -154,10 +162,10 @@ def sgd(g, w, velocities, mask, numbers_ptr, counter, seed, step, NESTEROV: tl.c
 @triton.jit
 def adamw(g, w, averages, squares, mask, numbers_ptr, counter, seed, step, ROUNDING: tl.constexpr):
     """m ← β1·m + (1 - β1)·g, v ← β2·v + (1 - β2)·g², w ← (1 - η·λ)·w - η·m̂/(√v̂ + ε). Returns w."""
-    v = tl.load(squares, mask=mask, other=0.0).to(tl.float32)
+    v = read(squares, mask)
     v = tl.load(numbers_ptr + 6) * v + tl.load(numbers_ptr + 7) * (g * g)
     keep(squares, v, mask, counter, seed, step, 2, ROUNDING)
-    m = tl.load(averages, mask=mask, other=0.0).to(tl.float32)
+    m = read(averages, mask)
     m += tl.load(numbers_ptr + 5) * (g - m)
     keep(averages, m, mask, counter, seed, step, 1, ROUNDING)
     root = tl.sqrt(v) * tl.load(numbers_ptr + 9) + tl.load(numbers_ptr + 10)
@@ -221,7 +229,7 @@ def update_rows(
         norm = tl.sqrt(tl.sum(g * g, 1))
         g *= tl.minimum(tl.load(numbers_ptr + 3) / norm, 1.0)[:, None]
     if compensation_ptr is not None:
-        w += tl.load(compensation_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        w += read(compensation_ptr + at, mask)
     if RULE == "adamw":
         w = adamw(g, w, first_ptr + at, second_ptr + at, mask, numbers_ptr, counter, seed, step, KEPT)
     elif RULE == "adagrad":
@@ -231,7 +239,7 @@ def update_rows(
         w = sgd(g, w, velocities, mask, numbers_ptr, counter, seed, step, RULE == "nesterov", KEPT)
     if compensation_ptr is not None:
         kept = nearest(w)
-        tl.store(weight_ptr + at, kept.to(tl.bfloat16), mask=mask)
-        tl.store(compensation_ptr + at, nearest(w - kept).to(tl.bfloat16), mask=mask)
+        keep(compensation_ptr + at, w - kept, mask, counter, seed, step, 0, "nearest")
+        keep(weight_ptr + at, kept, mask, counter, seed, step, 0, "nearest")
     else:
         keep(weight_ptr + at, w, mask, counter, seed, step, 0, KEPT)
