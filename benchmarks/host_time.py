@@ -24,6 +24,7 @@ from torch import Tensor
 import ltloss
 from benchmarks.kernel_report.record import as_on_a_gpu
 from ltloss import functional
+from ltloss.optim import PrototypeAdagrad, PrototypeAdamW, PrototypeSGD
 
 Launch = tuple[Any, ...]  # the specialisation, the grid, and all arguments but tensors
 
@@ -151,6 +152,43 @@ def problems() -> Iterator[Callable[[], None]]:
     for needs in ((True, False), (False, True)):
         yield lambda needs=needs: _step(**usual, needs=needs)  # type: ignore[misc]
     yield lambda: _step(**usual, options={"reduction": "none"}, upstream=torch.ones(80)[::2])
+    yield from _updates()
+
+
+def _updates() -> Iterator[Callable[[], None]]:
+    """Steps that move the prototypes, which differ in one thing each."""
+    half: dict[str, Any] = {"rounding": "stochastic"}
+    rate = torch.full((), 0.1)
+    changes: list[dict[str, Any]] = [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True},
+        {"max_class_norm": 1.0},
+    ]
+    changes += [
+        {"max_class_norm": 1.0},
+        {"seed": 1 << 40},
+        {"seed": 1},
+        {"lr": rate},
+        {"rounding": "kahan"},
+        {"rounding": "nearest"},
+    ]
+    changes += [{"momentum": 0.9, "state_dtype": torch.bfloat16}]
+    for change in changes:
+        yield lambda change=change: _moving(PrototypeSGD, torch.bfloat16, {**half, **change})  # type: ignore[misc]
+    for kind in (PrototypeSGD, PrototypeAdamW, PrototypeAdagrad):
+        for dtype, options in ((torch.bfloat16, half), (torch.float32, {})):
+            for sizes in ((40, 300, 64), (600, 300, 64), (40, 17, 20), (40, 300, 19)):
+                yield lambda args=(kind, dtype, options, *sizes): _moving(*args)  # type: ignore[misc]
+
+
+def _moving(
+    kind: Callable[..., Any], dtype: torch.dtype, options: dict[str, Any], n: int = 40, c: int = 300, d: int = 64
+) -> None:
+    head = ltloss.ArcFaceLoss(c, d).to(dtype)
+    optimizer = kind(head, **options)
+    head(_matrix(n, d, torch.bfloat16, "").requires_grad_(), _labels(n, torch.int64, "")).backward()
+    optimizer.step()
 
 
 def _step(

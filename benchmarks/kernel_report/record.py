@@ -122,11 +122,12 @@ def loss_step(
     *,
     between: Callable[[], None] = lambda: None,
     update: Any = None,
+    limit: int = _BYTES,
     **options: Any,
 ) -> None:
     """Forward and backward of a margin loss by the entry points of the kernels; ``between`` is called between them.
 
-    ``update``: a ``PrototypeUpdate`` instead of the gradient of the prototypes.
+    ``update``: a ``PrototypeUpdate`` instead of the gradient of the prototypes; ``limit``: bytes of workspace.
     """
     import ltloss_kernels as kernels
 
@@ -148,7 +149,7 @@ def loss_step(
         -100,
         (True, update is None),
         update=update,
-        limit=lambda: _BYTES,
+        limit=lambda: limit,
     )
 
 
@@ -162,7 +163,12 @@ RULES: dict[str, tuple[tuple[float, ...], int]] = {
 
 
 def prototype_update(
-    rule: str, prototypes: torch.Tensor, state: torch.dtype = torch.float32, rounding: str = "stochastic", **rest: Any
+    rule: str,
+    prototypes: torch.Tensor,
+    state: torch.dtype = torch.float32,
+    rounding: str = "stochastic",
+    seed: int = 0,
+    **rest: Any,
 ) -> Any:
     """A ``PrototypeUpdate`` of these prototypes, with a state of which no memory is touched."""
     import ltloss_kernels as kernels
@@ -178,7 +184,7 @@ def prototype_update(
         state=tuple(torch.empty(shape, dtype=state, device=device) for _ in range(states)),
         compensation=torch.empty(prototypes.shape, dtype=half, device=device) if rounding == "kahan" else None,
         rounding=rounding,  # type: ignore[arg-type]
-        seed=0,
+        seed=seed,
         first_class=0,
         finite=torch.ones((), dtype=torch.bool, device=device),
         step=torch.zeros((), device=device),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.loss_gpu import search
+from benchmarks.loss_gpu import search, updates
 from benchmarks.loss_gpu.apart import Worker
 from benchmarks.loss_gpu.measure import Deadline, Device
 from benchmarks.peers import Inputs, Shape, run_step
@@ -165,8 +165,15 @@ def logits_beyond_32_bits(device: Device) -> str:
 
 Property = Callable[[Device], str]  # what is wrong, or ""
 
-ANYWHERE: tuple[Property, ...] = (repeatable, outside_label, not_contiguous, *search.PROPERTIES)
-ON_A_GPU: tuple[Property, ...] = (no_waiting, cuda_graph, compiled, prototypes_beyond_32_bits, logits_beyond_32_bits)
+ANYWHERE: tuple[Property, ...] = (repeatable, outside_label, not_contiguous, *search.PROPERTIES, *updates.PROPERTIES)
+ON_A_GPU: tuple[Property, ...] = (
+    no_waiting,
+    cuda_graph,
+    compiled,
+    *updates.ON_A_GPU,
+    prototypes_beyond_32_bits,
+    logits_beyond_32_bits,
+)
 
 
 class Summary(NamedTuple):

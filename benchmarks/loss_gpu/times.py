@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.loss_gpu.measure import Deadline, Device, TooSlow
 from benchmarks.loss_gpu.search import SearchCase, search_cases
+from benchmarks.loss_gpu.updates import update_cases
 from benchmarks.peers import ON_GPU, Inputs, Provider, Shape, check_step, exact_step
 from benchmarks.timing import write_rows
 from ltloss._files import write_file
@@ -233,19 +234,20 @@ def _speed(
 
 
 def run(bench: Bench, shapes: Sequence[Shape], quick: bool, usual: bool) -> None:
-    """Ours first at every shape, then the peers, the most telling shapes first; the searches with the usual shapes."""
+    """Ours first at every shape, then the peers, the most telling shapes first; the rest with the usual shapes."""
     ours = [provider for provider in bench.providers if provider.name == "ltloss"]
     peers = [provider for provider in bench.providers if provider.name != "ltloss"]
-    small = LAUNCH_BOUND if bench.device.is_cuda else TINY[-1]
+    launch_bound = LAUNCH_BOUND if bench.device.is_cuda else TINY[-1]
     for shape in shapes:
         time_shape(bench, shape, ours, 0.3)
-    time_shape(bench, small, ours, 0.3, host=True)
+    time_shape(bench, launch_bound, ours, 0.3, host=True)
     section = bench.deadline.share(0.4)
-    searches = list(search_cases(not bench.device.is_cuda)) if usual else []
+    small = not bench.device.is_cuda
+    searches = [*update_cases(small), *search_cases(small)] if usual else []
     for wanted, is_ours in ((ours, True), (peers and not quick, False)):
         for case in searches if wanted else ():
             if (case.provider == "ltloss") == is_ours:
                 time_search(bench, case, section)
     for shape in () if quick else shapes:
         time_shape(bench, shape, peers, 0.4)
-    time_shape(bench, small, peers, 1.0, host=True)
+    time_shape(bench, launch_bound, peers, 1.0, host=True)

@@ -22,9 +22,11 @@ from torch import Tensor
 
 import ltloss
 from benchmarks.kernel_report.launches import written_down
+from benchmarks.kernel_report.record import loss_step, prototype_update
 from helpers import faulty_kernels
 from helpers.kernel_problems import kernel_problem, tiny_tiles
 from ltloss import functional
+from ltloss.margins import Margin
 
 Side = Literal["start", "end"]
 Order = Literal["usual", "reversed", "shuffled"]
@@ -161,6 +163,36 @@ def _loss(
     return lambda: differing(run, *(one.detach() for one in given), *(options[name] for name in names))
 
 
+def _update(
+    rule: str, storage: tuple[torch.dtype, str], sizes: tuple[int, int, int] = (37, 70, 20), workspace: int = 256 << 20
+) -> Callable[[], list[str]]:
+    """A step that moves prototypes and their state, all in guarded memory; the dtype is that of both."""
+    dtype, rounding = storage
+    given = kernel_problem(*sizes, dtypes=(torch.float32, dtype))
+    usual = prototype_update(rule, given.prototypes, dtype, rounding, seed=3)
+
+    def run(features: Tensor, prototypes: Tensor, *kept: Tensor) -> Sequence[Tensor]:
+        # The input is moved: each run has its own.
+        weight, *state = (torch.empty_like(one).copy_(one) for one in (prototypes, *kept))
+        compensation = None if usual.compensation is None else state.pop()
+        update = usual._replace(
+            weight=weight,
+            state=tuple(state),
+            compensation=compensation,
+            lr=torch.empty_like(rate).copy_(rate),
+            step=torch.empty_like(rate).fill_(2.0),
+            skipped=torch.empty_like(usual.skipped).fill_(0),
+        )
+        with mock.patch.object(chunking, "_LEAST_CLASSES", 16):
+            loss_step(features, weight, Margin(0.5), update=update, limit=workspace)
+        return weight, *state, *(() if compensation is None else (compensation,)), update.step, update.skipped
+
+    rate = torch.tensor(0.1)
+    state = [torch.full_like(one, 0.25) for one in usual.state]
+    compensation = [] if usual.compensation is None else [torch.full_like(usual.compensation, 1e-3)]
+    return lambda: differing(run, given.features, given.prototypes, *state, *compensation)
+
+
 def _searches() -> list[str]:
     def run(features: Tensor, prototypes: Tensor, rows: Tensor) -> Sequence[Tensor]:
         leaf = prototypes.requires_grad_()
@@ -217,6 +249,10 @@ def cases() -> dict[str, Callable[[], list[str]]]:
         "searches": _searches,
         "by addresses": _without_copy_engine(_loss((half, half), 1, angular_margin=vector)),
         "searches by addresses": _without_copy_engine(_searches),
+        "update in the product": _update("adamw", (single, "")),
+        "update in the product, rounded, slabs": _update("nesterov", (torch.bfloat16, "stochastic"), workspace=1),
+        "update in the projection": _update("adamw", (torch.bfloat16, "kahan"), (37, 70, 19)),
+        "update of whole rows, slabs": _update("adagrad", (torch.bfloat16, "stochastic"), (37, 70, 19), 1),
         **{name: _faulty(name) for name in ("reads_beyond", "leaves_one_out", "needs_an_order")},
     }
 

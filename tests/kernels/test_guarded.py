@@ -32,6 +32,10 @@ CASES = (
     "searches",
     "by addresses",
     "searches by addresses",
+    "update in the product",
+    "update in the product, rounded, slabs",
+    "update in the projection",
+    "update of whole rows, slabs",
 )
 
 

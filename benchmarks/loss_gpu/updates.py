@@ -1,0 +1,195 @@
+"""The update inside the backward on a GPU: is it right, and the whole step beside loss and torch's fused AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.loss_gpu.measure import Device
+from benchmarks.loss_gpu.search import BF16, FP32, SearchCase
+from benchmarks.peers import Shape
+from ltloss import ArcFaceLoss
+from ltloss.optim import PrototypeAdagrad, PrototypeAdamW, PrototypeSGD
+from ltloss.optim.prototype_optimizer import PrototypeOptimizer
+
+_SGD = partial(PrototypeSGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
+_ADAMW = partial(PrototypeAdamW, lr=1e-2)
+_ADAGRAD = partial(PrototypeAdagrad, lr=0.1)
+_Build = Callable[..., Any]
+_TORCH: dict[_Build, _Build] = {
+    _SGD: partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4),
+    _ADAMW: partial(torch.optim.AdamW, lr=1e-2),
+}
+_SHAPES = (Shape(200, 3000, 96), Shape(600, 3000, 96), Shape(40, 500, 100))  # few samples, many, uneven rows
+_STEPS = 3
+
+
+def _head(device: str, shape: Shape, dtype: torch.dtype) -> ArcFaceLoss:
+    torch.manual_seed(0)
+    return ArcFaceLoss(shape.c, shape.d).to(device, dtype)
+
+
+def _batch(device: str, shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    features = torch.randn(shape.n, shape.d, generator=generator, device=device, dtype=BF16)
+    return features.requires_grad_(), torch.randint(shape.c, (shape.n,), generator=generator, device=device)
+
+
+def _moved(
+    device: str, shape: Shape, dtype: torch.dtype, build: _Build, by_slab: bool = False, **options: Any
+) -> list[Tensor]:
+    """Prototypes and state after some steps; ``by_slab``: the kernels hand each slab of the gradient over instead."""
+    head = _head(device, shape, dtype)
+    optimizer = build(head if _is_ours(build) else head.parameters(), **options)
+    with ExitStack() as stack:
+        if by_slab:
+            stack.enter_context(mock.patch.object(PrototypeOptimizer, "_in_kernels", return_value=None))
+        for step in range(_STEPS):
+            optimizer.zero_grad()
+            head(*_batch(device, shape, step)).backward()
+            optimizer.step()
+    state = [one for one in optimizer.state[head.weight].values() if one.dim()]
+    return [head.weight.detach(), *state]
+
+
+def _is_ours(build: Any) -> bool:
+    return issubclass(build.func, PrototypeOptimizer)
+
+
+def _farthest(ours: list[Tensor], others: list[Tensor]) -> float:
+    """The largest relative error of prototypes and state, by norm."""
+    pairs = zip(ours, others, strict=True)
+    return max(float((one.double() - other.double()).norm() / other.double().norm()) for one, other in pairs)
+
+
+def _rule(device: Device, build: _Build) -> str:
+    """Float32 prototypes against torch.optim, all storages against the update outside of the kernels."""
+    rounded = {"rounding": "stochastic", "state_dtype": BF16}
+    for shape in _SHAPES:
+        if build in _TORCH:
+            error = _farthest(*(_moved(device.kind, shape, FP32, one) for one in (build, _TORCH[build])))
+            if not error <= 1e-4:
+                return f"{shape}: off torch.optim by {error:.1e}"
+        for dtype, options in ((FP32, {}), (BF16, rounded), (BF16, {"rounding": "kahan"})):
+            runs = (_moved(device.kind, shape, dtype, build, by_slab, **options) for by_slab in (False, True))
+            error = _farthest(*runs)
+            if not error <= (1e-4 if dtype == FP32 else 2.0**-8):  # an entry in some thousand is rounded the other way
+                return f"{shape} {dtype} {options}: off the slabs by {error:.1e}"
+    return ""
+
+
+def update_by_sgd(device: Device) -> str:
+    """PrototypeSGD in the kernels."""
+    return _rule(device, _SGD)
+
+
+def update_by_adamw(device: Device) -> str:
+    """PrototypeAdamW in the kernels."""
+    return _rule(device, _ADAMW)
+
+
+def update_by_adagrad(device: Device) -> str:
+    """PrototypeAdagrad in the kernels."""
+    return _rule(device, _ADAGRAD)
+
+
+def update_waits_for_nothing(device: Device) -> str:
+    """No step waits for the device, not even to learn whether its gradients are finite."""
+    head = _head(device.kind, _SHAPES[0], BF16)
+    optimizer = _ADAMW(head, rounding="stochastic")
+    given = [_batch(device.kind, _SHAPES[0], step) for step in range(2)]
+    for step, (features, labels) in enumerate(given):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first compiles, which may wait
+        try:
+            head(features, labels).backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def captured(head: ArcFaceLoss, optimizer: PrototypeOptimizer, features: Tensor, labels: Tensor) -> Callable[[], None]:
+    """A step as a CUDA graph; three steps are done before."""
+
+    def step() -> None:
+        features.grad = None
+        head(features, labels).backward()
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def update_in_a_graph(device: Device) -> str:
+    """Replays count their steps and read the learning rate anew: the same bits as running them."""
+    shape, found = _SHAPES[0], []
+    for in_a_graph in (False, True):
+        head, lr = _head(device.kind, shape, BF16), torch.full((), 0.1, device=device.kind)
+        optimizer = _ADAMW(head, lr=lr, rounding="stochastic")
+        features, labels = _batch(device.kind, shape)
+        replay = captured(head, optimizer, features, labels) if in_a_graph else None
+        for step in range(2 if in_a_graph else 5):
+            if step >= (0 if in_a_graph else 3):
+                lr.mul_(0.5)
+            if replay is not None:
+                replay()
+            else:
+                head(features, labels).backward()
+                optimizer.step()
+        found.append([head.weight.detach(), *(one for one in optimizer.state[head.weight].values())])
+    return "" if all(map(torch.equal, *found)) else "replays move prototypes to another place"
+
+
+PROPERTIES: tuple[Callable[[Device], str], ...] = (update_by_sgd, update_by_adamw, update_by_adagrad)
+ON_A_GPU: tuple[Callable[[Device], str], ...] = (update_waits_for_nothing, update_in_a_graph)
+
+
+def _whole_step(
+    build: _Build, options: dict[str, Any], graph: bool, device: str, shape: Shape, dtype: torch.dtype
+) -> Callable[[], None]:
+    """Loss, backward and update of prototypes of ``dtype``."""
+    head, (features, labels) = _head(device, shape, dtype), _batch(device, shape)
+    optimizer = build(head if _is_ours(build) else head.parameters(), **options)
+    if graph:
+        return captured(head, optimizer, features, labels)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        features.grad = None
+        head(features, labels).backward()
+        optimizer.step()
+
+    step()  # makes the state, which does not count as memory of the step
+    return step
+
+
+def update_cases(small: bool) -> Iterator[SearchCase]:
+    """The whole step with float32 state, ours first; memory is what a step takes beside prototypes and state."""
+    fused = partial(torch.optim.AdamW, lr=1e-2, fused=True)
+    shapes = (Shape(12, 40, 16),) if small else (Shape(256, 1_000_000, 512), Shape(4096, 131_072, 512))
+    for shape in shapes:
+        for dtype, rounding in ((FP32, {}), (BF16, {"rounding": "stochastic"})):
+            kind = str(dtype)[6:]
+            for graph in (False,) if small else (False, True):
+                note = f"{kind} prototypes, PrototypeAdamW{', CUDA graph' * graph}"
+                build = partial(_whole_step, _ADAMW, rounding, graph)
+                yield SearchCase("whole step", shape, dtype, "ltloss", build, 8, note)
+            state = "float32" if dtype == FP32 else "bfloat16"
+            note = f"{kind} prototypes, {state} state"
+            build = partial(_whole_step, fused, {}, False)
+            yield SearchCase("whole step", shape, dtype, "loss + AdamW(fused)", build, 8, note)
