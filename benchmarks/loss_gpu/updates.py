@@ -54,8 +54,8 @@ def _moved(
             optimizer.zero_grad()
             head(*_batch(device, shape, step)).backward()
             optimizer.step()
-    state = [one for one in optimizer.state[head.weight].values() if one.dim()]
-    return [head.weight.detach(), *state]
+    state = {name: one for name, one in optimizer.state[head.weight].items() if one.dim()}
+    return [head.weight.detach().double() + state.pop("compensation", 0.0), *state.values()]
 
 
 def _is_ours(build: Any) -> bool:
