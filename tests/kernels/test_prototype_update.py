@@ -208,7 +208,7 @@ def test_each_size(
     """Few samples move prototypes in the product's tiles where rows can be read in place, many in the projection."""
     if many:
         monkeypatch.setattr(tile_table, "FEW_SAMPLES", 0)
-    check_steps(*head_and_optimizer(rule, width, storage), rule, samples=37)
+    check_steps(*head_and_optimizer(rule, width, storage), rule, samples=20)
     assert len(in_the_kernel) == 3
 
 
