@@ -50,6 +50,8 @@ def _train(rank: int, data: Path, out: Path) -> tuple[float, float]:
     train(out / "long-tail", _settings(data, 1, "long-tail"), quiet=True)
     with refused("softmax", error=UserError):
         train(out / "softmax", _settings(data, 1, "softmax"), quiet=True)
+    with refused("--fused-update", "min_angle_weight", error=UserError):
+        train(out / "angles", {**_settings(data, 1, "long-tail"), "fused_update": True}, quiet=True)
     return result.history[-1]["train_loss"], result.history[-1]["train_accuracy"]
 
 
@@ -66,10 +68,37 @@ def test_train_on_two_ranks(tmp_path: Path) -> None:
     losses = [float(row["train_loss"]) for row in _rows(tmp_path / "whole")]
     assert losses[-1] < losses[0]
     assert not (tmp_path / "softmax").exists()
+    assert not (tmp_path / "angles").exists()
     classifier = Classifier.load(tmp_path / "whole")
     assert type(classifier.loss.weight) is torch.nn.Parameter
     evaluation = evaluate_run(tmp_path / "whole", None, split="test", device="cpu")
     assert f"{evaluation.metrics.accuracy:.6f}" == f"{float(_rows(tmp_path / 'whole')[-1]['test_accuracy']):.6f}"
+
+
+def _fused(rank: int, data: Path, out: Path) -> dict[bool, list[float]]:
+    curves = {}
+    for fused in (False, True):
+        given = {**_settings(data, 3), "fused_update": fused}
+        history = train(out / f"fused {fused}", given, quiet=True).history
+        curves[fused] = [row["train_loss"] for row in history]
+    if rank == 0:
+        shutil.copytree(out / "fused True", out / "resumed")
+        shutil.rmtree(out / "resumed" / "checkpoints" / "epoch-0003")
+    dist.barrier()
+    train(out / "resumed", {}, resume=True, quiet=True)
+    return curves
+
+
+def test_fused_update_on_two_ranks(tmp_path: Path) -> None:
+    first, second = world.run(_fused, 2, _data(tmp_path), tmp_path)
+    assert first == second
+    assert first[True] == pytest.approx(first[False], rel=1e-4)
+    assert _rows(tmp_path / "resumed") == _rows(tmp_path / "fused True")
+    whole, resumed = (
+        (tmp_path / name / "checkpoints" / "epoch-0003" / "optimizer.safetensors").read_bytes()
+        for name in ("fused True", "resumed")
+    )
+    assert whole == resumed
 
 
 def test_one_process_needs_no_launcher(tmp_path: Path) -> None:

@@ -42,7 +42,12 @@ from ltloss.training.stored_keys import FORMER_SETTINGS, stored
 
 MANIFEST = "compare.json"
 # What the grid itself decides, or has no use for: each of its trainings is one process.
-NOT_GIVEN = {"loss": "it has --losses", "seed": "it has --seeds", "parallel": "it has --jobs"}
+NOT_GIVEN = {
+    "loss": "it has --losses",
+    "seed": "it has --seeds",
+    "parallel": "it has --jobs",
+    "fused_update": "softmax and mixup cannot have it",
+}
 _Chosen = Mapping[str, Mapping[str, Any]]
 
 

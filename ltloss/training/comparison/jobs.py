@@ -33,7 +33,7 @@ from ltloss.training.run.trainer import Trainer
 from ltloss.training.stored_keys import stored
 
 # The images themselves are part of a job's key; the groups are made from the accuracies of the classes.
-_MAY_DIFFER = ("data", "device", "workers", "many_threshold", "few_threshold")
+_MAY_DIFFER = ("data", "device", "workers", "many_threshold", "few_threshold", "fused_update")
 _FORMAT = 2  # raise it where the same settings come to mean something else
 
 _DATA_SETTINGS = (

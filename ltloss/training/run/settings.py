@@ -83,6 +83,7 @@ class Settings:
     weight_decay: float = _option(5e-4, "weight decay (not on biases and norms)", _at_least(0))
     decay_all: bool = _option(False, "let weight decay act on biases and norms too")
     momentum: float = _option(0.9, "momentum of SGD", _FRACTION)
+    fused_update: bool = _option(False, "move the prototypes inside the backward, without their gradient in memory")
     warmup: float = _option(0.05, "fraction of the steps in which the learning rate rises to --lr", _FRACTION)
     schedule: str = _option(
         "cosine",

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ltloss._files import remove_leftovers, write_file
 from ltloss.class_balance import DeferredWeights, effective_number_weights
 from ltloss.errors import DivergedError, UserError
+from ltloss.optim import PrototypeSGD
 from ltloss.training.data.batches import augment, batch_count, batches
 from ltloss.training.data.images import ImageSource
 from ltloss.training.data.mixup import mix
@@ -24,12 +25,13 @@ from ltloss.training.measure.metrics import Metrics, percent
 from ltloss.training.model.classifier import Classifier, check_tensors, choose_device
 from ltloss.training.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from ltloss.training.run.lock import owned
+from ltloss.training.run.optimizers import build_optimizers
 from ltloss.training.run.prepare import prepare_data
 from ltloss.training.run.progress import progress_bar
 from ltloss.training.run.ranks import Ranks, copy_to_shard, gather_full, process_group, wrap_distributed
 from ltloss.training.run.run_folder import check_same_data, check_still_new, open_run, write_config, write_metrics
 from ltloss.training.run.schedules import first_epoch, learning_rate
-from ltloss.training.run.settings import RunConfig, Settings
+from ltloss.training.run.settings import RunConfig
 from ltloss.training.seeds import derived_seed, numpy_generator, torch_generator
 
 _CHECK_EVERY = 20  # steps between looks at the losses: each look makes a GPU wait
@@ -96,7 +98,7 @@ def _run_epochs(trainer: Trainer, test: ImageSource, out: Path, quiet: bool) -> 
 
 
 class Trainer:
-    """The state that training changes: the classifier, the optimizer and the history of the epochs so far."""
+    """The state that training changes: the classifier, its optimizers and the history of the epochs so far."""
 
     def __init__(
         self,
@@ -122,7 +124,7 @@ class Trainer:
             self.classifier.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.features = wrap_distributed(self.classifier, self.ranks)
         self.class_weights = _deferred_weights(self.classifier, config)
-        self.optimizer = build_optimizer(self.classifier, self.settings)
+        self.optimizers = build_optimizers(self.classifier, self.settings)
         self.history: list[dict[str, Any]] = []
         self.measured: Metrics | None = None  # of the test split, the last time that it was looked at
         self.train_seconds: list[float] = []  # of each epoch, without its look at the test split
@@ -135,7 +137,7 @@ class Trainer:
         self.train_seconds.append(time.perf_counter() - start)
         row = {
             "epoch": epoch,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.optimizers[0].param_groups[0]["lr"],
             "train_loss": loss,
             "train_accuracy": accuracy,
             **_test_columns(self._measure(test) if self._is_due(epoch) else None),
@@ -165,12 +167,14 @@ class Trainer:
             images = augment(batch.images.to(self.device), settings.augment, generator, settings.crop_pad)
             labels = batch.labels.to(self.device)
             lr = learning_rate(settings, (epoch - 1) * self.steps + step, settings.epochs * self.steps)
-            for group in self.optimizer.param_groups:
+            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
             loss, features = self._forward(images, labels, mixing)
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             losses[step] = loss.detach()
             with torch.no_grad():
                 correct += (self.classifier.loss.predict(features.detach()).index[:, 0] == labels).sum()
@@ -205,17 +209,27 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next epoch depends on, in one piece also where classes are spread over ranks."""
+        states = self._states()
         return Checkpoint(
             model=gather_full(self.classifier.state_dict()),
             optimizer=gather_full(
                 {
-                    name: self.optimizer.state[parameter]["momentum_buffer"]
+                    name: states[parameter]["momentum_buffer"]
                     for name, parameter in self.classifier.named_parameters()
-                    if self.optimizer.state[parameter].get("momentum_buffer") is not None
+                    if states.get(parameter, {}).get("momentum_buffer") is not None
                 }
             ),
             state={"epoch": len(self.history), "history": self.history},
         )
+
+    def _states(self) -> dict[Tensor, dict[str, Any]]:
+        """What the optimizers keep about each parameter."""
+        return {
+            parameter: optimizer.state[parameter]
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint directory; UserError where it is damaged or belongs to another model."""
@@ -228,24 +242,14 @@ class Trainer:
         )
         for name, tensor in self.classifier.state_dict().items():
             copy_to_shard(tensor, checkpoint.model[name])
+        self.history, states = checkpoint.state["history"], self._states()
         for name, momentum in checkpoint.optimizer.items():
             buffer = torch.zeros_like(parameters[name], requires_grad=False)
             copy_to_shard(buffer, momentum)
-            self.optimizer.state[parameters[name]]["momentum_buffer"] = buffer
-        self.history = checkpoint.state["history"]
-
-
-def build_optimizer(classifier: nn.Module, settings: Settings) -> torch.optim.SGD:
-    """SGD over what learns; biases and the factors of normalisation layers do not decay unless the settings say so."""
-    parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    sharded = [p for p in parameters if hasattr(p, "device_mesh")]  # which torch does not update beside others
-    decay = settings.weight_decay
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1 and p not in set(sharded)], "weight_decay": decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": decay if settings.decay_all else 0.0},
-        {"params": sharded, "weight_decay": decay},
-    ]
-    return torch.optim.SGD([group for group in groups if group["params"]], lr=settings.lr, momentum=settings.momentum)
+            states[parameters[name]]["momentum_buffer"] = buffer
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, PrototypeSGD):  # its first step would begin a momentum
+                optimizer.state[optimizer.weight]["step"].fill_(len(self.history) * self.steps)
 
 
 def _deferred_weights(classifier: Classifier, config: RunConfig) -> DeferredWeights | None:

@@ -35,10 +35,15 @@ def processes() -> ForkServerContext:
 
 
 @pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="no SIGKILL on this system")
-def test_killed_run_continues_bit_for_bit(toy_npz: Path, tmp_path: Path, processes: ForkServerContext) -> None:
-    train(tmp_path / "whole", toy_settings(toy_npz, epochs=EPOCHS, loss="cosine-space"), quiet=True)
+@pytest.mark.parametrize("fused", [False, True])
+def test_killed_run_continues_bit_for_bit(
+    fused: bool, toy_npz: Path, tmp_path: Path, processes: ForkServerContext
+) -> None:
+    given = toy_settings(toy_npz, epochs=EPOCHS, loss="cosine-space", fused_update=fused)
+    train(tmp_path / "whole", given, quiet=True)
     arguments = ["train", "--quiet", "--resume", "--out", str(tmp_path / "killed"), "--data", str(toy_npz)]
     arguments += f"--epochs {EPOCHS} --batch-size 16 --embedding-size 8 --device cpu --loss cosine-space".split()
+    arguments += ["--fused-update"] * fused
 
     moments, checkpoints = random.Random(0), tmp_path / "killed" / "checkpoints"
     seen = []

@@ -9,9 +9,9 @@ from ltloss.errors import UserError
 from ltloss.training.comparison.recipes import RECIPES, recipe
 from ltloss.training.data.batches import augment
 from ltloss.training.data.mixup import mix
+from ltloss.training.run.optimizers import build_optimizers
 from ltloss.training.run.schedules import first_epoch, learning_rate
 from ltloss.training.run.settings import Settings
-from ltloss.training.run.trainer import build_optimizer
 
 
 def test_the_cifar_recipe_has_the_rates_of_the_field() -> None:
@@ -53,7 +53,7 @@ def test_recipes_are_settings(name: str) -> None:
 def test_weight_decay_acts_on_everything_where_the_recipe_says_so() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     for name, biases in (("cifar-lt", 2e-4), ("small", 0.0)):
-        optimizer = build_optimizer(network, Settings(data="digits", **recipe(name)))
+        (optimizer,) = build_optimizers(network, Settings(data="digits", **recipe(name)))
         assert [group["weight_decay"] for group in optimizer.param_groups] == [RECIPES[name]["weight_decay"], biases]
 
 

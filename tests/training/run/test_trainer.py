@@ -23,10 +23,11 @@ from ltloss.training.measure.metrics import COLUMNS
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.registry import LOSSES
 from ltloss.training.run.checkpoint import save_checkpoint
+from ltloss.training.run.optimizers import build_optimizers
 from ltloss.training.run.prepare import prepare_data
 from ltloss.training.run.schedules import learning_rate
 from ltloss.training.run.settings import RunConfig, Settings
-from ltloss.training.run.trainer import Trainer, TrainingResult, build_optimizer, train
+from ltloss.training.run.trainer import Trainer, TrainingResult, train
 
 pytestmark = pytest.mark.slow
 
@@ -82,9 +83,12 @@ def test_training_leaves_the_global_generator_alone(toy_npz: Path, tmp_path: Pat
     assert torch.equal(torch.rand(2), expected)
 
 
-@pytest.mark.parametrize("loss", ["softmax", "long-tail", "cosine-space"])
-def test_resumed_run_is_the_uninterrupted_one(loss: str, toy_npz: Path, tmp_path: Path) -> None:
-    given = toy_settings(toy_npz, loss=loss, epochs=4)
+@pytest.mark.parametrize(
+    ("loss", "fused"),
+    [("softmax", False), ("long-tail", False), ("cosine-space", False), ("long-tail", True), ("cosine-space", True)],
+)
+def test_resumed_run_is_the_uninterrupted_one(loss: str, fused: bool, toy_npz: Path, tmp_path: Path) -> None:
+    given = toy_settings(toy_npz, loss=loss, epochs=4, fused_update=fused)
     train(tmp_path / "whole", given, quiet=True)
     # What a process leaves that died right after its second checkpoint, before metrics.csv.
     data = prepare_data(Settings(**given))
@@ -212,7 +216,7 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
 def test_prototypes_are_optimized_and_biases_do_not_decay() -> None:
     config = RunConfig(Settings(data="digits"), ("a", "b"), (3, 3), (1, 8, 8), (0.5,), (0.5,), {})
     classifier = Classifier(config)
-    optimizer = build_optimizer(classifier, config.settings)
+    (optimizer,) = build_optimizers(classifier, config.settings)
     decay = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
     assert decay.keys() == set(classifier.parameters())
     assert decay[classifier.loss.weight] == 5e-4

@@ -1,0 +1,61 @@
+"""The optimizers of a run: SGD over everything, or beside it one that moves the prototypes inside the backward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ltloss.errors import UserError
+from ltloss.losses.prototype_head import PrototypeHead
+from ltloss.optim import PrototypeSGD
+from ltloss.runtime import current_backend
+
+if TYPE_CHECKING:
+    from ltloss.training.run.settings import Settings
+
+
+def build_optimizers(network: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """SGD over what learns; biases and the factors of normalisation layers do not decay unless the settings say so.
+
+    With ``settings.fused_update`` the prototypes of ``network.loss`` have an optimizer of their own, the last one.
+    Raises UserError where they cannot.
+    """
+    head = _fused_head(network, settings) if settings.fused_update else None
+    parameters = [p for p in network.parameters() if p.requires_grad and (head is None or p is not head.weight)]
+    sharded = [p for p in parameters if hasattr(p, "device_mesh")]  # which torch does not update beside others
+    decay = settings.weight_decay
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1 and p not in set(sharded)], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": decay if settings.decay_all else 0.0},
+        {"params": sharded, "weight_decay": decay},
+    ]
+    groups = [group for group in groups if group["params"]]
+    lr, momentum = settings.lr, settings.momentum
+    made: list[torch.optim.Optimizer] = [torch.optim.SGD(groups, lr=lr, momentum=momentum)] if groups else []
+    if head is not None:
+        made.append(PrototypeSGD(head, lr=lr, momentum=momentum, weight_decay=decay))
+    return made
+
+
+def _fused_head(network: nn.Module, settings: Settings) -> PrototypeHead:
+    """The head, if its prototypes can move inside the backward; else UserError."""
+    head = network.loss
+    if not isinstance(head, PrototypeHead):
+        raise UserError(
+            f"--fused-update moves prototypes, and --loss {settings.loss} has none; leave it out, or take another loss"
+        )
+    if settings.mixup:
+        raise UserError(
+            "--fused-update needs one loss a step, and --mixup computes two, the second with prototypes that would "
+            "have moved; leave one of them out"
+        )
+    if hasattr(head.weight, "device_mesh") and getattr(head, "min_angle_weight", False):
+        raise UserError(
+            "--fused-update with --parallel class cannot take the gradient of the minimum angle, which crosses the "
+            "processes; add --loss-option min_angle_weight=0, or leave --fused-update out"
+        )
+    if current_backend() == "reference":
+        raise UserError("--fused-update needs another backend than 'reference'; unset LTLOSS_BACKEND, or leave it out")
+    return head
