@@ -92,14 +92,16 @@ def load_checkpoint(
     """Read what :func:`save_checkpoint` wrote, in place; on any number of ranks, sharded or not.
 
     Args:
-        path, modules, optimizers: as there; names and shapes must be those that were saved.
+        path, modules, optimizers: as there; names and shapes must be those that were saved. State that an optimizer has
+            already, as one of :mod:`ltloss.optim` has from the start, is filled in place and keeps its dtype.
 
     Returns:
         The ``state``.
 
     Raises:
         FileNotFoundError: there is no whole checkpoint at ``path``.
-        ValueError: a tensor is missing there or has another shape; nothing was changed then.
+        ValueError: a tensor is missing there or has another shape, or an optimizer that has state already has other
+            state; nothing was changed then.
 
     Warns where a head was saved under other hyper-parameters (scale, margins, ...), which it keeps.
 
@@ -119,21 +121,25 @@ def load_checkpoint(
         raise FileNotFoundError(f"{target} is no whole checkpoint (it has no {_STATE})")
     stored: dict[str, Any] = FileSystemReader(target).read_metadata().state_dict_metadata
     record = json.loads((target / _STATE).read_text())
-    tensors = _module_tensors(modules)
-    read: list[tuple[dict[str, Tensor], str, str]] = []  # state of a parameter, name in it and in the checkpoint
+    tensors, new_state = _module_tensors(modules), []
     for prefix, optimizer, options, parameter in list(_owned(modules, optimizers or {})):
+        held = optimizer.state[parameter]
+        there = {name.removeprefix(prefix): entry for name, entry in stored.items() if name.startswith(prefix)}
+        kept = {key: value for key, value in held.items() if isinstance(value, Tensor)}
+        if kept and kept.keys() != there.keys():
+            raise ValueError(f"{target}: {prefix}* is {sorted(there)} there and {sorted(kept)} here")
         on_device = bool(options.get("fused") or options.get("capturable"))
-        for name in (name for name in stored if name.startswith(prefix)):
-            tensors[name] = _like(parameter, stored[name], on_device)
-            read.append((optimizer.state[parameter], name.removeprefix(prefix), name))
+        made = {} if kept else {key: _like(parameter, entry, on_device) for key, entry in there.items()}
+        tensors |= {prefix + key: tensor for key, tensor in (kept | made).items()}
+        new_state.append((held, made))
     for name, tensor in tensors.items():
-        there = tuple(stored[name].size) if name in stored else "missing"
-        if there != tuple(tensor.shape):
-            raise ValueError(f"{target}: tensor {name} is {there} there and {tuple(tensor.shape)} here")
+        size = tuple(stored[name].size) if name in stored else "missing"
+        if size != tuple(tensor.shape):
+            raise ValueError(f"{target}: tensor {name} is {size} there and {tuple(tensor.shape)} here")
     with _quiet():
         load(tensors, checkpoint_id=target, no_dist=not _initialised())
-    for held, key, name in read:
-        held[key] = tensors[name]
+    for held, made in new_state:
+        held |= made
     for name, sampler in _samplers(modules).items():
         sampler.step = record["sampler_steps"].get(name, 0)
     for name, head in _heads(modules).items():

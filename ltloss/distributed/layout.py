@@ -17,7 +17,7 @@ from ltloss.errors import DistributedError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Layout", "blocks", "class_mesh", "local", "mesh_device", "own_part"]
+__all__ = ["Layout", "blocks", "class_mesh", "copy_rows", "local", "mesh_device", "own_part"]
 
 
 def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh | None:
@@ -181,6 +181,16 @@ def blocks(tensor: Tensor) -> Iterator[Tensor]:
         mine = class_rank == layout.class_rank
         block = own if mine else own.new_empty(layout.size(class_rank), *own.shape[1:])
         yield comm.broadcast(block, class_rank, layout.class_group)
+
+
+def copy_rows(old: Tensor, new: Tensor) -> None:
+    """The first rows of ``new`` become those of ``old``, a block at a time; all ranks call it."""
+    target, (start, stop), first = local(new), Layout.of(new).span(), 0
+    for block in blocks(old):
+        low, high = max(start, first), min(stop, first + block.shape[0])
+        if low < high:
+            target[low - start : high - start] = block[low - first : high - first]
+        first += block.shape[0]
 
 
 def _dimension(mesh: DeviceMesh | None, place: int) -> tuple[int, int, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ltloss._validation import check_count
 from ltloss.distributed.centers import ShardedCenters
 from ltloss.distributed.class_parallel import ClassParallel
-from ltloss.distributed.layout import Layout, blocks, local
+from ltloss.distributed.layout import Layout, copy_rows
 from ltloss.losses.class_centers import ClassCenters
 from ltloss.losses.prototype_head import PrototypeHead
 
@@ -25,7 +25,8 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
     """A head with ``count`` more classes at the end: the old rows (and centres) as they are, the new ones drawn anew.
 
     Args:
-        head: sharded or not; it stays as it is. All ranks call it alike. Optimizers do not know the new weight yet.
+        head: sharded or not; it stays as it is. All ranks call it alike. An optimizer of :mod:`ltloss.optim` goes on
+            with the larger one after ``optimizer.take_over(larger)``; others do not know the new weight.
         count: how many, >= 1.
         per_class: the new (C + count,) value of every margin, prior, weight or count that is a vector.
 
@@ -57,7 +58,7 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
         layout.zeros(*head.weight.shape[1:], dtype=head.weight.dtype), requires_grad=head.weight.requires_grad
     )
     larger.reset_parameters()
-    _copy_rows(head.weight, larger.weight, layout)
+    copy_rows(head.weight, larger.weight)
     for name, vector in per_class.items():
         larger._keep(name, vector.to(head.get_buffer(name).dtype))
     for name, child in head.named_children():
@@ -74,16 +75,6 @@ def _shallow(module: Module) -> Module:
     return copied
 
 
-def _copy_rows(old: Tensor, new: Tensor, layout: Layout) -> None:
-    """The first rows of ``new`` become those of ``old``, a block at a time."""
-    target, (start, stop), first = local(new), layout.span(), 0
-    for block in blocks(old):
-        low, high = max(start, first), min(stop, first + block.shape[0])
-        if low < high:
-            target[low - start : high - start] = block[low - first : high - first]
-        first += block.shape[0]
-
-
 def _more_centers(centers: ClassCenters, layout: Layout) -> ClassCenters:
     larger = _shallow(centers)
     if isinstance(larger, ShardedCenters):
@@ -91,5 +82,5 @@ def _more_centers(centers: ClassCenters, layout: Layout) -> ClassCenters:
     for name in ("centers", "counts"):
         old = centers.get_buffer(name)
         larger._buffers[name] = new = layout.zeros(*old.shape[1:], dtype=old.dtype)
-        _copy_rows(old, new, layout)
+        copy_rows(old, new)
     return larger

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ltloss._types import TakeGradient
 from ltloss._validation import check_choice, check_number
-from ltloss.distributed.layout import Layout, local
+from ltloss.distributed.layout import Layout, copy_rows, local
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.optim.rounding import random_bits, round_stochastically
 
@@ -55,12 +55,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         max_class_norm: float | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        if not isinstance(module, PrototypeHead):
-            raise TypeError(f"module must be a loss module of ltloss; got {type(module).__name__}")
-        if module.fused_update is not None:
-            raise ValueError(
-                f"module has a {type(module.fused_update).__name__} already; call its release() before another is made"
-            )
+        _check_free(module)
         weight = module.weight
         if weight.is_meta:
             raise ValueError("module must have memory, for its state is made here; got a weight on device 'meta'")
@@ -74,7 +69,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         self.rounding = rounding
         self._scaler = grad_scaler
         super().__init__([weight], {**defaults, "max_class_norm": max_class_norm, "seed": seed})
-        self._make_state(weight)
+        self.state[weight] = self._fresh_state(weight)
         # A compiler would move the update out of the backward, or drop it.
         self.run: Callable[..., Any] = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
         self.joined: Callable[[Tensor], Tensor] = torch.compiler.disable(self._joined)  # type: ignore[no-untyped-call]
@@ -89,13 +84,14 @@ class PrototypeOptimizer(torch.optim.Optimizer):
 
     # The state
 
-    def _make_state(self, weight: Tensor) -> None:
-        layout, state = Layout.of(weight), self.state[weight]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=local(weight).device)
+    def _fresh_state(self, weight: Tensor) -> dict[str, Tensor]:
+        layout, own = Layout.of(weight), local(weight)
+        state = {"step": torch.zeros((), dtype=torch.float32, device=own.device)}
         for name, columns in self._needs().items():
             state[name] = layout.zeros(*weight.shape[1 : 1 + columns], dtype=self._state_dtype)
         if self.rounding == "kahan":
             state["compensation"] = layout.zeros(*weight.shape[1:], dtype=weight.dtype)
+        return state
 
     def _needs(self) -> dict[str, bool]:
         """The state by name, and whether it has columns as the weight has."""
@@ -130,14 +126,42 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         self.state[self.weight] = here
         self._moves += 1
 
+    def take_over(self, larger: PrototypeHead) -> None:
+        """Go on with the head that :func:`ltloss.distributed.add_classes` made of this one's; all ranks call it alike.
+
+        The old classes keep their state; that of the new ones is as if their gradients had been zero so far. Settings,
+        schedulers and a GradScaler stay. The former head has no optimizer after it.
+
+        Raises:
+            TypeError, ValueError: no such head, or it has an optimizer already; nothing was changed then.
+        """
+        _check_free(larger)
+        former, weight = self.weight, larger.weight
+        alike = weight.dtype == former.dtype and weight.shape[1:] == former.shape[1:]
+        if not alike or weight.shape[0] < former.shape[0] or Layout.of(weight).mesh != Layout.of(former).mesh:
+            raise ValueError(
+                f"larger must be a head that add_classes made of prototypes {tuple(former.shape)} in {former.dtype}; "
+                f"got {tuple(weight.shape)} in {weight.dtype}"
+            )
+        state = self._fresh_state(weight)
+        for name, tensor in self.state.pop(former).items():
+            if tensor.dim():
+                copy_rows(tensor, state[name])
+            else:
+                state[name] = tensor
+        self.release()
+        self.param_groups[0]["params"], self.state[weight] = [weight], state
+        self._module, self._gradient, self._moves = weakref.ref(larger), None, self._moves + 1
+        larger.fused_update = self
+
     # What a loss calls
 
     def reads(self, prototypes: Tensor) -> Tensor:
         """The prototypes without a gradient, for a pass that ends in the update."""
         if prototypes is not self.weight:
             raise ValueError(
-                f"these are not the prototypes that {type(self).__name__} was made for: make it after parallelize, "
-                "add_classes and whatever else replaces loss_fn.weight"
+                f"these are not the prototypes that {type(self).__name__} was made for: make it after parallelize and "
+                "whatever else replaces loss_fn.weight; after add_classes call take_over"
             )
         wrapper: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
         if wrapper is not None:
@@ -385,6 +409,15 @@ class _Slabs:
             return range(self.first + here.start, self.first + here.stop)
         numbers: np.ndarray = here.cpu().numpy() + self.first
         return numbers
+
+
+def _check_free(module: PrototypeHead) -> None:
+    if not isinstance(module, PrototypeHead):
+        raise TypeError(f"module must be a loss module of ltloss; got {type(module).__name__}")
+    if module.fused_update is not None:
+        raise ValueError(
+            f"module has a {type(module.fused_update).__name__} already; call its release() before another is made"
+        )
 
 
 def _check_dtypes(weight: torch.dtype, state: torch.dtype | None, rounding: Rounding | None) -> None:

@@ -221,8 +221,8 @@ class PrototypeAdagrad(PrototypeOptimizer):
         numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         for name, value in {**numbers, "initial_accumulator_value": initial_accumulator_value}.items():
             check_number(name, value, at_least=0.0)
+        self._initial = initial_accumulator_value
         super().__init__(module, numbers, **options)
-        self.state[module.weight]["sum"].fill_(initial_accumulator_value)
 
     def _needs(self) -> dict[str, bool]:
         return {"sum": False}
@@ -231,6 +231,11 @@ class PrototypeAdagrad(PrototypeOptimizer):
         """For the kernels."""
         (group,) = self.param_groups
         return "adagrad", (group["eps"], group["weight_decay"])
+
+    def _fresh_state(self, weight: Tensor) -> dict[str, Tensor]:
+        state = super()._fresh_state(weight)
+        state["sum"].fill_(self._initial)
+        return state
 
     def move(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Tensor) -> None:
         """One step of Adagrad."""
