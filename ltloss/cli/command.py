@@ -223,7 +223,13 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--device", default="h200", help=devices)
     plan.add_argument("--loss", default="long-tail", help="the loss, any but softmax (default: long-tail)")
     plan.add_argument("--dtype", default="bfloat16", help="of the features (default: bfloat16)")
-    plan.add_argument("--optimizer", default="sgd", help="sgd (with momentum) or adamw (default: sgd)")
+    optimizers = "sgd (with momentum), adamw or, with --fused-update, row-wise adagrad (default: sgd)"
+    plan.add_argument("--optimizer", default="sgd", help=optimizers)
+    fused = "move the prototypes inside the backward, as ltloss.optim does: no gradient of them in memory"
+    plan.add_argument("--fused-update", action="store_true", help=fused)
+    kept = "of the {}; with --fused-update also bfloat16 (default: float32)"
+    plan.add_argument("--prototype-dtype", default="float32", help=kept.format("prototypes"))
+    plan.add_argument("--state-dtype", default="float32", help=kept.format("optimizer's state"))
     fraction = "fraction of the classes (default: 1)"
     plan.add_argument("--sample-rate", type=float, default=1.0, metavar="X", help=fraction)
     plan.add_argument("--json", action="store_true", help="for machine reading")

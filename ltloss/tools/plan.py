@@ -1,4 +1,4 @@
-"""What class-parallel training of a head takes: memory per device, bytes on the wire, seconds a step.
+"""What training a head takes, class-parallel or on one device: memory, bytes on the wire, seconds a step.
 
 Arithmetic on stored rates, no device touched. ``docs/distributed.md`` says what is sent, ``benchmarks/scaling.py``
 compares the plan with runs.
@@ -7,6 +7,7 @@ compares the plan with runs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -17,10 +18,12 @@ __all__ = ["DEVICES", "Device", "HeadConfig", "Plan", "make_plan", "read_device"
 
 GIB = 1 << 30
 
-# Bytes of a feature element; statistics and prototypes are float32.
+# Bytes of an element; statistics and gradients are float32.
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Tensors of the prototypes' shape that an optimizer keeps, and that it reads or writes in a step.
-OPTIMIZERS = {"sgd": (1, 5), "adamw": (2, 7)}
+KEPT_DTYPES = ("float32", "bfloat16")  # of prototypes and state
+# What an optimizer keeps: tensors of the prototypes' shape, and numbers of each class.
+OPTIMIZERS = {"sgd": (1, 0), "adamw": (2, 0), "adagrad": (0, 1)}
+WORKSPACE = 256 << 20  # of the backward
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class HeadConfig:
     optimizer: str = "sgd"
     sample_rate: float = 1.0
     loss: str = "long-tail"  # by the name that `ltloss train --loss` takes
+    fused_update: bool = False  # an optimizer of ltloss.optim instead of torch.optim
+    prototype_dtype: str = "float32"
+    state_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("classes", "embedding_size", "batch", "gpus", "data"):
@@ -87,6 +93,14 @@ class HeadConfig:
             raise ValueError(f"data must divide gpus; got data={self.data} and gpus={self.gpus}")
         if not 0.0 < self.sample_rate <= 1.0:
             raise ValueError(f"sample_rate must be in (0, 1]; got {self.sample_rate}")
+        for name in ("prototype_dtype", "state_dtype"):
+            if getattr(self, name) not in KEPT_DTYPES:
+                raise ValueError(f"{name} must be one of {', '.join(KEPT_DTYPES)}; got {getattr(self, name)!r}")
+        for name in ("optimizer", "prototype_dtype", "state_dtype"):
+            if not self.fused_update and getattr(self, name) in ("adagrad", "bfloat16"):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs fused_update (--fused-update); torch.optim has no such thing"
+                )
 
     @property
     def class_ranks(self) -> int:
@@ -102,6 +116,13 @@ class HeadConfig:
     def used_classes(self) -> int:
         """Of these, the ones in a step."""
         return min(self.own_classes, max(1, round(self.own_classes * self.sample_rate)))
+
+    def state(self, classes: int) -> float:
+        """Bytes of what the optimizer keeps about so many classes."""
+        matrices, numbers = OPTIMIZERS[self.optimizer]
+        if self.optimizer == "adamw" and self.sample_rate < 1.0:
+            numbers += 1  # how often a class was drawn
+        return float(WIDTHS[self.state_dtype] * classes * (matrices * self.embedding_size + numbers))
 
 
 @dataclass(frozen=True)
@@ -178,21 +199,22 @@ def make_plan(problem: HeadConfig, device: Device) -> Plan:
 
 
 def _memory(p: HeadConfig) -> dict[str, float]:
-    matrix = 4.0 * p.own_classes * p.embedding_size
-    states, _ = OPTIMIZERS[p.optimizer]
-    width = WIDTHS[p.dtype]
-    used = 4.0 * p.used_classes * p.embedding_size
+    width, kept = WIDTHS[p.dtype], WIDTHS[p.prototype_dtype]
+    own, used = (float(classes * p.embedding_size) for classes in (p.own_classes, p.used_classes))
+    gradient = 0.0 if p.fused_update else 4.0  # then it has a slab of the workspace
     return {
-        "prototypes (float32)": matrix,
-        "their gradient": matrix,
-        "sampled prototypes and their gradient": 2.0 * used if p.sample_rate < 1.0 else 0.0,
-        f"state of {p.optimizer}": states * matrix,
+        f"prototypes ({p.prototype_dtype})": kept * own,
+        "their gradient": gradient * own,
+        "sampled prototypes" + " and their gradient" * (not p.fused_update): (kept + gradient) * used
+        if p.sample_rate < 1.0
+        else 0.0,
+        f"state of {p.optimizer}": p.state(p.own_classes),
         "constants of the loss": _buffers(p, centres=False),
         "centres of the classes": _buffers(p, centres=True),
         "reciprocal lengths of the prototypes": 4.0 * p.own_classes,
         "gathered batch and its gradient": p.batch * p.embedding_size * (3.0 * width + 4.0)
         + 16.0 * p.batch * p.gpus / p.data,
-        "workspace of the backward": 256.0 * (1 << 20),
+        "workspace of the backward": float(WORKSPACE),
     }
 
 
@@ -243,18 +265,29 @@ def _seconds(p: HeadConfig, device: Device) -> dict[str, float]:
     turns = 1.0 if device.together is None else max(1.0, p.gpus / device.together)
     crowd = turns / device.shared if device.together is not None and p.gpus > 1 else turns
     products = 2.0 * p.batch / p.data * p.used_classes * p.embedding_size
-    matrix = 4.0 * p.used_classes * p.embedding_size
-    _, touched = OPTIMIZERS[p.optimizer]
     whole = p.gpus <= device.per_node
     rate = device.link if whole else device.network
-    messages = 0 if p.gpus == 1 else 3 + (p.data > 1)
+    messages = 0 if p.gpus == 1 else 3 + (p.data > 1) * _slabs(p)
     rounds = max(0, (p.gpus - 1).bit_length())
     return {
         "forward pass": crowd * products / (device.product * device.forward_share),
         "backward pass": crowd * 3.0 * products / (device.product * device.backward_share),
-        "optimizer": crowd * touched * matrix / device.copy,
+        "optimizer": crowd * _touched(p) / device.copy,
         "messages": turns * (sum(_wire(p).values()) / rate + messages * rounds * device.latency),
     }
+
+
+def _touched(p: HeadConfig) -> float:
+    """Bytes that the optimizer reads or writes: prototypes and state both, a gradient in memory is read."""
+    entries = p.used_classes * p.embedding_size
+    gradient = 0.0 if p.fused_update else 4.0 * entries
+    return 2.0 * (WIDTHS[p.prototype_dtype] * entries + p.state(p.used_classes)) + gradient
+
+
+def _slabs(p: HeadConfig) -> int:
+    """In how many messages the data groups add the gradient of the prototypes, at least."""
+    a_class = p.batch / p.data * WIDTHS[p.dtype] + 4.0 * p.embedding_size
+    return math.ceil(p.used_classes * a_class / WORKSPACE) if p.fused_update else 1
 
 
 def _advice(p: HeadConfig, device: Device) -> tuple[str, ...]:
@@ -263,14 +296,20 @@ def _advice(p: HeadConfig, device: Device) -> tuple[str, ...]:
     def fits(changed: HeadConfig) -> bool:
         return sum(_memory(changed).values()) <= 0.9 * device.memory
 
-    found = []
     gpus = next((n for n in (p.gpus * 2**i for i in range(1, 13)) if fits(replace(p, gpus=n))), None)
-    if gpus:
-        found.append(f"--gpus {gpus} would fit: each holds fewer classes")
-    if p.data > 1 and fits(replace(p, data=1)):
-        found.append("--data 1 would fit: all devices share the classes instead of repeating them")
-    if p.optimizer == "adamw" and fits(replace(p, optimizer="sgd")):
-        found.append("--optimizer sgd would fit: one state instead of two")
+    changes = [
+        (p.data > 1, replace(p, data=1), "--data 1 would fit: all devices share the classes instead of repeating them"),
+        (p.optimizer == "adamw", replace(p, optimizer="sgd"), "--optimizer sgd would fit: one state instead of two"),
+        (True, replace(p, fused_update=True), "--fused-update would fit: no gradient of the prototypes in memory"),
+    ]
+    if p.fused_update:
+        changes += [
+            (True, replace(p, optimizer="adagrad"), "--optimizer adagrad would fit: a number a class is its state"),
+            (True, replace(p, prototype_dtype="bfloat16"), "--prototype-dtype bfloat16 would fit"),
+            (True, replace(p, state_dtype="bfloat16"), "--state-dtype bfloat16 would fit"),
+        ]
+    found = [f"--gpus {gpus} would fit: each holds fewer classes"] if gpus else []
+    found += [words for possible, changed, words in changes if possible and fits(changed)]
     if not found:
         found.append("no single change is enough: combine more --gpus with a smaller --batch")
     return tuple(found)

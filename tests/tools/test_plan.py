@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from helpers.refusals import warned
 
 from ltloss.cli.command import main
 from ltloss.cli.values import count
-from ltloss.distributed import class_mesh, parallelize
+from ltloss.distributed import SampledAdamW, class_mesh, parallelize
+from ltloss.optim import PrototypeAdagrad, PrototypeAdamW, PrototypeSGD
 from ltloss.tools.plan import DEVICES, Device, HeadConfig, make_plan
 from ltloss.training.model.registry import LOSSES, build_loss
 
@@ -33,40 +35,101 @@ def test_counts_of_a_plan_by_hand() -> None:
     assert not plan.advice
 
 
-KEPT = ("prototypes (float32)", "their gradient", "state of sgd", "constants of the loss", "centres of the classes")
+OPTIMIZERS: dict[tuple[str, bool], Any] = {
+    ("sgd", False): lambda m, _: torch.optim.SGD([m.weight], lr=0.1, momentum=0.9),
+    ("adamw", False): lambda m, _: SampledAdamW(m) if hasattr(m, "sampler") else torch.optim.AdamW([m.weight]),
+    ("sgd", True): lambda m, options: PrototypeSGD(m, lr=0.1, momentum=0.9, **options),
+    ("adamw", True): lambda m, options: PrototypeAdamW(m, **options),
+    ("adagrad", True): lambda m, options: PrototypeAdagrad(m, **options),
+}
 
 
-def _bytes_of_a_step(rank: int, loss: str, p: HeadConfig) -> int:
-    """What the tensors of a rank take after a step: of the module, their gradients, and of the optimizer."""
-    module = build_loss(
-        loss, [3] * p.classes, p.embedding_size, {"min_angle_weight": 0.0} if loss == "long-tail" else {}
+def _bytes_of_a_step(rank: int, p: HeadConfig) -> dict[str, int]:
+    """What the tensors of a rank take after a step, by kind."""
+    module: Any = build_loss(
+        p.loss, [3] * p.classes, p.embedding_size, {"min_angle_weight": 0.0} if p.loss == "long-tail" else {}
     )
-    mesh = class_mesh() if p.gpus > 1 else None
-    module = parallelize(module, mesh, sample_rate=p.sample_rate)  # type: ignore[type-var]
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)  # type: ignore[attr-defined]
+    module.weight.data = module.weight.data.to(getattr(torch, p.prototype_dtype))
+    module = parallelize(module, class_mesh() if p.gpus > 1 else None, sample_rate=p.sample_rate)
+    options: dict[str, Any] = {"state_dtype": getattr(torch, p.state_dtype)}
+    if p.prototype_dtype == "bfloat16":
+        options["rounding"] = "stochastic"
+    optimizer = OPTIMIZERS[p.optimizer, p.fused_update](module, options)
     module(
         torch.randn(p.batch // p.gpus, p.embedding_size), torch.zeros(p.batch // p.gpus, dtype=torch.int64)
     ).backward()
     optimizer.step()
-    tensors = [*module.parameters(), *module.buffers()]  # type: ignore[attr-defined]
-    tensors += [weight.grad for weight in module.parameters()]  # type: ignore[attr-defined]
-    tensors += [state["momentum_buffer"] for state in optimizer.state.values()]
-    own = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
-    return sum(tensor.numel() * tensor.element_size() for tensor in own)
+    parts: dict[str, list[Any]] = {
+        "prototypes": [module.weight],
+        "gradient": [parameter.grad for parameter in module.parameters() if parameter.grad is not None],
+        "state": [t for t in optimizer.state[module.weight].values() if t.dim()],  # without the count of steps
+        "buffers": list(module.buffers()),
+    }
+    own = {name: [t.to_local() if hasattr(t, "to_local") else t for t in tensors] for name, tensors in parts.items()}
+    return {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in own.items()}
+
+
+def _planned(p: HeadConfig) -> dict[str, float]:
+    memory = make_plan(p, H200).memory
+    return {
+        "prototypes": memory[f"prototypes ({p.prototype_dtype})"],
+        "gradient": memory["their gradient"],
+        "state": memory[f"state of {p.optimizer}"],
+        "buffers": memory["constants of the loss"] + memory["centres of the classes"],
+    }
+
+
+SMALL = HeadConfig(classes=60, embedding_size=8, batch=4, gpus=1, dtype="float32")
 
 
 @pytest.mark.parametrize(("loss", "rate"), [*((name, 1.0) for name in LOSSES if name != "softmax"), ("long-tail", 0.5)])
 def test_memory_is_that_of_the_module(loss: str, rate: float) -> None:
-    p = HeadConfig(classes=60, embedding_size=8, batch=4, gpus=1, dtype="float32", loss=loss, sample_rate=rate)
-    plan = make_plan(p, H200)
-    assert sum(plan.memory[name] for name in KEPT) == _bytes_of_a_step(0, loss, p)
+    p = replace(SMALL, loss=loss, sample_rate=rate)
+    assert _planned(p) == _bytes_of_a_step(0, p)
 
 
-@pytest.mark.parametrize("loss", ["long-tail", "cosine-space"])
-def test_memory_is_that_of_the_module_on_each_rank(loss: str) -> None:
-    p = HeadConfig(classes=60, embedding_size=8, batch=4, gpus=2, dtype="float32", loss=loss)
-    plan = make_plan(p, H200)
-    assert {sum(plan.memory[name] for name in KEPT)} == set(world.run(_bytes_of_a_step, 2, loss, p))
+STEPS = [
+    *({"optimizer": name, "fused_update": fused} for name, fused in OPTIMIZERS),
+    *({"optimizer": name, "fused_update": True, "state_dtype": "bfloat16"} for name in ("sgd", "adamw", "adagrad")),
+    {"fused_update": True, "prototype_dtype": "bfloat16", "state_dtype": "bfloat16"},
+    {"optimizer": "adagrad", "fused_update": True, "prototype_dtype": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize("changes", STEPS, ids=lambda changes: " ".join(map(str, changes.values())))
+def test_memory_and_traffic_of_the_step_are_those_of_its_tensors(changes: dict[str, Any]) -> None:
+    p = replace(SMALL, loss="arcface", **changes)
+    found = _bytes_of_a_step(0, p)
+    assert _planned(p) == found
+    touched = 2 * (found["prototypes"] + found["state"]) + found["gradient"]  # read and written; read
+    assert make_plan(p, H200).seconds["optimizer"] * H200.copy == pytest.approx(touched)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_state_of_sampled_classes_counts_their_draws(fused: bool) -> None:
+    p = replace(SMALL, loss="arcface", optimizer="adamw", fused_update=fused, sample_rate=0.5)
+    assert _planned(p) == _bytes_of_a_step(0, p)
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        replace(SMALL, gpus=2, loss="long-tail"),
+        replace(SMALL, gpus=2, loss="cosine-space"),
+        replace(SMALL, gpus=2, loss="long-tail", fused_update=True, optimizer="adamw", state_dtype="bfloat16"),
+    ],
+)
+def test_memory_is_that_of_the_module_on_each_rank(p: HeadConfig) -> None:
+    assert world.run(_bytes_of_a_step, 2, p) == [_planned(p)] * 2
+
+
+def test_a_fused_update_saves_the_gradient_and_its_traffic() -> None:
+    p = replace(LARGE, data=2)
+    ordinary, fused = make_plan(p, H200), make_plan(replace(p, fused_update=True), H200)
+    assert sum(ordinary.memory.values()) - sum(fused.memory.values()) == 4 * 3_125_000 * 512
+    assert fused.seconds["optimizer"] == pytest.approx(0.8 * ordinary.seconds["optimizer"])
+    assert fused.wire == ordinary.wire
+    assert fused.seconds["messages"] > ordinary.seconds["messages"]  # the groups add a slab at a time
 
 
 def test_a_single_device_sends_nothing() -> None:
@@ -98,6 +161,10 @@ def test_data_groups_repeat_the_classes_and_reduce_their_gradient() -> None:
         ({"gpus": 4, "optimizer": "adamw", "classes": 80_000_000}, "--optimizer sgd would fit"),
         ({"gpus": 8, "data": 8, "classes": 30_000_000}, "--data 1 would fit"),
         ({"gpus": 1, "classes": 10**14}, "no single change is enough"),
+        ({"gpus": 4}, "--fused-update would fit"),
+        ({"gpus": 4, "classes": 150_000_000, "fused_update": True}, "--optimizer adagrad would fit"),
+        ({"gpus": 4, "classes": 150_000_000, "fused_update": True}, "--state-dtype bfloat16 would fit"),
+        ({"gpus": 4, "classes": 150_000_000, "fused_update": True}, "--prototype-dtype bfloat16 would fit"),
     ],
 )
 def test_advice_names_what_would_fit(changes: dict[str, object], words: str) -> None:
@@ -145,6 +212,11 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*line, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"] is True
     assert main([*line[:-1], "1"]) == 1
+    capsys.readouterr()
+    narrow = ["--optimizer", "adagrad", "--prototype-dtype", "bfloat16", "--state-dtype", "bfloat16"]
+    assert main([*line, "--fused-update", *narrow, "--json"]) == 0
+    problem = json.loads(capsys.readouterr().out)["problem"]
+    assert (problem["fused_update"], problem["prototype_dtype"], problem["state_dtype"]) == (True, *["bfloat16"] * 2)
 
 
 def test_the_name_of_version_0_1_warns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,6 +240,9 @@ def test_the_name_of_version_0_1_warns(capsys: pytest.CaptureFixture[str]) -> No
         (["--device", "nowhere.json"], ("nowhere.json",)),
         (["--dtype", "int8"], ("--dtype", "int8")),
         (["--loss", "softmax"], ("--loss", "softmax")),
+        (["--optimizer", "adagrad"], ("optimizer", "adagrad", "fused_update")),
+        (["--state-dtype", "bfloat16"], ("state_dtype", "bfloat16", "fused_update")),
+        (["--prototype-dtype", "float8"], ("prototype_dtype", "float32", "'float8'")),
         (["--sample-rate", "0"], ("sample_rate", "(0, 1]", "0.0")),
     ],
 )
