@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -132,7 +133,9 @@ class Trainer:
     def run_epoch(self, epoch: int, test: ImageSource) -> dict[str, Any]:
         """Train epoch number ``epoch`` (from 1), measure the test split if it is due, and return the new row."""
         start = time.perf_counter()
-        with _seeded(derived_seed(self.settings.seed, self.ranks.purpose("dropout"), epoch), self.device):
+        dropout = derived_seed(self.settings.seed, self.ranks.purpose("dropout"), epoch)
+        with _seeded(dropout, self.device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "gradients of the prototypes were not finite")  # looked at below
             loss, accuracy = self._train_epoch(epoch)
         self.train_seconds.append(time.perf_counter() - start)
         row = {
@@ -180,7 +183,14 @@ class Trainer:
                 correct += (self.classifier.loss.predict(features.detach()).index[:, 0] == labels).sum()
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == self.steps:
                 _check_finite(losses[: step + 1], epoch, self.steps, lr)
+                self._check_moved(epoch, lr)
         return losses.double().mean().item(), self.ranks.sum(correct).item() / len(self.source)
+
+    def _check_moved(self, epoch: int, lr: float) -> None:
+        """An update inside the backward leaves out a step that would end in NaN, which would hide it."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, PrototypeSGD) and optimizer.skipped_steps:
+                raise _diverged(f"a gradient of the prototypes is not finite in epoch {epoch}", lr)
 
     def _prepare_epoch(self, epoch: int) -> None:
         self.classifier.train()
@@ -266,12 +276,15 @@ def _check_finite(losses: Tensor, epoch: int, steps: int, lr: float) -> None:
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         step = int(bad[0]) + 1
-        raise DivergedError(
-            f"the loss is {losses[step - 1].item()} at step {step} of {steps} in epoch {epoch} "
-            f"(learning rate {lr:.3g})",
-            "start a new --out with a lower --lr, or with a smaller --scale where it is extreme. Earlier checkpoints "
-            "are untouched",
-        )
+        raise _diverged(f"the loss is {losses[step - 1].item()} at step {step} of {steps} in epoch {epoch}", lr)
+
+
+def _diverged(what: str, lr: float) -> DivergedError:
+    return DivergedError(
+        f"{what} (learning rate {lr:.3g})",
+        "start a new --out with a lower --lr, or with a smaller --scale where it is extreme. Earlier checkpoints are "
+        "untouched",
+    )
 
 
 def _test_columns(metrics: Metrics | None) -> dict[str, float | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from helpers.toys import toy_settings
 from safetensors.torch import load_file
 
 import ltloss
-from ltloss.errors import UserError
+from ltloss.errors import DivergedError, UserError
 from ltloss.optim import PrototypeSGD
 from ltloss.testing import relative_error
 from ltloss.training.run.prepare import prepare_data
@@ -75,3 +77,28 @@ def test_the_dense_reference_is_refused_before_training(toy_npz: Path, tmp_path:
     with ltloss.use_backend("reference"), refused("--fused-update", "LTLOSS_BACKEND", error=UserError):
         train(tmp_path / "run", toy_settings(toy_npz, fused_update=True), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverges_says_so_once(toy_npz: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with refused("nan", "--lr", error=DivergedError):
+            train(tmp_path / "run", toy_settings(toy_npz, fused_update=True, lr=1e30), quiet=True)
+
+
+def test_a_step_that_was_skipped_ends_the_run(toy_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step of an epoch, whose NaN no later loss would show."""
+    original, calls = ltloss.ArcFaceLoss.forward, 0
+
+    def failing(self: ltloss.ArcFaceLoss, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        loss = original(self, features, labels)
+        calls += torch.is_grad_enabled()
+        if calls == 4 and loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss
+
+    monkeypatch.setattr(ltloss.ArcFaceLoss, "forward", failing)
+    with refused("prototypes", "epoch 1", "--lr", error=DivergedError):
+        train(tmp_path / "run", toy_settings(toy_npz, fused_update=True, loss="arcface"), quiet=True)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
