@@ -22,7 +22,7 @@ _DASHES = (0, (4, 1.5))
 _LABEL_WIDTH = 34  # characters; longer labels of rows would leave no room for the rows
 _RASTER_ABOVE = 3000  # points; as vectors they would make the page megabytes long
 
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the reader's font
     "font.size": 9,
     "text.color": _INK,
@@ -61,7 +61,7 @@ def _drawing(name: str, height: float = 3.1) -> Iterator[Axes]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({**_STYLE, "svg.hashsalt": f"ltloss-{name}"}):  # the same data gives the same bytes
+    with rc_context({**STYLE, "svg.hashsalt": f"ltloss-{name}"}):  # the same data gives the same bytes
         yield Figure(figsize=(5.2, height), layout="constrained").add_subplot()
 
 
