@@ -40,8 +40,9 @@ lint: $(VENV)/.installed  ## ruff and mypy --strict
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/.installed  ## measure against the peers, write benchmarks/results/<device>.csv
+bench: $(VENV)/.installed  ## measure loss and whole step against the peers, write benchmarks/results/*.csv, docs/step.svg
 	@$(BIN)/python -m benchmarks.loss_cpu
+	@$(BIN)/python -m benchmarks.step
 
 kernel-report: $(VENV)/.installed  ## compile every kernel for sm_80, sm_90 and sm_100 (no GPU needed), write the table
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.kernel_report --documentation docs/kernels.md

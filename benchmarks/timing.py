@@ -63,6 +63,11 @@ def peak_extra_bytes(step: Callable[[], Any], before: Callable[[], None]) -> int
     return (_status_kib("VmHWM") - resident) * 1024
 
 
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had since it began, libraries and all (Linux)."""
+    return _status_kib("VmHWM") * 1024
+
+
 def fresh_processes(most: int, environment: Mapping[str, str] | None = None) -> ProcessPoolExecutor:
     """Processes that inherit nothing: no threads, no memory, no broken device; with these variables besides."""
     spawn = multiprocessing.get_context("spawn")

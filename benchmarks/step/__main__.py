@@ -1,0 +1,118 @@
+"""``python -m benchmarks.step``: the whole training step, optimizer included, in time and memory of the process.
+
+Written to ``results/step-cpu.csv``, with a picture of it. Ratios are to the loss with torch's optimizer of the same
+family, from medians of the same round; memory is that of the whole process, torch itself included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.peers import Shape
+from benchmarks.step.cases import CASES, Case
+from benchmarks.step.checks import check
+from benchmarks.step.measure import MIB, Row, Work, compared, idle_bytes, in_turns, judged, row
+from benchmarks.step.picture import SERIES, draw
+from benchmarks.timing import RESULTS, stamp, write_rows
+from ltloss._files import write_file
+
+SHAPE = Shape(256, 1_000_000, 128)
+OVER_CLASSES = (10_000, 30_000, 100_000, 300_000)  # and the million of SHAPE
+LINEAR = [Shape(256, classes, 64) for classes in (1_000_000, 3_000_000, 10_000_000)]
+LINEAR_WITHIN = 0.15  # of their median
+# Within these GiB ten million classes train.
+TEN_MILLION = {"PrototypeSGD": 6.0, "PrototypeAdagrad, bfloat16": 3.0}
+PICTURE = Path(__file__).parents[2] / "docs" / "step.svg"
+
+
+def checked(cases: Sequence[Case]) -> dict[str, str]:
+    """Errors of the cases that are right, by name; raises where one is wrong. Peers not installed are left out."""
+    errors = {case.name: _error(case) for case in cases}
+    return {name: f"{error:.1e}" for name, error in errors.items() if error is not None}
+
+
+def _error(case: Case) -> float | None:
+    try:
+        return check(case)
+    except ImportError as reason:
+        print(f"{case.name} is left out: {reason} (pip install 'ltloss[bench]')", flush=True)
+        return None
+
+
+def whole_step(shape: Shape, names: Sequence[str], rounds: int, steps: int, idle: int) -> list[Row]:
+    """Every optimizer and every peer, beside today's."""
+    works = [Work(name, shape) for name in names]
+    found = in_turns(works, rounds, steps)
+    rows = [row("whole step", work, one, idle) for work, one in zip(works, found, strict=True)]
+    compared(works, found, rows)
+    return rows
+
+
+def over_classes(shapes: Sequence[Shape], rounds: int, steps: int, idle: int) -> list[Row]:
+    """What the picture shows."""
+    works = [Work(name, shape) for shape in shapes for name in SERIES]
+    found = in_turns(works, rounds, steps)
+    return [row("over classes", work, one, idle) for work, one in zip(works, found, strict=True)]
+
+
+def many_classes(shapes: Sequence[Shape], rounds: int, steps: int, idle: int) -> list[Row]:
+    """Up to ten million classes: the loss falls, memory stays within its limit, and time is linear."""
+    works = [Work(name, shape) for name in TEN_MILLION for shape in shapes]
+    found = in_turns(works, rounds, steps)
+    rows = [row("many classes", work, one, idle) for work, one in zip(works, found, strict=True)]
+    for name, most_gib in TEN_MILLION.items():
+        own = [entry for entry in rows if entry["optimizer"] == name]
+        if any("ns_per_class" not in entry for entry in own):
+            continue
+        per_class = [float(entry["ns_per_class"]) for entry in own]
+        middle = statistics.median(per_class)
+        off = max(abs(one - middle) / middle for one in per_class)
+        gib = float(own[-1]["peak_mib"]) / 1024
+        own[-1]["goal"] = f"{judged('GiB', gib, most_gib)}; {judged('off linear', off, LINEAR_WITHIN)}"
+    return rows
+
+
+_OPTIONAL = {"time_ratio": "time {} x", "memory_ratio": "memory {} x", "goal": "{}", "note": "({})"}
+
+
+def _show(rows: Sequence[Row]) -> None:
+    for entry in rows:
+        shape = str(Shape(entry["N"], entry["C"], entry["D"]))
+        parts = [f"{entry['case']:13} {shape:16} {entry['optimizer']:42}"]
+        if "median_ms" in entry:
+            parts.append(f"{float(entry['median_ms']):9.1f} ms  peak {entry['peak_mib']:>5} MiB")
+        parts += [text.format(entry[name]) for name, text in _OPTIONAL.items() if entry.get(name)]
+        print("  ".join(parts), flush=True)
+
+
+def main() -> None:
+    """Check, measure, show, write the rows and draw them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=2, help="fresh processes of each case (default 2)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each process (default 5)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "step-cpu.csv", help="CSV to write")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="SVG to write")
+    arguments = parser.parse_args()
+    rounds, steps = arguments.rounds, arguments.steps
+    common, errors, idle = stamp(), checked(list(CASES.values())), idle_bytes()
+    print(f"{common['device']}, {common['threads']} threads, load {common['load']}, idle process {idle / MIB:.0f} MiB")
+    rows: list[Row] = []
+    for measured in (
+        whole_step(SHAPE, list(errors), rounds, steps, idle),
+        over_classes([Shape(SHAPE.n, classes, SHAPE.d) for classes in OVER_CLASSES], rounds, steps, idle),
+        many_classes(LINEAR, rounds, max(3, steps // 2), idle),
+    ):
+        _show(measured)
+        rows += measured
+    for entry in rows:
+        entry["relative_error"] = errors[entry["optimizer"]]
+    write_rows([{**common, **entry} for entry in rows], arguments.output)
+    write_file(arguments.picture, draw(rows).encode())
+    print(f"wrote {arguments.output} and {arguments.picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Memory and time of the whole step against the number of classes, as an SVG for the README and docs."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ltloss.training.pages.plots import STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Case: colour, dashes, what the reader calls it.
+SERIES: dict[str, tuple[str, Any, str]] = {
+    "torch AdamW": ("#5a646b", (0, (4, 1.5)), "loss + torch AdamW"),
+    "torch AdamW, fused": ("#c2500a", (0, (1, 1.2)), "loss + torch AdamW, fused"),
+    "PrototypeAdamW": ("#0072b2", "-", "PrototypeAdamW, float32"),
+    "PrototypeAdamW, bfloat16": ("#00795a", (0, (6, 1.5, 1, 1.5)), "PrototypeAdamW, bfloat16"),
+}
+_LARGE = {"font.size": 11, "axes.titlesize": 12, "legend.fontsize": 10.5, "lines.linewidth": 2.2}
+_APART = 0.075  # of the height: figures at the ends of lines do not touch
+
+
+def _points(rows: Sequence[dict[str, Any]], column: str, unit: float) -> dict[str, list[tuple[float, float]]]:
+    """(million classes, value) by case."""
+    kinds = ("whole step", "over classes")
+    shown = [one for one in rows if one["case"] in kinds and one["optimizer"] in SERIES and one.get(column)]
+    series: dict[str, list[tuple[float, float]]] = {name: [] for name in SERIES}
+    for one in shown:
+        series[one["optimizer"]].append((int(one["C"]) / 1e6, float(one[column]) / unit))
+    return {name: sorted(points) for name, points in series.items() if points}
+
+
+def _lines(axes: Axes, title: str, form: str, series: dict[str, list[tuple[float, float]]]) -> None:
+    """Lines, and at their ends the values, moved apart where they would touch."""
+    top = max(y for points in series.values() for _, y in points)
+    last = -1.0
+    for name, points in sorted(series.items(), key=lambda item: item[1][-1][1]):
+        colour, dashes, label = SERIES[name]
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, color=colour, linestyle=dashes, marker="o", markersize=4, label=label)
+        last = max(ys[-1] / top, last + _APART)
+        axes.annotate(
+            form.format(ys[-1]),
+            (xs[-1], last * top),
+            (9, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontweight="bold",
+            annotation_clip=False,
+        )
+    axes.set_title(title, loc="left")
+    axes.set_ylim(0, 1.08 * top)
+    axes.set_xlim(0, max(x for points in series.values() for x, _ in points) * 1.02)
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> str:
+    """An SVG of two panels, one above the other, that is legible on a telephone. The same rows give the same bytes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({**STYLE, **_LARGE, "svg.hashsalt": "ltloss-step"}):
+        figure = Figure(figsize=(5.2, 6.2), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        seconds = _points(rows, "median_ms", 1e3)
+        _lines(above, "Memory of the process (GiB)", "{:.2f}", _points(rows, "peak_mib", 1024))
+        _lines(below, "Time of a whole training step (s)", "{:.2f}", seconds)
+        below.set_xlabel("million classes ({N} samples, width {D})".format(**rows[0]))
+        handles = {line.get_label(): line for line in above.get_lines()}
+        labels = [label for _, _, label in SERIES.values() if label in handles]
+        figure.legend([handles[label] for label in labels], labels, loc="outside upper left", ncols=1)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
+    return re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE)
