@@ -16,6 +16,7 @@ from ltloss._types import TakeGradient
 from ltloss._validation import check_choice, check_number
 from ltloss.distributed.layout import Layout, copy_rows, local
 from ltloss.losses.prototype_head import PrototypeHead
+from ltloss.numerics import spans
 from ltloss.optim.rounding import random_bits, round_stochastically
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ class UpdateOptions(TypedDict, total=False):
     seed: int
     max_class_norm: float | None
     grad_scaler: torch.amp.GradScaler | None
+
+
+# Elements of the float32 copies that an update works on: a CPU's own cache holds them, and the allocator keeps them.
+_COPIED = 1 << 17
 
 
 class PrototypeOptimizer(torch.optim.Optimizer):
@@ -363,14 +368,22 @@ class _Slabs:
         self.rounding = optimizer.rounding or "stochastic"  # of bfloat16 state beside float32 prototypes
         self.seed, self.max_class_norm = group["seed"], group["max_class_norm"]
         self.inverse_scale = optimizer.inverse_scale()
+        in_place = {self.weight.dtype, *(tensor.dtype for tensor in state.values())} == {self.wide}
+        self.index = None if shard is None else shard.index
+        self.rows = max(1, self.weight.shape[0])
+        if self.weight.device.type == "cpu" and not (in_place and self.index is None):
+            self.rows = max(1, _COPIED // self.weight.shape[1])
 
     @torch.no_grad()
     def take(self, start: int, stop: int, gradient: Tensor) -> None:
         """The gradient (stop - start, D) of these classes, or of these of the sample. It is used up."""
-        here: Tensor | slice = slice(start, stop)
         if self.shard is not None:
             gradient = self.shard.reduce_prototypes(gradient)
-            here = here if self.shard.index is None else self.shard.index[here]
+        for first, last in spans(stop - start, self.rows):
+            self._move(slice(start + first, start + last), gradient[first:last])
+
+    def _move(self, part: slice, gradient: Tensor) -> None:
+        here = part if self.index is None else self.index[part]
         if self.joined is not None:
             gradient += self.joined[here]
         if self.inverse_scale is not None:
