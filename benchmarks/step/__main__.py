@@ -1,7 +1,8 @@
 """``python -m benchmarks.step``: the whole training step, optimizer included, in time and memory of the process.
 
-Written to ``results/step-cpu.csv``, with a picture of it. Ratios are to the loss with torch's optimizer of the same
-family, from medians of the same round; memory is that of the whole process, torch itself included.
+Written to ``results/step-cpu.csv``, with its picture and the tables of ``docs/performance.md``. Ratios are to the loss
+with torch's optimizer of the same family, from medians of the same round; memory is that of the whole process, torch
+itself included.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.evidence.pages import renewed
 from benchmarks.peers import Shape
 from benchmarks.step.cases import CASES, Case
 from benchmarks.step.checks import check
 from benchmarks.step.measure import MIB, Row, Work, compared, idle_bytes, in_turns, judged, row
 from benchmarks.step.picture import SERIES, draw
+from benchmarks.step.tables import many_classes_table, whole_step_table
 from benchmarks.timing import RESULTS, stamp, write_rows
 from ltloss._files import write_file
 
@@ -25,7 +28,7 @@ LINEAR = [Shape(256, classes, 64) for classes in (1_000_000, 3_000_000, 10_000_0
 LINEAR_WITHIN = 0.15  # of their median
 # Within these GiB ten million classes train.
 TEN_MILLION = {"PrototypeSGD": 6.0, "PrototypeAdagrad, bfloat16": 3.0}
-PICTURE = Path(__file__).parents[2] / "docs" / "step.svg"
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "performance.md"
 
 
 def checked(cases: Sequence[Case]) -> dict[str, str]:
@@ -88,13 +91,21 @@ def _show(rows: Sequence[Row]) -> None:
         print("  ".join(parts), flush=True)
 
 
+def document(rows: Sequence[Row], page: Path) -> None:
+    """Renew the tables of the page, and the picture beside it."""
+    text = renewed(page.read_text(encoding="utf-8"), "whole step", whole_step_table(rows))
+    text = renewed(text, "many classes", many_classes_table(rows))
+    write_file(page, text.encode())
+    write_file(page.with_name("step.svg"), draw(rows).encode())
+
+
 def main() -> None:
     """Check, measure, show, write the rows and draw them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=2, help="fresh processes of each case (default 2)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each process (default 5)")
     parser.add_argument("--output", type=Path, default=RESULTS / "step-cpu.csv", help="CSV to write")
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="SVG to write")
+    parser.add_argument("--documentation", type=Path, default=DOCUMENTATION, help="page to renew, step.svg beside it")
     arguments = parser.parse_args()
     rounds, steps = arguments.rounds, arguments.steps
     common, errors, idle = stamp(), checked(list(CASES.values())), idle_bytes()
@@ -110,8 +121,8 @@ def main() -> None:
     for entry in rows:
         entry["relative_error"] = errors[entry["optimizer"]]
     write_rows([{**common, **entry} for entry in rows], arguments.output)
-    write_file(arguments.picture, draw(rows).encode())
-    print(f"wrote {arguments.output} and {arguments.picture}")
+    document(rows, arguments.documentation)
+    print(f"wrote {arguments.output}, {arguments.documentation} and its step.svg")
 
 
 if __name__ == "__main__":

@@ -107,21 +107,22 @@ def test_goals_are_judged_by_the_numbers() -> None:
     assert "memory missed" in rows[2]["goal"]
 
 
-def test_the_picture_shows_every_series() -> None:
-    rows: list[dict[str, Any]] = [
-        {
-            "case": "over classes",
-            "N": 8,
-            "C": classes,
-            "D": 4,
-            "optimizer": name,
-            "median_ms": factor * classes,
-            "peak_mib": classes / 9,
-        }
-        for factor, name in enumerate(SERIES, 1)
-        for classes in (1000, 4000, 9000)
-    ]
-    svg = draw(rows)
+def _row(kind: str, name: str, classes: int, factor: int) -> dict[str, Any]:
+    measured = {"median_ms": factor * classes, "peak_mib": classes // 9, "ns_per_class": 7.0, "note": "loss 3 -> 2"}
+    return {"case": kind, "N": 8, "C": classes, "D": 4, "optimizer": name, **measured}
+
+
+def test_the_page_and_its_picture_show_every_case(tmp_path: Path) -> None:
+    rows = [_row("over classes", name, classes, 2) for name in SERIES for classes in (1000, 4000)]
+    rows += [_row("whole step", name, 9000, factor) for factor, name in enumerate(CASES, 1)]
+    rows += [_row("many classes", name, 10_000_000, 3) for name in step.TEN_MILLION]
+    page = tmp_path / "performance.md"
+    page.write_text(step.DOCUMENTATION.read_text(encoding="utf-8"), encoding="utf-8")
+    step.document(rows, page)
+    text = page.read_text(encoding="utf-8")
+    assert all(f"| {name} |" in text for name in CASES)
+    assert "| 10,000,000 | 7.0 |" in text
+    svg = (tmp_path / "step.svg").read_text(encoding="utf-8")
     assert ElementTree.fromstring(svg).tag.endswith("svg")
     assert all(label in svg for _, _, label in SERIES.values())
     assert draw(rows) == svg
