@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ltloss.runtime import (
         current_backend,
         current_debug,
+        current_keep_exponentials,
         current_workspace,
         debug_labels,
         set_debug,
@@ -61,6 +62,7 @@ __all__ = [
     "class_balance",
     "current_backend",
     "current_debug",
+    "current_keep_exponentials",
     "current_workspace",
     "debug_labels",
     "default_scale",
@@ -81,7 +83,8 @@ __all__ = [
 # Imported on first use: the `ltloss` command starts, and reports what goes wrong, before torch is there.
 _HOMES = {
     "runtime": (
-        *("current_backend", "current_debug", "current_workspace", "debug_labels", "set_debug"),
+        *("current_backend", "current_debug", "current_keep_exponentials", "current_workspace"),
+        *("debug_labels", "set_debug"),
         *("use_backend", "use_workspace", "debug"),  # the last of 0.1
     ),
     "losses.class_centers": ("ClassCenters",),

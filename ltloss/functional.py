@@ -33,7 +33,7 @@ from ltloss.numerics import compute_dtype
 from ltloss.ops import prototype_search
 from ltloss.ops._dispatch import at_hand, choose_backend
 from ltloss.ops.labels import NOTHING, checked_labels
-from ltloss.ops.logsumexp import Shard, Update, logsumexp_stats
+from ltloss.ops.logsumexp import Shard, Update, logsumexp_stats, may_keep
 from ltloss.ops.margin_cross_entropy import MarginCrossEntropy
 from ltloss.regularizers import FeatureNormKind, norm_penalty
 from ltloss.runtime import current_debug
@@ -136,7 +136,7 @@ def margin_cross_entropy(
     labels = checked_labels(labels, classes, ignore_index, "labels")
     if backend == "reference":
         return reference.loss_of(features, prototypes, labels, objective)
-    given = features, prototypes, labels, objective, classes, backend, shard
+    given = features, prototypes, labels, objective, classes, backend, may_keep(), shard
     if update is None:
         return MarginCrossEntropy.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
     return update.run(MarginCrossEntropy, *given)  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ __all__ = [
     "Backend",
     "current_backend",
     "current_debug",
+    "current_keep_exponentials",
     "current_workspace",
     "debug_labels",
     "set_debug",
@@ -92,10 +93,11 @@ def _workspace_of_environment() -> int:
 
 
 _workspace: int = _workspace_of_environment()
+_keep_exponentials = False
 
 
 def current_workspace() -> int:
-    """How many bytes the backward of the kernels may take beside the gradients (see :class:`use_workspace`).
+    """How many bytes a step may take beside the gradients (see :class:`use_workspace`).
 
     Example:
         >>> import ltloss
@@ -105,32 +107,52 @@ def current_workspace() -> int:
     return _workspace
 
 
+def current_keep_exponentials() -> bool:
+    """Whether exponentials are kept for the backward (see :class:`use_workspace`).
+
+    Example:
+        >>> import ltloss
+        >>> ltloss.current_keep_exponentials()
+        False
+    """
+    return _keep_exponentials
+
+
 class use_workspace(AbstractContextManager["use_workspace"]):
-    """Limit the memory of the kernels' backward, from now on or inside a ``with`` block.
+    """Limit the memory of the kernels' backward, or spend memory on time. From now on, or inside a ``with`` block.
 
     Args:
         limit: bytes beside the gradients. A batch whose float32 gradient alone takes more is still computed, in the
             smallest slabs.
+        keep_exponentials: keep exp(logit) of every sample and class from the forward to the backward, in bfloat16:
+            2·N·C bytes on a rank of N rows and C classes. The backward reads them instead of multiplying for the
+            logits again: a step takes 3 products of N·C·D instead of 4. The loss keeps its bits. The gradient of every
+            logit but the target's is rounded, to 2^-8 of itself. Nothing is kept, and gradients keep their bits, where
+            it does not fit into ``limit``, in float64, and in the kernels. When it pays: docs/performance.md.
 
-    The environment variable ``LTLOSS_WORKSPACE_MIB`` sets the initial value, 256 without it. Global to the process.
+    The environment variable ``LTLOSS_WORKSPACE_MIB`` sets the initial limit, 256 without it. Global to the process.
 
     Example:
         >>> import ltloss
         >>> with ltloss.use_workspace(64 << 20):
         ...     ltloss.current_workspace() >> 20
         64
+        >>> with ltloss.use_workspace(64 << 20, keep_exponentials=True):  # 256 samples, 100 000 classes: 49 MiB
+        ...     ltloss.current_keep_exponentials()
+        True
     """
 
-    def __init__(self, limit: int) -> None:
-        global _workspace
-        self._previous = _workspace
-        _workspace = _checked_bytes(limit, "limit")
+    def __init__(self, limit: int, *, keep_exponentials: bool = False) -> None:
+        global _workspace, _keep_exponentials
+        self._previous = _workspace, _keep_exponentials
+        limit = _checked_bytes(limit, "limit")
+        _workspace, _keep_exponentials = limit, bool(keep_exponentials)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        global _workspace
-        _workspace = self._previous
+        global _workspace, _keep_exponentials
+        _workspace, _keep_exponentials = self._previous
 
 
 _debug = os.environ.get("LTLOSS_DEBUG", "0") not in ("", "0")

@@ -58,12 +58,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """Make every tile 3 rows by 4 classes, so that a small problem crosses many chunk boundaries."""
-    from ltloss.chunked import logsumexp, search
+    from ltloss.chunked import logsumexp, search, tiles
 
-    blocks = logsumexp.Blocks(3, 4)
+    blocks = tiles.Blocks(3, 4)
 
-    def block_sizes(rows: int, classes: int, width: int, device: torch.device) -> logsumexp.Blocks:
-        return logsumexp.Blocks(max(1, min(rows, blocks.rows)), min(classes, blocks.classes))
+    def block_sizes(rows: int, classes: int, width: int, device: torch.device) -> tiles.Blocks:
+        return tiles.Blocks(max(1, min(rows, blocks.rows)), min(classes, blocks.classes))
 
     monkeypatch.setattr(logsumexp, "block_sizes", block_sizes)
     monkeypatch.setattr(search, "block_sizes", block_sizes)

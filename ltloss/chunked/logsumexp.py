@@ -17,34 +17,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ltloss._types import MarginLoss, Partials, TakeGradient
+from ltloss.chunked.tiles import Exponentials, TargetColumn, Tiles, block_sizes, in_huge_pages
 from ltloss.margins import Objective
 from ltloss.numerics import compute_dtype, inverse_norm, project_, spans
 
-__all__ = ["coefficients", "gradients", "logsumexp", "margin_loss", "of_ranks", "partials"]
+__all__ = [
+    "coefficients",
+    "exponentials_bytes",
+    "gradients",
+    "logsumexp",
+    "margin_loss",
+    "new_exponentials",
+    "of_ranks",
+    "partials",
+]
 
 # exp() below this is set to zero. e^-80 is far below float32's resolution of a probability, yet far enough above its
 # smallest normal number for products with it to stay normal too: denormals slow a matrix product tenfold and more.
 # In float64 the bound lies as far above its own smallest normal, so that confident samples keep their tiny gradient.
 SMALLEST_EXPONENT = {torch.float32: -80.0, torch.float64: -700.0}
-
-
-class Blocks(NamedTuple):
-    """How many rows and how many classes one tile of logits holds."""
-
-    rows: int
-    classes: int
-
-
-def block_sizes(rows: int, classes: int, width: int, device: torch.device) -> Blocks:
-    """Choose the tile: both it and the normalised prototypes beside it hold at most ``budget`` elements.
-
-    4 MiB each on a CPU (measured, see docs/performance.md: 2 to 16 MiB are within a tenth of each other, 1 and 32 MiB
-    slower); 64 MiB on a GPU, where each launch has to pay for itself.
-    """
-    budget = 1 << (20 if device.type == "cpu" else 24)
-    row_block = max(1, min(rows, 1024))
-    class_block = max(64, min(budget // row_block, budget // max(1, width)))
-    return Blocks(row_block, min(class_block, classes))
 
 
 def _scaled_features(
@@ -62,46 +53,22 @@ def _scaled_features(
     return u * scale
 
 
-class TargetColumn:
-    """Reads and writes the target entry of every row of a tile, for labels inside and outside of it alike.
-
-    Gather, select and scatter on N-vectors need no list of the labels inside, hence no host synchronisation on a GPU.
-    """
-
-    def __init__(self, labels: Tensor, start: int, width: int) -> None:
-        local = labels - start
-        self.inside = ((local >= 0) & (local < width))[:, None]
-        self.column = local.clamp(0, width - 1)[:, None]
-
-    def fill(self, tile: Tensor, value: Tensor | float) -> None:
-        fill = value[:, None] if isinstance(value, Tensor) else tile.new_tensor(value)
-        tile.scatter_(1, self.column, torch.where(self.inside, fill, tile.gather(1, self.column)))
+def exponentials_bytes(features: Tensor, prototypes: Tensor) -> int:
+    """What :func:`new_exponentials` takes of memory."""
+    n, (c, d) = features.shape[0], prototypes.shape
+    entries, chunks = Exponentials.sizes(n, c, block_sizes(n, c, d, features.device))
+    return 2 * entries + 4 * chunks * n
 
 
-class _Tiles:
-    """Walks over the classes in chunks: normalised prototypes and logits in buffers that are allocated once."""
-
-    def __init__(
-        self, u: Tensor, prototypes: Tensor, inverse: Tensor, log_prior: Tensor | None, blocks: Blocks
-    ) -> None:
-        self.u, self.prototypes, self.inverse, self.log_prior = u, prototypes, inverse, log_prior
-        self.blocks = blocks
-        self._logits = u.new_empty(blocks.rows * blocks.classes)
-        self._unit = u.new_empty(blocks.classes, u.shape[1])
-
-    def unit_prototypes(self, start: int, stop: int) -> Tensor:
-        """ŵ of the chunk (stop - start, D)."""
-        unit = self._unit[: stop - start]
-        return torch.mul(self.prototypes[start:stop], self.inverse[start:stop, None], out=unit)
-
-    def logits(self, unit: Tensor, rows: slice, start: int, stop: int) -> Tensor:
-        """s·cos + log-prior of one row block and the chunk."""
-        u = self.u[rows]
-        tile = self._logits[: u.shape[0] * (stop - start)].view(u.shape[0], stop - start)
-        torch.mm(u, unit.t(), out=tile)
-        if self.log_prior is not None:
-            tile.add_(self.log_prior[start:stop])
-        return tile
+def new_exponentials(features: Tensor, prototypes: Tensor, fake: bool = False) -> Exponentials:
+    """What :func:`partials` fills for :func:`gradients`. Float32 only."""
+    n, (c, d) = features.shape[0], prototypes.shape
+    entries, chunks = Exponentials.sizes(n, c, block_sizes(n, c, d, features.device))
+    if fake or features.device.type != "cpu":
+        values = features.new_empty(entries, dtype=torch.bfloat16)
+    else:
+        values = in_huge_pages(entries)
+    return Exponentials(values, features.new_empty(chunks, n, dtype=torch.float32))
 
 
 def partials(
@@ -113,11 +80,12 @@ def partials(
     normalize_features: bool,
     with_logit_sum: bool,
     ignore_index: int | None,
+    kept: Exponentials | None = None,
 ) -> Partials:
     """One pass of features (N, D) over prototypes (C, D): one split, in natural units.
 
     Labels (N,): those of samples that are not counted equal ``ignore_index``; None takes every label outside [0, C) for
-    "the target is not among these prototypes".
+    "the target is not among these prototypes". ``kept`` is filled for :func:`gradients`.
     """
     dtype = compute_dtype(features, prototypes)
     n, (c, d) = features.shape[0], prototypes.shape
@@ -125,11 +93,11 @@ def partials(
     u = _scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
     blocks = block_sizes(n, c, d, features.device)
     inverse = u.new_empty(c)
-    tiles = _Tiles(u, prototypes, inverse, None if log_prior is None else log_prior.to(dtype), blocks)
+    tiles = Tiles(u, prototypes, inverse, None if log_prior is None else log_prior.to(dtype), blocks)
     maximum = u.new_full((n,), -math.inf)
     total = u.new_zeros(n)
     unit_sum = u.new_zeros(d)
-    for start, stop in spans(c, blocks.classes):
+    for number, (start, stop) in enumerate(spans(c, blocks.classes)):
         inverse[start:stop] = inverse_norm(prototypes[start:stop], dtype)
         unit = tiles.unit_prototypes(start, stop)
         if with_logit_sum:
@@ -138,7 +106,11 @@ def partials(
             rows = slice(*row)
             tile = tiles.logits(unit, rows, start, stop)
             TargetColumn(labels[rows], start, stop - start).fill(tile, -math.inf)
-            _accumulate_exp(tile, maximum[rows], total[rows])
+            shift = _accumulate_exp(tile, maximum[rows], total[rows])
+            if kept is not None:
+                values, shifts = kept.of(number, rows, start, stop)
+                values.copy_(tile)
+                shifts.copy_(shift)
     return Partials(
         sum=total[None],
         max=maximum[None],
@@ -194,13 +166,14 @@ def _target_cosine(
     return cosine.masked_fill_(labels == _NOT_A_CLASS, math.nan)
 
 
-def _accumulate_exp(tile: Tensor, maximum: Tensor, total: Tensor) -> None:
-    """One step of the running log-sum-exp: log Σ exp = maximum + log(total). The tile is used up."""
+def _accumulate_exp(tile: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
+    """One step of the running log-sum-exp: log Σ exp = maximum + log(total). The tile becomes exp(tile - result)."""
     new = torch.maximum(maximum, tile.amax(1))
     # A row without any other class so far has maximum -inf, and -inf - (-inf) would be NaN.
     shift = torch.where(new == -math.inf, 0.0, new)
     total.mul_((maximum - shift).exp_()).add_(tile.sub_(shift[:, None]).exp_().sum(1))
     maximum.copy_(new)
+    return shift
 
 
 def margin_loss(partials: Partials, labels: Tensor, objective: Objective, num_classes: int) -> MarginLoss:
@@ -304,11 +277,13 @@ def gradients(
     ignore_index: int | None,
     needs: list[bool],
     take: TakeGradient | None = None,
+    kept: Exponentials | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of features (N, D) and prototypes (C, D), each in its dtype; (0,) where ``needs`` is False.
 
     ``coefficients`` as :func:`margin_loss` makes them, ``grad_loss`` a scalar or (N,); ``smooth``: row 3 counts.
-    ``take`` gets the gradients of the prototypes, some classes at a time, after the last look at them.
+    ``take`` gets the gradients of the prototypes, some classes at a time, after the last look at them. With
+    what :func:`partials` kept, the logits are not computed again.
     """
     dtype = compute_dtype(features, prototypes)
     n, (c, d) = features.shape[0], prototypes.shape
@@ -318,7 +293,7 @@ def gradients(
     feature_inverse = inverse_norm(_counted(features, labels, ignore_index), dtype)
     u = _scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
     blocks = block_sizes(n, c, d, features.device)
-    tiles = _Tiles(u, prototypes, class_scale, None if log_prior is None else log_prior.to(dtype), blocks)
+    tiles = Tiles(u, prototypes, class_scale, None if log_prior is None else log_prior.to(dtype), blocks)
     d_lse, d_target, d_all, *d_norm = coefficients[1:] * (grad_loss.to(dtype) * inverse_weight_sum)
     of_samples = _SampleGradients.of(coefficients[0], d_lse, d_target - d_all if smooth else d_target)
     grad_u = torch.zeros_like(u) if needs[0] else None
@@ -330,7 +305,7 @@ def gradients(
     signed_u = u * of_samples.factor[:, None]
     sum_row = d_all @ u if smooth else None
     unit_sum = u.new_zeros(d)
-    for start, stop in spans(c, blocks.classes):
+    for number, (start, stop) in enumerate(spans(c, blocks.classes)):
         unit = tiles.unit_prototypes(start, stop)
         if smooth:
             unit_sum += unit.sum(0)
@@ -339,7 +314,8 @@ def gradients(
             chunk = grad_w[start:stop] if buffer is None else buffer[: stop - start]  # type: ignore[index]
         for row in spans(n, blocks.rows):
             rows = slice(*row)
-            tile = _gradient_tile(tiles, unit, rows, (start, stop), labels[rows], of_samples)
+            found = None if kept is None else kept.of(number, rows, start, stop)
+            tile = _gradient_tile(tiles, unit, rows, (start, stop), labels[rows], of_samples, found)
             if grad_u is not None:
                 grad_u[rows].addmm_(tile, unit)
             if chunk is not None:
@@ -375,10 +351,22 @@ def _through_length(grad: Tensor, x_hat: Tensor, inverse: Tensor, d_norm: Tensor
 
 
 def _gradient_tile(
-    tiles: _Tiles, unit: Tensor, rows: slice, classes: tuple[int, int], labels: Tensor, of_samples: _SampleGradients
+    tiles: Tiles,
+    unit: Tensor,
+    rows: slice,
+    classes: tuple[int, int],
+    labels: Tensor,
+    of_samples: _SampleGradients,
+    kept: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """G with the factor of the row still to come: |a|·exp(l - r), and target / factor at the target class."""
-    tile = tiles.logits(unit, rows, *classes).sub_(of_samples.shift[rows, None])
-    torch.threshold_(tile, SMALLEST_EXPONENT[tile.dtype], -math.inf).exp_()
+    shift, smallest = of_samples.shift[rows], SMALLEST_EXPONENT[unit.dtype]
+    if kept is None:
+        tile = tiles.logits(unit, rows, *classes).sub_(shift[:, None])
+        torch.threshold_(tile, smallest, -math.inf).exp_()
+    else:
+        exponentials, shift_then = kept
+        tile = tiles.empty(rows, *classes).copy_(exponentials).mul_((shift_then - shift).exp_()[:, None])
+        torch.threshold_(tile, math.exp(smallest), 0.0)
     TargetColumn(labels, classes[0], tile.shape[1]).fill(tile, of_samples.target[rows])
     return tile

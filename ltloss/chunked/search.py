@@ -13,7 +13,7 @@ from ltloss_kernels.config.precision import float32_products
 from torch import Tensor
 
 from ltloss.chunked.equal_rows import EqualRows
-from ltloss.chunked.logsumexp import TargetColumn, block_sizes
+from ltloss.chunked.tiles import TargetColumn, block_sizes
 from ltloss.numerics import add_rows_, compute_dtype, inverse_norm, project_, spans
 
 __all__ = ["Best", "UnitRows", "nearest_prototype", "nearest_prototype_gradient", "search_precision", "top_k"]

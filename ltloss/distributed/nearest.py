@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ltloss._types import NearestPrototype
 from ltloss.chunked.equal_rows import EqualRows, row_keys
-from ltloss.chunked.logsumexp import block_sizes
 from ltloss.chunked.search import Best, UnitRows, search_precision
+from ltloss.chunked.tiles import block_sizes
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.layout import Layout, own_part
 from ltloss.margins import arccos

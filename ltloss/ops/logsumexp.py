@@ -6,7 +6,8 @@ A backend is a module with ``partials``, ``logsumexp``, ``margin_loss``, ``coeff
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 from ltloss import reference
 from ltloss._types import Partials, TakeGradient
 from ltloss.chunked import logsumexp as chunked
+from ltloss.chunked.tiles import Exponentials
 from ltloss.margins import Objective
 from ltloss.numerics import compute_dtype, spans
 from ltloss.ops._dispatch import Kernel, choose_backend, define, no_gradient
-from ltloss.runtime import current_workspace
+from ltloss.runtime import current_keep_exponentials, current_workspace
 
 if TYPE_CHECKING:
     from ltloss_kernels import PrototypeUpdate
@@ -91,10 +93,11 @@ def _empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-def _stats(backend: Callable[[], Any]) -> Callable[..., tuple[Tensor, ...]]:
+def _stats(backend: Callable[[], Any], keep: bool = False) -> Callable[..., tuple[Tensor, ...]]:
     def run(features: Tensor, prototypes: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         implementation = backend()
-        partials: Partials = implementation.partials(features, prototypes, *rest)
+        kept = [implementation.new_exponentials(features, prototypes)] if keep else []
+        partials: Partials = implementation.partials(features, prototypes, *rest, *kept)
         like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
         logit_sum = None if partials.logit_sum is None else partials.logit_sum.sum(0)
         return (
@@ -103,6 +106,7 @@ def _stats(backend: Callable[[], Any]) -> Callable[..., tuple[Tensor, ...]]:
             _empty(logit_sum, like),
             _empty(partials.norm, like),
             partials.class_scale,
+            *itertools.chain(*kept),
         )
 
     return run
@@ -124,12 +128,30 @@ def _fake_stats(
     return tuple(like.new_empty(length) for length in lengths)
 
 
+def fake_keeping(fake: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The fake of an operator that returns :data:`KEPT` besides."""
+
+    def run(features: Tensor, prototypes: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return (*fake(features, prototypes, *rest), *chunked.new_exponentials(features, prototypes, fake=True))
+
+    return run
+
+
+KEPT = "Tensor exponentials, Tensor shifts"
+_STATS_OF = (
+    "(Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, float scale, bool normalize_features, "
+    "bool with_logit_sum, int? ignore_index)"
+)
+_STATS = "Tensor logsumexp, Tensor target_cosine, Tensor logit_sum, Tensor norm, Tensor class_scale"
 STATS = define(
-    "logsumexp_stats(Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, float scale, "
-    "bool normalize_features, bool with_logit_sum, int? ignore_index) -> (Tensor logsumexp, Tensor target_cosine, "
-    "Tensor logit_sum, Tensor norm, Tensor class_scale)",
+    f"logsumexp_stats{_STATS_OF} -> ({_STATS})",
     _fake_stats,
     **{name: _stats(backend) for name, backend in BACKENDS.items()},
+)
+_KEEPING_STATS = define(
+    f"logsumexp_stats_keeping{_STATS_OF} -> ({_STATS}, {KEPT})",
+    fake_keeping(_fake_stats),
+    torch=_stats(BACKENDS["torch"], keep=True),
 )
 
 
@@ -141,16 +163,49 @@ def _fake_gradients(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *re
     )
 
 
+def _kept_gradients(exponentials: Tensor, shifts: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    return functools.partial(chunked.gradients, kept=Exponentials(exponentials, shifts))(*given)
+
+
+_GRADIENTS_OF = (
+    "Tensor grad_loss, Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, Tensor coefficients, "
+    "Tensor class_scale, Tensor inverse_weight_sum, Tensor max_coefficient, float scale, bool smooth, "
+    "bool normalize_features, int? ignore_index, bool[] needs"
+)
 _GRADIENTS = define(
-    "logsumexp_gradients(Tensor grad_loss, Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, "
-    "Tensor coefficients, Tensor class_scale, Tensor inverse_weight_sum, Tensor max_coefficient, float scale, "
-    "bool smooth, bool normalize_features, int? ignore_index, bool[] needs) -> (Tensor features, Tensor prototypes)",
+    f"logsumexp_gradients({_GRADIENTS_OF}) -> (Tensor features, Tensor prototypes)",
     _fake_gradients,
     torch=chunked.gradients,
     triton=Kernel("gradients", {"limit": current_workspace}),
 )
+_KEPT_GRADIENTS = define(
+    f"logsumexp_gradients_of_kept({KEPT}, {_GRADIENTS_OF}) -> (Tensor features, Tensor prototypes)",
+    lambda exponentials, shifts, *given: _fake_gradients(*given),
+    torch=_kept_gradients,
+)
 no_gradient(_GRADIENTS)
-OPERATORS = {"logsumexp_stats": STATS, "logsumexp_gradients": _GRADIENTS}
+no_gradient(_KEPT_GRADIENTS)
+OPERATORS = {
+    "logsumexp_stats": STATS,
+    "logsumexp_stats_keeping": _KEEPING_STATS,
+    "logsumexp_gradients": _GRADIENTS,
+    "logsumexp_gradients_of_kept": _KEPT_GRADIENTS,
+}
+
+
+def may_keep() -> bool:
+    """Whether a loss computed here may keep its exponentials: not where no backward will come."""
+    return current_keep_exponentials() and torch.is_grad_enabled()
+
+
+def keeps(ctx: Any, features: Tensor, prototypes: Tensor, backend: str) -> bool:
+    """Whether a step that may does keep its exponentials for the backward: there is one, and they fit."""
+    return (
+        backend == "torch"
+        and any(ctx.needs_input_grad)
+        and compute_dtype(features, prototypes) == torch.float32
+        and 0 < chunked.exponentials_bytes(features, prototypes) <= current_workspace()
+    )
 
 
 class LocalWork(NamedTuple):
@@ -173,40 +228,40 @@ class LocalWork(NamedTuple):
 
 
 def gathered_stats(
-    local: LocalWork, prototypes: Tensor, objective: Objective, with_logit_sum: bool, backend: str, shard: Shard
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Of all ranks (logsumexp (S, N), logit_sum (S, N), target_cosine (N,), norm (N,)); and ``class_scale``."""
+    local: LocalWork, prototypes: Tensor, objective: Objective, smooth: bool, backend: str, shard: Shard, keep: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, list[Tensor]]:
+    """Of all ranks logsumexp (S, N), logit_sum (S, N), target_cosine (N,), norm (N,); ``class_scale``; what is kept."""
     normalize_features = objective.normalize_features
+    kept: list[Tensor] = []
     if prototypes.shape[0]:
-        *vectors, class_scale = STATS[backend](
+        r, cosine, logit_sum, norm, class_scale, *kept = (_KEEPING_STATS if keep else STATS)[backend](
             local.features,
             prototypes,
             local.labels,
             local.prior,
             objective.scale,
             normalize_features,
-            with_logit_sum,
+            smooth,
             None,
         )
     else:  # a rank without classes
         like = local.features.new_zeros(local.features.shape[0], dtype=compute_dtype(local.features, prototypes))
         norm = torch.linalg.vector_norm(local.features, dim=1, dtype=like.dtype)
-        vectors = [like - torch.inf, like, like[: len(like) * with_logit_sum], norm]
-        class_scale = like[:0]
-    r, cosine, logit_sum, norm = vectors
-    parts = [r, cosine] + [logit_sum] * with_logit_sum + [norm] * (not normalize_features)
+        r, cosine, logit_sum, class_scale = like - torch.inf, like, like[: len(like) * smooth], like[:0]
+    parts = [r, cosine] + [logit_sum] * smooth + [norm] * (not normalize_features)
     whole = shard.gather(torch.stack(parts))
     none = whole.new_empty(0)
-    return (
+    vectors = (
         whole[:, 0],
-        whole[:, 2] if with_logit_sum else none,
+        whole[:, 2] if smooth else none,
         whole[:, 1].sum(0),  # a target has one owner, and the others have 0
         none if normalize_features else whole[0, -1],
-    ), class_scale
+    )
+    return vectors, class_scale, kept
 
 
 def remember(ctx: Any, backend: str, shard: Shard | None, update: Update | None) -> None:
-    """Keep for :func:`propagate` what is no tensor."""
+    """Hold for :func:`propagate` what is no tensor."""
     ctx.backend, ctx.shard, ctx.update = backend, shard, update
     if update is not None:
         update.watch(ctx)
@@ -216,9 +271,10 @@ def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = No
     """The backward of the wide pass: dX and dW, summed over the ranks of a shard, and None for what comes after them.
 
     ``saved``, by default what the forward saved: features, prototypes, labels and prior of this rank's work, then
-    coefficients, ``class_scale``, 1/Σ weights and the largest coefficient.
+    coefficients, ``class_scale``, 1/Σ weights and the largest coefficient; and what :func:`keeps` decided to keep.
     """
     features, prototypes, labels, prior, coefficients, *rest = ctx.saved_tensors if saved is None else saved
+    rest, kept = rest[:3], rest[3:]
     shard, needs, samples = ctx.shard, list(ctx.needs_input_grad[:2]), coefficients.shape[1]
     take = None if ctx.update is None else ctx.update.begin(ctx, coefficients[1:] * grad_loss, shard)
     if shard is not None:
@@ -228,7 +284,10 @@ def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = No
             coefficients[4] = 0.0
         grad_loss = grad_loss[rows] if grad_loss.dim() else grad_loss
     if prototypes.shape[0]:
-        gradients = _GRADIENTS[ctx.backend] if take is None else _updating(ctx.backend, take)
+        if take is not None:
+            gradients = _updating(ctx.backend, take, kept)
+        else:
+            gradients = functools.partial(_KEPT_GRADIENTS["torch"], *kept) if kept else _GRADIENTS[ctx.backend]
         grad_features, grad_prototypes = gradients(
             grad_loss, features, prototypes, labels, prior, coefficients, *rest, *ctx.options, needs
         )
@@ -244,7 +303,9 @@ def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = No
 _SLAB_WITHOUT_SAMPLES = 1 << 14
 
 
-def _updating(backend: str, take: TakeGradient | PrototypeUpdate) -> Callable[..., tuple[Tensor, Tensor]]:
+def _updating(
+    backend: str, take: TakeGradient | PrototypeUpdate, kept: Sequence[Tensor]
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """The gradients of the features, while those of the prototypes go to ``take``. No operator: it moves its input."""
 
     def run(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -254,6 +315,8 @@ def _updating(backend: str, take: TakeGradient | PrototypeUpdate) -> Callable[..
                 take(start, stop, torch.zeros_like(prototypes[start:stop], dtype=dtype))
             return torch.zeros_like(features), prototypes
         options: dict[str, Any] = {"take": take} if callable(take) else {"update": take}
+        if kept:
+            options["kept"] = Exponentials(*kept)
         if backend == "triton":
             options["limit"] = current_workspace
         with torch.autocast(features.device.type, enabled=False):
@@ -285,7 +348,7 @@ def logsumexp_stats(
     backend = choose_backend(features, prototypes, sharded=shard is not None, updated=update is not None)
     if backend == "reference":
         return Stats(*reference.logsumexp_stats(features, prototypes, labels, objective, with_logit_sum))
-    given = features, prototypes, labels, objective, with_logit_sum, backend, shard
+    given = features, prototypes, labels, objective, with_logit_sum, backend, may_keep(), shard
     run: Any = _LogSumExpStats.apply if update is None else functools.partial(update.run, _LogSumExpStats)
     r, target, logit_sum = run(*given)
     return Stats(r, target, logit_sum if with_logit_sum else None)
@@ -303,6 +366,7 @@ class _LogSumExpStats(torch.autograd.Function):
         objective: Objective,
         with_logit_sum: bool,
         backend: str,
+        keep: bool,
         shard: Shard | None,
         update: Update | None = None,
         anchor: Tensor | None = None,
@@ -310,28 +374,31 @@ class _LogSumExpStats(torch.autograd.Function):
         prior, scale, normalize_features = objective.log_prior, objective.scale, objective.normalize_features
         ignore_index = objective.ignore_index
         if shard is None:
-            r, cosine, logit_sum, norm, class_scale = STATS[backend](
+            keep = keep and keeps(ctx, features, prototypes, backend)
+            r, cosine, logit_sum, norm, class_scale, *kept = (_KEEPING_STATS if keep else STATS)[backend](
                 features, prototypes, labels, prior, scale, normalize_features, with_logit_sum, ignore_index
             )
         else:
             local = LocalWork.of(features, labels, objective, shard)
-            (parts, sums, cosine, norm), class_scale = gathered_stats(
-                local, prototypes, objective, with_logit_sum, backend, shard
+            keep = keep and keeps(ctx, local.features, prototypes, backend)
+            (parts, sums, cosine, norm), class_scale, kept = gathered_stats(
+                local, prototypes, objective, with_logit_sum, backend, shard, keep
             )
             r, logit_sum = torch.logsumexp(parts, 0), sums.sum(0) if with_logit_sum else sums
             (features, labels, prior), ignore_index = local, None
-        ctx.save_for_backward(features, prototypes, labels, prior, r, class_scale)
+        ctx.save_for_backward(features, prototypes, labels, prior, r, class_scale, *kept)
         ctx.options = scale, with_logit_sum, normalize_features, ignore_index
         remember(ctx, backend, shard, update)
         return r, cosine * (scale if normalize_features else scale * norm), logit_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *given, r, class_scale = ctx.saved_tensors
+        features, prototypes, labels, prior, r, class_scale, *kept = ctx.saved_tensors
         _, with_logit_sum, normalize_features, _ = ctx.options
         d_all = grads[2] if with_logit_sum else torch.zeros_like(r)
         # The target logit s·‖x‖·cos_y is linear in x: no part of its gradient goes by the length alone.
         rows = [r, grads[0], grads[1] + d_all, d_all] + [torch.zeros_like(r)] * (not normalize_features)
         one = r.new_ones(())
         coefficients, max_coefficient = BACKENDS[ctx.backend]().coefficients(torch.stack(rows))
-        return propagate(ctx, one, (*given, coefficients, class_scale, one, max_coefficient))
+        given = features, prototypes, labels, prior, coefficients, class_scale, one, max_coefficient
+        return propagate(ctx, one, (*given, *kept))

@@ -8,6 +8,7 @@ N-vectors between the two wide passes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +18,26 @@ from torch import Tensor
 from ltloss.margins import OBJECTIVE, Objective
 from ltloss.numerics import compute_dtype
 from ltloss.ops._dispatch import define
-from ltloss.ops.logsumexp import BACKENDS, LocalWork, Shard, Update, gathered_stats, propagate, remember
+from ltloss.ops.logsumexp import (
+    BACKENDS,
+    KEPT,
+    LocalWork,
+    Shard,
+    Update,
+    fake_keeping,
+    gathered_stats,
+    keeps,
+    propagate,
+    remember,
+)
 
 __all__ = ["OPERATORS", "MarginCrossEntropy"]
 
 
-def _forward(backend: Callable[[], Any]) -> Callable[..., tuple[Tensor, ...]]:
+def _forward(backend: Callable[[], Any], keep: bool = False) -> Callable[..., tuple[Tensor, ...]]:
     def partials_and_loss(features: Tensor, prototypes: Tensor, labels: Tensor, *flat: Any) -> tuple[Tensor, ...]:
         implementation, objective = backend(), Objective.of(*flat)
+        kept = [implementation.new_exponentials(features, prototypes)] if keep else []
         partials = implementation.partials(
             features,
             prototypes,
@@ -34,9 +47,10 @@ def _forward(backend: Callable[[], Any]) -> Callable[..., tuple[Tensor, ...]]:
             objective.normalize_features,
             objective.label_smoothing > 0.0,
             objective.ignore_index,
+            *kept,
         )
         loss = implementation.margin_loss(partials, labels, objective, prototypes.shape[0])
-        return (*loss, partials.class_scale)
+        return (*loss, partials.class_scale, *itertools.chain(*kept))
 
     return partials_and_loss
 
@@ -81,12 +95,17 @@ def _fake_margin_loss(
 
 
 _LOSS = "Tensor loss, Tensor coefficients, Tensor inverse_weight_sum, Tensor max_coefficient"
+_WHOLE = f"(Tensor features, Tensor prototypes, Tensor labels, {OBJECTIVE}) -> ({_LOSS}, Tensor class_scale"
 OPERATORS = {
     "margin_cross_entropy": define(
-        f"margin_cross_entropy(Tensor features, Tensor prototypes, Tensor labels, {OBJECTIVE}) "
-        f"-> ({_LOSS}, Tensor class_scale)",
+        f"margin_cross_entropy{_WHOLE})",
         _fake_forward,
         **{name: _forward(backend) for name, backend in BACKENDS.items()},
+    ),
+    "margin_cross_entropy_keeping": define(
+        f"margin_cross_entropy_keeping{_WHOLE}, {KEPT})",
+        fake_keeping(_fake_forward),
+        torch=_forward(BACKENDS["torch"], keep=True),
     ),
     "margin_loss": define(
         "margin_loss(Tensor logsumexp, Tensor logit_sum, Tensor target_cosine, Tensor norm, Tensor labels, "
@@ -109,6 +128,7 @@ class MarginCrossEntropy(torch.autograd.Function):
         objective: Objective,
         num_classes: int,
         backend: str,
+        keep: bool,
         shard: Shard | None,
         update: Update | None = None,
         anchor: Tensor | None = None,
@@ -116,17 +136,21 @@ class MarginCrossEntropy(torch.autograd.Function):
         """The loss: a scalar, or (N,) for ``reduction="none"``."""
         prior, ignore_index, smooth = objective.log_prior, objective.ignore_index, objective.label_smoothing > 0.0
         if shard is None:
-            operator = OPERATORS["margin_cross_entropy"][backend]
-            loss, coefficients, *scalars, class_scale = operator(features, prototypes, labels, *objective.flat())
+            keep = keep and keeps(ctx, features, prototypes, backend)
+            operator = OPERATORS["margin_cross_entropy_keeping" if keep else "margin_cross_entropy"][backend]
+            loss, coefficients, inverse, largest, class_scale, *kept = operator(
+                features, prototypes, labels, *objective.flat()
+            )
         else:
             local = LocalWork.of(features, labels, objective, shard)
-            gathered, class_scale = gathered_stats(local, prototypes, objective, smooth, backend, shard)
-            loss, coefficients, *scalars = OPERATORS["margin_loss"][backend](
+            keep = keep and keeps(ctx, local.features, prototypes, backend)
+            gathered, class_scale, kept = gathered_stats(local, prototypes, objective, smooth, backend, shard, keep)
+            loss, coefficients, inverse, largest = OPERATORS["margin_loss"][backend](
                 *gathered, labels, *objective.flat(), num_classes
             )
             (features, labels, prior), ignore_index = local, None
-        # The scalars: 1/Σ weights, and the largest coefficient.
-        ctx.save_for_backward(features, prototypes, labels, prior, coefficients, class_scale, *scalars)
+        given = features, prototypes, labels, prior
+        ctx.save_for_backward(*given, coefficients, class_scale, inverse, largest, *kept)
         ctx.options = objective.scale, smooth, objective.normalize_features, ignore_index
         remember(ctx, backend, shard, update)
         result: Tensor = loss

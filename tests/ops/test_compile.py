@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ltloss
 from ltloss.margins import Margin, Objective
 from ltloss.ops import logsumexp, margin_cross_entropy, prototype_search
 from ltloss.ops.labels import OPERATOR as checked_labels
@@ -48,8 +49,14 @@ def _gradient_arguments(needs: list[bool], n: int = 4) -> tuple[Any, ...]:
     return (torch.tensor(0.7), *given, None, coefficients, factor, inverse, bound, 9.0, True, True, -100, needs)
 
 
+def _kept_arguments(needs: list[bool]) -> tuple[Any, ...]:
+    *_, exponentials, shifts = OPERATORS["margin_cross_entropy_keeping"]["torch"](*_loss_arguments())
+    return (exponentials, shifts, *_gradient_arguments(needs))
+
+
 CASES: dict[str, Any] = {
     "margin_cross_entropy": _loss_arguments,
+    "margin_cross_entropy_keeping": _loss_arguments,
     "margin_cross_entropy none": lambda: _loss_arguments("none", False),
     "margin_cross_entropy empty": lambda: _loss_arguments("sum", n=0),
     "margin_loss": _margin_arguments,
@@ -57,7 +64,10 @@ CASES: dict[str, Any] = {
     "logsumexp_stats prior": lambda: (*_problem(requires_grad=False), torch.randn(6), 9.0, True, True, None),
     "logsumexp_stats length": lambda: (*_problem(requires_grad=False), None, 9.0, False, True, -100),
     "logsumexp_stats empty": lambda: (*_problem(0, requires_grad=False), None, 9.0, True, False, -100),
+    "logsumexp_stats_keeping": lambda: (*_problem(requires_grad=False), None, 9.0, True, True, -100),
     "logsumexp_gradients": lambda: _gradient_arguments([True, True]),
+    "logsumexp_gradients_of_kept": lambda: _kept_arguments([True, True]),
+    "logsumexp_gradients_of_kept features": lambda: _kept_arguments([True, False]),
     "logsumexp_gradients features": lambda: _gradient_arguments([True, False]),
     "logsumexp_gradients prototypes": lambda: _gradient_arguments([False, True]),
     "nearest_prototype": lambda: (_problem(requires_grad=False)[1], None, False),
@@ -110,6 +120,13 @@ def _check(name: str, backend: str, dynamic: bool, **options: Any) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_module_is_one_graph(name: str, dynamic: bool) -> None:
     _check(name, "aot_eager", dynamic)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["ArcFaceLoss", "CosineSpaceLoss"])
+def test_kept_exponentials_in_one_graph(name: str, dynamic: bool) -> None:
+    with ltloss.use_workspace(1 << 20, keep_exponentials=True):
+        _check(name, "aot_eager", dynamic)
 
 
 def test_options_in_one_graph() -> None:

@@ -55,7 +55,7 @@ def test_chunked_equals_dense_with_the_real_blocks(name: str) -> None:
 
 
 def test_real_blocks_are_crossed_by_the_shapes_above() -> None:
-    from ltloss.chunked.logsumexp import block_sizes
+    from ltloss.chunked.tiles import block_sizes
 
     blocks = block_sizes(1030, 1050, 8, torch.device("cpu"))
     assert blocks.rows < 1030
@@ -64,7 +64,7 @@ def test_real_blocks_are_crossed_by_the_shapes_above() -> None:
 
 @pytest.mark.parametrize("width", [1, 2, 64, 100_000, 10_000_000])
 def test_blocks_stay_within_their_budget(width: int) -> None:
-    from ltloss.chunked.logsumexp import block_sizes
+    from ltloss.chunked.tiles import block_sizes
 
     for rows in (0, 1, 7, 1024, 100_000):
         for classes in (1, 63, 64, 10**7):
