@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from benchmarks.nearest import SEARCHES, check_found
 from benchmarks.peers import ON_CPU, Inputs, Shape, check_step, exact_step, run_step
 from benchmarks.timing import RESULTS, fresh_processes, interleaved, paired_ratio, peak_extra_bytes, stamp, write_rows
-from ltloss import CosineSoftmaxLoss, LongTailLoss
+from ltloss import CosineSoftmaxLoss, LongTailLoss, use_workspace
 
 Row = dict[str, Any]
 
@@ -91,6 +92,67 @@ def training_step(shape: Shape, rounds: int) -> list[Row]:
         steps[provider.name] = partial(run_step, loss, inputs)
         more[provider.name] = {"relative_error": f"{error:.1e}", "note": provider.note}
     return _beside("training step", shape, steps, step_bytes, rounds, more)
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    with use_workspace(1 << 30, keep_exponentials=True):
+        yield
+
+
+@contextmanager
+def _both() -> Iterator[None]:
+    with _kept(), _products("medium"):
+        yield
+
+
+# What trades precision, or memory, for time.
+TRADES: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "exponentials kept": _kept,
+    "products in medium": partial(_products, "medium"),
+    "both": _both,
+}
+
+
+def _traded(name: str, step: Callable[[], Any]) -> Any:
+    with TRADES[name]():
+        return step()
+
+
+def traded_bytes(name: str, shape: Shape) -> int:
+    """Bytes of our step under that trade, as :func:`step_bytes` counts them."""
+    return int(_traded(name, partial(step_bytes, ON_CPU[0].name, shape)))
+
+
+def trades(shape: Shape, rounds: int) -> list[Row]:
+    """Our training step under each trade, beside the step without. ``ratio_to_default`` < 1 is faster."""
+    inputs, ours = Inputs.draw(shape), ON_CPU[0]
+    loss, exact = ours.build(inputs), exact_step(ours.truth, inputs)
+    step = partial(run_step, loss, inputs)
+    error = {name: _traded(name, partial(check_step, name, loss, inputs, exact)) for name in TRADES}
+    seconds = interleaved({"": step, **{name: partial(_traded, name, step) for name in TRADES}}, rounds)
+    return [
+        _row(
+            "trade",
+            shape,
+            f"ltloss, {name}",
+            seconds[name],
+            ratio_to_default=f"{paired_ratio(seconds[name], seconds['']):.3f}",
+            extra_mib=_peak(traded_bytes, name, shape),
+            relative_error=f"{error[name]:.1e}",
+        )
+        for name in TRADES
+    ]
 
 
 def nearest(shape: Shape, rounds: int) -> list[Row]:
@@ -218,9 +280,11 @@ def million_classes(steps: int = 3) -> list[Row]:
 
 _OPTIONAL = {
     "ratio_ours_to_theirs": "ours/theirs {}",
+    "ratio_to_default": "{} of the time without",
     "share": "the term's share {}",
     "extra_mib": "extra {} MiB",
     "ns_per_class": "{} ns/class",
+    "relative_error": "error {}",
     "note": "({})",
 }
 
@@ -246,6 +310,7 @@ def main() -> None:
     rows: list[Row] = []
     for measure in (
         lambda: training_step(TRAINING_STEP, arguments.rounds),
+        lambda: trades(TRAINING_STEP, arguments.rounds),
         lambda: nearest(NEAREST, max(3, arguments.rounds // 2)),
         lambda: regularizer(REGULARIZER, max(3, arguments.rounds // 2)),
         lambda: scaling(SCALING, max(3, arguments.rounds // 2)),
