@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,63 +20,13 @@ from ltloss.chunked.tiles import Exponentials
 from ltloss.margins import Objective
 from ltloss.numerics import compute_dtype, spans
 from ltloss.ops._dispatch import Kernel, choose_backend, define, no_gradient
+from ltloss.ops.protocols import Shard, Update
 from ltloss.runtime import current_keep_exponentials, current_workspace
 
 if TYPE_CHECKING:
     from ltloss_kernels import PrototypeUpdate
 
 __all__ = ["BACKENDS", "LocalWork", "Shard", "Stats", "Update", "gathered_stats", "logsumexp_stats", "propagate"]
-
-
-class Shard(Protocol):
-    """Which of the classes the prototypes at hand are, and how the other ranks hear of them."""
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank adds what belongs to a sample but to no class."""
-
-    def take(self, prototypes: Tensor) -> Tensor:
-        """The prototypes at hand, a function of all of them (C, D)."""
-
-    def rows(self, samples: int) -> slice:
-        """The rows of the global batch that this rank multiplies with its prototypes."""
-
-    def local_labels(self, labels: Tensor) -> Tensor:
-        """Labels (N,) as indices of the prototypes at hand, -1 for those of other ranks."""
-
-    def local_prior(self, log_prior: Tensor | None) -> Tensor | None:
-        """The prior (C,) of the prototypes at hand."""
-
-    def gather(self, vectors: Tensor) -> Tensor:
-        """(k, n) of this rank's rows -> (class ranks, k, N) of all."""
-
-    def reduce_features(self, gradient: Tensor, samples: int) -> Tensor:
-        """Gradient (n, D) of this rank's rows, summed over the class ranks, as (N, D)."""
-
-    def reduce_prototypes(self, gradient: Tensor) -> Tensor:
-        """Gradient of the prototypes at hand, summed over the ranks that hold the same."""
-
-
-class Update(Protocol):
-    """Moves the prototypes inside the backward, a slab of classes at a time: see :mod:`ltloss.optim`."""
-
-    def reads(self, prototypes: Tensor) -> Tensor:
-        """The prototypes without a gradient, for a pass that ends in the update."""
-
-    def run(self, function: Any, *arguments: Any) -> Any:
-        """``function.apply(*arguments, self, anchor)``, where a compiler does not see it."""
-
-    def joined(self, loss: Tensor) -> Tensor:
-        """The prototypes (C, D) for a further term of ``loss``, whose gradient joins before the update."""
-
-    def watch(self, node: Any) -> None:
-        """Remember a forward pass, the node of an autograd Function."""
-
-    def begin(self, node: Any, upstream: Tensor, shard: Shard | None) -> TakeGradient | PrototypeUpdate | None:
-        """Start the update in the backward of ``node``; None where there is nothing to move. Raises before it moves.
-
-        Where the kernels can do all of it, what they need for it.
-        """
 
 
 def _kernels() -> Any:
