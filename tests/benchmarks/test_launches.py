@@ -26,6 +26,7 @@ TESTS = (
     "test_nearest_kernel.py::test_lowest_of_many_ties",
     "test_kernel_accuracy.py::test_every_scale",
     "test_nearest_hubs.py::test_several_hubs_side_by_side",
+    "test_prototype_update.py::test_float16_features",
 )
 BY_16 = [["tt.divisibility", 16]]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ltloss
 from ltloss.chunked import logsumexp as chunked
+from ltloss.chunked.tiles import Blocks
 from ltloss.distributed import parallelize
 from ltloss.optim import PrototypeAdagrad, PrototypeAdamW, PrototypeSGD
 from ltloss.optim.rounding import philox, random_bits, round_stochastically
@@ -116,7 +117,7 @@ def test_the_same_bits_for_any_number_of_slabs(kind: str) -> None:
     for classes in (70, 64, 9):
         module = _half(start)
         optimizer = make(module, **options, rounding="stochastic")
-        blocks = chunked.Blocks(16, classes)
+        blocks = Blocks(16, classes)
         with mock.patch.object(chunked, "block_sizes", lambda *_, blocks=blocks: blocks):
             found.append(_train(module, optimizer, 1))
     # The gradient itself does not depend on the slab: each class has its own sums.
