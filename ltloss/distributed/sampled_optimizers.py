@@ -17,7 +17,7 @@ from ltloss._validation import check_number
 from ltloss.distributed.layout import Layout, local
 from ltloss.losses.prototype_head import PrototypeHead
 
-__all__ = ["SampledAdamW", "SampledSGD"]
+__all__ = ["SampledAdamW", "SampledSGD", "adamw_of_rows"]
 
 
 class _SampledOptimizer(torch.optim.Optimizer):
@@ -132,12 +132,20 @@ class SampledAdamW(_SampledOptimizer):
         return {"exp_avg": True, "exp_avg_sq": True, "steps": False}
 
     def _update(self, group: dict[str, Any], weight: Tensor, index: Tensor, grad: Tensor, state: Any) -> None:
-        (first, second), lr = group["betas"], group["lr"]
         state["steps"][index] += 1
-        steps = state["steps"][index, None].double()
-        average = state["exp_avg"][index].lerp(grad, 1 - first)
-        square = second * state["exp_avg_sq"][index] + (1 - second) * grad * grad
-        state["exp_avg"][index], state["exp_avg_sq"][index] = average, square
-        rate = (lr / (1 - first**steps)).to(grad.dtype)
-        root = square.sqrt() / (1 - second**steps).sqrt().to(grad.dtype)
-        weight[index] = weight[index] * (1 - lr * group["weight_decay"]) - rate * average / (root + group["eps"])
+        average, square, steps = (state[name][index] for name in ("exp_avg", "exp_avg_sq", "steps"))
+        moved = adamw_of_rows(group, weight[index], grad, average, square, steps)
+        weight[index], state["exp_avg"][index], state["exp_avg_sq"][index] = moved
+
+
+def adamw_of_rows(
+    group: dict[str, Any], weight: Tensor, grad: Tensor, average: Tensor, square: Tensor, steps: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prototypes, average and square (rows, D) after a step of AdamW that is the ``steps``-th (rows,) of each row."""
+    (first, second), lr, steps = group["betas"], group["lr"], steps[:, None].double()
+    average = average.lerp(grad, 1 - first)
+    square = second * square + (1 - second) * grad * grad
+    rate = (lr / (1 - first**steps)).to(grad.dtype)
+    root = square.sqrt() / (1 - second**steps).sqrt().to(grad.dtype)
+    weight = weight * (1 - lr * group["weight_decay"]) - rate * average / (root + group["eps"])
+    return weight, average, square

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ltloss._validation import check_number, check_type
+from ltloss.distributed.sampled_optimizers import adamw_of_rows
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.optim.prototype_optimizer import PrototypeOptimizer, UpdateOptions
 
@@ -166,20 +167,27 @@ class PrototypeAdamW(PrototypeOptimizer):
     def move(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Tensor) -> None:
         """One step of AdamW."""
         (group,) = self.param_groups
-        (first, second), lr, eps, decay = group["betas"], float(group["lr"]), group["eps"], group["weight_decay"]
-        average, square = state["exp_avg"], state["exp_avg_sq"]
-        if not self._sampled:
-            options = {"lr": lr, "beta1": first, "beta2": second, "weight_decay": decay, "eps": eps}
-            torch._fused_adamw_(
-                [weight], [gradient], [average], [square], [], [step], **options, amsgrad=False, maximize=False
-            )
+        kept = weight, state["exp_avg"], state["exp_avg_sq"]
+        if self._sampled:
+            draws = state["draws"].add_(1.0)
+            for tensor, moved in zip(kept, adamw_of_rows(group, kept[0], gradient, *kept[1:], draws), strict=True):
+                tensor.copy_(moved)
             return
-        draws = state["draws"].add_(1.0)[:, None].double()
-        average.lerp_(gradient, 1 - first)
-        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        rate = (lr / (1 - first**draws)).to(weight.dtype)
-        root = square.sqrt() / (1 - second**draws).sqrt().to(weight.dtype)
-        weight.mul_(1 - lr * decay).sub_(rate * average / (root + eps))
+        torch._fused_adamw_(
+            [weight],
+            [gradient],
+            [kept[1]],
+            [kept[2]],
+            [],
+            [step],
+            lr=float(group["lr"]),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 class PrototypeAdagrad(PrototypeOptimizer):
