@@ -25,7 +25,7 @@ from ltloss_kernels.cosine_logsumexp import LOG2E
 from ltloss_kernels.device.logsumexp_backward import gradient_tile_kernel, sample_gradient_kernel
 from ltloss_kernels.device.projection import projection_kernel, prototype_gradient_kernel
 from ltloss_kernels.launching import Launches, layout
-from ltloss_kernels.prototype_update import PrototypeUpdate, Updating
+from ltloss_kernels.prototype_update import NO_UPDATE, PrototypeUpdate, Updating
 from ltloss_kernels.running import recording
 
 __all__ = ["BackwardPass", "Slab"]
@@ -146,7 +146,7 @@ class BackwardPass:
             (self.feature_copy, self.smooth, self.ignore_index, need_features, need_prototypes),
             (self.tile, self.precision, self.plan, None if update is None else update.key),
         )
-        self.updating = Updating(update)
+        self.updating = NO_UPDATE if update is None else Updating(update)
         self.updating.launch_numbers(self.launch)
 
     def _tile_for_prototypes(self, update: PrototypeUpdate | None) -> tiles.Tile | None:
@@ -302,7 +302,7 @@ class BackwardPass:
     def launch_projection(self, slab: Slab) -> None:
         """Finish the gradients of a slab of prototypes, and with the last slab those of all features, in one launch."""
         prototypes, prototype_sum = slab.prototypes, slab.sum
-        updating = self.updating if prototype_sum is not None else Updating(None)
+        updating = self.updating if prototype_sum is not None else NO_UPDATE
         last = slab.first + len(prototypes) == len(self.prototypes)
         feature_sum = self.feature_sum if last else None
         if feature_sum is None and prototype_sum is None:

@@ -11,7 +11,7 @@ from ltloss_kernels.config.operands import part
 from ltloss_kernels.device.prototype_update import update_numbers_kernel
 from ltloss_kernels.launching import Launches, layout
 
-__all__ = ["PrototypeUpdate", "Updating"]
+__all__ = ["NO_UPDATE", "PrototypeUpdate", "Updating"]
 
 _NUMBERS = 16  # of the vector that update_numbers_kernel writes
 
@@ -110,3 +110,6 @@ class Updating:
     def place(self, first: int) -> tuple[int, int]:
         """The seed, and the number of a slab's first class among all."""
         return (0, 0) if self.update is None else (self.update.seed, self.update.first_class + first)
+
+
+NO_UPDATE = Updating(None)

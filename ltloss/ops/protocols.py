@@ -18,6 +18,10 @@ class Shard(Protocol):
     """Which of the classes the prototypes at hand are, and how the other ranks hear of them."""
 
     @property
+    def index(self) -> Tensor | None:
+        """(K,) the sampled classes among this rank's, ascending; None for all."""
+
+    @property
     def is_first(self) -> bool:
         """Whether this rank adds what belongs to a sample but to no class."""
 

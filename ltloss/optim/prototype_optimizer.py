@@ -15,7 +15,7 @@ from ltloss._types import TakeGradient
 from ltloss._validation import check_choice, check_number
 from ltloss.distributed.layout import Layout, copy_rows, local
 from ltloss.losses.prototype_head import PrototypeHead
-from ltloss.optim.slabs import Slabs
+from ltloss.optim.slabs import Moving, Slabs
 
 if TYPE_CHECKING:
     from ltloss_kernels import PrototypeUpdate
@@ -208,9 +208,9 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         self._refuse(node)
         self._moved, self._moves = True, self._moves + 1
         self._passes.discard(node)
-        finite = upstream.isfinite().all()
+        finite, moving = upstream.isfinite().all(), self._moving()
         if joined is None and node.backend == "triton" and upstream.shape[1] and _in_one_piece(shard):
-            update = self._in_kernels(finite)
+            update = self._in_kernels(moving, finite)
             if update is not None:
                 return update
         if joined is not None:
@@ -218,18 +218,24 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         if not bool(finite):
             self._skipped += 1
             return None
-        return Slabs(self, shard, joined).take
+        return Slabs(moving, self.move, self.inverse_scale(), shard, joined).take
 
-    def _in_kernels(self, finite: Tensor) -> PrototypeUpdate | None:
+    def _moving(self) -> Moving:
+        (group,), weight = self.param_groups, self.weight
+        state = {name: local(tensor) for name, tensor in self.state[weight].items()}
+        step, compensation = state.pop("step"), state.pop("compensation", None)
+        rounding = self.rounding or "stochastic"  # of bfloat16 state beside float32 prototypes
+        first_class = Layout.of(weight).span()[0]
+        own, most = local(weight), group["max_class_norm"]
+        return Moving(own, state, compensation, step, rounding, group["seed"], first_class, most)
+
+    def _in_kernels(self, moving: Moving, finite: Tensor) -> PrototypeUpdate | None:
         """The update as the kernels do it, or None where memory is laid out as they cannot take it."""
         from ltloss_kernels import PrototypeUpdate
 
-        (group,) = self.param_groups
-        (weight,) = group["params"]
-        state = {name: local(tensor) for name, tensor in self.state[weight].items()}
-        step, compensation, own, lr = state.pop("step"), state.pop("compensation", None), local(weight), group["lr"]
-        kept = (own, *state.values(), *([] if compensation is None else [compensation]))
-        if not all(tensor.is_contiguous() for tensor in kept) or not own.shape[0] or step.device != own.device:
+        own, lr = moving.weight, self.param_groups[0]["lr"]
+        kept = (own, *moving.state.values(), *([] if moving.compensation is None else [moving.compensation]))
+        if not all(tensor.is_contiguous() for tensor in kept) or not own.shape[0] or moving.step.device != own.device:
             return None
         scaler = self._scaler if self._scaler is not None and self._scaler.is_enabled() else None
         rule, settings = self.rule()
@@ -238,15 +244,15 @@ class PrototypeOptimizer(torch.optim.Optimizer):
             settings,
             lr if isinstance(lr, Tensor) and lr.device == own.device else float(lr),
             own,
-            tuple(state.values()),
-            compensation,
-            self.rounding or "stochastic",
-            group["seed"],
-            Layout.of(weight).span()[0],
+            tuple(moving.state.values()),
+            moving.compensation,
+            moving.rounding,
+            moving.seed,
+            moving.first_class,
             finite,
-            step,
+            moving.step,
             self._skipped,
-            group["max_class_norm"],
+            moving.max_class_norm,
             None if scaler is None else scaler._scale,
         )
 

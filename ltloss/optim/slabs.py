@@ -2,45 +2,65 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ltloss.distributed.layout import Layout, local
 from ltloss.numerics import spans
+from ltloss.ops.protocols import Shard
 from ltloss.optim.rounding import random_bits, round_stochastically
 
-if TYPE_CHECKING:
-    from ltloss.optim.prototype_optimizer import PrototypeOptimizer
-
-__all__ = ["Slabs"]
+__all__ = ["Moving", "Slabs"]
 
 # Elements of the float32 copies that an update works on: a CPU's own cache holds them, and the allocator keeps them.
 _COPIED = 1 << 17
 
 
-class Slabs:
-    """One backward: takes the gradients of the classes a slab at a time."""
+class Moving(NamedTuple):
+    """What a step moves: the classes at hand, their state, and how both are kept."""
 
-    def __init__(self, optimizer: PrototypeOptimizer, shard: Any, joined: Tensor | None) -> None:
-        (group,), weight = optimizer.param_groups, optimizer.weight
-        state = {name: local(tensor) for name, tensor in optimizer.state[weight].items()}
-        self.optimizer, self.shard, self.joined = optimizer, shard, joined
-        self.weight, self.step = local(weight), state.pop("step")
-        self.compensation, self.state = state.pop("compensation", None), state
-        self.step += 1
-        self.first = Layout.of(weight).span()[0]
+    weight: Tensor
+    state: dict[str, Tensor]  # in the order of their random streams
+    compensation: Tensor | None  # what Kahan's rounding of the weight cut off
+    step: Tensor
+    rounding: Literal["stochastic", "kahan", "nearest"]  # of whatever is bfloat16
+    seed: int
+    first_class: int  # the number of the first class at hand among all
+    max_class_norm: float | None
+
+
+class Slabs:
+    """One backward: takes the gradients of the classes a slab at a time.
+
+    Args:
+        moving: what moves; its step is counted here.
+        move: moves some prototypes (rows, D) by their gradient, and their state, all wide, in place.
+        inverse_scale: what undoes the scale of the gradients, or None.
+        shard: which classes the gradients belong to; None for all.
+        joined: (C, D) gradient to add, or None.
+    """
+
+    def __init__(
+        self,
+        moving: Moving,
+        move: Callable[[Tensor, Tensor, dict[str, Tensor], Tensor], None],
+        inverse_scale: float | None,
+        shard: Shard | None,
+        joined: Tensor | None,
+    ) -> None:
+        self.moving, self.move, self.inverse_scale = moving, move, inverse_scale
+        self.shard, self.joined = shard, joined
+        moving.step.add_(1)
+        weight = moving.weight
         self.wide = torch.promote_types(weight.dtype, torch.float32)
-        self.rounding = optimizer.rounding or "stochastic"  # of bfloat16 state beside float32 prototypes
-        self.seed, self.max_class_norm = group["seed"], group["max_class_norm"]
-        self.inverse_scale = optimizer.inverse_scale()
-        in_place = {self.weight.dtype, *(tensor.dtype for tensor in state.values())} == {self.wide}
-        self.index = None if shard is None else shard.index
-        self.rows = max(1, self.weight.shape[0])
-        if self.weight.device.type == "cpu" and not (in_place and self.index is None):
-            self.rows = max(1, _COPIED // self.weight.shape[1])
+        in_place = {weight.dtype, *(tensor.dtype for tensor in moving.state.values())} == {self.wide}
+        self.index: Tensor | None = None if shard is None else shard.index
+        self.rows = max(1, weight.shape[0])
+        if weight.device.type == "cpu" and not (in_place and self.index is None):
+            self.rows = max(1, _COPIED // weight.shape[1])
 
     @torch.no_grad()
     def take(self, start: int, stop: int, gradient: Tensor) -> None:
@@ -56,29 +76,29 @@ class Slabs:
             gradient += self.joined[here]
         if self.inverse_scale is not None:
             gradient *= self.inverse_scale
-        if self.max_class_norm is not None:
+        if self.moving.max_class_norm is not None:
             norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-            gradient *= (self.max_class_norm / norm).clamp_max_(1.0)
-        kept = {"": self.weight, **self.state}
+            gradient *= (self.moving.max_class_norm / norm).clamp_max_(1.0)
+        kept = {"": self.moving.weight, **self.moving.state}
         wide = {name: tensor[here].to(self.wide) for name, tensor in kept.items()}  # a slab of its own dtype is a view
-        if self.compensation is not None:
-            wide[""] += self.compensation[here]
+        if self.moving.compensation is not None:
+            wide[""] += self.moving.compensation[here]
         weight = wide.pop("")
-        self.optimizer.move(weight, gradient, wide, self.step)
+        self.move(weight, gradient, wide, self.moving.step)
         for stream, (name, rows) in enumerate({"": weight, **wide}.items()):
             self._keep(kept[name], here, rows, stream)
 
     def _keep(self, kept: Tensor, here: Tensor | slice, rows: Tensor, stream: int) -> None:
         """Write rows back to where they are kept; ``stream`` 0 are the prototypes, the others their state."""
-        if kept.dtype != torch.bfloat16 or self.rounding == "nearest":
+        if kept.dtype != torch.bfloat16 or self.moving.rounding == "nearest":
             if isinstance(here, Tensor) or rows.dtype != kept.dtype:
                 kept[here] = rows.to(kept.dtype)
-        elif self.compensation is not None and stream == 0:
+        elif self.moving.compensation is not None and stream == 0:
             kept[here] = rounded = rows.to(torch.bfloat16)
-            self.compensation[here] = rows.sub_(rounded).to(torch.bfloat16)
+            self.moving.compensation[here] = rows.sub_(rounded).to(torch.bfloat16)
         else:
             width = rows[0].numel()
-            bits = random_bits(self._classes(here), width, self.seed, int(self.step), stream)
+            bits = random_bits(self._classes(here), width, self.moving.seed, int(self.moving.step), stream)
             rounded = rows.new_empty(rows.shape, dtype=torch.bfloat16) if isinstance(here, Tensor) else kept[here]
             round_stochastically(rows, bits.to(rows.device).reshape(rows.shape), rounded)
             if isinstance(here, Tensor):
@@ -86,7 +106,8 @@ class Slabs:
 
     def _classes(self, here: Tensor | slice) -> range | np.ndarray:
         """Global numbers of some rows."""
+        first = self.moving.first_class
         if isinstance(here, slice):
-            return range(self.first + here.start, self.first + here.stop)
-        numbers: np.ndarray = here.cpu().numpy() + self.first
+            return range(first + here.start, first + here.stop)
+        numbers: np.ndarray = here.cpu().numpy() + first
         return numbers

@@ -182,8 +182,8 @@ def in_the_kernel(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     usual = PrototypeOptimizer._in_kernels
 
-    def noted(self: Any, finite: Tensor) -> Any:
-        found.append(usual(self, finite))
+    def noted(self: Any, *given: Any) -> Any:
+        found.append(usual(self, *given))
         assert found[-1] is not None
         return found[-1]
 
