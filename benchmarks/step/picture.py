@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ltloss.training.pages.plots import STYLE
+from ltloss.training.pages.plots import STYLE, markup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,9 +71,4 @@ def draw(rows: Sequence[dict[str, Any]]) -> str:
         handles = {line.get_label(): line for line in above.get_lines()}
         labels = [label for _, _, label in SERIES.values() if label in handles]
         figure.legend([handles[label] for label in labels], labels, loc="outside upper left", ncols=1)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = stream.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
-    return re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE)
+        return re.sub(r"[ \t]+$", "", markup(figure), flags=re.MULTILINE)

@@ -65,16 +65,19 @@ def _drawing(name: str, height: float = 3.1) -> Iterator[Axes]:
         yield Figure(figsize=(5.2, height), layout="constrained").add_subplot()
 
 
-def _svg(name: str, axes: Axes) -> str:
-    """The drawing as markup for the middle of a page: no prologue, ids of its own, the page's font and width."""
+def markup(figure: Any) -> str:
+    """A figure as SVG without prologue and date, in the reader's font."""
     stream = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure: Any = axes.figure
     figure.savefig(stream, format="svg", dpi=150, metadata=metadata)
     svg = stream.getvalue()
-    svg = re.sub(r"<(metadata|title)>.*?</\1>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg[svg.index("<svg") :])
+
+
+def _svg(name: str, axes: Axes) -> str:
+    """The drawing as markup for the middle of a page: no prologue, ids of its own, the page's font and width."""
+    svg = re.sub(r"<(metadata|title)>.*?</\1>\s*", "", markup(axes.figure), flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
     return re.sub(r'<svg\b[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', svg, count=1)
 
 
