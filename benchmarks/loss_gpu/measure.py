@@ -50,6 +50,16 @@ class Deadline:
 
 
 @contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Within the block whatever waits for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextlib.contextmanager
 def ends_within(seconds: float, before_ending: Callable[[], None]) -> Iterator[None]:
     """End the process and its workers after ``seconds``, whatever they wait for then (a compiler, the device): code 3.
 

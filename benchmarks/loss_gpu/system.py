@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.loss_gpu import search, updates
 from benchmarks.loss_gpu.apart import Worker
-from benchmarks.loss_gpu.measure import Deadline, Device
+from benchmarks.loss_gpu.measure import Deadline, Device, waiting_is_an_error
 from benchmarks.peers import Inputs, Shape, run_step
 from ltloss import ArcFaceLoss, functional, use_backend
 
@@ -74,15 +73,6 @@ def not_contiguous(device: Device) -> str:
     return _differ(_step(view), _step(copy), 2.0**-8)
 
 
-@contextmanager
-def _waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def _searches(inputs: Inputs) -> tuple[Tensor, ...]:
     """Minimum angle over all rows and over some, its gradient, and the best classes."""
     rows = torch.arange(0, inputs.prototypes.shape[0], 3, device=inputs.prototypes.device)
@@ -100,7 +90,7 @@ def no_waiting(device: Device) -> str:
     inputs = _draw(device, 64, 500, 64)
     _step(inputs)  # compiles, which may wait
     _searches(inputs)
-    with _waiting_is_an_error():
+    with waiting_is_an_error():
         _step(inputs)
         _searches(inputs)
     return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.loss_gpu.measure import Device
+from benchmarks.loss_gpu.measure import Device, waiting_is_an_error
 from benchmarks.loss_gpu.search import BF16, FP32, SearchCase
 from benchmarks.peers import Shape
 from ltloss import ArcFaceLoss
@@ -105,12 +105,9 @@ def update_waits_for_nothing(device: Device) -> str:
     optimizer = _ADAMW(head, rounding="stochastic")
     given = [_batch(device.kind, _SHAPES[0], step) for step in range(2)]
     for step, (features, labels) in enumerate(given):
-        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first compiles, which may wait
-        try:
+        with waiting_is_an_error() if step else nullcontext():  # the first compiles, which may wait
             head(features, labels).backward()
             optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     return ""
 
 
