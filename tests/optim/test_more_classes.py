@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.prototype_steps import train_steps
 from helpers.refusals import refused
 from torch import Tensor
 
@@ -27,24 +28,14 @@ TORCH: dict[str, Callable[[Tensor], torch.optim.Optimizer]] = {
 }
 
 
-def _steps(module: Any, optimizer: Any, seeds: range, scheduler: Any = None) -> None:
-    for seed in seeds:
-        features, _, labels = problem(12, *module.weight.shape, seed=seed, dtype=torch.float32)
-        optimizer.zero_grad()
-        module(features, labels).backward()
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-
-
 @pytest.mark.parametrize("name", TORCH)
 def test_it_goes_on_as_torch_does_with_state_that_was_padded(name: str) -> None:
     torch.manual_seed(0)
     head = ltloss.CosFaceLoss(9, 5)
     twin = copy.deepcopy(head)
     optimizer, theirs = OPTIMIZERS[name](head), TORCH[name](twin.weight)
-    _steps(head, optimizer, range(3))
-    _steps(twin, theirs, range(3))
+    train_steps(head, optimizer, range(3))
+    train_steps(twin, theirs, range(3))
     larger = add_classes(head, 4)
     optimizer.take_over(larger)
     twin_larger = copy.deepcopy(larger)
@@ -52,8 +43,8 @@ def test_it_goes_on_as_torch_does_with_state_that_was_padded(name: str) -> None:
     for key, tensor in theirs.state[twin.weight].items():
         rows = torch.nn.functional.pad(tensor, (0, 0, 0, 4)) if tensor.dim() else tensor
         padded.state[twin_larger.weight][key] = rows
-    _steps(larger, optimizer, range(3, 7))
-    _steps(twin_larger, padded, range(3, 7))
+    train_steps(larger, optimizer, range(3, 7))
+    train_steps(twin_larger, padded, range(3, 7))
     assert relative_error(larger.weight, twin_larger.weight) < 1e-5
 
 
@@ -63,7 +54,7 @@ def test_old_classes_keep_their_state(name: str, options: dict[str, Any]) -> Non
     head = ltloss.CosFaceLoss(9, 5, dtype=torch.bfloat16 if "rounding" in options else None)
     optimizer = OPTIMIZERS[name](head, **options)
     fresh = OPTIMIZERS[name](ltloss.CosFaceLoss(4, 5, dtype=head.weight.dtype), **options)
-    _steps(head, optimizer, range(3))
+    train_steps(head, optimizer, range(3))
     before = {key: tensor.clone() for key, tensor in optimizer.state[head.weight].items()}
     larger = add_classes(head, 4)
     optimizer.take_over(larger)
@@ -79,10 +70,10 @@ def test_schedulers_stay_and_the_former_head_is_free() -> None:
     head = ltloss.CosFaceLoss(9, 5)
     optimizer = PrototypeSGD(head, lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
-    _steps(head, optimizer, range(3), scheduler)
+    train_steps(head, optimizer, range(3), scheduler)
     larger = add_classes(head, 1)
     optimizer.take_over(larger)
-    _steps(larger, optimizer, range(3, 5), scheduler)
+    train_steps(larger, optimizer, range(3, 5), scheduler)
     assert optimizer.param_groups[0]["lr"] == 0.25
     features, _, labels = problem(12, 9, 5, dtype=torch.float32)
     kept = larger.weight.detach().clone()
@@ -108,12 +99,12 @@ def test_a_loss_from_before_is_refused() -> None:
 def test_drawn_classes_are_counted_on() -> None:
     head = parallelize(ltloss.CosFaceLoss(200, 8), None, sample_rate=0.1)
     optimizer = PrototypeAdamW(head)
-    _steps(head, optimizer, range(3))
+    train_steps(head, optimizer, range(3))
     draws = optimizer.state[head.weight]["draws"].clone()
     larger = add_classes(head, 50)
     optimizer.take_over(larger)
     assert torch.equal(optimizer.state[larger.weight]["draws"], torch.cat([draws, torch.zeros(50)]))
-    _steps(larger, optimizer, range(3, 5))
+    train_steps(larger, optimizer, range(3, 5))
     assert float(optimizer.state[larger.weight]["draws"].sum()) > float(draws.sum())
 
 
@@ -139,5 +130,5 @@ def test_another_head_is_refused_and_nothing_changes(make: Any, facts: tuple[str
     with refused(*facts, error=error):
         optimizer.take_over(make())
     before = head.weight.detach().clone()
-    _steps(head, optimizer, range(1))
+    train_steps(head, optimizer, range(1))
     assert not torch.equal(head.weight, before)

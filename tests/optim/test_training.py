@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.prototype_steps import train_steps
 from torch import Tensor, nn
 
 import ltloss
@@ -22,36 +23,26 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
-def _steps(module: Any, optimizer: Any, seeds: range, scheduler: Any = None) -> None:
-    for seed in seeds:
-        features, _, labels = problem(12, *module.weight.shape, seed=seed, dtype=torch.float32)
-        optimizer.zero_grad()
-        module(features, labels).backward()
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"state_dtype": torch.bfloat16}, {"rounding": "stochastic"}, {"rounding": "kahan"}]
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_resumed_from_a_file_it_takes_the_same_steps(name: str, options: dict[str, Any]) -> None:
+def test_resumed_from_a_file_it_takes_the_sametrain_steps(name: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     module = ltloss.ArcFaceLoss(9, 20, dtype=torch.bfloat16 if "rounding" in options else None)
     optimizer = OPTIMIZERS[name](module, seed=5, **options)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
-    _steps(module, optimizer, range(3), scheduler)
+    train_steps(module, optimizer, range(3), scheduler)
     file = io.BytesIO()
     torch.save([one.state_dict() for one in (module, optimizer, scheduler)], file)
-    _steps(module, optimizer, range(3, 6), scheduler)
+    train_steps(module, optimizer, range(3, 6), scheduler)
     file.seek(0)
     again = ltloss.ArcFaceLoss(9, 20, dtype=module.weight.dtype)
     resumed = OPTIMIZERS[name](again, **options)
     rest = torch.optim.lr_scheduler.CosineAnnealingLR(resumed, 6)
     for one, state in zip((again, resumed, rest), torch.load(file), strict=True):
         one.load_state_dict(state)
-    _steps(again, resumed, range(3, 6), rest)
+    train_steps(again, resumed, range(3, 6), rest)
     assert torch.equal(again.weight, module.weight)
     for key, tensor in optimizer.state[module.weight].items():
         assert tensor.dtype == resumed.state[again.weight][key].dtype, key
@@ -65,7 +56,7 @@ def test_a_scheduler_and_a_learning_rate_in_a_tensor() -> None:
     for make in (lambda m: torch.optim.SGD([m.weight], lr=0.5), lambda m: PrototypeSGD(m, lr=torch.tensor(0.5))):
         module = copy.deepcopy(start)
         optimizer = make(module)
-        _steps(module, optimizer, range(4), torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.1))
+        train_steps(module, optimizer, range(4), torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.1))
         weights.append(module.weight)
     assert relative_error(weights[1], weights[0]) < 1e-6
 
@@ -118,7 +109,7 @@ def test_a_closure_and_the_rest_of_the_network() -> None:
 
 
 @pytest.mark.compile
-def test_a_compiled_forward_takes_the_same_steps() -> None:
+def test_a_compiled_forward_takes_the_sametrain_steps() -> None:
     torch.manual_seed(0)
     start, start_body = ltloss.LongTailLoss.from_counts([5, 4, 3, 2, 2, 2, 1, 1, 1], 5), nn.Linear(5, 5)
     weights = []
@@ -156,7 +147,7 @@ def test_of_a_sample_only_the_drawn_classes_move(make: Any, rowwise: Any) -> Non
         moved = []
         for seed in range(4):
             before = module.weight.detach().clone()
-            _steps(module, optimizer, range(seed, seed + 1))
+            train_steps(module, optimizer, range(seed, seed + 1))
             moved.append((module.weight.detach() != before).any(1))
         assert all(10 <= int(rows.sum()) <= 24 for rows in moved)
         assert len({tuple(rows.tolist()) for rows in moved}) == 4
