@@ -55,20 +55,24 @@ def _scaled_features(
 
 def exponentials_bytes(features: Tensor, prototypes: Tensor) -> int:
     """What :func:`new_exponentials` takes of memory."""
-    n, (c, d) = features.shape[0], prototypes.shape
-    entries, chunks = Exponentials.sizes(n, c, block_sizes(n, c, d, features.device))
-    return 2 * entries + 4 * chunks * n
+    entries, chunks = _exponentials(features, prototypes)
+    return 2 * entries + 4 * chunks * features.shape[0]
 
 
 def new_exponentials(features: Tensor, prototypes: Tensor, fake: bool = False) -> Exponentials:
     """What :func:`partials` fills for :func:`gradients`. Float32 only."""
-    n, (c, d) = features.shape[0], prototypes.shape
-    entries, chunks = Exponentials.sizes(n, c, block_sizes(n, c, d, features.device))
+    entries, chunks = _exponentials(features, prototypes)
     if fake or features.device.type != "cpu":
         values = features.new_empty(entries, dtype=torch.bfloat16)
     else:
         values = in_huge_pages(entries)
-    return Exponentials(values, features.new_empty(chunks, n, dtype=torch.float32))
+    return Exponentials(values, features.new_empty(chunks, features.shape[0], dtype=torch.float32))
+
+
+def _exponentials(features: Tensor, prototypes: Tensor) -> tuple[int, int]:
+    """Number of values, number of chunks."""
+    n, (c, d) = features.shape[0], prototypes.shape
+    return n * c, -(-c // block_sizes(n, c, d, features.device).classes)
 
 
 def partials(

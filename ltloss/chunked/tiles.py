@@ -40,11 +40,6 @@ class Exponentials(NamedTuple):
     values: Tensor  # (N·C,) bfloat16, one tile after the other
     shifts: Tensor  # (chunks, N)
 
-    @staticmethod
-    def sizes(rows: int, classes: int, blocks: Blocks) -> tuple[int, int]:
-        """Number of values, number of chunks."""
-        return rows * classes, -(-classes // blocks.classes)
-
     def of(self, chunk: int, rows: slice, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Values and shifts of one row block and a chunk, which holds the classes [start, stop)."""
         width = stop - start
