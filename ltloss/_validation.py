@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltloss.float8 import FLOAT8
 from ltloss.runtime import current_backend
 
 __all__ = [
@@ -89,15 +90,15 @@ def check_type(name: str, given: Any, expected: type[int] | type[bool]) -> None:
         raise TypeError(f"{name} must be {what}; got {type(given).__name__} {given!r}")
 
 
-def _check_matrix(name: str, given: Any, shape: str) -> None:
+def _check_matrix(name: str, given: Any, shape: str, dtypes: Sequence[torch.dtype] = _DTYPES) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {shape}; got {type(given).__name__}")
     if given.layout != torch.strided:
         raise TypeError(f"{name} must be dense, of the layout torch.strided; got {given.layout}")
     if given.dim() != 2:
         raise ValueError(f"{name} must have the shape {shape}; got {tuple(given.shape)}")
-    if given.dtype not in _DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+    if given.dtype not in dtypes:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be of a floating-point dtype, {known}; got {given.dtype}")
     if given.shape[1] == 0:
         raise ValueError(f"{name} must have at least one column {shape}; got {tuple(given.shape)}")
@@ -110,7 +111,7 @@ def check_features(features: Any) -> None:
 
 def check_prototypes(prototypes: Any) -> None:
     """(C, D) floating point with at least one class."""
-    _check_matrix("prototypes", prototypes, "(C, D)")
+    _check_matrix("prototypes", prototypes, "(C, D)", (*_DTYPES, FLOAT8))
     if prototypes.shape[0] == 0:
         raise ValueError(f"prototypes must hold at least one class (C, D); got {tuple(prototypes.shape)}")
 

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ltloss.float8 import FLOAT8, LARGEST, widened
+
 __all__ = ["add_rows_", "compute_dtype", "inverse_norm", "project_", "spans"]
 
 # Squares of numbers outside this range leave float32's, so such rows get their norm in float64.
 _TRUSTED_NORM = (1e-15, 1e15)
+_WIDENED = 1 << 20  # elements of float8 that are made wide at a time
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -49,6 +52,8 @@ def inverse_norm(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         (K,). Rows whose squares leave float32's range are computed in float64.
     """
+    if vectors.dtype == FLOAT8:
+        return _inverse_norm_of_float8(vectors, dtype)
     norm = torch.linalg.vector_norm(vectors, dim=1, dtype=dtype)
     inverse = _reciprocal(norm, dtype)
     if dtype != torch.float64:
@@ -60,6 +65,17 @@ def inverse_norm(vectors: Tensor, dtype: torch.dtype) -> Tensor:
         else:  # no look at the data: that would synchronise with the host
             exact = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
             inverse = torch.where(suspicious, _reciprocal(exact, dtype), inverse)
+    return inverse
+
+
+def _inverse_norm_of_float8(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """A piece at a time; no square leaves float32's range."""
+    inverse = torch.empty(vectors.shape[0], dtype=dtype, device=vectors.device)
+    for start, stop in spans(vectors.shape[0], max(1, _WIDENED // max(1, vectors.shape[1]))):
+        wide = widened(vectors[start:stop])
+        norm = torch.linalg.vector_norm(wide, dim=1, dtype=dtype)
+        norm.masked_fill_(torch.linalg.vector_norm(wide, torch.inf, dim=1) > LARGEST, torch.nan)
+        inverse[start:stop] = _reciprocal(norm, dtype)
     return inverse
 
 

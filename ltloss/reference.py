@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ltloss._deprecation import renamed_keywords
 from ltloss._types import NearestPrototype, Reduction, TopK
 from ltloss.margins import BeyondPi, Margin, MarginGradient, Objective, arccos
+from ltloss.numerics import compute_dtype
 from ltloss.regularizers import FeatureNormKind, norm_penalty
 
 __all__ = [
@@ -59,7 +60,7 @@ def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
         >>> cosines(torch.tensor([[3.0, 4.0]]), torch.eye(2))
         tensor([[0.6000, 0.8000]])
     """
-    dtype = torch.promote_types(torch.promote_types(features.dtype, prototypes.dtype), torch.float32)
+    dtype = compute_dtype(features, prototypes)
     with torch.autocast(features.device.type, enabled=False):  # it would form the product in half precision
         return direction(features.to(dtype)) @ direction(prototypes.to(dtype)).t()
 

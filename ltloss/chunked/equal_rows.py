@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ltloss.float8 import FLOAT8
+
 __all__ = ["EqualRows", "row_keys"]
 
 # Odd constants of a multiplicative hash (2^64 divided by the golden ratio, and the finaliser of splitmix64).
@@ -20,7 +22,11 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _row_keys(rows: Tensor) -> Tensor:
     """A 64-bit hash of the bits of every row (K, D) -> (K,): equal for equal rows, -0 counting as 0."""
-    bits = (rows + 0.0).contiguous().view(_INTEGERS[rows.element_size()]).to(torch.int64)
+    if rows.dtype == FLOAT8:
+        bits = rows.contiguous().view(torch.int8).to(torch.int64)
+        bits = bits.masked_fill_(bits == -128, 0)
+    else:
+        bits = (rows + 0.0).contiguous().view(_INTEGERS[rows.element_size()]).to(torch.int64)
     column = torch.arange(1, rows.shape[1] + 1, device=rows.device) * _GOLDEN
     # A product only carries upwards, so high bits (the sign, for one) are folded down before each of the two.
     mixed = ((bits ^ (bits >> 32)) + column) * _MIX

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ltloss.chunked.equal_rows import EqualRows
 from ltloss.chunked.tiles import TargetColumn, block_sizes
+from ltloss.float8 import converted
 from ltloss.numerics import add_rows_, compute_dtype, inverse_norm, project_, spans
 
 __all__ = ["Best", "UnitRows", "nearest_prototype", "nearest_prototype_gradient", "search_precision", "top_k"]
@@ -27,7 +28,7 @@ class UnitRows:
         self.inverse = inverse_norm(vectors, dtype)
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        return self.vectors[rows].to(self.dtype) * self.inverse[rows, None]
+        return converted(self.vectors[rows], self.dtype) * self.inverse[rows, None]
 
 
 class Best:

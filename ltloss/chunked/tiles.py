@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ltloss.float8 import FLOAT8, widened
+
 __all__ = ["Blocks", "Exponentials", "TargetColumn", "Tiles", "block_sizes", "in_huge_pages"]
 
 
@@ -88,7 +90,10 @@ class Tiles:
     def unit_prototypes(self, start: int, stop: int) -> Tensor:
         """ŵ of the chunk (stop - start, D)."""
         unit = self._unit[: stop - start]
-        return torch.mul(self.prototypes[start:stop], self.inverse[start:stop, None], out=unit)
+        prototypes = self.prototypes[start:stop]
+        if prototypes.dtype == FLOAT8:
+            prototypes = widened(prototypes, unit)
+        return torch.mul(prototypes, self.inverse[start:stop, None], out=unit)
 
     def empty(self, rows: slice, start: int, stop: int) -> Tensor:
         """The buffer of one row block and the chunk, with what the last tile left in it."""

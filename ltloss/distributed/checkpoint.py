@@ -22,6 +22,7 @@ from ltloss.distributed.batch_gather import all_gather_metadata
 from ltloss.distributed.class_parallel import ClassParallel
 from ltloss.distributed.layout import Layout
 from ltloss.distributed.sampling import ClassSampler
+from ltloss.float8 import FLOAT8
 from ltloss.losses.prototype_head import PrototypeHead
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -132,6 +133,13 @@ def load_checkpoint(
         made = {} if kept else {key: _like(parameter, entry, on_device) for key, entry in there.items()}
         tensors |= {prefix + key: tensor for key, tensor in (kept | made).items()}
         new_state.append((held, made))
+    for name, tensor in tensors.items():
+        dtype = stored[name].properties.dtype if name in stored else tensor.dtype
+        if FLOAT8 in (dtype, tensor.dtype) and dtype != tensor.dtype:
+            raise ValueError(
+                f"{target}: tensor {name} is {dtype} there and {tensor.dtype} here; load it into a head of that dtype, "
+                "whose state_dict a head of any other takes"
+            )
     for name, tensor in tensors.items():
         size = tuple(stored[name].size) if name in stored else "missing"
         if size != tuple(tensor.shape):

@@ -16,11 +16,12 @@ from ltloss._validation import check_label_range, check_number, check_supervised
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.batch_gather import BatchGather, all_gather_metadata
 from ltloss.distributed.centers import ShardedCenters
-from ltloss.distributed.layout import Layout, local, mesh_device
+from ltloss.distributed.layout import Layout, gathered, local, mesh_device
 from ltloss.distributed.logsumexp import ClassShard
 from ltloss.distributed.sampling import ClassSampler, seeded
 from ltloss.distributed.top_k import top_k
 from ltloss.errors import DistributedError
+from ltloss.float8 import FLOAT8, write_rows
 from ltloss.losses.class_centers import ClassCenters
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.runtime import current_debug
@@ -137,7 +138,7 @@ def _gathered(part: Any) -> Any:
         return part.in_one_piece()
     if not isinstance(part, Tensor):
         return part
-    whole = part.full_tensor() if hasattr(part, "full_tensor") else part.clone()
+    whole = gathered(part) if hasattr(part, "device_mesh") else part.clone()
     return nn.Parameter(whole, part.requires_grad) if isinstance(part, nn.Parameter) else whole
 
 
@@ -184,25 +185,32 @@ def _check_same_module(module: PrototypeHead, layout: Layout, numbers: list[int]
 
 
 def _shard(module: ClassParallel, layout: Layout) -> None:
-    weight = module.weight
-    start, stop = layout.span()
-    if weight.is_meta:
-        own = torch.empty(stop - start, weight.shape[1], dtype=weight.dtype, device=layout.device)
-    else:  # the blocks of rank 0's, one after the other: nothing but they is sent
-        own = torch.empty(0)
-        for class_rank in range(layout.class_ranks):
-            block = weight.detach()[slice(*layout.span(class_rank))].to(layout.device, copy=True)
-            block = comm.broadcast(block, 0, layout.group)
-            own = block if class_rank == layout.class_rank else own
-    module.weight = nn.Parameter(layout.place(own), requires_grad=weight.requires_grad)
+    weight, exponent = module.weight, module.weight_exponent
+    module.weight = nn.Parameter(_block_of_first_rank(weight, layout), requires_grad=weight.requires_grad)
+    if exponent is not None:
+        module.weight_exponent = _block_of_first_rank(exponent, layout)
     if weight.is_meta:
         module.reset_parameters()
     for name, child in module.named_children():
         if isinstance(child, ClassCenters):
             setattr(module, name, ShardedCenters(child, layout))
     for name, buffer in module.named_buffers(recurse=False):
+        if name == "weight_exponent":
+            continue
         buffer = torch.zeros_like(buffer, device=layout.device) if buffer.is_meta else buffer.to(layout.device)
         module._buffers[name] = comm.broadcast(buffer, 0, layout.group)
+
+
+def _block_of_first_rank(tensor: Tensor, layout: Layout) -> Tensor:
+    """A tensor (C, ...) spread over the ranks, with the values of rank 0; with none if it has no memory."""
+    if tensor.is_meta:
+        return layout.zeros(*tensor.shape[1:], dtype=tensor.dtype)
+    own = torch.empty(0)
+    for class_rank in range(layout.class_ranks):  # one block after the other: nothing but they is sent
+        block = tensor.detach()[slice(*layout.span(class_rank))].to(layout.device, copy=True)
+        block = comm.broadcast(block, 0, layout.group)
+        own = block if class_rank == layout.class_rank else own
+    return layout.place(own)
 
 
 class ClassParallel(PrototypeHead):
@@ -265,7 +273,11 @@ class ClassParallel(PrototypeHead):
 
         weight: Any = self.weight
         mesh = self.layout.mesh
-        whole = weight if mesh is None else weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+        if mesh is None:
+            return self._dense_logits(features, weight)
+        if weight.dtype == FLOAT8:  # which has no gradient
+            return self._dense_logits(features, gathered(weight))
+        whole = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
         return self._dense_logits(features, whole)
 
     @torch.no_grad()
@@ -277,13 +289,15 @@ class ClassParallel(PrototypeHead):
     def reset_parameters(self) -> None:
         """Draw the prototypes anew, each rank its own; which they are does not depend on the number of ranks."""
         layout, own = self.layout, local(self.weight)
+        exponent = None if self.weight_exponent is None else local(self.weight_exponent)
         seed = comm.broadcast(torch.randint(1 << 62, (1,)).to(layout.device), 0, layout.group)
         start, stop = layout.span()
         for number in range(start // _DRAWN_TOGETHER, -(-stop // _DRAWN_TOGETHER)):
             first = number * _DRAWN_TOGETHER
             drawn = torch.randn(_DRAWN_TOGETHER, own.shape[1], generator=seeded(int(seed), number))
             low, high = max(first, start), min(first + _DRAWN_TOGETHER, stop)
-            own[low - start : high - start] = drawn[low - first : high - first] * self.embedding_size**-0.5
+            drawn = drawn[low - first : high - first] * self.embedding_size**-0.5
+            write_rows(own, exponent, low - start, drawn)
 
 
 def _empty(kind: Any) -> PrototypeHead:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltloss.errors import DistributedError
+from ltloss.float8 import FLOAT8
 
 __all__ = [
     "SumOverClasses",
@@ -34,6 +35,11 @@ _scatter_sum = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "re
 
 def _ranks(group: Group) -> int:
     return 1 if group is None else dist.get_world_size(group)
+
+
+def _sent(tensor: Tensor) -> Tensor:
+    """As it goes over the wire: float8, which gloo does not know, as bytes."""
+    return tensor.view(torch.uint8) if tensor.dtype == FLOAT8 else tensor
 
 
 @contextmanager
@@ -58,7 +64,7 @@ def all_gather(tensor: Tensor, group: Group) -> Tensor:
         return tensor[None]
     result = tensor.new_empty(ranks * tensor.numel())
     with _reporting("all-gather", group):
-        _gather_into(result, tensor.view(-1), group=group)  # type: ignore[misc]
+        _gather_into(_sent(result), _sent(tensor.view(-1)), group=group)  # type: ignore[misc]
     return result.view(ranks, *tensor.shape)
 
 
@@ -111,7 +117,7 @@ def broadcast(tensor: Tensor, source: int, group: Group) -> Tensor:
     """The tensor of the group's rank ``source``, in place on the others."""
     if _ranks(group) > 1 and tensor.numel():
         with _reporting("broadcast", group):
-            dist.broadcast(tensor, dist.get_global_rank(group, source), group=group)
+            dist.broadcast(_sent(tensor), dist.get_global_rank(group, source), group=group)
     return tensor
 
 
@@ -125,9 +131,9 @@ class exchange:
         self.tensor, self.into, self.group = tensor.contiguous(), into, group  # kept alive until they have gone
         operations = []
         if self.tensor.numel():
-            operations.append(dist.P2POp(dist.isend, self.tensor, dist.get_global_rank(group, target), group))
+            operations.append(dist.P2POp(dist.isend, _sent(self.tensor), dist.get_global_rank(group, target), group))
         if into.numel():
-            operations.append(dist.P2POp(dist.irecv, into, dist.get_global_rank(group, source), group))
+            operations.append(dist.P2POp(dist.irecv, _sent(into), dist.get_global_rank(group, source), group))
         with _reporting("exchange", group):
             self.works = dist.batch_isend_irecv(operations) if operations else []
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ltloss.distributed import collectives as comm
 from ltloss.errors import DistributedError
+from ltloss.float8 import FLOAT8
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Layout", "blocks", "class_mesh", "copy_rows", "local", "mesh_device", "own_part"]
+__all__ = ["Layout", "blocks", "class_mesh", "copy_rows", "gathered", "local", "mesh_device", "own_part"]
 
 
 def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh | None:
@@ -181,6 +182,14 @@ def blocks(tensor: Tensor) -> Iterator[Tensor]:
         mine = class_rank == layout.class_rank
         block = own if mine else own.new_empty(layout.size(class_rank), *own.shape[1:])
         yield comm.broadcast(block, class_rank, layout.class_group)
+
+
+def gathered(tensor: Any) -> Tensor:
+    """All of a DTensor (C, ...), without a gradient; all ranks call it."""
+    if tensor.dtype == FLOAT8:  # which gloo cannot gather
+        return torch.cat(list(blocks(tensor)))
+    whole: Tensor = tensor.detach().full_tensor()
+    return whole
 
 
 def copy_rows(old: Tensor, new: Tensor) -> None:

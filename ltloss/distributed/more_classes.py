@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ltloss._validation import check_count
@@ -42,6 +43,7 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
     count = check_count("count", count)
     classes = head.num_classes + count
     vectors = {name for name, buffer in head.named_buffers(recurse=False) if buffer.shape == (head.num_classes,)}
+    vectors.discard("weight_exponent")
     if vectors != set(per_class):
         raise ValueError(
             f"add_classes needs the vectors {sorted(vectors)} for {classes} classes; got {sorted(per_class)}"
@@ -57,8 +59,12 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
     larger.weight = nn.Parameter(
         layout.zeros(*head.weight.shape[1:], dtype=head.weight.dtype), requires_grad=head.weight.requires_grad
     )
+    if head.weight_exponent is not None:
+        larger.weight_exponent = layout.zeros(dtype=torch.int8)
     larger.reset_parameters()
     copy_rows(head.weight, larger.weight)
+    if head.weight_exponent is not None and larger.weight_exponent is not None:
+        copy_rows(head.weight_exponent, larger.weight_exponent)
     for name, vector in per_class.items():
         larger._keep(name, vector.to(head.get_buffer(name).dtype))
     for name, child in head.named_children():

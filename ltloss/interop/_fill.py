@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ltloss.distributed.layout import local
+from ltloss.float8 import write_rows
 from ltloss.losses.prototype_head import PrototypeHead
 
-__all__ = ["fill"]
+__all__ = ["fill", "write_prototypes"]
 
 
 def fill(head: PrototypeHead, found: tuple[int, int], origin: str, rows: Tensor) -> None:
@@ -16,5 +16,10 @@ def fill(head: PrototypeHead, found: tuple[int, int], origin: str, rows: Tensor)
     wanted = tuple(head.weight.shape)
     if found != wanted:
         raise ValueError(f"{origin} holds prototypes {found} (C, D); the head has {wanted}")
-    with torch.no_grad():
-        local(head.weight).copy_(rows)
+    write_prototypes(head, rows)
+
+
+def write_prototypes(head: PrototypeHead, rows: Tensor) -> None:
+    """This rank's prototypes become ``rows``, to the nearest that the head can hold."""
+    exponent = None if head.weight_exponent is None else local(head.weight_exponent)
+    write_rows(local(head.weight), exponent, 0, rows)

@@ -15,6 +15,8 @@ from torch import Tensor
 from ltloss._files import write_file
 from ltloss.distributed.batch_gather import all_gather_metadata
 from ltloss.distributed.layout import Layout, blocks, local
+from ltloss.float8 import FLOAT8, decoded
+from ltloss.interop._fill import write_prototypes
 from ltloss.losses.prototype_head import PrototypeHead
 
 __all__ = ["export_safetensors", "import_safetensors"]
@@ -24,8 +26,10 @@ _NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    FLOAT8: "F8_E4M3",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -82,8 +86,14 @@ def _safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     return len(text).to_bytes(8, "little") + text
 
 
+def _rows(weight: Tensor, exponent: Tensor | None) -> Tensor:
+    return weight if exponent is None else decoded(weight, exponent)
+
+
 def import_safetensors(head: PrototypeHead, path: str | Path) -> None:
     """Fill a head with the tensors of a safetensors file, each rank reading its own classes.
+
+    Prototypes in float8 are read into a head of any dtype, and any prototypes into a float8 head.
 
     Args:
         head: sharded or not; every tensor of its state_dict must be in the file, in the same shape.
@@ -111,12 +121,19 @@ def import_safetensors(head: PrototypeHead, path: str | Path) -> None:
         raise ValueError(f"{path} is no safetensors file, or damaged ({error})") from error
     with opened as file:
         names = set(file.keys())
+        as_kept = (head.weight_exponent is None) == ("weight_exponent" not in names)
+        if not as_kept:
+            wanted.pop("weight_exponent", None)
         for name, tensor in wanted.items():
             there = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
             if there != tuple(tensor.shape):
                 raise ValueError(f"{path}: tensor {name} is {there} there and {tuple(tensor.shape)} in the head")
         for name, tensor in wanted.items():
             sharded = hasattr(tensor, "device_mesh")
-            local(tensor).copy_(file.get_slice(name)[start:stop] if sharded else file.get_tensor(name))
+            if name == "weight" and not as_kept:
+                exponent = file.get_slice("weight_exponent")[start:stop] if "weight_exponent" in names else None
+                write_prototypes(head, _rows(file.get_slice(name)[start:stop], exponent))
+            else:
+                local(tensor).copy_(file.get_slice(name)[start:stop] if sharded else file.get_tensor(name))
         metadata = file.metadata()
     head.warn_if_other(metadata or {})

@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from ltloss import functional as F
 from ltloss._types import TopK
 from ltloss._validation import check_count, check_number, check_per_class, check_values, plain_number
+from ltloss.float8 import FLOAT8, decoded, write_rows
 from ltloss.losses.defaults import default_scale
+from ltloss.numerics import spans
 from ltloss.ops.logsumexp import Update
 from ltloss.reference import cosines
 
 __all__ = ["PrototypeHead"]
+
+_DRAWN_AT_ONCE = 1 << 14  # classes of a float8 head
 
 
 def _describe(value: Any) -> str:
@@ -41,11 +45,15 @@ class PrototypeHead(nn.Module):
             ``normalize_features`` is divided by √D, the length that batch normalisation gives.
         normalize_features: False keeps the length of the features: logits are s·‖x‖·cos.
         device, dtype: of the weight. Keep it float32 whatever the dtype of the features: updates of a half-precision
-            weight are lost.
+            weight are lost. ``torch.bfloat16`` and ``torch.float8_e4m3fn`` are for the optimizers of
+            :mod:`ltloss.optim`, which round so that none is.
 
     Attributes:
         weight: (C, D) parameter, drawn with length ≈ 1. Give it to the optimizer: ``loss.parameters()``; or give this
             module to an optimizer of :mod:`ltloss.optim`, which is then in ``fused_update``.
+        weight_exponent: (C,) int8 where the weight is float8, else None: prototype c is 2^weight_exponent[c] ·
+            weight[c]. ``half()``, ``float()`` and ``to(dtype)`` leave such a weight as it is; ``load_state_dict`` takes
+            either form.
 
     Raises:
         ValueError, TypeError: sizes that are no whole numbers from 1, a scale that is not positive.
@@ -61,6 +69,7 @@ class PrototypeHead(nn.Module):
     """
 
     fused_update: Update | None = None  # the optimizer of ltloss.optim that was made for this module; a copy has none
+    weight_exponent: Tensor | None
     _settled: tuple[str, ...] = ()  # hyper-parameters from which constants are made
     _per_class: tuple[str, ...] = ()  # hyper-parameters that are a number or a constant (C,)
 
@@ -83,11 +92,19 @@ class PrototypeHead(nn.Module):
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.scale, self.normalize_features = scale, normalize_features
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
+        exponent = torch.zeros(num_classes, device=device, dtype=torch.int8) if dtype == FLOAT8 else None
+        self.register_buffer("weight_exponent", exponent)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the prototypes anew: uniform directions, length ≈ 1 (the length sets the step size on the sphere)."""
-        nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
+        std, exponent = self.embedding_size**-0.5, self.weight_exponent
+        if exponent is None:
+            nn.init.normal_(self.weight, std=std)
+        elif not self.weight.is_meta:
+            for start, stop in spans(self.num_classes, _DRAWN_AT_ONCE):
+                drawn = torch.randn(stop - start, self.embedding_size, device=self.weight.device)
+                write_rows(self.weight, exponent, start, drawn.mul_(std))
 
     @property
     def _constants_device(self) -> torch.device:
@@ -115,7 +132,15 @@ class PrototypeHead(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves constants with the weight, but never rounds them, and never leaves them without their values."""
+        former = self.weight.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if FLOAT8 in (former.dtype, self.weight.dtype) and former.dtype != self.weight.dtype:
+            self.weight.data = former.to(self.weight.device)
+            if former.dtype != FLOAT8:
+                raise TypeError(
+                    f"prototypes in {former.dtype} cannot be cast to float8, which needs an exponent for each class: "
+                    "build the loss with dtype=torch.float8_e4m3fn and load this one's state_dict into it"
+                )
         for name, source in self._sources.items():
             self._buffers[name] = source.to(self._buffers[name].device)  # type: ignore[union-attr]
         return self
@@ -148,6 +173,7 @@ class PrototypeHead(nn.Module):
         return self._dense_logits(features, self.weight)
 
     def _dense_logits(self, features: Tensor, weight: Tensor) -> Tensor:
+        weight = weight.detach() if weight.dtype == FLOAT8 else weight  # which cannot hold a gradient
         logits = self.scale * cosines(features, weight)
         if not self.normalize_features:
             logits = logits * torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=logits.dtype)
@@ -172,8 +198,22 @@ class PrototypeHead(nn.Module):
         getattr(destination, "_metadata", {}).setdefault(prefix[:-1], {})["hyper_parameters"] = self.described()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
+        self._translate(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         self.warn_if_other(local_metadata.get("hyper_parameters") or {})
+
+    def _translate(self, state_dict: Any, prefix: str) -> None:
+        """Prototypes of a state that were kept in float8, or were not, in the form of this head's."""
+        given, key = state_dict.get(prefix + "weight"), prefix + "weight_exponent"
+        if not isinstance(given, Tensor) or hasattr(given, "device_mesh") or given.is_meta:
+            return
+        if self.weight_exponent is not None and given.dtype != FLOAT8:
+            weight = torch.empty(given.shape, dtype=FLOAT8, device=given.device)
+            exponent = torch.empty(given.shape[:1], dtype=torch.int8, device=given.device)
+            write_rows(weight, exponent, 0, given)
+            state_dict |= {prefix + "weight": weight, key: exponent}
+        elif self.weight_exponent is None and given.dtype == FLOAT8 and key in state_dict:
+            state_dict[prefix + "weight"] = decoded(given, state_dict.pop(key))
 
     def warn_if_other(self, saved: Mapping[str, str]) -> None:
         """Warn where a state was saved under other hyper-parameters; class weights may follow a schedule."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ltloss.errors import BackendError
+from ltloss.float8 import FLOAT8
 from ltloss.runtime import current_backend
 
 __all__ = [
@@ -75,7 +76,13 @@ def choose_backend(features: Tensor, prototypes: Tensor, *, sharded: bool = Fals
 
     Raises:
         BackendError: a backend was asked for (:class:`ltloss.use_backend`) that cannot serve them.
+        TypeError: a gradient would be asked of float8 prototypes.
     """
+    if prototypes.dtype == FLOAT8 and prototypes.requires_grad and torch.is_grad_enabled():
+        raise TypeError(
+            "prototypes in float8 cannot hold a gradient: make an optimizer of ltloss.optim for the loss module, or "
+            "compute under torch.no_grad()"
+        )
     backend = current_backend()
     if backend == "reference":
         if sharded:

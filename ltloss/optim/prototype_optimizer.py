@@ -14,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ltloss._types import TakeGradient
 from ltloss._validation import check_choice, check_number
 from ltloss.distributed.layout import Layout, copy_rows, local
+from ltloss.float8 import FLOAT8, decoded
 from ltloss.losses.prototype_head import PrototypeHead
+from ltloss.numerics import compute_dtype
 from ltloss.optim.slabs import Moving, Slabs
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
             raise ValueError(f"seed must be an integer in [0, 2^63); got {seed!r}")
         self._module = weakref.ref(module)
-        self._state_dtype = state_dtype or torch.promote_types(weight.dtype, torch.float32)
+        self._state_dtype = state_dtype or compute_dtype(weight)
         self.rounding = rounding
         self._scaler = grad_scaler
         super().__init__([weight], {**defaults, "max_class_norm": max_class_norm, "seed": seed})
@@ -72,6 +74,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         # A compiler would move the update out of the backward, or drop it.
         self.run: Callable[..., Any] = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
         self.joined: Callable[[Tensor], Tensor] = torch.compiler.disable(self._joined)  # type: ignore[no-untyped-call]
+        self._exponent: Tensor | None = None  # of float8 prototypes, as the last forward pass found it
         self._anchor = torch.empty(0, requires_grad=True)
         self._passes: weakref.WeakSet[Any] = weakref.WeakSet()  # forward passes whose backward may still come
         self._moves = 0  # how many backwards moved the prototypes
@@ -169,6 +172,8 @@ class PrototypeOptimizer(torch.optim.Optimizer):
                 "DistributedDataParallel. Wrap the backbone alone, and call ltloss.distributed.parallelize before the "
                 "optimizer is made"
             )
+        module = self._module()
+        self._exponent = None if module is None else module.weight_exponent
         return prototypes.detach()
 
     def _run(self, function: Any, *arguments: Any) -> Any:
@@ -188,7 +193,8 @@ class PrototypeOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} takes no further term on prototypes that are spread over ranks: its gradient "
                 "crosses them. Leave the term out (min_angle_weight=0)"
             )
-        return _Joined.apply(weight.detach(), loss, self)  # type: ignore[no-any-return,no-untyped-call]
+        plain = weight.detach() if self._exponent is None else decoded(weight.detach(), self._exponent)
+        return _Joined.apply(plain, loss, self)  # type: ignore[no-any-return,no-untyped-call]
 
     def join(self, gradient: Tensor) -> None:
         """Keep the gradient (C, D) of a further term for the update of this backward."""
@@ -225,9 +231,10 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         state = {name: local(tensor) for name, tensor in self.state[weight].items()}
         step, compensation = state.pop("step"), state.pop("compensation", None)
         rounding = self.rounding or "stochastic"  # of bfloat16 state beside float32 prototypes
+        exponent = None if self._exponent is None else local(self._exponent)
         first_class = Layout.of(weight).span()[0]
         own, most = local(weight), group["max_class_norm"]
-        return Moving(own, state, compensation, step, rounding, group["seed"], first_class, most)
+        return Moving(own, exponent, state, compensation, step, rounding, group["seed"], first_class, most)
 
     def _in_kernels(self, moving: Moving, finite: Tensor) -> PrototypeUpdate | None:
         """The update as the kernels do it, or None where memory is laid out as they cannot take it."""
@@ -363,16 +370,17 @@ def _check_free(module: PrototypeHead) -> None:
 
 
 def _check_dtypes(weight: torch.dtype, state: torch.dtype | None, rounding: Rounding | None) -> None:
-    if weight not in (torch.float32, torch.bfloat16, torch.float64):
-        raise ValueError(f"the prototypes must be float32 or bfloat16; got {weight}")
-    if state not in (None, torch.float32, torch.bfloat16, weight):
+    if weight not in (torch.float32, torch.bfloat16, FLOAT8, torch.float64):
+        raise ValueError(f"the prototypes must be float32, bfloat16 or float8_e4m3fn; got {weight}")
+    if state not in (None, torch.float32, torch.bfloat16, weight) or state == FLOAT8:
         raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16; got {state}")
     if rounding is not None:
         check_choice("rounding", rounding, get_args(Rounding))
-    if weight == torch.bfloat16 and rounding is None:
+    if weight in (torch.bfloat16, FLOAT8) and rounding is None:
+        kahan = "'kahan' (2 bytes an entry more) " if weight == torch.bfloat16 else ""
         raise ValueError(
-            "rounding must be chosen for bfloat16 prototypes, where most updates are smaller than one unit of the last "
-            "place: 'stochastic', 'kahan' (2 bytes an entry more) or 'nearest' (loses them); got None"
+            f"rounding must be chosen for prototypes in {str(weight).removeprefix('torch.')}, where most updates are "
+            f"smaller than one unit of the last place: 'stochastic', {kahan}or 'nearest' (loses them); got None"
         )
     if rounding == "kahan" and weight != torch.bfloat16:
         raise ValueError(f"rounding='kahan' is for bfloat16 prototypes; got {weight}")

@@ -1,4 +1,4 @@
-"""Rounding of float32 to bfloat16 so that nothing is lost on average: stochastic rounding, and Kahan's compensation.
+"""Rounding of float32 to bfloat16 or float8 so that nothing is lost on average.
 
 The random bits are Philox4x64-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011), a function of
 (seed, step, stream, class, column). So they are the same for every number of slabs, splits and ranks, and any device
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltloss.float8 import FLOAT8
+
 __all__ = ["COLUMNS_PER_BLOCK", "philox", "random_bits", "round_stochastically"]
 
 # A block of Philox4x64 is 256 bits: one number of 16 bits for each of so many columns.
@@ -18,6 +20,7 @@ COLUMNS_PER_BLOCK = 16
 
 _MULTIPLIERS = np.array([0xD2E7470EE14C6C93, 0xCA5A826395121157], np.uint64)
 _KEY_STEPS = np.array([0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B], np.uint64)
+_SMALLEST_NORMAL = 2.0**-6  # of float8 e4m3, which keeps 3 of float32's 23 bits
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
@@ -64,11 +67,19 @@ def random_bits(classes: range | np.ndarray, width: int, seed: int, step: int, s
 
 
 def round_stochastically(values: Tensor, bits: Tensor, out: Tensor) -> None:
-    """Round float32 ``values`` to bfloat16 ``out``: up with the probability of the part that is cut off.
+    """Round float32 ``values`` to bfloat16 or float8 ``out``: up with the probability of the part that is cut off.
 
     A uniform number below one unit of the last place that is kept is added, and the rest is cut off: the mean over all
-    ``bits`` (int16, of the same shape) is the value itself. ``values`` is used up.
+    ``bits`` (int16, of the same shape) is the value itself; in float8 (|values| <= 448) to 2^-17 of a unit. ``values``
+    is used up.
     """
     integers = values.view(torch.int32)
+    if out.dtype == FLOAT8:
+        # Below its smallest normal number the unit is that of [2^-6, 2^-5): such values are moved there and back.
+        small = torch.where(values.abs() < _SMALLEST_NORMAL, values.sign() * _SMALLEST_NORMAL, 0.0)
+        values.add_(small)
+        integers.add_(bits.to(torch.int32).add_(1 << 15).mul_(16).add_(8)).bitwise_and_(-1 << 20)
+        out.copy_(values.sub_(small))
+        return
     integers.add_(bits).add_(1 << 15).bitwise_and_(-1 << 16)
     out.copy_(values)

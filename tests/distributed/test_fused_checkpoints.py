@@ -13,6 +13,7 @@ from helpers.refusals import refused
 from torch import Tensor
 
 from ltloss.distributed import add_classes, class_mesh, load_checkpoint, parallelize, save_checkpoint
+from ltloss.float8 import FLOAT8, decoded
 from ltloss.interop import export_safetensors, import_safetensors
 from ltloss.optim import PrototypeAdagrad, PrototypeAdamW, PrototypeSGD
 
@@ -25,6 +26,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any], torch.dtype]] = {
     "sgd": (PrototypeSGD, SGD, torch.float32),
     "adamw": (PrototypeAdamW, {"lr": 0.01, "state_dtype": torch.bfloat16}, torch.float32),
     "adagrad": (PrototypeAdagrad, {"lr": 0.1, "rounding": "stochastic", "seed": 4}, torch.bfloat16),
+    "float8": (PrototypeSGD, {**SGD, "rounding": "stochastic", "seed": 2}, FLOAT8),
     "kahan": (PrototypeSGD, {**SGD, "rounding": "kahan", "state_dtype": torch.bfloat16}, torch.bfloat16),
 }
 State = dict[str, Tensor]
@@ -53,6 +55,8 @@ class Job:
     def state(self) -> State:
         """Prototypes and state in one piece."""
         held = self.optimizer.state[self.head.weight]
+        exponent = self.head.weight_exponent
+        held = held if exponent is None else {"exponent": exponent, **held}
         return {"weight": whole(self.head.weight), **{name: whole(tensor) for name, tensor in held.items()}}
 
 
@@ -147,7 +151,7 @@ def _grown(rank: int | None) -> dict[str, State]:
             assert torch.equal(old, tensor), (kind, name)
             assert old.dtype == tensor.dtype
         job.step(range(2, 4))
-        assert all(bool(tensor.isfinite().all()) for tensor in job.state().values())
+        assert all(bool(tensor.float().isfinite().all()) for tensor in job.state().values())
         assert not torch.equal(job.state()["weight"], found[kind]["weight"])
     return found
 
@@ -159,24 +163,66 @@ def test_more_classes_on_three_ranks() -> None:
             assert _same(rank[kind], found[0][kind]), kind
 
 
-def _exchanged(rank: int, folder: Path) -> State:
-    job, fresh = Job("adagrad"), Job("adagrad")
-    job.step(range(2))
-    export_safetensors(job.head, folder / "head.safetensors")
-    import_safetensors(fresh.head, folder / "head.safetensors")
-    assert torch.equal(whole(fresh.head.weight), whole(job.head.weight))
-    fresh.step(range(2, 3))
-    assert not torch.equal(whole(fresh.head.weight), whole(job.head.weight))
-    return {"weight": whole(job.head.weight)}
+NARROW = ("adagrad", "float8")
 
 
-def test_bfloat16_prototypes_as_one_file(tmp_path: Path) -> None:
+def _exchanged(rank: int, folder: Path) -> dict[str, State]:
+    """Written by these ranks; read into a head of the same dtype, and into one of float32."""
+    found = {}
+    for kind in NARROW:
+        job, fresh, wide = Job(kind), Job(kind), Job("sgd")
+        job.step(range(2))
+        export_safetensors(job.head, folder / kind)
+        for head in (fresh.head, wide.head):
+            import_safetensors(head, folder / kind)
+        assert torch.equal(whole(fresh.head.weight), whole(job.head.weight))
+        fresh.step(range(2, 3))
+        assert not torch.equal(whole(fresh.head.weight), whole(job.head.weight))
+        found[kind] = {**job.state(), "wide": whole(wide.head.weight)}
+    return found
+
+
+def test_narrow_prototypes_as_one_file(tmp_path: Path) -> None:
     library = pytest.importorskip("safetensors.torch")
-    expected = world.run(_exchanged, 2, tmp_path)[0]["weight"]
-    theirs = library.load_file(tmp_path / "head.safetensors")["weight"]
-    assert theirs.dtype == torch.bfloat16
-    assert torch.equal(theirs, expected)
+    found = world.run(_exchanged, 2, tmp_path)[0]
+    for kind in NARROW:
+        theirs, expected = library.load_file(tmp_path / kind), found[kind]
+        assert torch.equal(theirs["weight"], expected["weight"])
+        with world.one_thread():
+            one, wide = Job(kind).head, Job("sgd").head
+        for head in (one, wide):
+            import_safetensors(head, tmp_path / kind)
+        assert torch.equal(one.weight, expected["weight"])
+        factor = torch.exp2(theirs["weight_exponent"].float())[:, None] if kind == "float8" else 1.0
+        for rows in (wide.weight, expected["wide"]):
+            assert torch.equal(rows, expected["weight"].float() * factor)
+
+
+def test_wide_prototypes_into_a_float8_head_of_two_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
     with world.one_thread():
-        one = Job("adagrad").head
-    import_safetensors(one, tmp_path / "head.safetensors")
-    assert torch.equal(one.weight, expected)
+        wide, one = Job("sgd").head, Job("float8").head
+    export_safetensors(wide, tmp_path / "wide")
+    import_safetensors(one, tmp_path / "wide")
+    unit = wide.weight.abs().amax(1, keepdim=True) / 16  # of the largest entry, at most
+    assert bool(((decoded(one.weight, one.weight_exponent) - wide.weight).abs() <= unit).all())
+    for found in world.run(_imported, 2, tmp_path / "wide"):
+        assert torch.equal(found["weight"], one.weight)
+        assert torch.equal(found["exponent"], one.weight_exponent)
+
+
+def _imported(rank: int, path: Path) -> State:
+    job = Job("float8")
+    import_safetensors(job.head, path)
+    return job.state()
+
+
+def test_a_checkpoint_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    with world.one_thread():
+        narrow, wide = Job("float8"), Job("sgd")
+    for kind, job, other in (("float8", narrow, wide), ("sgd", wide, narrow)):
+        save_checkpoint(tmp_path / kind, {"head": job.head})
+        before = other.state()
+        with refused("head.weight is", "torch.float8_e4m3fn", "torch.float32"):
+            load_checkpoint(tmp_path / kind, {"head": other.head})
+        assert _same(other.state(), before)

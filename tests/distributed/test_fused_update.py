@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ltloss
 from ltloss.distributed import class_mesh, parallelize
+from ltloss.float8 import FLOAT8
 from ltloss.optim import PrototypeAdagrad, PrototypeAdamW, PrototypeSGD
 from ltloss.testing import relative_error
 
@@ -65,16 +66,17 @@ def test_equals_one_process(ranks: int, meshes: tuple[int, ...]) -> None:
                     assert relative_error(one, other) <= 1e-9, (case.loss, name)
 
 
-def _rounded(rank: int | None, ranks: int = 1) -> list[Tensor]:
-    case = Case("ArcFaceLoss", 11, tuple(size[:ranks] for size in SIZES[:1]), torch.bfloat16)
+def _rounded(rank: int | None, ranks: int, dtype: torch.dtype) -> list[Tensor]:
+    case = Case("ArcFaceLoss", 11, tuple(size[:ranks] for size in SIZES[:1]), dtype)
     return _train(case, "SGD", rank, rounding="stochastic", seed=3, state_dtype=torch.bfloat16)
 
 
-def test_random_bits_belong_to_classes_and_not_to_ranks() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT8])
+def test_random_bits_belong_to_classes_and_not_to_ranks(dtype: torch.dtype) -> None:
     """Gradients differ in their last bits, so at most a few entries fall on the other side of their random number."""
-    found = world.run(_rounded, 3, 3)
+    found = world.run(_rounded, 3, 3, dtype)
     with world.one_thread():
-        expected = _rounded(None, 3)
+        expected = _rounded(None, 3, dtype)
     for rank in found:
         for one, other in zip(rank, expected, strict=True):
             assert int((one != other).sum()) <= 0.05 * one.numel()

@@ -16,6 +16,7 @@ from ltloss import TopK, functional
 from ltloss.distributed import class_mesh
 from ltloss.distributed.layout import Layout
 from ltloss.distributed.nearest import nearest_prototype
+from ltloss.float8 import FLOAT8
 from ltloss.testing import relative_error, watching
 
 pytestmark = pytest.mark.slow
@@ -132,3 +133,21 @@ def test_search_on_four_ranks_and_two_by_two_in_bounded_memory() -> None:
     classes, width = LARGE
     for _, _, largest in found:
         assert largest <= max(classes // 4 * width, 1 << 20)  # elements; the tile of cosines holds a million
+
+
+def _in_float8(rank: int | None) -> list[Tensor]:
+    found = []
+    for seed, (classes, copies) in enumerate(PROBLEMS):
+        prototypes = _prototypes(classes, seed, copies).to(FLOAT8)
+        weight = prototypes if rank is None else _sharded(prototypes)[0].detach()
+        queries = _prototypes(20, seed + 100, False)
+        found.append(whole(functional.nearest_prototype(weight).index))
+        found.append(functional.top_k(queries, weight, min(4, classes)).index)
+    return found
+
+
+def test_prototypes_in_float8_on_three_ranks() -> None:
+    expected = _in_float8(None)
+    for found in world.run(_in_float8, 3):
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)

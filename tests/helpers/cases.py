@@ -11,6 +11,8 @@ from torch import Tensor
 import ltloss
 from ltloss import PrototypeHead
 from ltloss.distributed import class_mesh, parallelize
+from ltloss.distributed.layout import gathered
+from ltloss.float8 import FLOAT8, write_rows
 from ltloss.testing import FAMILY, MODULES, long_tail_counts, problem
 
 DIM = 6
@@ -48,15 +50,18 @@ BUILD: dict[str, Callable[..., PrototypeHead]] = {
 def build(case: Case) -> PrototypeHead:
     """The module of a case, with the same weights wherever it is built."""
     module = BUILD[case.loss](case.classes, DIM, dtype=case.dtype)
-    _, prototypes, _ = problem(1, case.classes, DIM, dtype=case.dtype, seed=7)
-    with torch.no_grad():
-        module.weight.copy_(prototypes)
+    _, prototypes, _ = problem(1, case.classes, DIM, dtype=_wide(case.dtype), seed=7)
+    write_rows(module.weight, module.weight_exponent, 0, prototypes)
     return module
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == FLOAT8 else dtype
 
 
 def batch(case: Case, step: int) -> tuple[Tensor, Tensor]:
     """The global batch of a step; the second sample is ignored."""
-    features, _, labels = problem(sum(case.sizes[step]), case.classes, DIM, dtype=case.dtype, seed=step)
+    features, _, labels = problem(sum(case.sizes[step]), case.classes, DIM, dtype=_wide(case.dtype), seed=step)
     return features, labels
 
 
@@ -79,8 +84,7 @@ class Trace(NamedTuple):
 
 def whole(tensor: Tensor) -> Tensor:
     """A DTensor in one piece; any other tensor as it is."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+    return gathered(tensor) if hasattr(tensor, "device_mesh") else tensor.detach().clone()
 
 
 def trace(case: Case, rank: int | None = None, data: int = 1, **options: Any) -> Trace:

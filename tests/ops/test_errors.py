@@ -25,7 +25,7 @@ from ltloss.margins import margin_cosine
 pytestmark = pytest.mark.usefixtures("backend")
 
 X, W, Y = torch.randn(3, 5), torch.randn(4, 5), torch.tensor([0, 1, 2])
-META, F8 = "meta", torch.float8_e4m3fn
+META, F8, E5M2 = "meta", torch.float8_e4m3fn, torch.float8_e5m2
 
 # what is wrong -> (features, prototypes, labels), the error, the facts that the message must state
 SUPERVISED: dict[str, tuple[tuple[Any, Any, Any], type[Exception], tuple[str, ...]]] = {
@@ -41,7 +41,7 @@ SUPERVISED: dict[str, tuple[tuple[Any, Any, Any], type[Exception], tuple[str, ..
     "prototypes 1-d": ((X, W[0], Y), ValueError, ("prototypes", "(C, D)", "(5,)")),
     "prototypes integer": ((X, W.int(), Y), TypeError, ("prototypes", "torch.int32")),
     "prototypes sparse": ((X, W.to_sparse(), Y), TypeError, ("prototypes", "torch.sparse_coo")),
-    "prototypes float8": ((X, W.to(F8), Y), TypeError, ("prototypes", "bfloat16", "float32", "torch.float8_e4m3fn")),
+    "prototypes float8_e5m2": ((X, W.to(E5M2), Y), TypeError, ("prototypes", "float8_e4m3fn", "torch.float8_e5m2")),
     "no prototypes": ((X, W[:0], Y), ValueError, ("prototypes", "(0, 5)")),
     "widths differ": ((X, W[:, :4], Y), ValueError, ("features", "prototypes", "(3, 5)", "(4, 4)")),
     "labels no tensor": ((X, W, [0, 1, 2]), TypeError, ("labels", "torch.Tensor", "(N,)", "list")),

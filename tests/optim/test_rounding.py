@@ -15,6 +15,7 @@ import ltloss
 from ltloss.chunked import logsumexp as chunked
 from ltloss.chunked.tiles import Blocks
 from ltloss.distributed import parallelize
+from ltloss.float8 import FLOAT8
 from ltloss.optim import PrototypeAdagrad, PrototypeAdamW, PrototypeSGD
 from ltloss.optim.rounding import philox, random_bits, round_stochastically
 from ltloss.testing import problem, relative_error
@@ -68,8 +69,10 @@ def _train(module: Any, optimizer: Any, steps: int) -> Tensor:
     return module.weight.detach().double()
 
 
-def _half(module: Any) -> Any:
-    return copy.deepcopy(module).bfloat16()
+def _narrow(module: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    made = type(module)(*module.weight.shape, dtype=dtype)
+    made.load_state_dict(module.state_dict())
+    return made
 
 
 KINDS = {
@@ -96,7 +99,7 @@ def test_small_steps_are_kept_on_average(kind: str) -> None:
     along, unit = {}, float(origin.abs().mean()) * BFLOAT16_UNIT
     allowed = 4 * unit * (30 / 5000) ** 0.5 / float(path.square().mean().sqrt())
     for rounding in ("stochastic", "kahan", "nearest"):
-        module = _half(start)
+        module = _narrow(start)
         optimizer = make(module, **options, rounding=rounding)
         moved = _train(module, optimizer, 30) - origin
         if rounding == "kahan":
@@ -108,14 +111,15 @@ def test_small_steps_are_kept_on_average(kind: str) -> None:
     assert along["nearest"] < 1 - allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_bits_for_any_number_of_slabs(kind: str) -> None:
+def test_the_same_bits_for_any_number_of_slabs(kind: str, dtype: torch.dtype) -> None:
     make, options = KINDS[kind]
     torch.manual_seed(0)
     start = ltloss.CosFaceLoss(70, 20)
     found = []
     for classes in (70, 64, 9):
-        module = _half(start)
+        module = _narrow(start, dtype)
         optimizer = make(module, **options, rounding="stochastic")
         blocks = Blocks(16, classes)
         with mock.patch.object(chunked, "block_sizes", lambda *_, blocks=blocks: blocks):
@@ -139,10 +143,11 @@ def test_state_in_two_bytes(make: Any) -> None:
     assert relative_error(*moved) < 0.1
 
 
-def test_a_sample_draws_the_bits_of_its_classes() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT8])
+def test_a_sample_draws_the_bits_of_its_classes(dtype: torch.dtype) -> None:
     """All classes in the sample: the same result as without sampling, bit for bit."""
     torch.manual_seed(0)
-    start = _half(ltloss.CosFaceLoss(30, 20))
+    start = _narrow(ltloss.CosFaceLoss(30, 20), dtype)
     results = []
     for rate in (1.0, 0.999):
         module = parallelize(copy.deepcopy(start), None, sample_rate=rate, unbiased=False)
