@@ -76,10 +76,12 @@ def round_stochastically(values: Tensor, bits: Tensor, out: Tensor) -> None:
     integers = values.view(torch.int32)
     if out.dtype == FLOAT8:
         # Below its smallest normal number the unit is that of [2^-6, 2^-5): such values are moved there and back.
-        small = torch.where(values.abs() < _SMALLEST_NORMAL, values.sign() * _SMALLEST_NORMAL, 0.0)
-        values.add_(small)
-        integers.add_(bits.to(torch.int32).add_(1 << 15).mul_(16).add_(8)).bitwise_and_(-1 << 20)
-        out.copy_(values.sub_(small))
+        # sign(max(2^-6 - |x|, 0)) tells them; torch's comparisons take three times as long on a CPU.
+        moved = values.abs().sub_(_SMALLEST_NORMAL).neg_().clamp_min_(0.0).sign_().mul_(_SMALLEST_NORMAL)
+        moved.copysign_(values)
+        values.add_(moved)
+        integers.add_(bits.to(torch.int32), alpha=16).add_((1 << 19) + 8).bitwise_and_(-1 << 20)
+        out.copy_(values.sub_(moved))
         return
     integers.add_(bits).add_(1 << 15).bitwise_and_(-1 << 16)
     out.copy_(values)
