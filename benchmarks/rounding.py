@@ -1,4 +1,4 @@
-"""``python -m benchmarks.rounding --data-dir DIR``: what prototypes in two bytes cost in accuracy, by their rounding.
+"""``python -m benchmarks.rounding --data-dir DIR``: what prototypes in two bytes or one cost, by their rounding.
 
 DIR holds ``icons_features256.npz`` (frozen embeddings, the head alone learns) and ``omniglot28.npz`` (images, a small
 network learns with it), each with x_train, y_train, x_test, y_test. Every setting is trained with three seeds and
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +29,15 @@ from ltloss.training.model.backbones import small_cnn
 WAYS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16, stochastic": {"dtype": torch.bfloat16, "rounding": "stochastic"},
+    "bfloat16, nearest": {"dtype": torch.bfloat16, "rounding": "nearest"},
+    "float8, stochastic": {"dtype": torch.float8_e4m3fn, "rounding": "stochastic"},
+    "float8, nearest": {"dtype": torch.float8_e4m3fn, "rounding": "nearest"},
     "bfloat16, stochastic, momentum too": {
         "dtype": torch.bfloat16,
         "rounding": "stochastic",
         "state_dtype": torch.bfloat16,
     },
     "bfloat16, kahan": {"dtype": torch.bfloat16, "rounding": "kahan"},
-    "bfloat16, nearest": {"dtype": torch.bfloat16, "rounding": "nearest"},
 }
 
 
@@ -101,7 +103,9 @@ def accuracy(task: Task, data: Data, seed: int, way: dict[str, Any], lr: float) 
     width = data.x_train.shape[1] if data.x_train.dim() == 2 else 128
     network = _network(data, width)
     options = dict(way)
-    head = LogitAdjustedLoss.from_counts(counts, width, scale=task.scale).to(options.pop("dtype", torch.float32))
+    start = LogitAdjustedLoss.from_counts(counts, width, scale=task.scale)
+    head = LogitAdjustedLoss.from_counts(counts, width, scale=task.scale, dtype=options.pop("dtype", torch.float32))
+    head.load_state_dict(start.state_dict())
     common = {"lr": lr, "momentum": task.momentum, "weight_decay": task.weight_decay}
     optimizers: list[torch.optim.Optimizer] = [PrototypeSGD(head, **common, seed=seed, **options)]
     if any(True for _ in network.parameters()):
@@ -135,27 +139,24 @@ def _factor(step: int, steps: int) -> float:
     return (step + 1) / rising if step < rising else 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 
 
-def measure(name: str, task: Task, folder: Path, seeds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(name: str, task: Task, folder: Path, seeds: int) -> Iterator[dict[str, Any]]:
     """A row for each way of keeping the prototypes."""
-    data, rows = load(folder / task.file, task.imbalance, validation=False), []
+    data = load(folder / task.file, task.imbalance, validation=False)
     for way, options in WAYS.items():
         found = [accuracy(task, data, seed, options, task.lr) for seed in range(seeds)]
         spread = statistics.stdev(found) if seeds > 1 else 0.0
-        rows.append(
-            {
-                "data": name,
-                "prototypes": way,
-                "seeds": seeds,
-                "accuracy": f"{statistics.mean(found):.2f}",
-                "spread": f"{spread:.2f}",
-                "each": " ".join(f"{one:.2f}" for one in found),
-                "lr": task.lr,
-                "scale": task.scale,
-                "epochs": task.epochs,
-            }
-        )
-        say(f"{name:20} {way:36} {statistics.mean(found):6.2f} ± {spread:.2f}")
-    return rows
+        print(f"{name:20} {way:36} {statistics.mean(found):6.2f} ± {spread:.2f}", flush=True)
+        yield {
+            "data": name,
+            "prototypes": way,
+            "seeds": seeds,
+            "accuracy": f"{statistics.mean(found):.2f}",
+            "spread": f"{spread:.2f}",
+            "each": " ".join(f"{one:.2f}" for one in found),
+            "lr": task.lr,
+            "scale": task.scale,
+            "epochs": task.epochs,
+        }
 
 
 def main() -> None:
@@ -178,9 +179,9 @@ def main() -> None:
                     f"{name}: lr {lr:g}: {accuracy(task, data, 0, {}, lr):.2f} on held-out training images", flush=True
                 )
         elif arguments.only in (None, name):
-            rows += measure(name, task, arguments.data_dir, arguments.seeds, lambda text: print(text, flush=True))
-    if rows:
-        write_rows([{**stamp(), **row} for row in rows], arguments.output)
+            for row in measure(name, task, arguments.data_dir, arguments.seeds):
+                rows.append({**stamp(), **row})
+                write_rows(rows, arguments.output)  # after each: all of it takes hours
 
 
 if __name__ == "__main__":
