@@ -27,7 +27,7 @@ OVER_CLASSES = (10_000, 30_000, 100_000, 300_000)  # and the million of SHAPE
 LINEAR = [Shape(256, classes, 64) for classes in (1_000_000, 3_000_000, 10_000_000)]
 LINEAR_WITHIN = 0.15  # of their median
 # Within these GiB ten million classes train.
-TEN_MILLION = {"PrototypeSGD": 6.0, "PrototypeAdagrad, bfloat16": 3.0}
+TEN_MILLION = {"PrototypeSGD": 6.0, "PrototypeAdagrad, bfloat16": 3.0, "PrototypeAdagrad, float8": 3.0}
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "performance.md"
 
 

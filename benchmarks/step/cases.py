@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.peers import ON_CPU, SCALE, Inputs, Shape
 from ltloss import CombinedMarginLoss
 from ltloss.distributed import SampledAdamW, SampledSGD, parallelize
+from ltloss.float8 import decoded
 from ltloss.optim import PrototypeAdagrad, PrototypeAdamW, PrototypeSGD
 
 # Equal for every optimizer of a family. The decay of the second SGD is that of face recognition (ArcFace, PFC).
@@ -57,12 +58,13 @@ class Case:
 
     @property
     def is_rounded(self) -> bool:
-        """Whether anything is kept in bfloat16: equal to float32 on average only."""
-        return torch.bfloat16 in (self.dtype, dict(self.options).get("state_dtype"))
+        """Whether anything is kept in less than float32: equal to float32 on average only."""
+        return {self.dtype, dict(self.options).get("state_dtype", self.dtype)} != {torch.float32}
 
 
 _STATE: tuple[tuple[str, Any], ...] = (("state_dtype", torch.bfloat16),)
 _ALL: dict[str, Any] = {"dtype": torch.bfloat16, "options": (*_STATE, ("rounding", "stochastic"))}
+_FLOAT8: dict[str, Any] = {**_ALL, "dtype": torch.float8_e4m3fn}
 
 
 def _family(family: str, ours: Callable[..., torch.optim.Optimizer], goal: Goal, narrow_state: Goal) -> list[Case]:
@@ -90,6 +92,8 @@ CASES = {
         Case("torch Adagrad", "Adagrad"),
         Case("PrototypeAdagrad", "Adagrad", PrototypeAdagrad),
         Case("PrototypeAdagrad, bfloat16", "Adagrad", PrototypeAdagrad, **_ALL),
+        Case("PrototypeAdagrad, float8", "Adagrad", PrototypeAdagrad, **_FLOAT8),
+        Case("PrototypeAdamW, float8", "AdamW", PrototypeAdamW, **_FLOAT8),
         Case("Partial FC 0.1, SampledAdamW", "AdamW", SampledAdamW, sample_rate=SAMPLE_RATE),
         Case("Partial FC 0.1, PrototypeAdamW", "AdamW", PrototypeAdamW, sample_rate=SAMPLE_RATE),
         Case("Partial FC 0.1, SampledSGD", "SGD", SampledSGD, sample_rate=SAMPLE_RATE),
@@ -103,11 +107,17 @@ class Training:
 
     def __init__(self, case: Case, shape: Shape, seed: int = 0) -> None:
         self.inputs, self.loss, module = _ours(case, shape, seed) if case.provider == "ltloss" else _peer(case, shape)
+        self.exponent: Tensor | None = None if module is None else module.weight_exponent
         settings = {**SETTINGS[case.family], **dict(case.options)}
         if case.optimizer is None:
             self.optimizer = TORCH[case.family]([self.inputs.prototypes], **settings)
         else:
             self.optimizer = case.optimizer(module, **settings)
+
+    def prototypes(self) -> Tensor:
+        """The prototypes (C, D) as they are now, in float64."""
+        kept = self.inputs.prototypes.detach()
+        return (kept if self.exponent is None else decoded(kept, self.exponent)).double()
 
     def step(self) -> Tensor:
         """A whole step: clear the gradients, forward, backward, move the prototypes."""

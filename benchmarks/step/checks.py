@@ -56,13 +56,13 @@ def _batches() -> Iterator[tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def _way(training: Training) -> tuple[Tensor, Tensor]:
     """The prototypes at first and how far they went, in float64."""
-    start = training.inputs.prototypes.detach().double()
+    start = training.prototypes()
     for features, labels in _batches():
         training.inputs.features.copy_(features)
         training.inputs.labels = labels
         with torch.enable_grad():
             training.step()
-    return start, training.inputs.prototypes.detach().double() - start
+    return start, training.prototypes() - start
 
 
 def _truth(case: Case, start: Tensor, rate: float) -> Tensor:
@@ -80,8 +80,9 @@ def check_way(case: Case) -> float:
 
     A case that draws classes is checked with all of them drawn, and bfloat16 prototypes with a small rate.
     """
-    narrow = case.dtype == torch.bfloat16
+    narrow = case.dtype != torch.float32
     rate = SETTINGS[case.family]["lr"] * (SLOW[case.family] if narrow else 1.0)
+    rate *= 16.0 if case.dtype == torch.float8_e4m3fn else 1.0  # whose unit is so much larger
     case = dataclasses.replace(case, sample_rate=1.0, options=(("lr", rate), *case.options))
     start, way = _way(Training(case, SMALL))
     truth = _truth(case, start, rate)

@@ -47,6 +47,7 @@ def test_every_case_of_ours_is_right_and_trains(name: str) -> None:
         _with("PrototypeAdagrad", eps=1e-4),
         _with("PrototypeAdamW, bfloat16 state", lr=1.01e-3),
         *(_with(f"Prototype{family}, bfloat16", rounding="nearest") for family in ("AdamW", "SGD", "Adagrad")),
+        *(_with(f"Prototype{family}, float8", rounding="nearest") for family in ("AdamW", "Adagrad")),
     ],
 )
 def test_a_wrong_optimizer_is_not_timed(wrong: Any) -> None:
