@@ -227,9 +227,10 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--optimizer", default="sgd", help=optimizers)
     fused = "move the prototypes inside the backward, as ltloss.optim does: no gradient of them in memory"
     plan.add_argument("--fused-update", action="store_true", help=fused)
-    kept = "of the {}; with --fused-update also bfloat16 (default: float32)"
-    plan.add_argument("--prototype-dtype", default="float32", help=kept.format("prototypes"))
-    plan.add_argument("--state-dtype", default="float32", help=kept.format("optimizer's state"))
+    kept = "of the {}; with --fused-update also {} (default: float32)"
+    narrow = kept.format("prototypes", "bfloat16 or float8_e4m3fn")
+    plan.add_argument("--prototype-dtype", default="float32", help=narrow)
+    plan.add_argument("--state-dtype", default="float32", help=kept.format("optimizer's state", "bfloat16"))
     fraction = "fraction of the classes (default: 1)"
     plan.add_argument("--sample-rate", type=float, default=1.0, metavar="X", help=fraction)
     plan.add_argument("--json", action="store_true", help="for machine reading")

@@ -19,8 +19,11 @@ __all__ = ["DEVICES", "Device", "HeadConfig", "Plan", "make_plan", "read_device"
 GIB = 1 << 30
 
 # Bytes of an element; statistics and gradients are float32.
-WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
-KEPT_DTYPES = ("float32", "bfloat16")  # of prototypes and state
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # of features
+KEPT_WIDTHS = {  # of prototypes and state
+    "prototype_dtype": {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1},
+    "state_dtype": {"float32": 4, "bfloat16": 2},
+}
 # What an optimizer keeps: tensors of the prototypes' shape, and numbers of each class.
 OPTIMIZERS = {"sgd": (1, 0), "adamw": (2, 0), "adagrad": (0, 1)}
 WORKSPACE = 256 << 20  # of the backward
@@ -93,11 +96,11 @@ class HeadConfig:
             raise ValueError(f"data must divide gpus; got data={self.data} and gpus={self.gpus}")
         if not 0.0 < self.sample_rate <= 1.0:
             raise ValueError(f"sample_rate must be in (0, 1]; got {self.sample_rate}")
-        for name in ("prototype_dtype", "state_dtype"):
-            if getattr(self, name) not in KEPT_DTYPES:
-                raise ValueError(f"{name} must be one of {', '.join(KEPT_DTYPES)}; got {getattr(self, name)!r}")
+        for name, widths in KEPT_WIDTHS.items():
+            if getattr(self, name) not in widths:
+                raise ValueError(f"{name} must be one of {', '.join(widths)}; got {getattr(self, name)!r}")
         for name in ("optimizer", "prototype_dtype", "state_dtype"):
-            if not self.fused_update and getattr(self, name) in ("adagrad", "bfloat16"):
+            if not self.fused_update and getattr(self, name) not in ("sgd", "adamw", "float32"):
                 raise ValueError(
                     f"{name}={getattr(self, name)} needs fused_update (--fused-update); torch.optim has no such thing"
                 )
@@ -117,12 +120,18 @@ class HeadConfig:
         """Of these, the ones in a step."""
         return min(self.own_classes, max(1, round(self.own_classes * self.sample_rate)))
 
+    def prototypes(self, classes: int) -> float:
+        """Bytes of so many prototypes; in float8 each has an exponent."""
+        width = KEPT_WIDTHS["prototype_dtype"][self.prototype_dtype]
+        return float(classes * (width * self.embedding_size + (width == 1)))
+
     def state(self, classes: int) -> float:
         """Bytes of what the optimizer keeps about so many classes."""
         matrices, numbers = OPTIMIZERS[self.optimizer]
         if self.optimizer == "adamw" and self.sample_rate < 1.0:
             numbers += 1  # how often a class was drawn
-        return float(WIDTHS[self.state_dtype] * classes * (matrices * self.embedding_size + numbers))
+        width = KEPT_WIDTHS["state_dtype"][self.state_dtype]
+        return float(width * classes * (matrices * self.embedding_size + numbers))
 
 
 @dataclass(frozen=True)
@@ -199,13 +208,14 @@ def make_plan(problem: HeadConfig, device: Device) -> Plan:
 
 
 def _memory(p: HeadConfig) -> dict[str, float]:
-    width, kept = WIDTHS[p.dtype], WIDTHS[p.prototype_dtype]
+    width = WIDTHS[p.dtype]
     own, used = (float(classes * p.embedding_size) for classes in (p.own_classes, p.used_classes))
     gradient = 0.0 if p.fused_update else 4.0  # then it has a slab of the workspace
     return {
-        f"prototypes ({p.prototype_dtype})": kept * own,
+        f"prototypes ({p.prototype_dtype})": p.prototypes(p.own_classes),
         "their gradient": gradient * own,
-        "sampled prototypes" + " and their gradient" * (not p.fused_update): (kept + gradient) * used
+        "sampled prototypes" + " and their gradient" * (not p.fused_update): p.prototypes(p.used_classes)
+        + gradient * used
         if p.sample_rate < 1.0
         else 0.0,
         f"state of {p.optimizer}": p.state(p.own_classes),
@@ -281,7 +291,7 @@ def _touched(p: HeadConfig) -> float:
     """Bytes that the optimizer reads or writes: prototypes and state both, a gradient in memory is read."""
     entries = p.used_classes * p.embedding_size
     gradient = 0.0 if p.fused_update else 4.0 * entries
-    return 2.0 * (WIDTHS[p.prototype_dtype] * entries + p.state(p.used_classes)) + gradient
+    return 2.0 * (p.prototypes(p.used_classes) + p.state(p.used_classes)) + gradient
 
 
 def _slabs(p: HeadConfig) -> int:
@@ -306,6 +316,7 @@ def _advice(p: HeadConfig, device: Device) -> tuple[str, ...]:
         changes += [
             (True, replace(p, optimizer="adagrad"), "--optimizer adagrad would fit: a number a class is its state"),
             (True, replace(p, prototype_dtype="bfloat16"), "--prototype-dtype bfloat16 would fit"),
+            (True, replace(p, prototype_dtype="float8_e4m3fn"), "--prototype-dtype float8_e4m3fn would fit"),
             (True, replace(p, state_dtype="bfloat16"), "--state-dtype bfloat16 would fit"),
         ]
     found = [f"--gpus {gpus} would fit: each holds fewer classes"] if gpus else []

@@ -13,6 +13,7 @@ from helpers import world
 from helpers.cli_errors import fails
 from helpers.refusals import warned
 
+import ltloss
 from ltloss.cli.command import main
 from ltloss.cli.values import count
 from ltloss.distributed import SampledAdamW, class_mesh, parallelize
@@ -46,24 +47,27 @@ OPTIMIZERS: dict[tuple[str, bool], Any] = {
 
 def _bytes_of_a_step(rank: int, p: HeadConfig) -> dict[str, int]:
     """What the tensors of a rank take after a step, by kind."""
+    dtype = getattr(torch, p.prototype_dtype)
     module: Any = build_loss(
         p.loss, [3] * p.classes, p.embedding_size, {"min_angle_weight": 0.0} if p.loss == "long-tail" else {}
     )
-    module.weight.data = module.weight.data.to(getattr(torch, p.prototype_dtype))
+    if dtype != torch.float32:
+        module = ltloss.ArcFaceLoss(p.classes, p.embedding_size, dtype=dtype)
     module = parallelize(module, class_mesh() if p.gpus > 1 else None, sample_rate=p.sample_rate)
     options: dict[str, Any] = {"state_dtype": getattr(torch, p.state_dtype)}
-    if p.prototype_dtype == "bfloat16":
+    if p.prototype_dtype != "float32":
         options["rounding"] = "stochastic"
     optimizer = OPTIMIZERS[p.optimizer, p.fused_update](module, options)
     module(
         torch.randn(p.batch // p.gpus, p.embedding_size), torch.zeros(p.batch // p.gpus, dtype=torch.int64)
     ).backward()
     optimizer.step()
+    exponent = module.weight_exponent
     parts: dict[str, list[Any]] = {
-        "prototypes": [module.weight],
+        "prototypes": [module.weight, *([] if exponent is None else [exponent])],
         "gradient": [parameter.grad for parameter in module.parameters() if parameter.grad is not None],
         "state": [t for t in optimizer.state[module.weight].values() if t.dim()],  # without the count of steps
-        "buffers": list(module.buffers()),
+        "buffers": [buffer for buffer in module.buffers() if buffer is not exponent],
     }
     own = {name: [t.to_local() if hasattr(t, "to_local") else t for t in tensors] for name, tensors in parts.items()}
     return {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in own.items()}
@@ -93,6 +97,7 @@ STEPS = [
     *({"optimizer": name, "fused_update": True, "state_dtype": "bfloat16"} for name in ("sgd", "adamw", "adagrad")),
     {"fused_update": True, "prototype_dtype": "bfloat16", "state_dtype": "bfloat16"},
     {"optimizer": "adagrad", "fused_update": True, "prototype_dtype": "bfloat16"},
+    {"fused_update": True, "prototype_dtype": "float8_e4m3fn", "state_dtype": "bfloat16"},
 ]
 
 
@@ -165,6 +170,7 @@ def test_data_groups_repeat_the_classes_and_reduce_their_gradient() -> None:
         ({"gpus": 4, "classes": 150_000_000, "fused_update": True}, "--optimizer adagrad would fit"),
         ({"gpus": 4, "classes": 150_000_000, "fused_update": True}, "--state-dtype bfloat16 would fit"),
         ({"gpus": 4, "classes": 150_000_000, "fused_update": True}, "--prototype-dtype bfloat16 would fit"),
+        ({"gpus": 4, "classes": 165_000_000, "fused_update": True}, "--prototype-dtype float8_e4m3fn would fit"),
     ],
 )
 def test_advice_names_what_would_fit(changes: dict[str, object], words: str) -> None:
@@ -242,7 +248,8 @@ def test_the_name_of_version_0_1_warns(capsys: pytest.CaptureFixture[str]) -> No
         (["--loss", "softmax"], ("--loss", "softmax")),
         (["--optimizer", "adagrad"], ("optimizer", "adagrad", "fused_update")),
         (["--state-dtype", "bfloat16"], ("state_dtype", "bfloat16", "fused_update")),
-        (["--prototype-dtype", "float8"], ("prototype_dtype", "float32", "'float8'")),
+        (["--prototype-dtype", "float8"], ("prototype_dtype", "float8_e4m3fn", "'float8'")),
+        (["--state-dtype", "float8_e4m3fn"], ("state_dtype", "float32", "'float8_e4m3fn'")),
         (["--sample-rate", "0"], ("sample_rate", "(0, 1]", "0.0")),
     ],
 )
