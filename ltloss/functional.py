@@ -87,7 +87,9 @@ def margin_cross_entropy(
         label_smoothing: ε in [0, 1], (1−ε)(lse − z_y) + ε(lse − mean_c z_c).
         ignore_index: label of samples that neither count nor get a gradient.
         normalize_features: False keeps the feature's length: every cosine is multiplied by s·‖x‖ instead of s.
-        beyond_pi: ``"monotone"`` (−2 − cos(·)) or ``"arcface"`` (cos θ − m2·sin m2) where m1·θ + m2 exceeds π.
+        beyond_pi: where m1·θ + m2 exceeds π: ``"monotone"`` (−2 − cos(·)), ``"arcface"`` (cos θ − m2·sin m2),
+            ``"cosine"`` (as it is), ``"clip"`` (π; a phase below 0 is 0); or ``"easy"``, no angular margin where
+            cos θ <= 0.
         margin_gradient: ``"exact"``, or ``"straight_through"`` (d margin / d cos = 1).
         reduction: ``"mean"`` (divides by the summed weights of the counted samples), ``"sum"`` or ``"none"``.
         shard: a sample of the classes, which ``forward`` of a module got; None for all.

@@ -27,7 +27,7 @@ __all__ = [
     "margin_cosine",
 ]
 
-BeyondPi = Literal["monotone", "arcface"]
+BeyondPi = Literal["monotone", "arcface", "cosine", "clip", "easy"]
 MarginGradient = Literal["exact", "straight_through"]
 
 # d arccos(c)/dc = -1/sin(theta) grows without bound towards theta = 0 and pi, where a float32 cosine cannot resolve
@@ -43,8 +43,10 @@ class Margin(NamedTuple):
         angular_margin: m2 in radians, a number or a vector.
         cosine_margin: m3, a number or a vector.
         angle_multiplier: m1.
-        beyond_pi: what happens where m1·θ + m2 passes π and the cosine would rise again. ``"monotone"`` goes on falling
-            with −2 − cos(·); ``"arcface"`` takes cos θ − m2·sin m2, as the original does.
+        beyond_pi: what happens where the phase m1·θ + m2 passes π and the cosine would rise again. ``"monotone"`` goes
+            on falling with −2 − cos(·); ``"arcface"`` takes cos θ − m2·sin m2, as the original does; ``"cosine"`` lets
+            it rise (InsightFace today); ``"clip"`` keeps the phase in [0, π] (AdaFace); ``"easy"`` has an angular
+            margin only where cos θ > 0 (MagFace).
         margin_gradient: ``"exact"``, or ``"straight_through"``, which takes d margin / d cos as 1 (InsightFace).
 
     A vector is per class, (C,), where the loss function takes it, and per sample, (N,), after :meth:`of_samples`.
@@ -98,13 +100,17 @@ class Margin(NamedTuple):
         phase = self.angle_multiplier * cosine.clamp(-1.0, 1.0).acos() + self.angular_margin
         if self.beyond_pi == "arcface":
             return torch.where(phase > math.pi, cosine - self.angular_margin * _sin(self.angular_margin), phase.cos())
+        if self.beyond_pi == "easy":
+            return torch.where(cosine > 0.0, phase.cos(), cosine)
+        if self.beyond_pi != "monotone":
+            return (phase.clamp(0.0, math.pi) if self.beyond_pi == "clip" else phase).cos()
         # On the k-th stretch of length pi: (-1)^k cos(phase) - 2k. Continuous and falling everywhere; k = 1 is the
         # -2 - cos(theta + m) of the text, k > 1 only occurs with a multiplier (SphereFace).
         stretch = torch.floor(phase / math.pi).clamp_min(0)
         return (1 - 2 * stretch.remainder(2)) * phase.cos() - 2 * stretch
 
     def slope(self, cosine: Tensor) -> Tensor:
-        """d value / d cosine = m1·sin(m1·θ + m2)/sin(θ), with the sign of the stretch that the phase is on."""
+        """d value / d cosine = m1·sin(m1·θ + m2)/sin(θ), with what ``beyond_pi`` makes of it."""
         if not self.turns or self.margin_gradient == "straight_through":
             return torch.ones_like(cosine)
         # The bound as a literal: torch.compile(dynamic=True) takes globals for inputs of the graph.
@@ -112,7 +118,11 @@ class Margin(NamedTuple):
         phase = self.angle_multiplier * angle + self.angular_margin
         slope = self.angle_multiplier * phase.sin() / angle.sin()
         if self.beyond_pi == "arcface":
-            return torch.where(phase > math.pi, torch.ones_like(slope), slope)
+            return torch.where(phase > math.pi, 1.0, slope)
+        if self.beyond_pi == "easy":
+            return torch.where(cosine > 0.0, slope, 1.0)
+        if self.beyond_pi != "monotone":
+            return slope.masked_fill((phase < 0.0) | (phase > math.pi), 0.0) if self.beyond_pi == "clip" else slope
         return (1 - 2 * torch.floor(phase / math.pi).clamp_min(0).remainder(2)) * slope
 
 

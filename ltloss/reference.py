@@ -73,8 +73,12 @@ def _with_margin(cosine: Tensor, margin: Margin) -> Tensor:
         # Beyond π: −2 − cos; in general (−1)^k cos − 2k on the k-th stretch of length π (SphereFace).
         k = torch.floor(phase / math.pi).clamp_min(0).detach()
         turned = torch.where(k % 2 == 0, 1.0, -1.0) * phase.cos() - 2 * k
-    else:
+    elif margin.beyond_pi == "arcface":
         turned = torch.where(phase > math.pi, cosine - m2 * m2.sin(), phase.cos())
+    elif margin.beyond_pi == "easy":
+        turned = torch.where(cosine > 0, phase.cos(), cosine)
+    else:
+        turned = (phase.clamp(0, math.pi) if margin.beyond_pi == "clip" else phase).cos()
     if margin.angle_multiplier == 1.0:  # θ + 0 leaves the cosine alone, without the detour over the angle
         turned = torch.where(m2 == 0, cosine, turned)
     turned = turned - m3

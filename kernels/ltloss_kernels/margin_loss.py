@@ -107,7 +107,7 @@ def margin_loss(
             float(margin.angle_multiplier),
             float(smoothing),
             # constants
-            ARCFACE=margin.beyond_pi == "arcface",
+            BEYOND_PI=margin.beyond_pi,
             EXACT_GRADIENT=margin.margin_gradient == "exact",
             MEAN=mean,
             ROWS=rows,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from helpers.refusals import refused
 
 import ltloss
 from ltloss import functional, reference
+from ltloss.margins import BeyondPi
 from ltloss.ops.logsumexp import OPERATORS
 from ltloss.testing import FAMILY, Problem, outcome, relative_error
 
@@ -47,7 +48,7 @@ def test_every_shape(name: str, shape: tuple[int, int, int]) -> None:
     check(kernel_problem(*shape), smallest_size=0.1 if shape[1] == 1 else 1e-2, **options)
 
 
-@pytest.mark.parametrize("beyond_pi", ["monotone", "arcface"])
+@pytest.mark.parametrize("beyond_pi", get_args(BeyondPi))
 @pytest.mark.parametrize("margin_gradient", ["exact", "straight_through"])
 @pytest.mark.parametrize("multiplier", [1.0, 1.5, 4.0])
 def test_every_margin(multiplier: float, margin_gradient: str, beyond_pi: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -102,26 +102,24 @@ def test_power_of_two() -> None:
 
 
 @triton.jit
-def _margin(cosine_ptr, value_ptr, slope_ptr, multiplier, angular, count, ARCFACE: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
+def _margin(cosine_ptr, value_ptr, slope_ptr, multiplier, angular, count, BEYOND_PI: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     cosine = tl.load(cosine_ptr + at, mask=at < count, other=0.5)
     angles = tl.full((BLOCK,), 1.0, tl.float32) * angular
-    value, slope = margin_cosine(cosine, multiplier, angles, ARCFACE, EXACT)
+    value, slope = margin_cosine(cosine, multiplier, angles, BEYOND_PI, EXACT)
     tl.store(value_ptr + at, value, mask=at < count)
     tl.store(slope_ptr + at, slope, mask=at < count)
 
 
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("beyond_pi", ["monotone", "arcface"])
-@pytest.mark.parametrize(("multiplier", "angular"), [(1.0, 0.0), (1.0, 0.5), (1.0, 2.0), (1.3, 0.2), (4.0, 0.1)])
+@pytest.mark.parametrize("beyond_pi", get_args(margins.BeyondPi))
+@pytest.mark.parametrize(("multiplier", "angular"), [(1.0, 0.0), (1.0, 0.5), (1.0, 2.0), (1.3, -0.4), (4.0, 0.1)])
 def test_margin_and_slope(multiplier: float, angular: float, beyond_pi: str, exact: bool) -> None:
     """Against the margins of the chunked path, over the whole range of cosines."""
     # Steps that miss the kinks at multiples of π, where rounding decides which side a slope is taken from.
     cosine = torch.linspace(-1.0, 1.0, 997, dtype=torch.float64).float().to(DEVICE)
     value, slope = torch.empty_like(cosine), torch.empty_like(cosine)
-    _margin[(1,)](
-        cosine, value, slope, multiplier, angular, 997, ARCFACE=beyond_pi == "arcface", EXACT=exact, BLOCK=1024
-    )
+    _margin[(1,)](cosine, value, slope, multiplier, angular, 997, BEYOND_PI=beyond_pi, EXACT=exact, BLOCK=1024)
     leaf = cosine.double().requires_grad_()
     expected = margins.margin_cosine(
         leaf,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def test_no_floor_under_a_confident_sample(exponent: float, backend: str) -> Non
 
 
 class TestBeyondPi:
-    """Beyond θ + m = π: −2 − cos(θ + m), or the original cos θ − m·sin m."""
+    """Beyond θ + m = π: −2 − cos(θ + m), the original cos θ − m·sin m, or what others do."""
 
     def test_values(self) -> None:
         theta, m = 3.0, 0.5
@@ -204,12 +205,33 @@ class TestBeyondPi:
         original = margin_cosine(cosine, angular_margin=m, beyond_pi="arcface")
         assert float(original) == pytest.approx(math.cos(theta) - m * math.sin(m), rel=EXACT)
 
+    @pytest.mark.parametrize(
+        ("name", "theta", "m", "value", "slope"),
+        [
+            ("cosine", 3.0, 0.5, math.cos(3.5), math.sin(3.5) / math.sin(3.0)),
+            ("cosine", 1.0, 0.5, math.cos(1.5), math.sin(1.5) / math.sin(1.0)),
+            ("clip", 3.0, 0.5, -1.0, 0.0),
+            ("clip", 0.3, -0.5, 1.0, 0.0),
+            ("clip", 1.0, 0.5, math.cos(1.5), math.sin(1.5) / math.sin(1.0)),
+            ("easy", 1.6, 0.5, math.cos(1.6), 1.0),
+            ("easy", 1.5, 0.5, math.cos(2.0), math.sin(2.0) / math.sin(1.5)),
+        ],
+    )
+    def test_what_others_do(self, name: Any, theta: float, m: float, value: float, slope: float) -> None:
+        cosine = torch.tensor([math.cos(theta)], dtype=torch.float64, requires_grad=True)
+        found = margin_cosine(cosine, angular_margin=m, beyond_pi=name)
+        assert float(found.detach()) == pytest.approx(value, rel=EXACT)
+        assert float(torch.autograd.grad(found.sum(), cosine)[0]) == pytest.approx(slope, rel=1e-11)
+
     def test_loss_on_both_backends(self, backend: str) -> None:
         label, m = 2, 1.2  # θ = 2.2, θ + m = 3.4 > π
         expected = by_hand(lambda t: SCALE * (-2 - math.cos(t + m)), label)
         assert loss(label, angular_margin=m) == pytest.approx(expected, rel=EXACT)
         expected = by_hand(lambda t: SCALE * (math.cos(t) - m * math.sin(m)), label)
         assert loss(label, angular_margin=m, beyond_pi="arcface") == pytest.approx(expected, rel=EXACT)
+        for name, margin_of in (("cosine", lambda t: math.cos(t + m)), ("clip", lambda t: -1.0), ("easy", math.cos)):
+            expected = by_hand(lambda t, margin_of=margin_of: SCALE * margin_of(t), label)  # type: ignore[misc]
+            assert loss(label, angular_margin=m, beyond_pi=name) == pytest.approx(expected, rel=EXACT)
 
     @pytest.mark.parametrize(("m1", "m2"), [(1.0, 0.5), (1.0, 2.0), (3.0, 0.0), (1.5, 0.7)])
     def test_monotone_falls_over_the_whole_circle(self, m1: float, m2: float) -> None:

@@ -13,20 +13,27 @@ __all__ = ["margin_cosine", "margin_loss_kernel", "reduce_kernel"]
 
 
 @triton.jit
-def margin_cosine(cosine, multiplier, angular, ARCFACE: tl.constexpr, EXACT_GRADIENT: tl.constexpr):
+def margin_cosine(cosine, multiplier, angular, BEYOND_PI: tl.constexpr, EXACT_GRADIENT: tl.constexpr):
     """cos(m1·θ + m2), continued beyond π, and its slope d/dcos: (value, slope), as in ``ltloss.margins``.
 
-    On the k-th stretch of length π: (-1)^k cos(phase) - 2k; or cos θ - m2·sin m2 beyond π if ARCFACE. The slope is
+    BEYOND_PI "monotone": (-1)^k cos(phase) - 2k on the k-th stretch of length π; "arcface": cos θ - m2·sin m2 beyond π;
+    "cosine": as it is; "clip": the phase is kept in [0, π]; "easy": a margin only where cos θ > 0. The slope is
     m1·sin(m1·θ + m2)/sin θ, with θ kept ANGLE_FLOOR away from 0 and π, or 1 unless EXACT_GRADIENT.
     """
     theta = arccos(cosine)
     phase = multiplier * theta + angular
     _, cos_phase = sine_cosine(phase)
-    stretch = tl.maximum(tl.floor(tl.div_rn(phase, tl.full(phase.shape, PI, tl.float32))), 0.0)
-    if ARCFACE:
+    if BEYOND_PI == "arcface":
         sin_margin, _ = sine_cosine(angular)
         value = tl.where(phase > PI, cosine - angular * sin_margin, cos_phase)
+    elif BEYOND_PI == "easy":
+        value = tl.where(cosine > 0.0, cos_phase, cosine)
+    elif BEYOND_PI == "clip":
+        value = tl.where(phase > PI, -1.0, tl.where(phase < 0.0, 1.0, cos_phase))
+    elif BEYOND_PI == "cosine":
+        value = cos_phase
     else:
+        stretch = tl.maximum(tl.floor(tl.div_rn(phase, tl.full(phase.shape, PI, tl.float32))), 0.0)
         odd = stretch - 2.0 * tl.floor(0.5 * stretch)
         value = (1.0 - 2.0 * odd) * cos_phase - 2.0 * stretch
     plain = (multiplier == 1.0) & (angular == 0.0)  # θ + 0: exact, without the detour over the angle
@@ -40,9 +47,13 @@ def margin_cosine(cosine, multiplier, angular, ARCFACE: tl.constexpr, EXACT_GRAD
         sin_phase, _ = sine_cosine(phase)
         sin_theta, _ = sine_cosine(bounded)
         steep = tl.div_rn(multiplier * sin_phase, sin_theta)
-        if ARCFACE:
+        if BEYOND_PI == "arcface":
             steep = tl.where(phase > PI, 1.0, steep)
-        else:
+        elif BEYOND_PI == "easy":
+            steep = tl.where(cosine > 0.0, steep, 1.0)
+        elif BEYOND_PI == "clip":
+            steep = tl.where((phase < 0.0) | (phase > PI), 0.0, steep)
+        elif BEYOND_PI == "monotone":
             stretch = tl.maximum(tl.floor(tl.div_rn(phase, tl.full(phase.shape, PI, tl.float32))), 0.0)
             steep = (1.0 - 2.0 * (stretch - 2.0 * tl.floor(0.5 * stretch))) * steep
         slope = tl.where(plain, 1.0, steep)
@@ -95,7 +106,7 @@ def margin_loss_kernel(
     angle_multiplier,
     label_smoothing,
     # constants
-    ARCFACE: tl.constexpr,
+    BEYOND_PI: tl.constexpr,
     EXACT_GRADIENT: tl.constexpr,
     MEAN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -140,7 +151,7 @@ def margin_loss_kernel(
     margin, slope = cosine, tl.full((ROWS,), 1.0, tl.float32)
     if angle_margin is not None:
         angle = per_class(angle_ptr, angle_margin, label, known)
-        margin, slope = margin_cosine(cosine, angle_multiplier, angle, ARCFACE, EXACT_GRADIENT)
+        margin, slope = margin_cosine(cosine, angle_multiplier, angle, BEYOND_PI, EXACT_GRADIENT)
     subtracted = per_class(cosine_ptr, cosine_margin, label, known)
     with_margin = logit_scale * (margin - subtracted)
     z = with_margin + per_class(prior_ptr, 0.0, label, known)
