@@ -2,15 +2,16 @@
 
 DIR holds ``icons_features256.npz`` (frozen embeddings, the head alone learns) and ``omniglot28.npz`` (images, a small
 network learns with it), each with x_train, y_train, x_test, y_test. Every setting is trained with three seeds and
-looked at once, after the last step. Written to ``results/rounding.csv``.
+looked at once, after the last step. Written to ``results/rounding.csv``, where rows of other settings stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,11 +140,11 @@ def _factor(step: int, steps: int) -> float:
     return (step + 1) / rising if step < rising else 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 
 
-def measure(name: str, task: Task, folder: Path, seeds: int) -> Iterator[dict[str, Any]]:
-    """A row for each way of keeping the prototypes."""
+def measure(name: str, task: Task, folder: Path, seeds: int, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A row for each of these ways of keeping the prototypes."""
     data = load(folder / task.file, task.imbalance, validation=False)
-    for way, options in WAYS.items():
-        found = [accuracy(task, data, seed, options, task.lr) for seed in range(seeds)]
+    for way in ways:
+        found = [accuracy(task, data, seed, WAYS[way], task.lr) for seed in range(seeds)]
         spread = statistics.stdev(found) if seeds > 1 else 0.0
         print(f"{name:20} {way:36} {statistics.mean(found):6.2f} ± {spread:.2f}", flush=True)
         yield {
@@ -159,18 +160,27 @@ def measure(name: str, task: Task, folder: Path, seeds: int) -> Iterator[dict[st
         }
 
 
+def _kept_rows(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Rows that are there already, by data and way."""
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {(row["data"], row["prototypes"]): row for row in csv.DictReader(file)}
+
+
 def main() -> None:
     """Train, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=tuple(TASKS), help="one of the data sets")
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="some of the ways")
     parser.add_argument(
         "--tune", action="store_true", help="try learning rates on a tenth of the training part instead"
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "rounding.csv", help="CSV to write")
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows = _kept_rows(arguments.output)
     for name, task in TASKS.items():
         if arguments.only in (None, name) and arguments.tune:
             data = load(arguments.data_dir / task.file, task.imbalance, validation=True)
@@ -179,9 +189,9 @@ def main() -> None:
                     f"{name}: lr {lr:g}: {accuracy(task, data, 0, {}, lr):.2f} on held-out training images", flush=True
                 )
         elif arguments.only in (None, name):
-            for row in measure(name, task, arguments.data_dir, arguments.seeds):
-                rows.append({**stamp(), **row})
-                write_rows(rows, arguments.output)  # after each: all of it takes hours
+            for row in measure(name, task, arguments.data_dir, arguments.seeds, arguments.ways):
+                rows[name, row["prototypes"]] = {**stamp(), **row}
+                write_rows(list(rows.values()), arguments.output)  # after each: all of it takes hours
 
 
 if __name__ == "__main__":
