@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ltloss.losses.long_tail import LongTailLoss
     from ltloss.losses.margin_losses import ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, CosineSoftmaxLoss
     from ltloss.losses.prototype_head import PrototypeHead
+    from ltloss.losses.sample_margins import AdaFaceLoss, ElasticFaceLoss, MagFaceLoss
     from ltloss.runtime import (
         current_backend,
         current_debug,
@@ -47,15 +48,18 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "AdaFaceLoss",
     "ArcFaceLoss",
     "ClassCenters",
     "CombinedMarginLoss",
     "CosFaceLoss",
     "CosineSoftmaxLoss",
     "CosineSpaceLoss",
+    "ElasticFaceLoss",
     "LDAMLoss",
     "LogitAdjustedLoss",
     "LongTailLoss",
+    "MagFaceLoss",
     "NearestPrototype",
     "PrototypeHead",
     "TopK",
@@ -94,6 +98,7 @@ _HOMES = {
     "losses.margin_losses": ("ArcFaceLoss", "CombinedMarginLoss", "CosFaceLoss", "CosineSoftmaxLoss"),
     "losses.long_tail": ("LongTailLoss",),
     "losses.prototype_head": ("PrototypeHead",),
+    "losses.sample_margins": ("AdaFaceLoss", "ElasticFaceLoss", "MagFaceLoss"),
     "_types": ("NearestPrototype", "TopK"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -168,7 +168,7 @@ def check_per_class(name: str, given: Any, num_classes: int, like: Tensor) -> Te
         if given.shape not in ((), (num_classes,)):
             raise ValueError(f"{name} must be a number or have the shape ({num_classes},); got {tuple(given.shape)}")
         check_same_device(features=like, **{name: given})
-        if _readable(given):
+        if given.numel() and _readable(given):
             check_values(name, given)
         return given.to(like.dtype)
     given = plain_number(given)

@@ -141,8 +141,6 @@ def _added(name: str, per_sample: Tensor | None, margin: Tensor | float, stats: 
     if not isinstance(per_sample, Tensor) or per_sample.shape != stats.labels.shape:
         shown = tuple(per_sample.shape) if isinstance(per_sample, Tensor) else type(per_sample).__name__
         raise ValueError(f"{name} must be a tensor {tuple(stats.labels.shape)}, one per sample; got {shown}")
-    if per_sample.requires_grad:
-        raise ValueError(f"{name} is treated as a constant and gets no gradient; pass {name}.detach()")
     return margin + per_sample.to(stats.logsumexp.dtype)
 
 
@@ -161,8 +159,7 @@ def margin_losses(
 
     Args:
         stats: from :func:`logsumexp_stats`.
-        sample_angular_margin, sample_cosine_margin: (N,), added to the margins below. Constants: no gradient flows into
-            a margin.
+        sample_angular_margin, sample_cosine_margin: (N,), added to the margins below; with gradient if they ask for it.
         label_smoothing: as in :func:`ltloss.functional.margin_cross_entropy`; needs ``with_logit_sum=True``.
         margin: options of :class:`ltloss.margins.Margin`, with a number or (C,) as angular margin (radians) and as
             cosine margin.

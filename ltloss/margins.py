@@ -125,6 +125,19 @@ class Margin(NamedTuple):
             return slope.masked_fill((phase < 0.0) | (phase > math.pi), 0.0) if self.beyond_pi == "clip" else slope
         return (1 - 2 * torch.floor(phase / math.pi).clamp_min(0).remainder(2)) * slope
 
+    def slope_by_angle(self, cosine: Tensor) -> Tensor:
+        """d value / d m2 = −sin(m1·θ + m2), with what ``beyond_pi`` makes of it."""
+        phase = self.angle_multiplier * arccos(cosine) + self.angular_margin
+        slope = -phase.sin()
+        if self.beyond_pi == "arcface":
+            margin = torch.as_tensor(self.angular_margin)
+            return torch.where(phase > math.pi, -margin.sin() - margin * margin.cos(), slope)
+        if self.beyond_pi == "easy":
+            return torch.where(cosine > 0.0, slope, 0.0)
+        if self.beyond_pi != "monotone":
+            return slope.masked_fill((phase < 0.0) | (phase > math.pi), 0.0) if self.beyond_pi == "clip" else slope
+        return (1 - 2 * torch.floor(phase / math.pi).clamp_min(0).remainder(2)) * slope
+
 
 class Objective(NamedTuple):
     """The loss without its batch: all that goes with features, prototypes and labels, checked once.
@@ -244,15 +257,22 @@ def arccos(cosine: Tensor) -> Tensor:
 
 class _MarginCosine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cosine: Tensor, margin: Margin) -> Tensor:
-        ctx.save_for_backward(cosine)
+    def forward(ctx: Any, cosine: Tensor, angular: Any, subtracted: Any, margin: Margin) -> Tensor:
+        ctx.save_for_backward(cosine, *(one if isinstance(one, Tensor) else None for one in (angular, subtracted)))
         ctx.margin = margin
         return margin.value(cosine)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (cosine,) = ctx.saved_tensors
-        return grad_outputs[0] * ctx.margin.slope(cosine), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        cosine, angular, subtracted = ctx.saved_tensors
+        margin = ctx.margin if angular is None else ctx.margin._replace(angular_margin=angular)  # with its own graph
+        (grad,), needs = grad_outputs, ctx.needs_input_grad
+        return (
+            grad * margin.slope(cosine) if needs[0] else None,
+            (grad * margin.slope_by_angle(cosine)).sum_to_size(angular.shape) if needs[1] else None,
+            -grad.sum_to_size(subtracted.shape) if needs[2] else None,
+            None,
+        )
 
 
 def margin_cosine(cosine: Tensor, **margin: Any) -> Tensor:
@@ -260,10 +280,11 @@ def margin_cosine(cosine: Tensor, **margin: Any) -> Tensor:
 
     Args:
         cosine: (N,) target cosines.
-        margin: see :class:`Margin`; vectors are (N,), already gathered per sample, and not differentiated.
+        margin: see :class:`Margin`; vectors are (N,), already gathered per sample.
 
     Returns:
-        (N,) cosines after the margin, in the dtype of ``cosine``. Differentiable any number of times.
+        (N,) cosines after the margin, in the dtype of ``cosine``. Differentiable any number of times, by margins (N,)
+        too.
 
     Sources: Deng et al., ArcFace, CVPR 2019, eq. 3 and 4 (combined margin); Liu et al., SphereFace, CVPR 2017, eq. 7
     (monotone).
@@ -274,5 +295,11 @@ def margin_cosine(cosine: Tensor, **margin: Any) -> Tensor:
         >>> margin_cosine(torch.tensor([0.5]), cosine_margin=0.2)
         tensor([0.3000])
     """
-    checked = Margin(**margin).checked(cosine.shape[0], cosine)
-    return _MarginCosine.apply(cosine, checked)  # type: ignore[no-any-return, no-untyped-call]
+    given = Margin(**margin)
+    angular, subtracted = (one.detach() if isinstance(one, Tensor) else one for one in given[:2])
+    checked = given._replace(angular_margin=angular, cosine_margin=subtracted).checked(cosine.shape[0], cosine)
+    with_gradient = (
+        one.to(cosine.dtype) if isinstance(one, Tensor) else number
+        for one, number in zip(given[:2], checked[:2], strict=True)
+    )
+    return _MarginCosine.apply(cosine, *with_gradient, checked)  # type: ignore[no-any-return, no-untyped-call]

@@ -86,7 +86,7 @@ FAMILY: dict[str, Options] = {
 }
 
 # Their gradient is by definition not the derivative of their value.
-NOT_A_DERIVATIVE = {"arcface_straight_through"}
+NOT_A_DERIVATIVE = {"arcface_straight_through", "AdaFaceLoss"}
 
 MODULES: dict[str, Callable[..., ltloss.PrototypeHead]] = {
     "CosineSoftmaxLoss": ltloss.CosineSoftmaxLoss,
@@ -104,6 +104,9 @@ MODULES: dict[str, Callable[..., ltloss.PrototypeHead]] = {
         long_tail_counts(c), d, **{**LONG_TAIL_PRIOR, **options}
     ),
     "CosineSpaceLoss": ltloss.CosineSpaceLoss,
+    "AdaFaceLoss": ltloss.AdaFaceLoss,
+    "MagFaceLoss": lambda c, d, **options: ltloss.MagFaceLoss(c, d, lengths=(1.0, 6.0), penalty_weight=2.0, **options),
+    "ElasticFaceLoss": lambda c, d, **options: ltloss.ElasticFaceLoss(c, d, std=0.1, sort=True, **options),
 }
 
 

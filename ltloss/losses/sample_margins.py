@@ -1,0 +1,339 @@
+"""Losses whose margin differs from sample to sample: by the length of the feature, or drawn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from ltloss._types import Reduction
+from ltloss._validation import check_choice, check_number, check_type
+from ltloss.extend import LogSumExpStats, logsumexp_stats, margin_losses, reduce_losses
+from ltloss.losses.prototype_head import PrototypeHead
+from ltloss.margins import Objective
+from ltloss.numerics import compute_dtype
+from ltloss.ops.logsumexp import Shard
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["AdaFaceLoss", "ElasticFaceLoss", "MagFaceLoss"]
+
+
+class SampleMarginOptions(TypedDict, total=False):
+    """What these losses take besides their margins; see :class:`ltloss.CombinedMarginLoss`."""
+
+    scale: float | None
+    log_prior: Tensor | None
+    class_weight: Tensor | None
+    label_smoothing: float
+    ignore_index: int
+    reduction: Reduction
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class SampleMarginLoss(PrototypeHead):
+    """Cross-entropy with a margin per sample. A subclass says which, and what it adds to the loss of a sample."""
+
+    log_prior: Tensor | None
+    class_weight: Tensor | None
+
+    _per_class = ("log_prior", "class_weight")
+    _shown: tuple[str, ...] = ()  # hyper-parameters of the subclass
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        scale: float | None = None,
+        log_prior: Tensor | None = None,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_classes, embedding_size, scale=scale, device=device, dtype=dtype)
+        self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
+        self.log_prior, self.class_weight = log_prior, class_weight
+        given = {name: getattr(self, name) for name in ("scale", *_SHARED)}
+        Objective.named(**given).checked(num_classes, torch.empty(0, device=self._constants_device))
+
+    def forward(self, features: Tensor, labels: Tensor, *, shard: Shard | None = None) -> Tensor:
+        """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
+        stats = logsumexp_stats(
+            features,
+            self.weight,
+            labels,
+            scale=self.scale,
+            log_prior=self.log_prior,
+            ignore_index=self.ignore_index,
+            with_logit_sum=self.label_smoothing > 0.0,
+            shard=shard,
+            update=self.fused_update,
+        )
+        lengths = self._lengths(features, stats)
+        margins = self._margins(lengths, stats)
+        losses = margin_losses(stats, **margins, label_smoothing=self.label_smoothing) + self._penalty(lengths)
+        return reduce_losses(losses, stats.labels, class_weight=self.class_weight, reduction=self.reduction)
+
+    def _lengths(self, features: Tensor, stats: LogSumExpStats) -> Tensor:
+        """‖x‖ (N,); of samples that do not count, which may hold NaN, 0."""
+        features = features.masked_fill((stats.labels < 0)[:, None], 0.0)
+        lengths: Tensor = torch.linalg.vector_norm(features, dim=1, dtype=compute_dtype(features, self.weight))
+        return lengths
+
+    def _margins(self, lengths: Tensor, stats: LogSumExpStats) -> dict[str, Any]:
+        """Options of :func:`ltloss.extend.margin_losses`."""
+        raise NotImplementedError
+
+    def _penalty(self, lengths: Tensor) -> Tensor | float:
+        """(N,) to add to the losses."""
+        return 0.0
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter by name."""
+        return super().hyper_parameters() | {name: getattr(self, name) for name in (*self._shown, *_SHARED)}
+
+
+_SHARED = ("log_prior", "class_weight", "label_smoothing", "ignore_index", "reduction")
+
+
+class AdaFaceLoss(SampleMarginLoss):
+    """Margins by image quality, for which the length of the feature stands: hard samples count less where it is short.
+
+    With ẑ = clip(h·(‖x‖ − mean)/std, −1, 1) over running statistics of the batch: the target logit is
+    s·(cos(θ_y − m·ẑ) − m·ẑ − m). No gradient flows through the length.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        margin: m.
+        concentration: h; ẑ lies within (−1, 1) for lengths within 1/h standard deviations of their mean.
+        momentum: of the running statistics, which begin at 20 and 100 and follow in ``train()`` mode.
+        options: scale, log_prior, class_weight, label_smoothing, ignore_index, reduction, device, dtype as in
+            :class:`CombinedMarginLoss`. The paper's scale is 64.
+
+    Attributes:
+        length_moments: (2,) running mean and standard deviation of ‖x‖.
+
+    Raises:
+        ValueError, TypeError: an option of another type or out of range.
+
+    Source: Kim et al., AdaFace, CVPR 2022, eq. 6 to 8.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import AdaFaceLoss
+        >>> loss_fn = AdaFaceLoss(100, 16)
+        >>> loss_fn(torch.randn(4, 16), torch.tensor([0, 7, 99, 3])).shape
+        torch.Size([])
+    """
+
+    length_moments: Tensor
+    _shown = ("margin", "concentration", "momentum")
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        margin: float = 0.4,
+        concentration: float = 0.333,
+        momentum: float = 0.99,
+        **options: Unpack[SampleMarginOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, **options)
+        self.margin = float(check_number("margin", margin, at_least=0.0))
+        self.concentration = float(check_number("concentration", concentration, above=0.0))
+        self.momentum = float(check_number("momentum", momentum, at_least=0.0, at_most=1.0))
+        self.register_buffer("length_moments", torch.tensor(_FIRST_MOMENTS, device=self._constants_device))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the prototypes anew, and forget the lengths seen."""
+        super().reset_parameters()
+        if "length_moments" in self._buffers:  # not yet while the prototypes are drawn for the first time
+            self.length_moments.copy_(torch.tensor(_FIRST_MOMENTS))
+
+    @torch.no_grad()
+    def _margins(self, lengths: Tensor, stats: LogSumExpStats) -> dict[str, Any]:
+        lengths, counted = lengths.clamp(1e-3, 100.0), stats.labels >= 0
+        if self.training:
+            self._follow(lengths, counted)
+        mean, deviation = self.length_moments.to(lengths.dtype)
+        quality = (self.concentration * (lengths - mean) / (deviation + 1e-3)).clamp(-1.0, 1.0)
+        return {
+            "sample_angular_margin": -self.margin * quality,
+            "sample_cosine_margin": self.margin * (1.0 + quality),
+            "beyond_pi": "clip",
+        }
+
+    def _follow(self, lengths: Tensor, counted: Tensor) -> None:
+        """Take in mean and standard deviation of the samples that count; of fewer than two, nothing."""
+        count, lengths = counted.sum(), lengths.double()
+        mean = (lengths * counted).sum() / count
+        deviation = (((lengths - mean) ** 2 * counted).sum() / (count - 1)).sqrt()
+        here = torch.stack([mean, deviation]).to(self.length_moments.dtype)
+        moved = self.length_moments.lerp(here, 1.0 - self.momentum)
+        self.length_moments.copy_(torch.where(count > 1, moved, self.length_moments))
+
+
+_FIRST_MOMENTS = (20.0, 100.0)
+
+
+class MagFaceLoss(SampleMarginLoss):
+    """Margins that grow with the length of the feature, and a penalty that lets features of good images grow long.
+
+    With a = ‖x‖ within [l_a, u_a] and m(a) = l_m + (u_m − l_m)·(a − l_a)/(u_a − l_a): the loss of s·cos(θ_y + m(a)),
+    where cos θ_y > 0, plus λ·(1/a + a/u_a²). The gradient flows through the length.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        lengths: (l_a, u_a).
+        margins: (l_m, u_m), in radians.
+        penalty_weight: λ.
+        options: see :class:`AdaFaceLoss`. The paper's scale is 64.
+
+    Raises:
+        ValueError, TypeError: an option of another type or out of range.
+
+    Source: Meng et al., MagFace, CVPR 2021, eq. 2 and 3.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import MagFaceLoss
+        >>> loss_fn = MagFaceLoss(100, 16)
+        >>> loss_fn(12 * torch.randn(4, 16), torch.tensor([0, 7, 99, 3])).shape
+        torch.Size([])
+    """
+
+    _shown = ("lengths", "margins", "penalty_weight")
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        lengths: tuple[float, float] = (10.0, 110.0),
+        margins: tuple[float, float] = (0.45, 0.8),
+        penalty_weight: float = 35.0,
+        **options: Unpack[SampleMarginOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, **options)
+        low, high = (float(check_number("lengths", length, above=0.0)) for length in lengths)
+        if not low < high:
+            raise ValueError(f"lengths must be two numbers in ascending order; got {low:g} and {high:g}")
+        self.lengths = low, high
+        self.margins = tuple(float(check_number("margins", m, at_least=0.0, at_most=3.1)) for m in margins)
+        self.penalty_weight = float(check_number("penalty_weight", penalty_weight, at_least=0.0))
+
+    def _margins(self, lengths: Tensor, stats: LogSumExpStats) -> dict[str, Any]:
+        (low, high), (least, most) = self.lengths, self.margins
+        grown = (lengths.clamp(low, high) - low) / (high - low)
+        return {"sample_angular_margin": least + (most - least) * grown, "beyond_pi": "easy"}
+
+    def _penalty(self, lengths: Tensor) -> Tensor:
+        low, high = self.lengths
+        lengths = lengths.clamp(low, high)
+        return self.penalty_weight * (lengths.reciprocal() + lengths / high**2)
+
+
+class ElasticFaceLoss(SampleMarginLoss):
+    """ArcFace or CosFace whose margin is drawn anew for each sample and step, m ~ N(mean, std²).
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        kind: ``"arc"``: cos(θ + m), or ``"cos"``: cos θ − m.
+        mean, std: of the margins, in radians for "arc". None: 0.5 for "arc", 0.35 for "cos", and std 0.0125.
+        sort: give the largest margins of a batch to the samples that are farthest from their prototype (ElasticFace+).
+        seed: with the number of the step it decides what is drawn: the same on all ranks and after a resumed run.
+        options: see :class:`AdaFaceLoss`. The paper's scale is 64. In ``eval()`` mode every margin is the mean.
+
+    Attributes:
+        step: how many batches were seen in ``train()`` mode.
+
+    Raises:
+        ValueError, TypeError: an option of another type or out of range.
+
+    Source: Boutros et al., ElasticFace, CVPR Workshops 2022, eq. 4 to 6.
+
+    Example:
+        >>> import torch
+        >>> from ltloss import ElasticFaceLoss
+        >>> loss_fn = ElasticFaceLoss(100, 16, kind="cos")
+        >>> loss_fn(torch.randn(4, 16), torch.tensor([0, 7, 99, 3])).shape
+        torch.Size([])
+    """
+
+    step: Tensor
+    _shown = ("kind", "mean", "std", "sort", "seed")
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        kind: Literal["arc", "cos"] = "arc",
+        mean: float | None = None,
+        std: float = 0.0125,
+        sort: bool = False,
+        seed: int = 0,
+        **options: Unpack[SampleMarginOptions],
+    ) -> None:
+        super().__init__(num_classes, embedding_size, **options)
+        check_choice("kind", kind, ("arc", "cos"))
+        check_type("sort", sort, bool)
+        check_type("seed", seed, int)
+        mean = (0.5 if kind == "arc" else 0.35) if mean is None else mean
+        self.kind, self.sort, self.seed = kind, sort, seed
+        self.mean, self.std = float(check_number("mean", mean)), float(check_number("std", std, at_least=0.0))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self._constants_device))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the prototypes anew, and begin with the first step."""
+        super().reset_parameters()
+        if "step" in self._buffers:
+            self.step.zero_()
+
+    @torch.no_grad()
+    def _margins(self, lengths: Tensor, stats: LogSumExpStats) -> dict[str, Any]:
+        margins = torch.full_like(lengths, self.mean)
+        if self.training:
+            margins += self.std * self._drawn(stats).to(margins)
+            self.step += 1
+        return {"sample_angular_margin" if self.kind == "arc" else "sample_cosine_margin": margins}
+
+    def _drawn(self, stats: LogSumExpStats) -> Tensor:
+        """Of N(0, 1), one for each sample (N,). Samples that count take theirs in order, whatever stands between."""
+        counted = stats.labels >= 0
+        number = torch.arange(len(counted), device=counted.device)
+        uniform = _uniform(number + (self.seed << 40) + (self.step << 20)).to(torch.float64)
+        drawn: Tensor = torch.erfinv(2.0 * uniform - 1.0) * 2.0**0.5
+        place = counted.cumsum(0) - 1
+        if self.sort:  # ranks among those that count: the nearest gets the smallest
+            drawn = drawn.masked_fill(number > place[-1:], torch.inf).sort()[0]
+            distance = -stats.target_logit.masked_fill(~counted, -torch.inf)
+            place = distance.argsort(stable=True).argsort()
+        return drawn[place.clamp_min(0)].masked_fill(~counted, 0.0)
+
+
+def _uniform(counter: Tensor) -> Tensor:
+    """Numbers in (0, 1) that look random, from int64 counters: splitmix64 (Steele et al., OOPSLA 2014), twice.
+
+    Plain arithmetic: the same on every device and rank, and nothing for a compiler or a CUDA graph to stumble over.
+    """
+    bits = counter
+    for _ in range(2):
+        bits = bits * -7046029254386353131 + 1442695040888963407
+        for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+            bits = (bits ^ (bits >> shift & (1 << (64 - shift)) - 1)) * factor
+        bits = bits ^ (bits >> 31 & (1 << 33) - 1)
+    return ((bits >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52
