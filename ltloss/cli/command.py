@@ -139,6 +139,8 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
+    from ltloss.training.run.fused_settings import FUSED_SETTINGS
+
     parser = _Parser(prog="ltloss", description="Train and use image classifiers on long-tailed data.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -150,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(add("train", _train, "train a classifier", "Train a classifier into a run folder."))
     compare = add("compare", run_compare, "compare methods over seeds, tuned alike")
     add_compare(compare)
-    _add_settings(compare, without=("loss", "seed", "parallel", "fused_update"))
+    _add_settings(compare, without=("loss", "seed", "parallel", *FUSED_SETTINGS))
     _add_evaluate(add("evaluate", _evaluate, "measure a run on labelled images"))
     _add_predict(add("predict", _predict, "classify a folder of images and make a gallery of them"))
     add("report", _report, "write RUN/report.html again").add_argument("run", type=path, metavar="RUN")

@@ -101,6 +101,45 @@ def test_fused_update_on_two_ranks(tmp_path: Path) -> None:
     assert whole == resumed
 
 
+NARROW = {
+    "bfloat16": {"prototype_dtype": "bfloat16", "state_dtype": "bfloat16"},
+    "kahan": {"prototype_dtype": "bfloat16", "rounding": "kahan"},
+    "float8": {"prototype_dtype": "float8_e4m3fn"},
+}
+
+
+def _narrow(rank: int, data: Path, out: Path) -> dict[str, list[float]]:
+    curves = {}
+    for name, kept in NARROW.items():
+        given = {**_settings(data, 3), "fused_update": True, **kept}
+        history = train(out / name, given, quiet=True).history
+        curves[name] = [row["train_loss"] for row in history]
+        if rank == 0:
+            shutil.copytree(out / name, out / f"{name} resumed")
+            shutil.rmtree(out / f"{name} resumed" / "checkpoints" / "epoch-0003")
+        dist.barrier()
+        train(out / f"{name} resumed", {}, resume=True, quiet=True)
+    return curves
+
+
+def test_narrow_prototypes_on_two_ranks(tmp_path: Path) -> None:
+    data = _data(tmp_path)
+    first, second = world.run(_narrow, 2, data, tmp_path)
+    assert first == second
+    for name, kept in NARROW.items():
+        assert first[name][-1] < first[name][0]
+        assert _rows(tmp_path / f"{name} resumed") == _rows(tmp_path / name)
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            whole, resumed = (
+                (tmp_path / run / "checkpoints" / "epoch-0003" / file).read_bytes() for run in (name, f"{name} resumed")
+            )
+            assert whole == resumed, (name, file)
+        classifier = Classifier.load(tmp_path / name)
+        assert classifier.loss.weight.dtype == getattr(torch, kept["prototype_dtype"])
+        accuracy = evaluate_run(tmp_path / name, None, split="test", device="cpu").metrics.accuracy
+        assert f"{accuracy:.6f}" == f"{float(_rows(tmp_path / name)[-1]['test_accuracy']):.6f}"
+
+
 def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
     data = _data(tmp_path)
     alone = train(tmp_path / "alone", _settings(data, 1), quiet=True).history

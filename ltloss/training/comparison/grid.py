@@ -34,6 +34,7 @@ from ltloss.training.data.sources import absolute
 from ltloss.training.model.classifier import choose_device
 from ltloss.training.model.registry import takes_option
 from ltloss.training.pages.comparison import write_page
+from ltloss.training.run.fused_settings import FUSED_SETTINGS
 from ltloss.training.run.lock import owned, refuse_if_written
 from ltloss.training.run.prepare import apply_limits, load_split
 from ltloss.training.run.run_folder import refuse_foreign_files
@@ -46,7 +47,7 @@ NOT_GIVEN = {
     "loss": "it has --losses",
     "seed": "it has --seeds",
     "parallel": "it has --jobs",
-    "fused_update": "softmax and mixup cannot have it",
+    **dict.fromkeys(FUSED_SETTINGS, "softmax and mixup cannot have it"),
 }
 _Chosen = Mapping[str, Mapping[str, Any]]
 

@@ -27,13 +27,14 @@ from ltloss.training.data.splits import keep_per_class
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.model.classifier import Classifier, choose_device
 from ltloss.training.run.checkpoint import read_tensors, to_bytes
+from ltloss.training.run.fused_settings import FUSED_SETTINGS
 from ltloss.training.run.prepare import TrainingData, apply_limits, load_split, prepare_data, run_config
 from ltloss.training.run.settings import Settings
 from ltloss.training.run.trainer import Trainer
 from ltloss.training.stored_keys import stored
 
 # The images themselves are part of a job's key; the groups are made from the accuracies of the classes.
-_MAY_DIFFER = ("data", "device", "workers", "many_threshold", "few_threshold", "fused_update")
+_MAY_DIFFER = ("data", "device", "workers", "many_threshold", "few_threshold", *FUSED_SETTINGS)
 _FORMAT = 2  # raise it where the same settings come to mean something else
 
 _DATA_SETTINGS = (

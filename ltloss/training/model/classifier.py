@@ -38,7 +38,13 @@ class Classifier(nn.Module):
         # As InsightFace does: without it the features of a fresh network nearly coincide in direction, and a loss that
         # sees directions alone starts slowly or not at all.
         self.norm = nn.BatchNorm1d(settings.embedding_size) if settings.embedding_norm else nn.Identity()
-        self.loss = build_loss(settings.loss, config.class_counts, settings.embedding_size, settings.all_loss_options)
+        self.loss = build_loss(
+            settings.loss,
+            config.class_counts,
+            settings.embedding_size,
+            settings.all_loss_options,
+            settings.prototype_dtype,
+        )
         self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
 

@@ -98,10 +98,20 @@ def takes_option(name: str, option: str) -> bool:
     return kind.aliases.get(option, option) in _option_names(kind, loss_class)
 
 
-def build_loss(name: str, class_counts: Sequence[int], embedding_size: int, options: Mapping[str, Any]) -> LossHead:
+def build_loss(
+    name: str,
+    class_counts: Sequence[int],
+    embedding_size: int,
+    options: Mapping[str, Any],
+    prototype_dtype: str = "float32",
+) -> LossHead:
     """The loss module ``name`` for len(class_counts) classes; ``options`` as in ``loss_arguments``."""
     kind, loss_class = _loss_class(name)
     arguments = loss_arguments(name, options)
+    if prototype_dtype != "float32":
+        import torch
+
+        arguments["dtype"] = getattr(torch, prototype_dtype)
     try:
         if kind.tau_as_prior and (tau := arguments.pop("tau", 0.0)):
             from ltloss.class_balance import log_prior_from_counts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -11,6 +11,8 @@ from ltloss.errors import UserError
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.optim import PrototypeSGD
 from ltloss.runtime import current_backend
+from ltloss.training.run.fused_settings import rounding_in_force
+from ltloss.training.seeds import derived_seed
 
 if TYPE_CHECKING:
     from ltloss.training.run.settings import Settings
@@ -22,7 +24,7 @@ def build_optimizers(network: nn.Module, settings: Settings) -> list[torch.optim
     With ``settings.fused_update`` the prototypes of ``network.loss`` have an optimizer of their own, the last one.
     Raises UserError where they cannot.
     """
-    head = _fused_head(network, settings) if settings.fused_update else None
+    head = _fused_head(network) if settings.fused_update else None
     parameters = [p for p in network.parameters() if p.requires_grad and (head is None or p is not head.weight)]
     sharded = [p for p in parameters if hasattr(p, "device_mesh")]  # which torch does not update beside others
     decay = settings.weight_decay
@@ -35,22 +37,18 @@ def build_optimizers(network: nn.Module, settings: Settings) -> list[torch.optim
     lr, momentum = settings.lr, settings.momentum
     made: list[torch.optim.Optimizer] = [torch.optim.SGD(groups, lr=lr, momentum=momentum)] if groups else []
     if head is not None:
-        made.append(PrototypeSGD(head, lr=lr, momentum=momentum, weight_decay=decay))
+        kept: Any = {
+            "state_dtype": getattr(torch, settings.state_dtype),
+            "rounding": rounding_in_force(settings),
+            "seed": derived_seed(settings.seed, "rounding"),
+        }
+        made.append(PrototypeSGD(head, lr=lr, momentum=momentum, weight_decay=decay, **kept))
     return made
 
 
-def _fused_head(network: nn.Module, settings: Settings) -> PrototypeHead:
+def _fused_head(network: nn.Module) -> PrototypeHead:
     """The head, if its prototypes can move inside the backward; else UserError."""
-    head = network.loss
-    if not isinstance(head, PrototypeHead):
-        raise UserError(
-            f"--fused-update moves prototypes, and --loss {settings.loss} has none; leave it out, or take another loss"
-        )
-    if settings.mixup:
-        raise UserError(
-            "--fused-update needs one loss a step, and --mixup computes two, the second with prototypes that would "
-            "have moved; leave one of them out"
-        )
+    head = cast(PrototypeHead, network.loss)  # or the settings would have been refused
     if hasattr(head.weight, "device_mesh") and getattr(head, "min_angle_weight", False):
         raise UserError(
             "--fused-update with --parallel class cannot take the gradient of the minimum angle, which crosses the "

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -98,8 +98,9 @@ def wrap_distributed(classifier: Classifier, ranks: Ranks) -> nn.Module:
 
 def gather_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors in one piece; all ranks call this."""
-    given: Any = tensors
-    return {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in given.items()}
+    from ltloss.distributed.layout import gathered
+
+    return {name: gathered(tensor) if hasattr(tensor, "device_mesh") else tensor for name, tensor in tensors.items()}
 
 
 def copy_to_shard(target: Tensor, value: Tensor) -> None:

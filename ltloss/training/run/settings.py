@@ -15,6 +15,13 @@ from ltloss.errors import UserError, nearest
 from ltloss.losses.defaults import FORMER_OPTIONS, RENAMED_OPTIONS
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.model.registry import LOSSES, options_in_force
+from ltloss.training.run.fused_settings import (
+    PROTOTYPE_DTYPES,
+    ROUNDINGS,
+    STATE_DTYPES,
+    check_fused,
+    rounding_in_force,
+)
 from ltloss.training.stored_keys import FORMER_SETTINGS, named_as_now, stored
 
 PARALLEL = ("none", "class")
@@ -84,6 +91,9 @@ class Settings:
     decay_all: bool = _option(False, "let weight decay act on biases and norms too")
     momentum: float = _option(0.9, "momentum of SGD", _FRACTION)
     fused_update: bool = _option(False, "move the prototypes inside the backward, without their gradient in memory")
+    prototype_dtype: str = _option("float32", "of the prototypes, with --fused-update", choices=tuple(PROTOTYPE_DTYPES))
+    state_dtype: str = _option("float32", "of their momentum, with --fused-update", choices=tuple(STATE_DTYPES))
+    rounding: str | None = _option(None, "how what is not float32 is written (default: stochastic)", choices=ROUNDINGS)
     warmup: float = _option(0.05, "fraction of the steps in which the learning rate rises to --lr", _FRACTION)
     schedule: str = _option(
         "cosine",
@@ -141,6 +151,7 @@ class Settings:
         for item in fields(self):
             object.__setattr__(self, item.name, _checked(item.name, getattr(self, item.name)))
         _ = self.thresholds  # which refuses limits that overlap
+        check_fused(self)
 
     @property
     def thresholds(self) -> Thresholds:
@@ -211,7 +222,7 @@ class RunConfig:
         return self.settings.backbone
 
     def in_force(self, *, amp: bool | None = None) -> RunConfig:
-        """The same with a value for every option of the loss, and ``amp`` where the settings leave that open.
+        """The same with a value for each option of the loss, ``amp`` and ``rounding`` where they were left open.
 
         So a run means the same when a later version has other defaults.
         """
@@ -223,6 +234,7 @@ class RunConfig:
         kept = {name: value for name, value in settings.loss_options.items() if name not in FORMER_OPTIONS}
         if settings.amp is None:
             common["amp"] = amp
+        common["rounding"] = rounding_in_force(settings)
         return replace(self, settings=replace(settings, **common, loss_options={**kept, **added}))
 
     def to_json(self) -> str:

@@ -190,7 +190,8 @@ class Trainer:
         """An update inside the backward leaves out a step that would end in NaN, which would hide it."""
         for optimizer in self.optimizers:
             if isinstance(optimizer, PrototypeSGD) and optimizer.skipped_steps:
-                raise _diverged(f"a gradient of the prototypes is not finite in epoch {epoch}", lr)
+                times = f"{optimizer.skipped_steps} of {self.steps} steps"
+                raise _diverged(f"a gradient of the prototypes was not finite in {times} of epoch {epoch}", lr)
 
     def _prepare_epoch(self, epoch: int) -> None:
         self.classifier.train()
@@ -220,15 +221,14 @@ class Trainer:
     def checkpoint(self) -> Checkpoint:
         """Everything that the next epoch depends on, in one piece also where classes are spread over ranks."""
         states = self._states()
+        momentum = {
+            name: states[parameter]["momentum_buffer"]
+            for name, parameter in self.classifier.named_parameters()
+            if states.get(parameter, {}).get("momentum_buffer") is not None
+        }
         return Checkpoint(
             model=gather_full(self.classifier.state_dict()),
-            optimizer=gather_full(
-                {
-                    name: states[parameter]["momentum_buffer"]
-                    for name, parameter in self.classifier.named_parameters()
-                    if states.get(parameter, {}).get("momentum_buffer") is not None
-                }
-            ),
+            optimizer=gather_full(momentum | self._compensation()),
             state={"epoch": len(self.history), "history": self.history},
         )
 
@@ -241,22 +241,31 @@ class Trainer:
             for parameter in group["params"]
         }
 
+    def _compensation(self) -> dict[str, Tensor]:
+        """What Kahan's rounding of the prototypes cut off, by the name that it has in a checkpoint."""
+        head = self.optimizers[-1]
+        kept = head.state[head.weight].get("compensation") if isinstance(head, PrototypeSGD) else None
+        return {} if kept is None else {"loss.weight.compensation": kept}
+
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint directory; UserError where it is damaged or belongs to another model."""
         checkpoint = load_checkpoint(path)
         check_tensors(path / "model.safetensors", checkpoint.model, self.classifier.state_dict())
-        parameters = dict(self.classifier.named_parameters())
+        parameters, compensation = dict(self.classifier.named_parameters()), self._compensation()
         # Momentum belongs to every parameter or, with momentum 0, to none.
-        check_tensors(
-            path / "optimizer.safetensors", checkpoint.optimizer, parameters if self.settings.momentum else {}
-        )
+        wanted = {**(parameters if self.settings.momentum else {}), **compensation}
+        check_tensors(path / "optimizer.safetensors", checkpoint.optimizer, wanted)
         for name, tensor in self.classifier.state_dict().items():
             copy_to_shard(tensor, checkpoint.model[name])
         self.history, states = checkpoint.state["history"], self._states()
-        for name, momentum in checkpoint.optimizer.items():
-            buffer = torch.zeros_like(parameters[name], requires_grad=False)
-            copy_to_shard(buffer, momentum)
-            states[parameters[name]]["momentum_buffer"] = buffer
+        for name, kept in checkpoint.optimizer.items():
+            if name in compensation:
+                copy_to_shard(compensation[name], kept)
+                continue
+            state = states[parameters[name]]
+            if "momentum_buffer" not in state:  # of prototypes it is there, and may have another dtype than they
+                state["momentum_buffer"] = torch.zeros_like(parameters[name], requires_grad=False)
+            copy_to_shard(state["momentum_buffer"], kept)
         for optimizer in self.optimizers:
             if isinstance(optimizer, PrototypeSGD):  # its first step would begin a momentum
                 optimizer.state[optimizer.weight]["step"].fill_(len(self.history) * self.steps)

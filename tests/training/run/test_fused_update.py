@@ -99,6 +99,6 @@ def test_a_step_that_was_skipped_ends_the_run(toy_npz: Path, tmp_path: Path, mon
         return loss
 
     monkeypatch.setattr(ltloss.ArcFaceLoss, "forward", failing)
-    with refused("prototypes", "epoch 1", "--lr", error=DivergedError):
+    with refused("prototypes", "1 of 4 steps", "epoch 1", "--lr", error=DivergedError):
         train(tmp_path / "run", toy_settings(toy_npz, fused_update=True, loss="arcface"), quiet=True)
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,10 +86,18 @@ def test_training_leaves_the_global_generator_alone(toy_npz: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("loss", "fused"),
-    [("softmax", False), ("long-tail", False), ("cosine-space", False), ("long-tail", True), ("cosine-space", True)],
+    [
+        *((loss, {}) for loss in ("softmax", "long-tail", "cosine-space")),
+        *((loss, {"fused_update": True}) for loss in ("long-tail", "cosine-space")),
+        ("long-tail", {"fused_update": True, "prototype_dtype": "bfloat16"}),
+        ("cosine-space", {"fused_update": True, "prototype_dtype": "bfloat16", "momentum": 0.0, "rounding": "kahan"}),
+        ("arcface", {"fused_update": True, "prototype_dtype": "bfloat16", "state_dtype": "bfloat16"}),
+        ("arcface", {"fused_update": True, "prototype_dtype": "float8_e4m3fn", "state_dtype": "bfloat16"}),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "-".join(map(str, given.values())),
 )
-def test_resumed_run_is_the_uninterrupted_one(loss: str, fused: bool, toy_npz: Path, tmp_path: Path) -> None:
-    given = toy_settings(toy_npz, loss=loss, epochs=4, fused_update=fused)
+def test_resumed_run_is_the_uninterrupted_one(loss: str, fused: dict[str, Any], toy_npz: Path, tmp_path: Path) -> None:
+    given = toy_settings(toy_npz, loss=loss, epochs=4, **fused)
     train(tmp_path / "whole", given, quiet=True)
     # What a process leaves that died right after its second checkpoint, before metrics.csv.
     data = prepare_data(Settings(**given))

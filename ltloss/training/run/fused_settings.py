@@ -1,0 +1,59 @@
+"""What ``--fused-update`` keeps prototypes and their state in, how they are rounded, and what goes together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ltloss.errors import UserError
+
+if TYPE_CHECKING:
+    from ltloss.training.run.settings import Settings
+
+__all__ = ["FUSED_SETTINGS", "PROTOTYPE_DTYPES", "ROUNDINGS", "STATE_DTYPES", "check_fused", "rounding_in_force"]
+
+# A dtype, by the word of `ltloss plan` and of torch, and how it can be rounded to; the first is the default.
+PROTOTYPE_DTYPES: dict[str, tuple[str, ...]] = {
+    "float32": (),
+    "bfloat16": ("stochastic", "kahan", "nearest"),
+    "float8_e4m3fn": ("stochastic", "nearest"),
+}
+STATE_DTYPES: dict[str, tuple[str, ...]] = {"float32": (), "bfloat16": ("stochastic", "nearest")}
+ROUNDINGS = tuple(dict.fromkeys(way for ways in PROTOTYPE_DTYPES.values() for way in ways))
+FUSED_SETTINGS = ("fused_update", "prototype_dtype", "state_dtype", "rounding")
+
+
+def check_fused(settings: Settings) -> None:
+    """UserError where these settings do not go together, or not with the others."""
+    if not settings.fused_update:
+        for name in FUSED_SETTINGS[1:]:
+            if getattr(settings, name) not in (None, "float32"):
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"{flag} {getattr(settings, name)} needs --fused-update, whose optimizer rounds so that no step is "
+                    f"lost; add that, or leave {flag} out"
+                )
+        return
+    if settings.loss == "softmax":
+        raise UserError(
+            f"--fused-update moves prototypes, and --loss {settings.loss} has none; leave it out, or take another loss"
+        )
+    if settings.mixup:
+        raise UserError(
+            "--fused-update needs one loss a step, and --mixup computes two, the second with prototypes that would "
+            "have moved; leave one of them out"
+        )
+    if settings.state_dtype != "float32" and not settings.momentum:
+        raise UserError(f"--state-dtype {settings.state_dtype}: with --momentum 0 there is no state; leave it out")
+    if settings.rounding is not None and settings.rounding not in _ways(settings):
+        kept = f"--prototype-dtype {settings.prototype_dtype} and --state-dtype {settings.state_dtype}"
+        choice = f"take {' or '.join(_ways(settings))}" if _ways(settings) else "leave it out"
+        raise UserError(f"--rounding {settings.rounding} has nothing to do with {kept}; {choice}")
+
+
+def rounding_in_force(settings: Settings) -> str | None:
+    """How prototypes and state are rounded; None where both are float32."""
+    return settings.rounding or next(iter(_ways(settings)), None)
+
+
+def _ways(settings: Settings) -> tuple[str, ...]:
+    return PROTOTYPE_DTYPES[settings.prototype_dtype] or STATE_DTYPES[settings.state_dtype]
