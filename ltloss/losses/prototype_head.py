@@ -105,6 +105,8 @@ class PrototypeHead(nn.Module):
             for start, stop in spans(self.num_classes, _DRAWN_AT_ONCE):
                 drawn = torch.randn(stop - start, self.embedding_size, device=self.weight.device)
                 write_rows(self.weight, exponent, start, drawn.mul_(std))
+        if self.fused_update is not None:
+            self.fused_update.replaced()
 
     @property
     def _constants_device(self) -> torch.device:
@@ -200,6 +202,8 @@ class PrototypeHead(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
         self._translate(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if self.fused_update is not None and prefix + "weight" in state_dict:
+            self.fused_update.replaced()
         self.warn_if_other(local_metadata.get("hyper_parameters") or {})
 
     def _translate(self, state_dict: Any, prefix: str) -> None:

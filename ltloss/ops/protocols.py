@@ -59,6 +59,9 @@ class Update(Protocol):
     def joined(self, loss: Tensor) -> Tensor:
         """The prototypes (C, D) for a further term of ``loss``, whose gradient joins before the update."""
 
+    def replaced(self) -> None:
+        """The prototypes were written over: what is kept of their former values no longer belongs to them."""
+
     def watch(self, node: Any) -> None:
         """Remember a forward pass, the node of an autograd Function."""
 

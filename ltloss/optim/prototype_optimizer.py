@@ -78,6 +78,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         self._anchor = torch.empty(0, requires_grad=True)
         self._passes: weakref.WeakSet[Any] = weakref.WeakSet()  # forward passes whose backward may still come
         self._moves = 0  # how many backwards moved the prototypes
+        self._loaded: int | None = None  # ``_moves`` when load_state_dict filled the state
         self._moved = False  # since the last step()
         self._gradient: Tensor | None = None  # what other terms add to the next update
         self._skipped = torch.zeros((), dtype=torch.int64, device=weight.device)
@@ -127,6 +128,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
             tensor.copy_(saved[name])  # torch.optim would give it the dtype of the prototypes
         self.state[self.weight] = here
         self._moves += 1
+        self._loaded = self._moves
 
     def take_over(self, larger: PrototypeHead) -> None:
         """Go on with the head that :func:`ltloss.distributed.add_classes` made of this one's; all ranks call it alike.
@@ -157,6 +159,17 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         larger.fused_update = self
 
     # What a loss calls
+
+    @torch.no_grad()
+    def replaced(self) -> None:
+        """After prototypes were written by hand: forget what Kahan's rounding cut off the former ones.
+
+        Loading and importing call it. What ``load_state_dict`` brought stays until the next step: it belongs to the
+        prototypes that are loaded after it.
+        """
+        compensation = self.state[self.weight].get("compensation")
+        if compensation is not None and self._loaded != self._moves:
+            local(compensation).zero_()
 
     def reads(self, prototypes: Tensor) -> Tensor:
         """The prototypes without a gradient, for a pass that ends in the update."""
