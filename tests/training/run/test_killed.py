@@ -8,8 +8,10 @@ import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from helpers.killed import exit_code, needs_sigkill
 from helpers.toys import toy_settings
 
 from ltloss.cli.command import main
@@ -34,7 +36,7 @@ def processes() -> ForkServerContext:
     return context
 
 
-@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="no SIGKILL on this system")
+@needs_sigkill
 @pytest.mark.parametrize("fused", [False, True])
 def test_killed_run_continues_bit_for_bit(
     fused: bool, toy_npz: Path, tmp_path: Path, processes: ForkServerContext
@@ -69,3 +71,35 @@ def test_killed_run_continues_bit_for_bit(
     whole, killed = (weights_of(tmp_path / name, EPOCHS) for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     assert sorted(path.name for path in checkpoints.iterdir()) == [f"epoch-{n:04d}" for n in (EPOCHS - 1, EPOCHS)]
+
+
+CLASSES = 1100  # by as many samples: two slabs a backward
+
+
+@pytest.fixture(scope="module")
+def many_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images to train on of each class, one to test: two steps an epoch."""
+    images = np.random.default_rng(0).integers(0, 256, (3 * CLASSES, 8, 8), dtype=np.uint8)
+    labels = np.tile(np.arange(CLASSES), 3)
+    path, split = tmp_path_factory.mktemp("many") / "many.npz", 2 * CLASSES
+    np.savez(path, x_train=images[:split], y_train=labels[:split], x_test=images[split:], y_test=labels[split:])
+    return path
+
+
+@needs_sigkill
+@pytest.mark.parametrize(
+    "flags", ["", "--prototype-dtype bfloat16 --rounding kahan --state-dtype bfloat16"], ids=["float32", "kahan"]
+)
+def test_killed_between_two_slabs_it_continues_bit_for_bit(flags: str, many_classes: Path, tmp_path: Path) -> None:
+    line = ["train", "--quiet", "--resume", "--data", str(many_classes), "--loss", "arcface", "--fused-update"]
+    line += f"--epochs 4 --batch-size {CLASSES} --embedding-size 8 --device cpu --evaluate-every 4 {flags}".split()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert exit_code(main, [*line, "--out", str(whole)]) == 0
+    for backward, epochs in ((4, 1), (3, 2)):  # of each process, and how many epochs are kept then
+        assert exit_code(main, [*line, "--out", str(killed)], killed_in=backward) == -9
+        assert len(losses_of(killed)) == epochs
+    assert exit_code(main, [*line, "--out", str(killed)]) == 0
+    assert losses_of(killed) == losses_of(whole)
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        bits = [(run / "checkpoints" / "epoch-0004" / file).read_bytes() for run in (whole, killed)]
+        assert bits[0] == bits[1], file
