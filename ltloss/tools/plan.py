@@ -214,6 +214,7 @@ def _memory(p: HeadConfig) -> dict[str, float]:
     return {
         f"prototypes ({p.prototype_dtype})": p.prototypes(p.own_classes),
         "their gradient": gradient * own,
+        "minimum-angle term of the update": _minimum_angle(p),
         "sampled prototypes" + " and their gradient" * (not p.fused_update): p.prototypes(p.used_classes)
         + gradient * used
         if p.sample_rate < 1.0
@@ -235,17 +236,21 @@ def _buffers(p: HeadConfig, *, centres: bool) -> float:
     return float(sum(found))
 
 
+def _minimum_angle(p: HeadConfig) -> float:
+    """Bytes of that term where a fused update takes it: its gradient (C, D), and float8 prototypes made wide."""
+    if not p.fused_update or p.gpus > 1 or p.sample_rate < 1.0 or not getattr(_module(p.loss), "min_angle_weight", 0):
+        return 0.0
+    width = KEPT_WIDTHS["prototype_dtype"][p.prototype_dtype]
+    return (2 * 4.0 if width == 1 else width) * p.classes * p.embedding_size
+
+
 @cache
 def _shapes(loss: str) -> tuple[tuple[int, int, int, bool], ...]:
     """Every buffer of a loss: bytes an element, how often C and D are in its shape, whether it is of class centres."""
-    import torch
-
     from ltloss.losses.class_centers import ClassCenters
-    from ltloss.training.model.registry import build_loss
 
-    classes, embedding_size = 5, 7  # two sizes that nothing else has
-    with torch.random.fork_rng(devices=[]):
-        module: Any = build_loss(loss, [1] * classes, embedding_size, {})
+    module = _module(loss)
+    classes, embedding_size = module.num_classes, module.embedding_size
     return tuple(
         (
             buffer.element_size(),
@@ -256,6 +261,17 @@ def _shapes(loss: str) -> tuple[tuple[int, int, int, bool], ...]:
         for part in module.modules()
         for buffer in part.buffers(recurse=False)
     )
+
+
+@cache
+def _module(loss: str) -> Any:
+    """A loss by its name, with two sizes that nothing else has."""
+    import torch
+
+    from ltloss.training.model.registry import build_loss
+
+    with torch.random.fork_rng(devices=[]):
+        return build_loss(loss, [1] * 5, 7, {})
 
 
 def _wire(p: HeadConfig) -> dict[str, float]:
@@ -288,7 +304,7 @@ def _seconds(p: HeadConfig, device: Device) -> dict[str, float]:
 
 
 def _touched(p: HeadConfig) -> float:
-    """Bytes that the optimizer reads or writes: prototypes and state both, a gradient in memory is read."""
+    """Bytes that the optimizer reads or writes: prototypes and state both; a gradient in memory, which it reads."""
     entries = p.used_classes * p.embedding_size
     gradient = 0.0 if p.fused_update else 4.0 * entries
     return 2.0 * (p.prototypes(p.used_classes) + p.state(p.used_classes)) + gradient

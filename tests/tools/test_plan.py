@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -108,6 +109,34 @@ def test_memory_and_traffic_of_the_step_are_those_of_its_tensors(changes: dict[s
     assert _planned(p) == found
     touched = 2 * (found["prototypes"] + found["state"]) + found["gradient"]  # read and written; read
     assert make_plan(p, H200).seconds["optimizer"] * H200.copy == pytest.approx(touched)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize(("loss", "terms"), [("long-tail", 1), ("long-tail-prior", 0), ("arcface", 0)])
+def test_the_minimum_angle_of_a_fused_update_counts(loss: str, terms: int, dtype: str) -> None:
+    """What the term makes of the prototypes' size: the gradient that joins, and a wide copy of float8 prototypes."""
+    p = replace(SMALL, loss=loss, fused_update=True, prototype_dtype=dtype)
+    module: Any = build_loss(loss, [3] * p.classes, p.embedding_size, {}, dtype)
+    optimizer = PrototypeSGD(module, rounding=None if dtype == "float32" else "stochastic")
+    made = []
+    with (
+        mock.patch.object(optimizer, "joined", lambda loss, of=optimizer.joined: made.append(of(loss)) or made[-1]),
+        mock.patch.object(optimizer, "join", lambda gradient, of=optimizer.join: made.append(gradient) or of(gradient)),
+    ):
+        module(torch.randn(p.batch, p.embedding_size), torch.zeros(p.batch, dtype=torch.int64)).backward()
+    assert len(made) == 2 * terms
+    held = module.weight.untyped_storage().data_ptr()
+    own = [tensor for tensor in made if tensor.untyped_storage().data_ptr() != held]
+    assert len(own) == terms * (2 if dtype == "float8_e4m3fn" else 1)
+    found = make_plan(p, H200).memory["minimum-angle term of the update"]
+    assert found == sum(tensor.numel() * tensor.element_size() for tensor in own)
+
+
+def test_ranks_and_samples_have_no_minimum_angle() -> None:
+    """Which a fused update refuses there."""
+    for changes in ({"gpus": 2}, {"sample_rate": 0.5}):
+        p = replace(SMALL, loss="long-tail", fused_update=True, **changes)  # type: ignore[arg-type]
+        assert not make_plan(p, H200).memory["minimum-angle term of the update"]
 
 
 @pytest.mark.parametrize("fused", [False, True])
