@@ -15,7 +15,15 @@ import torch
 import ltloss
 from ltloss.margins import Margin, Objective
 
-__all__ = ["KernelCase", "as_on_a_gpu", "loss_step", "recorded_kernels", "recorded_layouts", "specialiser"]
+__all__ = [
+    "FLOAT8_FROM",
+    "KernelCase",
+    "as_on_a_gpu",
+    "loss_step",
+    "recorded_kernels",
+    "recorded_layouts",
+    "specialiser",
+]
 
 # Not multiples of a tile nor of 16, more than one of each: nothing is specialised on that a step may not have.
 _SAMPLES, _CLASSES = 600, 2200
@@ -23,6 +31,8 @@ _FEW_SAMPLES = (300, 60)  # read prototypes once; and in tiles of 64 rows
 _UNEVEN, _NARROW, _WIDTH, _WIDEST = 100, 128, 512, 8192
 _MULTIPROCESSORS = 132
 _BYTES = 256 << 20  # of workspace
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_FROM = 89  # the least compute capability for which Triton compiles a kernel that reads it
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,11 @@ class KernelCase:
             return "tf32"
         found = re.search(r"bf16|fp16|fp32", next(iter(self.signature.values())))
         return found.group() if found else ""
+
+    @property
+    def reads_float8(self) -> bool:
+        """Whether an argument is float8."""
+        return any("fp8" in kind for kind in self.signature.values())
 
     @property
     def elements(self) -> int:
@@ -147,7 +162,7 @@ def loss_step(
         smooth,
         objective.normalize_features,
         -100,
-        (True, update is None),
+        (True, update is None and prototypes.dtype != FLOAT8),
         update=update,
         limit=lambda: limit,
     )
@@ -183,6 +198,7 @@ def prototype_update(
         weight=prototypes,
         state=tuple(torch.empty(shape, dtype=state, device=device) for _ in range(states)),
         compensation=torch.empty(prototypes.shape, dtype=half, device=device) if rounding == "kahan" else None,
+        exponent=torch.zeros(len(prototypes), dtype=torch.int8, device=device) if prototypes.dtype == FLOAT8 else None,
         rounding=rounding,  # type: ignore[arg-type]
         seed=seed,
         first_class=0,
@@ -193,8 +209,8 @@ def prototype_update(
     )
 
 
-def _updates() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Few and many samples, prototypes of half and single precision, wide and uneven rows."""
+def _updates(arch: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Few and many samples, prototypes of half and single precision and float8, wide and uneven rows."""
     half, single = torch.bfloat16, torch.float32
     some = ("sgd", "adamw")
     yield from _rules(f"bf16, N = {_FEW_SAMPLES[0]}", *_matrices(_FEW_SAMPLES[0], _WIDTH, half, half))
@@ -203,6 +219,10 @@ def _updates() -> Iterator[tuple[str, Callable[[], None]]]:
     yield from _rules(f"fp32, N = {_FEW_SAMPLES[0]}", *_matrices(_FEW_SAMPLES[0], _WIDTH, single, single), some)
     for width in (_UNEVEN, _WIDEST):
         yield from _rules(f"bf16, D = {width}", *_matrices(_SAMPLES, width, half, half), some)
+    if arch >= FLOAT8_FROM:
+        yield from _rules("bf16 x fp8", *_matrices(_SAMPLES, _WIDTH, half, FLOAT8))
+        for width in (_UNEVEN, _WIDEST):
+            yield from _rules(f"bf16 x fp8, D = {width}", *_matrices(_SAMPLES, width, half, FLOAT8), some)
 
 
 def _rules(
@@ -218,6 +238,7 @@ def _rules(
         "adamw, bf16 state": ("adamw", {"state": torch.bfloat16}),
         "adamw, clipped": ("adamw", {"max_class_norm": 1.0, "loss_scale": loss_scale}),
         **({"adamw, kahan": ("adamw", {"rounding": "kahan"})} if half else {}),
+        **({"sgd, nearest": ("sgd", {"rounding": "nearest"})} if prototypes.dtype == FLOAT8 else {}),
     }
     for name in chosen or variants:
         rule, options = variants[name]
@@ -233,6 +254,8 @@ def _searches(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tupl
     yield "all", lambda: kernels.nearest_prototype(prototypes, None, True)
     yield "rows", lambda: kernels.nearest_prototype(prototypes, rows, True)
     yield "top 5", lambda: kernels.top_k(features, prototypes, 5, limit=lambda: _BYTES)
+    if prototypes.dtype == FLOAT8:  # has no gradient
+        return
     gradient = kernels.nearest_prototype_gradient
     yield "all", lambda: gradient(torch.ones(len(near)), prototypes, None, near)
     yield "rows", lambda: gradient(torch.ones(len(rows)), prototypes, rows, some)
@@ -259,11 +282,25 @@ def _matrices(samples: int, width: int, left: torch.dtype, right: torch.dtype) -
     return torch.ones(samples, width, dtype=left), torch.ones(_CLASSES, width, dtype=right)
 
 
+def _products(arch: int) -> list[tuple[str, torch.dtype, torch.dtype, str, tuple[str, ...] | None]]:
+    """Dtypes of features and prototypes, by a label; the precision of float32 products; which losses and searches."""
+    half, single = torch.bfloat16, torch.float32
+    some = ("fixed", "online", "everything", "all", "top 5")
+    return [
+        ("bf16", half, half, "highest", None),
+        ("bf16 x fp32", half, single, "highest", ("fixed",)),
+        ("fp16", torch.float16, torch.float16, "highest", some[:3]),
+        ("fp32", single, single, "highest", some),
+        ("tf32", single, single, "high", some),
+        *([("bf16 x fp8", half, FLOAT8, "highest", ("fixed", "all", "top 5"))] if arch >= FLOAT8_FROM else []),
+    ]
+
+
 def recorded_kernels(arch: int) -> list[KernelCase]:
     """Every distinct specialisation that losses and searches launch, for a compute capability; names are unique."""
     from ltloss_kernels.config.precision import float32_products
 
-    half, single = torch.bfloat16, torch.float32
+    half = torch.bfloat16
     scenario = ""
     counts: dict[str, int] = {}
 
@@ -272,14 +309,7 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
         counts[label] = counts.get(label, 0) + 1
         return label if counts[label] == 1 else f"{label} #{counts[label]}"
 
-    some = ("fixed", "online", "everything", "all", "top 5")
-    products = (
-        ("bf16", half, half, "highest", None),
-        ("bf16 x fp32", half, single, "highest", ("fixed",)),
-        ("fp16", torch.float16, torch.float16, "highest", some[:3]),
-        ("fp32", single, single, "highest", some),
-        ("tf32", single, single, "high", some),
-    )
+    products = _products(arch)
     with _taken_down(arch, name) as cases:
         for label, left, right, precision, chosen in products:
             features, prototypes = _matrices(_SAMPLES, _WIDTH, left, right)
@@ -309,7 +339,7 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
         loss_step(features, prototypes, Margin(0.5))
         for _, launch in _searches(features, prototypes):
             launch()
-        for updated, launch in _updates():
+        for updated, launch in _updates(arch):
             scenario = updated
             launch()
     return list(cases.values())

@@ -8,7 +8,7 @@ the result.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,7 +22,7 @@ from ltloss import functional, reference, use_workspace
 from ltloss.testing import FAMILY, Outcome, Problem, outcome, problem
 
 Dtypes = tuple[torch.dtype, torch.dtype]  # of features and prototypes
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 FACTOR, WRONG = 1.5, 8.0
 # Of two equally good float32 implementations either may be the luckier; on three samples that is some dozen roundings.
 FLOOR = 2.0**-18
@@ -41,7 +41,15 @@ SHAPES = (
     (513, 1500, 128),
     (700, 900, 100),
 )
-DTYPES: tuple[Dtypes, ...] = ((BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP32, BF16), (FP16, BF16))
+DTYPES: tuple[Dtypes, ...] = (
+    (BF16, BF16),
+    (FP16, FP16),
+    (FP32, FP32),
+    (BF16, FP32),
+    (FP32, BF16),
+    (FP16, BF16),
+    (BF16, FP8),  # which has no gradient dW
+)
 SCALES = (1.0, 64.0, 100.0, 512.0)
 USUAL, SMALL = 256 << 20, 1 << 20  # bytes of workspace; the small one makes slabs of 1024 classes
 
@@ -57,7 +65,7 @@ class Case(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Relative errors (2-norm) of loss, feature gradient and prototype gradient, and what each was allowed."""
+    """Relative errors (2-norm) of loss, feature gradient and prototype gradient (if any), and what each was allowed."""
 
     case: str
     errors: tuple[float, ...]
@@ -73,7 +81,7 @@ class Verdict(NamedTuple):
         """WRONG, or less accurate than promised, with the numbers; empty where neither."""
         if self.worst <= 1.0:
             return ""
-        pairs = zip(("loss", "dX", "dW"), self.errors, self.allowed, strict=True)
+        pairs = zip(("loss", "dX", "dW"), self.errors, self.allowed, strict=False)
         text = ", ".join(f"{name} {error:.1e} (allowed {bound:.1e})" for name, error, bound in pairs)
         return f"{'WRONG' if self.worst > WRONG else 'less accurate than promised'}, {text}"
 
@@ -139,7 +147,7 @@ def _several_slabs(quick: bool) -> Iterator[Case]:
 def product_dtype(dtypes: Dtypes) -> torch.dtype:
     """In what the product runs: the features' half precision, float32 where that or the pair does not allow it."""
     features, prototypes = dtypes
-    return features if features != FP32 and prototypes in (features, FP32) else FP32
+    return features if features != FP32 and prototypes in (features, FP32, FP8) else FP32
 
 
 def plain_pytorch(dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -171,17 +179,28 @@ def compare(case: Case, device: str) -> Verdict:
     exact_upstream = None if upstream is None else upstream.double()
     wide = Problem(given.features.double(), given.prototypes.double(), labels)
     exact = outcome(wide, exact_upstream, loss=reference.margin_cross_entropy, **options)
-    plain = outcome(given, upstream, loss=plain_pytorch(product_dtype(case.dtypes)), **options)
+    readable = given._replace(prototypes=given.prototypes.float()) if case.dtypes[1] == FP8 else given
+    plain = outcome(readable, upstream, loss=plain_pytorch(product_dtype(case.dtypes)), **options)
     with use_workspace(case.workspace):
-        found = outcome(given, upstream, loss=functional.margin_cross_entropy, **options)
+        found = _ours(given, upstream, options)
     rounding = [max(FLOOR, unit) for unit in (0.0, *(torch.finfo(dtype).eps for dtype in case.dtypes))]
-    allowed = [FACTOR * error + floor for error, floor in zip(_distances(plain, exact), rounding, strict=True)]
+    plain_errors = _distances(plain[: len(found)], exact)
+    allowed = [FACTOR * error + floor for error, floor in zip(plain_errors, rounding, strict=False)]
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in case.dtypes)
     return Verdict(f"{case.name} ({names})", tuple(_distances(found, exact)), tuple(allowed))
 
 
-def _distances(found: Outcome, exact: Outcome) -> list[float]:
-    return [_distance(one, other) for one, other in zip(found, exact, strict=True)]
+def _ours(given: Problem, upstream: Tensor | None, options: dict[str, Any]) -> Sequence[Tensor]:
+    """Loss, dX and, unless the prototypes are float8, dW."""
+    if given.prototypes.dtype != FP8:
+        return outcome(given, upstream, loss=functional.margin_cross_entropy, **options)
+    features = given.features.clone().requires_grad_()
+    loss = functional.margin_cross_entropy(features, given.prototypes, given.labels, **options)
+    return loss.detach(), *torch.autograd.grad(loss, features, torch.ones_like(loss) if upstream is None else upstream)
+
+
+def _distances(found: Sequence[Tensor], exact: Outcome) -> list[float]:
+    return [_distance(one, other) for one, other in zip(found, exact, strict=False)]
 
 
 @dataclass

@@ -15,6 +15,8 @@ from benchmarks.loss_gpu.measure import Device, waiting_is_an_error
 from benchmarks.loss_gpu.search import BF16, FP32, SearchCase
 from benchmarks.peers import Shape
 from ltloss import ArcFaceLoss
+from ltloss.float8 import FLOAT8 as FP8
+from ltloss.float8 import decoded
 from ltloss.optim import PrototypeAdagrad, PrototypeAdamW, PrototypeSGD
 from ltloss.optim.prototype_optimizer import PrototypeOptimizer
 
@@ -32,7 +34,7 @@ _STEPS = 3
 
 def _head(device: str, shape: Shape, dtype: torch.dtype) -> ArcFaceLoss:
     torch.manual_seed(0)
-    return ArcFaceLoss(shape.c, shape.d).to(device, dtype)
+    return ArcFaceLoss(shape.c, shape.d, dtype=dtype).to(device)
 
 
 def _batch(device: str, shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -55,7 +57,9 @@ def _moved(
             head(*_batch(device, shape, step)).backward()
             optimizer.step()
     state = {name: one for name, one in optimizer.state[head.weight].items() if one.dim()}
-    return [head.weight.detach().double() + state.pop("compensation", 0.0), *state.values()]
+    own, exponent = head.weight.detach(), head.weight_exponent
+    weight = own if exponent is None else decoded(own, exponent)
+    return [weight.double() + state.pop("compensation", 0.0), *state.values()]
 
 
 def _is_ours(build: Any) -> bool:
@@ -76,7 +80,7 @@ def _rule(device: Device, build: _Build) -> str:
             error = _farthest(*(_moved(device.kind, shape, FP32, one) for one in (build, _TORCH[build])))
             if not error <= 1e-4:
                 return f"{shape}: off torch.optim by {error:.1e}"
-        for dtype, options in ((FP32, {}), (BF16, rounded), (BF16, {"rounding": "kahan"})):
+        for dtype, options in ((FP32, {}), (BF16, rounded), (BF16, {"rounding": "kahan"}), (FP8, rounded)):
             runs = (_moved(device.kind, shape, dtype, build, by_slab, **options) for by_slab in (False, True))
             error = _farthest(*runs)
             if not error <= (1e-4 if dtype == FP32 else 2.0**-8):  # an entry in some thousand is rounded the other way
@@ -180,12 +184,16 @@ def update_cases(small: bool) -> Iterator[SearchCase]:
     fused = partial(torch.optim.AdamW, lr=1e-2, fused=True)
     shapes = (Shape(12, 40, 16),) if small else (Shape(256, 1_000_000, 512), Shape(4096, 131_072, 512))
     for shape in shapes:
-        for dtype, rounding in ((FP32, {}), (BF16, {"rounding": "stochastic"})):
+        for dtype, rounding in ((FP32, {}), (BF16, {"rounding": "stochastic"}), (FP8, {"rounding": "stochastic"})):
+            if dtype == FP8 and not small and torch.cuda.get_device_capability() < (8, 9):
+                continue  # the kernels do not take it there
             kind = str(dtype)[6:]
             for graph in (False,) if small else (False, True):
                 note = f"{kind} prototypes, PrototypeAdamW{', CUDA graph' * graph}"
                 build = partial(_whole_step, _ADAMW, rounding, graph)
                 yield SearchCase("whole step", shape, dtype, "ltloss", build, 8, note)
+            if dtype == FP8:  # which torch.optim does not take
+                continue
             state = "float32" if dtype == FP32 else "bfloat16"
             note = f"{kind} prototypes, {state} state"
             build = partial(_whole_step, fused, {}, False)

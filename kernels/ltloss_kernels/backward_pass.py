@@ -329,6 +329,7 @@ class BackwardPass:
             slab.grad,
             # updated
             *updating.states(slab.first, classes),
+            updating.exponents(slab.first, classes),
             # sizes
             samples,
             classes,

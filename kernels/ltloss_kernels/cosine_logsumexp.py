@@ -78,7 +78,7 @@ def partials(
 
     Args:
         features: (N, D); any half or float32 dtype, any strides.
-        prototypes: (C, D), likewise.
+        prototypes: (C, D), likewise, or float8.
         labels: (N,) integers, any strides.
         log_prior: (C,) or None, in natural units.
         scale: s > 0; the logits are s·cos, times ‖x‖ unless ``normalize_features``.

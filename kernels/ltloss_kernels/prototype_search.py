@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.config.chunking import ceil_div, search_rows, splits_for
-from ltloss_kernels.config.operands import block_source, padded_matrix, readable_in_place
+from ltloss_kernels.config.operands import block_source, padded_matrix, product_dtype, readable_in_place
 from ltloss_kernels.config.precision import product_precision
 from ltloss_kernels.device.search_backward import chunk_sum_kernel, nearest_gradient_kernel
 from ltloss_kernels.device.search_first_pass import LAST_NUMBER, LOWEST_KEY, best_tile_kernel, nearest_prototype_kernel
@@ -52,7 +52,7 @@ class _Classes:
     """The prototypes (C, D) as the matrix unit reads them, and the launches over them.
 
     Args:
-        prototypes: any half or float32 dtype, any strides.
+        prototypes: any half, float32 or float8 dtype, any strides.
         dtype: of the product.
         precision: "ieee" or "tf32", of a float32 product.
     """
@@ -197,7 +197,7 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool)
     """The largest cosine of each prototype to any other one, and its lowest index.
 
     Args:
-        prototypes: (C, D); any half or float32 dtype, any strides.
+        prototypes: (C, D); any half, float32 or float8 dtype, any strides.
         rows: (R,) int64 in [0, C), or None for all.
         allow_tf32: False keeps float32 products float32, whatever ``torch.set_float32_matmul_precision`` allows.
 
@@ -210,7 +210,8 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool)
         return alone.to(torch.float32), alone
     prototypes = widened(prototypes)
     with on_device(prototypes):
-        classes = _Classes(prototypes, prototypes.dtype, product_precision() if allow_tf32 else "ieee")
+        dtype = product_dtype(prototypes.dtype, prototypes.dtype)
+        classes = _Classes(prototypes, dtype, product_precision() if allow_tf32 else "ieee")
         cosine = torch.empty(count, dtype=torch.float32, device=prototypes.device)
         index = torch.empty(count, dtype=torch.int64, device=prototypes.device)
         for start in range(0, count, count if rows is None else MOST_ROWS):
@@ -242,7 +243,8 @@ def top_k(features: Tensor, prototypes: Tensor, k: int, *, limit: Callable[[], i
     that is better, or equal and lower.
 
     Args:
-        features: (N, D), prototypes: (C, D) with C >= k; any half or float32 dtype, any strides.
+        features: (N, D), prototypes: (C, D) with C >= k; any half or float32 dtype, any strides. Prototypes also in
+            float8, and then features too.
         k: at least 1.
         limit: says how many bytes may be kept of a chunk of the features.
 
@@ -253,8 +255,8 @@ def top_k(features: Tensor, prototypes: Tensor, k: int, *, limit: Callable[[], i
         return features.new_empty((0, k), dtype=torch.float32), features.new_empty((0, k), dtype=torch.int64)
     features, prototypes = widened(features), widened(prototypes)
     with on_device(features):
-        same_half = features.dtype == prototypes.dtype != torch.float32
-        dtype = features.dtype if same_half else torch.float32  # nothing is rounded that was not rounded before
+        wide = prototypes.dtype == torch.float32  # nothing is rounded that was not rounded before
+        dtype = torch.float32 if wide else product_dtype(features.dtype, prototypes.dtype)
         classes = _Classes(prototypes, dtype, product_precision())
         tiles_per_row = min(k, classes.tiles)
         cosine = torch.empty(features.shape[0], k, dtype=torch.float32, device=features.device)

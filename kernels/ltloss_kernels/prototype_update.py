@@ -24,16 +24,17 @@ class PrototypeUpdate(NamedTuple):
         settings: of the rule, at most four: μ, dampening, λ ("sgd", "nesterov"), 1 - β1, 1 - β2, ε, λ ("adamw"), or
             ε, λ ("adagrad").
         lr: η; as a tensor on the device it is read when the kernels run, also in a CUDA graph.
-        weight: (C, D) float32 or bfloat16, contiguous as all others: the prototypes, where they are kept.
+        weight: (C, D) float32, bfloat16 or float8, contiguous as all others: the prototypes, where they are kept.
         state: (C, D), or (C,) for "adagrad", in the order of their random streams; float32 or bfloat16.
         compensation: (C, D) bfloat16, what the rounding of the weight cut off, or None.
-        rounding: "stochastic" or "nearest", of whatever is bfloat16; "kahan" with a compensation.
+        rounding: "stochastic" or "nearest", of whatever is bfloat16 or float8; "kahan" with a compensation.
         seed: of the stochastic rounding, with the number of the step.
         first_class: the number of the first class of ``weight`` among all.
         finite: a bool on the device. False: nothing is written but ``skipped``.
         step, skipped: scalars on the device, float32 and int64, of which one counts this step.
         max_class_norm: the most that the gradient of a class may be long, or None.
         loss_scale: float32 scalar on the device that the gradients are divided by, or None.
+        exponent: (C,) int8 for a float8 weight, else None: prototype c is 2^exponent_c · weight_c.
     """
 
     rule: Literal["sgd", "nesterov", "adamw", "adagrad"]
@@ -50,17 +51,19 @@ class PrototypeUpdate(NamedTuple):
     skipped: Tensor
     max_class_norm: float | None = None
     loss_scale: Tensor | None = None
+    exponent: Tensor | None = None
 
     @property
     def needs_rows(self) -> bool:
-        """Whether a class moves by more of its gradient than each column's own."""
-        return self.rule == "adagrad" or self.max_class_norm is not None
+        """Whether a class moves by more of its gradient than each column's own, or is written as a whole."""
+        return self.rule == "adagrad" or self.max_class_norm is not None or self.exponent is not None
 
     @property
     def key(self) -> tuple[Any, ...]:
         """All that decides which kernels are launched, see :class:`ltloss_kernels.launching.Launches`."""
         lr = self.lr if isinstance(self.lr, Tensor) else None
-        tensors = lr, self.weight, *self.state, self.compensation, self.finite, self.step, self.skipped, self.loss_scale
+        kept = self.weight, self.exponent, *self.state, self.compensation
+        tensors = lr, *kept, self.finite, self.step, self.skipped, self.loss_scale
         return self.rule, self.rounding, self.seed, self.first_class, self.max_class_norm is None, layout(*tensors)
 
 
@@ -106,6 +109,10 @@ class Updating:
         here = slice(first, first + count)
         state = (*self.update.state, None, None)[:2]
         return tuple(part(one, here) for one in (*state, self.update.compensation))
+
+    def exponents(self, first: int, count: int) -> Tensor | None:
+        """Those of ``count`` classes from ``first`` on, where the weight is float8."""
+        return None if self.update is None else part(self.update.exponent, slice(first, first + count))
 
     def place(self, first: int) -> tuple[int, int]:
         """The seed, and the number of a slab's first class among all."""

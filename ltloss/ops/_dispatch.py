@@ -37,6 +37,7 @@ __all__ = [
 Chosen = Literal["torch", "triton", "reference"]
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_FLOAT8_FROM = (8, 9)  # compute capability from which Triton converts it
 _WIDEST_KERNEL = 8192
 
 
@@ -54,12 +55,20 @@ def _not_served(features: Tensor, prototypes: Tensor) -> str:
     """Why the kernels cannot take these tensors; empty where they can."""
     if not _HAS_TRITON:
         return "Triton is not installed"
-    if features.dtype not in _KERNEL_DTYPES or prototypes.dtype not in _KERNEL_DTYPES:
-        return f"the kernels take half precision and float32, not {features.dtype} with {prototypes.dtype}"
+    # Prototypes are searched among prototypes; features in float8 are refused before.
+    if prototypes.dtype not in (*_KERNEL_DTYPES, FLOAT8) or features.dtype not in (*_KERNEL_DTYPES, prototypes.dtype):
+        return (
+            "the kernels take half precision and float32, prototypes also in float8_e4m3fn, not "
+            f"{features.dtype} with {prototypes.dtype}"
+        )
     if features.shape[1] > _WIDEST_KERNEL:
         return f"the kernels take up to {_WIDEST_KERNEL} columns, not {features.shape[1]}"
-    if features.device.type == "cuda" and torch.cuda.get_device_properties(features.device).major < 8:
-        return "the kernels need a GPU of compute capability 8.0 or higher"
+    if features.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(features.device)
+        if properties.major < 8:
+            return "the kernels need a GPU of compute capability 8.0 or higher"
+        if prototypes.dtype == FLOAT8 and (properties.major, properties.minor) < _FLOAT8_FROM:
+            return "they need a GPU of compute capability 8.9 or higher for float8 prototypes"
     return ""
 
 

@@ -254,7 +254,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         from ltloss_kernels import PrototypeUpdate
 
         own, lr = moving.weight, self.param_groups[0]["lr"]
-        kept = (own, *moving.state.values(), *([] if moving.compensation is None else [moving.compensation]))
+        kept = [own, *moving.state.values(), *(t for t in (moving.compensation, moving.exponent) if t is not None)]
         if not all(tensor.is_contiguous() for tensor in kept) or not own.shape[0] or moving.step.device != own.device:
             return None
         scaler = self._scaler if self._scaler is not None and self._scaler.is_enabled() else None
@@ -274,6 +274,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
             self._skipped,
             moving.max_class_norm,
             None if scaler is None else scaler._scale,
+            moving.exponent,
         )
 
     def _refuse(self, node: Any) -> None:

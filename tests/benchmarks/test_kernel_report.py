@@ -227,11 +227,14 @@ def half_precision_tiles(rows: list[Row]) -> list[Row]:
 def test_every_kernel_compiles_for_every_architecture(rows: list[Row]) -> None:
     assert violations(rows, lambda row: not row["error"]) == []
     kernels = Counter(row["kernel"] for row in rows)
-    everywhere = {name: count for name, count in kernels.items() if not re.search("N = |D = 1", name)}
+    everywhere = {name: count for name, count in kernels.items() if not re.search("N = |D = 1|fp8", name)}
     assert len(everywhere) > 80
     assert set(everywhere.values()) == {
         len(ARCHITECTURES)
     }  # few samples, narrow rows: where they have tiles of their own
+    float8 = {name: count for name, count in kernels.items() if "fp8" in name}
+    assert len(float8) > 20
+    assert set(float8.values()) == {len(ARCHITECTURES) - 1}  # sm_80 cannot convert it
     families = {name.split()[0] for name in kernels}
     forward = {"row_norm", "sample", "cosine_logsumexp", "margin_loss", "reduce"}
     searches = {"nearest_prototype", "best_tile", "tile_candidates", "count_tiles", "arrange_pairs", "pair_cosine"}
@@ -283,7 +286,7 @@ def test_a_product_stays_in_flight_on_hopper(rows: list[Row]) -> None:
 @pytest.mark.compile
 def test_two_blocks_of_half_precision_tiles_fit_a_hopper_multiprocessor(rows: list[Row]) -> None:
     half = half_precision_tiles(rows)
-    assert len(half) == 40, [row["kernel"] for row in half]
+    assert len(half) == 42, [row["kernel"] for row in half]
     assert violations(half, lambda row: int(row["blocks_per_sm"]) >= 2) == []
 
 
@@ -298,7 +301,7 @@ def test_rows_of_a_hundred_columns_are_read_several_entries_at_a_time(rows: list
 def test_an_update_leaves_room_for_other_blocks_and_is_read_wide(rows: list[Row]) -> None:
     """It takes as long as memory does: state, sums and prototypes of several blocks are on their way at a time."""
     updates = [row for row in rows if re.search("^proj.*(sgd|nesterov|adamw|adagrad)", row["kernel"])]
-    assert len(updates) == 17 * len(ARCHITECTURES)
+    assert len(updates) == 17 * len(ARCHITECTURES) + 11 * (len(ARCHITECTURES) - 1)  # the latter of float8
     least = {"1x8192": 1}
     assert violations(updates, lambda row: int(row["blocks_per_sm"]) >= least.get(row["tile"], 4)) == []
     assert violations(updates, lambda row: row["two_byte_loads"] == "0") == []
@@ -325,7 +328,7 @@ def test_one_exponential_per_element(rows: list[Row]) -> None:
 def test_the_nearest_prototype_costs_two_maxima_and_two_products_per_element(rows: list[Row]) -> None:
     """One for its row and one for its column; the rest is the way across the threads."""
     half = [row for row in on_hopper(rows) if row["kernel"].startswith("nearest_prototype") and row["dtype"] != "fp32"]
-    assert len(half) == 2
+    assert len(half) == 3
     most = 3.05 if from_3_8(rows) else 2.65
     assert violations(half, lambda row: 2.0 <= float(row["maxima_per_element"]) <= most) == []
 

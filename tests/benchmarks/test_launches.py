@@ -56,6 +56,18 @@ def test_a_launch_is_written_down_as_it_is_specialised(tmp_path: Path, monkeypat
     assert sorted(seen) == sorted([(BY_16, BY_16, BY_16), ([], BY_16, BY_16), (BY_16, [], BY_16)])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="writes down what is interpreted")
+def test_launches_of_float8_are_compiled_where_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launches.FOLDER, str(tmp_path))
+    factor = torch.empty(16)
+    with launches.written_down(), np.errstate(all="ignore"):
+        for dtype in (torch.float32, torch.float8_e4m3fn):
+            row_norms(torch.ones(5, 16, dtype=dtype), factor=factor)
+    kinds = {arch: [one.signature["vectors_ptr"] for one in launches.Launched(tmp_path)(arch)] for arch in (80, 90)}
+    assert kinds[80] == ["*fp32"]
+    assert sorted(kinds[90]) == ["*fp32", "*fp8e4nv"]
+
+
 def operand(one: dict[str, Any]) -> str:
     """fp16 or fp32, of the first matrix of a product."""
     return next(iter(re.findall("fp16|fp32", next(iter(one["signature"].values())))))

@@ -331,7 +331,7 @@ def test_several_processes_compare_what_one_does() -> None:
 
 
 def test_the_product_runs_in_half_precision_only_where_both_allow_it() -> None:
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    bf16, fp16, fp32, fp8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
     for dtypes, product in (
         ((bf16, bf16), bf16),
         ((bf16, fp32), bf16),
@@ -339,6 +339,8 @@ def test_the_product_runs_in_half_precision_only_where_both_allow_it() -> None:
         ((fp32, bf16), fp32),
         ((bf16, fp16), fp32),
         ((fp32, fp32), fp32),
+        ((bf16, fp8), bf16),
+        ((fp32, fp8), fp32),
     ):
         assert correctness.product_dtype(dtypes) == product
 

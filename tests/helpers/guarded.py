@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import mmap
 import sys
@@ -26,6 +27,7 @@ from benchmarks.kernel_report.record import loss_step, prototype_update
 from helpers import faulty_kernels
 from helpers.kernel_problems import kernel_problem, tiny_tiles
 from ltloss import functional
+from ltloss.float8 import FLOAT8
 from ltloss.margins import Margin
 
 Side = Literal["start", "end"]
@@ -149,14 +151,14 @@ def _loss(
     names = [name for name, value in options.items() if isinstance(value, Tensor)]
 
     def run(features: Tensor, prototypes: Tensor, labels: Tensor, *vectors: Tensor) -> Sequence[Tensor]:
-        leaves = features.requires_grad_(), prototypes.requires_grad_()
+        leaves = [one.requires_grad_() for one in (features, prototypes) if one.dtype != FLOAT8]
         with (
             ltloss.use_workspace(workspace),
             float32_products(precision),
             mock.patch.object(chunking, "_LEAST_CLASSES", 16),
         ):
             chosen = {**options, **dict(zip(names, vectors, strict=True))}
-            loss = functional.margin_cross_entropy(*leaves, labels, **chosen)
+            loss = functional.margin_cross_entropy(features, prototypes, labels, **chosen)
             return loss, *torch.autograd.grad(loss, leaves, torch.ones_like(loss))
 
     given = kernel_problem(*sizes, dtypes=dtypes)
@@ -166,10 +168,11 @@ def _loss(
 def _update(
     rule: str, storage: tuple[torch.dtype, str], sizes: tuple[int, int, int] = (37, 70, 20), workspace: int = 256 << 20
 ) -> Callable[[], list[str]]:
-    """A step that moves prototypes and their state, all in guarded memory; the dtype is that of both."""
+    """A step that moves prototypes and their state, all in guarded memory; the dtype is that of both, if it can be."""
     dtype, rounding = storage
     given = kernel_problem(*sizes, dtypes=(torch.float32, dtype))
-    usual = prototype_update(rule, given.prototypes, dtype, rounding, seed=3)
+    of_state = torch.float32 if dtype == FLOAT8 else dtype
+    usual = prototype_update(rule, given.prototypes, of_state, rounding, seed=3)
 
     def run(features: Tensor, prototypes: Tensor, *kept: Tensor) -> Sequence[Tensor]:
         # The input is moved: each run has its own.
@@ -182,15 +185,26 @@ def _update(
             lr=torch.empty_like(rate).copy_(rate),
             step=torch.empty_like(rate).fill_(2.0),
             skipped=torch.empty_like(usual.skipped).fill_(0),
+            exponent=None if usual.exponent is None else torch.empty_like(usual.exponent).fill_(3),
         )
         with mock.patch.object(chunking, "_LEAST_CLASSES", 16):
             loss_step(features, weight, Margin(0.5), update=update, limit=workspace)
-        return weight, *state, *(() if compensation is None else (compensation,)), update.step, update.skipped
+        others = (one for one in (compensation, update.exponent) if one is not None)
+        return weight, *state, *others, update.step, update.skipped
 
     rate = torch.tensor(0.1)
     state = [torch.full_like(one, 0.25) for one in usual.state]
     compensation = [] if usual.compensation is None else [torch.full_like(usual.compensation, 1e-3)]
     return lambda: differing(run, given.features, given.prototypes, *state, *compensation)
+
+
+def _searches_of_float8() -> list[str]:
+    def run(features: Tensor, prototypes: Tensor, rows: Tensor) -> Sequence[Tensor]:
+        found = (functional.nearest_prototype(prototypes, chosen) for chosen in (None, rows))
+        return [*itertools.chain(*found), *functional.top_k(features, prototypes, 5)]
+
+    given = kernel_problem(37, 70, 19, dtypes=(torch.float16, FLOAT8))
+    return differing(run, given.features, given.prototypes, torch.tensor([3, 69, 0]))
 
 
 def _searches() -> list[str]:
@@ -247,11 +261,15 @@ def cases() -> dict[str, Callable[[], list[str]]]:
         "projecting product": _loss((single, single), sizes=(37, 70, 20), angular_margin=vector),
         "projecting product, several slabs": _loss((single, single), 1, (37, 70, 20), reduction="none"),
         "searches": _searches,
+        "searches of float8": _searches_of_float8,
         "by addresses": _without_copy_engine(_loss((half, half), 1, angular_margin=vector)),
         "searches by addresses": _without_copy_engine(_searches),
         "update in the product": _update("adamw", (single, "")),
         "update in the product, rounded, slabs": _update("nesterov", (torch.bfloat16, "stochastic"), workspace=1),
         "update in the projection": _update("adamw", (torch.bfloat16, "kahan"), (37, 70, 19)),
+        "float8": _loss((half, FLOAT8), angular_margin=vector),
+        "float8, several slabs": _loss((single, FLOAT8), 1, sizes=(37, 70, 20), angular_margin=vector),
+        "update of float8, slabs": _update("adamw", (FLOAT8, "stochastic"), (37, 70, 19), 1),
         "update of whole rows, slabs": _update("adagrad", (torch.bfloat16, "stochastic"), (37, 70, 19), 1),
         **{name: _faulty(name) for name in ("reads_beyond", "leaves_one_out", "needs_an_order")},
     }

@@ -36,6 +36,10 @@ CASES = (
     "update in the product, rounded, slabs",
     "update in the projection",
     "update of whole rows, slabs",
+    "float8",
+    "float8, several slabs",
+    "update of float8, slabs",
+    "searches of float8",
 )
 
 

@@ -24,7 +24,7 @@ from ltloss.testing import copied_prototypes, long_tail_counts, lowest_nearest, 
 
 pytestmark = pytest.mark.slow
 
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+F16, BF16, F32, F8 = torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn
 INTERPRETED = DEVICE == "cpu"
 COSINE = 5e-7  # a cosine is a float32 sum of some ten to a hundred products
 
@@ -43,7 +43,7 @@ def assert_nearest(given: torch.Tensor, rows: torch.Tensor | None = None) -> Non
 
 
 @pytest.mark.parametrize("c", [1, 2, 3, 16, 17, 33, 70])
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16, F8])
 def test_equals_dense_across_tile_edges(c: int, dtype: torch.dtype) -> None:
     assert_nearest(prototypes(c, dtype=dtype))
 
@@ -62,7 +62,7 @@ def test_one_column() -> None:
     assert not bool((found.index == torch.arange(21, device=DEVICE)).any())
 
 
-@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("dtype", [F32, F16, F8])
 def test_any_strides(dtype: torch.dtype) -> None:
     wide = prototypes(40, 48, dtype)
     for view in (wide[::2, 3:35:2], wide[:20, 1:17], wide[:, :20].t(), wide[3:4].expand(20, -1)):
@@ -74,9 +74,9 @@ def test_any_strides(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", [[0], [8, 0, 4, 4, 4, 36], [5, 5], [36], list(range(20, -1, -1)), []])
-@pytest.mark.parametrize("width", [16, 19])  # read in place, and copied
-def test_subsets_of_rows(rows: list[int], width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = prototypes(37, width)
+@pytest.mark.parametrize(("width", "dtype"), [(16, F32), (19, F32), (16, F8)])  # read in place, and copied
+def test_subsets_of_rows(rows: list[int], width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = prototypes(37, width, dtype)
     chosen = torch.tensor(rows, dtype=torch.int64, device=DEVICE)
     assert_nearest(given, chosen)
     monkeypatch.setattr(prototype_search, "MOST_ROWS", 4)
@@ -84,7 +84,7 @@ def test_subsets_of_rows(rows: list[int], width: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("c", [2, 3, 14, 40])
-@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("dtype", [F32, F16, F8])
 def test_lowest_of_many_ties(c: int, dtype: torch.dtype) -> None:
     given = signs(c)
     index, cosine = lowest_nearest(given)

@@ -19,7 +19,7 @@ from ltloss.testing import copied_prototypes, relative_error, signs, watching
 
 pytestmark = pytest.mark.slow
 
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+F16, BF16, F32, F8 = torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn
 COSINE = 5e-7  # a cosine is a float32 sum of some ten to a hundred products
 
 
@@ -31,7 +31,10 @@ def assert_best(features: torch.Tensor, prototypes: torch.Tensor, k: int) -> Non
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 16, 17, 70])
-@pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F16), (F16, F32), (BF16, F32), (F32, BF16), (BF16, BF16)])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(F32, F32), (F16, F16), (F16, F32), (BF16, F32), (F32, BF16), (BF16, BF16), (F32, F8), (F16, F8), (BF16, F8)],
+)
 def test_equals_dense(k: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """In mixed dtypes too nothing is rounded that was not rounded before."""
     given = kernel_problem(5, dtypes=dtypes)

@@ -32,18 +32,24 @@ __all__ = [
 
 _Given = TypeVar("_Given", Tensor, Tensor | None)
 _HALVES = (torch.float16, torch.bfloat16)
+_FLOAT8 = torch.float8_e4m3fn  # of prototypes; times a power of two its numbers are exact in every other dtype
 
 
 def product_dtype(features: torch.dtype, prototypes: torch.dtype) -> torch.dtype:
-    """The dtype of the matrix products: the features' half precision, or float32 if they are or the halves differ."""
-    return features if features in _HALVES and prototypes in (features, torch.float32) else torch.float32
+    """The dtype of the matrix products: the features' half precision, or float32 if they are or the halves differ.
+
+    Between prototypes in float8, whose scaled copies float16 holds exactly, it is that.
+    """
+    if features == prototypes == _FLOAT8:
+        return torch.float16
+    return features if features in _HALVES and prototypes in (features, torch.float32, _FLOAT8) else torch.float32
 
 
 def readable_in_place(matrix: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the rows of ``matrix`` (K, D) can be read as they are, for a product in ``dtype``."""
+    """Whether the rows of ``matrix`` (K, D) can be read as they are, for a product in ``dtype``; never in float8."""
     row_bytes = matrix.stride(0) * matrix.element_size()
     return (
-        matrix.dtype == dtype
+        matrix.dtype == dtype != _FLOAT8
         and matrix.stride(1) == 1
         and matrix.stride(0) >= matrix.shape[1]
         and row_bytes % 16 == 0

@@ -81,7 +81,7 @@ def prototype_gradient_kernel(
     if numbers_ptr is not None:
         update_rows(
             g, w, here, known, column, width, numbers_ptr, grad_prototypes_ptr, first_ptr, second_ptr,
-            compensation_ptr, seed, first_class, RULE, ROUNDING, CLIP,
+            compensation_ptr, None, seed, first_class, RULE, ROUNDING, CLIP,
         )  # fmt: skip
     else:
         store_block(
@@ -164,6 +164,7 @@ def projection_kernel(
     first_ptr,
     second_ptr,
     compensation_ptr,
+    exponent_ptr,
     # sizes
     samples,
     classes,
@@ -236,7 +237,7 @@ def projection_kernel(
             if numbers_ptr is not None:
                 update_rows(
                     g, w, rows, inside, 0, multiple(width, UNIT), numbers_ptr, grad_prototypes_ptr, first_ptr,
-                    second_ptr, compensation_ptr, seed, first_class, RULE, ROUNDING, CLIP,
+                    second_ptr, compensation_ptr, exponent_ptr, seed, first_class, RULE, ROUNDING, CLIP,
                 )  # fmt: skip
             else:
                 store_rows(grad_prototypes_ptr, g, rows, inside, width, UNIT)

@@ -1,4 +1,4 @@
-"""What an optimizer does to prototypes where their gradient is made: its rules, and rounding of float32 to bfloat16.
+"""What an optimizer does to prototypes where their gradient is made: its rules, and rounding of float32 to less.
 
 All arithmetic is float32, on tiles (R, columns) of whole or partial rows. The numbers of a step lie in a vector on
 the device, which :func:`update_numbers_kernel` writes: a CUDA graph replays with new ones, and a step whose gradients
@@ -118,16 +118,65 @@ def random_numbers(counter, seed, step, STREAM: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
-def cut_off(values, numbers):
-    """Float32 with the last 16 bits cut off, after ``numbers`` of 16 bits were added to them."""
-    cut = ((values.to(tl.int32, bitcast=True) + numbers) & -65536).to(tl.float32, bitcast=True)
+def cut_off(values, numbers, BITS: tl.constexpr = 16):
+    """Float32 with the last BITS bits cut off, after ``numbers`` of so many bits were added to them."""
+    cut = ((values.to(tl.int32, bitcast=True) + numbers) & -(1 << BITS)).to(tl.float32, bitcast=True)
     return tl.where(values == values, cut, values)  # a NaN would run over
 
 
 @triton.jit
-def nearest(values):
-    """Float32 rounded to the nearest that bfloat16 has, ties to even. (The interpreter's own cast cuts off.)"""
-    return cut_off(values, 0x7FFF + ((values.to(tl.int32, bitcast=True) >> 16) & 1))
+def nearest(values, BITS: tl.constexpr = 16):
+    """Float32 without the last BITS bits, to the nearest, ties to even. (The interpreter's own cast cuts off.)"""
+    return cut_off(values, (1 << (BITS - 1)) - 1 + ((values.to(tl.int32, bitcast=True) >> BITS) & 1), BITS)
+
+
+@triton.jit
+def with_sign_of(size, values):
+    """``size`` > 0 with the signs of ``values``."""
+    bits = size.to(tl.int32, bitcast=True) | (values.to(tl.int32, bitcast=True) & -2147483648)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded_to_float8(values, numbers):
+    """Float32 of at most 448 as float8 has it, stochastically: see ``ltloss.optim.rounding.round_stochastically``.
+
+    Below the smallest normal number, 2^-6, the unit is that of [2^-6, 2^-5): such values are moved there and back.
+    """
+    small = tl.full(values.shape, 2.0**-6, tl.float32)
+    moved = tl.where(tl.abs(values) < small, with_sign_of(small, values), 0.0)
+    return cut_off(values + moved, numbers * 16 + 8, 20) - moved
+
+
+@triton.jit
+def nearest_float8(values):
+    """Float32 of at most 448 rounded to the nearest that float8 has, ties to even.
+
+    Below 2^-6 that is a multiple of 2^-9, the unit of [2^14, 2^15): one addition rounds to it.
+    """
+    small = (tl.abs(values) + 16384.0) - 16384.0
+    return tl.where(tl.abs(values) < 2.0**-6, with_sign_of(small, values), nearest(values, 20))
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent for integers in [-126, 127], exactly."""
+    return ((exponent.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scaled_down(values, mask):
+    """The smallest exponents (R,) with max|row| < 448·2^exponent, and rows (R, D) times 2^-exponent.
+
+    Exponents from -126 on; 0 for a row that vanishes even so. A row with an infinity or a NaN becomes NaN.
+    """
+    size = tl.where(values == values, tl.abs(values), float("inf"))
+    largest = tl.max(tl.where(mask, size, 0.0), 1)
+    ratio = tl.div_rn(largest, tl.full(largest.shape, 448.0, tl.float32))
+    usual = (ratio > 0.0) & (ratio < float("inf"))
+    exponent = tl.where(usual, (ratio.to(tl.int32, bitcast=True) >> 23) - 126, 0)
+    factor = tl.where(largest == float("inf"), float("nan"), power_of_two(-exponent))
+    return exponent, values * factor[:, None]
 
 
 @triton.jit
@@ -138,6 +187,11 @@ def keep(pointers, values, mask, counter, seed, step, STREAM: tl.constexpr, ROUN
             values = cut_off(values, random_numbers(counter, seed, step, STREAM, values.shape[1]))
         else:
             values = nearest(values)
+    elif pointers.dtype.element_ty == tl.float8e4nv:
+        if ROUNDING == "stochastic":
+            values = rounded_to_float8(values, random_numbers(counter, seed, step, STREAM, values.shape[1]))
+        else:
+            values = nearest_float8(values)
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
@@ -202,6 +256,7 @@ def update_rows(
     first_ptr,
     second_ptr,
     compensation_ptr,
+    exponent_ptr,
     seed,
     first_class,
     RULE: tl.constexpr,
@@ -212,8 +267,9 @@ def update_rows(
 
     rows (R,): of the slab whose first class is ``first_class``; columns from ``column`` on, a multiple of 16.
     weight, first, second (width of a row apart) and compensation: the slab as it is kept, its state and what the
-    rounding cut off, or None; first is (classes,) for "adagrad". For "adagrad" and CLIP rows are whole.
-    ROUNDING of bfloat16: "stochastic", "nearest", or "kahan", where the state is rounded stochastically.
+    rounding cut off, or None; first is (classes,) for "adagrad". exponent (classes,) int8 of a float8 weight, or None:
+    g and w are without it. For "adagrad", CLIP and float8 rows are whole.
+    ROUNDING of bfloat16 and float8: "stochastic", "nearest", or "kahan", where the state is rounded stochastically.
     """
     COLUMNS: tl.constexpr = g.shape[1]
     KEPT: tl.constexpr = "nearest" if ROUNDING == "nearest" else "stochastic"
@@ -224,6 +280,10 @@ def update_rows(
     step = tl.load(numbers_ptr + 1).to(tl.int64)
     classes = rows.to(tl.int64) + first_class
     counter = 1 + classes * tl.cdiv(width, 16) + column // 16
+    if exponent_ptr is not None:
+        exponent = tl.load(exponent_ptr + rows, mask=inside, other=0).to(tl.int32)
+        g *= power_of_two(-exponent)[:, None]
+        w *= power_of_two(exponent)[:, None]
     g *= tl.load(numbers_ptr + 2)
     if CLIP:
         norm = tl.sqrt(tl.sum(g * g, 1))
@@ -242,4 +302,7 @@ def update_rows(
         keep(compensation_ptr + at, w - kept, mask, counter, seed, step, 0, "nearest")
         keep(weight_ptr + at, kept, mask, counter, seed, step, 0, "nearest")
     else:
+        if exponent_ptr is not None:
+            exponent, w = scaled_down(w, mask)
+            tl.store(exponent_ptr + rows, exponent.to(tl.int8), mask=inside)
         keep(weight_ptr + at, w, mask, counter, seed, step, 0, KEPT)
