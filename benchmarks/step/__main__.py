@@ -114,7 +114,7 @@ def main() -> None:
     for measure in (
         lambda: whole_step(SHAPE, list(errors), rounds, steps, idle),
         lambda: over_classes([Shape(SHAPE.n, classes, SHAPE.d) for classes in OVER_CLASSES], rounds, steps, idle),
-        lambda: many_classes(LINEAR, rounds, max(3, steps // 2), idle),
+        lambda: many_classes(LINEAR, max(1, rounds // 2), max(3, steps // 2), idle),
     ):
         measured = [{**common, **entry, "relative_error": errors[entry["optimizer"]]} for entry in measure()]
         _show(measured)
