@@ -134,11 +134,18 @@ class Moved(NamedTuple):
 
 
 def step(
-    n: int, c: int, d: int, x: torch.dtype = torch.bfloat16, w: torch.dtype = torch.bfloat16, rule: str | None = None
+    n: int,
+    c: int,
+    d: int,
+    x: torch.dtype = torch.bfloat16,
+    w: torch.dtype = torch.bfloat16,
+    rule: str | None = None,
+    keep: bool = False,
 ) -> tuple[Moved, Moved]:
     """Forward and backward of (n, c, d) with features of dtype ``x`` and prototypes of ``w``; no memory is touched.
 
-    ``rule``: of an update with float32 state in the backward, instead of the gradient of the prototypes.
+    ``rule``: of an update with float32 state in the backward, instead of the gradient of the prototypes;
+    ``keep``: exponentials, which are no part of the least.
     """
     features, prototypes = torch.empty(n, d, dtype=x), torch.empty(c, d, dtype=w)
     update = None if rule is None else prototype_update(rule, prototypes)
@@ -150,7 +157,7 @@ def step(
         counted.append(traffic.moved - sum(counted))
 
     with _taken_down(traffic):
-        loss_step(features, prototypes, Margin(0.5), between=count, update=update)
+        loss_step(features, prototypes, Margin(0.5), between=count, update=update, keep=keep)
         count()
     least = features.nbytes + prototypes.nbytes + n * torch.int64.itemsize
     state = 0 if update is None else sum(one.nbytes for one in update.state)
@@ -190,6 +197,11 @@ def main() -> int:
                     f"{str(w)[6:]:10} {n:5}  {name:10} {forward.bytes / 1e9:10.2f} {forward.ratio:8.2f} "
                     f"{backward.bytes / 1e9:10.2f} {backward.ratio:8.2f}"
                 )
+    print("\nexponentials kept (GB; C = 1,000,000, D = 512, bfloat16 prototypes)")
+    print("    N   forward    kept   backward    kept")
+    for n in (256, 512, 4096):
+        pairs = zip(*(step(n, 10**6, 512, keep=keep) for keep in (False, True)), strict=True)
+        print(f"{n:5}" + "".join(f"{usual.bytes / 1e9:10.2f} {kept.bytes / 1e9:7.2f}" for usual, kept in pairs))
     print("\nthe whole step, prototypes moved in the backward, float32 state, in a graph (N = 256)")
     print("prototypes  rule       GB   x least")
     for w, rule in itertools.product((torch.bfloat16, torch.float32), ("sgd", "adamw")):

@@ -128,7 +128,8 @@ class use_workspace(AbstractContextManager["use_workspace"]):
             2·N·C bytes on a rank of N rows and C classes. The backward reads them instead of multiplying for the
             logits again: a step takes 3 products of N·C·D instead of 4. The loss keeps its bits. The gradient of every
             logit but the target's is rounded, to 2^-8 of itself. Nothing is kept, and gradients keep their bits, where
-            it does not fit into ``limit``, in float64, and in the kernels. When it pays: docs/performance.md.
+            it does not fit into ``limit``, and in float64. What is kept and the backward's slabs, which the kernels
+            hold beside it, are each within ``limit``. When it pays: docs/performance.md.
 
     The environment variable ``LTLOSS_WORKSPACE_MIB`` sets the initial limit, 256 without it. Global to the process.
 

@@ -26,6 +26,8 @@ DOCUMENTED = (
     "cosine_logsumexp fp16, fixed",
     "gradient_tile bf16, fixed",
     "gradient_tile fp16, fixed",
+    "cosine_logsumexp bf16, fixed, kept",
+    "gradient_tile bf16, fixed, kept",
     "prototype_gradient bf16, N = 300, adamw",
     "projection bf16, adamw",
     "nearest_prototype bf16, all",

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -137,19 +138,22 @@ def loss_step(
     *,
     between: Callable[[], None] = lambda: None,
     update: Any = None,
+    keep: bool = False,
     limit: int = _BYTES,
     **options: Any,
 ) -> None:
     """Forward and backward of a margin loss by the entry points of the kernels; ``between`` is called between them.
 
-    ``update``: a ``PrototypeUpdate`` instead of the gradient of the prototypes; ``limit``: bytes of workspace.
+    ``update``: a ``PrototypeUpdate`` instead of the gradient of the prototypes; ``keep``: the exponentials, for the
+    backward; ``limit``: bytes of workspace.
     """
     import ltloss_kernels as kernels
 
     labels = torch.arange(len(features))
     objective = Objective(margin, **{"scale": 64.0, **options})
     given, smooth = (features, prototypes, labels, objective.log_prior), objective.label_smoothing > 0.0
-    partials = kernels.partials(*given, objective.scale, objective.normalize_features, smooth, -100)
+    kept = kernels.new_exponentials(features, prototypes) if keep else None
+    partials = kernels.partials(*given, objective.scale, objective.normalize_features, smooth, -100, kept)
     loss, coefficients, *rest = kernels.margin_loss(partials, labels, objective, len(prototypes))
     between()
     kernels.gradients(
@@ -164,6 +168,7 @@ def loss_step(
         -100,
         (True, update is None and prototypes.dtype != FLOAT8),
         update=update,
+        kept=kept,
         limit=lambda: limit,
     )
 
@@ -278,6 +283,29 @@ def _losses(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tuple[
         yield name, lambda margin=margin, options=options: loss_step(features, prototypes, margin, **options)  # type: ignore[misc]
 
 
+def _kept() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Exponentials kept: relative to a fixed shift, and with a running maximum and all that takes registers besides."""
+    from ltloss_kernels.config.precision import float32_products
+
+    half, single = torch.bfloat16, torch.float32
+    largest = {"log_prior": torch.linspace(0.1, 0.5, _CLASSES), "label_smoothing": 0.1}
+    for samples in (_SAMPLES, *_FEW_SAMPLES):
+        size = f", N = {samples}" * (samples != _SAMPLES)
+        step = partial(loss_step, *_matrices(samples, _WIDTH, half, half), Margin(0.5), keep=True)
+        yield f"bf16, fixed, kept{size}", step
+        yield f"bf16, everything, kept{size}", partial(step, **largest)
+    step = partial(loss_step, *_matrices(_SAMPLES, _NARROW, half, half), Margin(0.5), keep=True)
+    yield f"bf16, fixed, kept, D = {_NARROW}", step
+    for label, dtype, precision in (
+        ("fp16", torch.float16, "highest"),
+        ("fp32", single, "highest"),
+        ("tf32", single, "high"),
+    ):
+        with float32_products(precision):
+            step = partial(loss_step, *_matrices(_SAMPLES, _WIDTH, dtype, dtype), Margin(0.5), keep=True)
+            yield f"{label}, everything, kept", partial(step, **largest)
+
+
 def _matrices(samples: int, width: int, left: torch.dtype, right: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(samples, width, dtype=left), torch.ones(_CLASSES, width, dtype=right)
 
@@ -339,8 +367,8 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
         loss_step(features, prototypes, Margin(0.5))
         for _, launch in _searches(features, prototypes):
             launch()
-        for updated, launch in _updates(arch):
-            scenario = updated
+        for label, launch in itertools.chain(_kept(), _updates(arch)):
+            scenario = label
             launch()
     return list(cases.values())
 

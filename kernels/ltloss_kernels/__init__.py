@@ -11,21 +11,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ltloss_kernels.cosine_logsumexp import Partials, logsumexp, of_ranks, partials
     from ltloss_kernels.cosine_logsumexp_gradients import gradients
+    from ltloss_kernels.exponentials import Exponentials, exponentials_bytes, new_exponentials
     from ltloss_kernels.margin_loss import coefficients, margin_loss
     from ltloss_kernels.prototype_search import nearest_prototype, nearest_prototype_gradient, top_k
     from ltloss_kernels.prototype_update import PrototypeUpdate
     from ltloss_kernels.running import interpreting
 
 __all__ = [
+    "Exponentials",
     "Partials",
     "PrototypeUpdate",
     "coefficients",
+    "exponentials_bytes",
     "gradients",
     "interpreting",
     "logsumexp",
     "margin_loss",
     "nearest_prototype",
     "nearest_prototype_gradient",
+    "new_exponentials",
     "of_ranks",
     "partials",
     "top_k",
@@ -34,6 +38,7 @@ __all__ = [
 _FILES = (
     "cosine_logsumexp",
     "cosine_logsumexp_gradients",
+    "exponentials",
     "margin_loss",
     "prototype_search",
     "prototype_update",

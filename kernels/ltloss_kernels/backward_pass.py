@@ -21,9 +21,10 @@ from ltloss_kernels.config.operands import (
     readable_in_place,
 )
 from ltloss_kernels.config.precision import product_precision
-from ltloss_kernels.cosine_logsumexp import LOG2E
+from ltloss_kernels.cosine_logsumexp import LOG2E, fixed_shift
 from ltloss_kernels.device.logsumexp_backward import gradient_tile_kernel, sample_gradient_kernel
 from ltloss_kernels.device.projection import projection_kernel, prototype_gradient_kernel
+from ltloss_kernels.exponentials import Exponentials
 from ltloss_kernels.launching import Launches, layout
 from ltloss_kernels.prototype_update import NO_UPDATE, PrototypeUpdate, Updating
 from ltloss_kernels.running import recording
@@ -69,6 +70,8 @@ class BackwardPass:
         self.arch = tiles.architecture(features.device)
         self.tile = tiles.gradient_tile(self.arch, self.dtype, self.precision, *features.shape)
         self.described = tiles.has_copy_engine(self.arch)
+        self.kept: Exponentials | None = None
+        self.kept_shift: float | None = None
 
     def take(
         self,
@@ -86,6 +89,16 @@ class BackwardPass:
         float16_slab = self.dtype == torch.float16  # then it is multiplied by a power of two, see slab_scale
         self.max_coefficient = max_coefficient if float16_slab else None
         self.max_upstream = (upstream.abs().amax() if upstream.dim() else upstream) if float16_slab else None
+
+    def take_kept(self, kept: Exponentials) -> None:
+        """Make the tiles from these exponentials. No tile may reach over two of the forward: they differ in shifts."""
+        self.kept, self.fold = kept, False
+        if self.feature_copy == "unit" and self.prior is None:
+            shift = fixed_shift(self.scale, self.prototypes.shape[0])
+            self.kept_shift = None if shift is None else shift * LOG2E
+        self.tile = tiles.of_kept(self.tile, self.dtype)
+        if self.kept_shift is None and len(kept.shifts) > 1:
+            self.tile = self.tile._replace(classes=min(self.tile.classes, kept.tile_classes))
 
     def allocate(
         self,
@@ -142,7 +155,7 @@ class BackwardPass:
         self.launch = Launches(
             "gradients",
             layout(features, self.prototypes, self.labels, self.prior, self.coefficients, self.class_scale),
-            layout(self.upstream, self.inverse_weight_sum, self.max_coefficient, self.max_upstream),
+            layout(self.upstream, self.inverse_weight_sum, self.max_coefficient, self.max_upstream, *(self.kept or ())),
             (self.feature_copy, self.smooth, self.ignore_index, need_features, need_prototypes),
             (self.tile, self.precision, self.plan, None if update is None else update.key),
         )
@@ -150,8 +163,11 @@ class BackwardPass:
         self.updating.launch_numbers(self.launch)
 
     def _tile_for_prototypes(self, update: PrototypeUpdate | None) -> tiles.Tile | None:
-        """Of the product that ends in what becomes of the prototypes; None where the library's does not."""
-        if not self.in_place or (update is not None and update.needs_rows):
+        """Of the product that ends in what becomes of the prototypes; None where the library's does not.
+
+        Its projection needs the products of a tile, which kept exponentials are there to save.
+        """
+        if not self.in_place or self.kept is not None or (update is not None and update.needs_rows):
             return None
         samples, updated = self.features.shape[0], update is not None
         return tiles.prototype_gradient_tile(self.arch, self.dtype, self.precision, samples, updated)
@@ -221,14 +237,18 @@ class BackwardPass:
         slab_part = part(part(self._slab, slice(0, len(features))), slice(0, len(prototypes)), 1)
         tile, (samples, classes) = self.tile, slab_part.shape
         class_tiles = ceil_div(classes, tile.classes)
+        kept = None if self.kept is None else self.kept.rows(rows)
+        shifts = None if kept is None or self.kept_shift is not None else kept.shifts
         self.launch(gradient_tile_kernel, (ceil_div(samples, tile.rows) * class_tiles,))(
             # inputs
-            block_source(features, tile.rows, tile.depth, self.described),
-            block_source(prototypes, tile.classes, tile.depth, self.described),
+            None if kept else block_source(features, tile.rows, tile.depth, self.described),
+            None if kept else block_source(prototypes, tile.classes, tile.depth, self.described),
             slab.factor,
-            part(self.prior, here),
+            None if kept else part(self.prior, here),
             label,
             sample_gradients,
+            block_source(kept.values, tile.rows, tile.classes, self.described) if kept else None,
+            shifts,
             # outputs
             block_source(slab_part, tile.rows, tile.classes, self.described),
             self.along,
@@ -242,12 +262,16 @@ class BackwardPass:
             features.stride(0),
             prototypes.stride(0),
             slab_part.stride(0),
+            kept.values.stride(0) if kept else None,
+            None if shifts is None else shifts.stride(0),
+            self.kept_shift,
             # constants
             DESCRIBED=self.described,
             SMOOTH=self.smooth,
             FOLD=self.fold,
-            PRECISION=self.precision,
+            PRECISION=None if kept else self.precision,
             GROUP=_GROUP,
+            KEPT_CLASSES=None if shifts is None or self.kept is None else self.kept.tile_classes,
             **tile.constants,
         )
         return slab_part

@@ -14,6 +14,7 @@ from ltloss_kernels.config.operands import block_source, padded_matrix, part, pr
 from ltloss_kernels.config.precision import product_precision
 from ltloss_kernels.device import elementary
 from ltloss_kernels.device.logsumexp_forward import cosine_logsumexp_kernel, sample_kernel
+from ltloss_kernels.exponentials import Exponentials
 from ltloss_kernels.launching import Launches, layout
 from ltloss_kernels.row_norms import row_norms
 from ltloss_kernels.running import on_device, widened
@@ -73,6 +74,7 @@ def partials(
     normalize_features: bool,
     with_logit_sum: bool,
     ignore_index: int | None,
+    kept: Exponentials | None = None,
 ) -> Partials:
     """One pass of features over prototypes: l_c = s·cos_c + log_prior_c, summed over all classes but the target.
 
@@ -85,6 +87,7 @@ def partials(
         with_logit_sum: also sum the logits of all classes.
         ignore_index: the label of samples that do not count; the target cosine of any other label outside [0, C) is
             NaN. With None such a label means that there is no target here, and its cosine is 0.
+        kept: of ``new_exponentials``, is filled for ``gradients``.
     """
     if features.shape[0] == 0:
         return _of_no_samples(features, prototypes, normalize_features, with_logit_sum)
@@ -98,6 +101,7 @@ def partials(
             normalize_features,
             with_logit_sum,
             ignore_index,
+            kept,
         )
         for start in range(0, features.shape[0], run.plan.rows):
             chunk = run.chunk(start)
@@ -161,9 +165,10 @@ class ForwardPass:
         normalize: bool,
         with_logit_sum: bool,
         ignore_index: int | None,
+        kept: Exponentials | None = None,
     ) -> None:
         self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
-        self.normalize, self.ignore_index = normalize, ignore_index
+        self.normalize, self.ignore_index, self.kept = normalize, ignore_index, kept
         samples, (classes, width), device = features.shape[0], prototypes.shape, features.device
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
         arch = tiles.architecture(device)
@@ -176,6 +181,8 @@ class ForwardPass:
         self.in_place = self.norms_in_tiles or readable_in_place(prototypes, self.dtype)
         if self.norms_in_tiles and read_as != self.dtype:  # as many bytes of a row at a time
             self.tile = self.tile._replace(depth=self.tile.depth // 2)
+        if kept is not None:
+            self.tile = tiles.keeping(arch, self.tile)
         self.row_block_stays = tiles.row_block_stays(arch, self.tile, width)
         self.plan = forward_plan(
             samples,
@@ -189,7 +196,7 @@ class ForwardPass:
         )
         self.launch = Launches(
             "partials",
-            layout(features, prototypes, labels, prior),
+            layout(features, prototypes, labels, prior, *(kept or ())),
             (scale, normalize, with_logit_sum, ignore_index),
             (self.tile, self.precision, self.plan),
         )
@@ -293,6 +300,7 @@ class ForwardPass:
         tile, splits, partials, rows = self.tile, self.plan.splits, self.result, chunk.rows
         features = part(self.features, rows) if chunk.copy is None else chunk.copy
         prototypes = slab.prototypes if slab.copy is None else slab.copy
+        kept = None if self.kept is None else self.kept.rows(rows)
         (count, width), slab_tiles = features.shape, ceil_div(prototypes.shape[0], self.tile.classes)
         self.launch(cosine_logsumexp_kernel, (ceil_div(count, tile.rows), splits))(
             # inputs
@@ -306,6 +314,8 @@ class ForwardPass:
             part(partials.sum, rows, 1),
             part(partials.max, rows, 1),
             part(partials.logit_sum, rows, 1),
+            None if kept is None else block_source(kept.values, tile.rows, tile.classes, self.described),
+            None if kept is None or partials.max is None else kept.shifts,
             # sizes
             count,
             self.prototypes.shape[0],
@@ -319,6 +329,7 @@ class ForwardPass:
             features.stride(0),
             prototypes.stride(0),
             partials.sum.stride(0),
+            None if kept is None else kept.values.stride(0),
             partials.shift,
             self.factor_scale,
             # constants

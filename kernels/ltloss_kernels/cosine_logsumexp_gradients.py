@@ -10,6 +10,7 @@ from torch import Tensor
 from ltloss_kernels.backward_pass import BackwardPass
 from ltloss_kernels.config.operands import part, vector
 from ltloss_kernels.cosine_logsumexp import LOG2E
+from ltloss_kernels.exponentials import Exponentials
 from ltloss_kernels.prototype_update import PrototypeUpdate
 from ltloss_kernels.row_norms import row_norms
 from ltloss_kernels.running import on_device, widened
@@ -34,6 +35,7 @@ def gradients(
     needs: Sequence[bool],
     take: Callable[[int, int, Tensor], None] | None = None,
     update: PrototypeUpdate | None = None,
+    kept: Exponentials | None = None,
     *,
     limit: Callable[[], int],
 ) -> tuple[Tensor, Tensor]:
@@ -52,6 +54,7 @@ def gradients(
         take: gets the gradients (stop - start, D) float32 of the prototypes [start, stop), slab by slab, in memory that
             the next slab takes again; after it was called the prototypes of the slab may have changed.
         update: moves the prototypes where their gradients are made, instead of ``take``; there must be samples.
+        kept: what ``partials`` kept; then the logits are not computed again, and a fixed shift is that of the forward.
         limit: says how many bytes of memory may be taken beside the gradients, see ``backward_plan``.
 
     Returns:
@@ -65,6 +68,8 @@ def gradients(
             widened(features), widened(prototypes), labels, vector(log_prior), scale, normalize_features, ignore_index
         )
         run.take(grad_loss, coefficients, class_scale, inverse_weight_sum, max_coefficient, smooth)
+        if kept is not None:
+            run.take_kept(kept)
         run.allocate(needs[0], needs[1], limit(), take is not None, update)
         run.launch_samples()
         for slab in run.slabs():

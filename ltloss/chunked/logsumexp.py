@@ -22,6 +22,7 @@ from ltloss.margins import Objective
 from ltloss.numerics import compute_dtype, inverse_norm, project_, spans
 
 __all__ = [
+    "Exponentials",
     "coefficients",
     "exponentials_bytes",
     "gradients",

@@ -233,6 +233,10 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     narrow = kept.format("prototypes", "bfloat16 or float8_e4m3fn")
     plan.add_argument("--prototype-dtype", default="float32", help=narrow)
     plan.add_argument("--state-dtype", default="float32", help=kept.format("optimizer's state", "bfloat16"))
+    exponentials = (
+        "keep the exponentials of the forward for the backward, as use_workspace(keep_exponentials=True) does"
+    )
+    plan.add_argument("--keep-exponentials", action="store_true", help=exponentials)
     fraction = "fraction of the classes (default: 1)"
     plan.add_argument("--sample-rate", type=float, default=1.0, metavar="X", help=fraction)
     plan.add_argument("--json", action="store_true", help="for machine reading")

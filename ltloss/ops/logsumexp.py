@@ -16,7 +16,6 @@ from torch import Tensor
 from ltloss import reference
 from ltloss._types import Partials, TakeGradient
 from ltloss.chunked import logsumexp as chunked
-from ltloss.chunked.tiles import Exponentials
 from ltloss.margins import Objective
 from ltloss.numerics import compute_dtype, spans
 from ltloss.ops._dispatch import Kernel, choose_backend, define, no_gradient
@@ -78,13 +77,25 @@ def _fake_stats(
     return tuple(like.new_empty(length) for length in lengths)
 
 
-def fake_keeping(fake: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """The fake of an operator that returns :data:`KEPT` besides."""
+def define_keeping(
+    schema: str,
+    fake: Callable[..., tuple[Tensor, ...]],
+    make: Callable[[Callable[[], Any], bool], Callable[..., Any]],
+) -> dict[str, Any]:
+    """An operator that returns :data:`KEPT` besides, of which each backend has its own form.
 
-    def run(features: Tensor, prototypes: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        return (*fake(features, prototypes, *rest), *chunked.new_exponentials(features, prototypes, fake=True))
+    ``make(backend, True)`` is its implementation, ``fake`` that of the operator which keeps nothing.
+    """
 
-    return run
+    def of(backend: Callable[[], Any]) -> Callable[..., tuple[Tensor, ...]]:
+        def run(features: Tensor, prototypes: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+            return (*fake(features, prototypes, *rest), *backend().new_exponentials(features, prototypes, fake=True))
+
+        return run
+
+    return {
+        name: define(schema, of(backend), **{name: make(backend, True)})[name] for name, backend in BACKENDS.items()
+    }
 
 
 KEPT = "Tensor exponentials, Tensor shifts"
@@ -98,11 +109,7 @@ STATS = define(
     _fake_stats,
     **{name: _stats(backend) for name, backend in BACKENDS.items()},
 )
-_KEEPING_STATS = define(
-    f"logsumexp_stats_keeping{_STATS_OF} -> ({_STATS}, {KEPT})",
-    fake_keeping(_fake_stats),
-    torch=_stats(BACKENDS["torch"], keep=True),
-)
+_KEEPING_STATS = define_keeping(f"logsumexp_stats_keeping{_STATS_OF} -> ({_STATS}, {KEPT})", _fake_stats, _stats)
 
 
 def _fake_gradients(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -113,8 +120,18 @@ def _fake_gradients(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *re
     )
 
 
-def _kept_gradients(exponentials: Tensor, shifts: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    return functools.partial(chunked.gradients, kept=Exponentials(exponentials, shifts))(*given)
+# What the gradients of a backend are given besides, that no schema lists.
+_OPTIONS: dict[str, dict[str, Any]] = {"torch": {}, "triton": {"limit": current_workspace}}
+
+
+def _kept_gradients(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(exponentials: Tensor, shifts: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+        implementation = BACKENDS[backend]()
+        kept = implementation.Exponentials(exponentials, shifts)
+        found: tuple[Tensor, Tensor] = implementation.gradients(*given, kept=kept, **_OPTIONS[backend])
+        return found
+
+    return run
 
 
 _GRADIENTS_OF = (
@@ -126,12 +143,12 @@ _GRADIENTS = define(
     f"logsumexp_gradients({_GRADIENTS_OF}) -> (Tensor features, Tensor prototypes)",
     _fake_gradients,
     torch=chunked.gradients,
-    triton=Kernel("gradients", {"limit": current_workspace}),
+    triton=Kernel("gradients", _OPTIONS["triton"]),
 )
 _KEPT_GRADIENTS = define(
     f"logsumexp_gradients_of_kept({KEPT}, {_GRADIENTS_OF}) -> (Tensor features, Tensor prototypes)",
     lambda exponentials, shifts, *given: _fake_gradients(*given),
-    torch=_kept_gradients,
+    **{name: _kept_gradients(name) for name in BACKENDS},
 )
 no_gradient(_GRADIENTS)
 no_gradient(_KEPT_GRADIENTS)
@@ -151,10 +168,9 @@ def may_keep() -> bool:
 def keeps(ctx: Any, features: Tensor, prototypes: Tensor, backend: str) -> bool:
     """Whether a step that may does keep its exponentials for the backward: there is one, and they fit."""
     return (
-        backend == "torch"
-        and any(ctx.needs_input_grad)
+        any(ctx.needs_input_grad)
         and compute_dtype(features, prototypes) == torch.float32
-        and 0 < chunked.exponentials_bytes(features, prototypes) <= current_workspace()
+        and 0 < BACKENDS[backend]().exponentials_bytes(features, prototypes) <= current_workspace()
     )
 
 
@@ -237,7 +253,7 @@ def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = No
         if take is not None:
             gradients = _updating(ctx.backend, take, kept)
         else:
-            gradients = functools.partial(_KEPT_GRADIENTS["torch"], *kept) if kept else _GRADIENTS[ctx.backend]
+            gradients = functools.partial(_KEPT_GRADIENTS[ctx.backend], *kept) if kept else _GRADIENTS[ctx.backend]
         grad_features, grad_prototypes = gradients(
             grad_loss, features, prototypes, labels, prior, coefficients, *rest, *ctx.options, needs
         )
@@ -264,13 +280,11 @@ def _updating(
             for start, stop in spans(prototypes.shape[0], _SLAB_WITHOUT_SAMPLES):
                 take(start, stop, torch.zeros_like(prototypes[start:stop], dtype=dtype))
             return torch.zeros_like(features), prototypes
-        options: dict[str, Any] = {"take": take} if callable(take) else {"update": take}
+        options: dict[str, Any] = {"take" if callable(take) else "update": take, **_OPTIONS[backend]}
+        implementation = BACKENDS[backend]()
         if kept:
-            options["kept"] = Exponentials(*kept)
-        if backend == "triton":
-            options["limit"] = current_workspace
+            options["kept"] = implementation.Exponentials(*kept)
         with torch.autocast(features.device.type, enabled=False):
-            implementation = BACKENDS[backend]()
             found: tuple[Tensor, Tensor] = implementation.gradients(grad_loss, features, prototypes, *rest, **options)
         return found
 

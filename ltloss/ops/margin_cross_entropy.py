@@ -24,7 +24,7 @@ from ltloss.ops.logsumexp import (
     LocalWork,
     Shard,
     Update,
-    fake_keeping,
+    define_keeping,
     gathered_stats,
     keeps,
     propagate,
@@ -102,10 +102,8 @@ OPERATORS = {
         _fake_forward,
         **{name: _forward(backend) for name, backend in BACKENDS.items()},
     ),
-    "margin_cross_entropy_keeping": define(
-        f"margin_cross_entropy_keeping{_WHOLE}, {KEPT})",
-        fake_keeping(_fake_forward),
-        torch=_forward(BACKENDS["torch"], keep=True),
+    "margin_cross_entropy_keeping": define_keeping(
+        f"margin_cross_entropy_keeping{_WHOLE}, {KEPT})", _fake_forward, _forward
     ),
     "margin_loss": define(
         "margin_loss(Tensor logsumexp, Tensor logit_sum, Tensor target_cosine, Tensor norm, Tensor labels, "

@@ -27,6 +27,7 @@ KEPT_WIDTHS = {  # of prototypes and state
 # What an optimizer keeps: tensors of the prototypes' shape, and numbers of each class.
 OPTIMIZERS = {"sgd": (1, 0), "adamw": (2, 0), "adagrad": (0, 1)}
 WORKSPACE = 256 << 20  # of the backward
+TILE_CLASSES = 128  # that share a shift of the kept exponentials, in the kernels
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class HeadConfig:
     fused_update: bool = False  # an optimizer of ltloss.optim instead of torch.optim
     prototype_dtype: str = "float32"
     state_dtype: str = "float32"
+    keep_exponentials: bool = False  # see ltloss.use_workspace
 
     def __post_init__(self) -> None:
         for name in ("classes", "embedding_size", "batch", "gpus", "data"):
@@ -226,7 +228,15 @@ def _memory(p: HeadConfig) -> dict[str, float]:
         "gathered batch and its gradient": p.batch * p.embedding_size * (3.0 * width + 4.0)
         + 16.0 * p.batch * p.gpus / p.data,
         "workspace of the backward": float(WORKSPACE),
+        "kept exponentials": _kept(p),
     }
+
+
+def _kept(p: HeadConfig) -> float:
+    """Bytes of the exponentials between forward and backward: two each, and a shift for every row and class tile."""
+    if not p.keep_exponentials:
+        return 0.0
+    return p.batch / p.data * (2.0 * p.used_classes + 4.0 * math.ceil(p.used_classes / TILE_CLASSES))
 
 
 def _buffers(p: HeadConfig, *, centres: bool) -> float:
@@ -297,10 +307,16 @@ def _seconds(p: HeadConfig, device: Device) -> dict[str, float]:
     rounds = max(0, (p.gpus - 1).bit_length())
     return {
         "forward pass": crowd * products / (device.product * device.forward_share),
-        "backward pass": crowd * 3.0 * products / (device.product * device.backward_share),
+        "backward pass": crowd * _backward_products(p) * products / (device.product * device.backward_share)
+        + crowd * 2.0 * _kept(p) / device.copy,  # written by the forward, and read
         "optimizer": crowd * _touched(p) / device.copy,
         "messages": turns * (sum(_wire(p).values()) / rate + messages * rounds * device.latency),
     }
+
+
+def _backward_products(p: HeadConfig) -> float:
+    """Of 2·N·C·D operations each: for the logits again unless their exponentials are kept, and for both gradients."""
+    return 2.0 if p.keep_exponentials else 3.0
 
 
 def _touched(p: HeadConfig) -> float:
@@ -326,6 +342,7 @@ def _advice(p: HeadConfig, device: Device) -> tuple[str, ...]:
     changes = [
         (p.data > 1, replace(p, data=1), "--data 1 would fit: all devices share the classes instead of repeating them"),
         (p.optimizer == "adamw", replace(p, optimizer="sgd"), "--optimizer sgd would fit: one state instead of two"),
+        (p.keep_exponentials, replace(p, keep_exponentials=False), "without --keep-exponentials it would fit"),
         (True, replace(p, fused_update=True), "--fused-update would fit: no gradient of the prototypes in memory"),
     ]
     if p.fused_update:

@@ -89,6 +89,18 @@ def test_few_samples_read_a_million_prototypes_once(
     assert graph[1].ratio < few[1].ratio <= 1.001 * many[1].ratio  # where memory begins moves a line or two
 
 
+def test_kept_exponentials_move_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For many samples nothing else changes but that the backward reads prototypes once less."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    n, c, d = 1024, 10**5, 512
+    given = (n, c, d, torch.bfloat16, torch.bfloat16, None)
+    with fresh_processes(1) as pool:
+        usual, kept = list(pool.map(step, *([one] * 2 for one in given), (False, True)))
+    exponentials = 2 * n * c
+    assert kept[0].bytes - usual[0].bytes == pytest.approx(exponentials, rel=0.05)  # and shifts
+    assert 0.0 < kept[1].bytes - usual[1].bytes <= 1.05 * exponentials
+
+
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 @pytest.mark.parametrize("prototypes", [torch.bfloat16, torch.float32])
 def test_a_step_that_moves_a_million_prototypes_moves_little_else(

@@ -145,6 +145,7 @@ def _loss(
     workspace: int = 256 << 20,
     sizes: tuple[int, int, int] = (37, 70, 19),
     precision: str = "highest",
+    keep: bool = False,
     **options: Any,
 ) -> Callable[[], list[str]]:
     """Forward and backward; vectors among the options lie in guarded memory too."""
@@ -153,7 +154,7 @@ def _loss(
     def run(features: Tensor, prototypes: Tensor, labels: Tensor, *vectors: Tensor) -> Sequence[Tensor]:
         leaves = [one.requires_grad_() for one in (features, prototypes) if one.dtype != FLOAT8]
         with (
-            ltloss.use_workspace(workspace),
+            ltloss.use_workspace(workspace, keep_exponentials=keep),
             float32_products(precision),
             mock.patch.object(chunking, "_LEAST_CLASSES", 16),
         ):
@@ -260,6 +261,10 @@ def cases() -> dict[str, Callable[[], list[str]]]:
         "lengths in tiles, float16": _loss((half, half), sizes=(37, 70, 24), angular_margin=vector),
         "projecting product": _loss((single, single), sizes=(37, 70, 20), angular_margin=vector),
         "projecting product, several slabs": _loss((single, single), 1, (37, 70, 20), reduction="none"),
+        "kept": _loss((single, single), keep=True, angular_margin=vector),
+        "kept, running maximum, several slabs": _loss((half, half), 1 << 14, keep=True, **everything),
+        "kept by addresses": _without_copy_engine(_loss((half, half), keep=True, **everything)),
+        "kept, lengths in tiles": _loss((half, half), sizes=(37, 70, 24), keep=True, angular_margin=vector),
         "searches": _searches,
         "searches of float8": _searches_of_float8,
         "by addresses": _without_copy_engine(_loss((half, half), 1, angular_margin=vector)),

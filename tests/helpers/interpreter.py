@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
+
 
 @contextmanager
 def quick_interpreter() -> Iterator[None]:
@@ -27,4 +29,22 @@ def quick_interpreter() -> Iterator[None]:
                 interpreter._patch_attr(package, name, member, builder, scope)
 
     with mock.patch.object(interpreter, "_patch_builtin", patch_builtin):
+        yield
+
+
+@contextmanager
+def nearest_bfloat16() -> Iterator[None]:
+    """Within the block the interpreter rounds float32 to the nearest bfloat16, as a GPU does; it would cut bits off."""
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    usual = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, source: Any, kind: Any) -> Any:
+        if (source.dtype.scalar, kind.scalar) != (float32, bfloat16):
+            return usual(self, source, kind)
+        rounded = torch.tensor(source.data, dtype=torch.float32).bfloat16()
+        return TensorHandle(rounded.view(torch.uint16).numpy(), kind.scalar)
+
+    with mock.patch.object(InterpreterBuilder, "cast_impl", cast_impl):
         yield

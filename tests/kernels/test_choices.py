@@ -30,14 +30,6 @@ def test_a_step_is_the_same(name: choices.Choice, dtype: torch.dtype, monkeypatc
     assert_same(found, usual, 1e-6 if dtype == torch.float32 else 2e-3)
 
 
-def test_the_kernels_keep_no_exponentials() -> None:
-    given = problem(20, 40, 16, dtype=torch.float32)
-    usual = outcome(given, angular_margin=0.3)
-    with ltloss.use_workspace(1 << 28, keep_exponentials=True):
-        found = outcome(given, angular_margin=0.3)
-    assert all(torch.equal(*pair) for pair in zip(found, usual, strict=True))
-
-
 @pytest.mark.parametrize(("depth", "parts"), [(7, 1), (96, 3), (100, 3), (5, 5)])
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_product_in_parts_is_the_product(depth: int, parts: int, overwrite: bool) -> None:

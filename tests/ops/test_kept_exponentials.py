@@ -6,8 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from helpers.interpreter import nearest_bfloat16, quick_interpreter
+from helpers.kernel_problems import tiny_tiles
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +36,20 @@ HALF_UNIT = 2.0**-8  # of a bfloat16, relative
 FLOAT32 = 2e-5  # what the products and exponents of the float32 path round besides, relative to the same bound
 
 
+@pytest.fixture(autouse=True, params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[ltloss.runtime.Backend]:
+    """The kernels in tiles so small that little problems cross many boundaries of them."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "triton":
+            pytest.importorskip("triton")
+            if torch.cuda.is_available():
+                pytest.skip("interpreted only: tensors here are the CPU's")
+            for context in (quick_interpreter(), nearest_bfloat16(), tiny_tiles(), np.errstate(all="ignore")):
+                stack.enter_context(context)
+        stack.enter_context(ltloss.use_backend(request.param))
+        yield request.param
+
+
 @contextlib.contextmanager
 def kept(limit: int = ROOMY) -> Iterator[list[str]]:
     """Keep exponentials in this block, and name the operators of ours that run in it."""
@@ -47,7 +64,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "ltloss":
-            self.names.append(func.name().removeprefix("ltloss::").removesuffix("_torch"))
+            self.names.append(func.name().removeprefix("ltloss::").removesuffix(f"_{ltloss.current_backend()}"))
         return func(*args, **(kwargs or {}))
 
 

@@ -13,6 +13,7 @@ import torch
 from helpers import world
 from helpers.cli_errors import fails
 from helpers.refusals import warned
+from ltloss_kernels.config import tile_table
 
 import ltloss
 from ltloss.cli.command import main
@@ -35,6 +36,39 @@ def test_counts_of_a_plan_by_hand() -> None:
     assert plan.seconds["forward pass"] == pytest.approx(0.02074, rel=1e-3)  # 13.1 TFLOP at 632 TFLOP/s
     assert plan.fits
     assert not plan.advice
+
+
+def test_kept_exponentials_by_hand() -> None:
+    usual, found = (make_plan(replace(LARGE, keep_exponentials=keep), H200) for keep in (False, True))
+    kept = 2 * 8192 * 1_562_500 + 4 * 8192 * 12_208  # of class tiles: 1 562 500 / 128, rounded up
+    assert found.memory["kept exponentials"] == kept
+    assert usual.memory["kept exponentials"] == 0
+    assert "kept" not in usual.to_text()
+    products = 4 * 8192 * 1_562_500 * 512 / (790e12 * 0.75)
+    assert found.seconds["backward pass"] == pytest.approx(products + 2 * kept / 4.3e12)
+    assert usual.seconds["backward pass"] == pytest.approx(1.5 * products)
+    assert found.seconds["forward pass"] == usual.seconds["forward pass"]
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_kept_exponentials_of_a_rank_are_those_that_the_kernels_take(rate: float) -> None:
+    kernels = pytest.importorskip("ltloss_kernels", exc_type=ImportError)
+    p = replace(LARGE, classes=3_200, batch=1000, gpus=4, data=2, sample_rate=rate, keep_exponentials=True)
+    assert p.used_classes % 8 == 0  # rows are filled up to so many
+    features, prototypes = (torch.empty(n, 512, dtype=torch.bfloat16) for n in (500, p.used_classes))
+    with mock.patch.object(tile_table, "forward_tile", return_value=tile_table.Tile(128, 128, 64, 4, 3)):
+        taken = kernels.exponentials_bytes(features, prototypes)
+    assert make_plan(p, H200).memory["kept exponentials"] == taken
+
+
+def test_what_does_not_fit_may_without_kept_exponentials(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--classes", "10M", "--embedding-size", "64", "--batch", "8192", "--gpus", "1"]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    main([*arguments, "--keep-exponentials"])
+    shown = capsys.readouterr().out
+    assert "DOES NOT FIT" in shown
+    assert "without --keep-exponentials it would fit" in shown
 
 
 OPTIMIZERS: dict[tuple[str, bool], Any] = {

@@ -24,8 +24,10 @@ __all__ = [
     "forward_tile",
     "gradient_tile",
     "has_copy_engine",
+    "keeping",
     "multiprocessors",
     "norms_in_tiles",
+    "of_kept",
     "prototype_gradient_tile",
     "row_block_stays",
     "row_tile",
@@ -153,6 +155,21 @@ def _tile(kernel: str, arch: int, dtype: torch.dtype, precision: str, samples: i
 def forward_tile(arch: int, dtype: torch.dtype, precision: str, samples: int, width: int) -> Tile:
     """Tile of the log-sum-exp kernel for operands of ``dtype`` (``precision`` is "ieee" or "tf32" for float32)."""
     return _tile("forward", arch, dtype, precision, samples, width)
+
+
+def keeping(arch: int, tile: Tile) -> Tile:
+    """This tile of the forward where its exponentials are stored as well.
+
+    They are staged in shared memory, in place of a stage of operands: so two blocks still fit a multiprocessor.
+    """
+    if tile.rows * tile.classes == 64 * 64 and tile.warps == 8:  # exact float32, where registers spill for it
+        return tile._replace(rows=32)
+    return tile._replace(depth=min(tile.depth, 64), stages=min(tile.stages, 2)) if has_copy_engine(arch) else tile
+
+
+def of_kept(tile: Tile, dtype: torch.dtype) -> Tile:
+    """This tile of the gradient where it is made of kept exponentials; in float32 the way to wide stores spills."""
+    return tile._replace(rows=min(tile.rows, 64), classes=min(tile.classes, 64)) if dtype == torch.float32 else tile
 
 
 def gradient_tile(arch: int, dtype: torch.dtype, precision: str, samples: int, width: int) -> Tile:

@@ -24,7 +24,7 @@ from ltloss_kernels.device.elementary import (
     scaled_rows,
     unit_rows,
 )
-from ltloss_kernels.device.tile_io import holds_a_label, store_block, tile_product
+from ltloss_kernels.device.tile_io import holds_a_label, load_block, store_block, tile_product
 
 __all__ = ["gradient_tile_kernel", "sample_gradient_kernel", "slab_scale"]
 
@@ -126,6 +126,34 @@ def sample_gradient_kernel(
     tl.store(at + 3 * stride, d_all * factor, mask=inside)
 
 
+@triton.jit
+def kept_gradient(
+    kept,
+    kept_shift,
+    shift,
+    d_lse,
+    row,
+    column,
+    samples,
+    classes,
+    stride,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """2^(l·log2 e - shift)·d_lse of a tile (R, C) from its exponentials, relative to ``kept_shift``, (R,) or a number.
+
+    Factor by factor: together the two may leave the range of float32. What an ignored row kept may be NaN.
+    """
+    gradient = load_block(
+        kept, row, column, samples, classes, stride, BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED
+    ).to(tl.float32)  # fmt: skip
+    gradient = gradient * tl.exp2(kept_shift - shift)[:, None] * d_lse[:, None]
+    if tl.min(tl.abs(d_lse), 0) == 0.0:
+        gradient = tl.where((d_lse == 0.0)[:, None], 0.0, gradient)
+    return gradient
+
+
 @triton.jit(do_not_specialize=["samples", "classes", "first_class", "class_tiles", "sample_gradients_stride"])
 def gradient_tile_kernel(
     # inputs
@@ -135,6 +163,8 @@ def gradient_tile_kernel(
     prior_ptr,
     label_ptr,
     sample_gradients_ptr,
+    kept,
+    kept_shift_ptr,
     # outputs
     slab,
     along_ptr,
@@ -148,12 +178,16 @@ def gradient_tile_kernel(
     features_stride,
     prototypes_stride,
     slab_stride,
+    kept_stride,
+    kept_shift_stride,
+    kept_shift,
     # constants
     DESCRIBED: tl.constexpr,
     SMOOTH: tl.constexpr,
     FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
+    KEPT_CLASSES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
@@ -165,6 +199,9 @@ def gradient_tile_kernel(
     natural units or None; label (samples,) and sample_gradients (4, samples), rows ``sample_gradients_stride`` apart:
     see sample_gradient_kernel, also for FOLD. slab: (samples, classes). along (row blocks, classes) or None: of each
     block the sum of dZ_ic·(x̂_i·w̃_c), which adds up to g·w̃_c with g = dZᵀX̂: for prototype_gradient_kernel.
+    kept (samples, all classes) or None: the exponentials of the forward, so that there is no product, nor features,
+    prototypes and prior; they are relative to kept_shift_ptr (tiles of KEPT_CLASSES, samples), whose rows are
+    kept_shift_stride apart, or to the number kept_shift. Then FOLD is off and along is None.
     Class tiles are taken in groups, so that the programs at work at one time share feature rows and prototypes.
     """
     program = tl.program_id(0)
@@ -174,10 +211,11 @@ def gradient_tile_kernel(
     group_width = tl.minimum(class_tiles - group * GROUP, GROUP)
     block = in_group // group_width
     tile = group * GROUP + in_group % group_width
-    product, _ = tile_product(
-        features, prototypes, block, tile, samples, classes, width, features_stride, prototypes_stride,
-        DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
-    )  # fmt: skip
+    if kept is None:
+        product, _ = tile_product(
+            features, prototypes, block, tile, samples, classes, width, features_stride, prototypes_stride,
+            DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
+        )  # fmt: skip
 
     row, column = block * BLOCK_ROWS, tile * BLOCK_CLASSES
     rows = row + tl.arange(0, BLOCK_ROWS)
@@ -189,14 +227,23 @@ def gradient_tile_kernel(
     stride = sample_gradients_stride.to(tl.int64)
     shift = tl.load(at, mask=inside, other=float("inf"))
     d_lse = tl.load(at + stride, mask=inside, other=0.0)
-    logit = product * logit_scale_log2[None, :] - shift[:, None]
-    if prior_ptr is not None:
-        logit += (tl.load(prior_ptr + here, mask=known, other=0.0) * LOG2E)[None, :]
-    gradient = tl.exp2(logit)
-    if not FOLD:
-        gradient *= d_lse[:, None]
-    elif tl.min(d_lse, 0) < 0.0:  # a negative upstream gradient
-        gradient = tl.where((d_lse < 0.0)[:, None], -gradient, gradient)
+    if kept is None:
+        logit = product * logit_scale_log2[None, :] - shift[:, None]
+        if prior_ptr is not None:
+            logit += (tl.load(prior_ptr + here, mask=known, other=0.0) * LOG2E)[None, :]
+        gradient = tl.exp2(logit)
+        if not FOLD:
+            gradient *= d_lse[:, None]
+        elif tl.min(d_lse, 0) < 0.0:  # a negative upstream gradient
+            gradient = tl.where((d_lse < 0.0)[:, None], -gradient, gradient)
+    else:
+        if kept_shift_ptr is not None:
+            kept_shift_ptr += ((first_class + column) // KEPT_CLASSES).to(tl.int64) * kept_shift_stride
+            kept_shift = tl.load(kept_shift_ptr + rows, mask=inside, other=0.0)
+        gradient = kept_gradient(
+            kept, kept_shift, shift, d_lse, row, first_class + column, samples, first_class + classes, kept_stride,
+            BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED,
+        )  # fmt: skip
     if SMOOTH:
         gradient += tl.load(at + 3 * stride, mask=inside, other=0.0)[:, None]
     label = tl.load(label_ptr + rows, mask=inside, other=-1) - first_class

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ltloss_kernels.device.elementary import LN2, LOG2E, exact_cosine, log, scaled_rows, unit_rows
-from ltloss_kernels.device.tile_io import holds_a_label, inverse_lengths, load_block, tile_product
+from ltloss_kernels.device.tile_io import holds_a_label, inverse_lengths, load_block, store_block, tile_product
 
 __all__ = ["add_splits", "combine_splits", "cosine_logsumexp_kernel", "sample_kernel"]
 
@@ -115,16 +115,34 @@ def store_unless_none(target_ptr, cell, values, inside):
 
 
 @triton.jit
+def keep_tile(kept, exponentials, block, column, samples, classes, stride, DESCRIBED: tl.constexpr):
+    """A tile (R, C) into the matrix of all of them, unless that is None."""
+    if kept is not None:
+        ROWS: tl.constexpr = exponentials.shape[0]
+        COLUMNS: tl.constexpr = exponentials.shape[1]
+        store_block(
+            kept, exponentials, block * ROWS, column, samples, classes, stride, ROWS, COLUMNS, DESCRIBED, True
+        )  # fmt: skip
+
+
+@triton.jit
 def add_exponentials(total, largest, logit, ONLINE: tl.constexpr):
-    """Σ 2^l of each row of a tile (R, C), onto a total (R,); if ONLINE relative to the running maximum (R,)."""
+    """Σ 2^l of each row of a tile (R, C), onto a total (R,); if ONLINE relative to the running maximum (R,).
+
+    Returns the total, the maximum, the exponentials (R, C), and what was taken off their exponents (R,).
+    """
+    base = largest
     if ONLINE:
         new = tl.maximum(largest, tl.max(logit, 1))
         base = tl.where(new == float("-inf"), 0.0, new)  # no other class yet: -inf - -inf would be NaN
-        total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(logit - base[:, None]), 1)
+        total = total * tl.exp2(largest - base)
+        exponentials = tl.exp2(logit - base[:, None])
+        total += tl.sum(exponentials, 1)
         largest = new
     else:
-        total += tl.sum(tl.exp2(logit), 1)
-    return total, largest
+        exponentials = tl.exp2(logit)
+        total += tl.sum(exponentials, 1)
+    return total, largest, exponentials, base
 
 
 @triton.jit(
@@ -152,6 +170,8 @@ def cosine_logsumexp_kernel(
     partial_sum_ptr,
     partial_max_ptr,
     partial_logit_ptr,
+    kept,
+    kept_shift_ptr,
     # sizes
     samples,
     classes,
@@ -165,6 +185,7 @@ def cosine_logsumexp_kernel(
     features_stride,
     prototypes_stride,
     partial_stride,
+    kept_stride,
     shift,
     factor_scale,
     # constants
@@ -187,6 +208,9 @@ def cosine_logsumexp_kernel(
     partial_sum (splits, samples): Σ 2^(l·log2 e - shift). The shift, in units of log 2, is the argument, or the running
     maximum of each row, which partial_max (splits, samples) returns unless it is None. partial_logit (splits, samples)
     or None: Σ s·cos over all classes of the range. Rows of the three are ``partial_stride`` apart.
+    kept (samples, classes filled up to 16 bytes) or None: the summed exponentials themselves, 0 for the target; a
+    descriptor if DESCRIBED. With a running maximum kept_shift (class_tiles, samples), rows of the whole batch apart:
+    what each tile took off the exponents of its row.
     """
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -234,7 +258,10 @@ def cosine_logsumexp_kernel(
             if not NORMS:
                 label = tl.load(label_at, mask=inside, other=-1)
             logit = tl.where((here[None, :] == label[:, None]) | (here[None, :] >= classes), float("-inf"), logit)
-        total, largest = add_exponentials(total, largest, logit, partial_max_ptr is not None)
+        total, largest, exponentials, base = add_exponentials(total, largest, logit, partial_max_ptr is not None)
+        keep_tile(kept, exponentials, block, column, samples, classes, kept_stride, DESCRIBED)
+        cell = (first_tile + tile).to(tl.int64) * partial_stride + rows
+        store_unless_none(kept_shift_ptr, cell, base, inside)
     cell = (first_split + split).to(tl.int64) * partial_stride + rows
     store_unless_none(partial_sum_ptr, cell, total, inside)
     store_unless_none(partial_max_ptr, cell, largest, inside)
