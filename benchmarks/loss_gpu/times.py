@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.loss_gpu.kept import kept_cases
 from benchmarks.loss_gpu.measure import Deadline, Device, TooSlow
 from benchmarks.loss_gpu.search import SearchCase, search_cases
 from benchmarks.loss_gpu.updates import update_cases
@@ -243,7 +244,7 @@ def run(bench: Bench, shapes: Sequence[Shape], quick: bool, usual: bool) -> None
     time_shape(bench, launch_bound, ours, 0.3, host=True)
     section = bench.deadline.share(0.4)
     small = not bench.device.is_cuda
-    searches = [*update_cases(small), *search_cases(small)] if usual else []
+    searches = [*update_cases(small), *kept_cases(small), *search_cases(small)] if usual else []
     for wanted, is_ours in ((ours, True), (peers and not quick, False)):
         for case in searches if wanted else ():
             if (case.provider == "ltloss") == is_ours:

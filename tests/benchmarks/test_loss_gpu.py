@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.loss_gpu import __main__ as gpu
-from benchmarks.loss_gpu import correctness, search, system, times, updates
+from benchmarks.loss_gpu import correctness, kept, search, system, times, updates
 from benchmarks.loss_gpu.measure import Deadline, Device, TooSlow
 from benchmarks.nearest import shortfall
 from benchmarks.peers import (
@@ -118,7 +118,7 @@ def test_every_section_runs_on_tiny_shapes(tmp_path: Path, capsys: pytest.Captur
     written = read(tmp_path / "rows.csv")
     rows = [row for row in written if not row["phase"] or row["phase"] in times.OPERATIONS]
     searches = [row for row in written if row not in rows]
-    cases = [*updates.update_cases(small=True), *search.search_cases(small=True)]
+    cases = [*updates.update_cases(small=True), *kept.kept_cases(small=True), *search.search_cases(small=True)]
     assert {(row["phase"], row["provider"]) for row in searches} == {(case.phase, case.provider) for case in cases}
     assert len(searches) == len(cases)
     assert all(row["median_ms"] for row in searches), [row["note"] for row in searches]

@@ -1,0 +1,46 @@
+"""Forward and backward with exponentials kept in between, and without, at shapes where either may win."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from benchmarks.loss_gpu.search import BF16, SearchCase
+from benchmarks.peers import Inputs, Shape
+from ltloss import use_workspace
+from ltloss.functional import margin_cross_entropy
+
+_SMALL = (Shape(12, 40, 16),)
+_SHAPES = (
+    Shape(256, 1_000_000, 512),
+    Shape(512, 1_000_000, 512),
+    Shape(8192, 131_072, 512),
+    Shape(8192, 131_072, 1024),
+)
+_ROOM = 256 << 20  # the usual workspace, beside what is kept
+
+
+def _step(keep: bool, device: str, shape: Shape, dtype: torch.dtype) -> Callable[[], None]:
+    inputs = Inputs.draw(shape, device=device, dtype=dtype)
+    room = _ROOM + keep * 3 * shape.n * shape.c
+
+    def step() -> None:
+        inputs.drop_gradients()
+        with use_workspace(room, keep_exponentials=keep):
+            loss = margin_cross_entropy(
+                inputs.features, inputs.prototypes, inputs.labels, scale=64.0, angular_margin=0.5
+            )
+        with use_workspace(_ROOM):
+            loss.backward()
+
+    return step
+
+
+def kept_cases(small: bool) -> Iterator[SearchCase]:
+    """The same step twice at each shape; memory is what it takes beside the inputs, gradients included."""
+    for shape in _SMALL if small else _SHAPES:
+        for keep in (False, True):
+            note = "exponentials kept" if keep else "nothing kept"
+            yield SearchCase("forward + backward", shape, BF16, "ltloss", partial(_step, keep), 8, note)
