@@ -101,6 +101,10 @@ def _taken_down(traffic: Traffic) -> Iterator[None]:
             start, size = found
             if (self.__name__, name) == ("sample_kernel", "prototypes_ptr"):  # gathered: those of the labels
                 size = size // len(given) * len(args[self.arg_names.index("labels_ptr")])
+            if (self.__name__, name) == ("gradient_tile_kernel", "kept"):  # a slab's columns, as if they lay together
+                whole = getattr(given, "base", given).shape[1]
+                first, count = (args[self.arg_names.index(size_name)] for size_name in ("first_class", "classes"))
+                start, size = start + size * first // whole, size * count // whole
             moved = bool(constants.get("RULE")) and name == "grad_prototypes_ptr"  # then these are the prototypes
             if name in updated:
                 operands.append(Operand(start, size, written=False, streamed=True))
