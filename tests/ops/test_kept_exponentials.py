@@ -32,22 +32,24 @@ from ltloss.testing import (
 )
 
 ROOMY = 1 << 30
+BACKENDS = ("torch", "triton")
 HALF_UNIT = 2.0**-8  # of a bfloat16, relative
 FLOAT32 = 2e-5  # what the products and exponents of the float32 path round besides, relative to the same bound
 
 
-@pytest.fixture(autouse=True, params=["torch", "triton"])
+@pytest.fixture(autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[ltloss.runtime.Backend]:
-    """The kernels in tiles so small that little problems cross many boundaries of them."""
+    """Chunked PyTorch, or what a test asks for; the kernels in tiles that little problems cross many edges of."""
+    name = getattr(request, "param", "torch")
     with contextlib.ExitStack() as stack:
-        if request.param == "triton":
+        if name == "triton":
             pytest.importorskip("triton")
             if torch.cuda.is_available():
                 pytest.skip("interpreted only: tensors here are the CPU's")
             for context in (quick_interpreter(), nearest_bfloat16(), tiny_tiles(), np.errstate(all="ignore")):
                 stack.enter_context(context)
-        stack.enter_context(ltloss.use_backend(request.param))
-        yield request.param
+        stack.enter_context(ltloss.use_backend(name))
+        yield name
 
 
 @contextlib.contextmanager
@@ -106,8 +108,11 @@ def _check(given: Problem, options: dict[str, Any]) -> None:
         assert bool((deviation <= (HALF_UNIT + FLOAT32) * size).all())
 
 
+SHAPES = [("torch", (7, 9, 5)), ("torch", (1, 1, 3)), ("torch", (4, 2, 3)), *((one, (20, 30, 16)) for one in BACKENDS)]
+
+
 @pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.parametrize("shape", [(7, 9, 5), (1, 1, 3), (4, 2, 3), (20, 30, 16)])
+@pytest.mark.parametrize(("backend", "shape"), SHAPES, indirect=["backend"])
 def test_every_loss(name: str, shape: tuple[int, int, int], tiny_blocks: object) -> None:
     _check(problem(*shape, dtype=torch.float32), FAMILY[name](shape[1]))
 
@@ -136,6 +141,7 @@ def test_a_class_far_from_its_sample_keeps_its_precision(scale: float, tiny_bloc
     assert bool((error <= (HALF_UNIT + 8 * scale * 2.0**-24) * size)[reached].all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_the_gradient_shows_that_it_was_rounded() -> None:
     plain, found = _both(problem(dtype=torch.float32), angular_margin=0.3)
     assert not torch.equal(plain.prototypes, found.prototypes)
