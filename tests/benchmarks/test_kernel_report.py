@@ -312,14 +312,15 @@ def test_an_update_leaves_room_for_other_blocks_and_is_read_wide(rows: list[Row]
 
 @pytest.mark.compile
 def test_one_exponential_per_element(rows: list[Row]) -> None:
-    """A running maximum costs one more per row of the tile."""
+    """A running maximum costs one more per row of a tile: that shows in the small tile of exact float32, kept."""
     tiles = [row for row in rows if row["exponentials_per_element"]]
     assert len(tiles) >= 3 * 10
 
     def holds(row: Row) -> bool:
         found = row["exponentials_per_element"]
         fixed = "fixed" in row["kernel"] or "gradient" in row["kernel"]
-        return found == "1.00" if fixed else found != "fewer" and 1.0 <= float(found) <= 1.3
+        most = 1.5 if "fp32" in row["kernel"] and "kept" in row["kernel"] else 1.3  # a larger tile would spill
+        return found == "1.00" if fixed else found != "fewer" and 1.0 <= float(found) <= most
 
     assert violations(tiles, holds) == []
 
