@@ -56,9 +56,7 @@ FAMILY: dict[str, Options] = {
     "cosface": lambda c: {"cosine_margin": 0.35},
     "arcface": lambda c: {"angular_margin": 0.5},
     "arcface_original": lambda c: {"angular_margin": 0.9, "beyond_pi": "arcface"},
-    "arcface_insightface": lambda c: {"angular_margin": 2.0, "beyond_pi": "cosine"},
     "clipped": lambda c: {"angular_margin": _angular(c) * 4.0 - 0.9, "beyond_pi": "clip"},
-    "easy_margin": lambda c: {"angular_margin": 0.5, "beyond_pi": "easy"},
     "arcface_large_margin": lambda c: {"angular_margin": 2.0},  # beyond π for half of the samples
     "arcface_straight_through": lambda c: {"angular_margin": 0.5, "margin_gradient": "straight_through"},
     "sphereface": lambda c: {"angle_multiplier": 3.0, "scale": 8.0},
