@@ -23,6 +23,7 @@ _ROOM = 256 << 20  # the usual workspace, beside what is kept
 
 
 def _step(keep: bool, device: str, shape: Shape, dtype: torch.dtype) -> Callable[[], None]:
+    _checked(device, dtype)
     inputs = Inputs.draw(shape, device=device, dtype=dtype)
     room = _ROOM + keep * 3 * shape.n * shape.c
 
@@ -38,9 +39,22 @@ def _step(keep: bool, device: str, shape: Shape, dtype: torch.dtype) -> Callable
     return step
 
 
+def _checked(device: str, dtype: torch.dtype) -> None:
+    """Raises where keeping changes a gradient by more than the rounding of what is kept."""
+    inputs, found = Inputs.draw(_SMALL[0], device=device, dtype=dtype), []
+    for keep in (False, True):
+        inputs.drop_gradients()
+        with use_workspace(_ROOM, keep_exponentials=keep):
+            margin_cross_entropy(inputs.features, inputs.prototypes, inputs.labels, scale=64.0).backward()
+        found.append([one.grad.float() for one in (inputs.features, inputs.prototypes) if one.grad is not None])
+    for plain, kept in zip(*found, strict=True):
+        if not float((kept - plain).abs().max()) <= 2.0**-6 * float(plain.abs().max()):
+            raise RuntimeError("keeping exponentials changes a gradient by more than their rounding; not timed")
+
+
 def kept_cases(small: bool) -> Iterator[SearchCase]:
     """The same step twice at each shape; memory is what it takes beside the inputs, gradients included."""
     for shape in _SMALL if small else _SHAPES:
         for keep in (False, True):
-            note = "exponentials kept" if keep else "nothing kept"
-            yield SearchCase("forward + backward", shape, BF16, "ltloss", partial(_step, keep), 8, note)
+            phase = "step, kept" if keep else "step"
+            yield SearchCase(phase, shape, BF16, "ltloss", partial(_step, keep), 8, "exponentials kept or not")
