@@ -102,8 +102,10 @@ class Margin(NamedTuple):
             return torch.where(phase > math.pi, cosine - self.angular_margin * _sin(self.angular_margin), phase.cos())
         if self.beyond_pi == "easy":
             return torch.where(cosine > 0.0, phase.cos(), cosine)
-        if self.beyond_pi != "monotone":
-            return (phase.clamp(0.0, math.pi) if self.beyond_pi == "clip" else phase).cos()
+        if self.beyond_pi == "clip":
+            return phase.clamp(0.0, math.pi).cos()
+        if self.beyond_pi == "cosine":
+            return phase.cos()
         # On the k-th stretch of length pi: (-1)^k cos(phase) - 2k. Continuous and falling everywhere; k = 1 is the
         # -2 - cos(theta + m) of the text, k > 1 only occurs with a multiplier (SphereFace).
         stretch = torch.floor(phase / math.pi).clamp_min(0)
@@ -117,25 +119,30 @@ class Margin(NamedTuple):
         angle = arccos(cosine).clamp(2.0**-11, math.pi - 2.0**-11)
         phase = self.angle_multiplier * angle + self.angular_margin
         slope = self.angle_multiplier * phase.sin() / angle.sin()
-        if self.beyond_pi == "arcface":
-            return torch.where(phase > math.pi, 1.0, slope)
-        if self.beyond_pi == "easy":
-            return torch.where(cosine > 0.0, slope, 1.0)
-        if self.beyond_pi != "monotone":
-            return slope.masked_fill((phase < 0.0) | (phase > math.pi), 0.0) if self.beyond_pi == "clip" else slope
-        return (1 - 2 * torch.floor(phase / math.pi).clamp_min(0).remainder(2)) * slope
+        return self._continued(slope, phase, cosine, beyond=1.0, plain=1.0)
 
     def slope_by_angle(self, cosine: Tensor) -> Tensor:
         """d value / d m2 = −sin(m1·θ + m2), with what ``beyond_pi`` makes of it."""
         phase = self.angle_multiplier * arccos(cosine) + self.angular_margin
-        slope = -phase.sin()
+        margin = torch.as_tensor(self.angular_margin)
+        beyond = -margin.sin() - margin * margin.cos()
+        return self._continued(-phase.sin(), phase, cosine, beyond=beyond, plain=0.0)
+
+    def _continued(
+        self, slope: Tensor, phase: Tensor, cosine: Tensor, *, beyond: Tensor | float, plain: float
+    ) -> Tensor:
+        """A slope of cos(phase) as that of :meth:`_turned`.
+
+        ``beyond``: of cos θ − m2·sin m2; ``plain``: of the cosine without an angular margin.
+        """
         if self.beyond_pi == "arcface":
-            margin = torch.as_tensor(self.angular_margin)
-            return torch.where(phase > math.pi, -margin.sin() - margin * margin.cos(), slope)
+            return torch.where(phase > math.pi, beyond, slope)
         if self.beyond_pi == "easy":
-            return torch.where(cosine > 0.0, slope, 0.0)
-        if self.beyond_pi != "monotone":
-            return slope.masked_fill((phase < 0.0) | (phase > math.pi), 0.0) if self.beyond_pi == "clip" else slope
+            return torch.where(cosine > 0.0, slope, plain)
+        if self.beyond_pi == "clip":
+            return slope.masked_fill((phase < 0.0) | (phase > math.pi), 0.0)
+        if self.beyond_pi == "cosine":
+            return slope
         return (1 - 2 * torch.floor(phase / math.pi).clamp_min(0).remainder(2)) * slope
 
 
