@@ -17,7 +17,7 @@ __all__ = ["FLOAT8", "converted", "decoded", "power_of_two", "scaled_down", "wid
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 _LOWEST, _HIGHEST = -126, 126  # both 2^e and 2^-e are normal numbers of float32
-_ELEMENTS = 1 << 20  # made wide at a time
+ELEMENTS = 1 << 20  # made wide at a time
 
 
 def widened(rows: Tensor, out: Tensor | None = None) -> Tensor:
@@ -66,7 +66,7 @@ def write_rows(weight: Tensor, exponent: Tensor | None, first: int, rows: Tensor
     if exponent is None:
         weight[first : first + rows.shape[0]] = rows
         return
-    piece = max(1, _ELEMENTS // max(1, rows.shape[1]))
+    piece = max(1, ELEMENTS // max(1, rows.shape[1]))
     for start in range(0, rows.shape[0], piece):
         wide = rows[start : start + piece].to(weight.device, torch.float32, copy=True)
         here = slice(first + start, first + start + wide.shape[0])

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ltloss.float8 import FLOAT8, LARGEST, widened
+from ltloss.float8 import ELEMENTS, FLOAT8, LARGEST, widened
 
 __all__ = ["add_rows_", "compute_dtype", "inverse_norm", "project_", "spans"]
 
 # Squares of numbers outside this range leave float32's, so such rows get their norm in float64.
 _TRUSTED_NORM = (1e-15, 1e15)
-_WIDENED = 1 << 20  # elements of float8 that are made wide at a time
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -71,7 +70,7 @@ def inverse_norm(vectors: Tensor, dtype: torch.dtype) -> Tensor:
 def _inverse_norm_of_float8(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     """A piece at a time; no square leaves float32's range."""
     inverse = torch.empty(vectors.shape[0], dtype=dtype, device=vectors.device)
-    for start, stop in spans(vectors.shape[0], max(1, _WIDENED // max(1, vectors.shape[1]))):
+    for start, stop in spans(vectors.shape[0], max(1, ELEMENTS // max(1, vectors.shape[1]))):
         wide = widened(vectors[start:stop])
         norm = torch.linalg.vector_norm(wide, dim=1, dtype=dtype)
         norm.masked_fill_(torch.linalg.vector_norm(wide, torch.inf, dim=1) > LARGEST, torch.nan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -39,6 +39,7 @@ def _step(keep: bool, device: str, shape: Shape, dtype: torch.dtype) -> Callable
     return step
 
 
+@cache
 def _checked(device: str, dtype: torch.dtype) -> None:
     """Raises where keeping changes a gradient by more than the rounding of what is kept."""
     inputs, found = Inputs.draw(_SMALL[0], device=device, dtype=dtype), []

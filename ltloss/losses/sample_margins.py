@@ -315,7 +315,7 @@ class ElasticFaceLoss(SampleMarginLoss):
         """Of N(0, 1), one for each sample (N,). Samples that count take theirs in order, whatever stands between."""
         counted = stats.labels >= 0
         number = torch.arange(len(counted), device=counted.device)
-        uniform = _uniform(number + (self.seed << 40) + (self.step << 20)).to(torch.float64)
+        uniform = _uniform(number + (self.seed << 40) + (self.step << 20))
         drawn: Tensor = torch.erfinv(2.0 * uniform - 1.0) * 2.0**0.5
         place = counted.cumsum(0) - 1
         if self.sort:  # ranks among those that count: the nearest gets the smallest
