@@ -57,5 +57,5 @@ def kept_cases(small: bool) -> Iterator[SearchCase]:
     """The same step twice at each shape; memory is what it takes beside the inputs, gradients included."""
     for shape in _SMALL if small else _SHAPES:
         for keep in (False, True):
-            phase = "step, kept" if keep else "step"
+            phase = "step, kept" if keep else "step, not kept"
             yield SearchCase(phase, shape, BF16, "ltloss", partial(_step, keep), 8, "exponentials kept or not")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from ltloss._types import Reduction
 from ltloss._validation import check_choice, check_number, check_type
 from ltloss.extend import LogSumExpStats, logsumexp_stats, margin_losses, reduce_losses
-from ltloss.losses.prototype_head import PrototypeHead
-from ltloss.margins import Objective
+from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions
+from ltloss.margins import Margin
 from ltloss.numerics import compute_dtype
 from ltloss.ops.logsumexp import Shard
 
@@ -21,47 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["AdaFaceLoss", "ElasticFaceLoss", "MagFaceLoss"]
 
 
-class SampleMarginOptions(TypedDict, total=False):
-    """What these losses take besides their margins; see :class:`ltloss.CombinedMarginLoss`."""
-
-    scale: float | None
-    log_prior: Tensor | None
-    class_weight: Tensor | None
-    label_smoothing: float
-    ignore_index: int
-    reduction: Reduction
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-
-
-class SampleMarginLoss(PrototypeHead):
+class SampleMarginLoss(CombinedMarginLoss):
     """Cross-entropy with a margin per sample. A subclass says which, and what it adds to the loss of a sample."""
 
-    log_prior: Tensor | None
-    class_weight: Tensor | None
-
-    _per_class = ("log_prior", "class_weight")
     _shown: tuple[str, ...] = ()  # hyper-parameters of the subclass
-
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        *,
-        scale: float | None = None,
-        log_prior: Tensor | None = None,
-        class_weight: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_classes, embedding_size, scale=scale, device=device, dtype=dtype)
-        self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
-        self.log_prior, self.class_weight = log_prior, class_weight
-        given = {name: getattr(self, name) for name in ("scale", *_SHARED)}
-        Objective.named(**given).checked(num_classes, torch.empty(0, device=self._constants_device))
 
     def forward(self, features: Tensor, labels: Tensor, *, shard: Shard | None = None) -> Tensor:
         """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
@@ -71,13 +33,14 @@ class SampleMarginLoss(PrototypeHead):
             labels,
             scale=self.scale,
             log_prior=self.log_prior,
+            normalize_features=self.normalize_features,
             ignore_index=self.ignore_index,
             with_logit_sum=self.label_smoothing > 0.0,
             shard=shard,
             update=self.fused_update,
         )
         lengths = self._lengths(features, stats)
-        margins = self._margins(lengths, stats)
+        margins = {name: getattr(self, name) for name in Margin._fields} | self._margins(lengths, stats)
         losses = margin_losses(stats, **margins, label_smoothing=self.label_smoothing) + self._penalty(lengths)
         return reduce_losses(losses, stats.labels, class_weight=self.class_weight, reduction=self.reduction)
 
@@ -97,10 +60,7 @@ class SampleMarginLoss(PrototypeHead):
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""
-        return super().hyper_parameters() | {name: getattr(self, name) for name in (*self._shown, *_SHARED)}
-
-
-_SHARED = ("log_prior", "class_weight", "label_smoothing", "ignore_index", "reduction")
+        return super().hyper_parameters() | {name: getattr(self, name) for name in self._shown}
 
 
 class AdaFaceLoss(SampleMarginLoss):
@@ -115,8 +75,7 @@ class AdaFaceLoss(SampleMarginLoss):
         margin: m.
         concentration: h; ẑ lies within (−1, 1) for lengths within 1/h standard deviations of their mean.
         momentum: of the running statistics, which begin at 20 and 100 and follow in ``train()`` mode.
-        options: scale, log_prior, class_weight, label_smoothing, ignore_index, reduction, device, dtype as in
-            :class:`CombinedMarginLoss`. The paper's scale is 64.
+        options: see :class:`CombinedMarginLoss`; ``beyond_pi`` is "clip" unless given. The paper's scale is 64.
 
     Attributes:
         length_moments: (2,) running mean and standard deviation of ‖x‖.
@@ -145,8 +104,9 @@ class AdaFaceLoss(SampleMarginLoss):
         margin: float = 0.4,
         concentration: float = 0.333,
         momentum: float = 0.99,
-        **options: Unpack[SampleMarginOptions],
+        **options: Unpack[PriorOptions],
     ) -> None:
+        options.setdefault("beyond_pi", "clip")
         super().__init__(num_classes, embedding_size, **options)
         self.margin = float(check_number("margin", margin, at_least=0.0))
         self.concentration = float(check_number("concentration", concentration, above=0.0))
@@ -170,7 +130,6 @@ class AdaFaceLoss(SampleMarginLoss):
         return {
             "sample_angular_margin": -self.margin * quality,
             "sample_cosine_margin": self.margin * (1.0 + quality),
-            "beyond_pi": "clip",
         }
 
     def _follow(self, lengths: Tensor, counted: Tensor) -> None:
@@ -198,7 +157,7 @@ class MagFaceLoss(SampleMarginLoss):
         lengths: (l_a, u_a).
         margins: (l_m, u_m), in radians.
         penalty_weight: λ.
-        options: see :class:`AdaFaceLoss`. The paper's scale is 64.
+        options: see :class:`CombinedMarginLoss`; ``beyond_pi`` is "easy" unless given. The paper's scale is 64.
 
     Raises:
         ValueError, TypeError: an option of another type or out of range.
@@ -223,8 +182,9 @@ class MagFaceLoss(SampleMarginLoss):
         lengths: tuple[float, float] = (10.0, 110.0),
         margins: tuple[float, float] = (0.45, 0.8),
         penalty_weight: float = 35.0,
-        **options: Unpack[SampleMarginOptions],
+        **options: Unpack[PriorOptions],
     ) -> None:
+        options.setdefault("beyond_pi", "easy")
         super().__init__(num_classes, embedding_size, **options)
         low, high = (float(check_number("lengths", length, above=0.0)) for length in lengths)
         if not low < high:
@@ -236,7 +196,7 @@ class MagFaceLoss(SampleMarginLoss):
     def _margins(self, lengths: Tensor, stats: LogSumExpStats) -> dict[str, Any]:
         (low, high), (least, most) = self.lengths, self.margins
         grown = (lengths.clamp(low, high) - low) / (high - low)
-        return {"sample_angular_margin": least + (most - least) * grown, "beyond_pi": "easy"}
+        return {"sample_angular_margin": least + (most - least) * grown}
 
     def _penalty(self, lengths: Tensor) -> Tensor:
         low, high = self.lengths
@@ -254,7 +214,7 @@ class ElasticFaceLoss(SampleMarginLoss):
         mean, std: of the margins, in radians for "arc". None: 0.5 for "arc", 0.35 for "cos", and std 0.0125.
         sort: give the largest margins of a batch to the samples that are farthest from their prototype (ElasticFace+).
         seed: with the number of the step it decides what is drawn: the same on all ranks and after a resumed run.
-        options: see :class:`AdaFaceLoss`. The paper's scale is 64. In ``eval()`` mode every margin is the mean.
+        options: see :class:`CombinedMarginLoss`. The paper's scale is 64. In ``eval()`` mode every margin is the mean.
 
     Attributes:
         step: how many batches were seen in ``train()`` mode.
@@ -285,7 +245,7 @@ class ElasticFaceLoss(SampleMarginLoss):
         std: float = 0.0125,
         sort: bool = False,
         seed: int = 0,
-        **options: Unpack[SampleMarginOptions],
+        **options: Unpack[PriorOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, **options)
         check_choice("kind", kind, ("arc", "cos"))

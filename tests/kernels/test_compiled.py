@@ -81,6 +81,7 @@ print(sorted((name, *kind) for name, kind in kinds.items() if kind))
             ("arrange_pairs bf16, all", "add u32"),
             ("best_tile bf16, rows", "max s64"),
             ("count_tiles bf16, all", "add u32"),
+            ("nearest_prototype bf16 x fp8, all", "max s64"),
             ("nearest_prototype bf16, all", "max s64"),
         ]
     )
