@@ -256,14 +256,14 @@ def _minimum_angle(p: HeadConfig) -> float:
 
 @cache
 def _shapes(loss: str) -> tuple[tuple[int, int, int, bool], ...]:
-    """Every buffer of a loss: bytes an element, how often C and D are in its shape, whether it is of class centres."""
+    """Every buffer of a loss: bytes without the axes C and D, how many of each, whether it is of class centres."""
     from ltloss.losses.class_centers import ClassCenters
 
     module = _module(loss)
     classes, embedding_size = module.num_classes, module.embedding_size
     return tuple(
         (
-            buffer.element_size(),
+            buffer.element_size() * math.prod(size for size in buffer.shape if size not in (classes, embedding_size)),
             buffer.shape.count(classes),
             buffer.shape.count(embedding_size),
             isinstance(part, ClassCenters),
