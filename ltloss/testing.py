@@ -103,7 +103,9 @@ MODULES: dict[str, Callable[..., ltloss.PrototypeHead]] = {
     ),
     "CosineSpaceLoss": ltloss.CosineSpaceLoss,
     "AdaFaceLoss": ltloss.AdaFaceLoss,
-    "MagFaceLoss": lambda c, d, **options: ltloss.MagFaceLoss(c, d, lengths=(1.0, 6.0), penalty_weight=2.0, **options),
+    "MagFaceLoss": lambda c, d, **options: ltloss.MagFaceLoss(
+        c, d, min_length=1.0, max_length=6.0, penalty_weight=2.0, **options
+    ),
     "ElasticFaceLoss": lambda c, d, **options: ltloss.ElasticFaceLoss(c, d, std=0.1, sort=True, **options),
 }
 

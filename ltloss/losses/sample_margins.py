@@ -154,8 +154,8 @@ class MagFaceLoss(SampleMarginLoss):
     Args:
         num_classes: C.
         embedding_size: D.
-        lengths: (l_a, u_a).
-        margins: (l_m, u_m), in radians.
+        min_length, max_length: l_a and u_a.
+        min_margin, max_margin: l_m and u_m, in radians.
         penalty_weight: λ.
         options: see :class:`CombinedMarginLoss`; ``beyond_pi`` is "easy" unless given. The paper's scale is 64.
 
@@ -172,36 +172,36 @@ class MagFaceLoss(SampleMarginLoss):
         torch.Size([])
     """
 
-    _shown = ("lengths", "margins", "penalty_weight")
+    _shown = ("min_length", "max_length", "min_margin", "max_margin", "penalty_weight")
 
     def __init__(
         self,
         num_classes: int,
         embedding_size: int,
         *,
-        lengths: tuple[float, float] = (10.0, 110.0),
-        margins: tuple[float, float] = (0.45, 0.8),
+        min_length: float = 10.0,
+        max_length: float = 110.0,
+        min_margin: float = 0.45,
+        max_margin: float = 0.8,
         penalty_weight: float = 35.0,
         **options: Unpack[PriorOptions],
     ) -> None:
         options.setdefault("beyond_pi", "easy")
         super().__init__(num_classes, embedding_size, **options)
-        low, high = (float(check_number("lengths", length, above=0.0)) for length in lengths)
-        if not low < high:
-            raise ValueError(f"lengths must be two numbers in ascending order; got {low:g} and {high:g}")
-        self.lengths = low, high
-        self.margins = tuple(float(check_number("margins", m, at_least=0.0, at_most=3.1)) for m in margins)
+        self.min_length = float(check_number("min_length", min_length, above=0.0))
+        self.max_length = float(check_number("max_length", max_length, above=self.min_length))
+        self.min_margin = float(check_number("min_margin", min_margin, at_least=0.0, at_most=3.1))
+        self.max_margin = float(check_number("max_margin", max_margin, at_least=0.0, at_most=3.1))
         self.penalty_weight = float(check_number("penalty_weight", penalty_weight, at_least=0.0))
 
     def _margins(self, lengths: Tensor, stats: LogSumExpStats) -> dict[str, Any]:
-        (low, high), (least, most) = self.lengths, self.margins
-        grown = (lengths.clamp(low, high) - low) / (high - low)
-        return {"sample_angular_margin": least + (most - least) * grown}
+        longer = lengths.clamp(self.min_length, self.max_length) - self.min_length
+        rise = (self.max_margin - self.min_margin) / (self.max_length - self.min_length)
+        return {"sample_angular_margin": self.min_margin + rise * longer}
 
     def _penalty(self, lengths: Tensor) -> Tensor:
-        low, high = self.lengths
-        lengths = lengths.clamp(low, high)
-        return self.penalty_weight * (lengths.reciprocal() + lengths / high**2)
+        lengths = lengths.clamp(self.min_length, self.max_length)
+        return self.penalty_weight * (lengths.reciprocal() + lengths / self.max_length**2)
 
 
 class ElasticFaceLoss(SampleMarginLoss):

@@ -59,7 +59,9 @@ def test_adaface_sends_no_gradient_through_the_length() -> None:
 
 def test_magface_is_its_formula_and_its_gradient() -> None:
     low, high = 2.0, 4.0
-    module = MagFaceLoss(C, D, scale=SCALE, lengths=(low, high), margins=(0.4, 0.9), penalty_weight=3.0).double()
+    module = MagFaceLoss(
+        C, D, scale=SCALE, min_length=low, max_length=high, min_margin=0.4, max_margin=0.9, penalty_weight=3.0
+    ).double()
     assert 0 < int((low > LENGTHS).sum()) + int((high < LENGTHS).sum()) < len(LENGTHS)
     found_x, expected_x = X.clone().requires_grad_(), X.clone().requires_grad_()
     found = module(found_x, Y)
@@ -149,8 +151,8 @@ def test_a_margin_per_sample_gets_its_gradient() -> None:
     [
         (lambda: AdaFaceLoss(C, D, margin=-0.1), ("margin", "-0.1")),
         (lambda: AdaFaceLoss(C, D, momentum=1.5), ("momentum", "1.5")),
-        (lambda: MagFaceLoss(C, D, lengths=(4.0, 2.0)), ("lengths", "4", "2")),
-        (lambda: MagFaceLoss(C, D, margins=(0.4, 40.0)), ("margins", "40.0")),
+        (lambda: MagFaceLoss(C, D, min_length=4.0, max_length=2.0), ("max_length", "4.0", "2.0")),
+        (lambda: MagFaceLoss(C, D, max_margin=40.0), ("max_margin", "40.0")),
         (lambda: ElasticFaceLoss(C, D, kind="sphere"), ("kind", "arc", "cos", "'sphere'")),  # type: ignore[arg-type]
         (lambda: ElasticFaceLoss(C, D, std=-1.0), ("std", "-1.0")),
     ],
