@@ -7,6 +7,8 @@ import dataclasses
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,16 @@ TINY = Shape(5, 33, 8)
 @pytest.fixture(autouse=True)
 def as_users_run_it(default_algorithms: None) -> None:
     """Peers use operators that have no deterministic variant."""
+
+
+@pytest.fixture
+def few_comparisons(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests of what is said about the comparisons; all of them take a third of a minute."""
+    usual = correctness.cases
+    monkeypatch.setattr(correctness, "cases", lambda quick: islice(usual(quick), 3))
+    correctness._all_cases.cache_clear()
+    yield
+    correctness._all_cases.cache_clear()
 
 
 class Clock:
@@ -142,7 +154,9 @@ def test_every_section_runs_on_tiny_shapes(tmp_path: Path, capsys: pytest.Captur
         assert float(row["relative_error"]) < TOLERANCE[torch.bfloat16]
 
 
-def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_is_not_timed(
+    few_comparisons: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     right = functional.margin_cross_entropy
 
     def wrong(features: Tensor, prototypes: Tensor, labels: Tensor, **options: object) -> Tensor:
@@ -236,7 +250,7 @@ def test_inputs_that_cannot_be_had_are_noted_for_every_provider(monkeypatch: pyt
 
 
 def test_the_correctness_summary_is_written_before_the_system_is_checked(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    few_comparisons: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def die(*args: object, **options: object) -> None:
         raise SystemExit(139)
