@@ -8,7 +8,6 @@ looked at once, after the last step. Written to ``results/rounding.csv``, where 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import RESULTS, stamp, write_rows
+from benchmarks.timing import RESULTS, read_rows, stamp, write_rows
 from ltloss import LogitAdjustedLoss
 from ltloss.optim import PrototypeSGD
 from ltloss.training.data.batches import augment
@@ -160,14 +159,6 @@ def measure(name: str, task: Task, folder: Path, seeds: int, ways: Sequence[str]
         }
 
 
-def _kept_rows(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Rows that are there already, by data and way."""
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {(row["data"], row["prototypes"]): row for row in csv.DictReader(file)}
-
-
 def main() -> None:
     """Train, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -180,7 +171,9 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "rounding.csv", help="CSV to write")
     arguments = parser.parse_args()
-    rows = _kept_rows(arguments.output)
+    rows: dict[tuple[str, str], dict[str, Any]] = {
+        (row["data"], row["prototypes"]): row for row in read_rows(arguments.output)
+    }
     for name, task in TASKS.items():
         if arguments.only in (None, name) and arguments.tune:
             data = load(arguments.data_dir / task.file, task.imbalance, validation=True)

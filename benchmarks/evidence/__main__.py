@@ -9,13 +9,13 @@ from these.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import timing
 from benchmarks.evidence.pages import markdown_table, renewed
 from benchmarks.timing import RESULTS, write_rows
 from ltloss.cli.command import main as ltloss
@@ -192,8 +192,7 @@ def run(name: str, study: Study, data_dir: Path, out: Path, jobs: int) -> None:
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file, their methods under the names of today."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{**row, "method": RENAMED.get(row["method"], row["method"])} for row in csv.DictReader(file)]
+    return [{**row, "method": RENAMED.get(row["method"], row["method"])} for row in timing.read_rows(path)]
 
 
 def section(study: Study, rows: Sequence[Mapping[str, str]], trials: Sequence[Mapping[str, str]]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from benchmarks.evidence.pages import renewed
@@ -19,7 +20,7 @@ from benchmarks.step.checks import check
 from benchmarks.step.measure import MIB, Row, Work, compared, idle_bytes, in_turns, judged, row
 from benchmarks.step.picture import SERIES, draw
 from benchmarks.step.tables import many_classes_table, whole_step_table
-from benchmarks.timing import RESULTS, stamp, write_rows
+from benchmarks.timing import RESULTS, read_rows, stamp, write_rows
 from ltloss._files import write_file
 
 SHAPE = Shape(256, 1_000_000, 128)
@@ -99,28 +100,37 @@ def document(rows: Sequence[Row], page: Path) -> None:
     write_file(page.with_name("step.svg"), draw(rows).encode())
 
 
+PARTS = ("whole step", "over classes", "many classes")
+
+
+def measured(part: str, names: Sequence[str], rounds: int, steps: int, idle: int) -> list[Row]:
+    """The rows of one part."""
+    if part == "whole step":
+        return whole_step(SHAPE, names, rounds, steps, idle)
+    if part == "over classes":
+        return over_classes([Shape(SHAPE.n, classes, SHAPE.d) for classes in OVER_CLASSES], rounds, steps, idle)
+    return many_classes(LINEAR, max(1, rounds // 2), max(3, steps // 2), idle)
+
+
 def main() -> None:
     """Check, measure, show, write the rows and draw them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", choices=PARTS, help="one part; rows of the others stay as they are")
     parser.add_argument("--rounds", type=int, default=2, help="fresh processes of each case (default 2)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each process (default 5)")
     parser.add_argument("--output", type=Path, default=RESULTS / "step-cpu.csv", help="CSV to write")
     parser.add_argument("--documentation", type=Path, default=DOCUMENTATION, help="page to renew, step.svg beside it")
     arguments = parser.parse_args()
-    rounds, steps = arguments.rounds, arguments.steps
     common, errors, idle = stamp(), checked(list(CASES.values())), idle_bytes()
     print(f"{common['device']}, {common['threads']} threads, load {common['load']}, idle process {idle / MIB:.0f} MiB")
-    rows: list[Row] = []
-    for measure in (
-        lambda: whole_step(SHAPE, list(errors), rounds, steps, idle),
-        lambda: over_classes([Shape(SHAPE.n, classes, SHAPE.d) for classes in OVER_CLASSES], rounds, steps, idle),
-        lambda: many_classes(LINEAR, max(1, rounds // 2), max(3, steps // 2), idle),
-    ):
-        measured = [{**common, **entry, "relative_error": errors[entry["optimizer"]]} for entry in measure()]
-        _show(measured)
-        rows += measured
-        write_rows(rows, arguments.output)  # after each part: the whole takes most of an hour
-    document(rows, arguments.documentation)
+    before: list[Row] = list(read_rows(arguments.output)) if arguments.only else []
+    rows = {part: [one for one in before if one["case"] == part] for part in PARTS}
+    for part in (arguments.only,) if arguments.only else PARTS:
+        found = measured(part, list(errors), arguments.rounds, arguments.steps, idle)
+        rows[part] = [{**common, **entry, "relative_error": errors[entry["optimizer"]]} for entry in found]
+        _show(rows[part])
+        write_rows([*chain(*rows.values())], arguments.output)  # after each part: the whole takes most of an hour
+    document([*chain(*rows.values())], arguments.documentation)
     print(f"wrote {arguments.output}, {arguments.documentation} and its step.svg")
 
 
