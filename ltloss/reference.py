@@ -21,6 +21,7 @@ from ltloss.numerics import compute_dtype
 from ltloss.regularizers import FeatureNormKind, norm_penalty
 
 __all__ = [
+    "cosine_logits",
     "cosine_logsumexp",
     "cosines",
     "direction",
@@ -63,6 +64,21 @@ def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
     dtype = compute_dtype(features, prototypes)
     with torch.autocast(features.device.type, enabled=False):  # it would form the product in half precision
         return direction(features.to(dtype)) @ direction(prototypes.to(dtype)).t()
+
+
+def cosine_logits(features: Tensor, prototypes: Tensor, scale: float, normalize_features: bool = True) -> Tensor:
+    """s·cos_ic (N, C), times ‖x_i‖ where a feature keeps its length: what prediction takes the largest of.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.reference import cosine_logits
+        >>> cosine_logits(torch.tensor([[3.0, 4.0]]), torch.eye(2), 2.0, normalize_features=False)
+        tensor([[6., 8.]])
+    """
+    logits = scale * cosines(features, prototypes)
+    if not normalize_features:
+        logits = logits * torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=logits.dtype)
+    return logits
 
 
 def _with_margin(cosine: Tensor, margin: Margin) -> Tensor:
@@ -125,9 +141,7 @@ def logsumexp_stats(
     if objective.ignore_index is not None:
         features = torch.where((labels == objective.ignore_index)[:, None], 0.0, features)
         labels = torch.where(labels == objective.ignore_index, -1, labels)
-    cosine = objective.scale * cosines(features, prototypes)
-    if not objective.normalize_features:
-        cosine = cosine * torch.linalg.vector_norm(features.to(cosine.dtype), dim=1, keepdim=True)
+    cosine = cosine_logits(features, prototypes, objective.scale, objective.normalize_features)
     _, target = _others_and_target(cosine, labels)
     r, _ = _others_and_target(cosine if log_prior is None else cosine + log_prior, labels)
     return r, target, cosine.sum(1) if with_logit_sum else None

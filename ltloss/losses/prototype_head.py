@@ -17,7 +17,7 @@ from ltloss.float8 import FLOAT8, decoded, write_rows
 from ltloss.losses.defaults import default_scale
 from ltloss.numerics import spans
 from ltloss.ops.logsumexp import Update
-from ltloss.reference import cosines
+from ltloss.reference import cosine_logits
 
 __all__ = ["PrototypeHead"]
 
@@ -176,10 +176,7 @@ class PrototypeHead(nn.Module):
 
     def _dense_logits(self, features: Tensor, weight: Tensor) -> Tensor:
         weight = weight.detach() if weight.dtype == FLOAT8 else weight  # which cannot hold a gradient
-        logits = self.scale * cosines(features, weight)
-        if not self.normalize_features:
-            logits = logits * torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=logits.dtype)
-        return logits
+        return cosine_logits(features, weight, self.scale, self.normalize_features)
 
     @torch.no_grad()
     def predict(self, features: Tensor, k: int = 1) -> TopK:
