@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ltloss._validation import check_label_range, check_supervised
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.layout import Layout
 from ltloss.errors import DistributedError
+from ltloss.runtime import current_debug
 
-__all__ = ["Batch", "BatchGather", "all_gather_metadata"]
+__all__ = ["Batch", "BatchGather", "all_gather_metadata", "gather_supervised"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HEADER = 4  # int64: rows or -1, whether features ask for a gradient, tag, unused
@@ -133,6 +135,17 @@ class BatchGather:
             asks = features if features.requires_grad else features.detach().requires_grad_()
             values = _Gathered.apply(asks, values, own, self.gradient_factor)  # type: ignore[no-untyped-call]
         return Batch(values, labels, own, features.shape[0])
+
+
+def gather_supervised(gather: BatchGather, features: Any, prototypes: Tensor, labels: Any, ignore_index: int) -> Batch:
+    """The global batch of features (n, D) and labels (n,) that fit prototypes (C, D); rows that are missing ignored."""
+
+    def check() -> None:
+        check_supervised(features, prototypes, labels)
+        if (labels.device.type == "cpu" or current_debug()) and not torch.compiler.is_compiling():
+            check_label_range(labels.to(torch.int64), prototypes.shape[0], ignore_index)
+
+    return gather(features, labels, check, padding=ignore_index)
 
 
 def _fits(features: Tensor, agreed: _Agreement) -> bool:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ltloss._types import TopK
-from ltloss._validation import check_label_range, check_number, check_supervised
+from ltloss._validation import check_number
 from ltloss.distributed import collectives as comm
-from ltloss.distributed.batch_gather import BatchGather, all_gather_metadata
+from ltloss.distributed.batch_gather import BatchGather, all_gather_metadata, gather_supervised
 from ltloss.distributed.centers import ShardedCenters
 from ltloss.distributed.layout import Layout, gathered, local, mesh_device
 from ltloss.distributed.logsumexp import ClassShard
@@ -24,7 +24,6 @@ from ltloss.errors import DistributedError
 from ltloss.float8 import FLOAT8, write_rows
 from ltloss.losses.class_centers import ClassCenters
 from ltloss.losses.prototype_head import PrototypeHead
-from ltloss.runtime import current_debug
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -248,13 +247,7 @@ class ClassParallel(PrototypeHead):
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Loss of the global batch for this rank's features (n, D) and labels (n,)."""
         ignore_index: int = getattr(self, "ignore_index", -100)
-
-        def check() -> None:
-            check_supervised(features, self.weight, labels)
-            if (labels.device.type == "cpu" or current_debug()) and not torch.compiler.is_compiling():
-                check_label_range(labels.to(torch.int64), self.num_classes, ignore_index)
-
-        batch = self.batch(features, labels, check, padding=ignore_index)
+        batch = gather_supervised(self.batch, features, self.weight, labels, ignore_index)
         options = {"shard": ClassShard(self.layout)} if self.takes_shard else {}  # the others ask the DTensor
         if self.sampler is not None and self.training:
             options["shard"] = self.sampler.draw(batch.labels, self.weight, self.layout)

@@ -105,7 +105,7 @@ class Layout:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self.mesh, self.num_classes, self.device)
+        return _unpickled, (self.mesh, self.num_classes, self.device, type(self))
 
     @property
     def placements(self) -> list[Any]:
@@ -228,7 +228,7 @@ class _Group:
         return _Group, ()
 
 
-def _unpickled(mesh: DeviceMesh | None, num_classes: int, device: torch.device) -> Layout:
+def _unpickled(mesh: DeviceMesh | None, num_classes: int, device: torch.device, kind: type[Layout] = Layout) -> Layout:
     try:
         fits = mesh is None or dist.get_world_size(mesh.get_group(mesh.ndim - 1)) == mesh.size(mesh.ndim - 1)
     except (RuntimeError, ValueError):  # no such group, or nothing initialised
@@ -238,7 +238,7 @@ def _unpickled(mesh: DeviceMesh | None, num_classes: int, device: torch.device) 
             f"a parallel module that was pickled on {mesh.size() if mesh else 1} ranks can be read by the same ranks "
             "only. Keep its state_dict, or use save_checkpoint and load_checkpoint, which fit any number of ranks"
         )
-    return Layout(mesh, num_classes, device)
+    return kind(mesh, num_classes, device)
 
 
 def mesh_device(mesh: DeviceMesh) -> torch.device:

@@ -8,15 +8,19 @@ from ltloss.distributed.layout import local
 from ltloss.float8 import write_rows
 from ltloss.losses.prototype_head import PrototypeHead
 
-__all__ = ["fill", "write_prototypes"]
+__all__ = ["check_shape", "fill", "write_prototypes"]
 
 
 def fill(head: PrototypeHead, found: tuple[int, int], origin: str, rows: Tensor) -> None:
     """Take this rank's ``rows`` of prototypes ``found`` (C, D); ValueError where the head has another shape."""
-    wanted = tuple(head.weight.shape)
+    check_shape(found, (head.num_classes, head.embedding_size), origin)
+    write_prototypes(head, rows)
+
+
+def check_shape(found: tuple[int, int], wanted: tuple[int, int], origin: str) -> None:
+    """Raise ValueError where what was found in a file has not the shape (C, D) of the head."""
     if found != wanted:
         raise ValueError(f"{origin} holds prototypes {found} (C, D); the head has {wanted}")
-    write_prototypes(head, rows)
 
 
 def write_prototypes(head: PrototypeHead, rows: Tensor) -> None:

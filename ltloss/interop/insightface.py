@@ -1,30 +1,260 @@
-"""The class centres that InsightFace's PartialFC saves, one file a rank."""
+"""InsightFace's margins and its PartialFC over ltloss; and the class centres that it saves, one file a rank.
+
+``from ltloss.interop.insightface import CombinedMarginLoss, PartialFC_V2`` in the place of the imports of
+``recognition/arcface_torch/train_v2.py`` is all that changes there. Nothing of InsightFace is needed.
+``docs/coming-from.md`` says what differs.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ltloss.distributed.layout import Layout
-from ltloss.interop._fill import fill
+from ltloss import functional as F
+from ltloss._validation import check_count, check_number, check_type
+from ltloss.distributed import collectives as comm
+from ltloss.distributed.batch_gather import BatchGather, gather_supervised
+from ltloss.distributed.layout import Layout, class_mesh, mesh_device
+from ltloss.distributed.logsumexp import ClassShard
+from ltloss.distributed.sampling import ClassSampler, seeded
+from ltloss.interop._fill import check_shape, fill
 from ltloss.losses.prototype_head import PrototypeHead
 
-__all__ = ["import_insightface"]
+__all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2", "import_insightface"]
 
 # N is the rank. From the newest arcface_torch to the oldest.
 _KINDS = ("checkpoint_gpu_N.pt", "softmax_fc_gpu_N.pt", "rank_N_softmax_weight.pt")
 
 
-def import_insightface(head: PrototypeHead, files: str | Path | Sequence[str | Path]) -> None:
+@dataclasses.dataclass(frozen=True)
+class ArcFace:
+    """The target logit s·cos(θ + margin), as it is beyond π too; the gradient takes d cos(θ + margin) / d cos θ as 1.
+
+    Args:
+        s: scale.
+        margin: in radians.
+
+    Raises:
+        ValueError, TypeError: a scale that is not positive, a margin beyond π.
+
+    Example:
+        >>> from ltloss.interop.insightface import ArcFace, PartialFC_V2
+        >>> head = PartialFC_V2(ArcFace(s=64.0, margin=0.5), embedding_size=16, num_classes=100)
+    """
+
+    s: float = 64.0
+    margin: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_number("s", self.s, above=0.0)
+        check_number("margin", self.margin, at_least=-math.pi, at_most=math.pi)
+
+    def options(self) -> dict[str, Any]:
+        """Of :func:`ltloss.functional.margin_cross_entropy`."""
+        straight = {"beyond_pi": "cosine", "margin_gradient": "straight_through"}
+        return {"scale": self.s, "angular_margin": self.margin, **straight}
+
+
+@dataclasses.dataclass(frozen=True)
+class CosFace:
+    """The target logit s·(cos θ − m).
+
+    Args:
+        s: scale.
+        m: a cosine.
+
+    Raises:
+        ValueError, TypeError: a scale that is not positive, a margin that is no number.
+
+    Example:
+        >>> from ltloss.interop.insightface import CosFace, PartialFC_V2
+        >>> head = PartialFC_V2(CosFace(s=64.0, m=0.4), embedding_size=16, num_classes=100)
+    """
+
+    s: float = 64.0
+    m: float = 0.40
+
+    def __post_init__(self) -> None:
+        check_number("s", self.s, above=0.0)
+        check_number("m", self.m)
+
+    def options(self) -> dict[str, Any]:
+        """Of :func:`ltloss.functional.margin_cross_entropy`."""
+        return {"scale": self.s, "cosine_margin": self.m}
+
+
+@dataclasses.dataclass(frozen=True)
+class CombinedMarginLoss:
+    """:class:`ArcFace` with margin m2 where m1 = 1 and m3 = 0; :class:`CosFace` with m3 where m1 = 1 and m2 = 0.
+
+    Args:
+        s: scale.
+        m1, m2, m3: the margins, m2 in radians.
+        interclass_filtering_threshold: 0, for no filter.
+
+    Raises:
+        ValueError, TypeError: other margins, of which InsightFace drops m1 and m2 or computes nothing; a filter.
+
+    Example:
+        >>> from ltloss.interop.insightface import CombinedMarginLoss, PartialFC_V2
+        >>> margin_loss = CombinedMarginLoss(64, 1.0, 0.5, 0.0, interclass_filtering_threshold=0)
+        >>> head = PartialFC_V2(margin_loss, embedding_size=16, num_classes=100)
+    """
+
+    s: float
+    m1: float
+    m2: float
+    m3: float
+    interclass_filtering_threshold: float = 0
+
+    def __post_init__(self) -> None:
+        if check_number("interclass_filtering_threshold", self.interclass_filtering_threshold) > 0:
+            raise ValueError(
+                "interclass_filtering_threshold must be 0, for all classes stay in the sum here; got "
+                f"{self.interclass_filtering_threshold}"
+            )
+        m1, m2, m3 = (check_number(name, getattr(self, name)) for name in ("m1", "m2", "m3"))
+        if m1 != 1.0 or m3 < 0.0 or (m2 != 0.0 and m3 != 0.0):
+            raise ValueError(
+                "m1, m2 and m3 must be 1, m2 and 0 (ArcFace) or 1, 0 and m3 > 0 (CosFace), for InsightFace computes no "
+                f"other margin; got m1={m1}, m2={m2} and m3={m3}. ltloss.CombinedMarginLoss has all three at once"
+            )
+        self._margin()
+
+    def _margin(self) -> ArcFace | CosFace:
+        return CosFace(self.s, self.m3) if self.m3 > 0.0 else ArcFace(self.s, self.m2)
+
+    def options(self) -> dict[str, Any]:
+        """Of :func:`ltloss.functional.margin_cross_entropy`."""
+        return self._margin().options()
+
+
+class _FirstRanksHoldMore(Layout):
+    """Consecutive blocks as InsightFace cuts them: of C = 10 on four ranks 3, 3, 2 and 2 (a DTensor: 3, 3, 3, 1)."""
+
+    def span(self, class_rank: int | None = None) -> tuple[int, int]:
+        """(start, stop) of the classes of a class rank, by default this one."""
+        rank = self.class_rank if class_rank is None else class_rank
+        size, more = divmod(self.num_classes, self.class_ranks)
+        start = rank * size + min(rank, more)
+        return start, start + size + (rank < more)
+
+
+class PartialFC_V2(nn.Module):
+    """``PartialFC_V2`` of ``arcface_torch``: the class centres spread over the ranks, without N×C logits.
+
+    In one process that initialised nothing it holds all classes. Under ``torch.distributed`` every rank builds and
+    calls it.
+
+    Args:
+        margin_loss: :class:`CombinedMarginLoss`, :class:`ArcFace` or :class:`CosFace` of this module.
+        embedding_size: D.
+        num_classes: C.
+        sample_rate: below 1, a training step takes the batch's own classes and random others up to this fraction of
+            each rank's classes, without a correction of the logits.
+        fp16: hand embeddings on in float16, in which their gradient comes back: scale the loss.
+
+    Attributes:
+        weight: (num_local, D) float32 parameter, the centres of this rank's classes, ordinary and the only entry of the
+            state_dict: what InsightFace saves as ``state_dict_softmax_fc`` on this rank of as many is loaded, with the
+            state of the optimizer, and the other way round. From another number of ranks
+            :func:`import_insightface` reads the centres.
+        num_local, class_start: how many classes this rank has, and its first one.
+
+    Raises:
+        ValueError, TypeError: another margin, sizes that are no whole numbers from 1, a rate outside (0, 1].
+
+    Source: An et al., Killing two birds with one stone: efficient and robust training of face recognition CNNs by
+    partial FC, CVPR 2022.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.interop.insightface import CombinedMarginLoss, PartialFC_V2
+        >>> head = PartialFC_V2(CombinedMarginLoss(64, 1.0, 0.5, 0.0), embedding_size=16, num_classes=100)
+        >>> optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        >>> head(torch.randn(4, 16, requires_grad=True), torch.tensor([0, 7, 99, 3])).backward()
+        >>> optimizer.step()
+        >>> head.state_dict()["weight"].shape
+        torch.Size([100, 16])
+    """
+
+    def __init__(
+        self,
+        margin_loss: ArcFace | CombinedMarginLoss | CosFace,
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        fp16: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(margin_loss, ArcFace | CombinedMarginLoss | CosFace):
+            raise TypeError(
+                "margin_loss must be a CombinedMarginLoss, ArcFace or CosFace of ltloss.interop.insightface; got "
+                f"{type(margin_loss).__name__}"
+            )
+        check_type("fp16", fp16, bool)
+        self.margin_softmax, self.fp16 = margin_loss, fp16
+        self.embedding_size = check_count("embedding_size", embedding_size)
+        self.num_classes = check_count("num_classes", num_classes)
+        self.sample_rate = check_number("sample_rate", sample_rate, above=0.0, at_most=1.0)
+        self.sampler = ClassSampler(sample_rate, seed=0, unbiased=False) if sample_rate < 1.0 else None
+        mesh = class_mesh()
+        self._arrange(
+            _FirstRanksHoldMore(mesh, num_classes, torch.device("cpu") if mesh is None else mesh_device(mesh))
+        )
+        self.class_start, stop = self.layout.span()
+        self.num_local = stop - self.class_start
+        self.weight = nn.Parameter(torch.empty(self.num_local, embedding_size))
+        self.reset_parameters()
+
+    def _arrange(self, layout: Layout) -> None:
+        self.layout = layout
+        # DDP divides the gradients of the backbone by the number of ranks; those of the embeddings make up for it.
+        self.batch = BatchGather(layout, gradient_factor=float(layout.ranks))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the centres anew, from N(0, 0.01²), each rank its own also where all have one seed."""
+        layout = self.layout
+        seed = comm.broadcast(torch.randint(1 << 62, (1,)).to(layout.device), 0, layout.group)
+        drawn = torch.empty(self.weight.shape)
+        self.weight.copy_(drawn.normal_(std=0.01, generator=seeded(int(seed), layout.rank)))
+
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+        """Loss of the global batch for this rank's embeddings (n, D) and labels (n,) or (n, 1), a scalar.
+
+        The gradient of the embeddings is that of the loss, times the number of ranks by which DDP will divide.
+        """
+        if self.layout.mesh is None and self.layout.device != self.weight.device:  # the module was moved
+            self._arrange(dataclasses.replace(self.layout, device=self.weight.device))
+        embeddings = local_embeddings.half() if self.fp16 else local_embeddings
+        weight = self.layout.place(self.weight)
+        batch = gather_supervised(self.batch, embeddings, weight, local_labels.reshape(-1), -100)
+        shard = ClassShard(self.layout) if self.layout.mesh is not None else None
+        if self.sampler is not None and self.training:
+            shard = self.sampler.draw(batch.labels, self.weight, self.layout)
+        return F.margin_cross_entropy(
+            batch.features, weight, batch.labels, shard=shard, **self.margin_softmax.options()
+        )
+
+    def extra_repr(self) -> str:
+        """Shape and margin."""
+        return f"{self.margin_softmax}, {self.embedding_size}, {self.num_classes}, sample_rate={self.sample_rate:g}"
+
+
+def import_insightface(head: PrototypeHead | PartialFC_V2, files: str | Path | Sequence[str | Path]) -> None:
     """Fill a head with the class centres that InsightFace's PartialFC saved, one file per rank N of its job.
 
     Args:
-        head: sharded or not, over any number of ranks.
+        head: sharded or not, over any number of ranks; or a :class:`PartialFC_V2`.
         files: a folder with ``checkpoint_gpu_N.pt``, ``softmax_fc_gpu_N.pt`` or ``rank_N_softmax_weight.pt``; or one
             file, or several. Files of these names are put in the order of N, files of other names stay in the order
             given. Each holds the tensor ``weight`` (classes of rank N, D) or is that tensor. They are read one at a
@@ -46,7 +276,8 @@ def import_insightface(head: PrototypeHead, files: str | Path | Sequence[str | P
     Source: https://github.com/deepinsight/insightface, ``recognition/arcface_torch``.
     """
     paths = _paths(files)
-    start, stop = Layout.of(head.weight).span()
+    layout = head.layout if isinstance(head, PartialFC_V2) else Layout.of(head.weight)
+    start, stop = layout.span()
     first, width, rows = 0, 0, []
     for path in paths:
         shard = _weight(path)
@@ -56,7 +287,11 @@ def import_insightface(head: PrototypeHead, files: str | Path | Sequence[str | P
         rows.append(shard[max(start - first, 0) : max(stop - first, 0)].clone())  # the rest of the file is let go
         first += shard.shape[0]
     origin = f"{paths[0]} to {paths[-1].name}" if len(paths) > 1 else str(paths[0])
-    fill(head, (first, width), origin, torch.cat(rows))
+    if isinstance(head, PartialFC_V2):
+        check_shape((first, width), (head.num_classes, head.embedding_size), origin)
+        head.weight.data.copy_(torch.cat(rows))
+    else:
+        fill(head, (first, width), origin, torch.cat(rows))
 
 
 def _kind(path: Path) -> str:
