@@ -1,4 +1,6 @@
-"""Prototypes to and from the files of others.
+"""Prototypes to and from the files of others; and their losses over ours, in the modules that have their names.
+
+Those are :mod:`ltloss.interop.pytorch_metric_learning` and :mod:`ltloss.interop.insightface`.
 
 Nothing here puts all classes into one memory: each rank reads its own block, and blocks are written one by one.
 """

@@ -118,6 +118,10 @@ def test_one_takes_the_place_of_the_other(theirs: Any, name: str) -> None:
     torch.testing.assert_close(one(embeddings, labels, mined), other(embeddings, labels, mined))
 
 
+def _value(loss: Tensor) -> float:
+    return float(loss.detach())
+
+
 def _stated(loss: Any) -> Any:
     """A loss; or the parts of one that nothing reduced, without the word that tells what they are."""
     if isinstance(loss, Tensor):
@@ -146,6 +150,20 @@ def test_their_reducers_regularisers_and_distances(theirs: Any) -> None:
                 loss(3, 5, distance=distance)
     with refused("distance", "DotProductSimilarity", "normalize_embeddings=False"):
         ours.CosFaceLoss(3, 5, distance=dot(normalize_embeddings=False))
+
+
+def test_what_differs(theirs: Any) -> None:
+    """A loss of e^-41 is none to them; an embedding of zeros is one that they divide by."""
+    embeddings, labels = torch.eye(2), torch.tensor([0, 0])
+    for module, mean in ((ours, 86.4 / 2), (theirs.losses, 86.4)):
+        reducer = theirs.reducers.AvgNonZeroReducer()
+        loss_fn = module.CosFaceLoss(2, 2, reducer=reducer, weight_init_func=torch.nn.init.eye_)
+        assert _value(loss_fn(embeddings, labels)) == pytest.approx(mean)
+        zero = torch.zeros(1, 2, requires_grad=True)
+        loss_fn(zero, labels[:1]).backward()
+        assert bool((zero.grad.abs() > 1e12).any()) == (module is not ours)
+    half = ours.CosFaceLoss(2, 2)
+    assert half(embeddings.half(), labels).dtype == half.W.dtype == torch.float32
 
 
 def _cosine_similarity(queries: Tensor, references: Tensor) -> Tensor:
@@ -211,10 +229,6 @@ def test_the_prototypes_are_in_memory_once() -> None:
         assert one.W.grad.stride() == one.W.stride()  # so that none is copied
     prototypes = loss_fn.weight.detach().float()
     assert torch.equal(functional.top_k(prototypes, prototypes).index[:, 0], torch.arange(9))
-
-
-def _value(loss: Tensor) -> float:
-    return float(loss.detach())
 
 
 def test_the_mean_ignores_nothing() -> None:
