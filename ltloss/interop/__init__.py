@@ -2,7 +2,7 @@
 
 Those are :mod:`ltloss.interop.pytorch_metric_learning` and :mod:`ltloss.interop.insightface`.
 
-Nothing here puts all classes into one memory: each rank reads its own block, and blocks are written one by one.
+No function here puts all classes into one memory: each rank reads its own block, and blocks are written one by one.
 """
 
 from __future__ import annotations
