@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, so it must stand before anything imports one.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from helpers.interpreter import quick_interpreter
 
 import ltloss
 from benchmarks.kernel_report import launches
@@ -20,6 +24,13 @@ from benchmarks.kernel_report import launches
 def launches_written_down() -> Iterator[None]:
     """Where ``python -m benchmarks.kernel_report.launches`` asks for it, to be compiled."""
     with launches.written_down():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick() -> Iterator[None]:
+    missing = importlib.util.find_spec("triton") is None
+    with nullcontext() if missing or torch.cuda.is_available() else quick_interpreter():
         yield
 
 

@@ -7,8 +7,6 @@ import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -43,16 +41,6 @@ TINY = Shape(5, 33, 8)
 @pytest.fixture(autouse=True)
 def as_users_run_it(default_algorithms: None) -> None:
     """Peers use operators that have no deterministic variant."""
-
-
-@pytest.fixture
-def few_comparisons(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For tests of what is said about the comparisons; all of them take a third of a minute."""
-    usual = correctness.cases
-    monkeypatch.setattr(correctness, "cases", lambda quick: islice(usual(quick), 3))
-    correctness._all_cases.cache_clear()
-    yield
-    correctness._all_cases.cache_clear()
 
 
 class Clock:
@@ -336,7 +324,7 @@ def test_a_verdict_takes_nan_for_wrong() -> None:
     assert correctness.Verdict("case", (0.5, 3.0, 0.0), (1.0, 2.0, 1.0)).worst == 1.5
 
 
-def test_several_processes_compare_what_one_does() -> None:
+def test_several_processes_compare_what_one_does(few_comparisons: None) -> None:
     one = correctness.check_all("cpu", Deadline(600.0), quick=True)
     two = correctness.check_all("cpu", Deadline(600.0), quick=True, processes=2)
     assert one.left_out == 0

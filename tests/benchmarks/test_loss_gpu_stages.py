@@ -98,7 +98,7 @@ def test_the_tiles_are_ranked_and_written(tmp_path: Path, monkeypatch: pytest.Mo
         assert tune_tiles.tiles.Tile(*map(int, re.findall(r"\d+", tile))).rows in (16, 64)
 
 
-def test_a_stage_can_be_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_can_be_run_alone(few_comparisons: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--device", "cpu", "--quick", "--minutes", "9", "--output", str(tmp_path / "rows.csv")]
     assert gpu.main([*command, "--stage", "correctness"]) == 0
     assert not (tmp_path / "rows.csv").exists(), "nothing was timed"
@@ -123,7 +123,11 @@ def test_a_process_that_a_property_ends_takes_no_other_along(spoilt: ModuleType)
 
 
 def test_times_are_measured_although_a_property_fails_and_say_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoilt: ModuleType, capsys: pytest.CaptureFixture[str]
+    few_comparisons: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    spoilt: ModuleType,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(system, "ANYWHERE", (spoilt.off, spoilt.fine))
     command = ["--device", "cpu", "--quick", "--minutes", "9", "--shape", "5x33x8", "--provider", "ltloss"]

@@ -49,8 +49,7 @@ def _both(rank: int, data: int, capacity: int | None) -> list[tuple[list[Tensor]
     return [tuple(_steps(rank, name, data, capacity, compiled) for compiled in both) for name in MODULES]  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("capacity", [None, ROWS])
-@pytest.mark.parametrize(("ranks", "data"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("ranks", "data", "capacity"), [(2, 1, None), (1, 1, ROWS), (2, 1, ROWS), (2, 2, ROWS)])
 def test_as_in_eager_mode(ranks: int, data: int, capacity: int | None) -> None:
     for found in world.run(_both, ranks, data, capacity):
         for eager, compiled in found:

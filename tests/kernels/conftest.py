@@ -8,18 +8,11 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from helpers.interpreter import quick_interpreter
 from helpers.kernel_problems import tiny_tiles
 
 import ltloss
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def quick() -> Iterator[None]:
-    with nullcontext() if torch.cuda.is_available() else quick_interpreter():
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -54,8 +54,7 @@ def test_searches_are_the_same_to_the_last_bit(
     assert all(map(torch.equal, searched(given.features, given.prototypes), expected))
 
 
-@pytest.mark.parametrize("dtype", [F32, F16])
-@pytest.mark.parametrize("width", [16, 19])
+@pytest.mark.parametrize(("width", "dtype"), [(16, F32), (19, F16)])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_what_lies_between_rows_changes_nothing(
     normalize: bool, width: int, dtype: torch.dtype, take_the_engine_away: Callable[[], None]
