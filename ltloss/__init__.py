@@ -3,7 +3,7 @@
 Functions are in :mod:`ltloss.functional`, their dense float64 twins in :mod:`ltloss.reference`, the helpers that turn
 class counts into margins, priors and weights in :mod:`ltloss.class_balance`. The loss modules are here. A loss of your
 own starts from :mod:`ltloss.extend` and is tried with :mod:`ltloss.testing`. Optimizers that move the prototypes inside
-the backward are in :mod:`ltloss.optim`, errors in :mod:`ltloss.errors`.
+the backward are in :mod:`ltloss.optim`, files for serving in :mod:`ltloss.export`, errors in :mod:`ltloss.errors`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         class_balance,
         distributed,
         errors,
+        export,
         extend,
         functional,
         interop,
@@ -72,6 +73,7 @@ __all__ = [
     "default_scale",
     "distributed",
     "errors",
+    "export",
     "extend",
     "functional",
     "interop",

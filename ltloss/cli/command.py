@@ -1,4 +1,4 @@
-"""The ``ltloss`` command: train, compare, evaluate, predict, report, tune, plan, doctor.
+"""The ``ltloss`` command: train, compare, evaluate, predict, export, report, tune, plan, doctor.
 
 Everything but the standard library is imported inside ``reported``, so that a missing package, a wrong environment
 variable and an early Ctrl-C are reported like any other mistake: one line on stderr and exit code 2, 130 for Ctrl-C.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from ltloss.cli.compare import add_compare, add_recipe, run_compare
+from ltloss.cli.export import EXPORT, add_export, run_export
 from ltloss.cli.values import add_renamed, count, named_value, path, picked, settings_given
 from ltloss.errors import LtlossError, UserError, explain_os_error, nearest
 
@@ -81,6 +82,8 @@ def _explain(error: Exception, command: str) -> str | None:
         missing = (error.name or "a package").partition(".")[0]
         if missing == "ltloss_kernels" or missing == "triton":
             return f"{missing}, which the backend 'triton' needs, cannot be imported ({text}); unset LTLOSS_BACKEND"
+        if "pip install" in text:
+            return text
         return f"{missing} cannot be imported ({text}); run: pip install 'ltloss[train]'"
     if isinstance(error, OSError):
         return explain_os_error(error, "continue with --resume" if command == "train" else "run the command again")
@@ -155,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(compare, without=("loss", "seed", "parallel", *FUSED_SETTINGS))
     _add_evaluate(add("evaluate", _evaluate, "measure a run on labelled images"))
     _add_predict(add("predict", _predict, "classify a folder of images and make a gallery of them"))
+    add_export(add("export", run_export, "write a run as one file for serving: ONNX or torch.export", EXPORT))
     add("report", _report, "write RUN/report.html again").add_argument("run", type=path, metavar="RUN")
     about = "Time the kernels' tiles on this GPU and keep the fastest in the user's cache for later runs."
     _add_tune(add("tune", _tune, "find the fastest kernel tiles for this GPU", about))

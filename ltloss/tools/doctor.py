@@ -21,6 +21,7 @@ from ltloss.runtime import current_backend
 Row = tuple[str, str]
 
 _TRAIN = "pip install 'ltloss[train]'"
+_EXPORT = "pip install 'ltloss[export]'"
 _OPTIONAL = (  # distribution, what it is for, how to get it
     ("triton", "the GPU kernels", "pip install triton (Linux)"),
     ("pillow", "reading images", _TRAIN),
@@ -28,6 +29,8 @@ _OPTIONAL = (  # distribution, what it is for, how to get it
     ("matplotlib", "the report page", _TRAIN),
     ("scikit-learn", "the digits data set", _TRAIN),
     ("tqdm", "progress bars", _TRAIN),
+    ("onnx", "files for ONNX", _EXPORT),
+    ("onnxscript", "files for ONNX", _EXPORT),
     ("timm", "--backbone timm:NAME", "pip install timm"),
 )
 

@@ -29,6 +29,7 @@ FORBIDDEN = [
     ("ltloss.distributed", "ltloss.training"),
     ("ltloss.distributed", "ltloss.interop"),
     ("ltloss.interop", "ltloss.training"),
+    ("ltloss.export", "ltloss.training"),
     ("ltloss.training.data", "ltloss.training.run"),
     ("ltloss.errors", "ltloss."),
     ("ltloss._files", "ltloss."),

@@ -1,0 +1,32 @@
+"""The options of ``ltloss export``, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+
+from ltloss.cli.values import path, picked
+
+EXPORT = (
+    "Write the newest checkpoint of a run as one file that needs no ltloss: ONNX, or a program of torch.export (.pt2). "
+    "ONNX needs: pip install 'ltloss[export]'."
+)
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Add its options."""
+    parser.add_argument("run", type=path, metavar="RUN")
+    parser.add_argument("--to", choices=("onnx", "torch"), required=True, help="the format")
+    written = "the file to write, .onnx or .pt2 (default: RUN/model.onnx, RUN/model.pt2)"
+    parser.add_argument("--output", type=path, metavar="FILE", help=written)
+    taken = "what the file takes: uint8 images of the run's size, or embeddings (default: images)"
+    parser.add_argument("--input", choices=("images", "embeddings"), default="images", help=taken)
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="best classes of a sample (default: 5)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """Do what the command line says, and name the file."""
+    from ltloss.training.predict.export import export_run
+
+    print(f"wrote {export_run(options.run, **picked(options, 'output', 'to', 'input', 'top', 'overwrite'))}")
+    return 0

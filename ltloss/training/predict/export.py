@@ -1,0 +1,112 @@
+"""A trained run as one file for serving: ONNX, or a program of ``torch.export``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ltloss import __version__
+from ltloss.errors import UserError
+from ltloss.export import InferenceHead, Target, export_module
+
+if TYPE_CHECKING:
+    from ltloss.training.model.classifier import Classifier
+    from ltloss.training.run.settings import RunConfig
+
+_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+
+_RESIZING = "the centre at the aspect ratio of image_shape, then bicubic with antialiasing (PIL.ImageOps.fit)"
+
+
+class _OfImages(nn.Module):
+    """Images (N, channels, H, W) uint8 to embeddings (N, D) and what the head makes of them."""
+
+    def __init__(self, classifier: Classifier, head: InferenceHead) -> None:
+        super().__init__()
+        self.classifier, self.head = classifier, head
+        del classifier.loss  # a file would hold its prototypes a second time
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        embeddings = self.classifier.features(images)
+        return {"embeddings": embeddings, **self.head(embeddings)}
+
+
+def export_run(
+    run: Path,
+    output: Path | None = None,
+    *,
+    to: Target = "onnx",
+    input: Literal["images", "embeddings"] = "images",
+    top: int = 5,
+    overwrite: bool = False,
+) -> Path:
+    """Write the newest checkpoint of ``run`` as a file that needs no ltloss, and return its path.
+
+    Args:
+        run: the folder of a training run.
+        output: the file, which ends in ``.onnx`` or ``.pt2``; RUN/model.onnx or RUN/model.pt2 if not given.
+        to: "onnx", or "torch" for a program of ``torch.export``.
+        input: "images" (N, channels, H, W) uint8 of the run's size, which the file normalises itself, or "embeddings"
+            (N, D) float32.
+        top: how many classes ``index``, ``cosine`` and ``probability`` have a sample, at most as many as there are.
+        overwrite: replace a file that is there, which is refused otherwise.
+
+    The outputs are those of :class:`ltloss.export.InferenceHead`; of images also ``embeddings`` (N, D).
+
+    Raises:
+        UserError: no run, an ``output`` that is there, cannot be written to or ends otherwise, weights too large for
+            ONNX.
+        ImportError: onnx or onnxscript is missing.
+    """
+    from ltloss.training.model.classifier import Classifier
+    from ltloss.training.run.settings import RunConfig
+
+    config = RunConfig.read(run)
+    path = run / f"model{_SUFFIXES[to]}" if output is None else output
+    if top < 1:
+        raise UserError(f"--top must be at least 1, is {top}; correct it")
+    _refuse_output(path, _SUFFIXES[to], overwrite)
+    classifier = Classifier.load(run, "cpu").requires_grad_(False)
+    head = InferenceHead(classifier.loss, min(top, len(config.class_names)))
+    metadata = _metadata(config, input)
+    if input == "images":
+        example = torch.zeros(2, *config.image_shape, dtype=torch.uint8)
+        export_module(_OfImages(classifier, head), input, example, path, to=to, metadata=metadata)
+    else:
+        example = torch.zeros(2, config.settings.embedding_size)
+        export_module(head, input, example, path, to=to, metadata=metadata)
+    return path
+
+
+def _refuse_output(path: Path, suffix: str, overwrite: bool) -> None:
+    """UserError before any work where the file could not be written in the end."""
+    if path.suffix != suffix:
+        raise UserError(f"--output {path} does not end in {suffix}; correct it, or take another --to")
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; give a file")
+    if path.exists() and not overwrite:
+        raise UserError(f"--output {path} is there already; give --overwrite to replace it, or another --output")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {path}: {path.parent} is no folder that can be written to; make it, or give another")
+
+
+def _metadata(config: RunConfig, input: str) -> dict[str, Any]:
+    """What one needs to feed the file and to read its answers."""
+    facts: dict[str, Any] = {
+        "class_names": list(config.class_names),
+        "loss": config.loss,
+        "backbone": config.backbone,
+        "ltloss": __version__,
+    }
+    if input == "images":
+        facts |= {
+            "image_shape": list(config.image_shape),
+            "pixels": f"uint8, 0 to 255, {'grey' if config.image_shape[0] == 1 else 'RGB'}, channels first",
+            "resizing": _RESIZING,
+            "normalisation": {"mean": list(config.mean), "std": list(config.std), "of": "pixels / 255", "inside": True},
+        }
+    return facts
