@@ -89,17 +89,20 @@ class InferenceHead(nn.Module):
         """Logits, and the k best classes with their cosines and probabilities."""
         features = features.float()
         unit = direction(features)
-        if self.head is None:
-            logits = self.scale * (unit @ self.directions.t())
+        if self.head is not None:
+            logits = self.head.logits(features).float()
+            best, index = logits.topk(self.k, dim=1)
+            found = direction(self.head.weight[index.flatten()].float()).reshape(*index.shape, -1)
+            cosine = (found * unit[:, None]).sum(-1)
+        else:
+            cosines = nn.functional.linear(unit, self.directions)  # in ONNX a Gemm, which transposes nothing
+            logits = self.scale * cosines
             if not self.normalize_features:
                 logits = logits * torch.linalg.vector_norm(features, dim=1, keepdim=True)
-        else:
-            logits = self.head.logits(features).float()
-        best, index = logits.topk(self.k, dim=1)
-        found = self.directions[index] if self.head is None else direction(self.head.weight[index.flatten()].float())
-        cosine = (found.reshape(*index.shape, -1) * unit[:, None]).sum(-1).clamp(-1.0, 1.0)
+            best, index = logits.topk(self.k, dim=1)
+            cosine = cosines.gather(1, index)
         probability = (best - logits.logsumexp(1, keepdim=True)).exp()
-        return {"logits": logits, "index": index, "cosine": cosine, "probability": probability}
+        return {"logits": logits, "index": index, "cosine": cosine.clamp(-1.0, 1.0), "probability": probability}
 
 
 def export_head(
