@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ltloss import reference
 from ltloss._deprecation import renamed_keywords
+from ltloss._transforms import apply_of
 from ltloss._types import NearestPrototype, Reduction, TopK
 from ltloss._validation import (
     check_classes,
@@ -140,7 +141,7 @@ def margin_cross_entropy(
         return reference.loss_of(features, prototypes, labels, objective)
     given = features, prototypes, labels, objective, classes, backend, may_keep(), shard
     if update is None:
-        return MarginCrossEntropy.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
+        return apply_of(MarginCrossEntropy)(*given)  # type: ignore[no-any-return]
     return update.run(MarginCrossEntropy, *given)  # type: ignore[no-any-return]
 
 

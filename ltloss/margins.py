@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ltloss._transforms import apply_of, transforming
 from ltloss._types import Reduction
 from ltloss._validation import check_choice, check_number, check_per_class, check_type
 
@@ -241,6 +242,14 @@ class _Arccos(torch.autograd.Function):
         return grad_outputs[0] * (-1.0 / arccos(cosine).sin().clamp_min(2.0**-11))
 
 
+def _arccos_of_operations(cosine: Tensor) -> Tensor:
+    """The same for ``torch.func``, whose transforms see through PyTorch's own operations."""
+    value = cosine.detach().clamp(-1.0, 1.0).acos()
+    steep = value.sin() < 2.0**-11
+    inside = torch.where(steep, 0.0, cosine).acos()
+    return torch.where(steep, value - 2.0**11 * (cosine - cosine.detach()), inside)
+
+
 def arccos(cosine: Tensor) -> Tensor:
     """Angle in radians of a cosine, exact in value, with a gradient that stays finite at ±1.
 
@@ -259,6 +268,8 @@ def arccos(cosine: Tensor) -> Tensor:
     """
     if not (torch.is_grad_enabled() and cosine.requires_grad):
         return cosine.clamp(-1.0, 1.0).acos()
+    if transforming():
+        return _arccos_of_operations(cosine)
     return _Arccos.apply(cosine)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -309,4 +320,4 @@ def margin_cosine(cosine: Tensor, **margin: Any) -> Tensor:
         one.to(cosine.dtype) if isinstance(one, Tensor) else number
         for one, number in zip(given[:2], checked[:2], strict=True)
     )
-    return _MarginCosine.apply(cosine, *with_gradient, checked)  # type: ignore[no-any-return, no-untyped-call]
+    return apply_of(_MarginCosine)(cosine, *with_gradient, checked)  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ltloss import reference
+from ltloss._transforms import apply_of
 from ltloss._types import Partials, TakeGradient
 from ltloss.chunked import logsumexp as chunked
 from ltloss.margins import Objective
@@ -313,13 +314,15 @@ def logsumexp_stats(
     if backend == "reference":
         return Stats(*reference.logsumexp_stats(features, prototypes, labels, objective, with_logit_sum))
     given = features, prototypes, labels, objective, with_logit_sum, backend, may_keep(), shard
-    run: Any = _LogSumExpStats.apply if update is None else functools.partial(update.run, _LogSumExpStats)
+    run: Any = apply_of(_LogSumExpStats) if update is None else functools.partial(update.run, _LogSumExpStats)
     r, target, logit_sum = run(*given)
     return Stats(r, target, logit_sum if with_logit_sum else None)
 
 
 class _LogSumExpStats(torch.autograd.Function):
     """The wide pass for those who bring their own function of the two numbers per sample."""
+
+    once = True
 
     @staticmethod
     def forward(

@@ -117,6 +117,8 @@ OPERATORS = {
 class MarginCrossEntropy(torch.autograd.Function):
     """The one loss: whole on one device, or local partials, one all-gather and one reduce-scatter over a shard."""
 
+    once = True
+
     @staticmethod
     def forward(
         ctx: Any,

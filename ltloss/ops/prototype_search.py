@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ltloss import reference
+from ltloss._transforms import apply_of
 from ltloss._types import NearestPrototype, TopK
 from ltloss.chunked import search as chunked
 from ltloss.numerics import compute_dtype
@@ -57,6 +58,8 @@ no_gradient(_TOP_K)
 class _Nearest(torch.autograd.Function):
     """The gradient of a cosine goes along the found pair only, to both of its ends."""
 
+    once = True
+
     @staticmethod
     def forward(ctx: Any, prototypes: Tensor, rows: Tensor | None, allow_tf32: bool, backend: str) -> Any:
         cosine, index = _NEAREST[backend](prototypes, rows, allow_tf32)
@@ -84,7 +87,7 @@ def nearest_in_one_piece(prototypes: Tensor, rows: Tensor | None, allow_tf32: bo
     backend = choose_backend(prototypes, prototypes)
     if backend == "reference":
         return reference.nearest_prototype(prototypes, rows)
-    return NearestPrototype(*_Nearest.apply(prototypes, rows, allow_tf32, backend))  # type: ignore[no-untyped-call]
+    return NearestPrototype(*apply_of(_Nearest)(prototypes, rows, allow_tf32, backend))
 
 
 def top_k(features: Tensor, prototypes: Tensor, k: int) -> TopK:

@@ -12,7 +12,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"ltloss": ROOT / "ltloss", "ltloss_kernels": ROOT / "kernels" / "ltloss_kernels"}
 
-GROUND = ("margins", "numerics", "regularizers", "class_balance", "runtime", "reference", "_types", "_validation")
+GROUND = (
+    "margins",
+    "numerics",
+    "regularizers",
+    "class_balance",
+    "runtime",
+    "reference",
+    "_types",
+    "_transforms",
+    "_validation",
+)
 # (who, must not import): prefixes of module names.
 FORBIDDEN = [
     *((f"ltloss.{name}", f"ltloss.{above}") for name in GROUND for above in ("losses", "training")),
