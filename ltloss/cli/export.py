@@ -17,7 +17,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=path, metavar="RUN")
     parser.add_argument("--to", choices=("onnx", "torch"), required=True, help="the format")
     written = "the file to write, .onnx or .pt2 (default: RUN/model.onnx, RUN/model.pt2)"
-    parser.add_argument("--output", type=path, metavar="FILE", help=written)
+    parser.add_argument("--out", type=path, metavar="FILE", help=written)
     taken = "what the file takes: uint8 images of the run's size, or embeddings (default: images)"
     parser.add_argument("--input", choices=("images", "embeddings"), default="images", help=taken)
     parser.add_argument("--top", type=int, default=5, metavar="K", help="best classes of a sample (default: 5)")
@@ -28,5 +28,5 @@ def run_export(options: argparse.Namespace) -> int:
     """Do what the command line says, and name the file."""
     from ltloss.training.predict.export import export_run
 
-    print(f"wrote {export_run(options.run, **picked(options, 'output', 'to', 'input', 'top', 'overwrite'))}")
+    print(f"wrote {export_run(options.run, **picked(options, 'out', 'to', 'input', 'top', 'overwrite'))}")
     return 0

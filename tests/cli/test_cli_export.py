@@ -54,7 +54,7 @@ def test_both_formats_answer_as_predict(run: Path, toy_folder: Path, capfd: pyte
     pixels, rows = predicted(run, toy_folder)
     capfd.readouterr()
     assert main(["export", str(run), "--to", "onnx", "--top", "2"]) == 0
-    assert main(["export", str(run), "--to", "torch", "--output", "served.pt2"]) == 0
+    assert main(["export", str(run), "--to", "torch", "--out", "served.pt2"]) == 0
     assert capfd.readouterr() == (f"wrote {run / 'model.onnx'}\nwrote served.pt2\n", "")
 
     session = runtime.InferenceSession(str(run / "model.onnx"), providers=["CPUExecutionProvider"])
@@ -110,11 +110,11 @@ def test_heads_that_are_kept_otherwise_answer_as_the_classifier(settings: dict[s
         (["run", "--to", "tflite"], ("--to", "'tflite'")),
         (["run", "--to", "torch", "--input", "pixels"], ("--input", "'pixels'")),
         (["run", "--to", "torch", "--top", "0"], ("--top", "1", "0")),
-        (["run", "--to", "torch", "--output", "a.onnx"], ("--output", "a.onnx", ".pt2")),
-        (["run", "--to", "torch", "--output", "there.pt2"], ("--output", "there.pt2", "--overwrite")),
-        (["run", "--to", "torch", "--output", "folder.pt2"], ("--output", "folder.pt2")),
-        (["run", "--to", "torch", "--output", "no/a.pt2"], ("--output", "no/a.pt2", "no")),
-        (["run", "--to", "torch", "--output", ""], ("--output",)),
+        (["run", "--to", "torch", "--out", "a.onnx"], ("--out", "a.onnx", ".pt2")),
+        (["run", "--to", "torch", "--out", "there.pt2"], ("--out", "there.pt2", "--overwrite")),
+        (["run", "--to", "torch", "--out", "folder.pt2"], ("--out", "folder.pt2")),
+        (["run", "--to", "torch", "--out", "no/a.pt2"], ("--out", "no/a.pt2", "no")),
+        (["run", "--to", "torch", "--out", ""], ("--out",)),
     ],
     ids=" ".join,
 )
@@ -143,7 +143,7 @@ def test_what_breaks_off_leaves_the_former_file(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    line = ["export", str(run), "--to", "torch", "--output", "a.pt2", "--overwrite"]
+    line = ["export", str(run), "--to", "torch", "--out", "a.pt2", "--overwrite"]
     Path("a.pt2").write_bytes(b"former")
     before = contents(Path())
     with monkeypatch.context() as patched:

@@ -37,7 +37,7 @@ class _OfImages(nn.Module):
 
 def export_run(
     run: Path,
-    output: Path | None = None,
+    out: Path | None = None,
     *,
     to: Target = "onnx",
     input: Literal["images", "embeddings"] = "images",
@@ -48,7 +48,7 @@ def export_run(
 
     Args:
         run: the folder of a training run.
-        output: the file, which ends in ``.onnx`` or ``.pt2``; RUN/model.onnx or RUN/model.pt2 if not given.
+        out: the file, which ends in ``.onnx`` or ``.pt2``; RUN/model.onnx or RUN/model.pt2 if not given.
         to: "onnx", or "torch" for a program of ``torch.export``.
         input: "images" (N, channels, H, W) uint8 of the run's size, which the file normalises itself, or "embeddings"
             (N, D) float32.
@@ -58,7 +58,7 @@ def export_run(
     The outputs are those of :class:`ltloss.export.InferenceHead`; of images also ``embeddings`` (N, D).
 
     Raises:
-        UserError: no run, an ``output`` that is there, cannot be written to or ends otherwise, weights too large for
+        UserError: no run, an ``out`` that is there, cannot be written to or ends otherwise, weights too large for
             ONNX.
         ImportError: onnx or onnxscript is missing.
     """
@@ -66,7 +66,7 @@ def export_run(
     from ltloss.training.run.settings import RunConfig
 
     config = RunConfig.read(run)
-    path = run / f"model{_SUFFIXES[to]}" if output is None else output
+    path = run / f"model{_SUFFIXES[to]}" if out is None else out
     if top < 1:
         raise UserError(f"--top must be at least 1, is {top}; correct it")
     _refuse_output(path, _SUFFIXES[to], overwrite)
@@ -85,13 +85,13 @@ def export_run(
 def _refuse_output(path: Path, suffix: str, overwrite: bool) -> None:
     """UserError before any work where the file could not be written in the end."""
     if path.suffix != suffix:
-        raise UserError(f"--output {path} does not end in {suffix}; correct it, or take another --to")
+        raise UserError(f"--out {path} does not end in {suffix}; correct it, or take another --to")
     if path.is_dir():
-        raise UserError(f"--output {path} is a folder; give a file")
+        raise UserError(f"--out {path} is a folder; give a file")
     if path.exists() and not overwrite:
-        raise UserError(f"--output {path} is there already; give --overwrite to replace it, or another --output")
+        raise UserError(f"--out {path} is there already; give --overwrite to replace it, or another --out")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--output {path}: {path.parent} is no folder that can be written to; make it, or give another")
+        raise UserError(f"--out {path}: {path.parent} is no folder that can be written to; make it, or give another")
 
 
 def _metadata(config: RunConfig, input: str) -> dict[str, Any]:
