@@ -28,6 +28,7 @@ __all__ = [
     "check_prior",
     "check_prototypes",
     "check_same_device",
+    "check_scale",
     "check_supervised",
     "check_type",
     "check_values",
@@ -74,6 +75,16 @@ def check_number(
         bounds = [bound for bound in (lower, f"<= {at_most}") if "inf" not in bound]
         raise ValueError(f"{name} must be finite{''.join(' and ' + bound for bound in bounds)}; got {given}")
     return given
+
+
+def check_scale(given: Any) -> float:
+    """A number > 0; TypeError for a tensor that is learned, and says who takes one."""
+    if isinstance(given, Tensor) and given.requires_grad:
+        raise TypeError(
+            f"scale must be a number here; got a tensor {tuple(given.shape)} that asks for a gradient, which "
+            "ltloss.extend.logsumexp_stats takes"
+        )
+    return float(check_number("scale", given, above=0.0))
 
 
 def check_count(name: str, given: Any) -> int:

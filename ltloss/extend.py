@@ -20,6 +20,8 @@ from ltloss._validation import (
     check_number,
     check_per_class,
     check_prior,
+    check_same_device,
+    check_scale,
     check_supervised,
     check_type,
     plain_number,
@@ -76,9 +78,9 @@ def logsumexp_stats(
         features: (N, D).
         prototypes: (C, D).
         labels: (N,) integers in [0, C), or ``ignore_index``.
-        scale: s > 0; or (N,), a scale per sample, with gradient.
+        scale: s > 0; or a tensor with gradient, () for a scale that is learned, or (N,), a scale per sample.
         log_prior: (C,) added to the logits, or None.
-        normalize_features: False multiplies the logits by ‖x‖; with a scale per sample it must stay True.
+        normalize_features: False multiplies the logits by ‖x‖; with a tensor as scale it must stay True.
         ignore_index: label of samples that do not count.
         with_logit_sum: also Σ_c l_c, which label smoothing needs.
         shard: a sample of the classes, which ``forward`` of a module got; None for all.
@@ -108,22 +110,23 @@ def logsumexp_stats(
     logit_scale: Tensor | float
     scale = plain_number(scale)
     if isinstance(scale, Tensor):
+        check_same_device(features=features, scale=scale)
+        scale = scale if scale.dim() else scale.expand(labels.shape)
         if scale.shape != labels.shape or not normalize_features:
             raise ValueError(
-                f"scale must be a number, or with normalize_features=True a tensor {tuple(labels.shape)} of a scale "
-                f"per sample; got {tuple(scale.shape)} and normalize_features={normalize_features}"
+                "scale must be a number, or with normalize_features=True a tensor () or, for a scale per sample, "
+                f"{tuple(labels.shape)}; got {tuple(scale.shape)} and normalize_features={normalize_features}"
             )
         logit_scale = scale.to(dtype)
         features = direction(features.masked_fill(~counted[:, None], 0.0).to(dtype)) * logit_scale[:, None]
         objective = Objective(log_prior=log_prior, scale=1.0, normalize_features=False, ignore_index=ignore_index)
     else:
-        scale = check_number("scale", scale, above=0.0)
-        logit_scale = float(scale)
+        logit_scale = scale = check_scale(scale)
         if not normalize_features:
             counted_features = features.masked_fill(~counted[:, None], 0.0)
             logit_scale = scale * torch.linalg.vector_norm(counted_features, dim=1, dtype=dtype)
         objective = Objective(
-            log_prior=log_prior, scale=float(scale), normalize_features=normalize_features, ignore_index=ignore_index
+            log_prior=log_prior, scale=scale, normalize_features=normalize_features, ignore_index=ignore_index
         )
     here, shard = at_hand(prototypes if update is None else update.reads(prototypes), shard)
     r, target, logit_sum = ops.logsumexp_stats(features, here, labels, objective, with_logit_sum, shard, update)

@@ -25,6 +25,7 @@ from ltloss._validation import (
     check_prior,
     check_prototypes,
     check_same_device,
+    check_scale,
     check_supervised,
     check_type,
 )
@@ -173,7 +174,7 @@ def cosine_logsumexp(
         (tensor([0., 0.]), tensor([4., 4.]))
     """
     check_supervised(features, prototypes, labels)
-    scale = check_number("scale", scale, above=0.0)
+    scale = check_scale(scale)
     if log_prior is not None:
         like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
         log_prior = torch.as_tensor(check_per_class("log_prior", log_prior, prototypes.shape[0], like)).to(like)
@@ -181,7 +182,7 @@ def cosine_logsumexp(
     labels = labels.to(torch.int64)
     inside = (labels >= 0) & (labels < prototypes.shape[0])
     prototypes, shard = at_hand(prototypes)
-    objective = Objective(log_prior=log_prior, scale=float(scale), ignore_index=None)
+    objective = Objective(log_prior=log_prior, scale=scale, ignore_index=None)
     other, target, _ = logsumexp_stats(features, prototypes, labels, objective, False, shard)
     if log_prior is not None:
         target = target + torch.where(inside, log_prior[torch.where(inside, labels, 0)], 0.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ltloss._transforms import apply_of, transforming
 from ltloss._types import Reduction
-from ltloss._validation import check_choice, check_number, check_per_class, check_type
+from ltloss._validation import check_choice, check_number, check_per_class, check_scale, check_type
 
 __all__ = [
     "ANGLE_FLOOR",
@@ -185,7 +185,7 @@ class Objective(NamedTuple):
             margin=margin._replace(angular_margin=angle, cosine_margin=cosine),
             log_prior=prior if prior is not None and prior.dim() else None,  # one constant on every logit cancels
             class_weight=None if weight is None else weight.expand(num_classes),
-            scale=float(check_number("scale", self.scale, above=0.0)),
+            scale=check_scale(self.scale),
             label_smoothing=float(check_number("label_smoothing", self.label_smoothing, at_least=0.0, at_most=1.0)),
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ltloss import functional as F
 from ltloss._types import TopK
-from ltloss._validation import check_count, check_number, check_per_class, check_values, plain_number
+from ltloss._validation import check_count, check_per_class, check_scale, check_values, plain_number
 from ltloss.float8 import FLOAT8, decoded, write_rows
 from ltloss.losses.defaults import default_scale
 from ltloss.numerics import spans
@@ -122,7 +122,7 @@ class PrototypeHead(nn.Module):
         if isinstance(value, np.number) or name in self._settled or name == "scale":
             value = plain_number(value)
         if name == "scale":
-            value = float(check_number(name, value, above=0.0))
+            value = check_scale(value)
         if name in self._per_class:
             self._set_constant(name, value)
         else:

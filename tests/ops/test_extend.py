@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.refusals import refused, warned
 from torch import Tensor
+from torch.nn import functional as F
 
 import ltloss
 from ltloss import functional, reference
@@ -76,6 +77,32 @@ def test_a_scale_per_sample_gets_its_gradient() -> None:
     assert relative_error(single, law) <= EXACT
 
 
+def test_a_learned_scale_gets_the_gradient_of_the_logits(backend: str) -> None:
+    """∂L/∂s = Σ_i Σ_c G_ic·cos_ic, here of the logits of a linear classifier that has the same cosines."""
+    features, prototypes, labels = problem(ignored=True)
+    scale = torch.tensor(6.0, dtype=torch.float64, requires_grad=True)
+    stats = logsumexp_stats(features, prototypes, labels, scale=scale)
+    loss = reduce_losses(margin_losses(stats), stats.labels)
+    (ours,) = torch.autograd.grad(loss, scale)
+    cosine = F.normalize(features) @ F.normalize(prototypes).t()
+    logits = (6.0 * cosine).requires_grad_()
+    law = F.cross_entropy(logits, labels)
+    (of_logits,) = torch.autograd.grad(law, logits)
+    assert relative_error(loss, law) <= EXACT
+    assert relative_error(ours, (of_logits * cosine).sum()) <= EXACT
+
+
+def test_where_a_learned_scale_goes_is_said() -> None:
+    given, scale = problem(), torch.tensor(3.0, requires_grad=True)
+    for call in (
+        lambda: functional.margin_cross_entropy(*given, scale=scale),
+        lambda: functional.cosine_logsumexp(*given, scale=scale),  # type: ignore[arg-type]
+        lambda: ltloss.ArcFaceLoss(9, 5, scale=torch.nn.Parameter(scale)),
+    ):
+        with refused("scale", "ltloss.extend.logsumexp_stats", error=TypeError):
+            call()
+
+
 def test_margins_and_weights_per_sample() -> None:
     features, prototypes, labels = problem(9, 9, 5)  # N = C: the two kinds of vector are told apart by name
     margins, weights = torch.linspace(0.0, 0.5, 9).double(), torch.linspace(1.0, 2.0, 9).double()
@@ -103,7 +130,8 @@ def _stats(**options: Any) -> LogSumExpStats:
         (lambda: margin_losses(_stats(), sample_cosine_margin=torch.ones(9)), "sample_cosine_margin"),
         (lambda: margin_losses(_stats(), label_smoothing=0.1), "with_logit_sum"),
         (lambda: margin_losses(_stats(), beyond_pi="up"), "beyond_pi"),  # type: ignore[arg-type]
-        (lambda: _stats(scale=torch.tensor(3.0, requires_grad=True)), "scale"),
+        (lambda: _stats(scale=torch.ones(1, requires_grad=True)), "scale"),
+        (lambda: _stats(scale=torch.tensor(3.0, requires_grad=True), normalize_features=False), "scale"),
         (lambda: _stats(scale=torch.ones(7), normalize_features=False), "scale"),
         (lambda: _stats(scale=-1.0), "scale"),
         (lambda: reduce_losses(torch.ones(3), torch.zeros(3).long(), sample_weight=torch.ones(2)), "sample_weight"),
