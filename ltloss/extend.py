@@ -2,8 +2,9 @@
 
 Every loss here is a function of r_i = log Σ_{c≠y} exp(l_ic) and the target logit. :func:`logsumexp_stats` computes both
 without N×C, forward and backward, on every backend; what follows is ordinary PyTorch on (N,) vectors, differentiated by
-autograd. :func:`margin_losses` and :func:`reduce_losses` are the two steps that most losses want next. Several margins
-may be put on one pass. Under ``ltloss.use_backend("reference")`` everything is differentiable any number of times.
+autograd. :func:`margin_losses` and :func:`reduce_losses` are the two steps that most losses want next; between them,
+:func:`focal_losses` or :func:`poly1_losses` may bend the loss of a sample. Several margins may be put on one pass.
+Under ``ltloss.use_backend("reference")`` everything is differentiable any number of times.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ltloss.ops._dispatch import at_hand
 from ltloss.ops.labels import checked_labels
 from ltloss.reference import direction
 
-__all__ = ["LogSumExpStats", "logsumexp_stats", "margin_losses", "reduce_losses"]
+__all__ = ["LogSumExpStats", "focal_losses", "logsumexp_stats", "margin_losses", "poly1_losses", "reduce_losses"]
 
 
 class LogSumExpStats(NamedTuple):
@@ -200,6 +201,58 @@ def margin_losses(
         mean = (stats.logit_sum - stats.target_logit + target_with_margin) / stats.num_classes
         losses = losses + label_smoothing * (z - mean)
     return losses.masked_fill(stats.labels < 0, 0.0)
+
+
+def focal_losses(losses: Tensor, gamma: float = 2.0) -> Tensor:
+    """(1 − p)^γ·ℓ of every loss ℓ = −log p: samples that are right already count less.
+
+    Args:
+        losses: (N,), not negative, as :func:`margin_losses` gives them.
+        gamma: γ >= 0; 0 leaves the losses as they are.
+
+    Returns:
+        (N,). The slope at ℓ = 0, where p is 1, is 0 for any γ > 0, also below 1.
+
+    Raises:
+        TypeError, ValueError: a γ that is no number or negative.
+
+    Source: Lin et al., Focal loss, ICCV 2017, eq. 4.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.extend import focal_losses
+        >>> focal_losses(torch.tensor([0.0, 1.0, 5.0]))
+        tensor([0.0000, 0.3996, 4.9328])
+    """
+    gamma = check_number("gamma", gamma, at_least=0.0)
+    # 1 − p is ℓ to the last bit there, and its power alone would have no finite slope for γ < 1.
+    tiny = losses < torch.finfo(losses.dtype).eps
+    large = torch.where(tiny, 1.0, losses)
+    return torch.where(tiny, torch.where(tiny, losses, 0.0) ** (1.0 + gamma), (-torch.expm1(-large)) ** gamma * large)
+
+
+def poly1_losses(losses: Tensor, epsilon: float = 1.0) -> Tensor:
+    """ℓ + ε·(1 − p) of every loss ℓ = −log p: the first term of its series in 1 − p has the weight 1 + ε.
+
+    Args:
+        losses: (N,), as :func:`margin_losses` gives them.
+        epsilon: ε >= −1; 0 leaves the losses as they are.
+
+    Returns:
+        (N,).
+
+    Raises:
+        TypeError, ValueError: an ε that is no number or below −1.
+
+    Source: Leng et al., PolyLoss, ICLR 2022, eq. 5.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.extend import poly1_losses
+        >>> poly1_losses(torch.tensor([0.0, 0.1, 5.0]))
+        tensor([0.0000, 0.1952, 5.9933])
+    """
+    return losses - check_number("epsilon", epsilon, at_least=-1.0) * torch.expm1(-losses)
 
 
 def reduce_losses(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from typing import Any
 
@@ -14,7 +15,14 @@ from torch.nn import functional as F
 
 import ltloss
 from ltloss import functional, reference
-from ltloss.extend import LogSumExpStats, logsumexp_stats, margin_losses, reduce_losses
+from ltloss.extend import (
+    LogSumExpStats,
+    focal_losses,
+    logsumexp_stats,
+    margin_losses,
+    poly1_losses,
+    reduce_losses,
+)
 from ltloss.testing import FAMILY, NOT_A_DERIVATIVE, problem, relative_error
 
 EXACT = 1e-10
@@ -156,3 +164,51 @@ def test_the_former_name_works_and_says_so() -> None:
     loss = epilogue.reduce_losses(epilogue.margin_losses(stats, cosine_margin=0.2), stats.labels, weight, "mean")
     expected = functional.margin_cross_entropy(*given, scale=9.0, cosine_margin=0.2, class_weight=weight)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0.0)
+
+
+class TestBentLosses:
+    """Focal loss and Poly-1, by hand with ``math``."""
+
+    LOSSES = (1e-9, 0.1, 1.0, 30.0, 400.0)
+
+    @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+    def test_focal(self, gamma: float) -> None:
+        losses = torch.tensor(self.LOSSES, dtype=torch.float64, requires_grad=True)
+        expected = [(-math.expm1(-loss)) ** gamma * loss for loss in self.LOSSES]
+        assert focal_losses(losses, gamma).tolist() == pytest.approx(expected, rel=1e-14)
+        assert torch.autograd.gradcheck(lambda x: focal_losses(x, gamma), (losses[1:].detach().requires_grad_(),))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(("gamma", "slope"), [(0.0, 1.0), (0.01, 0.0), (0.5, 0.0), (1.0, 0.0), (2.0, 0.0)])
+    def test_the_slope_of_focal_where_nothing_is_wrong(self, gamma: float, slope: float, dtype: torch.dtype) -> None:
+        """At ℓ = 0, at the smallest number there is, and on both sides of where the formula changes."""
+        end = torch.finfo(dtype).eps
+        given = [0.0, torch.finfo(dtype).smallest_normal / 8, 0.999 * end, 1.001 * end]
+        losses = torch.tensor(given, dtype=dtype, requires_grad=True)
+        value = focal_losses(losses, gamma)
+        (grad,) = torch.autograd.grad(value.sum(), losses)
+        assert (value.tolist()[0], grad.tolist()[0]) == (0.0, slope)
+        assert grad.tolist() == pytest.approx([(1 + gamma) * loss**gamma for loss in given], rel=1e-5)
+        assert value.tolist() == pytest.approx([loss ** (1 + gamma) for loss in given], rel=1e-5)
+
+    @pytest.mark.parametrize("epsilon", [-1.0, 0.0, 2.5])
+    def test_poly1(self, epsilon: float) -> None:
+        losses = torch.tensor((0.0, *self.LOSSES), dtype=torch.float64, requires_grad=True)
+        expected = [0.0, *(loss - epsilon * math.expm1(-loss) for loss in self.LOSSES)]
+        assert poly1_losses(losses, epsilon).tolist() == pytest.approx(expected, rel=1e-14)
+        assert torch.autograd.gradcheck(lambda x: poly1_losses(x, epsilon), (losses,))
+
+    def test_in_the_place_of_the_loss(self, backend: str) -> None:
+        """Focal CosFace: (1 − p)^γ·(−log p), with p of a softmax."""
+        features, prototypes, labels = problem(ignored=False)
+        stats = logsumexp_stats(features, prototypes, labels, scale=6.0)
+        ours = reduce_losses(focal_losses(margin_losses(stats, cosine_margin=0.2), 1.5), stats.labels)
+        cosine = F.normalize(features) @ F.normalize(prototypes).t()
+        p = (6.0 * (cosine - 0.2 * F.one_hot(labels, 9).double())).softmax(1).gather(1, labels[:, None])
+        assert relative_error(ours, (-((1 - p) ** 1.5) * p.log()).mean()) <= EXACT
+
+    def test_what_is_refused(self) -> None:
+        with refused("gamma", "-1.0"):
+            focal_losses(torch.ones(2), -1.0)
+        with refused("epsilon", "-1.5"):
+            poly1_losses(torch.ones(2), -1.5)
