@@ -1,9 +1,10 @@
 """ltloss: long-tail, large-class cosine losses for PyTorch that never store the N×C logits.
 
-Functions are in :mod:`ltloss.functional`, their dense float64 twins in :mod:`ltloss.reference`, the helpers that turn
-class counts into margins, priors and weights in :mod:`ltloss.class_balance`. The loss modules are here. A loss of your
-own starts from :mod:`ltloss.extend` and is tried with :mod:`ltloss.testing`. Optimizers that move the prototypes inside
-the backward are in :mod:`ltloss.optim`, files for serving in :mod:`ltloss.export`, errors in :mod:`ltloss.errors`.
+Functions are in :mod:`ltloss.functional`, contrastive losses over a batch or a queue in :mod:`ltloss.contrastive`, the
+dense float64 twins of both in :mod:`ltloss.reference`, the helpers that turn class counts into margins, priors and
+weights in :mod:`ltloss.class_balance`. The loss modules are here. A loss of your own starts from :mod:`ltloss.extend`
+and is tried with :mod:`ltloss.testing`. Optimizers that move the prototypes inside the backward are in
+:mod:`ltloss.optim`, files for serving in :mod:`ltloss.export`, errors in :mod:`ltloss.errors`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ltloss import (
         class_balance,
+        contrastive,
         distributed,
         errors,
         export,
@@ -65,6 +67,7 @@ __all__ = [
     "PrototypeHead",
     "TopK",
     "class_balance",
+    "contrastive",
     "current_backend",
     "current_debug",
     "current_keep_exponentials",

@@ -22,12 +22,15 @@ __all__ = [
     "check_features",
     "check_k",
     "check_label_range",
+    "check_labels",
+    "check_matrices",
     "check_number",
     "check_pair",
     "check_per_class",
     "check_prior",
     "check_prototypes",
     "check_same_device",
+    "check_scalar",
     "check_scale",
     "check_supervised",
     "check_type",
@@ -87,6 +90,20 @@ def check_scale(given: Any) -> float:
     return float(check_number("scale", given, above=0.0))
 
 
+def check_scalar(name: str, given: Any, like: Tensor, *, above: float = -math.inf) -> Tensor:
+    """A number, or a floating-point tensor () with its gradient, as a tensor () in ``like``'s dtype."""
+    if not isinstance(given, Tensor):
+        return like.new_full((), check_number(name, given, above=above))
+    if given.dim() or not given.is_floating_point():
+        raise ValueError(
+            f"{name} must be a number or a floating-point tensor (); got {given.dtype} {tuple(given.shape)}"
+        )
+    check_same_device(features=like, **{name: given})
+    if _readable(given):
+        check_number(name, given.detach(), above=above)
+    return given.to(like.dtype)
+
+
 def check_count(name: str, given: Any) -> int:
     """A whole number from 1, of Python or numpy (``labels.max() + 1``), as an int; ValueError for anything else."""
     if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
@@ -139,12 +156,21 @@ def check_pair(features: Any, prototypes: Any) -> None:
     """Features (N, D) and prototypes (C, D) of the same width on one device."""
     check_features(features)
     check_prototypes(prototypes)
-    if features.shape[1] != prototypes.shape[1]:
-        raise ValueError(
-            f"features and prototypes must have the same width D; got features {tuple(features.shape)} "
-            f"and prototypes {tuple(prototypes.shape)}"
-        )
-    check_same_device(features=features, prototypes=prototypes)
+    _check_same_width(features=features, prototypes=prototypes)
+
+
+def _check_same_width(**matrices: Tensor) -> None:
+    if len({matrix.shape[1] for matrix in matrices.values()}) > 1:
+        given = " and ".join(f"{name} {tuple(matrix.shape)}" for name, matrix in matrices.items())
+        raise ValueError(f"{' and '.join(matrices)} must have the same width D; got {given}")
+    check_same_device(**matrices)
+
+
+def check_matrices(**given: Any) -> None:
+    """Each (·, D) floating point, of the same width on one device."""
+    for name, matrix in given.items():
+        _check_matrix(name, matrix, "(N, D)")
+    _check_same_width(**given)
 
 
 def check_k(k: Any, num_classes: int) -> None:
@@ -156,15 +182,21 @@ def check_k(k: Any, num_classes: int) -> None:
 def check_supervised(features: Any, prototypes: Any, labels: Any) -> None:
     """Features (N, D), prototypes (C, D) and integer labels (N,) that fit together."""
     check_pair(features, prototypes)
+    check_labels(features, labels)
+
+
+def check_labels(features: Tensor, labels: Any, features_name: str = "features", name: str = "labels") -> None:
+    """Integer labels (N,), one for each row of features (N, D), on their device."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor (N,); got {type(labels).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor (N,); got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be of an integer dtype; got {labels.dtype}")
+        raise TypeError(f"{name} must be of an integer dtype; got {labels.dtype}")
     if labels.shape != features.shape[:1]:
         raise ValueError(
-            f"labels must have one entry per row of features, shape ({features.shape[0]},); got {tuple(labels.shape)}"
+            f"{name} must have one entry per row of {features_name}, shape ({features.shape[0]},); "
+            f"got {tuple(labels.shape)}"
         )
-    check_same_device(features=features, prototypes=prototypes, labels=labels)
+    check_same_device(**{features_name: features, name: labels})
 
 
 def check_per_class(name: str, given: Any, num_classes: int, like: Tensor) -> Tensor | float:

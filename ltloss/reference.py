@@ -1,8 +1,9 @@
 """The mathematics, written to be read: dense, plain autograd, exact in float64.
 
-Every function has the signature of its twin in :mod:`ltloss.functional` and is the law that the fast implementations
-are tested against. Arguments are taken as valid. Everything is computed in the dtype of the inputs (float32 for half
-precision), so ``torch.compile`` of these functions is also the dense competitor that the benchmarks measure.
+Every function has the signature of its twin in :mod:`ltloss.functional` or :mod:`ltloss.contrastive` and is the law
+that the fast implementations are tested against. Arguments are taken as valid. Everything is computed in the dtype of
+the inputs (float32 for half precision), so ``torch.compile`` of these functions is also the dense competitor that the
+benchmarks measure.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ __all__ = [
     "cosines",
     "direction",
     "feature_norm_penalty",
+    "info_nce",
     "loss_of",
     "margin_cross_entropy",
     "min_angle_regularizer",
     "nearest_prototype",
+    "siglip_loss",
+    "supervised_contrastive",
     "top_k",
 ]
 
@@ -260,6 +264,48 @@ def feature_norm_penalty(
 ) -> Tensor:
     """Twin of :func:`ltloss.functional.feature_norm_penalty`; one formula on N numbers, so both share it."""
     return norm_penalty(features, kind, radius)
+
+
+def info_nce(
+    a: Tensor, b: Tensor, *, scale: float | Tensor, symmetric: bool = True, reduction: Reduction = "mean"
+) -> Tensor:
+    """Dense twin of :func:`ltloss.contrastive.info_nce`."""
+    logits = scale * cosines(a, b)
+    own = torch.arange(a.shape[0], device=a.device)
+    losses = F.cross_entropy(logits, own, reduction="none")
+    if symmetric:
+        losses = (losses + F.cross_entropy(logits.t(), own, reduction="none")) / 2
+    if reduction == "none":
+        return losses
+    return losses.sum() / max(1, a.shape[0]) if reduction == "mean" else losses.sum()
+
+
+def siglip_loss(a: Tensor, b: Tensor, *, scale: float | Tensor, bias: float | Tensor) -> Tensor:
+    """Dense twin of :func:`ltloss.contrastive.siglip_loss`."""
+    logits = scale * cosines(a, b) + bias
+    z = 2 * torch.eye(a.shape[0], dtype=logits.dtype, device=a.device) - 1
+    return -F.logsigmoid(z * logits).sum() / max(1, a.shape[0])
+
+
+def supervised_contrastive(
+    features: Tensor,
+    labels: Tensor,
+    queue_features: Tensor,
+    queue_labels: Tensor,
+    *,
+    scale: float | Tensor,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Dense twin of :func:`ltloss.contrastive.supervised_contrastive`."""
+    logits = scale * cosines(features, queue_features)
+    positive = (labels[:, None] == queue_labels).to(logits.dtype)
+    count = positive.sum(1)
+    # A queue without entries has no softmax; its samples have no positives either.
+    log_p = logits.log_softmax(1) if logits.shape[1] else logits
+    losses = -(positive * log_p).sum(1) / count.clamp_min(1)
+    if reduction == "none":
+        return losses
+    return losses.sum() / (count > 0).sum().clamp_min(1) if reduction == "mean" else losses.sum()
 
 
 def top_k(features: Tensor, prototypes: Tensor, k: int = 1) -> TopK:

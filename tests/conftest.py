@@ -69,13 +69,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """Make every tile 3 rows by 4 classes, so that a small problem crosses many chunk boundaries."""
-    from ltloss.chunked import logsumexp, search, tiles
+    from ltloss.chunked import in_batch, logsumexp, search, tiles
 
     blocks = tiles.Blocks(3, 4)
 
     def block_sizes(rows: int, classes: int, width: int, device: torch.device) -> tiles.Blocks:
         return tiles.Blocks(max(1, min(rows, blocks.rows)), min(classes, blocks.classes))
 
-    monkeypatch.setattr(logsumexp, "block_sizes", block_sizes)
-    monkeypatch.setattr(search, "block_sizes", block_sizes)
+    for module in (in_batch, logsumexp, search):
+        monkeypatch.setattr(module, "block_sizes", block_sizes)
     return blocks

@@ -12,4 +12,4 @@ def test_every_public_name_can_be_reached() -> None:
     code = "import ltloss; print(sum(getattr(ltloss, name) is not None for name in ltloss.__all__))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == len(ltloss.__all__)
-    assert {"extend", "errors", "interop", "testing", "training"} <= set(ltloss.__all__)
+    assert {"contrastive", "extend", "errors", "interop", "testing", "training"} <= set(ltloss.__all__)

@@ -22,7 +22,10 @@ from ltloss.margins import Objective
 from ltloss.numerics import compute_dtype, inverse_norm, project_, spans
 
 __all__ = [
+    "SMALLEST_EXPONENT",
     "Exponentials",
+    "SampleGradients",
+    "accumulate_exp",
     "coefficients",
     "exponentials_bytes",
     "gradients",
@@ -111,7 +114,7 @@ def partials(
             rows = slice(*row)
             tile = tiles.logits(unit, rows, start, stop)
             TargetColumn(labels[rows], start, stop - start).fill(tile, -math.inf)
-            shift = _accumulate_exp(tile, maximum[rows], total[rows])
+            shift = accumulate_exp(tile, maximum[rows], total[rows])
             if kept is not None:
                 values, shifts = kept.of(number, rows, start, stop)
                 values.copy_(tile)
@@ -171,7 +174,7 @@ def _target_cosine(
     return cosine.masked_fill_(labels == _NOT_A_CLASS, math.nan)
 
 
-def _accumulate_exp(tile: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
+def accumulate_exp(tile: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
     """One step of the running log-sum-exp: log Σ exp = maximum + log(total). The tile becomes exp(tile - result)."""
     new = torch.maximum(maximum, tile.amax(1))
     # A row without any other class so far has maximum -inf, and -inf - (-inf) would be NaN.
@@ -243,7 +246,7 @@ def coefficients(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows, rows.new_zeros(())
 
 
-class _SampleGradients(NamedTuple):
+class SampleGradients(NamedTuple):
     """The gradients of each sample, in the form that the tiles use them."""
 
     shift: Tensor  # (N,) r - log|a|
@@ -251,7 +254,7 @@ class _SampleGradients(NamedTuple):
     target: Tensor  # (N,) what the target's entry of a tile gets, over factor
 
     @classmethod
-    def of(cls, r: Tensor, a: Tensor, target: Tensor) -> _SampleGradients:
+    def of(cls, r: Tensor, a: Tensor, target: Tensor) -> SampleGradients:
         """|a|·exp(l - r) in one exponential: the coefficient goes into the exponent and its sign onto u and d.
 
         That spares one pass over every tile. Where there is nothing to send back (a = 0, or no other class at all) the
@@ -300,7 +303,7 @@ def gradients(
     blocks = block_sizes(n, c, d, features.device)
     tiles = Tiles(u, prototypes, class_scale, None if log_prior is None else log_prior.to(dtype), blocks)
     d_lse, d_target, d_all, *d_norm = coefficients[1:] * (grad_loss.to(dtype) * inverse_weight_sum)
-    of_samples = _SampleGradients.of(coefficients[0], d_lse, d_target - d_all if smooth else d_target)
+    of_samples = SampleGradients.of(coefficients[0], d_lse, d_target - d_all if smooth else d_target)
     grad_u = torch.zeros_like(u) if needs[0] else None
     grad_w = prototypes.new_empty(c, d) if needs[1] else None
     if take is None and grad_w is not None:
@@ -361,7 +364,7 @@ def _gradient_tile(
     rows: slice,
     classes: tuple[int, int],
     labels: Tensor,
-    of_samples: _SampleGradients,
+    of_samples: SampleGradients,
     kept: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """G with the factor of the row still to come: |a|·exp(l - r), and target / factor at the target class."""

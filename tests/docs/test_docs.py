@@ -46,7 +46,7 @@ def public_objects() -> Iterator[tuple[str, Any]]:
     """Functions and classes that users are meant to call, by the ``__all__`` of the modules that serve them."""
     modules = [ltloss, ltloss.functional, ltloss.class_balance]
     names = ("margins", "losses.class_centers", "distributed", "interop", "export", "extend", "optim", "testing")
-    names += ("interop.insightface", "interop.pytorch_metric_learning")
+    names += ("interop.insightface", "interop.pytorch_metric_learning", "contrastive")
     modules += [importlib.import_module(f"ltloss.{name}") for name in names]
     for module in modules:
         for name in module.__all__:
@@ -73,9 +73,10 @@ def test_everything_says_what_it_is(name: str) -> None:
             assert thing.__doc__, f"{name}.{attribute}"
 
 
-@pytest.mark.parametrize("name", ltloss.functional.__all__)
+@pytest.mark.parametrize("name", [*ltloss.functional.__all__, *ltloss.contrastive.__all__])
 def test_reference_twins_have_the_same_signature(name: str) -> None:
-    ours, twin = (inspect.signature(getattr(m, name)) for m in (ltloss.functional, ltloss.reference))
+    public = ltloss.contrastive if name in ltloss.contrastive.__all__ else ltloss.functional
+    ours, twin = (inspect.signature(getattr(m, name)) for m in (public, ltloss.reference))
     wanted = [part for part in ours.parameters.items() if part[0] not in ("shard", "update")]  # a twin is dense
     assert wanted == list(twin.parameters.items())
 

@@ -33,6 +33,7 @@ FORBIDDEN = [
     ("ltloss.ops", "ltloss.losses"),
     ("ltloss.ops", "ltloss.functional"),
     ("ltloss.functional", "ltloss.losses"),
+    ("ltloss.contrastive", "ltloss.losses"),
     ("ltloss.losses", "ltloss.training"),
     *((f"ltloss.{name}", "ltloss.optim") for name in ("ops", "losses", "distributed")),
     ("ltloss.optim", "ltloss.training"),
