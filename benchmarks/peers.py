@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -293,3 +293,17 @@ def check_step(name: str, loss: Callable[[], Tensor], inputs: Inputs, exact: Ste
     if not max(errors) < tolerance:
         raise RuntimeError(f"{name}: relative errors {errors} exceed {tolerance}; not timed")
     return max(errors)
+
+
+def errors_of(checks: Mapping[str, Callable[[], float]], package: str) -> dict[str, str]:
+    """Errors of the cases that are right, by name; raises where one is wrong. What is not installed is left out."""
+    errors = {name: _error_of(name, check, package) for name, check in checks.items()}
+    return {name: f"{error:.1e}" for name, error in errors.items() if error is not None}
+
+
+def _error_of(name: str, check: Callable[[], float], package: str) -> float | None:
+    try:
+        return check()
+    except ImportError as reason:
+        print(f"{name} is left out: {reason} (pip install {package})", flush=True)
+        return None

@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from benchmarks.evidence.pages import renewed
-from benchmarks.peers import Shape
+from benchmarks.peers import Shape, errors_of
 from benchmarks.step.cases import CASES, Case
 from benchmarks.step.checks import check
 from benchmarks.step.measure import MIB, Row, Work, compared, idle_bytes, in_turns, judged, row
@@ -34,16 +35,7 @@ DOCUMENTATION = Path(__file__).parents[2] / "docs" / "performance.md"
 
 def checked(cases: Sequence[Case]) -> dict[str, str]:
     """Errors of the cases that are right, by name; raises where one is wrong. Peers not installed are left out."""
-    errors = {case.name: _error(case) for case in cases}
-    return {name: f"{error:.1e}" for name, error in errors.items() if error is not None}
-
-
-def _error(case: Case) -> float | None:
-    try:
-        return check(case)
-    except ImportError as reason:
-        print(f"{case.name} is left out: {reason} (pip install 'ltloss[bench]')", flush=True)
-        return None
+    return errors_of({case.name: partial(check, case) for case in cases}, "'ltloss[bench]'")
 
 
 def whole_step(shape: Shape, names: Sequence[str], rounds: int, steps: int, idle: int) -> list[Row]:

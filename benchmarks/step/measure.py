@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,10 +51,15 @@ def available_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+def limit_memory(most_bytes: int | None) -> None:
+    """Of this process: an allocation that fails can be reported; a machine without memory kills."""
+    if most_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
+
+
 def take_steps(work: Work, steps: int, most_bytes: int | None) -> tuple[list[float], int, tuple[float, float]]:
     """In a process of its own: seconds of each step after the warm-up, peak memory, first and last loss."""
-    if most_bytes is not None:  # an allocation that fails can be reported; a machine without memory kills
-        resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
+    limit_memory(most_bytes)
     training = Training(CASES[work.case], work.shape)
     seconds, losses = [], []
     began = time.perf_counter()
@@ -75,7 +80,10 @@ def idle_bytes() -> int:
         return pool.submit(peak_resident_bytes).result()
 
 
-def in_turns(works: Sequence[Work], rounds: int, steps: int) -> list[Found]:
+Take = Callable[[Work, int, int | None], tuple[list[float], int, tuple[float, float]]]
+
+
+def in_turns(works: Sequence[Work], rounds: int, steps: int, take: Take = take_steps) -> list[Found]:
     """A B C A B C, each in a fresh process: a machine that changes speed changes it for all."""
     found = [Found() for _ in works]
     most_bytes = int(0.9 * available_bytes())
@@ -85,7 +93,7 @@ def in_turns(works: Sequence[Work], rounds: int, steps: int) -> list[Found]:
                 continue
             try:
                 with fresh_processes(1) as pool:
-                    seconds, peak, one.losses = pool.submit(take_steps, work, steps, most_bytes).result()
+                    seconds, peak, one.losses = pool.submit(take, work, steps, most_bytes).result()
             except ImportError as error:
                 one.reason = f"not installed: {error}"
             except (RuntimeError, MemoryError, BrokenProcessPool) as error:

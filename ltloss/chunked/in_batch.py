@@ -42,7 +42,7 @@ class _Pairs:
 
         Then one exponential serves rows and columns, and none needs a shift. On a GPU the host does not look.
         """
-        return self.scale.device.type == "cpu" and 2.0 * float(self.scale) <= -SMALLEST_EXPONENT[self.dtype]
+        return self.scale.device.type == "cpu" and 2.0 * abs(float(self.scale)) <= -SMALLEST_EXPONENT[self.dtype]
 
     def spare(self, tile: Tensor) -> Tensor:
         """Room for another tile of this shape."""
