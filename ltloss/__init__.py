@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ltloss.losses.cosine_space import CosineSpaceLoss
     from ltloss.losses.count_losses import LDAMLoss, LogitAdjustedLoss
     from ltloss.losses.defaults import default_scale
+    from ltloss.losses.linear_softmax import LinearSoftmaxLoss
     from ltloss.losses.long_tail import LongTailLoss
     from ltloss.losses.margin_losses import ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, CosineSoftmaxLoss
     from ltloss.losses.prototype_head import PrototypeHead
@@ -60,6 +61,7 @@ __all__ = [
     "CosineSpaceLoss",
     "ElasticFaceLoss",
     "LDAMLoss",
+    "LinearSoftmaxLoss",
     "LogitAdjustedLoss",
     "LongTailLoss",
     "MagFaceLoss",
@@ -101,6 +103,7 @@ _HOMES = {
     "losses.defaults": ("default_scale",),
     "losses.count_losses": ("LDAMLoss", "LogitAdjustedLoss"),
     "losses.margin_losses": ("ArcFaceLoss", "CombinedMarginLoss", "CosFaceLoss", "CosineSoftmaxLoss"),
+    "losses.linear_softmax": ("LinearSoftmaxLoss",),
     "losses.long_tail": ("LongTailLoss",),
     "losses.prototype_head": ("PrototypeHead",),
     "losses.sample_margins": ("AdaFaceLoss", "ElasticFaceLoss", "MagFaceLoss"),

@@ -26,7 +26,8 @@ class NearestPrototype(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """The k classes with the largest cosine, best first; equal cosines in class order.
+    """The k classes with the largest cosine, or logit where prototypes keep their length, best first; equal ones in
+    class order.
 
     ``cosine`` (N, k) in [-1, 1]; ``index`` (N, k) int64.
     """
@@ -45,8 +46,9 @@ class Partials(NamedTuple):
         max: (S, N).
         logit_sum: (S, N) Σ s·cos_c over all classes of a split, or None where it was not asked for.
         target_cosine: (N,) cos_y: 0 where the target is not among these classes, NaN for a label that is no class.
-        norm: (N,) ‖x‖ where features keep their length, else None.
-        class_scale: (C,) for the backward: 1/‖w‖, or s·log2 e/‖w‖ (kernels).
+            Where prototypes keep their length x̂·w_y, or x·w_y.
+        norm: (N,) ‖x‖ where features keep their length before a cosine, else None.
+        class_scale: (C,) for the backward: 1/‖w‖, or s·log2 e/‖w‖ (kernels); with ‖w‖ = 1 where prototypes keep theirs.
     """
 
     sum: Tensor
@@ -62,7 +64,7 @@ class MarginLoss(NamedTuple):
 
     Attributes:
         loss: a scalar, or (N,) for ``reduction="none"``.
-        coefficients: (4, N), or (5, N) where features keep their length; times the weight of the class:
+        coefficients: (4, N), or (5, N) where there is a ``norm``; times the weight of the class:
             0 shift     log-sum-exp over the other classes
             1 d_lse     ∂loss/∂(log-sum-exp)
             2 d_target  the whole gradient at the target logit

@@ -23,8 +23,11 @@ __all__ = [
     "check_k",
     "check_label_range",
     "check_labels",
+    "check_lengths",
     "check_matrices",
+    "check_no_margin",
     "check_number",
+    "check_offset",
     "check_pair",
     "check_per_class",
     "check_prior",
@@ -173,6 +176,22 @@ def check_matrices(**given: Any) -> None:
     _check_same_width(**given)
 
 
+def check_lengths(prototypes: Tensor, normalize_prototypes: Any) -> None:
+    """True or False, and True for float8, whose rows are kept times a power of two each."""
+    check_type("normalize_prototypes", normalize_prototypes, bool)
+    if prototypes.dtype == FLOAT8 and not normalize_prototypes:
+        raise TypeError(
+            f"normalize_prototypes=False needs prototypes that are kept as they are; got {FLOAT8}, which is right up "
+            "to a factor for each class"
+        )
+
+
+def check_no_margin(margin: str) -> None:
+    """Raise ValueError for a margin, in words, on products that are no cosines."""
+    if margin:
+        raise ValueError(f"{margin} needs cosines, and so normalize_prototypes=True; got normalize_prototypes=False")
+
+
 def check_k(k: Any, num_classes: int) -> None:
     """An integer between 1 and C."""
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= num_classes:
@@ -199,19 +218,21 @@ def check_labels(features: Tensor, labels: Any, features_name: str = "features",
     check_same_device(**{features_name: features, name: labels})
 
 
-def check_per_class(name: str, given: Any, num_classes: int, like: Tensor) -> Tensor | float:
+def check_per_class(
+    name: str, given: Any, num_classes: int, like: Tensor, *, learnable: bool = False
+) -> Tensor | float:
     """A number or a (C,) vector in ``like``'s dtype; anything else raises, and so do values out of range.
 
-    Margins, priors and weights are constants of the training set: one that requires a gradient is refused, because
-    none would arrive.
+    Margins and weights are constants of the training set: one that requires a gradient is refused, because none would
+    arrive, unless it is ``learnable``.
     """
     if isinstance(given, Tensor):
-        if given.requires_grad:
+        if given.requires_grad and not learnable:
             raise ValueError(f"{name} is treated as a constant and gets no gradient; pass {name}.detach()")
         if given.shape not in ((), (num_classes,)):
             raise ValueError(f"{name} must be a number or have the shape ({num_classes},); got {tuple(given.shape)}")
         check_same_device(features=like, **{name: given})
-        if given.numel() and _readable(given):
+        if given.numel() and not given.requires_grad and _readable(given):  # NaN in a parameter shows in the loss
             check_values(name, given)
         return given.to(like.dtype)
     given = plain_number(given)
@@ -223,6 +244,24 @@ def check_per_class(name: str, given: Any, num_classes: int, like: Tensor) -> Te
     return float(given)
 
 
+def check_offset(log_prior: Any, bias: Any, num_classes: int, like: Tensor, *, cancels: bool = False) -> Tensor | None:
+    """What is added to the logits (C,), in ``like``'s dtype: prior and bias, each with its gradient; or None.
+
+    ``cancels``: a number, the same for every logit, is nothing.
+    """
+    if bias is not None and not (isinstance(bias, Tensor) and bias.dim()):
+        raise TypeError(f"bias must be a tensor ({num_classes},) or None; got {type(bias).__name__} {bias!r}")
+    offset = None
+    for name, given in (("log_prior", log_prior), ("bias", bias)):
+        if given is not None:
+            checked = torch.as_tensor(
+                check_per_class(name, given, num_classes, like, learnable=True), dtype=like.dtype, device=like.device
+            )
+            if checked.dim() or not cancels:
+                offset = checked.expand(num_classes) if offset is None else offset + checked
+    return offset
+
+
 def _readable(given: Tensor) -> bool:
     """Whether a look at the values is free: not on a GPU, not while compiling, and never on the kernels' way."""
     return given.device.type == "cpu" and not torch.compiler.is_compiling() and current_backend() != "triton"
@@ -231,7 +270,7 @@ def _readable(given: Tensor) -> bool:
 def check_values(name: str, given: Tensor) -> None:
     """Raise ValueError unless the values of a constant per class lie in its range."""
     lowest, highest, expected = _RANGES.get(name, _FINITE)
-    least, most = (float(end) for end in given.aminmax())  # both NaN where one value is
+    least, most = (float(end) for end in given.detach().aminmax())  # both NaN where one value is
     if not (lowest <= least and most <= highest):
         values = given.reshape(-1).double()
         first = int((~((values >= lowest) & (values <= highest))).nonzero()[0, 0])

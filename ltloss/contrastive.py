@@ -19,7 +19,7 @@ from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.margins import Objective
 from ltloss.numerics import add_rows_, compute_dtype
 from ltloss.ops import in_batch
-from ltloss.ops import logsumexp as ops
+from ltloss.ops import stats as ops
 from ltloss.ops._dispatch import choose_backend
 from ltloss.reference import direction
 from ltloss.runtime import current_backend

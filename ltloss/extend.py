@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from ltloss._types import Reduction
 from ltloss._validation import (
     check_choice,
+    check_lengths,
+    check_no_margin,
     check_number,
-    check_per_class,
+    check_offset,
     check_prior,
     check_same_device,
     check_scale,
@@ -29,9 +31,10 @@ from ltloss._validation import (
 )
 from ltloss.margins import Margin, Objective, margin_cosine
 from ltloss.numerics import compute_dtype
-from ltloss.ops import logsumexp as ops
+from ltloss.ops import stats as ops
 from ltloss.ops._dispatch import at_hand
 from ltloss.ops.labels import checked_labels
+from ltloss.ops.protocols import Shard, Update
 from ltloss.reference import direction
 
 __all__ = ["LogSumExpStats", "focal_losses", "logsumexp_stats", "margin_losses", "poly1_losses", "reduce_losses"]
@@ -45,10 +48,11 @@ class LogSumExpStats(NamedTuple):
             mean of your own must leave them out, as :func:`reduce_losses` does.
         logsumexp: (N,) r, over the classes without the target; -inf where there is no other class.
         target_logit: (N,) s·cos_y, without the prior.
-        logit_scale: what multiplies the cosine: s, or (N,) s·‖x‖ or s_i.
+        logit_scale: what multiplies the cosine: s, or (N,) s·‖x‖ or s_i. Without cosines, what multiplies x·w or x̂·w.
         target_prior: (N,) the prior of the target, or 0.
         logit_sum: (N,) Σ_c l_c over all classes with the prior, if it was asked for, else None.
         num_classes: C.
+        normalize_prototypes: whether there are cosines, for a margin to be put on.
     """
 
     labels: Tensor
@@ -58,6 +62,7 @@ class LogSumExpStats(NamedTuple):
     target_prior: Tensor | float
     logit_sum: Tensor | None
     num_classes: int
+    normalize_prototypes: bool = True
 
 
 def logsumexp_stats(
@@ -68,10 +73,12 @@ def logsumexp_stats(
     scale: float | Tensor,
     log_prior: Tensor | None = None,
     normalize_features: bool = True,
+    normalize_prototypes: bool = True,
+    bias: Tensor | None = None,
     ignore_index: int = -100,
     with_logit_sum: bool = False,
-    shard: ops.Shard | None = None,
-    update: ops.Update | None = None,
+    shard: Shard | None = None,
+    update: Update | None = None,
 ) -> LogSumExpStats:
     """One pass of features over prototypes: r_i and the target logit of every sample, both differentiable.
 
@@ -82,6 +89,7 @@ def logsumexp_stats(
         scale: s > 0; or a tensor with gradient, () for a scale that is learned, or (N,), a scale per sample.
         log_prior: (C,) added to the logits, or None.
         normalize_features: False multiplies the logits by ‖x‖; with a tensor as scale it must stay True.
+        normalize_prototypes, bias: as in :func:`ltloss.functional.margin_cross_entropy`; the bias is part of the prior.
         ignore_index: label of samples that do not count.
         with_logit_sum: also Σ_c l_c, which label smoothing needs.
         shard: a sample of the classes, which ``forward`` of a module got; None for all.
@@ -101,11 +109,10 @@ def logsumexp_stats(
     check_supervised(features, prototypes, labels)
     check_type("ignore_index", ignore_index, int)
     check_type("normalize_features", normalize_features, bool)
+    check_lengths(prototypes, normalize_prototypes)
     num_classes, dtype = prototypes.shape[0], compute_dtype(features, prototypes)
-    if log_prior is not None:
-        prior = check_per_class("log_prior", log_prior, num_classes, features.new_empty(0, dtype=dtype))
-        log_prior = torch.as_tensor(prior).to(features.device, dtype).expand(num_classes)
-        check_prior(log_prior, labels, ignore_index)
+    log_prior = check_offset(log_prior, bias, num_classes, features.new_empty(0, dtype=dtype))
+    check_prior(log_prior, labels, ignore_index)
     labels = checked_labels(labels, num_classes, ignore_index, "labels").to(torch.int64)
     counted = labels != ignore_index
     logit_scale: Tensor | float
@@ -120,22 +127,23 @@ def logsumexp_stats(
             )
         logit_scale = scale.to(dtype)
         features = direction(features.masked_fill(~counted[:, None], 0.0).to(dtype)) * logit_scale[:, None]
-        objective = Objective(log_prior=log_prior, scale=1.0, normalize_features=False, ignore_index=ignore_index)
+        objective = Objective(scale=1.0, normalize_features=False)
     else:
         logit_scale = scale = check_scale(scale)
-        if not normalize_features:
+        objective = Objective(scale=scale, normalize_features=normalize_features)
+        if normalize_prototypes and not normalize_features:
             counted_features = features.masked_fill(~counted[:, None], 0.0)
             logit_scale = scale * torch.linalg.vector_norm(counted_features, dim=1, dtype=dtype)
-        objective = Objective(
-            log_prior=log_prior, scale=scale, normalize_features=normalize_features, ignore_index=ignore_index
-        )
+    objective = objective._replace(
+        log_prior=log_prior, ignore_index=ignore_index, normalize_prototypes=normalize_prototypes
+    )
     here, shard = at_hand(prototypes if update is None else update.reads(prototypes), shard)
     r, target, logit_sum = ops.logsumexp_stats(features, here, labels, objective, with_logit_sum, shard, update)
     labels = torch.where(counted, labels, -1)
     if logit_sum is not None and log_prior is not None:
         logit_sum = logit_sum + log_prior.sum()
     target_prior = 0.0 if log_prior is None else log_prior[labels.clamp(0, num_classes - 1)]
-    return LogSumExpStats(labels, r, target, logit_scale, target_prior, logit_sum, num_classes)
+    return LogSumExpStats(labels, r, target, logit_scale, target_prior, logit_sum, num_classes, normalize_prototypes)
 
 
 def _added(name: str, per_sample: Tensor | None, margin: Tensor | float, stats: LogSumExpStats) -> Tensor | float:
@@ -180,6 +188,11 @@ def margin_losses(
     """
     label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
     of_classes = Margin(**margin).checked(stats.num_classes, stats.logsumexp)
+    if not stats.normalize_prototypes:
+        per_sample = {"sample_angular_margin": sample_angular_margin, "sample_cosine_margin": sample_cosine_margin}
+        check_no_margin(
+            of_classes.in_words() or next((name for name, one in per_sample.items() if one is not None), "")
+        )
     if label_smoothing > 0.0 and stats.logit_sum is None:
         raise ValueError(
             f"label_smoothing={label_smoothing} needs the sum of all logits: call logsumexp_stats with "

@@ -19,9 +19,10 @@ from ltloss._validation import (
     check_classes,
     check_features,
     check_k,
+    check_lengths,
     check_number,
+    check_offset,
     check_pair,
-    check_per_class,
     check_prior,
     check_prototypes,
     check_same_device,
@@ -35,8 +36,9 @@ from ltloss.numerics import compute_dtype
 from ltloss.ops import prototype_search
 from ltloss.ops._dispatch import at_hand, choose_backend
 from ltloss.ops.labels import NOTHING, checked_labels
-from ltloss.ops.logsumexp import Shard, Update, logsumexp_stats, may_keep
+from ltloss.ops.logsumexp import Shard, Update, may_keep
 from ltloss.ops.margin_cross_entropy import MarginCrossEntropy
+from ltloss.ops.stats import logsumexp_stats
 from ltloss.regularizers import FeatureNormKind, norm_penalty
 from ltloss.runtime import current_debug
 
@@ -64,6 +66,8 @@ def margin_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     normalize_features: bool = True,
+    normalize_prototypes: bool = True,
+    bias: Tensor | None = None,
     beyond_pi: BeyondPi = "monotone",
     margin_gradient: MarginGradient = "exact",
     reduction: Reduction = "mean",
@@ -73,7 +77,8 @@ def margin_cross_entropy(
     r"""Softmax cross-entropy on cosine logits with a margin on the target class: the whole family in one function.
 
     With θ_c the angle between feature and prototype c, the target logit is
-    s·(cos(m1·θ_y + m2_y) − m3_y) + log-prior_y and the others are s·cos θ_c + log-prior_c.
+    s·(cos(m1·θ_y + m2_y) − m3_y) + log-prior_y and the others are s·cos θ_c + log-prior_c. With
+    ``normalize_features=False, normalize_prototypes=False, scale=1`` it is that of a linear layer, x·w_c + b_c.
 
     Args:
         features: (N, D), any floating dtype, any length, any strides.
@@ -84,11 +89,14 @@ def margin_cross_entropy(
         cosine_margin: m3, a number or (C,).
         angle_multiplier: m1 > 0.
         log_prior: (C,), added to the logits in training (balanced softmax, logit adjustment); -inf takes a class
-            without samples out.
+            without samples out. One that requires a gradient gets it: a prior that learns.
         class_weight: (C,), finite and >= 0, multiplies the loss of the samples of a class.
         label_smoothing: ε in [0, 1], (1−ε)(lse − z_y) + ε(lse − mean_c z_c).
         ignore_index: label of samples that neither count nor get a gradient.
         normalize_features: False keeps the feature's length: every cosine is multiplied by s·‖x‖ instead of s.
+        normalize_prototypes: False keeps the prototypes' lengths: the logits are s·x̂·w_c, or s·x·w_c, and there is no
+            margin, for there is no angle.
+        bias: (C,), added to the logits as the prior is, with gradient.
         beyond_pi: where m1·θ + m2 exceeds π: ``"monotone"`` (−2 − cos(·)), ``"arcface"`` (cos θ − m2·sin m2),
             ``"cosine"`` (as it is), ``"clip"`` (π; a phase below 0 is 0); or ``"easy"``, no angular margin where
             cos θ <= 0.
@@ -119,6 +127,7 @@ def margin_cross_entropy(
         tensor(0.2381)
     """
     check_supervised(features, prototypes, labels)
+    check_lengths(prototypes, normalize_prototypes)
     classes = prototypes.shape[0]
     objective = Objective.named(
         scale=scale,
@@ -130,6 +139,8 @@ def margin_cross_entropy(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         normalize_features=normalize_features,
+        normalize_prototypes=normalize_prototypes,
+        bias=bias,
         beyond_pi=beyond_pi,
         margin_gradient=margin_gradient,
         reduction=reduction,
@@ -140,7 +151,8 @@ def margin_cross_entropy(
     labels = checked_labels(labels, classes, ignore_index, "labels")
     if backend == "reference":
         return reference.loss_of(features, prototypes, labels, objective)
-    given = features, prototypes, labels, objective, classes, backend, may_keep(), shard
+    prior, objective = objective.log_prior, objective._replace(log_prior=None)
+    given = features, prototypes, prior, labels, objective, classes, backend, may_keep(), shard
     if update is None:
         return apply_of(MarginCrossEntropy)(*given)  # type: ignore[no-any-return]
     return update.run(MarginCrossEntropy, *given)  # type: ignore[no-any-return]
@@ -175,10 +187,8 @@ def cosine_logsumexp(
     """
     check_supervised(features, prototypes, labels)
     scale = check_scale(scale)
-    if log_prior is not None:
-        like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
-        log_prior = torch.as_tensor(check_per_class("log_prior", log_prior, prototypes.shape[0], like)).to(like)
-        log_prior = log_prior.expand(prototypes.shape[0])
+    like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
+    log_prior = check_offset(log_prior, None, prototypes.shape[0], like)
     labels = labels.to(torch.int64)
     inside = (labels >= 0) & (labels < prototypes.shape[0])
     prototypes, shard = at_hand(prototypes)
@@ -320,19 +330,29 @@ def feature_norm_penalty(
     return norm_penalty(features, kind, radius)
 
 
-def top_k(features: Tensor, prototypes: Tensor, k: int = 1) -> TopK:
+def top_k(
+    features: Tensor,
+    prototypes: Tensor,
+    k: int = 1,
+    *,
+    normalize_prototypes: bool = True,
+    bias: Tensor | None = None,
+) -> TopK:
     """The k classes nearest in angle to each feature, without N×C: prediction, and the search for hard negatives.
 
     Args:
         features: (N, D).
         prototypes: (C, D).
         k: between 1 and C.
+        normalize_prototypes: False takes the k classes with the largest x·w_c + b_c, by blocks in PyTorch on every
+            device.
+        bias: (C,), for ``normalize_prototypes=False``.
 
     Returns:
-        ``TopK(cosine, index)``, (N, k) each, best first; equal cosines in class order. Not differentiable.
+        ``TopK(cosine, index)``, (N, k) each, best first; what is equal in class order. Not differentiable.
 
     Raises:
-        ValueError, TypeError: tensors that do not fit together, a k outside [1, C].
+        ValueError, TypeError: tensors that do not fit together, a k outside [1, C], a bias beside cosines.
 
     Example:
         >>> import torch
@@ -342,4 +362,11 @@ def top_k(features: Tensor, prototypes: Tensor, k: int = 1) -> TopK:
     """
     check_pair(features, prototypes)
     check_k(k, prototypes.shape[0])
-    return prototype_search.top_k(features, prototypes, k)
+    check_lengths(prototypes, normalize_prototypes)
+    if normalize_prototypes:
+        if bias is not None:
+            raise ValueError("bias needs normalize_prototypes=False; got True, and cosines without a scale")
+        return prototype_search.top_k(features, prototypes, k)
+    like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
+    bias = check_offset(None, bias, prototypes.shape[0], like)
+    return prototype_search.top_k_of_products(features, prototypes, k, bias)

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from ltloss._transforms import apply_of, transforming
 from ltloss._types import Reduction
-from ltloss._validation import check_choice, check_number, check_per_class, check_scale, check_type
+from ltloss._validation import (
+    check_choice,
+    check_no_margin,
+    check_number,
+    check_offset,
+    check_per_class,
+    check_scale,
+    check_type,
+)
 
 __all__ = [
     "ANGLE_FLOOR",
@@ -77,6 +85,16 @@ class Margin(NamedTuple):
             cosine_margin=check_per_class("cosine_margin", self.cosine_margin, num_classes, like),
             angle_multiplier=check_number("angle_multiplier", self.angle_multiplier, above=0.0),
         )
+
+    def in_words(self) -> str:
+        """The first option that makes it a margin, and its value; empty where there is none."""
+        none = Margin()
+        for name, given, nothing in zip(self._fields[:3], self, none, strict=False):
+            if isinstance(given, Tensor) and given.dim():
+                return f"{name} of {given.numel()} classes"
+            if given != nothing:
+                return f"{name}={float(given):g}"
+        return ""
 
     @property
     def turns(self) -> bool:
@@ -152,9 +170,10 @@ class Objective(NamedTuple):
 
     Attributes:
         margin: on the target cosine.
-        log_prior: (C,) added to the logits, or None.
+        log_prior: (C,) added to the logits, or None. With gradient where it asks for one.
         class_weight: (C,) factor on the loss of each class, or None.
-        scale, normalize_features, label_smoothing, reduction: see :func:`ltloss.functional.margin_cross_entropy`.
+        scale, normalize_features, label_smoothing, reduction, normalize_prototypes: see
+            :func:`ltloss.functional.margin_cross_entropy`.
         ignore_index: the label of samples that do not count. None: every label outside [0, C) says that the target is
             not among these prototypes.
     """
@@ -167,35 +186,51 @@ class Objective(NamedTuple):
     label_smoothing: float = 0.0
     ignore_index: int | None = -100
     reduction: Reduction = "mean"
+    normalize_prototypes: bool = True
+    bias: Tensor | None = None
 
     def checked(self, num_classes: int, like: Tensor) -> Objective:
-        """The same with vectors (C,) as ``like`` is; an error that names the option where one is wrong."""
+        """The same with vectors (C,) as ``like`` is; an error that names the option where one is wrong.
+
+        A bias is part of the ``log_prior`` then.
+        """
         check_type("ignore_index", self.ignore_index, int)
         check_type("normalize_features", self.normalize_features, bool)
         check_choice("reduction", self.reduction, get_args(Reduction))
         margin = self.margin.checked(num_classes, like)
+        if not self.normalize_prototypes:
+            check_no_margin(margin.in_words())
         angle, cosine = (v.expand(num_classes) if isinstance(v, Tensor) else v for v in margin[:2])
-        prior, weight = (
-            None
-            if given is None
-            else torch.as_tensor(check_per_class(name, given, num_classes, like), dtype=like.dtype, device=like.device)
-            for name, given in (("log_prior", self.log_prior), ("class_weight", self.class_weight))
-        )
+        weight = self.class_weight
+        if weight is not None:
+            checked = check_per_class("class_weight", weight, num_classes, like)
+            weight = torch.as_tensor(checked, dtype=like.dtype, device=like.device).expand(num_classes)
         return self._replace(
             margin=margin._replace(angular_margin=angle, cosine_margin=cosine),
-            log_prior=prior if prior is not None and prior.dim() else None,  # one constant on every logit cancels
-            class_weight=None if weight is None else weight.expand(num_classes),
+            log_prior=check_offset(self.log_prior, self.bias, num_classes, like, cancels=True),
+            bias=None,
+            class_weight=weight,
             scale=check_scale(self.scale),
             label_smoothing=float(check_number("label_smoothing", self.label_smoothing, at_least=0.0, at_most=1.0)),
         )
 
-    def flat(self) -> tuple[list[Tensor | None], list[float], bool, int | None, list[str]]:
+    @property
+    def normalize(self) -> tuple[bool, bool]:
+        """``normalize_features`` and ``normalize_prototypes``."""
+        return self.normalize_features, self.normalize_prototypes
+
+    @property
+    def with_norm(self) -> bool:
+        """Whether a length ‖x‖ multiplies the cosine; a product x·w has it in itself."""
+        return self.normalize_prototypes and not self.normalize_features
+
+    def flat(self) -> tuple[list[Tensor | None], list[float], list[bool], int | None, list[str]]:
         """As the schema of an operator can say it, ``OBJECTIVE``."""
         given = (*self.margin[:2], self.log_prior, self.class_weight)
         vectors = [value if isinstance(value, Tensor) else None for value in given]
         margins = [0.0 if isinstance(value, Tensor) else float(value) for value in self.margin[:3]]
         words: list[str] = [self.margin.beyond_pi, self.margin.margin_gradient, self.reduction]
-        return vectors, [*margins, self.scale, self.label_smoothing], self.normalize_features, self.ignore_index, words
+        return vectors, [*margins, self.scale, self.label_smoothing], [*self.normalize], self.ignore_index, words
 
     @classmethod
     def named(cls, **options: Any) -> Objective:
@@ -208,7 +243,7 @@ class Objective(NamedTuple):
         cls,
         vectors: list[Tensor | None],
         numbers: list[float],
-        normalize_features: bool,
+        normalize: list[bool],
         ignore_index: int | None,
         words: list[Any],
     ) -> Objective:
@@ -216,11 +251,12 @@ class Objective(NamedTuple):
         angle, cosine = (n if v is None else v for v, n in zip(vectors[:2], numbers, strict=False))
         margin = Margin(angle, cosine, numbers[2], *words[:2])
         prior, weight = vectors[2:]
-        return cls(margin, prior, weight, numbers[3], normalize_features, numbers[4], ignore_index, words[2])
+        return cls(margin, prior, weight, numbers[3], normalize[0], numbers[4], ignore_index, words[2], normalize[1])
 
 
-OPTION_NAMES = (*Margin._fields, *(name for name in Objective._fields if name != "margin"))
-OBJECTIVE = "Tensor?[] vectors, float[] numbers, bool normalize_features, int? ignore_index, str[] words"
+# Those that every member of the family has.
+OPTION_NAMES = (*Margin._fields, *Objective._fields[1:-2])
+OBJECTIVE = "Tensor?[] vectors, float[] numbers, bool[] normalize, int? ignore_index, str[] words"
 
 
 def _sin(angle: Tensor | float) -> Tensor | float:

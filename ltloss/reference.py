@@ -32,6 +32,7 @@ __all__ = [
     "margin_cross_entropy",
     "min_angle_regularizer",
     "nearest_prototype",
+    "products",
     "siglip_loss",
     "supervised_contrastive",
     "top_k",
@@ -56,6 +57,20 @@ def direction(vectors: Tensor) -> Tensor:
     return torch.where(norm == 0, 0.0, vectors) / torch.where(norm == 0, 1.0, norm)
 
 
+def products(features: Tensor, prototypes: Tensor) -> Tensor:
+    """x_i·w_c, the full (N, C) matrix of a linear layer.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.reference import products
+        >>> products(torch.tensor([[3.0, 4.0]]), torch.eye(2))
+        tensor([[3., 4.]])
+    """
+    dtype = compute_dtype(features, prototypes)
+    with torch.autocast(features.device.type, enabled=False):  # it would form the product in half precision
+        return features.to(dtype) @ prototypes.to(dtype).t()
+
+
 def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
     """cos_ic = x̂_i·ŵ_c, the full (N, C) matrix that the fast implementations never store.
 
@@ -66,8 +81,20 @@ def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
         tensor([[0.6000, 0.8000]])
     """
     dtype = compute_dtype(features, prototypes)
-    with torch.autocast(features.device.type, enabled=False):  # it would form the product in half precision
-        return direction(features.to(dtype)) @ direction(prototypes.to(dtype)).t()
+    with torch.autocast(features.device.type, enabled=False):
+        return products(direction(features.to(dtype)), direction(prototypes.to(dtype)))
+
+
+def _logits(features: Tensor, prototypes: Tensor, objective: Objective) -> tuple[Tensor, Tensor | float]:
+    """Without prior: (N, C) cosines, or products with what keeps its length; and the factor: s, or s·‖x‖ (N, 1)."""
+    if objective.normalize_prototypes:
+        cosine = cosines(features, prototypes)
+        if objective.normalize_features:
+            return cosine, objective.scale
+        return cosine, objective.scale * torch.linalg.vector_norm(features.to(cosine.dtype), dim=1, keepdim=True)
+    if objective.normalize_features:
+        features = direction(features.to(compute_dtype(features, prototypes)))
+    return products(features, prototypes), objective.scale
 
 
 def cosine_logits(features: Tensor, prototypes: Tensor, scale: float, normalize_features: bool = True) -> Tensor:
@@ -140,15 +167,16 @@ def logsumexp_stats(
     objective: Objective,
     with_logit_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Dense twin of :func:`ltloss.ops.logsumexp.logsumexp_stats`."""
+    """Dense twin of :func:`ltloss.ops.stats.logsumexp_stats`."""
     log_prior = objective.log_prior
     if objective.ignore_index is not None:
         features = torch.where((labels == objective.ignore_index)[:, None], 0.0, features)
         labels = torch.where(labels == objective.ignore_index, -1, labels)
-    cosine = cosine_logits(features, prototypes, objective.scale, objective.normalize_features)
-    _, target = _others_and_target(cosine, labels)
-    r, _ = _others_and_target(cosine if log_prior is None else cosine + log_prior, labels)
-    return r, target, cosine.sum(1) if with_logit_sum else None
+    product, scale = _logits(features, prototypes, objective)
+    logits = scale * product
+    _, target = _others_and_target(logits, labels)
+    r, _ = _others_and_target(logits if log_prior is None else logits + log_prior, labels)
+    return r, target, logits.sum(1) if with_logit_sum else None
 
 
 def margin_cross_entropy(
@@ -165,6 +193,8 @@ def margin_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     normalize_features: bool = True,
+    normalize_prototypes: bool = True,
+    bias: Tensor | None = None,
     beyond_pi: BeyondPi = "monotone",
     margin_gradient: MarginGradient = "exact",
     reduction: Reduction = "mean",
@@ -180,6 +210,8 @@ def margin_cross_entropy(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         normalize_features=normalize_features,
+        normalize_prototypes=normalize_prototypes,
+        bias=bias,
         beyond_pi=beyond_pi,
         margin_gradient=margin_gradient,
         reduction=reduction,
@@ -189,25 +221,26 @@ def margin_cross_entropy(
 
 def loss_of(features: Tensor, prototypes: Tensor, labels: Tensor, objective: Objective) -> Tensor:
     """:func:`margin_cross_entropy` with its options as one object."""
-    scale, log_prior, smoothing = objective.scale, objective.log_prior, objective.label_smoothing
+    smoothing = objective.label_smoothing
     labels = labels.to(torch.int64)  # -100 compared with uint8 would be 156
     counted = torch.ne(labels, -1 if objective.ignore_index is None else objective.ignore_index)
     y = torch.where(counted, labels, 0)
     features = torch.where(counted[:, None], features, 0.0)
-    cosine = cosines(features, prototypes)
-    s: Tensor | float = scale
-    if not objective.normalize_features:
-        s = scale * torch.linalg.vector_norm(features.to(cosine.dtype), dim=1)
-    per_row = s[:, None] if isinstance(s, Tensor) else s
-    prior = cosine.new_zeros(cosine.shape[1]) if log_prior is None else log_prior.to(cosine.dtype)
+    cosine, per_row = _logits(features, prototypes, objective)
+    s = per_row[:, 0] if isinstance(per_row, Tensor) else per_row
+    prior = cosine.new_zeros(cosine.shape[1])
+    for offset in (objective.log_prior, objective.bias):
+        prior = prior if offset is None else prior + offset.to(cosine.dtype)
     target_cosine = cosine.gather(1, y[:, None])[:, 0]
-    margin = _with_margin(
-        target_cosine,
-        objective.margin._replace(
-            angular_margin=_per_sample(objective.margin.angular_margin, y, cosine),
-            cosine_margin=_per_sample(objective.margin.cosine_margin, y, cosine),
-        ),
-    )
+    margin = target_cosine
+    if objective.normalize_prototypes:
+        margin = _with_margin(
+            target_cosine,
+            objective.margin._replace(
+                angular_margin=_per_sample(objective.margin.angular_margin, y, cosine),
+                cosine_margin=_per_sample(objective.margin.cosine_margin, y, cosine),
+            ),
+        )
     z = s * margin + prior[y]
     logits = (per_row * cosine + prior).scatter(1, y[:, None], z[:, None])
     r, _ = _others_and_target(logits, y)
@@ -308,7 +341,19 @@ def supervised_contrastive(
     return losses.sum() / (count > 0).sum().clamp_min(1) if reduction == "mean" else losses.sum()
 
 
-def top_k(features: Tensor, prototypes: Tensor, k: int = 1) -> TopK:
+def top_k(
+    features: Tensor,
+    prototypes: Tensor,
+    k: int = 1,
+    *,
+    normalize_prototypes: bool = True,
+    bias: Tensor | None = None,
+) -> TopK:
     """Dense twin of :func:`ltloss.functional.top_k`."""
-    cosine, index = cosines(features.detach(), prototypes.detach()).sort(dim=1, descending=True, stable=True)
-    return TopK(cosine[:, :k].clamp(-1.0, 1.0), index[:, :k])
+    cosine = cosines(features.detach(), prototypes.detach())
+    logits = cosine
+    if not normalize_prototypes:
+        logits = products(features.detach(), prototypes.detach())
+        logits = logits if bias is None else logits + bias.detach()
+    index = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return TopK(cosine.gather(1, index).clamp(-1.0, 1.0), index)

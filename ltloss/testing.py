@@ -70,6 +70,13 @@ FAMILY: dict[str, Options] = {
     "label_smoothing": lambda c: {"label_smoothing": 0.1, "cosine_margin": 0.2},
     "feature_length": lambda c: {"normalize_features": False, "angular_margin": 0.3, "scale": 2.0},
     "feature_length_smoothed": lambda c: {"normalize_features": False, "label_smoothing": 0.2, "scale": 3.0},
+    "linear": lambda c: {
+        "normalize_features": False,
+        "normalize_prototypes": False,
+        "scale": 1.0,
+        "class_weight": _weights(c),
+        "label_smoothing": 0.1,
+    },
     "sum": lambda c: {"reduction": "sum", "angular_margin": 0.5},
     "per_sample": lambda c: {"reduction": "none", "angular_margin": 0.5, "class_weight": _weights(c)},
     "everything": lambda c: {
@@ -107,6 +114,12 @@ MODULES: dict[str, Callable[..., ltloss.PrototypeHead]] = {
         c, d, min_length=1.0, max_length=6.0, penalty_weight=2.0, **options
     ),
     "ElasticFaceLoss": lambda c, d, **options: ltloss.ElasticFaceLoss(c, d, std=0.1, sort=True, **options),
+}
+
+
+# Their prototypes have lengths that count.
+WITH_LENGTHS: dict[str, Callable[..., ltloss.PrototypeHead]] = {
+    "LinearSoftmaxLoss": lambda c, d, **options: ltloss.LinearSoftmaxLoss(c, d, log_prior=_prior(c), **options)
 }
 
 

@@ -139,13 +139,14 @@ def loss_step(
     between: Callable[[], None] = lambda: None,
     update: Any = None,
     keep: bool = False,
+    learns: bool = False,
     limit: int = _BYTES,
     **options: Any,
 ) -> None:
     """Forward and backward of a margin loss by the entry points of the kernels; ``between`` is called between them.
 
     ``update``: a ``PrototypeUpdate`` instead of the gradient of the prototypes; ``keep``: the exponentials, for the
-    backward; ``limit``: bytes of workspace.
+    backward; ``learns``: the prior has a gradient; ``limit``: bytes of workspace.
     """
     import ltloss_kernels as kernels
 
@@ -153,7 +154,7 @@ def loss_step(
     objective = Objective(margin, **{"scale": 64.0, **options})
     given, smooth = (features, prototypes, labels, objective.log_prior), objective.label_smoothing > 0.0
     kept = kernels.new_exponentials(features, prototypes) if keep else None
-    partials = kernels.partials(*given, objective.scale, objective.normalize_features, smooth, -100, kept)
+    partials = kernels.partials(*given, objective.scale, *objective.normalize, smooth, -100, kept)
     loss, coefficients, *rest = kernels.margin_loss(partials, labels, objective, len(prototypes))
     between()
     kernels.gradients(
@@ -164,9 +165,9 @@ def loss_step(
         *rest,
         objective.scale,
         smooth,
-        objective.normalize_features,
+        *objective.normalize,
         -100,
-        (True, update is None and prototypes.dtype != FLOAT8),
+        (True, update is None and prototypes.dtype != FLOAT8, learns),
         update=update,
         kept=kept,
         limit=lambda: limit,
@@ -278,6 +279,8 @@ def _losses(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tuple[
         "everything": (everything, weighted),
         "everything, arcface": (everything._replace(beyond_pi="arcface"), weighted),
         "length kept": (Margin(0.5), {"normalize_features": False}),
+        "linear": (Margin(), {"normalize_features": False, "normalize_prototypes": False, "scale": 1.0}),
+        "learning prior": (Margin(0.5), {"log_prior": vector, "learns": True}),
     }
     for name, (margin, options) in variants.items():
         yield name, lambda margin=margin, options=options: loss_step(features, prototypes, margin, **options)  # type: ignore[misc]

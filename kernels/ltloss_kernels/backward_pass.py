@@ -58,8 +58,10 @@ class BackwardPass:
         prior: Tensor | None,
         scale: float,
         normalize: bool,
+        normalize_prototypes: bool,
         ignore_index: int | None,
     ) -> None:
+        self.normalize_prototypes = normalize_prototypes
         self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
         self.scale, self.ignore_index = float(scale), ignore_index
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
@@ -87,13 +89,16 @@ class BackwardPass:
         self.coefficients, self.class_scale, self.smooth = coefficients, class_scale, smooth
         self.inverse_weight_sum = inverse_weight_sum
         float16_slab = self.dtype == torch.float16  # then it is multiplied by a power of two, see slab_scale
+        if float16_slab and not self.normalize_prototypes:  # s/‖w̃‖ may be as much as s times the largest entry
+            largest = torch.linalg.vector_norm(self.prototypes, torch.inf, dtype=torch.float32)
+            max_coefficient = max_coefficient * largest.clamp_min(1.0)
         self.max_coefficient = max_coefficient if float16_slab else None
         self.max_upstream = (upstream.abs().amax() if upstream.dim() else upstream) if float16_slab else None
 
     def take_kept(self, kept: Exponentials) -> None:
         """Make the tiles from these exponentials. No tile may reach over two of the forward: they differ in shifts."""
         self.kept, self.fold = kept, False
-        if self.feature_copy == "unit" and self.prior is None:
+        if self.feature_copy == "unit" and self.normalize_prototypes and self.prior is None:
             shift = fixed_shift(self.scale, self.prototypes.shape[0])
             self.kept_shift = None if shift is None else shift * LOG2E
         self.tile = tiles.of_kept(self.tile, self.dtype)
@@ -104,6 +109,7 @@ class BackwardPass:
         self,
         need_features: bool,
         need_prototypes: bool,
+        need_prior: bool,
         limit: int,
         by_slab: bool = False,
         update: PrototypeUpdate | None = None,
@@ -126,7 +132,8 @@ class BackwardPass:
             samples,
             classes,
             per_sample=width * (size + 4 * wide_features),
-            per_class=width * (size * (not self.in_place) + 4 * (wide_prototypes or by_slab)) + 4 * blocks * projecting,
+            per_class=width * (size * (not self.in_place) + 4 * (wide_prototypes or by_slab))
+            + 4 * blocks * (projecting + need_prior),
             itemsize=size,
             tile_classes=self.tile.classes,
             limit=limit,
@@ -147,6 +154,9 @@ class BackwardPass:
         self.feature_sum = matrix(samples, torch.float32) if wide_features else self.grad_features
         self._slab_sum = matrix(self.plan.classes, torch.float32) if wide_prototypes else None
         self.along = torch.empty(blocks, self.plan.classes, device=device) if projecting else None
+        self.through_r = torch.zeros(classes, device=device) if need_prior else None
+        self._sums = torch.empty(blocks * self.plan.classes, device=device) if need_prior else None
+        self._sums_factor = torch.empty((), device=device) if need_prior else None
         self._copy = None if self.in_place else padded_matrix(self.plan.classes, width, self.dtype, device)
         self._slab = padded_matrix(self.plan.rows, self.plan.classes, self.dtype, device)
         self.unit = padded_matrix(samples, width, self.dtype, device)
@@ -156,7 +166,8 @@ class BackwardPass:
             "gradients",
             layout(features, self.prototypes, self.labels, self.prior, self.coefficients, self.class_scale),
             layout(self.upstream, self.inverse_weight_sum, self.max_coefficient, self.max_upstream, *(self.kept or ())),
-            (self.feature_copy, self.smooth, self.ignore_index, need_features, need_prototypes),
+            (self.feature_copy, self.normalize_prototypes, self.smooth, self.ignore_index),
+            (need_features, need_prototypes, need_prior),
             (self.tile, self.precision, self.plan, None if update is None else update.key),
         )
         self.updating = NO_UPDATE if update is None else Updating(update)
@@ -167,6 +178,8 @@ class BackwardPass:
 
         Its projection needs the products of a tile, which kept exponentials are there to save.
         """
+        if not self.normalize_prototypes:  # there is no projection, and the library's product is all
+            return None
         if not self.in_place or self.kept is not None or (update is not None and update.needs_rows):
             return None
         samples, updated = self.features.shape[0], update is not None
@@ -210,6 +223,7 @@ class BackwardPass:
             copy,
             self._label,
             self._sample_gradients,
+            self._sums_factor,
             # sizes
             samples,
             self.prototypes.shape[0],
@@ -252,6 +266,7 @@ class BackwardPass:
             # outputs
             block_source(slab_part, tile.rows, tile.classes, self.described),
             self.along,
+            self._sums,
             # sizes
             samples,
             classes,
@@ -274,6 +289,10 @@ class BackwardPass:
             KEPT_CLASSES=None if shifts is None or self.kept is None else self.kept.tile_classes,
             **tile.constants,
         )
+        if self.through_r is not None and self._sums is not None and self._sums_factor is not None:
+            blocks = ceil_div(samples, tile.rows)
+            sums = part(self._sums, slice(0, blocks * classes)).view(blocks, classes).sum(0)
+            part(self.through_r, here).addcmul_(sums, self._sums_factor)
         return slab_part
 
     def add_to_features(self, target: Tensor, dz: Tensor, slab: Slab) -> None:
@@ -372,6 +391,7 @@ class BackwardPass:
             **updating.constants,
             FEATURE_COPY=self.feature_copy,
             PROTOTYPE_COPY="none" if self.in_place else "scaled",
+            NORMALIZE_PROTOTYPES=self.normalize_prototypes,
             UNIT=tile.unit,
             ROWS=tile.rows,
             WIDTH=tile.width,

@@ -47,7 +47,7 @@ class Partials(NamedTuple):
     logit_sum: Tensor | None  # (S, N): Σ s·cos over all classes of each part, if asked for
     target_cosine: Tensor  # (N,)
     norm: Tensor | None  # (N,): ‖x‖, where features keep their length
-    class_scale: Tensor  # (C,): s·log2 e/‖w‖, for the backward; 0 for a zero row
+    class_scale: Tensor  # (C,): s·log2 e/‖w‖, for the backward; 0 for a zero row; s·log2 e where lengths are kept
 
 
 def of_ranks(logsumexp: Tensor) -> Partials:
@@ -72,6 +72,7 @@ def partials(
     log_prior: Tensor | None,
     scale: float,
     normalize_features: bool,
+    normalize_prototypes: bool,
     with_logit_sum: bool,
     ignore_index: int | None,
     kept: Exponentials | None = None,
@@ -83,14 +84,16 @@ def partials(
         prototypes: (C, D), likewise, or float8.
         labels: (N,) integers, any strides.
         log_prior: (C,) or None, in natural units.
-        scale: s > 0; the logits are s·cos, times ‖x‖ unless ``normalize_features``.
+        scale: s > 0; the logits are s·cos, times ‖x‖ unless ``normalize_features``, and times ‖w‖ unless
+            ``normalize_prototypes``.
         with_logit_sum: also sum the logits of all classes.
         ignore_index: the label of samples that do not count; the target cosine of any other label outside [0, C) is
             NaN. With None such a label means that there is no target here, and its cosine is 0.
         kept: of ``new_exponentials``, is filled for ``gradients``.
     """
     if features.shape[0] == 0:
-        return _of_no_samples(features, prototypes, normalize_features, with_logit_sum)
+        with_norm = normalize_prototypes and not normalize_features
+        return _of_no_samples(features, prototypes, with_norm, with_logit_sum)
     with on_device(features):
         run = ForwardPass(
             widened(features),
@@ -99,6 +102,7 @@ def partials(
             vector(log_prior),
             scale,
             normalize_features,
+            normalize_prototypes,
             with_logit_sum,
             ignore_index,
             kept,
@@ -115,6 +119,7 @@ def partials(
                         copy=slab.copy,
                         copy_factor=slab.copy_factor,
                         factor_scale=run.factor_scale,
+                        normalize=run.normalize_prototypes,
                         prior=slab.prior,
                         prior_out=slab.scaled_prior,
                         flags=run.flags if index == 0 else None,
@@ -126,9 +131,9 @@ def partials(
     return run.result
 
 
-def _of_no_samples(features: Tensor, prototypes: Tensor, normalize: bool, with_logit_sum: bool) -> Partials:
+def _of_no_samples(features: Tensor, prototypes: Tensor, with_norm: bool, with_logit_sum: bool) -> Partials:
     nothing = features.new_empty(1, 0, dtype=torch.float32)
-    logit_sum, norm = nothing if with_logit_sum else None, None if normalize else nothing[0]
+    logit_sum, norm = nothing if with_logit_sum else None, nothing[0] if with_norm else None
     return Partials(nothing, nothing, 0.0, logit_sum, nothing[0], norm, nothing.new_zeros(prototypes.shape[0]))
 
 
@@ -163,12 +168,14 @@ class ForwardPass:
         prior: Tensor | None,
         scale: float,
         normalize: bool,
+        normalize_prototypes: bool,
         with_logit_sum: bool,
         ignore_index: int | None,
         kept: Exponentials | None = None,
     ) -> None:
         self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
-        self.normalize, self.ignore_index, self.kept = normalize, ignore_index, kept
+        self.normalize, self.normalize_prototypes = normalize, normalize_prototypes
+        self.ignore_index, self.kept = ignore_index, kept
         samples, (classes, width), device = features.shape[0], prototypes.shape, features.device
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
         arch = tiles.architecture(device)
@@ -176,7 +183,7 @@ class ForwardPass:
         self.described = tiles.has_copy_engine(arch)
         # Few samples: rows of float32 are rounded on their way to a bfloat16 product, which has the range for them.
         read_as = prototypes.dtype if self.dtype == torch.bfloat16 else self.dtype
-        few = tiles.norms_in_tiles(arch, self.dtype, self.precision, samples)
+        few = normalize_prototypes and tiles.norms_in_tiles(arch, self.dtype, self.precision, samples)
         self.norms_in_tiles = few and readable_in_place(prototypes, read_as)
         self.in_place = self.norms_in_tiles or readable_in_place(prototypes, self.dtype)
         if self.norms_in_tiles and read_as != self.dtype:  # as many bytes of a row at a time
@@ -197,11 +204,12 @@ class ForwardPass:
         self.launch = Launches(
             "partials",
             layout(features, prototypes, labels, prior, *(kept or ())),
-            (scale, normalize, with_logit_sum, ignore_index),
+            (scale, normalize, normalize_prototypes, with_logit_sum, ignore_index),
             (self.tile, self.precision, self.plan),
         )
         self.factor_scale = scale * LOG2E
-        shift = fixed_shift(scale, classes) if normalize and prior is None else None
+        bounded = normalize and normalize_prototypes and prior is None
+        shift = fixed_shift(scale, classes) if bounded else None
         self.class_tiles = ceil_div(classes, self.tile.classes)
         self.slabs = ceil_div(classes, self.plan.classes)
         padded = self.class_tiles * self.tile.classes
@@ -222,7 +230,7 @@ class ForwardPass:
             shift=(shift or 0.0) * LOG2E,
             logit_sum=self._float(*shape) if with_logit_sum else None,
             target_cosine=self._float(samples),
-            norm=None if normalize else self._float(samples),
+            norm=self._float(samples) if normalize_prototypes and not normalize else None,
             class_scale=self._factor[:classes],
         )
 
@@ -287,6 +295,8 @@ class ForwardPass:
             0 if copy is None else copy.stride(0),
             self.ignore_index,
             # constants
+            NORMALIZE_FEATURES=self.normalize,
+            NORMALIZE_PROTOTYPES=self.normalize_prototypes,
             RAGGED=classes % self.tile.classes != 0,
             FLAG_ROWS=self.tile.rows,
             FLAG_CLASSES=self.tile.classes,

@@ -31,6 +31,7 @@ def gradients(
     scale: float,
     smooth: bool,
     normalize_features: bool,
+    normalize_prototypes: bool,
     ignore_index: int | None,
     needs: Sequence[bool],
     take: Callable[[int, int, Tensor], None] | None = None,
@@ -38,19 +39,21 @@ def gradients(
     kept: Exponentials | None = None,
     *,
     limit: Callable[[], int],
-) -> tuple[Tensor, Tensor]:
-    """Gradients for features (N, D) and prototypes (C, D).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for features (N, D) and prototypes (C, D), and what reaches each class (C,) through r.
+
+    The last is Σ_i a_i·exp(l_ic - r_i) over the samples of other classes, float32, for the gradient of the prior.
 
     Args:
         grad_loss: upstream gradient, a scalar or (N,) of any stride.
-        features, prototypes, labels, log_prior, scale, normalize_features: as for ``partials``.
+        features, prototypes, labels, log_prior, scale, normalize_*: as for ``partials``.
         coefficients: (4 or 5, N) of ``margin_loss``.
         class_scale: (C,) s·log2 e/‖w‖, of the partials.
         inverse_weight_sum: scalar that multiplies the upstream gradient, or None.
         max_coefficient: scalar, the largest |coefficient|; read for float16 only.
         smooth: whether row 3 of the coefficients is used.
         ignore_index: rows with this label may hold anything, also NaN; None: all rows count.
-        needs: which of the two gradients are computed.
+        needs: which of the three are computed.
         take: gets the gradients (stop - start, D) float32 of the prototypes [start, stop), slab by slab, in memory that
             the next slab takes again; after it was called the prototypes of the slab may have changed.
         update: moves the prototypes where their gradients are made, instead of ``take``; there must be samples.
@@ -62,15 +65,23 @@ def gradients(
     """
     if features.shape[0] == 0:
         nothing, zero = torch.empty_like(features), torch.zeros_like(prototypes)
-        return _like(nothing if needs[0] else None, features), _like(zero if needs[1] else None, prototypes)
+        sums = features.new_zeros(len(prototypes) if needs[2] else 0, dtype=torch.float32)
+        return _like(nothing if needs[0] else None, features), _like(zero if needs[1] else None, prototypes), sums
     with on_device(features):
         run = BackwardPass(
-            widened(features), widened(prototypes), labels, vector(log_prior), scale, normalize_features, ignore_index
+            widened(features),
+            widened(prototypes),
+            labels,
+            vector(log_prior),
+            scale,
+            normalize_features,
+            normalize_prototypes,
+            ignore_index,
         )
         run.take(grad_loss, coefficients, class_scale, inverse_weight_sum, max_coefficient, smooth)
         if kept is not None:
             run.take_kept(kept)
-        run.allocate(needs[0], needs[1], limit(), take is not None, update)
+        run.allocate(needs[0], needs[1], needs[2], limit(), take is not None, update)
         run.launch_samples()
         for slab in run.slabs():
             if slab.copy_factor is not None:
@@ -79,6 +90,7 @@ def gradients(
                     copy=slab.operand,
                     copy_factor=slab.copy_factor,
                     factor_scale=run.scale * LOG2E,
+                    normalize=normalize_prototypes,
                     launch=run.launch,
                 )
             for rows in run.chunks():
@@ -92,7 +104,8 @@ def gradients(
             run.launch_projection(slab)
             if take is not None and slab.grad is not None:
                 take(slab.first, slab.first + len(slab.grad), slab.grad)
-    return _like(run.grad_features, features), _like(run.grad_prototypes if needs[1] else None, prototypes)
+    sums = features.new_empty(0, dtype=torch.float32) if run.through_r is None else run.through_r
+    return _like(run.grad_features, features), _like(run.grad_prototypes if needs[1] else None, prototypes), sums
 
 
 def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor:

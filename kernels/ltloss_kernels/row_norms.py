@@ -19,6 +19,7 @@ def row_norms(
     copy: Tensor | None = None,
     copy_factor: Tensor | None = None,
     factor_scale: float = 1.0,
+    normalize: bool = True,
     prior: Tensor | None = None,
     prior_out: Tensor | None = None,
     flags: Tensor | None = None,
@@ -31,6 +32,7 @@ def row_norms(
         factor: (P,) float32, P >= K: receives ``factor_scale``/‖v‖.
         copy, copy_factor: (K, D), columns next to each other, receives the rows times a power of two each; (P,) float32
             receives ``factor_scale`` over their lengths. Both or neither, and at least these or ``factor``.
+        normalize: False takes every row of ``vectors`` for one of length 1.
         prior, prior_out: (K,) and (P,) float32; the second receives prior·log2 e. Both or neither.
         flags: (F,) int8, cleared.
         launch: the launches that this one belongs to.
@@ -57,6 +59,7 @@ def row_norms(
         copy_stride,
         factor_scale,
         # constants
+        NORMALIZE=normalize,
         UNIT=tile.unit,
         ROWS=tile.rows,
         WIDTH=tile.width,

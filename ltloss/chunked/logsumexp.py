@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ltloss._types import MarginLoss, Partials, TakeGradient
+from ltloss.chunked.samples import NOT_HERE, counted, length, scaled_features, target_cosine, target_labels
 from ltloss.chunked.tiles import Exponentials, TargetColumn, Tiles, block_sizes, in_huge_pages
 from ltloss.margins import Objective
 from ltloss.numerics import compute_dtype, inverse_norm, project_, spans
@@ -40,21 +41,6 @@ __all__ = [
 # smallest normal number for products with it to stay normal too: denormals slow a matrix product tenfold and more.
 # In float64 the bound lies as far above its own smallest normal, so that confident samples keep their tiny gradient.
 SMALLEST_EXPONENT = {torch.float32: -80.0, torch.float64: -700.0}
-
-
-def _scaled_features(
-    features: Tensor,
-    labels: Tensor,
-    scale: float,
-    normalize_features: bool,
-    ignore_index: int | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """u = s·x̂, or s·x where features keep their length; 0 where ignored."""
-    u = _counted(features, labels, ignore_index).to(dtype)
-    if normalize_features:
-        u = u * inverse_norm(u, dtype)[:, None]  # one factor at a time: inverse * scale may overflow for a tiny row
-    return u * scale
 
 
 def exponentials_bytes(features: Tensor, prototypes: Tensor) -> int:
@@ -86,6 +72,7 @@ def partials(
     log_prior: Tensor | None,
     scale: float,
     normalize_features: bool,
+    normalize_prototypes: bool,
     with_logit_sum: bool,
     ignore_index: int | None,
     kept: Exponentials | None = None,
@@ -97,16 +84,17 @@ def partials(
     """
     dtype = compute_dtype(features, prototypes)
     n, (c, d) = features.shape[0], prototypes.shape
-    labels = _target_labels(labels, c, ignore_index)
-    u = _scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
+    labels = target_labels(labels, c, ignore_index)
+    u = scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
     blocks = block_sizes(n, c, d, features.device)
-    inverse = u.new_empty(c)
+    inverse = u.new_empty(c) if normalize_prototypes else None
     tiles = Tiles(u, prototypes, inverse, None if log_prior is None else log_prior.to(dtype), blocks)
     maximum = u.new_full((n,), -math.inf)
     total = u.new_zeros(n)
     unit_sum = u.new_zeros(d)
     for number, (start, stop) in enumerate(spans(c, blocks.classes)):
-        inverse[start:stop] = inverse_norm(prototypes[start:stop], dtype)
+        if inverse is not None:
+            inverse[start:stop] = inverse_norm(prototypes[start:stop], dtype)
         unit = tiles.unit_prototypes(start, stop)
         if with_logit_sum:
             unit_sum += unit.sum(0)
@@ -123,55 +111,10 @@ def partials(
         sum=total[None],
         max=maximum[None],
         logit_sum=(u @ unit_sum)[None] if with_logit_sum else None,
-        target_cosine=_target_cosine(features, prototypes, inverse, labels, ignore_index),
-        norm=None if normalize_features else _length(features, labels, ignore_index, dtype),
-        class_scale=inverse,
+        target_cosine=target_cosine(features, prototypes, inverse, labels, normalize_features, ignore_index),
+        norm=None if normalize_features or inverse is None else length(features, labels, ignore_index, dtype),
+        class_scale=u.new_ones(c) if inverse is None else inverse,
     )
-
-
-# Labels as the passes below use them: a class, -1 for "no target here", -2 for what is neither a class nor ignored.
-_NOT_HERE, _NOT_A_CLASS = -1, -2
-
-
-def _target_labels(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
-    labels = labels.to(torch.int64)
-    outside = (labels < 0) | (labels >= num_classes)
-    if ignore_index is None:
-        return labels.masked_fill(outside, _NOT_HERE)
-    return labels.masked_fill(outside, _NOT_A_CLASS).masked_fill(labels == ignore_index, _NOT_HERE)
-
-
-def _counted(vectors: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
-    """Rows that are ignored may hold anything, NaN too: they are taken as zero."""
-    return vectors if ignore_index is None else vectors.masked_fill((labels == _NOT_HERE)[:, None], 0.0)
-
-
-def _length(features: Tensor, labels: Tensor, ignore_index: int | None, dtype: torch.dtype) -> Tensor:
-    """‖x‖ (N,), through float64, so that no square leaves its range; 0 where the direction is 0."""
-    features = _counted(features, labels, ignore_index)
-    norm = torch.linalg.vector_norm(features, dim=1, dtype=torch.float64)
-    return torch.where(norm < torch.finfo(dtype).tiny, 0.0, norm).to(dtype)
-
-
-def _target_cosine(
-    features: Tensor, prototypes: Tensor, inverse: Tensor, labels: Tensor, ignore_index: int | None
-) -> Tensor:
-    """cos_y per sample in float64, 0 without a target here, NaN for a label that is no class.
-
-    N·D work. Near ±1 an angular margin magnifies the rounding of the cosine by 1/sin θ, so it is not taken from a tile.
-    """
-    here = labels >= 0
-    cosine = features.new_zeros(features.shape[0], dtype=torch.float64)
-    for start, stop in spans(features.shape[0], 1024):  # two small float64 copies, not two of all N rows
-        rows = slice(start, stop)
-        target = torch.where(here[rows], labels[rows], 0)
-        x = _counted(features[rows], labels[rows], ignore_index).double()
-        w = prototypes[target].double()
-        lengths = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(w, dim=1)
-        zero = (lengths == 0) | (inverse[target] == 0)
-        cosine[rows] = torch.linalg.vecdot(x, w).div_(torch.where(zero, math.inf, lengths)).clamp_(-1.0, 1.0)
-    cosine = torch.where(here, cosine, 0.0)
-    return cosine.masked_fill_(labels == _NOT_A_CLASS, math.nan)
 
 
 def accumulate_exp(tile: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
@@ -193,8 +136,8 @@ def margin_loss(partials: Partials, labels: Tensor, objective: Objective, num_cl
         ∂loss/∂r = p,   ∂loss/∂z' = −p + ε − ε/C,   ∂loss/∂(Σ_c l_c) = −ε/C,   d_target = ∂loss/∂z'·slope
     """
     log_prior, scale, label_smoothing = objective.log_prior, objective.scale, objective.label_smoothing
-    labels = _target_labels(labels, num_classes, objective.ignore_index)
-    counted, target = labels != _NOT_HERE, labels.clamp_min(0)
+    labels = target_labels(labels, num_classes, objective.ignore_index)
+    counted, target = labels != NOT_HERE, labels.clamp_min(0)
     r, cosine = logsumexp(partials), partials.target_cosine.double()
     of_samples = objective.margin.of_samples(target).to(torch.float64)
     turned, slope = of_samples.value(cosine), of_samples.slope(cosine)
@@ -282,12 +225,14 @@ def gradients(
     scale: float,
     smooth: bool,
     normalize_features: bool,
+    normalize_prototypes: bool,
     ignore_index: int | None,
     needs: list[bool],
     take: TakeGradient | None = None,
     kept: Exponentials | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of features (N, D) and prototypes (C, D), each in its dtype; (0,) where ``needs`` is False.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of features (N, D) and prototypes (C, D), each in its dtype, and what reaches each class (C,) through
+    r, Σ_i a_i·exp(l_ic - r_i) over the samples of other classes; (0,) where ``needs`` is False.
 
     ``coefficients`` as :func:`margin_loss` makes them, ``grad_loss`` a scalar or (N,); ``smooth``: row 3 counts.
     ``take`` gets the gradients of the prototypes, some classes at a time, after the last look at them. With
@@ -295,13 +240,15 @@ def gradients(
     """
     dtype = compute_dtype(features, prototypes)
     n, (c, d) = features.shape[0], prototypes.shape
+    through_r = features.new_zeros(c if needs[2] else 0, dtype=dtype)
     if n == 0:
-        return features.new_empty((0, d) if needs[0] else 0), prototypes.new_zeros((c, d) if needs[1] else 0)
-    labels = _target_labels(labels, c, ignore_index)
-    feature_inverse = inverse_norm(_counted(features, labels, ignore_index), dtype)
-    u = _scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
+        zero = prototypes.new_zeros((c, d) if needs[1] else 0)
+        return features.new_empty((0, d) if needs[0] else 0), zero, through_r
+    labels = target_labels(labels, c, ignore_index)
+    u = scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
     blocks = block_sizes(n, c, d, features.device)
-    tiles = Tiles(u, prototypes, class_scale, None if log_prior is None else log_prior.to(dtype), blocks)
+    inverse = class_scale if normalize_prototypes else None
+    tiles = Tiles(u, prototypes, inverse, None if log_prior is None else log_prior.to(dtype), blocks)
     d_lse, d_target, d_all, *d_norm = coefficients[1:] * (grad_loss.to(dtype) * inverse_weight_sum)
     of_samples = SampleGradients.of(coefficients[0], d_lse, d_target - d_all if smooth else d_target)
     grad_u = torch.zeros_like(u) if needs[0] else None
@@ -323,24 +270,24 @@ def gradients(
         for row in spans(n, blocks.rows):
             rows = slice(*row)
             found = None if kept is None else kept.of(number, rows, start, stop)
-            tile = _gradient_tile(tiles, unit, rows, (start, stop), labels[rows], of_samples, found)
+            sums = through_r[start:stop]
+            tile = _gradient_tile(tiles, unit, rows, (start, stop), labels[rows], of_samples, found, sums)
             if grad_u is not None:
                 grad_u[rows].addmm_(tile, unit)
             if chunk is not None:
                 chunk.addmm_(tile.t(), signed_u[rows], beta=0 if row[0] == 0 else 1)
         if chunk is not None and take is not None:
-            chunk = chunk if sum_row is None else chunk.add_(sum_row)
-            take(start, stop, project_(chunk, unit, class_scale[start:stop]))
+            take(start, stop, _of_prototypes(chunk, unit, sum_row, None if inverse is None else inverse[start:stop]))
     if grad_u is not None:
         grad_u *= of_samples.factor[:, None]
         if smooth:
             grad_u.addr_(d_all, unit_sum)
         grad_u *= scale  # u = s·x̂, or s·x
-        x_hat = _counted(features, labels, ignore_index).to(dtype) * feature_inverse[:, None]
-        _through_length(grad_u, x_hat, feature_inverse, *d_norm)
+        _through_length(grad_u, counted(features, labels, ignore_index), normalize_features, *d_norm)
     return (
         features.new_empty(0) if grad_u is None else grad_u.to(features.dtype),
         prototypes.new_empty(0) if grad_w is None else grad_w,
+        through_r,
     )
 
 
@@ -350,8 +297,18 @@ def _keep(whole: Tensor, start: int, stop: int, chunk: Tensor) -> None:
         whole[start:stop] = chunk
 
 
-def _through_length(grad: Tensor, x_hat: Tensor, inverse: Tensor, d_norm: Tensor | None = None) -> None:
+def _of_prototypes(chunk: Tensor, unit: Tensor, sum_row: Tensor | None, inverse: Tensor | None) -> Tensor:
+    """From Gᵀ·u of some classes to their gradient, in place; ``inverse`` is None where they keep their length."""
+    chunk = chunk if sum_row is None else chunk.add_(sum_row)
+    return chunk if inverse is None else project_(chunk, unit, inverse)
+
+
+def _through_length(grad: Tensor, features: Tensor, normalized: bool, d_norm: Tensor | None = None) -> None:
     """From the gradient for x̂, or for x with d_norm (N,) beside it, to that for x, in place."""
+    if not normalized and d_norm is None:
+        return
+    inverse = inverse_norm(features, grad.dtype)
+    x_hat = features.to(grad.dtype) * inverse[:, None]
     if d_norm is None:
         project_(grad, x_hat, inverse)
     else:  # a zero feature has no direction: no gradient
@@ -366,8 +323,12 @@ def _gradient_tile(
     labels: Tensor,
     of_samples: SampleGradients,
     kept: tuple[Tensor, Tensor] | None,
+    sums: Tensor,
 ) -> Tensor:
-    """G with the factor of the row still to come: |a|·exp(l - r), and target / factor at the target class."""
+    """G with the factor of the row still to come: |a|·exp(l - r), and target / factor at the target class.
+
+    ``sums``: where to add those of the columns, without the targets; (0,) if nowhere.
+    """
     shift, smallest = of_samples.shift[rows], SMALLEST_EXPONENT[unit.dtype]
     if kept is None:
         tile = tiles.logits(unit, rows, *classes).sub_(shift[:, None])
@@ -376,5 +337,9 @@ def _gradient_tile(
         exponentials, shift_then = kept
         tile = tiles.empty(rows, *classes).copy_(exponentials).mul_((shift_then - shift).exp_()[:, None])
         torch.threshold_(tile, math.exp(smallest), 0.0)
-    TargetColumn(labels, classes[0], tile.shape[1]).fill(tile, of_samples.target[rows])
+    target = TargetColumn(labels, classes[0], tile.shape[1])
+    if len(sums):
+        target.fill(tile, 0.0)
+        sums.addmv_(tile.t(), of_samples.factor[rows])
+    target.fill(tile, of_samples.target[rows])
     return tile

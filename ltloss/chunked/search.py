@@ -17,18 +17,36 @@ from ltloss.chunked.tiles import TargetColumn, block_sizes
 from ltloss.float8 import converted
 from ltloss.numerics import add_rows_, compute_dtype, inverse_norm, project_, spans
 
-__all__ = ["Best", "UnitRows", "nearest_prototype", "nearest_prototype_gradient", "search_precision", "top_k"]
+__all__ = [
+    "Best",
+    "UnitRows",
+    "nearest_prototype",
+    "nearest_prototype_gradient",
+    "search_precision",
+    "top_k",
+    "top_k_of_products",
+]
 
 
-class UnitRows:
-    """Unit rows of a matrix, made on demand in the compute dtype."""
+class Rows:
+    """Rows of a matrix, made on demand in the compute dtype."""
 
     def __init__(self, vectors: Tensor, dtype: torch.dtype) -> None:
         self.vectors, self.dtype = vectors, dtype
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        return converted(self.vectors[rows], self.dtype)
+
+
+class UnitRows(Rows):
+    """The same, of length 1."""
+
+    def __init__(self, vectors: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(vectors, dtype)
         self.inverse = inverse_norm(vectors, dtype)
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        return converted(self.vectors[rows], self.dtype) * self.inverse[rows, None]
+        return super().__getitem__(rows) * self.inverse[rows, None]
 
 
 class Best:
@@ -136,15 +154,38 @@ def nearest_prototype_gradient(grad_cosine: Tensor, prototypes: Tensor, rows: Te
 def top_k(features: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See :func:`ltloss.functional.top_k`."""
     dtype = compute_dtype(features, prototypes)
-    n, (c, d) = features.shape[0], prototypes.shape
+    cosine, index = _largest(UnitRows(features, dtype), UnitRows(prototypes, dtype), k)
+    return cosine.clamp_(-1.0, 1.0), _copies_in_order(prototypes, index)
+
+
+@torch.no_grad()
+def top_k_of_products(
+    features: Tensor, prototypes: Tensor, k: int, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest x·w + b of each feature, the cosines of these classes, and their indices, (N, k) each."""
+    dtype = compute_dtype(features, prototypes)
+    logit, index = _largest(Rows(features, dtype), Rows(prototypes, dtype), k, bias)
     unit, query = UnitRows(prototypes, dtype), UnitRows(features, dtype)
-    cosine = query.inverse.new_full((n, k), -math.inf)
-    index = torch.full((n, k), -1, dtype=torch.int64, device=features.device)
-    blocks = block_sizes(n, c, d, features.device)
+    cosine = torch.empty_like(logit)
+    for start, stop in spans(len(index), max(1, (1 << 20) // (k * features.shape[1]))):
+        rows = slice(start, stop)
+        found = unit[index[rows].reshape(-1)].view(stop - start, k, -1)
+        cosine[rows] = torch.linalg.vecdot(found, query[rows][:, None])
+    return logit, cosine.clamp_(-1.0, 1.0), index
+
+
+def _largest(query: Rows, classes: Rows, k: int, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k largest products of each row with those of the classes, plus a bias, and where they are; (N, k) each."""
+    n, (c, d), device = query.vectors.shape[0], classes.vectors.shape, query.vectors.device
+    cosine = torch.full((n, k), -math.inf, dtype=query.dtype, device=device)
+    index = torch.full((n, k), -1, dtype=torch.int64, device=device)
+    blocks = block_sizes(n, c, d, device)
     for start, stop in spans(c, blocks.classes):
-        right = unit[slice(start, stop)]
+        right = classes[slice(start, stop)]
         for row in spans(n, blocks.rows):
             tile = query[slice(*row)] @ right.t()
+            if bias is not None:
+                tile += bias[start:stop]
             best_cosine, best_index = cosine[slice(*row)], index[slice(*row)]
             # Only rows with something better than their k-th best so far; written so that NaN counts as better.
             rows = (~(tile.amax(1) <= best_cosine[:, -1])).nonzero()[:, 0]
@@ -153,7 +194,7 @@ def top_k(features: Tensor, prototypes: Tensor, k: int) -> tuple[Tensor, Tensor]
             merged, order = torch.cat([best_cosine[rows], value], 1).sort(dim=1, descending=True, stable=True)
             found = torch.cat([best_index[rows], position + start], 1).gather(1, order)
             best_cosine[rows], best_index[rows] = merged[:, :k], found[:, :k]
-    return cosine.clamp_(-1.0, 1.0), _copies_in_order(prototypes, index)
+    return cosine, index
 
 
 def _copies_in_order(prototypes: Tensor, index: Tensor) -> Tensor:

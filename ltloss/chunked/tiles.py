@@ -77,10 +77,13 @@ class TargetColumn:
 
 
 class Tiles:
-    """Walks over the classes in chunks: normalised prototypes and logits in buffers that are allocated once."""
+    """Walks over the classes in chunks: the factors of a product and logits in buffers that are allocated once.
+
+    ``inverse`` (C,): 1/‖w‖, or None for prototypes that keep their length.
+    """
 
     def __init__(
-        self, u: Tensor, prototypes: Tensor, inverse: Tensor, log_prior: Tensor | None, blocks: Blocks
+        self, u: Tensor, prototypes: Tensor, inverse: Tensor | None, log_prior: Tensor | None, blocks: Blocks
     ) -> None:
         self.u, self.prototypes, self.inverse, self.log_prior = u, prototypes, inverse, log_prior
         self.blocks = blocks
@@ -88,9 +91,11 @@ class Tiles:
         self._unit = u.new_empty(blocks.classes, u.shape[1])
 
     def unit_prototypes(self, start: int, stop: int) -> Tensor:
-        """ŵ of the chunk (stop - start, D)."""
+        """ŵ of the chunk (stop - start, D), or w itself."""
         unit = self._unit[: stop - start]
         prototypes = self.prototypes[start:stop]
+        if self.inverse is None:
+            return prototypes if prototypes.dtype == unit.dtype else unit.copy_(prototypes)
         if prototypes.dtype == FLOAT8:
             prototypes = widened(prototypes, unit)
         return torch.mul(prototypes, self.inverse[start:stop, None], out=unit)
@@ -101,7 +106,7 @@ class Tiles:
         return self._logits[: height * width].view(height, width)
 
     def logits(self, unit: Tensor, rows: slice, start: int, stop: int) -> Tensor:
-        """s·cos + log-prior of one row block and the chunk."""
+        """s·cos + log-prior, or s·(x·w) + log-prior, of one row block and the chunk."""
         tile = self.empty(rows, start, stop)
         torch.mm(self.u[rows], unit.t(), out=tile)
         if self.log_prior is not None:

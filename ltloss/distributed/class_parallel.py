@@ -67,10 +67,10 @@ def parallelize(
 
     Returns:
         The module. ``weight`` is a DTensor, ``Shard(0)`` over the class ranks; class centres likewise. Margins, priors,
-        weights and counts (C,) stay whole on every rank, 4 to 8 bytes a class each. ``forward`` takes this rank's
-        features and labels and returns the loss of the global batch (with ``reduction="none"``: the losses of this
-        rank's samples); gradients equal those of one process. Every rank calls ``backward``, with the same factor.
-        ``predict`` answers for this rank's features.
+        weights, counts and a bias (C,) stay whole on every rank, 4 to 8 bytes a class each. ``forward`` takes this
+        rank's features and labels and returns the loss of the global batch (with ``reduction="none"``: the losses of
+        this rank's samples); gradients equal those of one process. Every rank calls ``backward``, with the same
+        factor. ``predict`` answers for this rank's features.
 
     Raises:
         ValueError, TypeError: bad arguments.
@@ -190,6 +190,10 @@ def _shard(module: ClassParallel, layout: Layout) -> None:
         module.weight_exponent = _block_of_first_rank(exponent, layout)
     if weight.is_meta:
         module.reset_parameters()
+    for name, parameter in module.named_parameters(recurse=False):
+        if name != "weight":  # whole on every rank, with the gradient of all
+            values = comm.broadcast(parameter.detach().to(layout.device, copy=True), 0, layout.group)
+            setattr(module, name, nn.Parameter(values, parameter.requires_grad))
     for name, child in module.named_children():
         if isinstance(child, ClassCenters):
             setattr(module, name, ShardedCenters(child, layout))
@@ -260,7 +264,7 @@ class ClassParallel(PrototypeHead):
         """As of one process, (n, C) of this rank's features; all ranks call it. Gathers the whole weight each time.
 
         For few classes, and for many calls those of :func:`in_one_piece`. The gradient of the weight is that of the
-        sum over the ranks of what each computes from its logits.
+        sum over the ranks of what each computes from its logits; a bias gets that of this rank's.
         """
         from torch.distributed.tensor import Partial
 
@@ -276,7 +280,7 @@ class ClassParallel(PrototypeHead):
     @torch.no_grad()
     def predict(self, features: Tensor, k: int = 1) -> TopK:
         """The k classes with the largest cosine for this rank's features (n, D); all ranks call it, with the same k."""
-        return top_k(features, self.weight, k, self.queries)
+        return top_k(features, self.weight, k, self.queries, **self._logit_options())
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -82,6 +82,13 @@ class ClassShard:
         """The sum over the data groups."""
         return gradient if self.layout.data_group is None else comm.all_reduce(gradient, self.layout.data_group)
 
+    def reduce_prior(self, gradient: Tensor) -> Tensor:
+        """The sum over the data groups, and each rank's classes in their place; 0 for those outside of the sample."""
+        whole = gradient.new_zeros(self.layout.num_classes)
+        own = whole[slice(*self.layout.span())]
+        own[slice(None) if self.index is None else self.index] = gradient
+        return comm.all_reduce(whole, self.layout.group)
+
 
 def reduce_scatter_features(partial: Tensor, rows: int, layout: Layout) -> Tensor:
     """Sum the gradients (B, D) of a data group's rows over its ranks: (rows, D), zero but for this rank's own rows."""

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ltloss._validation import check_count
 from ltloss.distributed.centers import ShardedCenters
@@ -24,6 +25,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
     """A head with ``count`` more classes at the end: the old rows (and centres) as they are, the new ones drawn anew.
+
+    A bias of new classes is 0.
 
     Args:
         head: sharded or not; it stays as it is. All ranks call it alike. An optimizer of :mod:`ltloss.optim` goes on
@@ -61,7 +64,11 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
     )
     if head.weight_exponent is not None:
         larger.weight_exponent = layout.zeros(dtype=torch.int8)
+    biases = _longer_biases(head, count)
+    for name in biases:  # what is drawn anew must not be those of the former head
+        del larger._parameters[name]
     larger.reset_parameters()
+    larger._parameters |= biases
     copy_rows(head.weight, larger.weight)
     if head.weight_exponent is not None and larger.weight_exponent is not None:
         copy_rows(head.weight_exponent, larger.weight_exponent)
@@ -79,6 +86,15 @@ def _shallow(module: Module) -> Module:
     for part in ("_parameters", "_buffers", "_modules"):
         setattr(copied, part, dict(getattr(module, part)))
     return copied
+
+
+def _longer_biases(head: PrototypeHead, count: int) -> dict[str, nn.Parameter | None]:
+    """The parameters (C,), which every rank holds alike, with 0 for the new classes."""
+    return {
+        name: nn.Parameter(functional.pad(parameter.detach(), (0, count)), parameter.requires_grad)
+        for name, parameter in head.named_parameters(recurse=False)
+        if name != "weight"
+    }
 
 
 def _more_centers(centers: ClassCenters, layout: Layout) -> ClassCenters:

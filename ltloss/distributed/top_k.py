@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ltloss._types import TopK
 from ltloss._validation import check_k, check_pair
+from ltloss.chunked import search as chunked
 from ltloss.chunked.equal_rows import row_keys
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.batch_gather import BatchGather
@@ -18,7 +22,15 @@ __all__ = ["top_k"]
 
 
 @torch.no_grad()
-def top_k(features: Tensor, prototypes: Tensor, k: int, gather: BatchGather | None = None) -> TopK:
+def top_k(
+    features: Tensor,
+    prototypes: Tensor,
+    k: int,
+    gather: BatchGather | None = None,
+    *,
+    normalize_prototypes: bool = True,
+    bias: Tensor | None = None,
+) -> TopK:
     """As :func:`ltloss.functional.top_k` for a DTensor of prototypes: all ranks call it, each with its own features.
 
     Args:
@@ -26,6 +38,7 @@ def top_k(features: Tensor, prototypes: Tensor, k: int, gather: BatchGather | No
         prototypes: (C, D) DTensor.
         k: between 1 and C, the same on all ranks.
         gather: keeps what the ranks agreed on from call to call; None agrees anew.
+        normalize_prototypes, bias: as there; the whole bias (C,) on every rank.
 
     Returns:
         ``TopK(cosine, index)``, (n, k) each, of this rank's features.
@@ -43,30 +56,55 @@ def top_k(features: Tensor, prototypes: Tensor, k: int, gather: BatchGather | No
     labels = torch.full(features.shape[:1], -1, device=layout.device)
     batch = gather(features, labels, check, tag=k)
     block = batch.features[layout.group_rows(batch.features.shape[0])].detach()
-    cosine, index, keys = _candidates(block, local(prototypes), layout, k)
-    packed = torch.stack([cosine.double().view(torch.int64), index, keys], 1)  # (B, 3, k): bits, whatever they mean
+    own, (start, stop) = local(prototypes), layout.span()
+    find = _nearest if normalize_prototypes else partial(_largest, bias=None if bias is None else bias[start:stop])
+    width = 3 if normalize_prototypes else 4
+    packed = _candidates(block, own, layout, (width, k), find)
     rows = [block.shape[0] // layout.class_ranks] * layout.class_ranks
-    came = comm.all_to_all(packed, rows, rows, layout.class_group).view(layout.class_ranks, rows[0], 3, k)
-    bits, index, keys = came[:, : batch.real].permute(2, 1, 0, 3).reshape(3, batch.real, layout.class_ranks * k)
-    return _merge(bits.view(torch.float64).to(cosine.dtype), index, keys, k)
+    came = comm.all_to_all(packed, rows, rows, layout.class_group).view(layout.class_ranks, rows[0], width, k)
+    bits, index, keys, *more = (
+        came[:, : batch.real].permute(2, 1, 0, 3).reshape(width, batch.real, layout.class_ranks * k)
+    )
+    best, place = _merge(_numbers(bits, own, block), index, keys, k)
+    return TopK(_numbers(more[0], own, block).gather(1, place) if more else best, index.gather(1, place))
 
 
-def _candidates(block: Tensor, own: Tensor, layout: Layout, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k best of this rank's classes, (B, k) each: cosine (-inf where there are fewer), index among all, key."""
-    dtype = compute_dtype(block, own)
-    cosine = block.new_full((block.shape[0], k), -torch.inf, dtype=dtype)
-    index = torch.full_like(cosine, layout.num_classes, dtype=torch.int64)
-    keys = torch.zeros_like(index)
-    found = min(k, own.shape[0])
-    if found and block.shape[0]:
-        cosine[:, :found], here = top_k_in_one_piece(block, own, found)
-        index[:, :found] = here + layout.span()[0]
-        keys[:, :found] = row_keys(own, here)
-    return cosine, index, keys
+def _bits(numbers: Tensor) -> Tensor:
+    """As int64, to go in one message with indices."""
+    return numbers.double().view(torch.int64)
 
 
-def _merge(cosine: Tensor, index: Tensor, keys: Tensor, k: int) -> TopK:
-    """The k best of the candidates (n, k·ranks) of all ranks, which stand in class order where cosines are equal."""
+def _numbers(bits: Tensor, *like: Tensor) -> Tensor:
+    return bits.view(torch.float64).to(compute_dtype(*like))
+
+
+def _nearest(block: Tensor, own: Tensor, k: int, first: int) -> list[Tensor]:
+    """Cosines as bits, classes from ``first`` on, and keys that equal prototypes share; (B, k) each."""
+    cosine, index = top_k_in_one_piece(block, own, k)
+    return [_bits(cosine), index + first, row_keys(own, index)]
+
+
+def _largest(block: Tensor, own: Tensor, k: int, first: int, *, bias: Tensor | None) -> list[Tensor]:
+    """By x·w + b, and the cosines last; a key for each class, since equal rows may have different biases."""
+    logit, cosine, index = chunked.top_k_of_products(block, own, k, bias)
+    return [_bits(logit), index + first, index + first + 1, _bits(cosine)]
+
+
+def _candidates(
+    block: Tensor, own: Tensor, layout: Layout, shape: tuple[int, int], find: Callable[..., list[Tensor]]
+) -> Tensor:
+    """What ``find`` finds of the k best of this rank's classes, (B, width, k): -inf, C and 0 where there are fewer."""
+    packed = torch.zeros(block.shape[0], *shape, dtype=torch.int64, device=block.device)
+    packed[:, 0] = _bits(torch.tensor(-torch.inf))
+    packed[:, 1] = layout.num_classes
+    count = min(shape[1], own.shape[0])
+    if count and block.shape[0]:
+        packed[:, :, :count] = torch.stack(find(block, own, count, layout.span()[0]), 1)
+    return packed
+
+
+def _merge(cosine: Tensor, index: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of the candidates (n, k·ranks) of all ranks, and their places; in class order where they are equal."""
     n, width = index.shape
     # Copies of one prototype may differ in the last bit of their cosine: all of them get the largest.
     # A place without a candidate (index = C) has key 0, which may be a key; its cosine -inf harms no group.
@@ -76,4 +114,4 @@ def _merge(cosine: Tensor, index: Tensor, keys: Tensor, k: int) -> TopK:
     order = index.argsort(dim=1, stable=True)
     ranked = shared.gather(1, order).sort(dim=1, descending=True, stable=True)
     chosen = order.gather(1, ranked.indices)[:, :k].reshape(n, min(k, width))
-    return TopK(ranked.values[:, :k], index.gather(1, chosen))
+    return ranked.values[:, :k], chosen

@@ -135,9 +135,8 @@ class CombinedMarginLoss(PrototypeHead):
 
     def forward(self, features: Tensor, labels: Tensor, *, shard: Shard | None = None) -> Tensor:
         """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
-        return F.margin_cross_entropy(
-            features, self.weight, labels, **self._options(), shard=shard, update=self.fused_update
-        )
+        options = {**self._options(), **self._logit_options()}
+        return F.margin_cross_entropy(features, self.weight, labels, **options, shard=shard, update=self.fused_update)
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""

@@ -174,6 +174,10 @@ class PrototypeHead(nn.Module):
         """
         return self._dense_logits(features, self.weight)
 
+    def _logit_options(self) -> dict[str, Any]:
+        """What tells the logits of this head from cosines, for functions that take prototypes."""
+        return {}
+
     def _dense_logits(self, features: Tensor, weight: Tensor) -> Tensor:
         weight = weight.detach() if weight.dtype == FLOAT8 else weight  # which cannot hold a gradient
         return cosine_logits(features, weight, self.scale, self.normalize_features)
@@ -181,7 +185,7 @@ class PrototypeHead(nn.Module):
     @torch.no_grad()
     def predict(self, features: Tensor, k: int = 1) -> TopK:
         """The k classes with the largest cosine: (N, D) -> ``TopK(cosine (N, k), index (N, k))``, without N×C."""
-        return F.top_k(features, self.weight, k)
+        return F.top_k(features, self.weight, k, **self._logit_options())
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name, in the order in which ``repr`` shows them."""

@@ -13,20 +13,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ltloss import reference
-from ltloss._transforms import apply_of
 from ltloss._types import Partials, TakeGradient
 from ltloss.chunked import logsumexp as chunked
 from ltloss.margins import Objective
-from ltloss.numerics import compute_dtype, spans
-from ltloss.ops._dispatch import Kernel, choose_backend, define, no_gradient
+from ltloss.numerics import add_rows_, compute_dtype, spans
+from ltloss.ops._dispatch import Kernel, define, no_gradient
 from ltloss.ops.protocols import Shard, Update
 from ltloss.runtime import current_keep_exponentials, current_workspace
 
 if TYPE_CHECKING:
     from ltloss_kernels import PrototypeUpdate
 
-__all__ = ["BACKENDS", "LocalWork", "Shard", "Stats", "Update", "gathered_stats", "logsumexp_stats", "propagate"]
+__all__ = ["BACKENDS", "LocalWork", "Shard", "Update", "gathered_stats", "propagate"]
 
 
 def _kernels() -> Any:
@@ -69,12 +67,14 @@ def _fake_stats(
     log_prior: Tensor | None,
     scale: float,
     normalize_features: bool,
+    normalize_prototypes: bool,
     with_logit_sum: bool,
     ignore_index: int | None,
 ) -> tuple[Tensor, ...]:
     like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
     n = features.shape[0]
-    lengths = (n, n, n if with_logit_sum else 0, 0 if normalize_features else n, prototypes.shape[0])
+    with_norm = normalize_prototypes and not normalize_features
+    lengths = (n, n, n if with_logit_sum else 0, n if with_norm else 0, prototypes.shape[0])
     return tuple(like.new_empty(length) for length in lengths)
 
 
@@ -102,7 +102,7 @@ def define_keeping(
 KEPT = "Tensor exponentials, Tensor shifts"
 _STATS_OF = (
     "(Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, float scale, bool normalize_features, "
-    "bool with_logit_sum, int? ignore_index)"
+    "bool normalize_prototypes, bool with_logit_sum, int? ignore_index)"
 )
 _STATS = "Tensor logsumexp, Tensor target_cosine, Tensor logit_sum, Tensor norm, Tensor class_scale"
 STATS = define(
@@ -110,14 +110,18 @@ STATS = define(
     _fake_stats,
     **{name: _stats(backend) for name, backend in BACKENDS.items()},
 )
-_KEEPING_STATS = define_keeping(f"logsumexp_stats_keeping{_STATS_OF} -> ({_STATS}, {KEPT})", _fake_stats, _stats)
+KEEPING_STATS = define_keeping(f"logsumexp_stats_keeping{_STATS_OF} -> ({_STATS}, {KEPT})", _fake_stats, _stats)
 
 
-def _fake_gradients(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+_Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def _fake_gradients(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *rest: Any) -> _Gradients:
     needs = rest[-1]
     return (
         features.new_empty(features.shape) if needs[0] else features.new_empty(0),
         prototypes.new_empty(prototypes.shape) if needs[1] else prototypes.new_empty(0),
+        features.new_empty(prototypes.shape[0] if needs[2] else 0, dtype=compute_dtype(features, prototypes)),
     )
 
 
@@ -125,11 +129,11 @@ def _fake_gradients(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *re
 _OPTIONS: dict[str, dict[str, Any]] = {"torch": {}, "triton": {"limit": current_workspace}}
 
 
-def _kept_gradients(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    def run(exponentials: Tensor, shifts: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+def _kept_gradients(backend: str) -> Callable[..., _Gradients]:
+    def run(exponentials: Tensor, shifts: Tensor, *given: Any) -> _Gradients:
         implementation = BACKENDS[backend]()
         kept = implementation.Exponentials(exponentials, shifts)
-        found: tuple[Tensor, Tensor] = implementation.gradients(*given, kept=kept, **_OPTIONS[backend])
+        found: _Gradients = implementation.gradients(*given, kept=kept, **_OPTIONS[backend])
         return found
 
     return run
@@ -138,16 +142,17 @@ def _kept_gradients(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
 _GRADIENTS_OF = (
     "Tensor grad_loss, Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, Tensor coefficients, "
     "Tensor class_scale, Tensor inverse_weight_sum, Tensor max_coefficient, float scale, bool smooth, "
-    "bool normalize_features, int? ignore_index, bool[] needs"
+    "bool normalize_features, bool normalize_prototypes, int? ignore_index, bool[] needs"
 )
+_FOUND = "(Tensor features, Tensor prototypes, Tensor through_r)"
 _GRADIENTS = define(
-    f"logsumexp_gradients({_GRADIENTS_OF}) -> (Tensor features, Tensor prototypes)",
+    f"logsumexp_gradients({_GRADIENTS_OF}) -> {_FOUND}",
     _fake_gradients,
     torch=chunked.gradients,
     triton=Kernel("gradients", _OPTIONS["triton"]),
 )
 _KEPT_GRADIENTS = define(
-    f"logsumexp_gradients_of_kept({KEPT}, {_GRADIENTS_OF}) -> (Tensor features, Tensor prototypes)",
+    f"logsumexp_gradients_of_kept({KEPT}, {_GRADIENTS_OF}) -> {_FOUND}",
     lambda exponentials, shifts, *given: _fake_gradients(*given),
     **{name: _kept_gradients(name) for name in BACKENDS},
 )
@@ -155,7 +160,7 @@ no_gradient(_GRADIENTS)
 no_gradient(_KEPT_GRADIENTS)
 OPERATORS = {
     "logsumexp_stats": STATS,
-    "logsumexp_stats_keeping": _KEEPING_STATS,
+    "logsumexp_stats_keeping": KEEPING_STATS,
     "logsumexp_gradients": _GRADIENTS,
     "logsumexp_gradients_of_kept": _KEPT_GRADIENTS,
 }
@@ -198,16 +203,16 @@ def gathered_stats(
     local: LocalWork, prototypes: Tensor, objective: Objective, smooth: bool, backend: str, shard: Shard, keep: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, list[Tensor]]:
     """Of all ranks logsumexp (S, N), logit_sum (S, N), target_cosine (N,), norm (N,); ``class_scale``; what is kept."""
-    normalize_features = objective.normalize_features
+    with_norm = objective.with_norm
     kept: list[Tensor] = []
     if prototypes.shape[0]:
-        r, cosine, logit_sum, norm, class_scale, *kept = (_KEEPING_STATS if keep else STATS)[backend](
+        r, cosine, logit_sum, norm, class_scale, *kept = (KEEPING_STATS if keep else STATS)[backend](
             local.features,
             prototypes,
             local.labels,
             local.prior,
             objective.scale,
-            normalize_features,
+            *objective.normalize,
             smooth,
             None,
         )
@@ -215,34 +220,37 @@ def gathered_stats(
         like = local.features.new_zeros(local.features.shape[0], dtype=compute_dtype(local.features, prototypes))
         norm = torch.linalg.vector_norm(local.features, dim=1, dtype=like.dtype)
         r, cosine, logit_sum, class_scale = like - torch.inf, like, like[: len(like) * smooth], like[:0]
-    parts = [r, cosine] + [logit_sum] * smooth + [norm] * (not normalize_features)
+    parts = [r, cosine] + [logit_sum] * smooth + [norm] * with_norm
     whole = shard.gather(torch.stack(parts))
     none = whole.new_empty(0)
     vectors = (
         whole[:, 0],
         whole[:, 2] if smooth else none,
         whole[:, 1].sum(0),  # a target has one owner, and the others have 0
-        none if normalize_features else whole[0, -1],
+        whole[0, -1] if with_norm else none,
     )
     return vectors, class_scale, kept
 
 
-def remember(ctx: Any, backend: str, shard: Shard | None, update: Update | None) -> None:
-    """Hold for :func:`propagate` what is no tensor."""
-    ctx.backend, ctx.shard, ctx.update = backend, shard, update
+def remember(
+    ctx: Any, backend: str, shard: Shard | None, update: Update | None, num_classes: int | None = None
+) -> None:
+    """Hold for :func:`propagate` what is no tensor; ``num_classes``: as for :func:`_of_prior`."""
+    ctx.backend, ctx.shard, ctx.update, ctx.num_classes = backend, shard, update, num_classes
     if update is not None:
         update.watch(ctx)
 
 
 def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = None) -> tuple[Tensor | None, ...]:
-    """The backward of the wide pass: dX and dW, summed over the ranks of a shard, and None for what comes after them.
+    """The backward of the wide pass: dX, dW and that of the prior, summed over the ranks of a shard, and None for what
+    comes after them.
 
     ``saved``, by default what the forward saved: features, prototypes, labels and prior of this rank's work, then
     coefficients, ``class_scale``, 1/Σ weights and the largest coefficient; and what :func:`keeps` decided to keep.
     """
     features, prototypes, labels, prior, coefficients, *rest = ctx.saved_tensors if saved is None else saved
     rest, kept = rest[:3], rest[3:]
-    shard, needs, samples = ctx.shard, list(ctx.needs_input_grad[:2]), coefficients.shape[1]
+    shard, needs, samples = ctx.shard, list(ctx.needs_input_grad[:3]), coefficients.shape[1]
     take = None if ctx.update is None else ctx.update.begin(ctx, coefficients[1:] * grad_loss, shard)
     if shard is not None:
         rows = shard.rows(samples)
@@ -255,117 +263,56 @@ def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = No
             gradients = _updating(ctx.backend, take, kept)
         else:
             gradients = functools.partial(_KEPT_GRADIENTS[ctx.backend], *kept) if kept else _GRADIENTS[ctx.backend]
-        grad_features, grad_prototypes = gradients(
+        grad_features, grad_prototypes, through_r = gradients(
             grad_loss, features, prototypes, labels, prior, coefficients, *rest, *ctx.options, needs
         )
     else:  # a rank without classes
         grad_features, grad_prototypes = torch.zeros_like(features), torch.zeros_like(prototypes)
+        through_r = coefficients.new_zeros(0)
+    grad_prior = (
+        _of_prior(through_r, labels, coefficients * (grad_loss * rest[1]), ctx.num_classes) if needs[2] else None
+    )
     if shard is not None:
         grad_features = shard.reduce_features(grad_features, samples) if needs[0] else grad_features
         grad_prototypes = shard.reduce_prototypes(grad_prototypes) if needs[1] else grad_prototypes
-    none = (None,) * (len(ctx.needs_input_grad) - 2)
-    return grad_features if needs[0] else None, grad_prototypes if needs[1] else None, *none
+        grad_prior = None if grad_prior is None else shard.reduce_prior(grad_prior)
+    none = (None,) * (len(ctx.needs_input_grad) - 3)
+    return grad_features if needs[0] else None, grad_prototypes if needs[1] else None, grad_prior, *none
+
+
+def _of_prior(through_r: Tensor, labels: Tensor, coefficients: Tensor, num_classes: int | None) -> Tensor:
+    """The gradient of the prior (K,) of the classes at hand, from what reaches each of them through r.
+
+    With ``num_classes``, of all ranks, the logit of the target and the sum of all logits hold the prior too. A constant
+    on all of a sample's logits changes no loss: so what the target gets is minus what all others get, whatever the
+    slope of its margin.
+    """
+    if num_classes is None or not len(through_r):
+        return through_r
+    d_lse, d_all = coefficients[1], coefficients[3]
+    here = (labels >= 0) & (labels < len(through_r))
+    of_target = torch.where(here, -d_lse - num_classes * d_all, 0.0)
+    return add_rows_(through_r + d_all.sum(), torch.where(here, labels, 0).to(torch.int64), of_target)
 
 
 _SLAB_WITHOUT_SAMPLES = 1 << 14
 
 
-def _updating(
-    backend: str, take: TakeGradient | PrototypeUpdate, kept: Sequence[Tensor]
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def _updating(backend: str, take: TakeGradient | PrototypeUpdate, kept: Sequence[Tensor]) -> Callable[..., _Gradients]:
     """The gradients of the features, while those of the prototypes go to ``take``. No operator: it moves its input."""
 
-    def run(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def run(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *rest: Any) -> _Gradients:
         if callable(take) and not features.shape[0]:  # weights decay and momentum runs on
             dtype = compute_dtype(features, prototypes)
             for start, stop in spans(prototypes.shape[0], _SLAB_WITHOUT_SAMPLES):
                 take(start, stop, torch.zeros_like(prototypes[start:stop], dtype=dtype))
-            return torch.zeros_like(features), prototypes
+            return torch.zeros_like(features), prototypes, features.new_zeros(len(prototypes), dtype=dtype)
         options: dict[str, Any] = {"take" if callable(take) else "update": take, **_OPTIONS[backend]}
         implementation = BACKENDS[backend]()
         if kept:
             options["kept"] = implementation.Exponentials(*kept)
         with torch.autocast(features.device.type, enabled=False):
-            found: tuple[Tensor, Tensor] = implementation.gradients(grad_loss, features, prototypes, *rest, **options)
+            found: _Gradients = implementation.gradients(grad_loss, features, prototypes, *rest, **options)
         return found
 
     return run
-
-
-class Stats(NamedTuple):
-    """Per sample, differentiable: see :class:`ltloss.extend.LogSumExpStats`."""
-
-    logsumexp: Tensor
-    target_logit: Tensor
-    logit_sum: Tensor | None
-
-
-def logsumexp_stats(
-    features: Tensor,
-    prototypes: Tensor,
-    labels: Tensor,
-    objective: Objective,
-    with_logit_sum: bool,
-    shard: Shard | None = None,
-    update: Update | None = None,
-) -> Stats:
-    """:func:`ltloss.extend.logsumexp_stats` on checked arguments. Differentiable, with any upstream gradient."""
-    backend = choose_backend(features, prototypes, sharded=shard is not None, updated=update is not None)
-    if backend == "reference":
-        return Stats(*reference.logsumexp_stats(features, prototypes, labels, objective, with_logit_sum))
-    given = features, prototypes, labels, objective, with_logit_sum, backend, may_keep(), shard
-    run: Any = apply_of(_LogSumExpStats) if update is None else functools.partial(update.run, _LogSumExpStats)
-    r, target, logit_sum = run(*given)
-    return Stats(r, target, logit_sum if with_logit_sum else None)
-
-
-class _LogSumExpStats(torch.autograd.Function):
-    """The wide pass for those who bring their own function of the two numbers per sample."""
-
-    once = True
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        prototypes: Tensor,
-        labels: Tensor,
-        objective: Objective,
-        with_logit_sum: bool,
-        backend: str,
-        keep: bool,
-        shard: Shard | None,
-        update: Update | None = None,
-        anchor: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        prior, scale, normalize_features = objective.log_prior, objective.scale, objective.normalize_features
-        ignore_index = objective.ignore_index
-        if shard is None:
-            keep = keep and keeps(ctx, features, prototypes, backend)
-            r, cosine, logit_sum, norm, class_scale, *kept = (_KEEPING_STATS if keep else STATS)[backend](
-                features, prototypes, labels, prior, scale, normalize_features, with_logit_sum, ignore_index
-            )
-        else:
-            local = LocalWork.of(features, labels, objective, shard)
-            keep = keep and keeps(ctx, local.features, prototypes, backend)
-            (parts, sums, cosine, norm), class_scale, kept = gathered_stats(
-                local, prototypes, objective, with_logit_sum, backend, shard, keep
-            )
-            r, logit_sum = torch.logsumexp(parts, 0), sums.sum(0) if with_logit_sum else sums
-            (features, labels, prior), ignore_index = local, None
-        ctx.save_for_backward(features, prototypes, labels, prior, r, class_scale, *kept)
-        ctx.options = scale, with_logit_sum, normalize_features, ignore_index
-        remember(ctx, backend, shard, update)
-        return r, cosine * (scale if normalize_features else scale * norm), logit_sum
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        features, prototypes, labels, prior, r, class_scale, *kept = ctx.saved_tensors
-        _, with_logit_sum, normalize_features, _ = ctx.options
-        d_all = grads[2] if with_logit_sum else torch.zeros_like(r)
-        # The target logit s·‖x‖·cos_y is linear in x: no part of its gradient goes by the length alone.
-        rows = [r, grads[0], grads[1] + d_all, d_all] + [torch.zeros_like(r)] * (not normalize_features)
-        one = r.new_ones(())
-        coefficients, max_coefficient = BACKENDS[ctx.backend]().coefficients(torch.stack(rows))
-        given = features, prototypes, labels, prior, coefficients, class_scale, one, max_coefficient
-        return propagate(ctx, one, (*given, *kept))

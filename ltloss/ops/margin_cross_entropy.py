@@ -1,6 +1,6 @@
 """The margin softmax cross-entropy: one algebra for every backend, every device and every number of ranks.
 
-    features, prototypes ─► partials ─► margin_loss ─► loss, coefficients ─► gradients ─► dX, dW
+    features, prototypes ─► partials ─► margin_loss ─► loss, coefficients ─► gradients ─► dX, dW, db
 
 The wide pass leaves partial sums over splits of the classes (``ltloss._types.Partials``). What a margin does happens on
 N-vectors between the two wide passes.
@@ -44,7 +44,7 @@ def _forward(backend: Callable[[], Any], keep: bool = False) -> Callable[..., tu
             labels,
             objective.log_prior,
             objective.scale,
-            objective.normalize_features,
+            *objective.normalize,
             objective.label_smoothing > 0.0,
             objective.ignore_index,
             *kept,
@@ -73,10 +73,10 @@ def _stated(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() or tensor.dim() > 1 else None
 
 
-def _fake_loss(like: Tensor, n: int, normalize_features: bool, reduction: str) -> tuple[Tensor, ...]:
+def _fake_loss(like: Tensor, n: int, with_norm: bool, reduction: str) -> tuple[Tensor, ...]:
     return (
         like.new_empty(n if reduction == "none" else ()),
-        like.new_empty(4 if normalize_features else 5, n),
+        like.new_empty(5 if with_norm else 4, n),
         like.new_empty(()),
         like.new_empty(()),
     )
@@ -84,14 +84,14 @@ def _fake_loss(like: Tensor, n: int, normalize_features: bool, reduction: str) -
 
 def _fake_forward(features: Tensor, prototypes: Tensor, labels: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     like, objective = features.new_empty(0, dtype=compute_dtype(features, prototypes)), Objective.of(*flat)
-    loss = _fake_loss(like, features.shape[0], objective.normalize_features, objective.reduction)
+    loss = _fake_loss(like, features.shape[0], objective.with_norm, objective.reduction)
     return (*loss, like.new_empty(prototypes.shape[0]))
 
 
 def _fake_margin_loss(
     logsumexp: Tensor, logit_sum: Tensor, target_cosine: Tensor, norm: Tensor, labels: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _fake_loss(logsumexp, logsumexp.shape[1], norm.numel() == 0, Objective.of(*rest[:-1]).reduction)
+    return _fake_loss(logsumexp, logsumexp.shape[1], norm.numel() > 0, Objective.of(*rest[:-1]).reduction)
 
 
 _LOSS = "Tensor loss, Tensor coefficients, Tensor inverse_weight_sum, Tensor max_coefficient"
@@ -124,6 +124,7 @@ class MarginCrossEntropy(torch.autograd.Function):
         ctx: Any,
         features: Tensor,
         prototypes: Tensor,
+        prior: Tensor | None,
         labels: Tensor,
         objective: Objective,
         num_classes: int,
@@ -134,7 +135,8 @@ class MarginCrossEntropy(torch.autograd.Function):
         anchor: Tensor | None = None,
     ) -> Tensor:
         """The loss: a scalar, or (N,) for ``reduction="none"``."""
-        prior, ignore_index, smooth = objective.log_prior, objective.ignore_index, objective.label_smoothing > 0.0
+        objective = objective._replace(log_prior=prior)
+        ignore_index, smooth = objective.ignore_index, objective.label_smoothing > 0.0
         if shard is None:
             keep = keep and keeps(ctx, features, prototypes, backend)
             operator = OPERATORS["margin_cross_entropy_keeping" if keep else "margin_cross_entropy"][backend]
@@ -151,8 +153,8 @@ class MarginCrossEntropy(torch.autograd.Function):
             (features, labels, prior), ignore_index = local, None
         given = features, prototypes, labels, prior
         ctx.save_for_backward(*given, coefficients, class_scale, inverse, largest, *kept)
-        ctx.options = objective.scale, smooth, objective.normalize_features, ignore_index
-        remember(ctx, backend, shard, update)
+        ctx.options = objective.scale, smooth, *objective.normalize, ignore_index
+        remember(ctx, backend, shard, update, num_classes)
         result: Tensor = loss
         return result
 

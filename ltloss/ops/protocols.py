@@ -46,6 +46,9 @@ class Shard(Protocol):
     def reduce_prototypes(self, gradient: Tensor) -> Tensor:
         """Gradient of the prototypes at hand, summed over the ranks that hold the same."""
 
+    def reduce_prior(self, gradient: Tensor) -> Tensor:
+        """Gradient (K,) of the prior of the prototypes at hand, as that of the whole prior (C,), of all ranks."""
+
 
 class Update(Protocol):
     """Moves the prototypes inside the backward, a slab of classes at a time: see :mod:`ltloss.optim`."""

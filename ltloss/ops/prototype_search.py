@@ -16,7 +16,14 @@ from ltloss.ops._dispatch import Kernel, choose_backend, define, distributed, is
 from ltloss.regularizers import mean_angle
 from ltloss.runtime import current_workspace
 
-__all__ = ["min_angle", "nearest_in_one_piece", "nearest_prototype", "top_k", "top_k_in_one_piece"]
+__all__ = [
+    "min_angle",
+    "nearest_in_one_piece",
+    "nearest_prototype",
+    "top_k",
+    "top_k_in_one_piece",
+    "top_k_of_products",
+]
 
 
 def _fake_nearest(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool) -> tuple[Tensor, Tensor]:
@@ -105,6 +112,17 @@ def top_k_in_one_piece(features: Tensor, prototypes: Tensor, k: int) -> TopK:
     if backend == "reference":
         return reference.top_k(features, prototypes, k)
     return TopK(*_TOP_K[backend](features, prototypes, k))
+
+
+def top_k_of_products(features: Tensor, prototypes: Tensor, k: int, bias: Tensor | None) -> TopK:
+    """Of x·w + b instead of cosines, on checked arguments."""
+    if is_sharded(prototypes):
+        found: TopK = distributed("top_k").top_k(features, prototypes, k, normalize_prototypes=False, bias=bias)
+        return found
+    if choose_backend(features, prototypes) == "reference":
+        return reference.top_k(features, prototypes, k, normalize_prototypes=False, bias=bias)
+    _, *best = chunked.top_k_of_products(features.detach(), prototypes.detach(), k, bias)
+    return TopK(*best)
 
 
 def min_angle(

@@ -56,6 +56,8 @@ def test_messages_of_a_step() -> None:
                 assert (forward + backward) == [*STEP[:2], *upstream, *STEP[2:]], name
             elif name.startswith(("CosineSpace", "cosine-space")):
                 assert sorted(forward + backward) == sorted([*STEP, "allreduce", "reduce_scatter_base"]), name
+            elif name == "LinearSoftmaxLoss":  # the gradient of the bias
+                assert forward + backward == [*STEP, "allreduce"]
             elif name == "two by one":
                 # One class rank per data group: nothing to reduce over classes, and the weight's gradient over data.
                 assert forward + backward == [*STEP[:2], "allreduce"], name

@@ -13,7 +13,7 @@ from ltloss import PrototypeHead
 from ltloss.distributed import class_mesh, parallelize
 from ltloss.distributed.layout import gathered
 from ltloss.float8 import FLOAT8, write_rows
-from ltloss.testing import FAMILY, MODULES, long_tail_counts, problem
+from ltloss.testing import FAMILY, MODULES, WITH_LENGTHS, long_tail_counts, problem
 
 DIM = 6
 
@@ -36,8 +36,9 @@ def _long_tail(**options: Any) -> Callable[..., PrototypeHead]:
 
 
 BUILD: dict[str, Callable[..., PrototypeHead]] = {
-    **{f"family {name}": _module(options) for name, options in FAMILY.items()},
+    **{f"family {name}": _module(options) for name, options in FAMILY.items() if name != "linear"},
     **MODULES,
+    **WITH_LENGTHS,
     "long-tail of the batch": _long_tail(min_angle_classes="batch", min_angle_weight=2.0),
     "long-tail per sample": _long_tail(reduction="none"),
     "cosine-space ema": lambda c, d, **more: ltloss.CosineSpaceLoss(
@@ -52,6 +53,9 @@ def build(case: Case) -> PrototypeHead:
     module = BUILD[case.loss](case.classes, DIM, dtype=case.dtype)
     _, prototypes, _ = problem(1, case.classes, DIM, dtype=_wide(case.dtype), seed=7)
     write_rows(module.weight, module.weight_exponent, 0, prototypes)
+    for name, parameter in module.named_parameters(recurse=False):
+        if name != "weight":
+            parameter.data.copy_(torch.linspace(-1.0, 1.0, case.classes))
     return module
 
 
@@ -92,7 +96,8 @@ def trace(case: Case, rank: int | None = None, data: int = 1, **options: Any) ->
     module = build(case)
     if rank is not None:
         module = parallelize(module, class_mesh(data), **options)
-    optimizer = torch.optim.SGD([module.weight], lr=0.1, momentum=0.9, weight_decay=0.01)
+    groups = [{"params": [parameter]} for parameter in module.parameters()]  # DTensors apart from others
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01)
     losses, grads, first = [], [], torch.empty(0)
     for step in range(len(case.sizes)):
         features, labels = batch(case, step)

@@ -19,7 +19,7 @@ from ltloss.margins import Margin, Objective
 from ltloss.ops import labels as labels_operator
 from ltloss.ops import logsumexp, margin_cross_entropy
 from ltloss.ops._dispatch import choose_backend
-from ltloss.testing import FAMILY, MODULES, outcome
+from ltloss.testing import FAMILY, MODULES, WITH_LENGTHS, outcome
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def _gradient_arguments(needs: list[bool]) -> tuple[Any, ...]:
     _, coefficients, inverse, bound, factor = OPERATORS["margin_cross_entropy"]["triton"](*arguments)
     saved = (coefficients, factor, inverse, bound)
     prior = arguments[3][2]
-    return (torch.tensor(0.7, device=DEVICE), *arguments[:3], prior, *saved, 9.0, True, True, -100, needs)
+    return (torch.tensor(0.7, device=DEVICE), *arguments[:3], prior, *saved, 9.0, True, True, True, -100, needs)
 
 
 CASES: dict[str, Any] = {
@@ -59,9 +59,9 @@ CASES: dict[str, Any] = {
     "margin_cross_entropy none": lambda: _loss_arguments("none", False),
     "margin_cross_entropy empty": lambda: _loss_arguments("sum", n=0),
     "margin_loss": _margin_arguments,
-    "logsumexp_gradients": lambda: _gradient_arguments([True, True]),
-    "logsumexp_gradients features": lambda: _gradient_arguments([True, False]),
-    "logsumexp_stats": lambda: (*kernel_problem(20, 40, 8), None, 9.0, True, True, -100),
+    "logsumexp_gradients": lambda: _gradient_arguments([True, True, True]),
+    "logsumexp_gradients features": lambda: _gradient_arguments([True, False, False]),
+    "logsumexp_stats": lambda: (*kernel_problem(20, 40, 8), None, 9.0, True, True, True, -100),
 }
 
 
@@ -72,10 +72,10 @@ def test_operator(case: str) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", MODULES | WITH_LENGTHS)
 def test_module_is_one_graph(name: str, dynamic: bool) -> None:
     torch.compiler.reset()
-    eager = MODULES[name](40, 8).to(DEVICE)
+    eager = (MODULES | WITH_LENGTHS)[name](40, 8).to(DEVICE)
     compiled = copy.deepcopy(eager)
     run = torch.compile(compiled, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for n in (20, 25) if dynamic else (20,):

@@ -13,7 +13,7 @@ import ltloss
 from ltloss.margins import Margin, Objective
 from ltloss.ops import logsumexp, margin_cross_entropy, prototype_search
 from ltloss.ops.labels import OPERATOR as checked_labels
-from ltloss.testing import MODULES, problem
+from ltloss.testing import MODULES, WITH_LENGTHS, problem
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def _margin_arguments() -> tuple[Any, ...]:
 def _gradient_arguments(needs: list[bool], n: int = 4) -> tuple[Any, ...]:
     _, coefficients, inverse, bound, factor = OPERATORS["margin_cross_entropy"]["torch"](*_loss_arguments(n=n))
     given = _problem(n, requires_grad=False)
-    return (torch.tensor(0.7), *given, None, coefficients, factor, inverse, bound, 9.0, True, True, -100, needs)
+    return (torch.tensor(0.7), *given, None, coefficients, factor, inverse, bound, 9.0, True, True, True, -100, needs)
 
 
 def _kept_arguments(needs: list[bool]) -> tuple[Any, ...]:
@@ -60,16 +60,17 @@ CASES: dict[str, Any] = {
     "margin_cross_entropy none": lambda: _loss_arguments("none", False),
     "margin_cross_entropy empty": lambda: _loss_arguments("sum", n=0),
     "margin_loss": _margin_arguments,
-    "logsumexp_stats": lambda: (*_problem(requires_grad=False), None, 9.0, True, False, -100),
-    "logsumexp_stats prior": lambda: (*_problem(requires_grad=False), torch.randn(6), 9.0, True, True, None),
-    "logsumexp_stats length": lambda: (*_problem(requires_grad=False), None, 9.0, False, True, -100),
-    "logsumexp_stats empty": lambda: (*_problem(0, requires_grad=False), None, 9.0, True, False, -100),
-    "logsumexp_stats_keeping": lambda: (*_problem(requires_grad=False), None, 9.0, True, True, -100),
-    "logsumexp_gradients": lambda: _gradient_arguments([True, True]),
-    "logsumexp_gradients_of_kept": lambda: _kept_arguments([True, True]),
-    "logsumexp_gradients_of_kept features": lambda: _kept_arguments([True, False]),
-    "logsumexp_gradients features": lambda: _gradient_arguments([True, False]),
-    "logsumexp_gradients prototypes": lambda: _gradient_arguments([False, True]),
+    "logsumexp_stats": lambda: (*_problem(requires_grad=False), None, 9.0, True, True, False, -100),
+    "logsumexp_stats prior": lambda: (*_problem(requires_grad=False), torch.randn(6), 9.0, True, True, True, None),
+    "logsumexp_stats length": lambda: (*_problem(requires_grad=False), None, 9.0, False, True, True, -100),
+    "logsumexp_stats linear": lambda: (*_problem(requires_grad=False), None, 9.0, False, False, True, -100),
+    "logsumexp_stats empty": lambda: (*_problem(0, requires_grad=False), None, 9.0, True, True, False, -100),
+    "logsumexp_stats_keeping": lambda: (*_problem(requires_grad=False), None, 9.0, True, True, True, -100),
+    "logsumexp_gradients": lambda: _gradient_arguments([True, True, True]),
+    "logsumexp_gradients_of_kept": lambda: _kept_arguments([True, True, True]),
+    "logsumexp_gradients_of_kept features": lambda: _kept_arguments([True, False, False]),
+    "logsumexp_gradients features": lambda: _gradient_arguments([True, False, False]),
+    "logsumexp_gradients prototypes": lambda: _gradient_arguments([False, True, False]),
     "nearest_prototype": lambda: (_problem(requires_grad=False)[1], None, False),
     "nearest_prototype rows": lambda: (_problem(requires_grad=False)[1], torch.tensor([0, 3, 3]), True),
     "nearest_prototype_gradient": lambda: (torch.randn(6), _problem(0, False)[1], None, torch.arange(6).flip(0)),
@@ -87,10 +88,13 @@ def test_the_operator_of_labels() -> None:
     torch.library.opcheck(checked_labels, (torch.tensor([0, 3, -100], dtype=torch.int32), 6, -100, "labels"))
 
 
-@pytest.mark.parametrize("needs", [[True, False], [False, True]])
+@pytest.mark.parametrize("needs", [[True, False, False], [False, True, True]])
 def test_gradients_of_an_empty_batch_have_the_right_shapes(needs: list[bool]) -> None:
     real = OPERATORS["logsumexp_gradients"]["torch"](*_gradient_arguments(needs, 0))
-    assert [tuple(t.shape) for t in real] == [(0, 3) if needs[0] else (0,), (6, 3) if needs[1] else (0,)]
+    assert [tuple(t.shape) for t in real] == [
+        (0, 3) if needs[0] else (0,),
+        *([(6, 3), (6,)] if needs[1] else [(0,), (0,)]),
+    ]
 
 
 def _step(module: torch.nn.Module, run: Any, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +112,7 @@ def _batch(n: int) -> tuple[Tensor, Tensor]:
 
 def _check(name: str, backend: str, dynamic: bool, **options: Any) -> None:
     torch.compiler.reset()
-    eager = MODULES[name](6, 3, **options)
+    eager = (MODULES | WITH_LENGTHS)[name](6, 3, **options)
     compiled = copy.deepcopy(eager)
     run = torch.compile(compiled, fullgraph=True, dynamic=dynamic, backend=backend)
     for n in (7, 12) if dynamic else (7,):  # fullgraph: a graph break is an error
@@ -117,7 +121,7 @@ def _check(name: str, backend: str, dynamic: bool, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", MODULES | WITH_LENGTHS)
 def test_module_is_one_graph(name: str, dynamic: bool) -> None:
     _check(name, "aot_eager", dynamic)
 

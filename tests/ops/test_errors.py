@@ -113,7 +113,6 @@ for _name in ("angular_margin", "cosine_margin", "log_prior", "class_weight"):
         f"{_name} matrix": ({_name: torch.ones(4, 1)}, ValueError, (_name, "(4,)", "(4, 1)")),
         f"{_name} list": ({_name: [0.1] * 4}, TypeError, (_name, "(4,)", "list")),
         f"{_name} boolean": ({_name: True}, TypeError, (_name, "bool")),
-        f"{_name} gradient": ({_name: torch.ones(4, requires_grad=True)}, ValueError, (_name,)),
         f"{_name} elsewhere": ({_name: torch.ones(4, device=META)}, ValueError, (_name, "meta")),
         f"{_name} NaN": ({_name: float("nan")}, ValueError, (_name, "NaN")),
         f"{_name} NaN of a class": (
@@ -128,11 +127,27 @@ for _name in ("angular_margin", "cosine_margin", "log_prior", "class_weight"):
             (_name, "inf", "1"),
         ),
     }
+for _name in ("angular_margin", "cosine_margin", "class_weight"):
+    OPTIONS[f"{_name} gradient"] = ({_name: torch.ones(4, requires_grad=True)}, ValueError, (_name,))
+OF_THE_FUNCTION: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {}  # not of every module
+for _name, _margin, _shown in (
+    ("angular_margin", 0.3, "0.3"),
+    ("cosine_margin", torch.zeros(4), "4"),
+    ("angle_multiplier", 2.0, "2"),
+):
+    _given = {_name: _margin, "normalize_prototypes": False}
+    OF_THE_FUNCTION[f"{_name} on products"] = (_given, ValueError, (_name, _shown, "normalize_prototypes", "False"))
+OF_THE_FUNCTION |= {
+    "normalize_prototypes": ({"normalize_prototypes": 1}, TypeError, ("normalize_prototypes", "bool", "1")),
+    "bias number": ({"bias": 0.1}, TypeError, ("bias", "(4,)", "0.1")),
+    "bias shape": ({"bias": torch.ones(3)}, ValueError, ("bias", "(4,)", "(3,)")),
+    "bias infinite": ({"bias": torch.tensor([0.0, 0.0, -torch.inf, 0.0])}, ValueError, ("bias", "-inf", "2")),
+}
 
 
-@pytest.mark.parametrize("what", OPTIONS)
+@pytest.mark.parametrize("what", OPTIONS | OF_THE_FUNCTION)
 def test_options(what: str) -> None:
-    options, error, facts = OPTIONS[what]
+    options, error, facts = (OPTIONS | OF_THE_FUNCTION)[what]
     with refused(*facts, error=error):
         margin_cross_entropy(X, W, Y, **options)
 

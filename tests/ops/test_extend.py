@@ -31,7 +31,8 @@ EXACT = 1e-10
 def _loss(features: Tensor, prototypes: Tensor, labels: Tensor, **options: Any) -> Tensor:
     """The family again, out of the three steps."""
     scale = options.pop("scale", 30.0)
-    wide = {name: options.pop(name) for name in ("log_prior", "normalize_features", "ignore_index") if name in options}
+    names = ("log_prior", "normalize_features", "normalize_prototypes", "ignore_index")
+    wide = {name: options.pop(name) for name in names if name in options}
     ends = {name: options.pop(name) for name in ("class_weight", "reduction") if name in options}
     smooth = options.get("label_smoothing", 0.0) > 0.0
     stats = logsumexp_stats(features, prototypes, labels, scale=scale, with_logit_sum=smooth, **wide)

@@ -105,10 +105,10 @@ class _Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("needs", "numel", "projections"),
-    [((True, False), (35, 0), 1), ((False, True), (0, 45), 1), ((True, True), (35, 45), 2)],
+    [((True, False), (35, 0, 0), 1), ((False, True), (0, 45, 0), 1), ((True, True), (35, 45, 0), 2)],
 )
 def test_only_what_is_asked_for(
-    needs: tuple[bool, bool], numel: tuple[int, int], projections: int, monkeypatch: pytest.MonkeyPatch
+    needs: tuple[bool, bool], numel: tuple[int, int, int], projections: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = _Recorder(monkeypatch)
     features, prototypes, labels = problem()
@@ -117,7 +117,7 @@ def test_only_what_is_asked_for(
     with recorder:
         loss = margin_cross_entropy(features.requires_grad_(needs[0]), prototypes.requires_grad_(needs[1]), labels)
         loss.backward()
-    assert recorder.needs == [list(needs)]
+    assert recorder.needs == [[*needs, False]]
     assert recorder.returned == [numel]
     assert recorder.projections == projections  # 9 classes are one chunk
     for tensor, wanted, expected in zip((features, prototypes), needs, full[1:], strict=True):

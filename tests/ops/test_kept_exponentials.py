@@ -103,6 +103,9 @@ def _check(given: Problem, options: dict[str, Any]) -> None:
     keeps_length = not options.get("normalize_features", True)
     of_features = weight * scale / (torch.ones_like(length) if keeps_length else length)
     of_prototypes = (weight * scale * (length if keeps_length else 1.0)).sum() / given.prototypes.double().norm(dim=1)
+    if not options.get("normalize_prototypes", True):
+        lengths = given.prototypes.double().norm(dim=1)
+        of_features, of_prototypes = of_features * lengths.max(), of_prototypes * lengths
     for actual, true, size in zip(found[1:], exact[1:], (of_features, of_prototypes), strict=True):
         deviation = (actual.double() - true).norm(dim=1)
         assert bool((deviation <= (HALF_UNIT + FLOAT32) * size).all())

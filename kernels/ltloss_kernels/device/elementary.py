@@ -69,6 +69,12 @@ def exact_cosine(x, w):
 
 
 @triton.jit
+def exact_product(x, w):
+    """x·w of rows (R, D) of moderate length, (R,), rounded to float32 once; in float64 as :func:`exact_cosine`."""
+    return tl.sum(x.to(tl.float64) * w.to(tl.float64), 1).to(tl.float32)
+
+
+@triton.jit
 def log1p(value):
     """log(1 + value) for value in [0, 1]: 2·artanh(value/(2 + value)), whose series ends below float32's resolution."""
     y = tl.div_rn(value, 2.0 + value)

@@ -52,6 +52,7 @@ def sample_gradient_kernel(
     copy_ptr,
     label_ptr,
     sample_gradients_ptr,
+    factor_ptr,
     # sizes
     samples,
     classes,
@@ -80,6 +81,7 @@ def sample_gradient_kernel(
     would reach every class.
     label (samples,) int32: the class, or -1. sample_gradients (4, samples): shift, d_lse, d_target and d_all, the last
     three times upstream·ln 2 (since the scale of the tiles brings log2 e) and the scale of a float16 slab.
+    factor: a scalar that divides these two out again, or None.
     FOLD puts the size of d_lse into the shift, which saves the tiles a multiplication per element and costs some 1e-5
     of a row's accuracy: nothing to a slab in half precision. Its sign stays in d_lse.
     """
@@ -112,8 +114,14 @@ def sample_gradient_kernel(
     factor = tl.where((d_lse == 0.0) & (d_target == 0.0), 0.0, upstream) * LN2
     if inverse_weight_sum_ptr is not None:
         factor *= tl.load(inverse_weight_sum_ptr)
+    constant = 1.0 / LN2
     if max_coefficient_ptr is not None:
-        factor *= slab_scale(max_coefficient_ptr, max_upstream_ptr, inverse_weight_sum_ptr, scale)
+        power = slab_scale(max_coefficient_ptr, max_upstream_ptr, inverse_weight_sum_ptr, scale)
+        factor *= power
+        constant /= power
+    if factor_ptr is not None:  # noqa: SIM102 - a constant and a value of the device do not go in one condition
+        if tl.program_id(0) == 0:
+            tl.store(factor_ptr, constant)
     d_lse *= factor
     if FOLD:
         size = tl.abs(d_lse)
@@ -168,6 +176,7 @@ def gradient_tile_kernel(
     # outputs
     slab,
     along_ptr,
+    through_r_ptr,
     # sizes
     samples,
     classes,
@@ -199,6 +208,8 @@ def gradient_tile_kernel(
     natural units or None; label (samples,) and sample_gradients (4, samples), rows ``sample_gradients_stride`` apart:
     see sample_gradient_kernel, also for FOLD. slab: (samples, classes). along (row blocks, classes) or None: of each
     block the sum of dZ_ic·(x̂_i·w̃_c), which adds up to g·w̃_c with g = dZᵀX̂: for prototype_gradient_kernel.
+    through_r (row blocks, classes) or None: of each block the sum of 2^(l·log2 e - shift)·d_lse over other classes'
+    samples, the gradient of the prior.
     kept (samples, all classes) or None: the exponentials of the forward, so that there is no product, nor features,
     prototypes and prior; they are relative to kept_shift_ptr (tiles of KEPT_CLASSES, samples), whose rows are
     kept_shift_stride apart, or to the number kept_shift. Then FOLD is off and along is None.
@@ -244,9 +255,12 @@ def gradient_tile_kernel(
             kept, kept_shift, shift, d_lse, row, first_class + column, samples, first_class + classes, kept_stride,
             BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED,
         )  # fmt: skip
+    label = tl.load(label_ptr + rows, mask=inside, other=-1) - first_class
+    if through_r_ptr is not None:
+        others = tl.where(here[None, :] == label[:, None], 0.0, gradient)
+        tl.store(through_r_ptr + block.to(tl.int64) * classes + here, tl.sum(others, 0), mask=known)
     if SMOOTH:
         gradient += tl.load(at + 3 * stride, mask=inside, other=0.0)[:, None]
-    label = tl.load(label_ptr + rows, mask=inside, other=-1) - first_class
     if holds_a_label(label, column, BLOCK_CLASSES):
         d_target = tl.load(at + 2 * stride, mask=inside, other=0.0)
         gradient = tl.where(here[None, :] == label[:, None], d_target[:, None], gradient)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ltloss_kernels.device.elementary import LN2, LOG2E, exact_cosine, log, scaled_rows, unit_rows
+from ltloss_kernels.device.elementary import LN2, LOG2E, exact_cosine, exact_product, log, scaled_rows, unit_rows
 from ltloss_kernels.device.tile_io import holds_a_label, inverse_lengths, load_block, store_block, tile_product
 
 __all__ = ["add_splits", "combine_splits", "cosine_logsumexp_kernel", "sample_kernel"]
@@ -42,6 +42,8 @@ def sample_kernel(
     copy_stride,
     ignore_index,
     # constants
+    NORMALIZE_FEATURES: tl.constexpr,
+    NORMALIZE_PROTOTYPES: tl.constexpr,
     RAGGED: tl.constexpr,
     FLAG_ROWS: tl.constexpr,
     FLAG_CLASSES: tl.constexpr,
@@ -51,9 +53,10 @@ def sample_kernel(
     """What the tiles and the margin need of each sample.
 
     features (samples, width), prototypes (classes, width), labels (samples,): any dtype and strides.
-    norm (samples,) ‖x‖, or None where features are normalised.
-    copy (samples, width), in the dtype of the product: unit rows without ``norm``, else the rows as they are, and
+    norm (samples,) ‖x‖, or None where it is in the rows, or features are normalised.
+    copy (samples, width), in the dtype of the product: unit rows if NORMALIZE_FEATURES, else the rows as they are, and
     zeros from there to copy_stride; or None.
+    Without NORMALIZE_PROTOTYPES the target's cosine is x̂·w, or x·w, instead.
     target_cosine (samples,): from the original rows, rounded to float32 once; 0 for the label ``ignore_index``, NaN for
     a label outside [0, classes). Without an ``ignore_index`` (None) such a label means that there is no target here: 0.
     label (samples,) int32: the class, or -1.
@@ -72,15 +75,18 @@ def sample_kernel(
     values = tl.load(features_ptr + offsets, mask=inside[:, None] & cells, other=0.0).to(tl.float32)
     x, x_power, x_inverse = scaled_rows(values)
     if copy_ptr is not None:
-        copied = unit_rows(x, x_inverse) if norm_ptr is None else values
+        copied = unit_rows(x, x_inverse) if NORMALIZE_FEATURES else values
         copy_cells = copy_ptr + rows.to(tl.int64)[:, None] * copy_stride + columns[None, :]
         whole = inside[:, None] & (columns < tl.cast(copy_stride, tl.int64))[None, :]
         tl.store(copy_cells, copied.to(copy_ptr.dtype.element_ty), mask=whole)
     target = tl.where(valid, label, 0)
     offsets = target[:, None] * prototypes_row_stride + columns.to(tl.int64)[None, :] * prototypes_column_stride
     w = tl.load(prototypes_ptr + offsets, mask=valid[:, None] & cells, other=0.0).to(tl.float32)
-    w, _, w_inverse = scaled_rows(w)
-    cosine = tl.where(x_inverse * w_inverse == 0.0, 0.0, exact_cosine(x, w))
+    w, w_power, w_inverse = scaled_rows(w)
+    if NORMALIZE_PROTOTYPES:
+        cosine = tl.where(x_inverse * w_inverse == 0.0, 0.0, exact_cosine(x, w))
+    else:  # one factor at a time: each of them is in range
+        cosine = exact_product(x, w) * (x_inverse if NORMALIZE_FEATURES else 1.0 / x_power) * (1.0 / w_power)
     missing = tl.zeros((ROWS,), tl.float32)
     if ignore_index is not None:
         missing = tl.where(label == ignore_index, 0.0, float("nan"))

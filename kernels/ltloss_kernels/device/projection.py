@@ -103,13 +103,15 @@ def projected_rows(
     inverse_slab_scale,
     along,
     COPY: tl.constexpr,
+    DIRECTION: tl.constexpr,
     UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """From g, the gradient for the rows that went into the product, to the gradient for the rows v themselves.
 
     (g - (g·v̂) v̂)/S, times d(row of the product)/dv: 1 if COPY is "none", 2^p if "scaled", 1/‖v‖ if "unit". If it is
-    "plain", the length counts: g/S + along·v̂, and nothing for a zero row. UNIT divides width and the strides of rows.
+    "plain", the length counts: g/S + along·v̂, and nothing for a zero row; without DIRECTION the logits are linear in
+    the rows, and it is g/S. UNIT divides width and the strides of rows.
     Returns the gradient and v, both (rows, WIDTH) and 0 beyond ``width``.
     """
     width, row_stride = multiple(width, UNIT), multiple(row_stride, UNIT)
@@ -123,7 +125,9 @@ def projected_rows(
     scaled, power, inverse = scaled_rows(v)
     unit = unit_rows(scaled, inverse)
     g *= inverse_slab_scale
-    if COPY == "plain":
+    if not DIRECTION:
+        pass
+    elif COPY == "plain":
         g = tl.where((inverse == 0.0)[:, None], 0.0, g) + along[:, None] * unit
     else:
         g -= tl.sum(g * unit, 1)[:, None] * unit
@@ -188,6 +192,7 @@ def projection_kernel(
     CLIP: tl.constexpr,
     FEATURE_COPY: tl.constexpr,
     PROTOTYPE_COPY: tl.constexpr,
+    NORMALIZE_PROTOTYPES: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -198,7 +203,8 @@ def projection_kernel(
     that is not needed. features, prototypes: the original rows, any dtype and strides, in the same order; labels
     (samples,): rows labelled ``ignore_index`` count as zero (unless None). d_norm (samples,) ∂L/∂‖x‖, or None; upstream
     (samples,), stride 0 for a scalar; inverse_weight_sum, max_coefficient, max_upstream: as for
-    sample_gradient_kernel. *_COPY, UNIT: see projected_rows.
+    sample_gradient_kernel. *_COPY, UNIT: see projected_rows. Without NORMALIZE_PROTOTYPES the logits are products with
+    the prototypes as they are.
     grad_features, grad_prototypes: as large as the rows, their columns next to each other; may be the input itself.
     numbers, or None: then grad_prototypes is where the prototypes are kept, and they move (see update_rows).
     """
@@ -222,7 +228,8 @@ def projection_kernel(
                     along *= tl.load(inverse_weight_sum_ptr)
             g, _ = projected_rows(
                 feature_gradient_ptr, features_ptr, used, rows, inside, width, feature_gradient_stride,
-                features_row_stride, features_column_stride, inverse_slab_scale, along, FEATURE_COPY, UNIT, WIDTH,
+                features_row_stride, features_column_stride, inverse_slab_scale, along, FEATURE_COPY,
+                FEATURE_COPY == "unit" or NORMALIZE_PROTOTYPES, UNIT, WIDTH,
             )  # fmt: skip
             store_rows(grad_features_ptr, g, rows, inside, width, UNIT)
     if prototype_gradient_ptr is not None:  # noqa: SIM102 - likewise
@@ -232,7 +239,7 @@ def projection_kernel(
             g, w = projected_rows(
                 prototype_gradient_ptr, prototypes_ptr, inside, rows, inside, width, prototype_gradient_stride,
                 prototypes_row_stride, prototypes_column_stride, inverse_slab_scale, tl.zeros((ROWS,), tl.float32),
-                PROTOTYPE_COPY, UNIT, WIDTH,
+                PROTOTYPE_COPY, NORMALIZE_PROTOTYPES, UNIT, WIDTH,
             )  # fmt: skip
             if numbers_ptr is not None:
                 update_rows(

@@ -32,6 +32,7 @@ def row_norm_kernel(
     copy_stride,
     factor_scale,
     # constants
+    NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -42,7 +43,7 @@ def row_norm_kernel(
     factor (padded,) float32: factor_scale/‖v‖; 0 for zero rows and beyond ``count``.
     copy (count, width) in the dtype of the product: each row times a power of two, so that neither the cast nor the
     products leave the range, and zeros from there to copy_stride; copy_factor (padded,) float32: factor_scale over the
-    length of that row.
+    length of that row. Without NORMALIZE rows of the vectors count as of length 1: the factor is factor_scale.
     prior_out (padded,) prior·log2 e, -inf beyond ``count``.
     flags (flag_count,) set to 0. One program per ROWS rows; the flags are shared out evenly. UNIT divides width and the
     strides of rows.
@@ -57,6 +58,8 @@ def row_norm_kernel(
     cells = (columns < width)[None, :]
     values = tl.load(vectors_ptr + offsets, mask=inside[:, None] & cells, other=0.0).to(tl.float32)
     scaled, power, inverse = scaled_rows(values)
+    if not NORMALIZE:
+        inverse = tl.where(inside, 1.0 / power, 0.0)
     if factor_ptr is not None:
         tl.store(factor_ptr + rows, inverse * power * factor_scale, mask=rows < padded)
     if copy_ptr is not None:
