@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.nearest import SEARCHES, check_found
-from benchmarks.peers import ON_CPU, Inputs, Shape, check_step, exact_step, run_step
+from benchmarks.peers import LINEAR_ON_CPU, ON_CPU, Inputs, Shape, check_step, exact_step, run_step
 from benchmarks.timing import RESULTS, fresh_processes, interleaved, paired_ratio, peak_extra_bytes, stamp, write_rows
 from ltloss import CosineSoftmaxLoss, LongTailLoss, use_workspace
 
@@ -50,9 +50,9 @@ def _left_out(name: str, reason: ImportError) -> None:
     print(f"{name} is left out: {reason} (pip install 'ltloss[bench]')")
 
 
-def step_bytes(name: str, shape: Shape) -> int:
+def step_bytes(name: str, shape: Shape, linear: bool = False) -> int:
     """Bytes that one forward and backward needs beyond parameters, inputs and gradients."""
-    provider = next(provider for provider in ON_CPU if provider.name == name)
+    provider = next(provider for provider in (LINEAR_ON_CPU if linear else ON_CPU) if provider.name == name)
     # Loads libraries and starts threads. A compiled function is compiled for its shape, so it warms up at full size.
     warm_up = Inputs.draw(shape if provider.compiled else Shape(8, 32, shape.d))
     run_step(provider.build(warm_up), warm_up)
@@ -77,12 +77,12 @@ def _peak(measure: Callable[[str, Shape], int], provider: str, shape: Shape) -> 
         return f"{pool.submit(measure, provider, shape).result() / (1 << 20):.1f}"
 
 
-def training_step(shape: Shape, rounds: int) -> list[Row]:
-    """Forward and backward with per-class angular margins, beside every peer."""
+def training_step(shape: Shape, rounds: int, linear: bool = False) -> list[Row]:
+    """Forward and backward with per-class angular margins, or the softmax of a linear layer, beside every peer."""
     inputs = Inputs.draw(shape)
     steps: dict[str, Callable[[], Any]] = {}
     more: dict[str, Row] = {}
-    for provider in ON_CPU:
+    for provider in LINEAR_ON_CPU if linear else ON_CPU:
         try:
             loss = provider.build(inputs)
         except ImportError as reason:
@@ -91,7 +91,8 @@ def training_step(shape: Shape, rounds: int) -> list[Row]:
         error = check_step(provider.name, loss, inputs, exact_step(provider.truth, inputs))
         steps[provider.name] = partial(run_step, loss, inputs)
         more[provider.name] = {"relative_error": f"{error:.1e}", "note": provider.note}
-    return _beside("training step", shape, steps, step_bytes, rounds, more)
+    case = "linear softmax" if linear else "training step"
+    return _beside(case, shape, steps, partial(step_bytes, linear=linear), rounds, more)
 
 
 @contextmanager
@@ -310,6 +311,7 @@ def main() -> None:
     rows: list[Row] = []
     for measure in (
         lambda: training_step(TRAINING_STEP, arguments.rounds),
+        lambda: training_step(TRAINING_STEP, arguments.rounds, linear=True),
         lambda: trades(TRAINING_STEP, arguments.rounds),
         lambda: nearest(NEAREST, max(3, arguments.rounds // 2)),
         lambda: regularizer(REGULARIZER, max(3, arguments.rounds // 2)),

@@ -109,6 +109,14 @@ def dense_margin_loss(inputs: Inputs) -> Tensor:
     return torch_functional.cross_entropy(SCALE * cosine.scatter(1, labels, margin[:, None]), inputs.labels)
 
 
+_ON_PRODUCTS: dict[str, Any] = {"scale": 1.0, "normalize_features": False, "normalize_prototypes": False}
+
+
+def _ours_linear(inputs: Inputs) -> Callable[[], Tensor]:
+    given = inputs.features, inputs.prototypes, inputs.labels
+    return lambda: ltloss_functional.margin_cross_entropy(*given, **_ON_PRODUCTS)
+
+
 def _ours(inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: _margin_loss(ltloss_functional.margin_cross_entropy, inputs, angular_margin=inputs.margins)
 
@@ -229,6 +237,8 @@ ON_CPU = (
     ),
     _METRIC_LEARNING,
 )
+# The same formula without margin and lengths.
+LINEAR_ON_CPU = (Provider("ltloss", _ours_linear, plain_truth, note="linear"), *ON_CPU[3:5])
 ON_GPU = (
     _OURS,
     Provider("dense", _eager(dense_margin_loss), margin_truth, note="eager"),
