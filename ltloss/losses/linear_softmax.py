@@ -64,6 +64,8 @@ class LinearSoftmaxLoss(CombinedMarginLoss):
 
     bias: nn.Parameter | None
 
+    _settled = ("scale", "normalize_features")
+
     def __init__(
         self, num_classes: int, embedding_size: int, *, bias: bool = True, **options: Unpack[LinearOptions]
     ) -> None:

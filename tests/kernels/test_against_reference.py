@@ -312,10 +312,10 @@ class TestOnePass:
         exact = torch.autograd.grad(reference.cosine_logsumexp(*wide, scale=9.0)[which].sum(), wide[:2])
         assert all(relative_error(one.cpu(), other) <= 5e-6 for one, other in zip(got, exact, strict=True))
 
-    @pytest.mark.parametrize("normalize", [True, False])
-    def test_agrees_with_the_chunked_operator(self, normalize: bool) -> None:
+    @pytest.mark.parametrize("normalize", [(True, True), (False, True), (True, False), (False, False)])
+    def test_agrees_with_the_chunked_operator(self, normalize: tuple[bool, bool]) -> None:
         given = kernel_problem()
-        arguments = (*given, None, 3.0, normalize, True, -100)
+        arguments = (*given, None, 3.0, *normalize, True, -100)
         ours, chunked = (OPERATORS["logsumexp_stats"][backend](*arguments)[:4] for backend in ("triton", "torch"))
         counted = given.labels != -100  # what is not counted may hold anything
         for one, other in zip(ours, chunked, strict=True):  # the scale is in the backend's own unit

@@ -201,6 +201,8 @@ def test_what_is_refused() -> None:
     loss_fn.cosine_margin = 0.2
     with refused("cosine_margin", "0.2", "normalize_prototypes", "False"):
         loss_fn(features.float(), labels)
+    with refused("scale", "LinearSoftmaxLoss", error=AttributeError):
+        loss_fn.scale = 2.0
     with refused("dtype", "float8_e4m3fn", error=TypeError):
         LinearSoftmaxLoss(9, 5, dtype=torch.float8_e4m3fn)
 
