@@ -280,7 +280,7 @@ def _losses(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tuple[
         "everything, arcface": (everything._replace(beyond_pi="arcface"), weighted),
         "length kept": (Margin(0.5), {"normalize_features": False}),
         "linear": (Margin(), {"normalize_features": False, "normalize_prototypes": False, "scale": 1.0}),
-        "learning prior": (Margin(0.5), {"log_prior": vector, "learns": True}),
+        "everything, learning prior": (everything, {**weighted, "learns": True}),
     }
     for name, (margin, options) in variants.items():
         yield name, lambda margin=margin, options=options: loss_step(features, prototypes, margin, **options)  # type: ignore[misc]
@@ -316,11 +316,12 @@ def _matrices(samples: int, width: int, left: torch.dtype, right: torch.dtype) -
 def _products(arch: int) -> list[tuple[str, torch.dtype, torch.dtype, str, tuple[str, ...] | None]]:
     """Dtypes of features and prototypes, by a label; the precision of float32 products; which losses and searches."""
     half, single = torch.bfloat16, torch.float32
-    some = ("fixed", "online", "everything", "all", "top 5")
+    losses = ("fixed", "online", "everything", "everything, learning prior")
+    some = (*losses, "all", "top 5")
     return [
         ("bf16", half, half, "highest", None),
         ("bf16 x fp32", half, single, "highest", ("fixed",)),
-        ("fp16", torch.float16, torch.float16, "highest", some[:3]),
+        ("fp16", torch.float16, torch.float16, "highest", losses),
         ("fp32", single, single, "highest", some),
         ("tf32", single, single, "high", some),
         *([("bf16 x fp8", half, FLOAT8, "highest", ("fixed", "all", "top 5"))] if arch >= FLOAT8_FROM else []),
@@ -354,7 +355,11 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
             features, prototypes = _matrices(samples, _WIDTH, left, right)
             with float32_products(precision):
                 for variant, launch in _losses(features, prototypes):
-                    if variant == "everything" or (variant, left, right) == ("fixed", half, half):
+                    if variant in ("everything", "everything, learning prior") or (variant, left, right) == (
+                        "fixed",
+                        half,
+                        half,
+                    ):
                         scenario = f"{label}, {variant}, N = {samples}"
                         launch()
         features, prototypes = _matrices(_SAMPLES, _NARROW, half, half)

@@ -119,6 +119,7 @@ class BackwardPass:
         ``by_slab``: those of the prototypes, in float32, have memory for one slab only, which counts as well.
         ``update``: they go into the prototypes, and have no memory.
         """
+        self.tile = tiles.summing(self.arch, self.tile) if need_prior else self.tile
         self.projecting_tile = self._tile_for_prototypes(update)
         need_prototypes |= by_slab or update is not None
         gradient_dtype = torch.float32 if by_slab else self.prototypes.dtype
