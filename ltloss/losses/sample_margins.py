@@ -39,9 +39,9 @@ class SampleMarginLoss(CombinedMarginLoss):
             shard=shard,
             update=self.fused_update,
         )
-        lengths = self._lengths(features, stats)
-        margins = {name: getattr(self, name) for name in Margin._fields} | self._margins(lengths, stats)
-        losses = margin_losses(stats, **margins, label_smoothing=self.label_smoothing) + self._penalty(lengths)
+        of_samples, penalty = self._of_samples(features, stats)
+        margins = {name: getattr(self, name) for name in Margin._fields} | of_samples
+        losses = margin_losses(stats, **margins, label_smoothing=self.label_smoothing) + penalty
         return reduce_losses(losses, stats.labels, class_weight=self.class_weight, reduction=self.reduction)
 
     def _lengths(self, features: Tensor, stats: LogSumExpStats) -> Tensor:
@@ -50,13 +50,9 @@ class SampleMarginLoss(CombinedMarginLoss):
         lengths: Tensor = torch.linalg.vector_norm(features, dim=1, dtype=compute_dtype(features, self.weight))
         return lengths
 
-    def _margins(self, lengths: Tensor, stats: LogSumExpStats) -> dict[str, Any]:
-        """Options of :func:`ltloss.extend.margin_losses`."""
+    def _of_samples(self, features: Tensor, stats: LogSumExpStats) -> tuple[dict[str, Any], Tensor | float]:
+        """Options of :func:`ltloss.extend.margin_losses`, and what is added to the losses (N,)."""
         raise NotImplementedError
-
-    def _penalty(self, lengths: Tensor) -> Tensor | float:
-        """(N,) to add to the losses."""
-        return 0.0
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""
@@ -121,16 +117,14 @@ class AdaFaceLoss(SampleMarginLoss):
             self.length_moments.copy_(torch.tensor(_FIRST_MOMENTS))
 
     @torch.no_grad()
-    def _margins(self, lengths: Tensor, stats: LogSumExpStats) -> dict[str, Any]:
-        lengths, counted = lengths.clamp(1e-3, 100.0), stats.labels >= 0
+    def _of_samples(self, features: Tensor, stats: LogSumExpStats) -> tuple[dict[str, Any], Tensor | float]:
+        lengths, counted = self._lengths(features, stats).clamp(1e-3, 100.0), stats.labels >= 0
         if self.training:
             self._follow(lengths, counted)
         mean, deviation = self.length_moments.to(lengths.dtype)
         quality = (self.concentration * (lengths - mean) / (deviation + 1e-3)).clamp(-1.0, 1.0)
-        return {
-            "sample_angular_margin": -self.margin * quality,
-            "sample_cosine_margin": self.margin * (1.0 + quality),
-        }
+        angle, cosine = -self.margin * quality, self.margin * (1.0 + quality)
+        return {"sample_angular_margin": angle, "sample_cosine_margin": cosine}, 0.0
 
     def _follow(self, lengths: Tensor, counted: Tensor) -> None:
         """Take in mean and standard deviation of the samples that count; of fewer than two, nothing."""
@@ -194,14 +188,12 @@ class MagFaceLoss(SampleMarginLoss):
         self.max_margin = float(check_number("max_margin", max_margin, at_least=0.0, at_most=3.1))
         self.penalty_weight = float(check_number("penalty_weight", penalty_weight, at_least=0.0))
 
-    def _margins(self, lengths: Tensor, stats: LogSumExpStats) -> dict[str, Any]:
-        longer = lengths.clamp(self.min_length, self.max_length) - self.min_length
+    def _of_samples(self, features: Tensor, stats: LogSumExpStats) -> tuple[dict[str, Any], Tensor | float]:
+        lengths = self._lengths(features, stats).clamp(self.min_length, self.max_length)
         rise = (self.max_margin - self.min_margin) / (self.max_length - self.min_length)
-        return {"sample_angular_margin": self.min_margin + rise * longer}
-
-    def _penalty(self, lengths: Tensor) -> Tensor:
-        lengths = lengths.clamp(self.min_length, self.max_length)
-        return self.penalty_weight * (lengths.reciprocal() + lengths / self.max_length**2)
+        margins = self.min_margin + rise * (lengths - self.min_length)
+        penalty = self.penalty_weight * (lengths.reciprocal() + lengths / self.max_length**2)
+        return {"sample_angular_margin": margins}, penalty
 
 
 class ElasticFaceLoss(SampleMarginLoss):
@@ -264,12 +256,12 @@ class ElasticFaceLoss(SampleMarginLoss):
             self.step.zero_()
 
     @torch.no_grad()
-    def _margins(self, lengths: Tensor, stats: LogSumExpStats) -> dict[str, Any]:
-        margins = torch.full_like(lengths, self.mean)
+    def _of_samples(self, features: Tensor, stats: LogSumExpStats) -> tuple[dict[str, Any], Tensor | float]:
+        margins = torch.full_like(stats.logsumexp, self.mean)
         if self.training:
             margins += self.std * self._drawn(stats).to(margins)
             self.step += 1
-        return {"sample_angular_margin" if self.kind == "arc" else "sample_cosine_margin": margins}
+        return {"sample_angular_margin" if self.kind == "arc" else "sample_cosine_margin": margins}, 0.0
 
     def _drawn(self, stats: LogSumExpStats) -> Tensor:
         """Of N(0, 1), one for each sample (N,). Samples that count take theirs in order, whatever stands between."""
