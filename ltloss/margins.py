@@ -255,7 +255,10 @@ class Objective(NamedTuple):
 
 
 # Those that every member of the family has.
-OPTION_NAMES = (*Margin._fields, *Objective._fields[1:-2])
+OPTION_NAMES = (
+    *Margin._fields,
+    *(name for name in Objective._fields if name not in ("margin", "normalize_prototypes", "bias")),
+)
 OBJECTIVE = "Tensor?[] vectors, float[] numbers, bool[] normalize, int? ignore_index, str[] words"
 
 
