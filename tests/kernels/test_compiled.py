@@ -21,11 +21,16 @@ from triton.compiler import ASTSource
 from benchmarks.kernel_report.record import recorded_kernels
 
 cases = {case.name: case for case in recorded_kernels(90)}
+target = GPUTarget("cuda", 90, 32)
+
+def source(case):
+    return ASTSource(fn=case.fn, signature=case.signature, constexprs=case.constexprs, attrs=case.attrs)
+
+def options(case):
+    return {"num_warps": case.num_warps, "num_stages": case.num_stages}
 
 def compiled(case):
-    source = ASTSource(fn=case.fn, signature=case.signature, constexprs=case.constexprs, attrs=case.attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+    return triton.compile(source(case), target=target, options=options(case)).asm
 """
 
 
@@ -74,16 +79,14 @@ def test_no_sum_depends_on_who_comes_first() -> None:
 from triton._C.libtriton import ir
 from triton.compiler.compiler import make_backend
 
-target = GPUTarget("cuda", 90, 32)
 backend, context = make_backend(target), ir.context()
 ir.load_dialects(context)
 backend.load_dialects(context)
 
 def first_stage(case):
-    source = ASTSource(fn=case.fn, signature=case.signature, constexprs=case.constexprs, attrs=case.attrs)
-    options = backend.parse_options({"num_warps": case.num_warps, "num_stages": case.num_stages})
-    implementation = backend.get_codegen_implementation(options)
-    return str(source.make_ir(target, options, implementation, backend.get_module_map(), context))
+    chosen = backend.parse_options(options(case))
+    implementation = backend.get_codegen_implementation(chosen)
+    return str(source(case).make_ir(target, chosen, implementation, backend.get_module_map(), context))
 
 atomic = re.compile(r"tt\\.atomic_(\\w+) (\\w+).*-> tensor<\\d+x(\\w+)>")
 found = set()
