@@ -224,21 +224,22 @@ _METRIC_LEARNING = Provider(
     "pytorch-metric-learning", _metric_learning_arcface, scalar_margin_truth, note="scalar margin"
 )
 # Ours first; what cannot be imported says so when it is built (ImportError).
+_LINEAR_CHUNKED = Provider(
+    "linear_cross_entropy(options)",
+    partial(_linear_cross_entropy, chunked=True),
+    plain_truth,
+    note=f"{_PLAIN}, chunked",
+)
 ON_CPU = (
     _OURS,
     Provider("dense", _eager(margin_truth), margin_truth, note="the reference, eager"),
     Provider("torch.compile", _compiled(margin_truth), margin_truth, compiled=True, note="the reference, compiled"),
     _LINEAR,
-    Provider(
-        "linear_cross_entropy(options)",
-        partial(_linear_cross_entropy, chunked=True),
-        plain_truth,
-        note=f"{_PLAIN}, chunked",
-    ),
+    _LINEAR_CHUNKED,
     _METRIC_LEARNING,
 )
 # The same formula without margin and lengths.
-LINEAR_ON_CPU = (Provider("ltloss", _ours_linear, plain_truth, note="linear"), *ON_CPU[3:5])
+LINEAR_ON_CPU = (Provider("ltloss", _ours_linear, plain_truth, note="linear"), _LINEAR, _LINEAR_CHUNKED)
 ON_GPU = (
     _OURS,
     Provider("dense", _eager(dense_margin_loss), margin_truth, note="eager"),
