@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ltloss.losses.linear_softmax import LinearSoftmaxLoss
     from ltloss.losses.long_tail import LongTailLoss
     from ltloss.losses.margin_losses import ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, CosineSoftmaxLoss
+    from ltloss.losses.other_classes import CurricularFaceLoss, InterclassFilterLoss
     from ltloss.losses.prototype_head import PrototypeHead
     from ltloss.losses.sample_margins import AdaFaceLoss, ElasticFaceLoss, MagFaceLoss
     from ltloss.runtime import (
@@ -59,7 +60,9 @@ __all__ = [
     "CosFaceLoss",
     "CosineSoftmaxLoss",
     "CosineSpaceLoss",
+    "CurricularFaceLoss",
     "ElasticFaceLoss",
+    "InterclassFilterLoss",
     "LDAMLoss",
     "LinearSoftmaxLoss",
     "LogitAdjustedLoss",
@@ -105,6 +108,7 @@ _HOMES = {
     "losses.margin_losses": ("ArcFaceLoss", "CombinedMarginLoss", "CosFaceLoss", "CosineSoftmaxLoss"),
     "losses.linear_softmax": ("LinearSoftmaxLoss",),
     "losses.long_tail": ("LongTailLoss",),
+    "losses.other_classes": ("CurricularFaceLoss", "InterclassFilterLoss"),
     "losses.prototype_head": ("PrototypeHead",),
     "losses.sample_margins": ("AdaFaceLoss", "ElasticFaceLoss", "MagFaceLoss"),
     "_types": ("NearestPrototype", "TopK"),

@@ -9,6 +9,7 @@ Under ``ltloss.use_backend("reference")`` everything is differentiable any numbe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -37,7 +38,44 @@ from ltloss.ops.labels import checked_labels
 from ltloss.ops.protocols import Shard, Update
 from ltloss.reference import direction
 
-__all__ = ["LogSumExpStats", "focal_losses", "logsumexp_stats", "margin_losses", "poly1_losses", "reduce_losses"]
+__all__ = [
+    "Bend",
+    "LogSumExpStats",
+    "focal_losses",
+    "logsumexp_stats",
+    "margin_losses",
+    "poly1_losses",
+    "reduce_losses",
+]
+
+
+class Bend(NamedTuple):
+    """What becomes of the cosines of other classes beyond a threshold: cos -> p0 + p1·cos + p2·cos².
+
+    Attributes:
+        threshold: (N,), a cosine per sample; no gradient flows to it.
+        p0, p1, p2: numbers or tensors (), without gradient. With p0 = -inf and p1 = p2 = 0 the class leaves the sum.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.extend import Bend, logsumexp_stats
+        >>> x, w = torch.eye(2), torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> def nearer_than_half(target_cosine, labels):
+        ...     return Bend(torch.full_like(target_cosine, 0.5), p0=-torch.inf)
+        >>> logsumexp_stats(x, w, torch.tensor([0, 2]), scale=4.0, bend=nearer_than_half).logsumexp
+        tensor([0., 0.])
+    """
+
+    threshold: Tensor
+    p0: Tensor | float = 0.0
+    p1: Tensor | float = 0.0
+    p2: Tensor | float = 0.0
+
+    def of_logits(self, scale: float, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Threshold (N,) and polynomial (3,) for logits s·cos."""
+        polynomial = [torch.as_tensor(p).to(like) for p in (self.p0, self.p1, self.p2)]
+        factors = like.new_tensor([scale, 1.0, 1.0 / scale])
+        return self.threshold.detach().to(like) * scale, torch.stack(polynomial).detach() * factors
 
 
 class LogSumExpStats(NamedTuple):
@@ -77,6 +115,7 @@ def logsumexp_stats(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     with_logit_sum: bool = False,
+    bend: Callable[[Tensor, Tensor], Bend] | None = None,
     shard: Shard | None = None,
     update: Update | None = None,
 ) -> LogSumExpStats:
@@ -92,6 +131,9 @@ def logsumexp_stats(
         normalize_prototypes, bias: as in :func:`ltloss.functional.margin_cross_entropy`; the bias is part of the prior.
         ignore_index: label of samples that do not count.
         with_logit_sum: also Σ_c l_c, which label smoothing needs.
+        bend: what becomes of the cosines of other classes, a function of the target cosines (N,), without gradient, and
+            of the labels (N,), -1 for samples that do not count. For cosines with a number as scale, and without
+            ``with_logit_sum``.
         shard: a sample of the classes, which ``forward`` of a module got; None for all.
         update: ``self.fused_update`` of a module, with which the optimizers of :mod:`ltloss.optim` move its prototypes
             inside the backward; None gives them a gradient.
@@ -138,8 +180,19 @@ def logsumexp_stats(
         log_prior=log_prior, ignore_index=ignore_index, normalize_prototypes=normalize_prototypes
     )
     here, shard = at_hand(prototypes if update is None else update.reads(prototypes), shard)
-    r, target, logit_sum = ops.logsumexp_stats(features, here, labels, objective, with_logit_sum, shard, update)
-    labels = torch.where(counted, labels, -1)
+    counting = torch.where(counted, labels, -1)
+    bent = ops.NO_BEND
+    if bend is not None:
+        if isinstance(scale, Tensor) or with_logit_sum or not all(objective.normalize):
+            raise ValueError(
+                "bend, a function of the other classes' cosines, needs a number as scale, normalised features and "
+                "prototypes, and no sum of all logits, which label smoothing asks for; got "
+                f"{type(scale).__name__} as scale, {normalize_features=}, {normalize_prototypes=} and {with_logit_sum=}"
+            )
+        cosine = ops.target_cosines(features, here, counting, shard)
+        bent = bend(cosine, counting).of_logits(scale, cosine)
+    r, target, logit_sum = ops.logsumexp_stats(features, here, labels, objective, with_logit_sum, shard, update, bent)
+    labels = counting
     if logit_sum is not None and log_prior is not None:
         logit_sum = logit_sum + log_prior.sum()
     target_prior = 0.0 if log_prior is None else log_prior[labels.clamp(0, num_classes - 1)]

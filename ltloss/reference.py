@@ -166,6 +166,7 @@ def logsumexp_stats(
     labels: Tensor,
     objective: Objective,
     with_logit_sum: bool,
+    bend: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Dense twin of :func:`ltloss.ops.stats.logsumexp_stats`."""
     log_prior = objective.log_prior
@@ -175,7 +176,12 @@ def logsumexp_stats(
     product, scale = _logits(features, prototypes, objective)
     logits = scale * product
     _, target = _others_and_target(logits, labels)
-    r, _ = _others_and_target(logits if log_prior is None else logits + log_prior, labels)
+    others = logits
+    threshold, polynomial = bend
+    if threshold is not None and polynomial is not None:
+        p0, p1, p2 = polynomial
+        others = torch.where(logits > threshold[:, None], p0 + p1 * logits + p2 * logits**2, logits)
+    r, _ = _others_and_target(others if log_prior is None else others + log_prior, labels)
     return r, target, logits.sum(1) if with_logit_sum else None
 
 

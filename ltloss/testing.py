@@ -114,6 +114,10 @@ MODULES: dict[str, Callable[..., ltloss.PrototypeHead]] = {
         c, d, min_length=1.0, max_length=6.0, penalty_weight=2.0, **options
     ),
     "ElasticFaceLoss": lambda c, d, **options: ltloss.ElasticFaceLoss(c, d, std=0.1, sort=True, **options),
+    "CurricularFaceLoss": lambda c, d, **options: ltloss.CurricularFaceLoss(c, d, momentum=0.5, **options),
+    "InterclassFilterLoss": lambda c, d, **options: ltloss.InterclassFilterLoss(
+        c, d, filter_threshold=0.8, angular_margin=0.3, **options
+    ),
 }
 
 

@@ -140,21 +140,24 @@ def loss_step(
     update: Any = None,
     keep: bool = False,
     learns: bool = False,
+    bent: bool = False,
     limit: int = _BYTES,
     **options: Any,
 ) -> None:
     """Forward and backward of a margin loss by the entry points of the kernels; ``between`` is called between them.
 
     ``update``: a ``PrototypeUpdate`` instead of the gradient of the prototypes; ``keep``: the exponentials, for the
-    backward; ``learns``: the prior has a gradient; ``limit``: bytes of workspace.
+    backward; ``learns``: the prior has a gradient; ``bent``: the logits of other classes are a
+    function of themselves; ``limit``: bytes of workspace.
     """
     import ltloss_kernels as kernels
 
     labels = torch.arange(len(features))
     objective = Objective(margin, **{"scale": 64.0, **options})
     given, smooth = (features, prototypes, labels, objective.log_prior), objective.label_smoothing > 0.0
+    bend = [torch.zeros(size, device=features.device) if bent else None for size in (len(features), 3)]
     kept = kernels.new_exponentials(features, prototypes) if keep else None
-    partials = kernels.partials(*given, objective.scale, *objective.normalize, smooth, -100, kept)
+    partials = kernels.partials(*given, objective.scale, *objective.normalize, smooth, -100, *bend, kept)
     loss, coefficients, *rest = kernels.margin_loss(partials, labels, objective, len(prototypes))
     between()
     kernels.gradients(
@@ -167,6 +170,7 @@ def loss_step(
         smooth,
         *objective.normalize,
         -100,
+        *bend,
         (True, update is None and prototypes.dtype != FLOAT8, learns),
         update=update,
         kept=kept,
@@ -280,6 +284,7 @@ def _losses(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tuple[
         "everything, arcface": (everything._replace(beyond_pi="arcface"), weighted),
         "length kept": (Margin(0.5), {"normalize_features": False}),
         "linear": (Margin(), {"normalize_features": False, "normalize_prototypes": False, "scale": 1.0}),
+        "bent": (Margin(0.5), {"log_prior": vector, "bent": True}),
         "everything, learning prior": (everything, {**weighted, "learns": True}),
     }
     for name, (margin, options) in variants.items():
@@ -316,7 +321,7 @@ def _matrices(samples: int, width: int, left: torch.dtype, right: torch.dtype) -
 def _products(arch: int) -> list[tuple[str, torch.dtype, torch.dtype, str, tuple[str, ...] | None]]:
     """Dtypes of features and prototypes, by a label; the precision of float32 products; which losses and searches."""
     half, single = torch.bfloat16, torch.float32
-    losses = ("fixed", "online", "everything", "everything, learning prior")
+    losses = ("fixed", "online", "bent", "everything", "everything, learning prior")
     some = (*losses, "all", "top 5")
     return [
         ("bf16", half, half, "highest", None),

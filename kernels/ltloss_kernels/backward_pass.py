@@ -19,6 +19,7 @@ from ltloss_kernels.config.operands import (
     part,
     product_dtype,
     readable_in_place,
+    vector,
 )
 from ltloss_kernels.config.precision import product_precision
 from ltloss_kernels.cosine_logsumexp import LOG2E, fixed_shift
@@ -60,10 +61,13 @@ class BackwardPass:
         normalize: bool,
         normalize_prototypes: bool,
         ignore_index: int | None,
+        threshold: Tensor | None,
+        polynomial: Tensor | None,
     ) -> None:
         self.normalize_prototypes = normalize_prototypes
         self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
         self.scale, self.ignore_index = float(scale), ignore_index
+        self.threshold, self.polynomial = vector(threshold), vector(polynomial)
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
         self.fold = self.dtype != torch.float32
         self.feature_copy: Literal["unit", "plain"] = "unit" if normalize else "plain"
@@ -92,6 +96,9 @@ class BackwardPass:
         if float16_slab and not self.normalize_prototypes:  # s/‖w̃‖ may be as much as s times the largest entry
             largest = torch.linalg.vector_norm(self.prototypes, torch.inf, dtype=torch.float32)
             max_coefficient = max_coefficient * largest.clamp_min(1.0)
+        if float16_slab and self.polynomial is not None:  # whose slope at a logit may be more than 1
+            _, p1, p2 = self.polynomial.abs()
+            max_coefficient = max_coefficient * (p1 + 2.0 * self.scale * p2).clamp_min(1.0)
         self.max_coefficient = max_coefficient if float16_slab else None
         self.max_upstream = (upstream.abs().amax() if upstream.dim() else upstream) if float16_slab else None
 
@@ -166,6 +173,7 @@ class BackwardPass:
         self.launch = Launches(
             "gradients",
             layout(features, self.prototypes, self.labels, self.prior, self.coefficients, self.class_scale),
+            layout(self.threshold),
             layout(self.upstream, self.inverse_weight_sum, self.max_coefficient, self.max_upstream, *(self.kept or ())),
             (self.feature_copy, self.normalize_prototypes, self.smooth, self.ignore_index),
             (need_features, need_prototypes, need_prior),
@@ -262,6 +270,8 @@ class BackwardPass:
             None if kept else part(self.prior, here),
             label,
             sample_gradients,
+            part(self.threshold, rows),
+            self.polynomial,
             block_source(kept.values, tile.rows, tile.classes, self.described) if kept else None,
             shifts,
             # outputs

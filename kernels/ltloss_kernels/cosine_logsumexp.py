@@ -75,6 +75,8 @@ def partials(
     normalize_prototypes: bool,
     with_logit_sum: bool,
     ignore_index: int | None,
+    threshold: Tensor | None = None,
+    polynomial: Tensor | None = None,
     kept: Exponentials | None = None,
 ) -> Partials:
     """One pass of features over prototypes: l_c = s·cos_c + log_prior_c, summed over all classes but the target.
@@ -89,6 +91,8 @@ def partials(
         with_logit_sum: also sum the logits of all classes.
         ignore_index: the label of samples that do not count; the target cosine of any other label outside [0, C) is
             NaN. With None such a label means that there is no target here, and its cosine is 0.
+        threshold, polynomial: (N,) and (3,) or None: a logit l of another class beyond the threshold of its sample
+            becomes p0 + p1·l + p2·l², before the prior is added.
         kept: of ``new_exponentials``, is filled for ``gradients``.
     """
     if features.shape[0] == 0:
@@ -105,6 +109,8 @@ def partials(
             normalize_prototypes,
             with_logit_sum,
             ignore_index,
+            threshold,
+            polynomial,
             kept,
         )
         for start in range(0, features.shape[0], run.plan.rows):
@@ -171,11 +177,14 @@ class ForwardPass:
         normalize_prototypes: bool,
         with_logit_sum: bool,
         ignore_index: int | None,
-        kept: Exponentials | None = None,
+        threshold: Tensor | None,
+        polynomial: Tensor | None,
+        kept: Exponentials | None,
     ) -> None:
         self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
         self.normalize, self.normalize_prototypes = normalize, normalize_prototypes
         self.ignore_index, self.kept = ignore_index, kept
+        self.threshold, self.polynomial = vector(threshold), vector(polynomial)
         samples, (classes, width), device = features.shape[0], prototypes.shape, features.device
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
         arch = tiles.architecture(device)
@@ -183,8 +192,8 @@ class ForwardPass:
         self.described = tiles.has_copy_engine(arch)
         # Few samples: rows of float32 are rounded on their way to a bfloat16 product, which has the range for them.
         read_as = prototypes.dtype if self.dtype == torch.bfloat16 else self.dtype
-        few = normalize_prototypes and tiles.norms_in_tiles(arch, self.dtype, self.precision, samples)
-        self.norms_in_tiles = few and readable_in_place(prototypes, read_as)
+        few = threshold is None and tiles.norms_in_tiles(arch, self.dtype, self.precision, samples)
+        self.norms_in_tiles = few and normalize_prototypes and readable_in_place(prototypes, read_as)
         self.in_place = self.norms_in_tiles or readable_in_place(prototypes, self.dtype)
         if self.norms_in_tiles and read_as != self.dtype:  # as many bytes of a row at a time
             self.tile = self.tile._replace(depth=self.tile.depth // 2)
@@ -203,12 +212,12 @@ class ForwardPass:
         )
         self.launch = Launches(
             "partials",
-            layout(features, prototypes, labels, prior, *(kept or ())),
+            layout(features, prototypes, labels, prior, self.threshold, *(kept or ())),
             (scale, normalize, normalize_prototypes, with_logit_sum, ignore_index),
             (self.tile, self.precision, self.plan),
         )
         self.factor_scale = scale * LOG2E
-        bounded = normalize and normalize_prototypes and prior is None
+        bounded = normalize and normalize_prototypes and prior is None and threshold is None
         shift = fixed_shift(scale, classes) if bounded else None
         self.class_tiles = ceil_div(classes, self.tile.classes)
         self.slabs = ceil_div(classes, self.plan.classes)
@@ -320,6 +329,8 @@ class ForwardPass:
             self.prior if self.norms_in_tiles else self._scaled_prior,
             chunk.label,
             self.flags,
+            part(self.threshold, rows),
+            self.polynomial,
             # outputs
             part(partials.sum, rows, 1),
             part(partials.max, rows, 1),

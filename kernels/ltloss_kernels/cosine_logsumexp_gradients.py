@@ -33,6 +33,8 @@ def gradients(
     normalize_features: bool,
     normalize_prototypes: bool,
     ignore_index: int | None,
+    threshold: Tensor | None,
+    polynomial: Tensor | None,
     needs: Sequence[bool],
     take: Callable[[int, int, Tensor], None] | None = None,
     update: PrototypeUpdate | None = None,
@@ -53,6 +55,7 @@ def gradients(
         max_coefficient: scalar, the largest |coefficient|; read for float16 only.
         smooth: whether row 3 of the coefficients is used.
         ignore_index: rows with this label may hold anything, also NaN; None: all rows count.
+        threshold, polynomial: as for ``partials``.
         needs: which of the three are computed.
         take: gets the gradients (stop - start, D) float32 of the prototypes [start, stop), slab by slab, in memory that
             the next slab takes again; after it was called the prototypes of the slab may have changed.
@@ -77,6 +80,8 @@ def gradients(
             normalize_features,
             normalize_prototypes,
             ignore_index,
+            threshold,
+            polynomial,
         )
         run.take(grad_loss, coefficients, class_scale, inverse_weight_sum, max_coefficient, smooth)
         if kept is not None:

@@ -75,12 +75,15 @@ def partials(
     normalize_prototypes: bool,
     with_logit_sum: bool,
     ignore_index: int | None,
+    threshold: Tensor | None = None,
+    polynomial: Tensor | None = None,
     kept: Exponentials | None = None,
 ) -> Partials:
     """One pass of features (N, D) over prototypes (C, D): one split, in natural units.
 
     Labels (N,): those of samples that are not counted equal ``ignore_index``; None takes every label outside [0, C) for
-    "the target is not among these prototypes". ``kept`` is filled for :func:`gradients`.
+    "the target is not among these prototypes". ``threshold`` (N,) and ``polynomial`` (3,):
+    those of a :class:`ltloss.extend.Bend`, in units of logits. ``kept`` is filled for :func:`gradients`.
     """
     dtype = compute_dtype(features, prototypes)
     n, (c, d) = features.shape[0], prototypes.shape
@@ -88,7 +91,7 @@ def partials(
     u = scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
     blocks = block_sizes(n, c, d, features.device)
     inverse = u.new_empty(c) if normalize_prototypes else None
-    tiles = Tiles(u, prototypes, inverse, None if log_prior is None else log_prior.to(dtype), blocks)
+    tiles = Tiles(u, prototypes, inverse, log_prior, blocks, threshold, polynomial)
     maximum = u.new_full((n,), -math.inf)
     total = u.new_zeros(n)
     unit_sum = u.new_zeros(d)
@@ -227,6 +230,8 @@ def gradients(
     normalize_features: bool,
     normalize_prototypes: bool,
     ignore_index: int | None,
+    threshold: Tensor | None,
+    polynomial: Tensor | None,
     needs: list[bool],
     take: TakeGradient | None = None,
     kept: Exponentials | None = None,
@@ -248,7 +253,7 @@ def gradients(
     u = scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
     blocks = block_sizes(n, c, d, features.device)
     inverse = class_scale if normalize_prototypes else None
-    tiles = Tiles(u, prototypes, inverse, None if log_prior is None else log_prior.to(dtype), blocks)
+    tiles = Tiles(u, prototypes, inverse, log_prior, blocks, threshold, polynomial)
     d_lse, d_target, d_all, *d_norm = coefficients[1:] * (grad_loss.to(dtype) * inverse_weight_sum)
     of_samples = SampleGradients.of(coefficients[0], d_lse, d_target - d_all if smooth else d_target)
     grad_u = torch.zeros_like(u) if needs[0] else None
@@ -341,5 +346,7 @@ def _gradient_tile(
     if len(sums):
         target.fill(tile, 0.0)
         sums.addmv_(tile.t(), of_samples.factor[rows])
+    if tiles.threshold is not None:
+        tile.mul_(tiles.slope)
     target.fill(tile, of_samples.target[rows])
     return tile

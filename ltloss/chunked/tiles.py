@@ -79,14 +79,24 @@ class TargetColumn:
 class Tiles:
     """Walks over the classes in chunks: the factors of a product and logits in buffers that are allocated once.
 
-    ``inverse`` (C,): 1/‖w‖, or None for prototypes that keep their length.
+    ``inverse`` (C,): 1/‖w‖, or None for prototypes that keep their length. ``slope``: where logits are bent beyond a
+    ``threshold``, the derivative at each of the last tile.
     """
 
     def __init__(
-        self, u: Tensor, prototypes: Tensor, inverse: Tensor | None, log_prior: Tensor | None, blocks: Blocks
+        self,
+        u: Tensor,
+        prototypes: Tensor,
+        inverse: Tensor | None,
+        log_prior: Tensor | None,
+        blocks: Blocks,
+        threshold: Tensor | None = None,
+        polynomial: Tensor | None = None,
     ) -> None:
-        self.u, self.prototypes, self.inverse, self.log_prior = u, prototypes, inverse, log_prior
-        self.blocks = blocks
+        self.u, self.prototypes, self.inverse, self.blocks = u, prototypes, inverse, blocks
+        self.log_prior, self.threshold, self.polynomial = (
+            None if one is None else one.to(u.dtype) for one in (log_prior, threshold, polynomial)
+        )
         self._logits = u.new_empty(blocks.rows * blocks.classes)
         self._unit = u.new_empty(blocks.classes, u.shape[1])
 
@@ -106,9 +116,14 @@ class Tiles:
         return self._logits[: height * width].view(height, width)
 
     def logits(self, unit: Tensor, rows: slice, start: int, stop: int) -> Tensor:
-        """s·cos + log-prior, or s·(x·w) + log-prior, of one row block and the chunk."""
+        """s·cos + log-prior, or s·(x·w) + log-prior, of one row block and the chunk; bent before the prior."""
         tile = self.empty(rows, start, stop)
         torch.mm(self.u[rows], unit.t(), out=tile)
+        if self.threshold is not None and self.polynomial is not None:
+            p0, p1, p2 = self.polynomial
+            hard = tile > self.threshold[rows, None]
+            self.slope = torch.where(hard, p1 + 2.0 * p2 * tile, 1.0)
+            tile.copy_(torch.where(hard, (p2 * tile + p1) * tile + p0, tile))
         if self.log_prior is not None:
             tile.add_(self.log_prior[start:stop])
         return tile

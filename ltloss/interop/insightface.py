@@ -25,6 +25,7 @@ from ltloss.distributed.batch_gather import BatchGather, gather_supervised
 from ltloss.distributed.layout import Layout, class_mesh, mesh_device
 from ltloss.distributed.logsumexp import ClassShard
 from ltloss.distributed.sampling import ClassSampler, seeded
+from ltloss.extend import Bend, logsumexp_stats, margin_losses, reduce_losses
 from ltloss.interop._fill import check_shape, fill
 from ltloss.losses.prototype_head import PrototypeHead
 
@@ -98,10 +99,10 @@ class CombinedMarginLoss:
     Args:
         s: scale.
         m1, m2, m3: the margins, m2 in radians.
-        interclass_filtering_threshold: 0, for no filter.
+        interclass_filtering_threshold: other classes with a larger cosine count as if it were 0; 0 for no filter.
 
     Raises:
-        ValueError, TypeError: other margins, of which InsightFace drops m1 and m2 or computes nothing; a filter.
+        ValueError, TypeError: other margins, of which InsightFace drops m1 and m2 or computes nothing.
 
     Example:
         >>> from ltloss.interop.insightface import CombinedMarginLoss, PartialFC_V2
@@ -116,11 +117,7 @@ class CombinedMarginLoss:
     interclass_filtering_threshold: float = 0
 
     def __post_init__(self) -> None:
-        if check_number("interclass_filtering_threshold", self.interclass_filtering_threshold) > 0:
-            raise ValueError(
-                "interclass_filtering_threshold must be 0, for all classes stay in the sum here; got "
-                f"{self.interclass_filtering_threshold}"
-            )
+        check_number("interclass_filtering_threshold", self.interclass_filtering_threshold)
         m1, m2, m3 = (check_number(name, getattr(self, name)) for name in ("m1", "m2", "m3"))
         if m1 != 1.0 or m3 < 0.0 or (m2 != 0.0 and m3 != 0.0):
             raise ValueError(
@@ -241,9 +238,16 @@ class PartialFC_V2(nn.Module):
         shard = ClassShard(self.layout) if self.layout.mesh is not None else None
         if self.sampler is not None and self.training:
             shard = self.sampler.draw(batch.labels, self.weight, self.layout)
-        return F.margin_cross_entropy(
-            batch.features, weight, batch.labels, shard=shard, **self.margin_softmax.options()
-        )
+        given, options = (batch.features, weight, batch.labels), self.margin_softmax.options()
+        threshold = getattr(self.margin_softmax, "interclass_filtering_threshold", 0)
+        if threshold <= 0:
+            return F.margin_cross_entropy(*given, shard=shard, **options)
+
+        def filtered(cosine: Tensor, labels: Tensor) -> Bend:
+            return Bend(torch.full_like(cosine, threshold))
+
+        stats = logsumexp_stats(*given, scale=options.pop("scale"), bend=filtered, shard=shard)
+        return reduce_losses(margin_losses(stats, **options), stats.labels)
 
     def extra_repr(self) -> str:
         """Shape and margin."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ltloss._validation import check_choice, check_number, check_type
-from ltloss.extend import LogSumExpStats, logsumexp_stats, margin_losses, reduce_losses
+from ltloss.extend import Bend, LogSumExpStats, logsumexp_stats, margin_losses, reduce_losses
 from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions
 from ltloss.margins import Margin
 from ltloss.numerics import compute_dtype
@@ -24,6 +25,7 @@ class SampleMarginLoss(CombinedMarginLoss):
     """Cross-entropy with a margin per sample. A subclass says which, and what it adds to the loss of a sample."""
 
     _shown: tuple[str, ...] = ()  # hyper-parameters of the subclass
+    _bend: Callable[[Tensor, Tensor], Bend] | None = None  # what becomes of the other classes' cosines
 
     def forward(self, features: Tensor, labels: Tensor, *, shard: Shard | None = None) -> Tensor:
         """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
@@ -36,6 +38,7 @@ class SampleMarginLoss(CombinedMarginLoss):
             normalize_features=self.normalize_features,
             ignore_index=self.ignore_index,
             with_logit_sum=self.label_smoothing > 0.0,
+            bend=self._bend,
             shard=shard,
             update=self.fused_update,
         )
@@ -52,7 +55,7 @@ class SampleMarginLoss(CombinedMarginLoss):
 
     def _of_samples(self, features: Tensor, stats: LogSumExpStats) -> tuple[dict[str, Any], Tensor | float]:
         """Options of :func:`ltloss.extend.margin_losses`, and what is added to the losses (N,)."""
-        raise NotImplementedError
+        return {}, 0.0
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""

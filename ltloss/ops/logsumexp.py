@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["BACKENDS", "LocalWork", "Shard", "Update", "gathered_stats", "propagate"]
 
 
+Bend = tuple[Tensor | None, Tensor | None]  # threshold (N,) and polynomial (3,) of ltloss.extend.Bend, for logits
+NO_BEND: Bend = (None, None)
+
+
 def _kernels() -> Any:
     import ltloss_kernels  # on first use: `import ltloss` needs no Triton
 
@@ -70,6 +74,8 @@ def _fake_stats(
     normalize_prototypes: bool,
     with_logit_sum: bool,
     ignore_index: int | None,
+    threshold: Tensor | None,
+    polynomial: Tensor | None,
 ) -> tuple[Tensor, ...]:
     like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
     n = features.shape[0]
@@ -102,7 +108,7 @@ def define_keeping(
 KEPT = "Tensor exponentials, Tensor shifts"
 _STATS_OF = (
     "(Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, float scale, bool normalize_features, "
-    "bool normalize_prototypes, bool with_logit_sum, int? ignore_index)"
+    "bool normalize_prototypes, bool with_logit_sum, int? ignore_index, Tensor? threshold, Tensor? polynomial)"
 )
 _STATS = "Tensor logsumexp, Tensor target_cosine, Tensor logit_sum, Tensor norm, Tensor class_scale"
 STATS = define(
@@ -142,7 +148,8 @@ def _kept_gradients(backend: str) -> Callable[..., _Gradients]:
 _GRADIENTS_OF = (
     "Tensor grad_loss, Tensor features, Tensor prototypes, Tensor labels, Tensor? log_prior, Tensor coefficients, "
     "Tensor class_scale, Tensor inverse_weight_sum, Tensor max_coefficient, float scale, bool smooth, "
-    "bool normalize_features, bool normalize_prototypes, int? ignore_index, bool[] needs"
+    "bool normalize_features, bool normalize_prototypes, int? ignore_index, Tensor? threshold, Tensor? polynomial, "
+    "bool[] needs"
 )
 _FOUND = "(Tensor features, Tensor prototypes, Tensor through_r)"
 _GRADIENTS = define(
@@ -200,7 +207,14 @@ class LocalWork(NamedTuple):
 
 
 def gathered_stats(
-    local: LocalWork, prototypes: Tensor, objective: Objective, smooth: bool, backend: str, shard: Shard, keep: bool
+    local: LocalWork,
+    prototypes: Tensor,
+    objective: Objective,
+    smooth: bool,
+    backend: str,
+    shard: Shard,
+    keep: bool,
+    bend: Bend = NO_BEND,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, list[Tensor]]:
     """Of all ranks logsumexp (S, N), logit_sum (S, N), target_cosine (N,), norm (N,); ``class_scale``; what is kept."""
     with_norm = objective.with_norm
@@ -215,6 +229,7 @@ def gathered_stats(
             *objective.normalize,
             smooth,
             None,
+            *bend,
         )
     else:  # a rank without classes
         like = local.features.new_zeros(local.features.shape[0], dtype=compute_dtype(local.features, prototypes))
@@ -241,7 +256,9 @@ def remember(
         update.watch(ctx)
 
 
-def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = None) -> tuple[Tensor | None, ...]:
+def propagate(
+    ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = None, bend: Bend = NO_BEND
+) -> tuple[Tensor | None, ...]:
     """The backward of the wide pass: dX, dW and that of the prior, summed over the ranks of a shard, and None for what
     comes after them.
 
@@ -264,7 +281,7 @@ def propagate(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = No
         else:
             gradients = functools.partial(_KEPT_GRADIENTS[ctx.backend], *kept) if kept else _GRADIENTS[ctx.backend]
         grad_features, grad_prototypes, through_r = gradients(
-            grad_loss, features, prototypes, labels, prior, coefficients, *rest, *ctx.options, needs
+            grad_loss, features, prototypes, labels, prior, coefficients, *rest, *ctx.options, *bend, needs
         )
     else:  # a rank without classes
         grad_features, grad_prototypes = torch.zeros_like(features), torch.zeros_like(prototypes)

@@ -21,6 +21,7 @@ from ltloss.ops._dispatch import define
 from ltloss.ops.logsumexp import (
     BACKENDS,
     KEPT,
+    NO_BEND,
     LocalWork,
     Shard,
     Update,
@@ -47,6 +48,7 @@ def _forward(backend: Callable[[], Any], keep: bool = False) -> Callable[..., tu
             *objective.normalize,
             objective.label_smoothing > 0.0,
             objective.ignore_index,
+            *NO_BEND,
             *kept,
         )
         loss = implementation.margin_loss(partials, labels, objective, prototypes.shape[0])

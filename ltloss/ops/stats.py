@@ -11,11 +11,14 @@ from torch import Tensor
 from ltloss import reference
 from ltloss._transforms import apply_of
 from ltloss.margins import Objective
+from ltloss.numerics import compute_dtype
 from ltloss.ops._dispatch import choose_backend
 from ltloss.ops.logsumexp import (
     BACKENDS,
     KEEPING_STATS,
+    NO_BEND,
     STATS,
+    Bend,
     LocalWork,
     Shard,
     Update,
@@ -26,7 +29,7 @@ from ltloss.ops.logsumexp import (
     remember,
 )
 
-__all__ = ["Stats", "logsumexp_stats"]
+__all__ = ["NO_BEND", "Stats", "logsumexp_stats", "target_cosines"]
 
 
 class Stats(NamedTuple):
@@ -45,16 +48,33 @@ def logsumexp_stats(
     with_logit_sum: bool,
     shard: Shard | None = None,
     update: Update | None = None,
+    bend: Bend = NO_BEND,
 ) -> Stats:
     """:func:`ltloss.extend.logsumexp_stats` on checked arguments. Differentiable, with any upstream gradient."""
     backend = choose_backend(features, prototypes, sharded=shard is not None, updated=update is not None)
     if backend == "reference":
-        return Stats(*reference.logsumexp_stats(features, prototypes, labels, objective, with_logit_sum))
+        return Stats(*reference.logsumexp_stats(features, prototypes, labels, objective, with_logit_sum, bend))
     prior, objective = objective.log_prior, objective._replace(log_prior=None)
-    given = features, prototypes, prior, labels, objective, with_logit_sum, backend, may_keep(), shard
+    keep = may_keep() and bend[0] is None
+    given = features, prototypes, prior, labels, objective, with_logit_sum, backend, keep, shard, *bend
     run: Any = apply_of(_LogSumExpStats) if update is None else functools.partial(update.run, _LogSumExpStats)
     r, target, logit_sum = run(*given)
     return Stats(r, target, logit_sum if with_logit_sum else None)
+
+
+@torch.no_grad()
+def target_cosines(features: Tensor, prototypes: Tensor, labels: Tensor, shard: Shard | None = None) -> Tensor:
+    """cos_y (N,) without a gradient, of all ranks of a shard; 0 where the label is -1."""
+    rows, dtype = slice(None) if shard is None else shard.rows(len(labels)), compute_dtype(features, prototypes)
+    here, features = labels[rows], features[rows]
+    if shard is not None:
+        here = shard.local_labels(here)
+    if not len(prototypes):  # a rank without classes
+        cosine = features.new_zeros(len(features), dtype=dtype)
+    else:
+        x = reference.direction(features.masked_fill((here < 0)[:, None], 0.0).to(dtype))
+        cosine = (x * reference.direction(prototypes[here.clamp_min(0)].to(dtype))).sum(1)
+    return cosine if shard is None else shard.gather(cosine[None])[:, 0].sum(0)
 
 
 class _LogSumExpStats(torch.autograd.Function):
@@ -74,6 +94,8 @@ class _LogSumExpStats(torch.autograd.Function):
         backend: str,
         keep: bool,
         shard: Shard | None,
+        threshold: Tensor | None,
+        polynomial: Tensor | None,
         update: Update | None = None,
         anchor: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,17 +105,27 @@ class _LogSumExpStats(torch.autograd.Function):
         if shard is None:
             keep = keep and keeps(ctx, features, prototypes, backend)
             r, cosine, logit_sum, norm, class_scale, *kept = (KEEPING_STATS if keep else STATS)[backend](
-                features, prototypes, labels, prior, scale, *normalize, with_logit_sum, ignore_index
+                features,
+                prototypes,
+                labels,
+                prior,
+                scale,
+                *normalize,
+                with_logit_sum,
+                ignore_index,
+                threshold,
+                polynomial,
             )
         else:
+            threshold = None if threshold is None else threshold[shard.rows(len(labels))]
             local = LocalWork.of(features, labels, objective, shard)
             keep = keep and keeps(ctx, local.features, prototypes, backend)
             (parts, sums, cosine, norm), class_scale, kept = gathered_stats(
-                local, prototypes, objective, with_logit_sum, backend, shard, keep
+                local, prototypes, objective, with_logit_sum, backend, shard, keep, (threshold, polynomial)
             )
             r, logit_sum = torch.logsumexp(parts, 0), sums.sum(0) if with_logit_sum else sums
             (features, labels, prior), ignore_index = local, None
-        ctx.save_for_backward(features, prototypes, labels, prior, r, class_scale, *kept)
+        ctx.save_for_backward(features, prototypes, labels, prior, r, class_scale, threshold, polynomial, *kept)
         ctx.options = scale, with_logit_sum, *normalize, ignore_index
         ctx.with_norm = with_norm
         remember(ctx, backend, shard, update)
@@ -101,7 +133,7 @@ class _LogSumExpStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        features, prototypes, labels, prior, r, class_scale, *kept = ctx.saved_tensors
+        features, prototypes, labels, prior, r, class_scale, threshold, polynomial, *kept = ctx.saved_tensors
         with_logit_sum = ctx.options[1]
         d_all = grads[2] if with_logit_sum else torch.zeros_like(r)
         # The target logit s·‖x‖·cos_y is linear in x: no part of its gradient goes by the length alone.
@@ -109,4 +141,4 @@ class _LogSumExpStats(torch.autograd.Function):
         one = r.new_ones(())
         coefficients, max_coefficient = BACKENDS[ctx.backend]().coefficients(torch.stack(rows))
         given = features, prototypes, labels, prior, coefficients, class_scale, one, max_coefficient
-        return propagate(ctx, one, (*given, *kept))
+        return propagate(ctx, one, (*given, *kept), (threshold, polynomial))

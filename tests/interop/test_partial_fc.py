@@ -31,17 +31,20 @@ class Step(NamedTuple):
     weight: Tensor
 
 
-def _dense(embeddings: Tensor, weight: Tensor, labels: Tensor, s: float, m2: float, m3: float) -> Step:
+def _dense(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, s: float, m2: float, m3: float, threshold: float = 0.0
+) -> Step:
     """As they are: probabilities of at least 1e-30, and the gradient written by hand, in which no margin is."""
     x_norm, w_norm = embeddings.norm(dim=1, keepdim=True), weight.norm(dim=1, keepdim=True)
     x, w = embeddings / x_norm, weight / w_norm
     cosine = (x @ w.t()).clamp(-1, 1)
     one_hot = torch.zeros_like(cosine).scatter_(1, labels[:, None], 1.0)
     target = torch.cos(torch.arccos(cosine) + m2) if m2 else cosine - m3
-    exponentials = torch.exp(s * (torch.where(one_hot == 1, target, cosine) - 1))
+    filtered = (one_hot == 0) & (cosine > threshold) & (threshold > 0)
+    exponentials = torch.exp(s * (torch.where(one_hot == 1, target, cosine.masked_fill(filtered, 0.0)) - 1))
     probability = exponentials / exponentials.sum(1, keepdim=True)
     loss = -(probability * one_hot).sum(1).clamp_min(1e-30).log().mean()
-    slope = s * (probability - one_hot) / len(labels)
+    slope = (s * (probability - one_hot) / len(labels)).masked_fill(filtered, 0.0)
     dx, dw = slope @ w, slope.t() @ x
     dx, dw = (d - (d * unit).sum(1, keepdim=True) * unit for d, unit in ((dx, x), (dw, w)))
     return Step(loss, dx / x_norm, dw / w_norm)
@@ -74,11 +77,13 @@ def test_values_and_gradients_are_theirs() -> None:
         n, c, d, s = r.randint(1, 8), r.randint(1, 12), r.randint(2, 8), r.choice([30.0, 8, 1.5])
         m2, m3 = r.choice([(0.5, 0.0), (r.uniform(0.1, 3.0), 0.0), (0.0, 0.4), (0.0, r.uniform(0.01, 0.9)), (0.0, 0.0)])
         plain = CosFace(s, m3) if m3 else ArcFace(s, m2)
-        head = PartialFC_V2(r.choice([plain, CombinedMarginLoss(s, 1.0, m2, m3, 0)]), d, c).double()
+        threshold = r.choice([0, 0, 0.4, 0.1])
+        combined = CombinedMarginLoss(s, 1.0, m2, m3, threshold)
+        head = PartialFC_V2(combined if threshold else r.choice([plain, combined]), d, c).double()
         head.load_state_dict({"weight": _double(c, d, seed=seed)})
         embeddings, labels = 3 * _double(n, d, seed=seed + 1000), torch.tensor([r.randrange(c) for _ in range(n)])
         given = labels[:, None] if r.random() < 0.5 else labels
-        expected = _dense(embeddings, head.weight.detach(), labels, s, m2, m3)
+        expected = _dense(embeddings, head.weight.detach(), labels, s, m2, m3, threshold)
         _agree(_step(head, embeddings, given), expected)
 
 
@@ -122,8 +127,8 @@ def test_refusals() -> None:
     for m1, m2, m3 in ((1.2, 0.5, 0.0), (1.0, 0.5, 0.2), (1.0, 0.0, -0.1), (0.9, 0.0, 0.4)):
         with refused(f"m1={m1}", f"m2={m2}", f"m3={m3}", "ltloss.CombinedMarginLoss"):
             CombinedMarginLoss(64, m1, m2, m3)
-    with refused("interclass_filtering_threshold", "0", "0.4"):
-        CombinedMarginLoss(64, 1.0, 0.5, 0.0, 0.4)
+    with refused("interclass_filtering_threshold", "str", error=TypeError):
+        CombinedMarginLoss(64, 1.0, 0.5, 0.0, "0.4")  # type: ignore[arg-type]
     with refused("margin", "4"):
         ArcFace(64, 4)
     with refused("s", "0"):

@@ -22,8 +22,11 @@ STATE = {
     "CosineSpaceLoss": {"step", "centers.centers", "centers.counts"},
     "AdaFaceLoss": {"length_moments"},
     "ElasticFaceLoss": {"step"},
+    "CurricularFaceLoss": {"mean_cosine"},
 }
-CROSS_ENTROPIES = [name for name in MODULES if name not in (*STATE, "MagFaceLoss")]  # with the options of the family
+CROSS_ENTROPIES = [  # with the options of the family
+    name for name in MODULES if name not in (*STATE, "MagFaceLoss", "InterclassFilterLoss")
+]
 
 
 def batch(n: int = 7, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,12 @@ def _margin_arguments() -> tuple[Any, ...]:
 def _gradient_arguments(needs: list[bool], n: int = 4) -> tuple[Any, ...]:
     _, coefficients, inverse, bound, factor = OPERATORS["margin_cross_entropy"]["torch"](*_loss_arguments(n=n))
     given = _problem(n, requires_grad=False)
-    return (torch.tensor(0.7), *given, None, coefficients, factor, inverse, bound, 9.0, True, True, True, -100, needs)
+    options = 9.0, True, True, True, -100, None, None
+    return (torch.tensor(0.7), *given, None, coefficients, factor, inverse, bound, *options, needs)
+
+
+def _bend() -> list[Tensor]:
+    return [torch.linspace(-1.0, 1.0, 4), torch.tensor([0.0, 0.3, 0.1])]
 
 
 def _kept_arguments(needs: list[bool]) -> tuple[Any, ...]:
@@ -54,18 +59,40 @@ def _kept_arguments(needs: list[bool]) -> tuple[Any, ...]:
     return (exponentials, shifts, *_gradient_arguments(needs))
 
 
+_COSINES = (*_problem(requires_grad=False), None, 9.0, True, True)
 CASES: dict[str, Any] = {
     "margin_cross_entropy": _loss_arguments,
     "margin_cross_entropy_keeping": _loss_arguments,
     "margin_cross_entropy none": lambda: _loss_arguments("none", False),
     "margin_cross_entropy empty": lambda: _loss_arguments("sum", n=0),
     "margin_loss": _margin_arguments,
-    "logsumexp_stats": lambda: (*_problem(requires_grad=False), None, 9.0, True, True, False, -100),
-    "logsumexp_stats prior": lambda: (*_problem(requires_grad=False), torch.randn(6), 9.0, True, True, True, None),
-    "logsumexp_stats length": lambda: (*_problem(requires_grad=False), None, 9.0, False, True, True, -100),
-    "logsumexp_stats linear": lambda: (*_problem(requires_grad=False), None, 9.0, False, False, True, -100),
-    "logsumexp_stats empty": lambda: (*_problem(0, requires_grad=False), None, 9.0, True, True, False, -100),
-    "logsumexp_stats_keeping": lambda: (*_problem(requires_grad=False), None, 9.0, True, True, True, -100),
+    "logsumexp_stats": lambda: (*_COSINES, False, -100, None, None),
+    "logsumexp_stats prior": lambda: (
+        *_problem(requires_grad=False),
+        torch.randn(6),
+        9.0,
+        True,
+        True,
+        True,
+        None,
+        None,
+        None,
+    ),
+    "logsumexp_stats length": lambda: (*_problem(requires_grad=False), None, 9.0, False, True, True, -100, None, None),
+    "logsumexp_stats linear": lambda: (*_problem(requires_grad=False), None, 9.0, False, False, True, -100, None, None),
+    "logsumexp_stats bend": lambda: (*_COSINES, False, -100, *_bend()),
+    "logsumexp_stats empty": lambda: (
+        *_problem(0, False),
+        None,
+        9.0,
+        True,
+        True,
+        False,
+        -100,
+        None,
+        None,
+    ),
+    "logsumexp_stats_keeping": lambda: (*_COSINES, True, -100, None, None),
     "logsumexp_gradients": lambda: _gradient_arguments([True, True, True]),
     "logsumexp_gradients_of_kept": lambda: _kept_arguments([True, True, True]),
     "logsumexp_gradients_of_kept features": lambda: _kept_arguments([True, False, False]),

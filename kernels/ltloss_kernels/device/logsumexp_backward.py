@@ -24,6 +24,7 @@ from ltloss_kernels.device.elementary import (
     scaled_rows,
     unit_rows,
 )
+from ltloss_kernels.device.logsumexp_forward import bent, load_thresholds
 from ltloss_kernels.device.tile_io import holds_a_label, load_block, store_block, tile_product
 
 __all__ = ["gradient_tile_kernel", "sample_gradient_kernel", "slab_scale"]
@@ -171,6 +172,8 @@ def gradient_tile_kernel(
     prior_ptr,
     label_ptr,
     sample_gradients_ptr,
+    threshold_ptr,
+    polynomial_ptr,
     kept,
     kept_shift_ptr,
     # outputs
@@ -210,6 +213,7 @@ def gradient_tile_kernel(
     block the sum of dZ_ic·(x̂_i·w̃_c), which adds up to g·w̃_c with g = dZᵀX̂: for prototype_gradient_kernel.
     through_r (row blocks, classes) or None: of each block the sum of 2^(l·log2 e - shift)·d_lse over other classes'
     samples, the gradient of the prior.
+    threshold (samples,) and polynomial (3,), or None: see :func:`bent`.
     kept (samples, all classes) or None: the exponentials of the forward, so that there is no product, nor features,
     prototypes and prior; they are relative to kept_shift_ptr (tiles of KEPT_CLASSES, samples), whose rows are
     kept_shift_stride apart, or to the number kept_shift. Then FOLD is off and along is None.
@@ -238,8 +242,11 @@ def gradient_tile_kernel(
     stride = sample_gradients_stride.to(tl.int64)
     shift = tl.load(at, mask=inside, other=float("inf"))
     d_lse = tl.load(at + stride, mask=inside, other=0.0)
+    slope = 1.0
     if kept is None:
-        logit = product * logit_scale_log2[None, :] - shift[:, None]
+        logit = product * logit_scale_log2[None, :]
+        logit, slope = bent(logit, load_thresholds(threshold_ptr, rows, inside), polynomial_ptr)
+        logit -= shift[:, None]
         if prior_ptr is not None:
             logit += (tl.load(prior_ptr + here, mask=known, other=0.0) * LOG2E)[None, :]
         gradient = tl.exp2(logit)
@@ -259,6 +266,7 @@ def gradient_tile_kernel(
     if through_r_ptr is not None:
         others = tl.where(here[None, :] == label[:, None], 0.0, gradient)
         tl.store(through_r_ptr + block.to(tl.int64) * classes + here, tl.sum(others, 0), mask=known)
+    gradient *= slope
     if SMOOTH:
         gradient += tl.load(at + 3 * stride, mask=inside, other=0.0)[:, None]
     if holds_a_label(label, column, BLOCK_CLASSES):

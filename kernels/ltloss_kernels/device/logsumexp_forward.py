@@ -14,7 +14,7 @@ import triton.language as tl
 from ltloss_kernels.device.elementary import LN2, LOG2E, exact_cosine, exact_product, log, scaled_rows, unit_rows
 from ltloss_kernels.device.tile_io import holds_a_label, inverse_lengths, load_block, store_block, tile_product
 
-__all__ = ["add_splits", "combine_splits", "cosine_logsumexp_kernel", "sample_kernel"]
+__all__ = ["add_splits", "bent", "combine_splits", "cosine_logsumexp_kernel", "load_thresholds", "sample_kernel"]
 
 
 @triton.jit(do_not_specialize=["samples", "classes", "class_tiles"])
@@ -114,6 +114,30 @@ def prior_log2(prior_ptr, classes_here, classes, RAW: tl.constexpr):
 
 
 @triton.jit
+def load_thresholds(threshold_ptr, rows, inside):
+    """Those of some rows (R,), in units of log 2; or None."""
+    if threshold_ptr is None:
+        return None
+    return tl.load(threshold_ptr + rows, mask=inside, other=0.0) * LOG2E
+
+
+@triton.jit
+def bent(logit, threshold, polynomial_ptr):
+    """What becomes of logits (R, C) beyond the threshold (R,) of their row, and the slope of that; 1 below.
+
+    p0 + p1·l + p2·l² with the polynomial (3,) in natural units, all else in those of log 2. Without thresholds nothing
+    changes.
+    """
+    if threshold is None:
+        return logit, 1.0
+    p0, p1 = tl.load(polynomial_ptr) * LOG2E, tl.load(polynomial_ptr + 1)
+    p2 = tl.load(polynomial_ptr + 2) * LN2
+    hard = logit > threshold[:, None]
+    slope = tl.where(hard, 2.0 * p2 * logit + p1, 1.0)
+    return tl.where(hard, (p2 * logit + p1) * logit + p0, logit), slope
+
+
+@triton.jit
 def store_unless_none(target_ptr, cell, values, inside):
     """What was asked for."""
     if target_ptr is not None:
@@ -172,6 +196,8 @@ def cosine_logsumexp_kernel(
     prior_ptr,
     label_ptr,
     flags_ptr,
+    threshold_ptr,
+    polynomial_ptr,
     # outputs
     partial_sum_ptr,
     partial_max_ptr,
@@ -211,6 +237,7 @@ def cosine_logsumexp_kernel(
     With NORMS the tiles find the lengths themselves, so that prototypes are read once: logit_scale_log2 (classes,) is
     an output, factor_scale/‖w‖; prior (classes,) is in natural units; there are no flags, each tile looks for labels.
     RESIDENT: BLOCK_DEPTH covers all columns, and the row block is loaded once.
+    threshold (samples,) and polynomial (3,), or None: see :func:`bent`.
     partial_sum (splits, samples): Σ 2^(l·log2 e - shift). The shift, in units of log 2, is the argument, or the running
     maximum of each row, which partial_max (splits, samples) returns unless it is None. partial_logit (splits, samples)
     or None: Σ s·cos over all classes of the range. Rows of the three are ``partial_stride`` apart.
@@ -235,6 +262,7 @@ def cosine_logsumexp_kernel(
     label_at = label_ptr + rows
     if NORMS:
         label = tl.load(label_at, mask=inside, other=-1)
+    threshold = load_thresholds(threshold_ptr, rows, inside)
     tl.assume(width > 0)  # else the flattened loop has a second body, for products of no columns
     for tile in tl.range(first, last, flatten=True):
         product, squares = tile_product(
@@ -256,6 +284,7 @@ def cosine_logsumexp_kernel(
         logit = product * logit_scale_log2[None, :]
         if partial_logit_ptr is not None:
             logit_sum += tl.sum(logit, 1)
+        logit, _ = bent(logit, threshold, polynomial_ptr)
         if prior_ptr is not None:
             logit += prior_log2(prior_ptr, here, classes, NORMS)[None, :]
         elif partial_max_ptr is None:

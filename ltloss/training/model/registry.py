@@ -36,6 +36,8 @@ LOSSES: dict[str, LossKind] = {
     "adaface": LossKind("AdaFaceLoss", tau_as_prior=True),
     "magface": LossKind("MagFaceLoss", tau_as_prior=True),
     "elasticface": LossKind("ElasticFaceLoss", tau_as_prior=True),
+    "curricularface": LossKind("CurricularFaceLoss", tau_as_prior=True),
+    "interclass-filter": LossKind("InterclassFilterLoss", tau_as_prior=True, aliases={"margin": "angular_margin"}),
     "combined": LossKind("CombinedMarginLoss", tau_as_prior=True, aliases={"margin": "angular_margin"}),
     "ldam": LossKind("LDAMLoss", takes_counts=True, tau_as_prior=True, aliases={"margin": "max_margin"}),
     "logit-adjusted": LossKind("LogitAdjustedLoss", takes_counts=True),
