@@ -16,7 +16,7 @@ R = TypeVar("R")
 C = TypeVar("C", bound=type)
 
 __all__ = ["renamed_fields", "renamed_keys", "renamed_keywords", "warn_deprecated"]
-_OURS = ("ltloss.", "argparse")  # an option of the command is read within argparse
+_OURS = (__name__.removesuffix("_deprecation"), "argparse")  # an option of the command is read within argparse
 
 
 def warn_deprecated(message: str) -> None:

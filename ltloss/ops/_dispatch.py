@@ -151,13 +151,15 @@ def define(schema: str, fake: Callable[..., Any], **implementations: Callable[..
     }
 
 
-_LIBRARY = torch.library.Library("ltloss", "FRAGMENT")  # type: ignore[no-untyped-call]
+# "ltloss", or what another copy of this package is imported as (kernels/hub): two of them then stand side by side.
+_NAMESPACE = __name__.removesuffix(".ops._dispatch").replace(".", "_")
+_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}  # by operator; what hides behind it from a TorchDispatchMode
 
 
 def _register(name: str, signature: str, fake: Callable[..., Any], implementation: Callable[..., Any] | Kernel) -> Any:
     _LIBRARY.define(f"{name}{signature}", tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
-    operator = getattr(torch.ops.ltloss, name).default
+    operator = getattr(getattr(torch.ops, _NAMESPACE), name).default
 
     def implement(work: Callable[..., Any]) -> Callable[..., Any]:
         IMPLEMENTATIONS[operator] = work
@@ -179,7 +181,7 @@ def _register(name: str, signature: str, fake: Callable[..., Any], implementatio
     implement(first_call if isinstance(implementation, Kernel) else implementation)
     for device in ("CPU", "CUDA", "XPU", "MPS"):
         _LIBRARY.impl(name, without_autocast, f"Autocast{device}")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"ltloss::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return operator
 
 
