@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-compile compile-launches lint bench kernel-report gpu clean
+.PHONY: help demo test test-fast test-compile compile-launches lint bench kernel-report hub gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1|/' | column -t -s '|'
@@ -47,9 +47,13 @@ bench: $(VENV)/.installed  ## measure loss and whole step against the peers, wri
 kernel-report: $(VENV)/.installed  ## compile every kernel for sm_80, sm_90 and sm_100 (no GPU needed), write the table
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.kernel_report --documentation docs/kernels.md
 
+hub: $(VENV)/.installed  ## write the loss head as a kernel for the Hugging Face hub, load it from its folder, check its values
+	@$(PIP) -e '.[hub]'
+	@$(BIN)/python kernels/hub/build.py
+
 # A machine with a GPU has its PyTorch already: nothing is installed, and 9 minutes are enough.
 gpu:  ## check and measure on this machine's GPU, write benchmarks/results/<device>.csv
 	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.loss_gpu
 
 clean:  ## remove everything that the other targets made
-	rm -rf $(VENV) demo runs .mypy_cache .ruff_cache .pytest_cache .benchmarks
+	rm -rf $(VENV) build demo runs .mypy_cache .ruff_cache .pytest_cache .benchmarks
