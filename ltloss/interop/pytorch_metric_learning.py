@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from ltloss import functional as F
 from ltloss._validation import check_count, check_number
 from ltloss.distributed.layout import Layout
+from ltloss.extend import logsumexp_stats, margin_losses
 from ltloss.interop._fill import fill
+from ltloss.interop._pytorch_metric_learning import found_cosines, miner_weights, unknown_distance
 from ltloss.losses.prototype_head import PrototypeHead
-from ltloss.reference import cosine_logits, cosines, direction
+from ltloss.reference import cosine_logits, products
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArcFaceLoss",
     "CosFaceLoss",
+    "LargeMarginSoftmaxLoss",
     "NormalizedSoftmaxLoss",
     "SphereFaceLoss",
     "import_pytorch_metric_learning",
@@ -86,9 +89,9 @@ class _ClassificationLoss(nn.Module):
 
     def _normalizes(self, distance: Callable[..., Tensor] | None) -> bool:
         """Whether the embeddings are normalised; ValueError for a distance that is none of ours."""
-        if distance is None or _found_cosines(distance, self.embedding_size)[0]:
+        if distance is None or found_cosines(distance, self.embedding_size)[0]:
             return True
-        raise _unknown_distance(distance, "the cosines, as CosineSimilarity() does")
+        raise unknown_distance(distance, "the cosines, as CosineSimilarity() does")
 
     def _options(self) -> dict[str, Any]:
         """Of :func:`ltloss.functional.margin_cross_entropy`."""
@@ -122,8 +125,8 @@ class _ClassificationLoss(nn.Module):
         if self.W.device != embeddings.device:  # in place, so that an optimizer over W stays one
             self.W.data = self.W.data.to(embeddings.device)
         labels = labels.to(embeddings.device)
-        losses = F.margin_cross_entropy(embeddings, self.weight, labels, reduction="none", **self._options())
-        losses = losses * _miner_weights(indices_tuple, losses)
+        losses = self._losses(embeddings, labels)
+        losses = losses * miner_weights(indices_tuple, losses)
         samples = torch.arange(losses.shape[0], device=losses.device)
         found: dict[str, dict[str, Any]] = {
             "loss": {"losses": losses, "indices": samples, "reduction_type": "element"},
@@ -136,6 +139,10 @@ class _ClassificationLoss(nn.Module):
                 value = regularizer(argument) * factor
                 found[name] = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
         return self._reduced(found, embeddings, labels)
+
+    def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """(N,), not weighted."""
+        return F.margin_cross_entropy(embeddings, self.weight, labels, reduction="none", **self._options())
 
     def _reduced(self, found: dict[str, dict[str, Any]], embeddings: Tensor, labels: Tensor) -> Any:
         """The sum of what the reducer makes of each part; of a reducer of all parts, what that returns."""
@@ -161,37 +168,6 @@ class _ClassificationLoss(nn.Module):
 
 
 _OF_ALL = {"MultipleReducers", "DoNothingReducer"}  # reducers that take all parts of the loss in one call
-
-
-def _found_cosines(distance: Any, width: int) -> tuple[bool, bool]:
-    """Whether a distance computes cosines to unit prototypes, and whether those times the length of the embedding.
-
-    By what it returns, which holds for distances of anyone.
-    """
-    rows = torch.arange(1.0, 5.0 * width + 1.0, dtype=torch.float64, device="cpu").sin().view(5, width)
-    queries, prototypes = rows[:2], direction(rows[2:])
-    expected = cosines(queries, prototypes)
-    found = distance(queries, prototypes) if getattr(distance, "p", 2) == 2 else expected.new_full((), math.nan)
-    lengths = torch.linalg.vector_norm(queries, dim=1, keepdim=True)
-    same, scaled = (found.shape == e.shape and torch.allclose(found, e) for e in (expected, expected * lengths))
-    return same, scaled
-
-
-def _unknown_distance(distance: Any, expected: str) -> ValueError:
-    options = [
-        f"{name}={getattr(distance, name)}" for name in ("normalize_embeddings", "p", "power") if name in vars(distance)
-    ]
-    return ValueError(
-        f"distance must be None or compute {expected}; got {type(distance).__name__}({', '.join(options)})"
-    )
-
-
-def _miner_weights(indices_tuple: Sequence[Tensor] | None, losses: Tensor) -> Tensor | float:
-    if indices_tuple is None or all(len(indices) == 0 for indices in indices_tuple):
-        return 1.0
-    chosen = torch.cat(tuple(indices_tuple)).to(losses.device)
-    counts = torch.bincount(chosen, minlength=losses.shape[0]).to(losses.dtype)
-    return counts / counts.max()
 
 
 class ArcFaceLoss(_ClassificationLoss):
@@ -309,10 +285,10 @@ class NormalizedSoftmaxLoss(_ClassificationLoss):
         self.temperature = check_number("temperature", temperature, above=0.0)
 
     def _normalizes(self, distance: Callable[..., Tensor] | None) -> bool:
-        cosine, scaled = (True, False) if distance is None else _found_cosines(distance, self.embedding_size)
+        cosine, scaled = (True, False) if distance is None else found_cosines(distance, self.embedding_size)
         if cosine or scaled:
             return cosine
-        raise _unknown_distance(distance, "cosines or products, as DotProductSimilarity() and CosineSimilarity() do")
+        raise unknown_distance(distance, "cosines or products, as DotProductSimilarity() and CosineSimilarity() do")
 
     def _options(self) -> dict[str, Any]:
         return {"scale": 1.0 / self.temperature, "normalize_features": self._normalized}
@@ -354,6 +330,37 @@ class SphereFaceLoss(_ClassificationLoss):
 
     def _options(self) -> dict[str, Any]:
         return {"scale": self.scale, "angle_multiplier": self.margin, "normalize_features": False}
+
+
+class LargeMarginSoftmaxLoss(SphereFaceLoss):
+    """``pytorch_metric_learning.losses.LargeMarginSoftmaxLoss``: :class:`SphereFaceLoss` times the prototype's length.
+
+    Logits s·x·w_c, and s·‖x‖·‖w_y‖·ψ(θ_y) for the target.
+
+    Source: Liu et al., Large-margin softmax, ICML 2016, eq. 4 to 6.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.interop.pytorch_metric_learning import LargeMarginSoftmaxLoss
+        >>> loss_fn = LargeMarginSoftmaxLoss(100, 16, margin=4, scale=1)
+        >>> loss_fn(torch.randn(4, 16), torch.tensor([0, 7, 99, 3])).shape
+        torch.Size([])
+    """
+
+    def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        stats = logsumexp_stats(
+            embeddings, self.weight, labels, scale=self.scale, normalize_features=False, normalize_prototypes=False
+        )
+        counted = embeddings.masked_fill(stats.labels[:, None] < 0, 0.0)
+        pairs, dtype = (counted, self.weight[stats.labels.clamp_min(0)]), stats.target_logit.dtype
+        x, w = (torch.linalg.vector_norm(rows, dim=1, dtype=dtype) for rows in pairs)
+        # Only the target needs its cosine: the logit divided by what multiplies it.
+        stats = stats._replace(logit_scale=self.scale * x * w, normalize_prototypes=True)
+        return margin_losses(stats, angle_multiplier=self.margin)
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Logits without margin (N, C), dense."""
+        return self.scale * products(embeddings, self.weight)
 
 
 def import_pytorch_metric_learning(head: PrototypeHead, loss: nn.Module | Mapping[str, Tensor] | Tensor) -> None:
