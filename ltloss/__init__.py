@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         interop,
         optim,
         reference,
+        sub_centers,
         testing,
         training,
     )
@@ -88,6 +89,7 @@ __all__ = [
     "optim",
     "reference",
     "set_debug",
+    "sub_centers",
     "testing",
     "training",
     "use_backend",

@@ -35,6 +35,7 @@ __all__ = [
     "check_same_device",
     "check_scalar",
     "check_scale",
+    "check_sub_centers",
     "check_supervised",
     "check_type",
     "check_values",
@@ -43,6 +44,7 @@ __all__ = [
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MOST_SUB_CENTERS = 8
 _PI = math.pi + 1e-6  # that of float32 is larger than that of float64
 _LARGEST = sys.float_info.max
 
@@ -121,17 +123,19 @@ def check_type(name: str, given: Any, expected: type[int] | type[bool]) -> None:
         raise TypeError(f"{name} must be {what}; got {type(given).__name__} {given!r}")
 
 
-def _check_matrix(name: str, given: Any, shape: str, dtypes: Sequence[torch.dtype] = _DTYPES) -> None:
+def _check_matrix(
+    name: str, given: Any, shape: str, dtypes: Sequence[torch.dtype] = _DTYPES, dims: Sequence[int] = (2,)
+) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {shape}; got {type(given).__name__}")
     if given.layout != torch.strided:
         raise TypeError(f"{name} must be dense, of the layout torch.strided; got {given.layout}")
-    if given.dim() != 2:
+    if given.dim() not in dims:
         raise ValueError(f"{name} must have the shape {shape}; got {tuple(given.shape)}")
     if given.dtype not in dtypes:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be of a floating-point dtype, {known}; got {given.dtype}")
-    if given.shape[1] == 0:
+    if given.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one column {shape}; got {tuple(given.shape)}")
 
 
@@ -141,10 +145,21 @@ def check_features(features: Any) -> None:
 
 
 def check_prototypes(prototypes: Any) -> None:
-    """(C, D) floating point with at least one class."""
-    _check_matrix("prototypes", prototypes, "(C, D)", (*_DTYPES, FLOAT8))
+    """(C, D), or with sub-centres (C, K, D), floating point with at least one class."""
+    _check_matrix("prototypes", prototypes, "(C, D) or (C, K, D)", (*_DTYPES, FLOAT8), (2, 3))
     if prototypes.shape[0] == 0:
         raise ValueError(f"prototypes must hold at least one class (C, D); got {tuple(prototypes.shape)}")
+    if prototypes.dim() == 3:
+        check_sub_centers(prototypes.shape[1], prototypes.dtype)
+
+
+def check_sub_centers(given: Any, dtype: torch.dtype | None = None) -> int:
+    """K, from 1 to 8; the prototypes in a ``dtype`` in which each row needs no more than itself."""
+    if isinstance(given, bool) or not isinstance(given, numbers.Integral) or not 1 <= int(given) <= _MOST_SUB_CENTERS:
+        raise ValueError(f"sub_centers, K of prototypes (C, K, D), must be 1 to {_MOST_SUB_CENTERS}; got {given!r}")
+    if int(given) > 1 and dtype == FLOAT8:
+        raise TypeError(f"sub_centers={given} needs prototypes in half precision, float32 or float64; got {dtype}")
+    return int(given)
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -163,7 +178,7 @@ def check_pair(features: Any, prototypes: Any) -> None:
 
 
 def _check_same_width(**matrices: Tensor) -> None:
-    if len({matrix.shape[1] for matrix in matrices.values()}) > 1:
+    if len({matrix.shape[-1] for matrix in matrices.values()}) > 1:
         given = " and ".join(f"{name} {tuple(matrix.shape)}" for name, matrix in matrices.items())
         raise ValueError(f"{' and '.join(matrices)} must have the same width D; got {given}")
     check_same_device(**matrices)
@@ -179,6 +194,11 @@ def check_matrices(**given: Any) -> None:
 def check_lengths(prototypes: Tensor, normalize_prototypes: Any) -> None:
     """True or False, and True for float8, whose rows are kept times a power of two each."""
     check_type("normalize_prototypes", normalize_prototypes, bool)
+    if prototypes.dim() == 3 and not normalize_prototypes:
+        raise ValueError(
+            "normalize_prototypes=False needs one prototype a class (C, D); got sub-centres of shape "
+            f"{tuple(prototypes.shape)}"
+        )
     if prototypes.dtype == FLOAT8 and not normalize_prototypes:
         raise TypeError(
             f"normalize_prototypes=False needs prototypes that are kept as they are; got {FLOAT8}, which is right up "

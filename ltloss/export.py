@@ -81,7 +81,9 @@ class InferenceHead(nn.Module):
         self.head: Any = None
         if isinstance(head, PrototypeHead) and type(head).logits is PrototypeHead.logits:
             self.scale, self.normalize_features = head.scale, head.normalize_features
-            self.register_buffer("directions", direction(converted(head.weight.detach(), torch.float32)))
+            self.centers = head.sub_centers
+            weight = converted(head.weight.detach(), torch.float32).flatten(0, -2)
+            self.register_buffer("directions", direction(weight))
         else:
             self.head = head
 
@@ -96,6 +98,8 @@ class InferenceHead(nn.Module):
             cosine = (found * unit[:, None]).sum(-1)
         else:
             cosines = nn.functional.linear(unit, self.directions)  # in ONNX a Gemm, which transposes nothing
+            if self.centers > 1:
+                cosines = cosines.view(len(features), -1, self.centers).amax(2)
             logits = self.scale * cosines
             if not self.normalize_features:
                 logits = logits * torch.linalg.vector_norm(features, dim=1, keepdim=True)
@@ -141,7 +145,7 @@ def export_head(
     given: Any = head
     described = given.described() if isinstance(given, PrototypeHead) else {}
     facts = {"loss": type(given).__name__, **described, **(metadata or {})}
-    example = torch.zeros(2, given.weight.shape[1], device=given.weight.device)
+    example = torch.zeros(2, given.weight.shape[-1], device=given.weight.device)
     export_module(frozen, "embeddings", example, path, to=to, metadata=facts)
 
 

@@ -82,7 +82,9 @@ def margin_cross_entropy(
 
     Args:
         features: (N, D), any floating dtype, any length, any strides.
-        prototypes: (C, D), likewise; its dtype may differ from that of ``features``.
+        prototypes: (C, D), likewise; its dtype may differ from that of ``features``. Or (C, K, D), K sub-centres a
+            class, up to 8: a class's cosine is the largest of its K, and the gradient goes to that one, of equal ones
+            to the first.
         labels: (N,) integers in [0, C), or ``ignore_index``.
         scale: s > 0, the inverse temperature. The modules take theirs from C: :func:`ltloss.default_scale`.
         angular_margin: m2 in radians, a number or (C,).
@@ -115,8 +117,9 @@ def margin_cross_entropy(
         IndexError: a label outside [0, C) that is not ``ignore_index``, with its position (on a GPU: only under
             ``ltloss.debug_labels``, and the sample's loss is NaN otherwise).
 
-    Sources: Wang et al., NormFace, ACM MM 2017; CosFace, CVPR 2018; Deng et al., ArcFace, CVPR 2019;
-    Cao et al., LDAM, NeurIPS 2019; Menon et al., Logit adjustment, ICLR 2021; Ren et al., NeurIPS 2020.
+    Sources: Wang et al., NormFace, ACM MM 2017; CosFace, CVPR 2018; Deng et al., ArcFace, CVPR 2019; Deng et al.,
+    Sub-center ArcFace, ECCV 2020; Cao et al., LDAM, NeurIPS 2019; Menon et al., Logit adjustment, ICLR 2021; Ren et
+    al., NeurIPS 2020.
 
     Example:
         >>> import torch
@@ -206,7 +209,7 @@ def nearest_prototype(
     """For every prototype, the largest cosine to any other prototype and its index, without the C×C matrix.
 
     Args:
-        prototypes: (C, D).
+        prototypes: (C, D); or (C, K, D), where the nearest of the sub-centres of two classes count.
         classes: (R,) class indices to answer for (each is compared with all C), or None for all; then each unordered
             pair is computed once.
         allow_tf32: False searches float32 prototypes with float32 products, even where
@@ -342,7 +345,7 @@ def top_k(
 
     Args:
         features: (N, D).
-        prototypes: (C, D).
+        prototypes: (C, D); or (C, K, D), where the nearest sub-centre of a class counts.
         k: between 1 and C.
         normalize_prototypes: False takes the k classes with the largest x·w_c + b_c, by blocks in PyTorch on every
             device.

@@ -74,6 +74,8 @@ def products(features: Tensor, prototypes: Tensor) -> Tensor:
 def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
     """cos_ic = x̂_i·ŵ_c, the full (N, C) matrix that the fast implementations never store.
 
+    Of prototypes (C, K, D), K sub-centres a class, the largest of the K, of equal ones the first.
+
     Example:
         >>> import torch
         >>> from ltloss.reference import cosines
@@ -82,7 +84,8 @@ def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
     """
     dtype = compute_dtype(features, prototypes)
     with torch.autocast(features.device.type, enabled=False):
-        return products(direction(features.to(dtype)), direction(prototypes.to(dtype)))
+        found = products(direction(features.to(dtype)), direction(prototypes.to(dtype).flatten(0, -2)))
+        return found if prototypes.dim() == 2 else found.view(-1, *prototypes.shape[:2]).max(2).values
 
 
 def _logits(features: Tensor, prototypes: Tensor, objective: Objective) -> tuple[Tensor, Tensor | float]:
@@ -270,7 +273,9 @@ def nearest_prototype(
     ``allow_tf32`` changes nothing.
     """
     own = torch.arange(prototypes.shape[0], device=prototypes.device) if classes is None else classes
-    cosine = cosines(prototypes[own], prototypes)
+    cosine = cosines(prototypes[own].flatten(0, -2), prototypes)
+    if prototypes.dim() == 3:  # the nearest of the sub-centres of one class and those of the other
+        cosine = cosine.view(len(own), prototypes.shape[1], -1).max(1).values
     if prototypes.shape[0] == 1:
         return NearestPrototype(cosine[:, 0] * 0.0 - 1.0, torch.full_like(own, -1))
     others = cosine.scatter(1, own[:, None], -math.inf)

@@ -127,6 +127,16 @@ WITH_LENGTHS: dict[str, Callable[..., ltloss.PrototypeHead]] = {
 }
 
 
+WITH_SUB_CENTERS: dict[str, Callable[..., ltloss.PrototypeHead]] = {
+    "ArcFaceLoss with sub-centres": lambda c, d, **options: ltloss.ArcFaceLoss(
+        c, d, margin=_angular(c), **{"sub_centers": 3, **options}
+    ),
+    "CurricularFaceLoss with sub-centres": lambda c, d, **options: ltloss.CurricularFaceLoss(
+        c, d, **{"sub_centers": 2, **options}
+    ),
+}
+
+
 class Problem(NamedTuple):
     """Features (N, D), prototypes (C, D) and labels (N,)."""
 

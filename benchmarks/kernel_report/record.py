@@ -314,6 +314,27 @@ def _kept() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{label}, everything, kept", partial(step, **largest)
 
 
+def _sub_centers() -> Iterator[tuple[str, Callable[[], None]]]:
+    """The nearest of several prototypes a class, with all that takes registers besides."""
+    from ltloss_kernels.config.precision import float32_products
+
+    largest = {"log_prior": torch.linspace(0.1, 0.5, _CLASSES), "label_smoothing": 0.1, "learns": True}
+    half, single = torch.bfloat16, torch.float32
+    for label, dtype, precision, centers in (
+        ("bf16", half, "highest", 3),
+        ("bf16", half, "highest", 8),
+        ("fp16", torch.float16, "highest", 3),
+        ("fp32", single, "highest", 3),
+        ("tf32", single, "high", 3),
+    ):
+        with float32_products(precision):
+            features = torch.ones(_SAMPLES, _WIDTH, dtype=dtype)
+            several = torch.ones(_CLASSES, centers, _WIDTH, dtype=dtype)
+            yield f"{label}, everything, K = {centers}", partial(loss_step, features, several, Margin(0.5), **largest)
+            if centers == 3:
+                yield f"{label}, bent, K = 3", partial(loss_step, features, several, Margin(0.5), bent=True)
+
+
 def _matrices(samples: int, width: int, left: torch.dtype, right: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(samples, width, dtype=left), torch.ones(_CLASSES, width, dtype=right)
 
@@ -380,7 +401,7 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
         loss_step(features, prototypes, Margin(0.5))
         for _, launch in _searches(features, prototypes):
             launch()
-        for label, launch in itertools.chain(_kept(), _updates(arch)):
+        for label, launch in itertools.chain(_kept(), _sub_centers(), _updates(arch)):
             scenario = label
             launch()
     return list(cases.values())

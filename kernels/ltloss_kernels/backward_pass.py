@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ltloss_kernels.config import choices
 from ltloss_kernels.config import tile_table as tiles
-from ltloss_kernels.config.chunking import backward_plan, ceil_div, in_waves, parts_of_product
+from ltloss_kernels.config.chunking import backward_plan, ceil_div, in_waves
 from ltloss_kernels.config.operands import (
+    beside_each_other,
     block_source,
-    multiply_add,
-    multiply_add_in_parts,
     padded_matrix,
     part,
     product_dtype,
@@ -55,6 +54,7 @@ class BackwardPass:
         self,
         features: Tensor,
         prototypes: Tensor,
+        sub_centers: int,
         labels: Tensor,
         prior: Tensor | None,
         scale: float,
@@ -65,6 +65,7 @@ class BackwardPass:
         polynomial: Tensor | None,
     ) -> None:
         self.normalize_prototypes = normalize_prototypes
+        self.sub_centers, self.classes = sub_centers, len(prototypes) // sub_centers
         self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
         self.scale, self.ignore_index = float(scale), ignore_index
         self.threshold, self.polynomial = vector(threshold), vector(polynomial)
@@ -75,6 +76,8 @@ class BackwardPass:
         self.in_place = readable_in_place(prototypes, self.dtype) and self.dtype != torch.float16
         self.arch = tiles.architecture(features.device)
         self.tile = tiles.gradient_tile(self.arch, self.dtype, self.precision, *features.shape)
+        if sub_centers > 1:
+            self.tile = tiles.of_sub_centers(self.tile)
         self.described = tiles.has_copy_engine(self.arch)
         self.kept: Exponentials | None = None
         self.kept_shift: float | None = None
@@ -90,7 +93,7 @@ class BackwardPass:
     ) -> None:
         """Keep the upstream gradient, and what the forward left of each sample."""
         self.upstream, self.upstream_stride = upstream, upstream.stride(0) if upstream.dim() else 0
-        self.coefficients, self.class_scale, self.smooth = coefficients, class_scale, smooth
+        self.coefficients, self.class_scale, self.smooth = coefficients, class_scale.flatten(), smooth
         self.inverse_weight_sum = inverse_weight_sum
         float16_slab = self.dtype == torch.float16  # then it is multiplied by a power of two, see slab_scale
         if float16_slab and not self.normalize_prototypes:  # s/‖w̃‖ may be as much as s times the largest entry
@@ -130,8 +133,8 @@ class BackwardPass:
         self.projecting_tile = self._tile_for_prototypes(update)
         need_prototypes |= by_slab or update is not None
         gradient_dtype = torch.float32 if by_slab else self.prototypes.dtype
-        features, prototypes = self.features, self.prototypes
-        (samples, width), classes, device = features.shape, prototypes.shape[0], features.device
+        features, classes, several = self.features, self.classes, self.sub_centers
+        (samples, width), device = features.shape, features.device
         wide_features = need_features and features.dtype != torch.float32
         projecting = need_prototypes and self.projecting_tile is not None
         wide_prototypes = need_prototypes and (update is not None or gradient_dtype != torch.float32) and not projecting
@@ -140,12 +143,12 @@ class BackwardPass:
             samples,
             classes,
             per_sample=width * (size + 4 * wide_features),
-            per_class=width * (size * (not self.in_place) + 4 * (wide_prototypes or by_slab))
+            per_class=several * width * (size * (not self.in_place) + 4 * (wide_prototypes or by_slab))
             + 4 * blocks * (projecting + need_prior),
-            itemsize=size,
+            itemsize=several * size,
             tile_classes=self.tile.classes,
             limit=limit,
-            reread=width * (size + 4 * (need_prototypes and not projecting)),
+            reread=several * width * (size + 4 * (need_prototypes and not projecting)),
             cache=tiles.cache_bytes(device) if choices.tried("slabs of the cache") or recording(device) else 0,
         )
         if choices.tried("one wave"):
@@ -156,17 +159,20 @@ class BackwardPass:
             return torch.empty((rows, width), dtype=dtype, device=device)
 
         self.grad_features = matrix(samples, features.dtype) if need_features else None
-        self.by_slab, rows = by_slab, self.plan.classes if by_slab else classes
+        self.by_slab, rows = by_slab, several * (self.plan.classes if by_slab else classes)
         kept = update.weight if update is not None else matrix(rows, gradient_dtype) if need_prototypes else None
         self.grad_prototypes = kept
         self.feature_sum = matrix(samples, torch.float32) if wide_features else self.grad_features
-        self._slab_sum = matrix(self.plan.classes, torch.float32) if wide_prototypes else None
+        self._slab_sum = matrix(several * self.plan.classes, torch.float32) if wide_prototypes else None
         self.along = torch.empty(blocks, self.plan.classes, device=device) if projecting else None
         self.through_r = torch.zeros(classes, device=device) if need_prior else None
         self._sums = torch.empty(blocks * self.plan.classes, device=device) if need_prior else None
         self._sums_factor = torch.empty((), device=device) if need_prior else None
-        self._copy = None if self.in_place else padded_matrix(self.plan.classes, width, self.dtype, device)
-        self._slab = padded_matrix(self.plan.rows, self.plan.classes, self.dtype, device)
+        self._copy = None if self.in_place else padded_matrix(several * self.plan.classes, width, self.dtype, device)
+        columns = self.plan.classes  # whole tiles of each sub-centre, for the next one's are behind them
+        if several > 1:
+            columns = several * ceil_div(columns, self.tile.classes) * self.tile.classes
+        self._slab = padded_matrix(self.plan.rows, columns, self.dtype, device)
         self.unit = padded_matrix(samples, width, self.dtype, device)
         self._label = torch.empty(samples, dtype=torch.int32, device=device)
         self._sample_gradients = torch.empty(4, samples, dtype=torch.float32, device=device)
@@ -175,7 +181,7 @@ class BackwardPass:
             layout(features, self.prototypes, self.labels, self.prior, self.coefficients, self.class_scale),
             layout(self.threshold),
             layout(self.upstream, self.inverse_weight_sum, self.max_coefficient, self.max_upstream, *(self.kept or ())),
-            (self.feature_copy, self.normalize_prototypes, self.smooth, self.ignore_index),
+            (self.feature_copy, self.normalize_prototypes, self.smooth, self.ignore_index, several),
             (need_features, need_prototypes, need_prior),
             (self.tile, self.precision, self.plan, None if update is None else update.key),
         )
@@ -189,24 +195,23 @@ class BackwardPass:
         """
         if not self.normalize_prototypes:  # there is no projection, and the library's product is all
             return None
-        if not self.in_place or self.kept is not None or (update is not None and update.needs_rows):
+        if (
+            not self.in_place
+            or self.kept is not None
+            or self.sub_centers > 1
+            or (update is not None and update.needs_rows)
+        ):
             return None
         samples, updated = self.features.shape[0], update is not None
         return tiles.prototype_gradient_tile(self.arch, self.dtype, self.precision, samples, updated)
 
-    def chunks(self) -> Iterator[slice]:
-        """The samples, some at a time."""
-        samples = self.features.shape[0]
-        for first in range(0, samples, self.plan.rows):
-            yield slice(first, min(first + self.plan.rows, samples))
-
     def slabs(self) -> Iterator[Slab]:
         """The classes, some at a time; every slab has the same memory."""
-        classes = self.prototypes.shape[0]
-        for first in range(0, classes, self.plan.classes):
-            here = slice(first, min(first + self.plan.classes, classes))
+        several = self.sub_centers
+        for first in range(0, self.classes, self.plan.classes):
+            here = slice(several * first, several * min(first + self.plan.classes, self.classes))
             operand = prototypes = part(self.prototypes, here)
-            some = slice(0, here.stop - first)
+            some = slice(0, here.stop - here.start)
             factor, copy_factor = part(self.class_scale, here), None
             grad = part(self.grad_prototypes, some if self.by_slab else here)
             if self._copy is not None:
@@ -235,7 +240,7 @@ class BackwardPass:
             self._sums_factor,
             # sizes
             samples,
-            self.prototypes.shape[0],
+            self.classes,
             width,
             *self.features.stride(),
             self.labels.stride(0),
@@ -252,14 +257,16 @@ class BackwardPass:
             num_warps=tile.warps,
         )
 
-    def launch_tiles(self, rows: slice, slab: Slab) -> Tensor:
-        """dZ (n, c) of some samples and a slab, in memory that the next call takes again."""
+    def launch_tiles(self, rows: slice, slab: Slab) -> list[Tensor]:
+        """dZ (n, c) of some samples and a slab, of each sub-centre, in memory that the next call takes again."""
         features, label = part(self.unit, rows), part(self._label, rows)
         sample_gradients = part(self._sample_gradients, rows, 1)
-        prototypes, here = slab.operand, slice(slab.first, slab.first + len(slab.operand))
-        slab_part = part(part(self._slab, slice(0, len(features))), slice(0, len(prototypes)), 1)
-        tile, (samples, classes) = self.tile, slab_part.shape
-        class_tiles = ceil_div(classes, tile.classes)
+        prototypes, tile = beside_each_other(slab.operand, self.sub_centers), self.tile
+        samples, classes = len(features), len(prototypes)
+        here, class_tiles = slice(slab.first, slab.first + classes), ceil_div(classes, tile.classes)
+        columns = class_tiles * tile.classes
+        width = classes if self.sub_centers == 1 else self.sub_centers * columns
+        slab_part = part(part(self._slab, slice(0, samples)), slice(0, width), 1)
         kept = None if self.kept is None else self.kept.rows(rows)
         shifts = None if kept is None or self.kept_shift is not None else kept.shifts
         self.launch(gradient_tile_kernel, (ceil_div(samples, tile.rows) * class_tiles,))(
@@ -297,6 +304,7 @@ class BackwardPass:
             FOLD=self.fold,
             PRECISION=None if kept else self.precision,
             GROUP=_GROUP,
+            SUB_CENTERS=self.sub_centers,
             KEPT_CLASSES=None if shifts is None or self.kept is None else self.kept.tile_classes,
             **tile.constants,
         )
@@ -304,21 +312,7 @@ class BackwardPass:
             blocks = ceil_div(samples, tile.rows)
             sums = part(self._sums, slice(0, blocks * classes)).view(blocks, classes).sum(0)
             part(self.through_r, here).addcmul_(sums, self._sums_factor)
-        return slab_part
-
-    def add_to_features(self, target: Tensor, dz: Tensor, slab: Slab) -> None:
-        """The product of dZ (n, c) and the prototypes of a slab, onto the sum for the features."""
-        first = slab.first == 0
-        if choices.tried("parts of K"):
-            (rows, classes), slots = dz.shape, tiles.multiprocessors(dz.device)
-            parts = parts_of_product(rows, target.shape[1], classes, slots)
-            multiply_add_in_parts(target, dz, slab.operand, parts, overwrite=first)
-        else:
-            multiply_add(target, dz, slab.operand, overwrite=first)
-
-    def add_to_prototypes(self, target: Tensor, dz: Tensor, rows: slice) -> None:
-        """The product of dZ (n, c) and the features of these rows, onto the sum for a slab of prototypes."""
-        multiply_add(target, dz.t(), part(self.unit, rows), overwrite=rows.start == 0)
+        return [part(slab_part, slice(k * columns, k * columns + classes), 1) for k in range(self.sub_centers)]
 
     def launch_prototypes(self, dz: Tensor, slab: Slab) -> None:
         """The gradients of a slab of prototypes from dZ (N, c), in one launch."""
@@ -357,7 +351,7 @@ class BackwardPass:
         """Finish the gradients of a slab of prototypes, and with the last slab those of all features, in one launch."""
         prototypes, prototype_sum = slab.prototypes, slab.sum
         updating = self.updating if prototype_sum is not None else NO_UPDATE
-        last = slab.first + len(prototypes) == len(self.prototypes)
+        last = self.sub_centers * slab.first + len(prototypes) == len(self.prototypes)
         feature_sum = self.feature_sum if last else None
         if feature_sum is None and prototype_sum is None:
             return
@@ -382,8 +376,8 @@ class BackwardPass:
             self.grad_features,
             slab.grad,
             # updated
-            *updating.states(slab.first, classes),
-            updating.exponents(slab.first, classes),
+            *updating.states(self.sub_centers * slab.first, classes),
+            updating.exponents(self.sub_centers * slab.first, classes),
             # sizes
             samples,
             classes,
@@ -397,7 +391,7 @@ class BackwardPass:
             self.upstream_stride,
             self.ignore_index,
             self.scale,
-            *updating.place(slab.first),
+            *updating.place(self.sub_centers * slab.first),
             # constants
             **updating.constants,
             FEATURE_COPY=self.feature_copy,

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.config.chunking import ceil_div, forward_plan
-from ltloss_kernels.config.operands import block_source, padded_matrix, part, product_dtype, readable_in_place, vector
+from ltloss_kernels.config.operands import (
+    beside_each_other,
+    block_source,
+    padded_matrix,
+    part,
+    product_dtype,
+    readable_in_place,
+    vector,
+)
 from ltloss_kernels.config.precision import product_precision
 from ltloss_kernels.device import elementary
 from ltloss_kernels.device.logsumexp_forward import cosine_logsumexp_kernel, sample_kernel
@@ -83,7 +91,7 @@ def partials(
 
     Args:
         features: (N, D); any half or float32 dtype, any strides.
-        prototypes: (C, D), likewise, or float8.
+        prototypes: (C, D), likewise, or float8; or (C, K, D), K sub-centres a class.
         labels: (N,) integers, any strides.
         log_prior: (C,) or None, in natural units.
         scale: s > 0; the logits are s·cos, times ‖x‖ unless ``normalize_features``, and times ‖w‖ unless
@@ -98,10 +106,12 @@ def partials(
     if features.shape[0] == 0:
         with_norm = normalize_prototypes and not normalize_features
         return _of_no_samples(features, prototypes, with_norm, with_logit_sum)
+    sub_centers = prototypes.shape[1] if prototypes.dim() == 3 else 1
     with on_device(features):
         run = ForwardPass(
             widened(features),
-            widened(prototypes),
+            widened(prototypes.flatten(0, -2)),
+            sub_centers,
             labels,
             vector(log_prior),
             scale,
@@ -134,13 +144,13 @@ def partials(
                 if index == 0:
                     run.launch_samples(chunk)
                 run.launch_tiles(chunk, slab)
-    return run.result
+    return run.result._replace(class_scale=run.result.class_scale.view(prototypes.shape[:-1]))
 
 
 def _of_no_samples(features: Tensor, prototypes: Tensor, with_norm: bool, with_logit_sum: bool) -> Partials:
     nothing = features.new_empty(1, 0, dtype=torch.float32)
     logit_sum, norm = nothing if with_logit_sum else None, nothing[0] if with_norm else None
-    return Partials(nothing, nothing, 0.0, logit_sum, nothing[0], norm, nothing.new_zeros(prototypes.shape[0]))
+    return Partials(nothing, nothing, 0.0, logit_sum, nothing[0], norm, nothing.new_zeros(prototypes.shape[:-1]))
 
 
 class _Chunk(NamedTuple):
@@ -170,6 +180,7 @@ class ForwardPass:
         self,
         features: Tensor,
         prototypes: Tensor,
+        sub_centers: int,
         labels: Tensor,
         prior: Tensor | None,
         scale: float,
@@ -185,25 +196,29 @@ class ForwardPass:
         self.normalize, self.normalize_prototypes = normalize, normalize_prototypes
         self.ignore_index, self.kept = ignore_index, kept
         self.threshold, self.polynomial = vector(threshold), vector(polynomial)
-        samples, (classes, width), device = features.shape[0], prototypes.shape, features.device
+        (samples, width), device = features.shape, features.device
+        self.sub_centers, self.classes = sub_centers, len(prototypes) // sub_centers
+        classes = self.classes
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
         arch = tiles.architecture(device)
         self.tile = tiles.forward_tile(arch, self.dtype, self.precision, samples, width)
+        if sub_centers > 1:
+            self.tile = tiles.of_sub_centers(self.tile)
         self.described = tiles.has_copy_engine(arch)
         # Few samples: rows of float32 are rounded on their way to a bfloat16 product, which has the range for them.
         read_as = prototypes.dtype if self.dtype == torch.bfloat16 else self.dtype
-        few = threshold is None and tiles.norms_in_tiles(arch, self.dtype, self.precision, samples)
+        few = threshold is None and sub_centers == 1 and tiles.norms_in_tiles(arch, self.dtype, self.precision, samples)
         self.norms_in_tiles = few and normalize_prototypes and readable_in_place(prototypes, read_as)
         self.in_place = self.norms_in_tiles or readable_in_place(prototypes, self.dtype)
         if self.norms_in_tiles and read_as != self.dtype:  # as many bytes of a row at a time
             self.tile = self.tile._replace(depth=self.tile.depth // 2)
         if kept is not None:
             self.tile = tiles.keeping(arch, self.tile)
-        self.row_block_stays = tiles.row_block_stays(arch, self.tile, width)
+        self.row_block_stays = sub_centers == 1 and tiles.row_block_stays(arch, self.tile, width)
         self.plan = forward_plan(
             samples,
             classes,
-            width,
+            width * sub_centers,
             self.tile.rows,
             self.tile.classes,
             2 * tiles.multiprocessors(device),
@@ -213,7 +228,7 @@ class ForwardPass:
         self.launch = Launches(
             "partials",
             layout(features, prototypes, labels, prior, self.threshold, *(kept or ())),
-            (scale, normalize, normalize_prototypes, with_logit_sum, ignore_index),
+            (scale, normalize, normalize_prototypes, with_logit_sum, ignore_index, sub_centers),
             (self.tile, self.precision, self.plan),
         )
         self.factor_scale = scale * LOG2E
@@ -222,12 +237,14 @@ class ForwardPass:
         self.class_tiles = ceil_div(classes, self.tile.classes)
         self.slabs = ceil_div(classes, self.plan.classes)
         padded = self.class_tiles * self.tile.classes
-        self._factor = self._float(padded)
-        self._copy_factor = None if self.in_place else self._float(padded)
+        self._factor = self._float(padded * sub_centers)
+        self._copy_factor = None if self.in_place else self._float(padded * sub_centers)
         self._scaled_prior = None if prior is None or self.norms_in_tiles else self._float(padded)
-        self._copy = (
-            None if self.in_place else padded_matrix(min(self.plan.classes, classes), width, self.dtype, device)
-        )
+        if self._scaled_prior is not None and prior is not None and sub_centers > 1:
+            self._scaled_prior[classes:] = -math.inf
+            torch.mul(prior, LOG2E, out=self._scaled_prior[:classes])
+        rows = min(self.plan.classes, classes) * sub_centers
+        self._copy = None if self.in_place else padded_matrix(rows, width, self.dtype, device)
         self.flags = None
         if not self.norms_in_tiles:
             row_blocks = ceil_div(min(self.plan.rows, samples), self.tile.rows)
@@ -240,7 +257,7 @@ class ForwardPass:
             logit_sum=self._float(*shape) if with_logit_sum else None,
             target_cosine=self._float(samples),
             norm=self._float(samples) if normalize_prototypes and not normalize else None,
-            class_scale=self._factor[:classes],
+            class_scale=self._factor[: classes * sub_centers],
         )
 
     def _float(self, *shape: int) -> Tensor:
@@ -263,25 +280,26 @@ class ForwardPass:
 
     def slab(self, index: int) -> _Slab:
         """The classes of a slab; every slab has the same memory for its copy."""
-        classes = self.prototypes.shape[0]
         first = index * self.plan.classes
-        stop = min(first + self.plan.classes, classes)
-        here, padded = slice(first, stop), slice(first, self._factor.shape[0] if stop == classes else stop)
+        stop = min(first + self.plan.classes, self.classes)
+        here = slice(first * self.sub_centers, stop * self.sub_centers)
+        padded = slice(here.start, self._factor.shape[0] if stop == self.classes else here.stop)
+        several = self.sub_centers > 1  # then the prior is not one of each row, and was scaled before
         return _Slab(
             first,
             part(self.prototypes, here),
             part(self._factor, padded),
-            part(self._copy, slice(0, stop - first)),
+            part(self._copy, slice(0, here.stop - here.start)),
             part(self._copy_factor, padded),
-            part(self.prior, here),
-            part(self._scaled_prior, padded),
+            None if several else part(self.prior, here),
+            None if several else part(self._scaled_prior, padded),
         )
 
     def launch_samples(self, chunk: _Chunk) -> None:
         """Copies, norms and target cosines of the samples, and the flags of the tiles that hold a target."""
         rows, copy, label = chunk
         features, labels = part(self.features, rows), part(self.labels, rows)
-        (count, width), classes, tile = features.shape, self.prototypes.shape[0], tiles.row_tile(features.shape[1])
+        (count, width), classes, tile = features.shape, self.classes, tiles.row_tile(features.shape[1])
         self.launch(sample_kernel, (ceil_div(count, tile.rows),))(
             # inputs
             features,
@@ -309,6 +327,7 @@ class ForwardPass:
             RAGGED=classes % self.tile.classes != 0,
             FLAG_ROWS=self.tile.rows,
             FLAG_CLASSES=self.tile.classes,
+            SUB_CENTERS=self.sub_centers,
             ROWS=tile.rows,
             WIDTH=tile.width,
             num_warps=tile.warps,
@@ -320,7 +339,8 @@ class ForwardPass:
         features = part(self.features, rows) if chunk.copy is None else chunk.copy
         prototypes = slab.prototypes if slab.copy is None else slab.copy
         kept = None if self.kept is None else self.kept.rows(rows)
-        (count, width), slab_tiles = features.shape, ceil_div(prototypes.shape[0], self.tile.classes)
+        (count, width), prototypes = features.shape, beside_each_other(prototypes, self.sub_centers)
+        slab_tiles = ceil_div(prototypes.shape[0], self.tile.classes)
         self.launch(cosine_logsumexp_kernel, (ceil_div(count, tile.rows), splits))(
             # inputs
             block_source(features, tile.rows, tile.depth, self.described),
@@ -339,7 +359,7 @@ class ForwardPass:
             None if kept is None or partials.max is None else kept.shifts,
             # sizes
             count,
-            self.prototypes.shape[0],
+            self.classes,
             width,
             slab.first // tile.classes,
             slab_tiles,
@@ -358,5 +378,6 @@ class ForwardPass:
             PRECISION=self.precision,
             NORMS=self.norms_in_tiles,
             RESIDENT=self.row_block_stays,
+            SUB_CENTERS=self.sub_centers,
             **tile.constants,
         )

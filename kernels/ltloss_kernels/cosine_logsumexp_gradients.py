@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ltloss_kernels.backward_pass import BackwardPass
-from ltloss_kernels.config.operands import part, vector
+from ltloss_kernels.config import choices
+from ltloss_kernels.config import tile_table as tiles
+from ltloss_kernels.config.chunking import parts_of_product
+from ltloss_kernels.config.operands import multiply_add, multiply_add_in_parts, part, vector
 from ltloss_kernels.cosine_logsumexp import LOG2E
 from ltloss_kernels.exponentials import Exponentials
 from ltloss_kernels.prototype_update import PrototypeUpdate
@@ -73,7 +76,8 @@ def gradients(
     with on_device(features):
         run = BackwardPass(
             widened(features),
-            widened(prototypes),
+            widened(prototypes.flatten(0, -2)),
+            prototypes.shape[1] if prototypes.dim() == 3 else 1,
             labels,
             vector(log_prior),
             scale,
@@ -98,19 +102,45 @@ def gradients(
                     normalize=normalize_prototypes,
                     launch=run.launch,
                 )
-            for rows in run.chunks():
-                tile = run.launch_tiles(rows, slab)
-                if run.feature_sum is not None:
-                    run.add_to_features(part(run.feature_sum, rows), tile, slab)
-                if run.along is not None:
-                    run.launch_prototypes(tile, slab)
-                elif slab.sum is not None:
-                    run.add_to_prototypes(slab.sum, tile, rows)
+            for rows in _spans(len(features), run.plan.rows):
+                for k, tile in enumerate(run.launch_tiles(rows, slab)):
+                    if run.feature_sum is not None:
+                        operand = _of_center(slab.operand, k, run.sub_centers)
+                        _add_to_features(part(run.feature_sum, rows), tile, operand, overwrite=slab.first == k == 0)
+                    if run.along is not None:
+                        run.launch_prototypes(tile, slab)
+                    elif slab.sum is not None:
+                        target = _of_center(slab.sum, k, run.sub_centers)
+                        multiply_add(target, tile.t(), part(run.unit, rows), overwrite=rows.start == 0)
             run.launch_projection(slab)
             if take is not None and slab.grad is not None:
-                take(slab.first, slab.first + len(slab.grad), slab.grad)
+                first, grad = slab.first, slab.grad.view(-1, *prototypes.shape[1:])
+                take(first, first + len(grad), grad)
     sums = features.new_empty(0, dtype=torch.float32) if run.through_r is None else run.through_r
-    return _like(run.grad_features, features), _like(run.grad_prototypes if needs[1] else None, prototypes), sums
+    grad_prototypes = (
+        None if run.grad_prototypes is None or not needs[1] else run.grad_prototypes.view(prototypes.shape)
+    )
+    return _like(run.grad_features, features), _like(grad_prototypes, prototypes), sums
+
+
+def _spans(total: int, size: int) -> Iterator[slice]:
+    for first in range(0, total, size):
+        yield slice(first, min(first + size, total))
+
+
+def _of_center(matrix: Tensor, k: int, sub_centers: int) -> Tensor:
+    """The k-th row of each class of (c·K, D)."""
+    return matrix if sub_centers == 1 else matrix[k::sub_centers]
+
+
+def _add_to_features(target: Tensor, dz: Tensor, prototypes: Tensor, *, overwrite: bool) -> None:
+    """The product of dZ (n, c) and prototypes (c, D), onto the sum for the features."""
+    if choices.tried("parts of K"):
+        (rows, classes), slots = dz.shape, tiles.multiprocessors(dz.device)
+        parts = parts_of_product(rows, target.shape[1], classes, slots)
+        multiply_add_in_parts(target, dz, prototypes, parts, overwrite=overwrite)
+    else:
+        multiply_add(target, dz, prototypes, overwrite=overwrite)
 
 
 def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor:

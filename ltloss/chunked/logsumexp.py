@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,31 +80,32 @@ def partials(
     polynomial: Tensor | None = None,
     kept: Exponentials | None = None,
 ) -> Partials:
-    """One pass of features (N, D) over prototypes (C, D): one split, in natural units.
+    """One pass of features (N, D) over prototypes (C, D) or (C, K, D): one split, in natural units.
 
     Labels (N,): those of samples that are not counted equal ``ignore_index``; None takes every label outside [0, C) for
     "the target is not among these prototypes". ``threshold`` (N,) and ``polynomial`` (3,):
     those of a :class:`ltloss.extend.Bend`, in units of logits. ``kept`` is filled for :func:`gradients`.
     """
     dtype = compute_dtype(features, prototypes)
-    n, (c, d) = features.shape[0], prototypes.shape
+    n, c, d = features.shape[0], prototypes.shape[0], features.shape[1]
     labels = target_labels(labels, c, ignore_index)
     u = scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
-    blocks = block_sizes(n, c, d, features.device)
-    inverse = u.new_empty(c) if normalize_prototypes else None
-    tiles = Tiles(u, prototypes, inverse, log_prior, blocks, threshold, polynomial)
+    blocks = block_sizes(n, c, prototypes[0].numel(), features.device)
+    inverse = u.new_empty(prototypes.shape[:-1]) if normalize_prototypes else None
+    tiles = Tiles(u, prototypes, inverse, log_prior, blocks, False, threshold, polynomial)
     maximum = u.new_full((n,), -math.inf)
     total = u.new_zeros(n)
-    unit_sum = u.new_zeros(d)
+    unit_sum, logit_sum = u.new_zeros(d), u.new_zeros(n) if with_logit_sum and tiles.several else None
     for number, (start, stop) in enumerate(spans(c, blocks.classes)):
         if inverse is not None:
-            inverse[start:stop] = inverse_norm(prototypes[start:stop], dtype)
+            found = inverse_norm(prototypes[start:stop].flatten(0, -2), dtype)
+            inverse[start:stop] = found.view(stop - start, *inverse.shape[1:])
         unit = tiles.unit_prototypes(start, stop)
-        if with_logit_sum:
+        if with_logit_sum and logit_sum is None:
             unit_sum += unit.sum(0)
         for row in spans(n, blocks.rows):
             rows = slice(*row)
-            tile = tiles.logits(unit, rows, start, stop)
+            tile = tiles.logits(unit, rows, start, stop, logit_sum)
             TargetColumn(labels[rows], start, stop - start).fill(tile, -math.inf)
             shift = accumulate_exp(tile, maximum[rows], total[rows])
             if kept is not None:
@@ -113,10 +115,10 @@ def partials(
     return Partials(
         sum=total[None],
         max=maximum[None],
-        logit_sum=(u @ unit_sum)[None] if with_logit_sum else None,
+        logit_sum=(u @ unit_sum if logit_sum is None else logit_sum)[None] if with_logit_sum else None,
         target_cosine=target_cosine(features, prototypes, inverse, labels, normalize_features, ignore_index),
         norm=None if normalize_features or inverse is None else length(features, labels, ignore_index, dtype),
-        class_scale=u.new_ones(c) if inverse is None else inverse,
+        class_scale=u.new_ones(prototypes.shape[:-1]) if inverse is None else inverse,
     )
 
 
@@ -236,7 +238,7 @@ def gradients(
     take: TakeGradient | None = None,
     kept: Exponentials | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of features (N, D) and prototypes (C, D), each in its dtype, and what reaches each class (C,) through
+    """Gradients of features (N, D) and prototypes, each in its dtype, and what reaches each class (C,) through
     r, Σ_i a_i·exp(l_ic - r_i) over the samples of other classes; (0,) where ``needs`` is False.
 
     ``coefficients`` as :func:`margin_loss` makes them, ``grad_loss`` a scalar or (N,); ``smooth``: row 3 counts.
@@ -244,24 +246,27 @@ def gradients(
     what :func:`partials` kept, the logits are not computed again.
     """
     dtype = compute_dtype(features, prototypes)
-    n, (c, d) = features.shape[0], prototypes.shape
+    n, c, d = features.shape[0], prototypes.shape[0], features.shape[1]
     through_r = features.new_zeros(c if needs[2] else 0, dtype=dtype)
     if n == 0:
-        zero = prototypes.new_zeros((c, d) if needs[1] else 0)
+        zero = prototypes.new_zeros(prototypes.shape if needs[1] else 0)
         return features.new_empty((0, d) if needs[0] else 0), zero, through_r
     labels = target_labels(labels, c, ignore_index)
     u = scaled_features(features, labels, scale, normalize_features, ignore_index, dtype)
-    blocks = block_sizes(n, c, d, features.device)
+    blocks = block_sizes(n, c, prototypes[0].numel(), features.device)
     inverse = class_scale if normalize_prototypes else None
-    tiles = Tiles(u, prototypes, inverse, log_prior, blocks, threshold, polynomial)
+    tiles = Tiles(u, prototypes, inverse, log_prior, blocks, True, threshold, polynomial)
     d_lse, d_target, d_all, *d_norm = coefficients[1:] * (grad_loss.to(dtype) * inverse_weight_sum)
-    of_samples = SampleGradients.of(coefficients[0], d_lse, d_target - d_all if smooth else d_target)
+    in_tiles = smooth and tiles.several  # else what every class gets needs no tile
+    of_samples = SampleGradients.of(coefficients[0], d_lse, d_target - d_all if smooth and not in_tiles else d_target)
+    every = d_all / of_samples.factor if in_tiles else None
+    smooth = smooth and not in_tiles
     grad_u = torch.zeros_like(u) if needs[0] else None
-    grad_w = prototypes.new_empty(c, d) if needs[1] else None
+    grad_w = prototypes.new_empty(prototypes.shape) if needs[1] else None
     if take is None and grad_w is not None:
         take = functools.partial(_keep, grad_w)
     in_place = grad_w is not None and grad_w.dtype == dtype
-    buffer = None if take is None or in_place else u.new_empty(blocks.classes, d)
+    buffer = None if take is None or in_place else u.new_empty(blocks.classes, *prototypes.shape[1:])
     signed_u = u * of_samples.factor[:, None]
     sum_row = d_all @ u if smooth else None
     unit_sum = u.new_zeros(d)
@@ -276,11 +281,8 @@ def gradients(
             rows = slice(*row)
             found = None if kept is None else kept.of(number, rows, start, stop)
             sums = through_r[start:stop]
-            tile = _gradient_tile(tiles, unit, rows, (start, stop), labels[rows], of_samples, found, sums)
-            if grad_u is not None:
-                grad_u[rows].addmm_(tile, unit)
-            if chunk is not None:
-                chunk.addmm_(tile.t(), signed_u[rows], beta=0 if row[0] == 0 else 1)
+            tile = _gradient_tile(tiles, unit, rows, (start, stop), labels[rows], of_samples, found, sums, every)
+            _add_products(tiles.of_centers(tile, unit, chunk), grad_u, signed_u, rows)
         if chunk is not None and take is not None:
             take(start, stop, _of_prototypes(chunk, unit, sum_row, None if inverse is None else inverse[start:stop]))
     if grad_u is not None:
@@ -296,6 +298,15 @@ def gradients(
     )
 
 
+def _add_products(parts: Iterator[tuple[Any, ...]], grad_u: Tensor | None, signed_u: Tensor, rows: slice) -> None:
+    """The two products of a tile of dZ: onto the gradients of these rows, and onto those of the chunk."""
+    for tile, unit, chunk in parts:
+        if grad_u is not None:
+            grad_u[rows].addmm_(tile, unit)
+        if chunk is not None:
+            chunk.addmm_(tile.t(), signed_u[rows], beta=0 if rows.start == 0 else 1)
+
+
 def _keep(whole: Tensor, start: int, stop: int, chunk: Tensor) -> None:
     """Round a chunk of the gradient; in its own dtype it was made in its place."""
     if whole.dtype != chunk.dtype:
@@ -305,7 +316,9 @@ def _keep(whole: Tensor, start: int, stop: int, chunk: Tensor) -> None:
 def _of_prototypes(chunk: Tensor, unit: Tensor, sum_row: Tensor | None, inverse: Tensor | None) -> Tensor:
     """From Gᵀ·u of some classes to their gradient, in place; ``inverse`` is None where they keep their length."""
     chunk = chunk if sum_row is None else chunk.add_(sum_row)
-    return chunk if inverse is None else project_(chunk, unit, inverse)
+    if inverse is not None:
+        project_(chunk.flatten(0, -2), unit.flatten(0, -2), inverse.flatten())
+    return chunk
 
 
 def _through_length(grad: Tensor, features: Tensor, normalized: bool, d_norm: Tensor | None = None) -> None:
@@ -329,10 +342,12 @@ def _gradient_tile(
     of_samples: SampleGradients,
     kept: tuple[Tensor, Tensor] | None,
     sums: Tensor,
+    every: Tensor | None,
 ) -> Tensor:
     """G with the factor of the row still to come: |a|·exp(l - r), and target / factor at the target class.
 
-    ``sums``: where to add those of the columns, without the targets; (0,) if nowhere.
+    ``sums``: where to add those of the columns, without the targets; (0,) if nowhere. ``every``: (n,) what each class
+    gets besides, over factor.
     """
     shift, smallest = of_samples.shift[rows], SMALLEST_EXPONENT[unit.dtype]
     if kept is None:
@@ -348,5 +363,7 @@ def _gradient_tile(
         sums.addmv_(tile.t(), of_samples.factor[rows])
     if tiles.threshold is not None:
         tile.mul_(tiles.slope)
+    if every is not None:
+        tile.add_(every[rows, None])
     target.fill(tile, of_samples.target[rows])
     return tile

@@ -46,8 +46,8 @@ def target_cosine(
 ) -> Tensor:
     """cos_y per sample in float64, 0 without a target here, NaN for a label that is no class.
 
-    Without ``inverse`` x̂·w_y, or x·w_y. N·D work. Near ±1 an angular margin magnifies the rounding of the cosine by
-    1/sin θ, so it is not taken from a tile.
+    Without ``inverse`` x̂·w_y, or x·w_y. Of several sub-centres that of the nearest. N·D work. Near ±1 an angular margin
+    magnifies the rounding of the cosine by 1/sin θ, so it is not taken from a tile.
     """
     here = labels >= 0
     cosine = features.new_zeros(features.shape[0], dtype=torch.float64)
@@ -56,14 +56,15 @@ def target_cosine(
         target = torch.where(here[rows], labels[rows], 0)
         x = counted(features[rows], labels[rows], ignore_index).double()
         w = prototypes[target].double()
+        x = x if w.dim() == 2 else x[:, None]
         product = torch.linalg.vecdot(x, w)
         if inverse is not None:
-            lengths = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(w, dim=1)
+            lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(w, dim=-1)
             zero = (lengths == 0) | (inverse[target] == 0)
             product.div_(torch.where(zero, math.inf, lengths)).clamp_(-1.0, 1.0)
         elif normalize_features:
             product.mul_(inverse_norm(x, torch.float64))
-        cosine[rows] = product
+        cosine[rows] = product if product.dim() == 1 else product.amax(1)
     cosine = torch.where(here, cosine, 0.0)
     return cosine.masked_fill_(labels == _NOT_A_CLASS, math.nan)
 

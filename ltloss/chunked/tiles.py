@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +80,8 @@ class TargetColumn:
 class Tiles:
     """Walks over the classes in chunks: the factors of a product and logits in buffers that are allocated once.
 
-    ``inverse`` (C,): 1/‖w‖, or None for prototypes that keep their length. ``slope``: where logits are bent beyond a
+    With K sub-centres a class the prototypes are (C, K, D), and a logit is the largest of K. ``inverse`` (C,) or
+    (C, K): 1/‖w‖, or None for prototypes that keep their length. ``slope``: where logits are bent beyond a
     ``threshold``, the derivative at each of the last tile.
     """
 
@@ -90,40 +92,83 @@ class Tiles:
         inverse: Tensor | None,
         log_prior: Tensor | None,
         blocks: Blocks,
+        backwards: bool = False,
         threshold: Tensor | None = None,
         polynomial: Tensor | None = None,
     ) -> None:
-        self.u, self.prototypes, self.inverse, self.blocks = u, prototypes, inverse, blocks
+        self.u, self.prototypes, self.inverse, self.blocks, self.backwards = u, prototypes, inverse, blocks, backwards
         self.log_prior, self.threshold, self.polynomial = (
             None if one is None else one.to(u.dtype) for one in (log_prior, threshold, polynomial)
         )
+        self.several = prototypes.dim() == 3  # sub-centres
         self._logits = u.new_empty(blocks.rows * blocks.classes)
-        self._unit = u.new_empty(blocks.classes, u.shape[1])
+        self._other = torch.empty_like(self._logits) if self.several else self._logits
+        centers = prototypes.shape[1] if self.several else 0
+        self._nearer = u.new_empty(centers, len(self._logits), dtype=torch.bool)
+        self._unit = u.new_empty(blocks.classes, *prototypes.shape[1:])
 
     def unit_prototypes(self, start: int, stop: int) -> Tensor:
-        """ŵ of the chunk (stop - start, D), or w itself."""
+        """ŵ of the chunk (stop - start, D) or (stop - start, K, D), or w itself."""
         unit = self._unit[: stop - start]
         prototypes = self.prototypes[start:stop]
         if self.inverse is None:
             return prototypes if prototypes.dtype == unit.dtype else unit.copy_(prototypes)
         if prototypes.dtype == FLOAT8:
             prototypes = widened(prototypes, unit)
-        return torch.mul(prototypes, self.inverse[start:stop, None], out=unit)
+        return torch.mul(prototypes, self.inverse[start:stop, ..., None], out=unit)
 
     def empty(self, rows: slice, start: int, stop: int) -> Tensor:
         """The buffer of one row block and the chunk, with what the last tile left in it."""
-        height, width = rows.stop - rows.start, stop - start
-        return self._logits[: height * width].view(height, width)
+        return self._part(self._logits, rows.stop - rows.start, stop - start)
 
-    def logits(self, unit: Tensor, rows: slice, start: int, stop: int) -> Tensor:
-        """s·cos + log-prior, or s·(x·w) + log-prior, of one row block and the chunk; bent before the prior."""
+    @staticmethod
+    def _part(buffer: Tensor, height: int, width: int) -> Tensor:
+        return buffer[: height * width].view(height, width)
+
+    def logits(self, unit: Tensor, rows: slice, start: int, stop: int, sums: Tensor | None = None) -> Tensor:
+        """s·cos + log-prior, or s·(x·w) + log-prior, of one row block and the chunk; bent before the prior.
+
+        To ``sums`` (N,) those of each row are added, without the prior.
+        """
         tile = self.empty(rows, start, stop)
-        torch.mm(self.u[rows], unit.t(), out=tile)
+        if not self.several:
+            torch.mm(self.u[rows], unit.t(), out=tile)
+        else:
+            self._of_nearest(tile, self.u[rows], unit)
+        if sums is not None:
+            sums[rows] += tile.sum(1)
         if self.threshold is not None and self.polynomial is not None:
             p0, p1, p2 = self.polynomial
             hard = tile > self.threshold[rows, None]
-            self.slope = torch.where(hard, p1 + 2.0 * p2 * tile, 1.0)
+            if self.backwards:
+                self.slope = torch.where(hard, p1 + 2.0 * p2 * tile, 1.0)
             tile.copy_(torch.where(hard, (p2 * tile + p1) * tile + p0, tile))
         if self.log_prior is not None:
             tile.add_(self.log_prior[start:stop])
         return tile
+
+    def _of_nearest(self, tile: Tensor, u: Tensor, unit: Tensor) -> None:
+        """The largest of the logits of the sub-centres, and where each exceeds those before it."""
+        other = self._part(self._other, *tile.shape)
+        torch.mm(u, unit[:, 0].t(), out=tile)
+        for k in range(1, unit.shape[1]):
+            torch.mm(u, unit[:, k].t(), out=other)
+            if self.backwards:
+                torch.gt(other, tile, out=self._part(self._nearer[k], *tile.shape))
+            torch.maximum(tile, other, out=tile)
+
+    def of_centers(self, gradient: Tensor, *operands: Tensor | None) -> Iterator[tuple[Any, ...]]:
+        """The gradient of the last tile's logits (n, c), of each sub-centre in turn: all of it goes to the nearest, of
+        equally near ones to the lowest.
+
+        With it, the part of each of ``operands``, (c, D) or (c, K, D), that belongs to the sub-centre.
+        """
+        if not self.several:
+            yield gradient, *operands
+            return
+        own, zero = self._part(self._other, *gradient.shape), gradient.new_zeros(())
+        for k in reversed(range(self.prototypes.shape[1])):
+            if k > 0:  # the last one that exceeded those before it is the largest
+                torch.where(self._part(self._nearer[k], *gradient.shape), gradient, zero, out=own)
+                gradient.sub_(own)
+            yield own if k > 0 else gradient, *(None if one is None else one[:, k] for one in operands)

@@ -39,7 +39,7 @@ class _SampledOptimizer(torch.optim.Optimizer):
         (weight,) = group["params"]
         if weight.grad is not None:
             grad = local(weight.grad)
-            index = grad.any(1).nonzero()[:, 0]
+            index = grad.flatten(1).any(1).nonzero()[:, 0]
             if index.numel():
                 self._update(group, local(weight), index, grad[index], self._state_of(weight))
         return loss
@@ -49,7 +49,7 @@ class _SampledOptimizer(torch.optim.Optimizer):
         for name, columns in self._needs().items():
             if name not in state:
                 # Placed as the weight is, so that a checkpoint can be loaded on another number of ranks.
-                state[name] = Layout.of(weight).zeros(*weight.shape[1 : 1 + columns], dtype=weight.dtype)
+                state[name] = Layout.of(weight).zeros(*(weight.shape[1:] if columns else ()), dtype=weight.dtype)
         return {name: local(tensor) for name, tensor in state.items()}
 
     def _needs(self) -> dict[str, bool]:
@@ -141,8 +141,10 @@ class SampledAdamW(_SampledOptimizer):
 def adamw_of_rows(
     group: dict[str, Any], weight: Tensor, grad: Tensor, average: Tensor, square: Tensor, steps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prototypes, average and square (rows, D) after a step of AdamW that is the ``steps``-th (rows,) of each row."""
-    (first, second), lr, steps = group["betas"], group["lr"], steps[:, None].double()
+    """Prototypes, average and square (rows, D), or with sub-centres (rows, K, D), after a step of AdamW that is the
+    ``steps``-th (rows,) of each row.
+    """
+    (first, second), lr, steps = group["betas"], group["lr"], steps.view(-1, *[1] * (weight.dim() - 1)).double()
     average = average.lerp(grad, 1 - first)
     square = second * square + (1 - second) * grad * grad
     rate = (lr / (1 - first**steps)).to(grad.dtype)

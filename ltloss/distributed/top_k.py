@@ -16,7 +16,7 @@ from ltloss.distributed import collectives as comm
 from ltloss.distributed.batch_gather import BatchGather
 from ltloss.distributed.layout import Layout, local
 from ltloss.numerics import compute_dtype
-from ltloss.ops.prototype_search import top_k_in_one_piece
+from ltloss.ops.prototype_search import best_classes, rows_for, top_k_in_one_piece
 
 __all__ = ["top_k"]
 
@@ -56,16 +56,20 @@ def top_k(
     labels = torch.full(features.shape[:1], -1, device=layout.device)
     batch = gather(features, labels, check, tag=k)
     block = batch.features[layout.group_rows(batch.features.shape[0])].detach()
-    own, (start, stop) = local(prototypes), layout.span()
+    centers = prototypes.shape[1] if prototypes.dim() == 3 else 1
+    count = rows_for(k, layout.num_classes, centers)
+    own, (start, stop) = local(prototypes).flatten(0, -2), layout.span()
     find = _nearest if normalize_prototypes else partial(_largest, bias=None if bias is None else bias[start:stop])
     width = 3 if normalize_prototypes else 4
-    packed = _candidates(block, own, layout, (width, k), find)
+    packed = _candidates(block, own, (start * centers, layout.num_classes * centers), (width, count), find)
     rows = [block.shape[0] // layout.class_ranks] * layout.class_ranks
-    came = comm.all_to_all(packed, rows, rows, layout.class_group).view(layout.class_ranks, rows[0], width, k)
+    came = comm.all_to_all(packed, rows, rows, layout.class_group).view(layout.class_ranks, rows[0], width, count)
     bits, index, keys, *more = (
-        came[:, : batch.real].permute(2, 1, 0, 3).reshape(width, batch.real, layout.class_ranks * k)
+        came[:, : batch.real].permute(2, 1, 0, 3).reshape(width, batch.real, layout.class_ranks * count)
     )
-    best, place = _merge(_numbers(bits, own, block), index, keys, k)
+    best, place = _merge(_numbers(bits, own, block), index, keys, count)
+    if centers > 1:
+        return best_classes(TopK(best, index.gather(1, place)), centers, k)
     return TopK(_numbers(more[0], own, block).gather(1, place) if more else best, index.gather(1, place))
 
 
@@ -91,15 +95,18 @@ def _largest(block: Tensor, own: Tensor, k: int, first: int, *, bias: Tensor | N
 
 
 def _candidates(
-    block: Tensor, own: Tensor, layout: Layout, shape: tuple[int, int], find: Callable[..., list[Tensor]]
+    block: Tensor, own: Tensor, rows: tuple[int, int], shape: tuple[int, int], find: Callable[..., list[Tensor]]
 ) -> Tensor:
-    """What ``find`` finds of the k best of this rank's classes, (B, width, k): -inf, C and 0 where there are fewer."""
+    """What ``find`` finds of the k best of this rank's classes, (B, width, k): -inf, C and 0 where there are fewer.
+
+    ``rows``: the first of this rank's, and how many all have, C or with sub-centres C·K.
+    """
     packed = torch.zeros(block.shape[0], *shape, dtype=torch.int64, device=block.device)
     packed[:, 0] = _bits(torch.tensor(-torch.inf))
-    packed[:, 1] = layout.num_classes
+    packed[:, 1] = rows[1]
     count = min(shape[1], own.shape[0])
     if count and block.shape[0]:
-        packed[:, :, :count] = torch.stack(find(block, own, count, layout.span()[0]), 1)
+        packed[:, :, :count] = torch.stack(find(block, own, count, rows[0]), 1)
     return packed
 
 

@@ -43,6 +43,7 @@ class LossOptions(TypedDict, total=False):
     beyond_pi: BeyondPi
     margin_gradient: MarginGradient
     reduction: Reduction
+    sub_centers: int
     device: torch.device | str | None
     dtype: torch.dtype | None
 
@@ -67,6 +68,7 @@ class CombinedMarginLoss(PrototypeHead):
         class_weight: (C,) factor on the loss of each class, or None; see :meth:`set_class_weight` for schedules.
         label_smoothing, ignore_index, normalize_features, beyond_pi, margin_gradient, reduction: as in
             :func:`ltloss.functional.margin_cross_entropy`, which this module calls.
+        sub_centers: K, 1 to 8 prototypes a class, of which the nearest counts.
         device, dtype: of the weight.
 
     Raises:
@@ -108,11 +110,18 @@ class CombinedMarginLoss(PrototypeHead):
         beyond_pi: BeyondPi = "monotone",
         margin_gradient: MarginGradient = "exact",
         reduction: Reduction = "mean",
+        sub_centers: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            num_classes, embedding_size, scale=scale, normalize_features=normalize_features, device=device, dtype=dtype
+            num_classes,
+            embedding_size,
+            scale=scale,
+            normalize_features=normalize_features,
+            sub_centers=sub_centers,
+            device=device,
+            dtype=dtype,
         )
         self.angle_multiplier, self.label_smoothing = angle_multiplier, label_smoothing
         self.ignore_index, self.reduction = ignore_index, reduction

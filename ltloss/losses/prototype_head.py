@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ltloss import functional as F
 from ltloss._types import TopK
-from ltloss._validation import check_count, check_per_class, check_scale, check_values, plain_number
+from ltloss._validation import check_count, check_per_class, check_scale, check_sub_centers, check_values, plain_number
 from ltloss.float8 import FLOAT8, decoded, write_rows
 from ltloss.losses.defaults import default_scale
 from ltloss.numerics import spans
@@ -44,13 +44,15 @@ class PrototypeHead(nn.Module):
         scale: s, the inverse temperature. None: :func:`ltloss.default_scale` of C, which without
             ``normalize_features`` is divided by √D, the length that batch normalisation gives.
         normalize_features: False keeps the length of the features: logits are s·‖x‖·cos.
+        sub_centers: K, 1 to 8 prototypes a class, of which the nearest counts.
         device, dtype: of the weight. Keep it float32 whatever the dtype of the features: updates of a half-precision
             weight are lost. ``torch.bfloat16`` and ``torch.float8_e4m3fn`` are for the optimizers of
             :mod:`ltloss.optim`, which round so that none is.
 
     Attributes:
-        weight: (C, D) parameter, drawn with length ≈ 1. Give it to the optimizer: ``loss.parameters()``; or give this
-            module to an optimizer of :mod:`ltloss.optim`, which is then in ``fused_update``.
+        weight: (C, D) parameter, with sub-centres (C, K, D), drawn with length ≈ 1. Give it to the optimizer:
+            ``loss.parameters()``; or give this module to an optimizer of :mod:`ltloss.optim`, which is then in
+            ``fused_update``.
         weight_exponent: (C,) int8 where the weight is float8, else None: prototype c is 2^weight_exponent[c] ·
             weight[c]. ``half()``, ``float()`` and ``to(dtype)`` leave such a weight as it is; ``load_state_dict`` takes
             either form.
@@ -80,6 +82,7 @@ class PrototypeHead(nn.Module):
         *,
         scale: float | None = None,
         normalize_features: bool = True,
+        sub_centers: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -91,7 +94,9 @@ class PrototypeHead(nn.Module):
             scale = default_scale(num_classes, 1.0 if normalize_features else embedding_size**0.5)
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.scale, self.normalize_features = scale, normalize_features
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
+        self.sub_centers = check_sub_centers(sub_centers, dtype)
+        shape = (num_classes, embedding_size) if sub_centers == 1 else (num_classes, self.sub_centers, embedding_size)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         exponent = torch.zeros(num_classes, device=device, dtype=torch.int8) if dtype == FLOAT8 else None
         self.register_buffer("weight_exponent", exponent)
         self.reset_parameters()
@@ -189,7 +194,8 @@ class PrototypeHead(nn.Module):
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name, in the order in which ``repr`` shows them."""
-        return {"scale": self.scale, "normalize_features": self.normalize_features}
+        several = {"sub_centers": self.sub_centers} if self.sub_centers > 1 else {}
+        return {"scale": self.scale, "normalize_features": self.normalize_features, **several}
 
     def described(self) -> dict[str, str]:
         """Every hyper-parameter in words; vectors by their values on the CPU, for which nothing waits."""

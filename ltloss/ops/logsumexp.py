@@ -80,8 +80,8 @@ def _fake_stats(
     like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
     n = features.shape[0]
     with_norm = normalize_prototypes and not normalize_features
-    lengths = (n, n, n if with_logit_sum else 0, n if with_norm else 0, prototypes.shape[0])
-    return tuple(like.new_empty(length) for length in lengths)
+    lengths = (n, n, n if with_logit_sum else 0, n if with_norm else 0)
+    return (*(like.new_empty(length) for length in lengths), like.new_empty(prototypes.shape[:-1]))
 
 
 def define_keeping(
@@ -182,6 +182,7 @@ def keeps(ctx: Any, features: Tensor, prototypes: Tensor, backend: str) -> bool:
     """Whether a step that may does keep its exponentials for the backward: there is one, and they fit."""
     return (
         any(ctx.needs_input_grad)
+        and prototypes.dim() == 2
         and compute_dtype(features, prototypes) == torch.float32
         and 0 < BACKENDS[backend]().exponentials_bytes(features, prototypes) <= current_workspace()
     )

@@ -87,7 +87,7 @@ def _fake_loss(like: Tensor, n: int, with_norm: bool, reduction: str) -> tuple[T
 def _fake_forward(features: Tensor, prototypes: Tensor, labels: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     like, objective = features.new_empty(0, dtype=compute_dtype(features, prototypes)), Objective.of(*flat)
     loss = _fake_loss(like, features.shape[0], objective.with_norm, objective.reduction)
-    return (*loss, like.new_empty(prototypes.shape[0]))
+    return (*loss, like.new_empty(prototypes.shape[:-1]))
 
 
 def _fake_margin_loss(

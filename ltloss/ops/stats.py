@@ -73,7 +73,10 @@ def target_cosines(features: Tensor, prototypes: Tensor, labels: Tensor, shard: 
         cosine = features.new_zeros(len(features), dtype=dtype)
     else:
         x = reference.direction(features.masked_fill((here < 0)[:, None], 0.0).to(dtype))
-        cosine = (x * reference.direction(prototypes[here.clamp_min(0)].to(dtype))).sum(1)
+        w = prototypes[here.clamp_min(0)].to(dtype)
+        unit = reference.direction(w.flatten(0, -2)).view_as(w)
+        cosine = torch.einsum("nd,n...d->n...", x, unit)
+        cosine = cosine if w.dim() == 2 else cosine.amax(1)
     return cosine if shard is None else shard.gather(cosine[None])[:, 0].sum(0)
 
 

@@ -60,6 +60,11 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         weight = module.weight
         if weight.is_meta:
             raise ValueError("module must have memory, for its state is made here; got a weight on device 'meta'")
+        if weight.dim() > 2:
+            raise ValueError(
+                "module must have one prototype a class, (C, D), to be moved inside the backward; got sub-centres "
+                f"{tuple(weight.shape)}: take an optimizer of torch.optim"
+            )
         _check_dtypes(weight.dtype, state_dtype, rounding)
         if max_class_norm is not None:
             check_number("max_class_norm", max_class_norm, above=0.0)

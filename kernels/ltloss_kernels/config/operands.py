@@ -19,6 +19,7 @@ from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.config.chunking import ceil_div
 
 __all__ = [
+    "beside_each_other",
     "block_source",
     "multiply_add",
     "multiply_add_halves",
@@ -75,6 +76,14 @@ def part(values: _Given, rows: slice, dim: int = 0) -> _Given:
     if values is None or rows.stop - rows.start == values.shape[dim]:
         return values
     return values.narrow(dim, rows.start, rows.stop - rows.start)
+
+
+def beside_each_other(matrix: Tensor, rows: int) -> Tensor:
+    """A matrix (C·K, D) whose ``rows`` K of a class become one, as far apart as they were: (C, (K-1)·stride + D)."""
+    if rows == 1:
+        return matrix
+    (count, width), stride = matrix.shape, matrix.stride(0)
+    return matrix.as_strided((count // rows, (rows - 1) * stride + width), (rows * stride, 1))
 
 
 def block_source(matrix: Tensor, rows: int, columns: int, described: bool) -> TensorDescriptor | Tensor:

@@ -28,6 +28,7 @@ __all__ = [
     "multiprocessors",
     "norms_in_tiles",
     "of_kept",
+    "of_sub_centers",
     "prototype_gradient_tile",
     "row_block_stays",
     "row_tile",
@@ -181,6 +182,11 @@ def summing(arch: int, tile: Tile) -> Tile:
         return tile
     rows, classes = _SMALLER[tile[:2]]
     return tile._replace(rows=rows, classes=classes, warps=4)
+
+
+def of_sub_centers(tile: Tile) -> Tile:
+    """This tile where the largest of several products is taken, which registers hold two or three tiles for."""
+    return tile._replace(rows=min(tile.rows, 64), classes=min(tile.classes, 64))
 
 
 def gradient_tile(arch: int, dtype: torch.dtype, precision: str, samples: int, width: int) -> Tile:

@@ -44,8 +44,8 @@ def scaled_rows(values):
     length = tl.sqrt_rn(tl.sum(scaled * scaled, 1))
     # Below the smallest normal number a reciprocal would overflow: such a row counts as zero.
     inverse = tl.where(largest < TINY, 0.0, tl.div_rn(tl.full(length.shape, 1.0, tl.float32), length))
-    # An infinite entry has no direction, and must not look like a zero row.
-    inverse = tl.where(length == float("inf"), float("nan"), inverse)
+    # An infinite entry has no direction, and neither it nor a row of NaN may look like a zero row.
+    inverse = tl.where(length < float("inf"), inverse, float("nan"))
     return scaled, power, inverse
 
 

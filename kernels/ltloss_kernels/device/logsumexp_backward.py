@@ -24,8 +24,8 @@ from ltloss_kernels.device.elementary import (
     scaled_rows,
     unit_rows,
 )
-from ltloss_kernels.device.logsumexp_forward import bent, load_thresholds
-from ltloss_kernels.device.tile_io import holds_a_label, load_block, store_block, tile_product
+from ltloss_kernels.device.logsumexp_forward import bent, load_thresholds, tile_logits
+from ltloss_kernels.device.tile_io import holds_a_label, load_block, store_block
 
 __all__ = ["gradient_tile_kernel", "sample_gradient_kernel", "slab_scale"]
 
@@ -136,6 +136,45 @@ def sample_gradient_kernel(
 
 
 @triton.jit
+def exponential_gradient(logit, d_lse, FOLD: tl.constexpr):
+    """2^l·d_lse of a tile (R, C); with FOLD the size of d_lse is in the exponent already, and only its sign is left."""
+    gradient = tl.exp2(logit)
+    if not FOLD:
+        gradient *= d_lse[:, None]
+    elif tl.min(d_lse, 0) < 0.0:  # a negative upstream gradient
+        gradient = tl.where((d_lse < 0.0)[:, None], -gradient, gradient)
+    return gradient
+
+
+@triton.jit
+def store_of_centers(
+    slab, gradient, nearest, logit_scale_ptr, row, column, samples, classes, class_tiles, stride,
+    DESCRIBED: tl.constexpr, SUB_CENTERS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of logits (R, C) times the scale of each of SUB_CENTERS, where that is the nearest.
+
+    Each has its part of the slab, of whole tiles, 0 beyond the classes.
+    """
+    here, columns = column + tl.arange(0, BLOCK_CLASSES), class_tiles * BLOCK_CLASSES
+    for k in tl.static_range(SUB_CENTERS):
+        scale = tl.load(logit_scale_ptr + here * SUB_CENTERS + k, mask=here < classes, other=0.0)
+        own = tl.where((nearest == k) & (here < classes)[None, :], gradient * scale[None, :], 0.0)
+        store_block(
+            slab, own, row, k * columns + column, samples, SUB_CENTERS * columns, stride, BLOCK_ROWS, BLOCK_CLASSES,
+            DESCRIBED, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def load_kept_shift(shift_ptr, shift, rows, inside, column, stride, KEPT_CLASSES: tl.constexpr):
+    """What was taken off the exponents of some rows (R,) in the tile of KEPT_CLASSES that holds this column."""
+    if shift_ptr is None:
+        return shift
+    at = shift_ptr + (column // KEPT_CLASSES).to(tl.int64) * stride + rows
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
 def kept_gradient(
     kept,
     kept_shift,
@@ -200,6 +239,7 @@ def gradient_tile_kernel(
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     KEPT_CLASSES: tl.constexpr,
+    SUB_CENTERS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
@@ -217,6 +257,9 @@ def gradient_tile_kernel(
     kept (samples, all classes) or None: the exponentials of the forward, so that there is no product, nor features,
     prototypes and prior; they are relative to kept_shift_ptr (tiles of KEPT_CLASSES, samples), whose rows are
     kept_shift_stride apart, or to the number kept_shift. Then FOLD is off and along is None.
+    With more than one of SUB_CENTERS a row of the prototypes holds those of a class beside each other, logit_scale_log2
+    has as many entries for it, and the slab as many parts of class_tiles · BLOCK_CLASSES columns, 0 beyond the classes:
+    the k-th holds what goes to the k-th sub-centre, where that is the nearest. Then kept and along are None.
     Class tiles are taken in groups, so that the programs at work at one time share feature rows and prototypes.
     """
     program = tl.program_id(0)
@@ -226,40 +269,32 @@ def gradient_tile_kernel(
     group_width = tl.minimum(class_tiles - group * GROUP, GROUP)
     block = in_group // group_width
     tile = group * GROUP + in_group % group_width
-    if kept is None:
-        product, _ = tile_product(
-            features, prototypes, block, tile, samples, classes, width, features_stride, prototypes_stride,
-            DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH,
-        )  # fmt: skip
-
     row, column = block * BLOCK_ROWS, tile * BLOCK_CLASSES
     rows = row + tl.arange(0, BLOCK_ROWS)
     here = column + tl.arange(0, BLOCK_CLASSES)
     inside = rows < samples
     known = here < classes
-    logit_scale_log2 = tl.load(logit_scale_log2_ptr + here, mask=known, other=0.0)
     at = sample_gradients_ptr + rows
     stride = sample_gradients_stride.to(tl.int64)
     shift = tl.load(at, mask=inside, other=float("inf"))
     d_lse = tl.load(at + stride, mask=inside, other=0.0)
     slope = 1.0
     if kept is None:
-        logit = product * logit_scale_log2[None, :]
+        logit, product, nearest = tile_logits(
+            features, prototypes, logit_scale_log2_ptr, block, tile, here, known, samples, classes, width,
+            features_stride, prototypes_stride, None, DESCRIBED, PRECISION, SUB_CENTERS, BLOCK_ROWS, BLOCK_CLASSES,
+            BLOCK_DEPTH,
+        )  # fmt: skip
         logit, slope = bent(logit, load_thresholds(threshold_ptr, rows, inside), polynomial_ptr)
         logit -= shift[:, None]
         if prior_ptr is not None:
             logit += (tl.load(prior_ptr + here, mask=known, other=0.0) * LOG2E)[None, :]
-        gradient = tl.exp2(logit)
-        if not FOLD:
-            gradient *= d_lse[:, None]
-        elif tl.min(d_lse, 0) < 0.0:  # a negative upstream gradient
-            gradient = tl.where((d_lse < 0.0)[:, None], -gradient, gradient)
+        gradient = exponential_gradient(logit, d_lse, FOLD)
     else:
-        if kept_shift_ptr is not None:
-            kept_shift_ptr += ((first_class + column) // KEPT_CLASSES).to(tl.int64) * kept_shift_stride
-            kept_shift = tl.load(kept_shift_ptr + rows, mask=inside, other=0.0)
         gradient = kept_gradient(
-            kept, kept_shift, shift, d_lse, row, first_class + column, samples, first_class + classes, kept_stride,
+            kept, load_kept_shift(
+                kept_shift_ptr, kept_shift, rows, inside, first_class + column, kept_shift_stride, KEPT_CLASSES
+            ), shift, d_lse, row, first_class + column, samples, first_class + classes, kept_stride,
             BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED,
         )  # fmt: skip
     label = tl.load(label_ptr + rows, mask=inside, other=-1) - first_class
@@ -272,7 +307,13 @@ def gradient_tile_kernel(
     if holds_a_label(label, column, BLOCK_CLASSES):
         d_target = tl.load(at + 2 * stride, mask=inside, other=0.0)
         gradient = tl.where(here[None, :] == label[:, None], d_target[:, None], gradient)
-    gradient *= logit_scale_log2[None, :]
+    if SUB_CENTERS > 1:
+        store_of_centers(
+            slab, gradient, nearest, logit_scale_log2_ptr, row, column, samples, classes, class_tiles, slab_stride,
+            DESCRIBED, SUB_CENTERS, BLOCK_ROWS, BLOCK_CLASSES,
+        )  # fmt: skip
+        return
+    gradient *= tl.load(logit_scale_log2_ptr + here, mask=known, other=0.0)[None, :]
     if along_ptr is not None:
         gradient = gradient.to(slab.dtype if DESCRIBED else slab.dtype.element_ty)  # g is made from what is stored
         along = tl.sum(gradient.to(tl.float32) * product, 0)

@@ -14,7 +14,15 @@ import triton.language as tl
 from ltloss_kernels.device.elementary import LN2, LOG2E, exact_cosine, exact_product, log, scaled_rows, unit_rows
 from ltloss_kernels.device.tile_io import holds_a_label, inverse_lengths, load_block, store_block, tile_product
 
-__all__ = ["add_splits", "bent", "combine_splits", "cosine_logsumexp_kernel", "load_thresholds", "sample_kernel"]
+__all__ = [
+    "add_splits",
+    "bent",
+    "combine_splits",
+    "cosine_logsumexp_kernel",
+    "load_thresholds",
+    "sample_kernel",
+    "tile_logits",
+]
 
 
 @triton.jit(do_not_specialize=["samples", "classes", "class_tiles"])
@@ -47,18 +55,20 @@ def sample_kernel(
     RAGGED: tl.constexpr,
     FLAG_ROWS: tl.constexpr,
     FLAG_CLASSES: tl.constexpr,
+    SUB_CENTERS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """What the tiles and the margin need of each sample.
 
-    features (samples, width), prototypes (classes, width), labels (samples,): any dtype and strides.
+    features (samples, width), prototypes (classes · SUB_CENTERS, width), labels (samples,): any dtype and strides.
     norm (samples,) ‖x‖, or None where it is in the rows, or features are normalised.
     copy (samples, width), in the dtype of the product: unit rows if NORMALIZE_FEATURES, else the rows as they are, and
     zeros from there to copy_stride; or None.
     Without NORMALIZE_PROTOTYPES the target's cosine is x̂·w, or x·w, instead.
-    target_cosine (samples,): from the original rows, rounded to float32 once; 0 for the label ``ignore_index``, NaN for
-    a label outside [0, classes). Without an ``ignore_index`` (None) such a label means that there is no target here: 0.
+    target_cosine (samples,): from the original rows, rounded to float32 once, of the nearest sub-centre; 0 for the
+    label ``ignore_index``, NaN for a label outside [0, classes). Without an ``ignore_index`` (None) such a label means
+    that there is no target here: 0.
     label (samples,) int32: the class, or -1.
     flags (row blocks, class_tiles) int8, cleared before: 1 where a tile holds the target of one of its rows, and in the
     last column if that tile reaches beyond the classes (RAGGED). Several rows may write the same 1. Or None.
@@ -80,13 +90,19 @@ def sample_kernel(
         whole = inside[:, None] & (columns < tl.cast(copy_stride, tl.int64))[None, :]
         tl.store(copy_cells, copied.to(copy_ptr.dtype.element_ty), mask=whole)
     target = tl.where(valid, label, 0)
-    offsets = target[:, None] * prototypes_row_stride + columns.to(tl.int64)[None, :] * prototypes_column_stride
-    w = tl.load(prototypes_ptr + offsets, mask=valid[:, None] & cells, other=0.0).to(tl.float32)
-    w, w_power, w_inverse = scaled_rows(w)
-    if NORMALIZE_PROTOTYPES:
-        cosine = tl.where(x_inverse * w_inverse == 0.0, 0.0, exact_cosine(x, w))
-    else:  # one factor at a time: each of them is in range
-        cosine = exact_product(x, w) * (x_inverse if NORMALIZE_FEATURES else 1.0 / x_power) * (1.0 / w_power)
+    offsets = (target * SUB_CENTERS)[:, None] * prototypes_row_stride
+    offsets += columns.to(tl.int64)[None, :] * prototypes_column_stride
+    cosine = tl.full((ROWS,), float("-inf"), tl.float32)
+    for k in tl.static_range(SUB_CENTERS):
+        w = tl.load(
+            prototypes_ptr + k * prototypes_row_stride.to(tl.int64) + offsets, mask=valid[:, None] & cells, other=0.0
+        )
+        w, w_power, w_inverse = scaled_rows(w.to(tl.float32))
+        if NORMALIZE_PROTOTYPES:
+            found = tl.where(x_inverse * w_inverse == 0.0, 0.0, exact_cosine(x, w))
+        else:  # one factor at a time: each of them is in range
+            found = exact_product(x, w) * (x_inverse if NORMALIZE_FEATURES else 1.0 / x_power) * (1.0 / w_power)
+        cosine = tl.maximum(cosine, found, propagate_nan=tl.PropagateNan.ALL)
     missing = tl.zeros((ROWS,), tl.float32)
     if ignore_index is not None:
         missing = tl.where(label == ignore_index, 0.0, float("nan"))
@@ -153,6 +169,41 @@ def keep_tile(kept, exponentials, block, column, samples, classes, stride, DESCR
         store_block(
             kept, exponentials, block * ROWS, column, samples, classes, stride, ROWS, COLUMNS, DESCRIBED, True
         )  # fmt: skip
+
+
+@triton.jit
+def load_scales(logit_scale_ptr, at, known):
+    """Those of some prototypes (C,); 0 where they are not ``known``, unless that is None and all are."""
+    if known is None:
+        return tl.load(logit_scale_ptr + at)
+    return tl.load(logit_scale_ptr + at, mask=known, other=0.0)
+
+
+@triton.jit
+def tile_logits(
+    features, prototypes, logit_scale_ptr, block, tile, here, known, samples, classes, width, features_stride,
+    prototypes_stride, resident, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, SUB_CENTERS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Logits (R, C) of a tile in units of log 2; the product x·w, or None; of several SUB_CENTERS the nearest, or None.
+
+    A row of the prototypes holds the SUB_CENTERS of a class beside each other, and logit_scale as many entries for it.
+    The logit is the largest of theirs, the nearest (R, C) of equal ones the lowest.
+    """
+    for k in tl.static_range(SUB_CENTERS):
+        product, _ = tile_product(
+            features, prototypes, block, tile, samples, classes, width, features_stride, prototypes_stride,
+            DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH, False, resident,
+            k * (prototypes_stride // SUB_CENTERS),
+        )  # fmt: skip
+        own = product * load_scales(logit_scale_ptr, here * SUB_CENTERS + k, known)[None, :]
+        if k == 0:
+            logit = own
+            nearest = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.int32) if SUB_CENTERS > 1 else None
+        else:
+            nearest = tl.where(own > logit, k, nearest)
+            logit = tl.maximum(logit, own, propagate_nan=tl.PropagateNan.ALL)
+    return logit, product, nearest
 
 
 @triton.jit
@@ -225,6 +276,7 @@ def cosine_logsumexp_kernel(
     PRECISION: tl.constexpr,
     NORMS: tl.constexpr,
     RESIDENT: tl.constexpr,
+    SUB_CENTERS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
@@ -236,7 +288,8 @@ def cosine_logsumexp_kernel(
     prior b·log2 e (class_tiles · BLOCK_CLASSES,), 0 and -inf beyond the classes; flags (row blocks, class_tiles).
     With NORMS the tiles find the lengths themselves, so that prototypes are read once: logit_scale_log2 (classes,) is
     an output, factor_scale/‖w‖; prior (classes,) is in natural units; there are no flags, each tile looks for labels.
-    RESIDENT: BLOCK_DEPTH covers all columns, and the row block is loaded once.
+    RESIDENT: BLOCK_DEPTH covers all columns, and the row block is loaded once. With more than one of SUB_CENTERS a row
+    of the prototypes holds those of a class beside each other, and logit_scale_log2 as many entries for it.
     threshold (samples,) and polynomial (3,), or None: see :func:`bent`.
     partial_sum (splits, samples): Σ 2^(l·log2 e - shift). The shift, in units of log 2, is the argument, or the running
     maximum of each row, which partial_max (splits, samples) returns unless it is None. partial_logit (splits, samples)
@@ -265,23 +318,27 @@ def cosine_logsumexp_kernel(
     threshold = load_thresholds(threshold_ptr, rows, inside)
     tl.assume(width > 0)  # else the flattened loop has a second body, for products of no columns
     for tile in tl.range(first, last, flatten=True):
-        product, squares = tile_product(
-            features, prototypes, block, tile, samples, slab_classes, width, features_stride, prototypes_stride,
-            DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH, NORMS, resident,
-        )  # fmt: skip
         column = (first_tile + tile) * BLOCK_CLASSES
         here = column + tl.arange(0, BLOCK_CLASSES)
         if NORMS:
+            product, squares = tile_product(
+                features, prototypes, block, tile, samples, slab_classes, width, features_stride, prototypes_stride,
+                DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH, True, resident,
+            )  # fmt: skip
             logit_scale_log2 = factor_scale * inverse_lengths(
                 squares, prototypes, tile, slab_classes, width, prototypes_stride, DESCRIBED, BLOCK_CLASSES, BLOCK_DEPTH
             )
             if block == 0:
                 tl.store(logit_scale_log2_ptr + here, logit_scale_log2, mask=here < classes)
             special = holds_a_label(label, column, BLOCK_CLASSES) | (column + BLOCK_CLASSES > classes)
+            logit = product * logit_scale_log2[None, :]
         else:
-            logit_scale_log2 = tl.load(logit_scale_log2_ptr + here)
+            logit, _, _ = tile_logits(
+                features, prototypes, logit_scale_log2_ptr, block, tile, here, None, samples, slab_classes, width,
+                features_stride, prototypes_stride, resident, DESCRIBED, PRECISION, SUB_CENTERS, BLOCK_ROWS,
+                BLOCK_CLASSES, BLOCK_DEPTH,
+            )  # fmt: skip
             special = tl.load(flags_ptr + block.to(tl.int64) * class_tiles + first_tile + tile) != 0
-        logit = product * logit_scale_log2[None, :]
         if partial_logit_ptr is not None:
             logit_sum += tl.sum(logit, 1)
         logit, _ = bent(logit, threshold, polynomial_ptr)

@@ -108,10 +108,12 @@ def tile_product(
     BLOCK_DEPTH: tl.constexpr,
     SQUARES: tl.constexpr = False,
     resident=None,
+    first_column=0,
 ):
     """x·w of one row block (of ``count`` rows) and one class tile, and w·w of each class if SQUARES, in float32.
 
-    ``resident``: the row block with all its columns, if BLOCK_DEPTH covers them and it was loaded before; or None.
+    w has ``width`` columns from ``first_column`` on. ``resident``: the row block with all its columns, if BLOCK_DEPTH
+    covers them and it was loaded before; or None.
     Returns (BLOCK_ROWS, BLOCK_CLASSES) and (BLOCK_CLASSES,), zeros without SQUARES.
     """
     tl.assume(width > 0)  # else a flattened loop around it has a second body, for products of no columns
@@ -119,8 +121,8 @@ def tile_product(
     squares = tl.zeros((BLOCK_CLASSES,), tl.float32)
     if resident is not None:
         w = load_block(
-            classes_source, tile * BLOCK_CLASSES, 0, classes, width, classes_stride, BLOCK_CLASSES, BLOCK_DEPTH,
-            DESCRIBED,
+            classes_source, tile * BLOCK_CLASSES, first_column, classes, first_column + width, classes_stride,
+            BLOCK_CLASSES, BLOCK_DEPTH, DESCRIBED,
         )  # fmt: skip
         return multiplied(resident, w, product, squares, PRECISION, SQUARES)
     for k in range(0, width, BLOCK_DEPTH):
@@ -128,8 +130,8 @@ def tile_product(
             rows_source, block * BLOCK_ROWS, k, count, width, rows_stride, BLOCK_ROWS, BLOCK_DEPTH, DESCRIBED
         )
         w = load_block(
-            classes_source, tile * BLOCK_CLASSES, k, classes, width, classes_stride, BLOCK_CLASSES, BLOCK_DEPTH,
-            DESCRIBED,
+            classes_source, tile * BLOCK_CLASSES, first_column + k, classes, first_column + width, classes_stride,
+            BLOCK_CLASSES, BLOCK_DEPTH, DESCRIBED,
         )  # fmt: skip
         product, squares = multiplied(x, w, product, squares, PRECISION, SQUARES)
     return product, squares

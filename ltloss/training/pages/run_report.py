@@ -193,7 +193,7 @@ def _add_prototypes(body: _Body, run: _Run, classifier: Classifier) -> None:
     if not len(finite):
         return
     widest = math.degrees(math.acos(-1 / (len(names) - 1)))
-    evenly = (widest, f"evenly spread: {widest:.1f}°") if len(names) <= prototypes.shape[1] + 1 else None
+    evenly = (widest, f"evenly spread: {widest:.1f}°") if len(names) <= prototypes.shape[-1] + 1 else None
     axis = "angle to the nearest prototype (°)"
     plot = plots.histogram("angles", "Angles between prototypes", finite, axis=axis, what="classes", mark=evenly)
     body.add(plot, "Each class's prototype and the one nearest to it: the larger, the better the classes are apart.")
