@@ -75,9 +75,8 @@ class BackwardPass:
         # Power-of-two scaled copies keep float16 in range; other dtypes have the range of float32.
         self.in_place = readable_in_place(prototypes, self.dtype) and self.dtype != torch.float16
         self.arch = tiles.architecture(features.device)
-        self.tile = tiles.gradient_tile(self.arch, self.dtype, self.precision, *features.shape)
-        if sub_centers > 1:
-            self.tile = tiles.of_sub_centers(self.tile)
+        tile = tiles.gradient_tile(self.arch, self.dtype, self.precision, *features.shape)
+        self.tile = tile if sub_centers == 1 else tiles.of_sub_centers(tile, sub_centers)
         self.described = tiles.has_copy_engine(self.arch)
         self.kept: Exponentials | None = None
         self.kept_shift: float | None = None
@@ -129,7 +128,8 @@ class BackwardPass:
         ``by_slab``: those of the prototypes, in float32, have memory for one slab only, which counts as well.
         ``update``: they go into the prototypes, and have no memory.
         """
-        self.tile = tiles.summing(self.arch, self.tile) if need_prior else self.tile
+        bent = self.polynomial is not None
+        self.tile = tiles.summing(self.arch, self.tile, bent) if need_prior or bent else self.tile
         self.projecting_tile = self._tile_for_prototypes(update)
         need_prototypes |= by_slab or update is not None
         gradient_dtype = torch.float32 if by_slab else self.prototypes.dtype
@@ -152,16 +152,16 @@ class BackwardPass:
             cache=tiles.cache_bytes(device) if choices.tried("slabs of the cache") or recording(device) else 0,
         )
         if choices.tried("one wave"):
-            slab = in_waves(self.plan.classes, width, tiles.multiprocessors(device))
-            self.plan = self.plan._replace(classes=slab)
+            wave = in_waves(self.plan.classes, width, tiles.multiprocessors(device))
+            self.plan = self.plan._replace(classes=wave)
 
         def matrix(rows: int, dtype: torch.dtype) -> Tensor:
             return torch.empty((rows, width), dtype=dtype, device=device)
 
         self.grad_features = matrix(samples, features.dtype) if need_features else None
         self.by_slab, rows = by_slab, several * (self.plan.classes if by_slab else classes)
-        kept = update.weight if update is not None else matrix(rows, gradient_dtype) if need_prototypes else None
-        self.grad_prototypes = kept
+        made = matrix(rows, gradient_dtype) if need_prototypes and update is None else None
+        self.grad_prototypes = made if update is None else update.weight
         self.feature_sum = matrix(samples, torch.float32) if wide_features else self.grad_features
         self._slab_sum = matrix(several * self.plan.classes, torch.float32) if wide_prototypes else None
         self.along = torch.empty(blocks, self.plan.classes, device=device) if projecting else None
@@ -169,18 +169,17 @@ class BackwardPass:
         self._sums = torch.empty(blocks * self.plan.classes, device=device) if need_prior else None
         self._sums_factor = torch.empty((), device=device) if need_prior else None
         self._copy = None if self.in_place else padded_matrix(several * self.plan.classes, width, self.dtype, device)
-        columns = self.plan.classes  # whole tiles of each sub-centre, for the next one's are behind them
-        if several > 1:
-            columns = several * ceil_div(columns, self.tile.classes) * self.tile.classes
+        whole = ceil_div(self.plan.classes, self.tile.classes) * self.tile.classes  # the next sub-centre's are behind
+        columns = self.plan.classes if several == 1 else several * whole
         self._slab = padded_matrix(self.plan.rows, columns, self.dtype, device)
         self.unit = padded_matrix(samples, width, self.dtype, device)
         self._label = torch.empty(samples, dtype=torch.int32, device=device)
         self._sample_gradients = torch.empty(4, samples, dtype=torch.float32, device=device)
         self.launch = Launches(
             "gradients",
-            layout(features, self.prototypes, self.labels, self.prior, self.coefficients, self.class_scale),
-            layout(self.threshold),
-            layout(self.upstream, self.inverse_weight_sum, self.max_coefficient, self.max_upstream, *(self.kept or ())),
+            layout(features, self.prototypes, self.labels, self.prior, self.threshold, self.coefficients),
+            layout(self.class_scale, self.upstream, self.inverse_weight_sum, self.max_coefficient, self.max_upstream),
+            layout(*(self.kept or ())),
             (self.feature_copy, self.normalize_prototypes, self.smooth, self.ignore_index, several),
             (need_features, need_prototypes, need_prior),
             (self.tile, self.precision, self.plan, None if update is None else update.key),
@@ -191,16 +190,11 @@ class BackwardPass:
     def _tile_for_prototypes(self, update: PrototypeUpdate | None) -> tiles.Tile | None:
         """Of the product that ends in what becomes of the prototypes; None where the library's does not.
 
-        Its projection needs the products of a tile, which kept exponentials are there to save.
+        Its projection needs the products of a tile, which kept exponentials are there to save. Where prototypes keep
+        their length there is none, and the library's product is all.
         """
-        if not self.normalize_prototypes:  # there is no projection, and the library's product is all
-            return None
-        if (
-            not self.in_place
-            or self.kept is not None
-            or self.sub_centers > 1
-            or (update is not None and update.needs_rows)
-        ):
+        alone = self.normalize_prototypes and self.in_place and self.kept is None and self.sub_centers == 1
+        if not alone or (update is not None and update.needs_rows):
             return None
         samples, updated = self.features.shape[0], update is not None
         return tiles.prototype_gradient_tile(self.arch, self.dtype, self.precision, samples, updated)

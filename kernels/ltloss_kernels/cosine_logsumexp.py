@@ -203,7 +203,7 @@ class ForwardPass:
         arch = tiles.architecture(device)
         self.tile = tiles.forward_tile(arch, self.dtype, self.precision, samples, width)
         if sub_centers > 1:
-            self.tile = tiles.of_sub_centers(self.tile)
+            self.tile = tiles.of_sub_centers(self.tile, sub_centers)
         self.described = tiles.has_copy_engine(arch)
         # Few samples: rows of float32 are rounded on their way to a bfloat16 product, which has the range for them.
         read_as = prototypes.dtype if self.dtype == torch.bfloat16 else self.dtype

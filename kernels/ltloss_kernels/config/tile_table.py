@@ -176,17 +176,20 @@ def of_kept(tile: Tile, dtype: torch.dtype) -> Tile:
 _SMALLER = {(128, 128): (64, 128), (64, 128): (64, 64)}
 
 
-def summing(arch: int, tile: Tile) -> Tile:
-    """This tile of the gradient where it sums over rows for a prior that learns; on sm_100 larger ones spill for it."""
-    if arch < 100 or tile[:2] not in _SMALLER:
+def summing(arch: int, tile: Tile, bent: bool) -> Tile:
+    """This tile of the gradient where it sums over rows for a prior that learns, or bends logits: larger ones spill.
+
+    The sums do so on sm_100 only.
+    """
+    if (arch < 100 and not bent) or tile[:2] not in _SMALLER:
         return tile
     rows, classes = _SMALLER[tile[:2]]
-    return tile._replace(rows=rows, classes=classes, warps=4)
+    return tile._replace(rows=rows, classes=classes, warps=8 if arch >= 100 and classes == 128 else 4)
 
 
-def of_sub_centers(tile: Tile) -> Tile:
-    """This tile where the largest of several products is taken, which registers hold two or three tiles for."""
-    return tile._replace(rows=min(tile.rows, 64), classes=min(tile.classes, 64))
+def of_sub_centers(tile: Tile, centers: int) -> Tile:
+    """This tile where the largest of several products is taken, for which registers hold two or three tiles."""
+    return tile._replace(rows=min(tile.rows, 64), classes=min(tile.classes, 64 if centers <= 4 else 32))
 
 
 def gradient_tile(arch: int, dtype: torch.dtype, precision: str, samples: int, width: int) -> Tile:

@@ -168,10 +168,10 @@ def store_of_centers(
 @triton.jit
 def load_kept_shift(shift_ptr, shift, rows, inside, column, stride, KEPT_CLASSES: tl.constexpr):
     """What was taken off the exponents of some rows (R,) in the tile of KEPT_CLASSES that holds this column."""
-    if shift_ptr is None:
-        return shift
-    at = shift_ptr + (column // KEPT_CLASSES).to(tl.int64) * stride + rows
-    return tl.load(at, mask=inside, other=0.0)
+    if shift_ptr is not None:
+        at = shift_ptr + (column // KEPT_CLASSES).to(tl.int64) * stride + rows
+        shift = tl.load(at, mask=inside, other=0.0)
+    return shift
 
 
 @triton.jit
@@ -274,23 +274,25 @@ def gradient_tile_kernel(
     here = column + tl.arange(0, BLOCK_CLASSES)
     inside = rows < samples
     known = here < classes
+    if kept is None:
+        logit, product, scale, nearest = tile_logits(
+            features, prototypes, logit_scale_log2_ptr, block, tile, here, known, samples, classes, width,
+            features_stride, prototypes_stride, None, DESCRIBED, PRECISION, SUB_CENTERS, BLOCK_ROWS, BLOCK_CLASSES,
+            BLOCK_DEPTH,
+        )  # fmt: skip
     at = sample_gradients_ptr + rows
     stride = sample_gradients_stride.to(tl.int64)
     shift = tl.load(at, mask=inside, other=float("inf"))
     d_lse = tl.load(at + stride, mask=inside, other=0.0)
     slope = 1.0
     if kept is None:
-        logit, product, nearest = tile_logits(
-            features, prototypes, logit_scale_log2_ptr, block, tile, here, known, samples, classes, width,
-            features_stride, prototypes_stride, None, DESCRIBED, PRECISION, SUB_CENTERS, BLOCK_ROWS, BLOCK_CLASSES,
-            BLOCK_DEPTH,
-        )  # fmt: skip
         logit, slope = bent(logit, load_thresholds(threshold_ptr, rows, inside), polynomial_ptr)
         logit -= shift[:, None]
         if prior_ptr is not None:
             logit += (tl.load(prior_ptr + here, mask=known, other=0.0) * LOG2E)[None, :]
         gradient = exponential_gradient(logit, d_lse, FOLD)
     else:
+        scale = tl.load(logit_scale_log2_ptr + here, mask=known, other=0.0)
         gradient = kept_gradient(
             kept, load_kept_shift(
                 kept_shift_ptr, kept_shift, rows, inside, first_class + column, kept_shift_stride, KEPT_CLASSES
@@ -313,7 +315,7 @@ def gradient_tile_kernel(
             DESCRIBED, SUB_CENTERS, BLOCK_ROWS, BLOCK_CLASSES,
         )  # fmt: skip
         return
-    gradient *= tl.load(logit_scale_log2_ptr + here, mask=known, other=0.0)[None, :]
+    gradient *= scale[None, :]
     if along_ptr is not None:
         gradient = gradient.to(slab.dtype if DESCRIBED else slab.dtype.element_ty)  # g is made from what is stored
         along = tl.sum(gradient.to(tl.float32) * product, 0)

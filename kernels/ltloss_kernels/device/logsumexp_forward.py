@@ -132,9 +132,10 @@ def prior_log2(prior_ptr, classes_here, classes, RAW: tl.constexpr):
 @triton.jit
 def load_thresholds(threshold_ptr, rows, inside):
     """Those of some rows (R,), in units of log 2; or None."""
-    if threshold_ptr is None:
-        return None
-    return tl.load(threshold_ptr + rows, mask=inside, other=0.0) * LOG2E
+    thresholds = None
+    if threshold_ptr is not None:
+        thresholds = tl.load(threshold_ptr + rows, mask=inside, other=0.0) * LOG2E
+    return thresholds
 
 
 @triton.jit
@@ -144,13 +145,14 @@ def bent(logit, threshold, polynomial_ptr):
     p0 + p1·l + p2·l² with the polynomial (3,) in natural units, all else in those of log 2. Without thresholds nothing
     changes.
     """
-    if threshold is None:
-        return logit, 1.0
-    p0, p1 = tl.load(polynomial_ptr) * LOG2E, tl.load(polynomial_ptr + 1)
-    p2 = tl.load(polynomial_ptr + 2) * LN2
-    hard = logit > threshold[:, None]
-    slope = tl.where(hard, 2.0 * p2 * logit + p1, 1.0)
-    return tl.where(hard, (p2 * logit + p1) * logit + p0, logit), slope
+    slope = 1.0
+    if threshold is not None:
+        p0, p1 = tl.load(polynomial_ptr) * LOG2E, tl.load(polynomial_ptr + 1)
+        p2 = tl.load(polynomial_ptr + 2) * LN2
+        hard = logit > threshold[:, None]
+        slope = tl.where(hard, 2.0 * p2 * logit + p1, 1.0)
+        logit = tl.where(hard, (p2 * logit + p1) * logit + p0, logit)
+    return logit, slope
 
 
 @triton.jit
@@ -174,9 +176,7 @@ def keep_tile(kept, exponentials, block, column, samples, classes, stride, DESCR
 @triton.jit
 def load_scales(logit_scale_ptr, at, known):
     """Those of some prototypes (C,); 0 where they are not ``known``, unless that is None and all are."""
-    if known is None:
-        return tl.load(logit_scale_ptr + at)
-    return tl.load(logit_scale_ptr + at, mask=known, other=0.0)
+    return tl.load(logit_scale_ptr + at) if known is None else tl.load(logit_scale_ptr + at, mask=known, other=0.0)
 
 
 @triton.jit
@@ -185,10 +185,10 @@ def tile_logits(
     prototypes_stride, resident, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, SUB_CENTERS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Logits (R, C) of a tile in units of log 2; the product x·w, or None; of several SUB_CENTERS the nearest, or None.
+    """Logits (R, C) of a tile in units of log 2; x·w (R, C) and scale (C,) of the last sub-centre; which is nearest.
 
     A row of the prototypes holds the SUB_CENTERS of a class beside each other, and logit_scale as many entries for it.
-    The logit is the largest of theirs, the nearest (R, C) of equal ones the lowest.
+    The logit is the largest of theirs, the nearest (R, C) of equal ones the lowest; of a single one the number 0.
     """
     for k in tl.static_range(SUB_CENTERS):
         product, _ = tile_product(
@@ -196,14 +196,17 @@ def tile_logits(
             DESCRIBED, PRECISION, BLOCK_ROWS, BLOCK_CLASSES, BLOCK_DEPTH, False, resident,
             k * (prototypes_stride // SUB_CENTERS),
         )  # fmt: skip
-        own = product * load_scales(logit_scale_ptr, here * SUB_CENTERS + k, known)[None, :]
+        scale = load_scales(logit_scale_ptr, here * SUB_CENTERS + k, known)
+        own = product * scale[None, :]
         if k == 0:
             logit = own
-            nearest = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.int32) if SUB_CENTERS > 1 else None
+            nearest = 0
+            if SUB_CENTERS > 1:
+                nearest = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.int32)
         else:
             nearest = tl.where(own > logit, k, nearest)
             logit = tl.maximum(logit, own, propagate_nan=tl.PropagateNan.ALL)
-    return logit, product, nearest
+    return logit, product, scale, nearest
 
 
 @triton.jit
@@ -333,7 +336,7 @@ def cosine_logsumexp_kernel(
             special = holds_a_label(label, column, BLOCK_CLASSES) | (column + BLOCK_CLASSES > classes)
             logit = product * logit_scale_log2[None, :]
         else:
-            logit, _, _ = tile_logits(
+            logit, _, _, _ = tile_logits(
                 features, prototypes, logit_scale_log2_ptr, block, tile, here, None, samples, slab_classes, width,
                 features_stride, prototypes_stride, resident, DESCRIBED, PRECISION, SUB_CENTERS, BLOCK_ROWS,
                 BLOCK_CLASSES, BLOCK_DEPTH,
