@@ -44,7 +44,7 @@ __all__ = [
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MOST_SUB_CENTERS = 8
+_MOST_SUB_CENTERS = _MOST_LABELS = 8
 _PI = math.pi + 1e-6  # that of float32 is larger than that of float64
 _LARGEST = sys.float_info.max
 
@@ -218,10 +218,15 @@ def check_k(k: Any, num_classes: int) -> None:
         raise ValueError(f"k must be an integer between 1 and the number of classes {num_classes}; got {k!r}")
 
 
-def check_supervised(features: Any, prototypes: Any, labels: Any) -> None:
-    """Features (N, D), prototypes (C, D) and integer labels (N,) that fit together."""
+def check_supervised(features: Any, prototypes: Any, labels: Any, *, several: bool = False) -> None:
+    """Features (N, D), prototypes (C, D) and integer labels (N,), or if ``several`` (N, k), that fit together."""
     check_pair(features, prototypes)
-    check_labels(features, labels)
+    if several and isinstance(labels, Tensor) and labels.dim() == 2:
+        if not 1 <= labels.shape[1] <= _MOST_LABELS:
+            raise ValueError(f"labels (N, k) must name 1 to {_MOST_LABELS} classes a sample; got {tuple(labels.shape)}")
+        check_labels(features, labels[:, 0])
+    else:
+        check_labels(features, labels)
 
 
 def check_labels(features: Tensor, labels: Any, features_name: str = "features", name: str = "labels") -> None:
@@ -327,6 +332,9 @@ def check_label_range(labels: Tensor, num_classes: int, ignore_index: int, name:
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bool(bad.any()):
         first = int(bad.nonzero()[0, 0])
+        labels = (
+            labels if labels.dim() == 1 else torch.where(bad, labels, 0).gather(1, bad.long().argmax(1)[:, None])[:, 0]
+        )
         allowed = f" or be ignore_index={ignore_index}" if name == "labels" else ""
         raise IndexError(
             f"{name} must lie in [0, {num_classes}){allowed}; "

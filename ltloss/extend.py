@@ -83,11 +83,11 @@ class LogSumExpStats(NamedTuple):
 
     Attributes:
         labels: (N,) int64, -1 for samples that do not count. A class-parallel batch is padded with such samples, so a
-            mean of your own must leave them out, as :func:`reduce_losses` does.
-        logsumexp: (N,) r, over the classes without the target; -inf where there is no other class.
-        target_logit: (N,) s·cos_y, without the prior.
+            mean of your own must leave them out, as :func:`reduce_losses` does. With several labels a sample (N, k).
+        logsumexp: (N,) r, over the classes without the target, or all targets; -inf where there is no other class.
+        target_logit: (N,) s·cos_y, or (N, k), without the prior.
         logit_scale: what multiplies the cosine: s, or (N,) s·‖x‖ or s_i. Without cosines, what multiplies x·w or x̂·w.
-        target_prior: (N,) the prior of the target, or 0.
+        target_prior: (N,) or (N, k) the prior of the target, or 0.
         logit_sum: (N,) Σ_c l_c over all classes with the prior, if it was asked for, else None.
         num_classes: C.
         normalize_prototypes: whether there are cosines, for a margin to be put on.
@@ -124,7 +124,8 @@ def logsumexp_stats(
     Args:
         features: (N, D).
         prototypes: (C, D).
-        labels: (N,) integers in [0, C), or ``ignore_index``.
+        labels: (N,) integers in [0, C), or ``ignore_index``; or (N, k), up to 8 classes a sample. The first says
+            whether it counts; ``ignore_index`` behind it, or a class named before, is none.
         scale: s > 0; or a tensor with gradient, () for a scale that is learned, or (N,), a scale per sample.
         log_prior: (C,) added to the logits, or None.
         normalize_features: False multiplies the logits by ‖x‖; with a tensor as scale it must stay True.
@@ -148,7 +149,7 @@ def logsumexp_stats(
         >>> stats.logsumexp, stats.target_logit
         (tensor([0., 0.]), tensor([4., 4.]))
     """
-    check_supervised(features, prototypes, labels)
+    check_supervised(features, prototypes, labels, several=True)
     check_type("ignore_index", ignore_index, int)
     check_type("normalize_features", normalize_features, bool)
     check_lengths(prototypes, normalize_prototypes)
@@ -156,16 +157,18 @@ def logsumexp_stats(
     log_prior = check_offset(log_prior, bias, num_classes, features.new_empty(0, dtype=dtype))
     check_prior(log_prior, labels, ignore_index)
     labels = checked_labels(labels, num_classes, ignore_index, "labels").to(torch.int64)
-    counted = labels != ignore_index
+    labels = labels if labels.dim() == 1 else _each_once(labels, ignore_index)
+    each_counted = labels != ignore_index
+    counted = each_counted if labels.dim() == 1 else each_counted[:, 0]
     logit_scale: Tensor | float
     scale = plain_number(scale)
     if isinstance(scale, Tensor):
         check_same_device(features=features, scale=scale)
-        scale = scale if scale.dim() else scale.expand(labels.shape)
-        if scale.shape != labels.shape or not normalize_features:
+        scale = scale if scale.dim() else scale.expand(counted.shape)
+        if scale.shape != counted.shape or not normalize_features:
             raise ValueError(
                 "scale must be a number, or with normalize_features=True a tensor () or, for a scale per sample, "
-                f"{tuple(labels.shape)}; got {tuple(scale.shape)} and normalize_features={normalize_features}"
+                f"{tuple(counted.shape)}; got {tuple(scale.shape)} and normalize_features={normalize_features}"
             )
         logit_scale = scale.to(dtype)
         features = direction(features.masked_fill(~counted[:, None], 0.0).to(dtype)) * logit_scale[:, None]
@@ -180,14 +183,15 @@ def logsumexp_stats(
         log_prior=log_prior, ignore_index=ignore_index, normalize_prototypes=normalize_prototypes
     )
     here, shard = at_hand(prototypes if update is None else update.reads(prototypes), shard)
-    counting = torch.where(counted, labels, -1)
+    counting = torch.where(each_counted, labels, -1)
     bent = ops.NO_BEND
     if bend is not None:
-        if isinstance(scale, Tensor) or with_logit_sum or not all(objective.normalize):
+        if isinstance(scale, Tensor) or with_logit_sum or labels.dim() > 1 or not all(objective.normalize):
             raise ValueError(
                 "bend, a function of the other classes' cosines, needs a number as scale, normalised features and "
-                "prototypes, and no sum of all logits, which label smoothing asks for; got "
-                f"{type(scale).__name__} as scale, {normalize_features=}, {normalize_prototypes=} and {with_logit_sum=}"
+                "prototypes, one label a sample, and no sum of all logits, which label smoothing asks for; got "
+                f"labels {tuple(labels.shape)}, {type(scale).__name__} as scale, {normalize_features=}, "
+                f"{normalize_prototypes=} and {with_logit_sum=}"
             )
         cosine = ops.target_cosines(features, here, counting, shard)
         bent = bend(cosine, counting).of_logits(scale, cosine)
@@ -197,6 +201,22 @@ def logsumexp_stats(
         logit_sum = logit_sum + log_prior.sum()
     target_prior = 0.0 if log_prior is None else log_prior[labels.clamp(0, num_classes - 1)]
     return LogSumExpStats(labels, r, target, logit_scale, target_prior, logit_sum, num_classes, normalize_prototypes)
+
+
+def _each_once(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels (N, k) without those of a sample that does not count, and without what was named before."""
+    again = labels[:, :, None] == labels[:, None, :]
+    again = again.tril(-1).any(2) | (labels[:, :1] == ignore_index)
+    return labels.masked_fill(again, ignore_index)
+
+
+def _log_sum_of_others(logsumexp: Tensor, logits: Tensor) -> Tensor:
+    """r (N, k) of each target among all classes but itself, from r without any target (N,) and their logits (N, k)."""
+    k = logits.shape[1]
+    each = torch.cat([logits, logsumexp[:, None]], 1)[:, None].expand(-1, k, -1)
+    each = each.masked_fill(torch.eye(k, k + 1, dtype=torch.bool, device=logits.device), -torch.inf)
+    nothing = (each == -torch.inf).all(2)
+    return torch.logsumexp(each.masked_fill(nothing[..., None], 0.0), 2).masked_fill(nothing, -torch.inf)
 
 
 def _added(name: str, per_sample: Tensor | None, margin: Tensor | float, stats: LogSumExpStats) -> Tensor | float:
@@ -217,7 +237,7 @@ def margin_losses(
     label_smoothing: float = 0.0,
     **margin: Any,
 ) -> Tensor:
-    """Per-sample losses (N,), unweighted, 0 where a sample does not count.
+    """Per-sample losses (N,), unweighted, 0 where a sample does not count; with several labels a loss of each (N, k).
 
     With z = scale·margin(cos_y) + prior_y: loss = log(e^r + e^z) − z = softplus(r − z), which neither cancels nor has
     a floor.
@@ -251,7 +271,9 @@ def margin_losses(
             f"label_smoothing={label_smoothing} needs the sum of all logits: call logsumexp_stats with "
             "with_logit_sum=True"
         )
-    scale = stats.logit_scale
+    scale, several = stats.logit_scale, stats.labels.dim() == 2
+    if several and isinstance(scale, Tensor):
+        scale = scale[:, None].expand(stats.labels.shape)
     # A zero feature that keeps its length has logit 0 and direction 0; the bound only makes 0/0 into 0.
     divisor = scale.clamp_min(torch.finfo(scale.dtype).tiny) if isinstance(scale, Tensor) else scale
     of_samples = of_classes.of_samples(stats.labels.clamp(0, stats.num_classes - 1))
@@ -259,12 +281,18 @@ def margin_losses(
         angular_margin=_added("sample_angular_margin", sample_angular_margin, of_samples.angular_margin, stats),
         cosine_margin=_added("sample_cosine_margin", sample_cosine_margin, of_samples.cosine_margin, stats),
     )
-    target_with_margin = scale * margin_cosine(stats.target_logit / divisor, **of_samples._asdict())
-    z = target_with_margin + stats.target_prior
-    losses = -F.logsigmoid(z - stats.logsumexp)
+    flat = {name: one.flatten() if isinstance(one, Tensor) else one for name, one in of_samples._asdict().items()}
+    cosine = margin_cosine((stats.target_logit / divisor).flatten(), **flat).view(stats.labels.shape)
+    target_with_margin = scale * cosine
+    z, others = target_with_margin + stats.target_prior, stats.logsumexp
+    if several:
+        plain = stats.target_logit + stats.target_prior
+        others = _log_sum_of_others(others, plain.masked_fill(stats.labels < 0, -torch.inf))
+    losses = -F.logsigmoid(z - others)
     if stats.logit_sum is not None and label_smoothing > 0.0:
         # (1-e)(lse - z) + e(lse - mean z) with lse = loss + z; the target enters the mean with its margin.
-        mean = (stats.logit_sum - stats.target_logit + target_with_margin) / stats.num_classes
+        whole = stats.logit_sum[:, None] if several else stats.logit_sum
+        mean = (whole - stats.target_logit + target_with_margin) / stats.num_classes
         losses = losses + label_smoothing * (z - mean)
     return losses.masked_fill(stats.labels < 0, 0.0)
 
@@ -332,10 +360,10 @@ def reduce_losses(
     """Weight the losses (N,) and reduce them; ``mean`` divides by the summed weights of the counted samples.
 
     Args:
-        losses: (N,).
-        labels: (N,), -1 for samples that do not count (``stats.labels``).
+        losses: (N,), or (N, k) of several labels a sample.
+        labels: alike, -1 for what does not count (``stats.labels``).
         class_weight: (C,), or None.
-        sample_weight: (N,), or None; multiplies the class's.
+        sample_weight: shaped as the losses, or None; multiplies the class's.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
@@ -363,7 +391,7 @@ def reduce_losses(
         weights = weights * sample_weight.to(losses.dtype)
     weighted = torch.where(counted, losses, 0.0) * weights
     if reduction == "none":
-        return weighted
+        return weighted if weighted.dim() == 1 else weighted.sum(1)
     if reduction == "sum":
         return weighted.sum()
     total = weights.sum()

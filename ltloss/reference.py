@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ __all__ = [
     "nearest_prototype",
     "products",
     "siglip_loss",
+    "soft_label_cross_entropy",
     "supervised_contrastive",
     "top_k",
 ]
@@ -144,8 +146,9 @@ def _per_sample(values: Tensor | float, labels: Tensor, like: Tensor) -> Tensor:
 def _others_and_target(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """r_i = log Σ_{c≠y} exp(l_ic) and t_i = l_{i,y}; a label outside [0, C) has no target class here (t = 0)."""
     classes = torch.arange(logits.shape[1], device=logits.device)
-    is_target = labels[:, None] == classes
-    target_logit = torch.where(is_target, logits, 0.0).sum(1)
+    is_each = labels[..., None] == classes  # (N, C), or of samples with several labels (N, k, C)
+    is_target = is_each if labels.dim() == 1 else is_each.any(1)
+    target_logit = torch.where(is_each, logits if labels.dim() == 1 else logits[:, None], 0.0).sum(-1)
     others = torch.where(is_target, -math.inf, logits)
     # log Σ over nothing is −inf; torch.logsumexp agrees but has no gradient there.
     nothing = (others == -math.inf).all(1)
@@ -174,7 +177,8 @@ def logsumexp_stats(
     """Dense twin of :func:`ltloss.ops.stats.logsumexp_stats`."""
     log_prior = objective.log_prior
     if objective.ignore_index is not None:
-        features = torch.where((labels == objective.ignore_index)[:, None], 0.0, features)
+        ignored = labels.reshape(len(labels), -1)[:, :1] == objective.ignore_index
+        features = torch.where(ignored, 0.0, features)
         labels = torch.where(labels == objective.ignore_index, -1, labels)
     product, scale = _logits(features, prototypes, objective)
     logits = scale * product
@@ -262,6 +266,32 @@ def loss_of(features: Tensor, prototypes: Tensor, labels: Tensor, objective: Obj
         return losses
     total = weights.sum()
     return losses.sum() / torch.where(total == 0, 1.0, total) if objective.reduction == "mean" else losses.sum()
+
+
+def soft_label_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    label_weight: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    **options: Any,
+) -> Tensor:
+    """Dense twin of :func:`ltloss.soft_labels.soft_label_cross_entropy`: a pass for each place."""
+    counted = (labels[:, :1] != ignore_index) & (labels != ignore_index)
+    weight = counted * label_weight
+    if class_weight is not None:
+        weight = weight * class_weight[torch.where(counted, labels, 0)]
+    places = torch.where(counted, labels, -1).unbind(1)
+    given = {**options, "ignore_index": -1, "reduction": "none"}
+    each = [margin_cross_entropy(features, prototypes, one, **given) for one in places]
+    losses = torch.where(weight > 0, torch.stack(each, 1) * weight, 0.0)
+    if reduction == "none":
+        return losses.sum(1)
+    total = weight.sum()
+    return losses.sum() / torch.where(total == 0, 1.0, total) if reduction == "mean" else losses.sum()
 
 
 @renamed_keywords(rows="classes", exact="not allow_tf32")

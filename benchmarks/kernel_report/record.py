@@ -141,6 +141,7 @@ def loss_step(
     keep: bool = False,
     learns: bool = False,
     bent: bool = False,
+    several: bool = False,
     limit: int = _BYTES,
     **options: Any,
 ) -> None:
@@ -148,17 +149,24 @@ def loss_step(
 
     ``update``: a ``PrototypeUpdate`` instead of the gradient of the prototypes; ``keep``: the exponentials, for the
     backward; ``learns``: the prior has a gradient; ``bent``: the logits of other classes are a
-    function of themselves; ``limit``: bytes of workspace.
+    function of themselves; ``several``: two labels a sample; ``limit``: bytes of workspace.
     """
     import ltloss_kernels as kernels
 
     labels = torch.arange(len(features))
+    if several:
+        labels = torch.stack([labels, labels.flip(0)], 1)
     objective = Objective(margin, **{"scale": 64.0, **options})
     given, smooth = (features, prototypes, labels, objective.log_prior), objective.label_smoothing > 0.0
     bend = [torch.zeros(size, device=features.device) if bent else None for size in (len(features), 3)]
     kept = kernels.new_exponentials(features, prototypes) if keep else None
     partials = kernels.partials(*given, objective.scale, *objective.normalize, smooth, -100, *bend, kept)
-    loss, coefficients, *rest = kernels.margin_loss(partials, labels, objective, len(prototypes))
+    first, own = (partials, labels)
+    if several:
+        first = partials._replace(target_cosine=partials.target_cosine[:, 0].contiguous())
+        own = labels[:, 0].contiguous()
+    loss, coefficients, *rest = kernels.margin_loss(first, own, objective, len(prototypes))
+    coefficients = torch.cat([coefficients, coefficients[2:3]]) if several else coefficients
     between()
     kernels.gradients(
         torch.ones_like(loss),
@@ -285,6 +293,7 @@ def _losses(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tuple[
         "length kept": (Margin(0.5), {"normalize_features": False}),
         "linear": (Margin(), {"normalize_features": False, "normalize_prototypes": False, "scale": 1.0}),
         "bent": (Margin(0.5), {"log_prior": vector, "bent": True}),
+        "two labels": (Margin(0.5), {**weighted, "learns": True, "several": True}),
         "everything, learning prior": (everything, {**weighted, "learns": True}),
     }
     for name, (margin, options) in variants.items():
@@ -342,7 +351,7 @@ def _matrices(samples: int, width: int, left: torch.dtype, right: torch.dtype) -
 def _products(arch: int) -> list[tuple[str, torch.dtype, torch.dtype, str, tuple[str, ...] | None]]:
     """Dtypes of features and prototypes, by a label; the precision of float32 products; which losses and searches."""
     half, single = torch.bfloat16, torch.float32
-    losses = ("fixed", "online", "bent", "everything", "everything, learning prior")
+    losses = ("fixed", "online", "bent", "two labels", "everything", "everything, learning prior")
     some = (*losses, "all", "top 5")
     return [
         ("bf16", half, half, "highest", None),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,18 +66,17 @@ class BackwardPass:
     ) -> None:
         self.normalize_prototypes = normalize_prototypes
         self.sub_centers, self.classes = sub_centers, len(prototypes) // sub_centers
-        self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
-        self.scale, self.ignore_index = float(scale), ignore_index
-        self.threshold, self.polynomial = vector(threshold), vector(polynomial)
+        self.targets, self.with_norm = labels.shape[1], normalize_prototypes and not normalize
+        self.features, self.prototypes, self.prior = features, prototypes, prior
+        self.labels, self.ignore_index = labels, ignore_index
+        self.scale, self.threshold, self.polynomial = float(scale), vector(threshold), vector(polynomial)
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
-        self.fold = self.dtype != torch.float32
-        self.feature_copy: Literal["unit", "plain"] = "unit" if normalize else "plain"
-        # Power-of-two scaled copies keep float16 in range; other dtypes have the range of float32.
+        self.fold, self.feature_copy = self.dtype != torch.float32, "unit" if normalize else "plain"
+        # Scaled copies keep float16 in range; other dtypes have the range of float32.
         self.in_place = readable_in_place(prototypes, self.dtype) and self.dtype != torch.float16
         self.arch = tiles.architecture(features.device)
         tile = tiles.gradient_tile(self.arch, self.dtype, self.precision, *features.shape)
-        self.tile = tile if sub_centers == 1 else tiles.of_sub_centers(tile, sub_centers)
-        self.described = tiles.has_copy_engine(self.arch)
+        self.tile, self.described = tiles.of_sub_centers(tile, sub_centers), tiles.has_copy_engine(self.arch)
         self.kept: Exponentials | None = None
         self.kept_shift: float | None = None
 
@@ -128,8 +127,7 @@ class BackwardPass:
         ``by_slab``: those of the prototypes, in float32, have memory for one slab only, which counts as well.
         ``update``: they go into the prototypes, and have no memory.
         """
-        bent = self.polynomial is not None
-        self.tile = tiles.summing(self.arch, self.tile, bent) if need_prior or bent else self.tile
+        self.tile = tiles.summing(self.arch, self.tile, need_prior, self.polynomial is not None)
         self.projecting_tile = self._tile_for_prototypes(update)
         need_prototypes |= by_slab or update is not None
         gradient_dtype = torch.float32 if by_slab else self.prototypes.dtype
@@ -159,9 +157,9 @@ class BackwardPass:
             return torch.empty((rows, width), dtype=dtype, device=device)
 
         self.grad_features = matrix(samples, features.dtype) if need_features else None
-        self.by_slab, rows = by_slab, several * (self.plan.classes if by_slab else classes)
-        made = matrix(rows, gradient_dtype) if need_prototypes and update is None else None
-        self.grad_prototypes = made if update is None else update.weight
+        self.by_slab, self.grad_prototypes = by_slab, None if update is None else update.weight
+        if need_prototypes and update is None:
+            self.grad_prototypes = matrix(several * (self.plan.classes if by_slab else classes), gradient_dtype)
         self.feature_sum = matrix(samples, torch.float32) if wide_features else self.grad_features
         self._slab_sum = matrix(several * self.plan.classes, torch.float32) if wide_prototypes else None
         self.along = torch.empty(blocks, self.plan.classes, device=device) if projecting else None
@@ -169,12 +167,12 @@ class BackwardPass:
         self._sums = torch.empty(blocks * self.plan.classes, device=device) if need_prior else None
         self._sums_factor = torch.empty((), device=device) if need_prior else None
         self._copy = None if self.in_place else padded_matrix(several * self.plan.classes, width, self.dtype, device)
-        whole = ceil_div(self.plan.classes, self.tile.classes) * self.tile.classes  # the next sub-centre's are behind
-        columns = self.plan.classes if several == 1 else several * whole
+        tile = 1 if several == 1 else self.tile.classes  # of a sub-centre whole tiles, for the next one's are behind
+        columns = several * ceil_div(self.plan.classes, tile) * tile
         self._slab = padded_matrix(self.plan.rows, columns, self.dtype, device)
         self.unit = padded_matrix(samples, width, self.dtype, device)
-        self._label = torch.empty(samples, dtype=torch.int32, device=device)
-        self._sample_gradients = torch.empty(4, samples, dtype=torch.float32, device=device)
+        self._label = torch.empty(self.targets, samples, dtype=torch.int32, device=device)
+        self._sample_gradients = torch.empty(3 + self.targets, samples, dtype=torch.float32, device=device)
         self.launch = Launches(
             "gradients",
             layout(features, self.prototypes, self.labels, self.prior, self.threshold, self.coefficients),
@@ -201,9 +199,9 @@ class BackwardPass:
 
     def slabs(self) -> Iterator[Slab]:
         """The classes, some at a time; every slab has the same memory."""
-        several = self.sub_centers
         for first in range(0, self.classes, self.plan.classes):
-            here = slice(several * first, several * min(first + self.plan.classes, self.classes))
+            stop = min(first + self.plan.classes, self.classes)
+            here = slice(self.sub_centers * first, self.sub_centers * stop)
             operand = prototypes = part(self.prototypes, here)
             some = slice(0, here.stop - here.start)
             factor, copy_factor = part(self.class_scale, here), None
@@ -241,9 +239,12 @@ class BackwardPass:
             self.coefficients.stride(0),
             self.upstream_stride,
             copy.stride(0),
+            self.labels.stride(1),
+            5 if self.with_norm else 4,
             self.ignore_index,
             self.scale,
             # constants
+            TARGETS=self.targets,
             COPY=self.feature_copy,
             FOLD=self.fold,
             ROWS=tile.rows,
@@ -253,14 +254,13 @@ class BackwardPass:
 
     def launch_tiles(self, rows: slice, slab: Slab) -> list[Tensor]:
         """dZ (n, c) of some samples and a slab, of each sub-centre, in memory that the next call takes again."""
-        features, label = part(self.unit, rows), part(self._label, rows)
+        features, label = part(self.unit, rows), part(self._label, rows, 1)
         sample_gradients = part(self._sample_gradients, rows, 1)
         prototypes, tile = beside_each_other(slab.operand, self.sub_centers), self.tile
         samples, classes = len(features), len(prototypes)
         here, class_tiles = slice(slab.first, slab.first + classes), ceil_div(classes, tile.classes)
-        columns = class_tiles * tile.classes
-        width = classes if self.sub_centers == 1 else self.sub_centers * columns
-        slab_part = part(part(self._slab, slice(0, samples)), slice(0, width), 1)
+        columns = classes if self.sub_centers == 1 else class_tiles * tile.classes
+        slab_part = part(part(self._slab, slice(0, samples)), slice(0, self.sub_centers * columns), 1)
         kept = None if self.kept is None else self.kept.rows(rows)
         shifts = None if kept is None or self.kept_shift is not None else kept.shifts
         self.launch(gradient_tile_kernel, (ceil_div(samples, tile.rows) * class_tiles,))(
@@ -286,6 +286,7 @@ class BackwardPass:
             here.start,
             class_tiles,
             sample_gradients.stride(0),
+            label.stride(0),
             features.stride(0),
             prototypes.stride(0),
             slab_part.stride(0),
@@ -299,6 +300,7 @@ class BackwardPass:
             PRECISION=None if kept else self.precision,
             GROUP=_GROUP,
             SUB_CENTERS=self.sub_centers,
+            TARGETS=self.targets,
             KEPT_CLASSES=None if shifts is None or self.kept is None else self.kept.tile_classes,
             **tile.constants,
         )
@@ -360,7 +362,7 @@ class BackwardPass:
             self.features,
             prototypes,
             self.labels,
-            self.coefficients[4] if self.coefficients.shape[0] == 5 else None,
+            self.coefficients[4] if self.with_norm else None,
             self.upstream,
             self.inverse_weight_sum,
             self.max_coefficient,

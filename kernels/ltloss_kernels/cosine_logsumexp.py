@@ -21,7 +21,8 @@ from ltloss_kernels.config.operands import (
 )
 from ltloss_kernels.config.precision import product_precision
 from ltloss_kernels.device import elementary
-from ltloss_kernels.device.logsumexp_forward import cosine_logsumexp_kernel, sample_kernel
+from ltloss_kernels.device.logsumexp_forward import cosine_logsumexp_kernel
+from ltloss_kernels.device.samples import sample_kernel
 from ltloss_kernels.exponentials import Exponentials
 from ltloss_kernels.launching import Launches, layout
 from ltloss_kernels.row_norms import row_norms
@@ -92,7 +93,7 @@ def partials(
     Args:
         features: (N, D); any half or float32 dtype, any strides.
         prototypes: (C, D), likewise, or float8; or (C, K, D), K sub-centres a class.
-        labels: (N,) integers, any strides.
+        labels: (N,) or, for k targets of a sample, (N, k) integers, any strides. The target cosines are (N, k) then.
         log_prior: (C,) or None, in natural units.
         scale: s > 0; the logits are s·cos, times ‖x‖ unless ``normalize_features``, and times ‖w‖ unless
             ``normalize_prototypes``.
@@ -105,14 +106,14 @@ def partials(
     """
     if features.shape[0] == 0:
         with_norm = normalize_prototypes and not normalize_features
-        return _of_no_samples(features, prototypes, with_norm, with_logit_sum)
+        return _of_no_samples(features, prototypes, labels, with_norm, with_logit_sum)
     sub_centers = prototypes.shape[1] if prototypes.dim() == 3 else 1
     with on_device(features):
         run = ForwardPass(
             widened(features),
             widened(prototypes.flatten(0, -2)),
             sub_centers,
-            labels,
+            labels if labels.dim() == 2 else labels[:, None],
             vector(log_prior),
             scale,
             normalize_features,
@@ -144,13 +145,20 @@ def partials(
                 if index == 0:
                     run.launch_samples(chunk)
                 run.launch_tiles(chunk, slab)
-    return run.result._replace(class_scale=run.result.class_scale.view(prototypes.shape[:-1]))
+    targets, result = run.result.target_cosine, run.result
+    return result._replace(
+        target_cosine=targets[0] if labels.dim() == 1 else targets.t(),
+        class_scale=result.class_scale.view(prototypes.shape[:-1]),
+    )
 
 
-def _of_no_samples(features: Tensor, prototypes: Tensor, with_norm: bool, with_logit_sum: bool) -> Partials:
+def _of_no_samples(
+    features: Tensor, prototypes: Tensor, labels: Tensor, with_norm: bool, with_logit_sum: bool
+) -> Partials:
     nothing = features.new_empty(1, 0, dtype=torch.float32)
     logit_sum, norm = nothing if with_logit_sum else None, nothing[0] if with_norm else None
-    return Partials(nothing, nothing, 0.0, logit_sum, nothing[0], norm, nothing.new_zeros(prototypes.shape[:-1]))
+    target = nothing.new_empty(labels.shape)
+    return Partials(nothing, nothing, 0.0, logit_sum, target, norm, nothing.new_zeros(prototypes.shape[:-1]))
 
 
 class _Chunk(NamedTuple):
@@ -158,7 +166,7 @@ class _Chunk(NamedTuple):
 
     rows: slice
     copy: Tensor | None  # (n, D) of unit length, or readable in place; None: the features are read where they are
-    label: Tensor  # (n,) int32
+    label: Tensor  # (k, n) int32
 
 
 class _Slab(NamedTuple):
@@ -193,6 +201,7 @@ class ForwardPass:
         kept: Exponentials | None,
     ) -> None:
         self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
+        self.targets = labels.shape[1]
         self.normalize, self.normalize_prototypes = normalize, normalize_prototypes
         self.ignore_index, self.kept = ignore_index, kept
         self.threshold, self.polynomial = vector(threshold), vector(polynomial)
@@ -201,13 +210,16 @@ class ForwardPass:
         classes = self.classes
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
         arch = tiles.architecture(device)
-        self.tile = tiles.forward_tile(arch, self.dtype, self.precision, samples, width)
-        if sub_centers > 1:
-            self.tile = tiles.of_sub_centers(self.tile, sub_centers)
+        tile = tiles.forward_tile(arch, self.dtype, self.precision, samples, width)
+        self.tile = tiles.of_sub_centers(tile, sub_centers)
         self.described = tiles.has_copy_engine(arch)
         # Few samples: rows of float32 are rounded on their way to a bfloat16 product, which has the range for them.
         read_as = prototypes.dtype if self.dtype == torch.bfloat16 else self.dtype
-        few = threshold is None and sub_centers == 1 and tiles.norms_in_tiles(arch, self.dtype, self.precision, samples)
+        few = (
+            threshold is None
+            and sub_centers == self.targets == 1
+            and tiles.norms_in_tiles(arch, self.dtype, self.precision, samples)
+        )
         self.norms_in_tiles = few and normalize_prototypes and readable_in_place(prototypes, read_as)
         self.in_place = self.norms_in_tiles or readable_in_place(prototypes, self.dtype)
         if self.norms_in_tiles and read_as != self.dtype:  # as many bytes of a row at a time
@@ -255,7 +267,7 @@ class ForwardPass:
             max=self._float(*shape) if shift is None else None,
             shift=(shift or 0.0) * LOG2E,
             logit_sum=self._float(*shape) if with_logit_sum else None,
-            target_cosine=self._float(samples),
+            target_cosine=self._float(self.targets, samples),
             norm=self._float(samples) if normalize_prototypes and not normalize else None,
             class_scale=self._factor[: classes * sub_centers],
         )
@@ -275,7 +287,7 @@ class ForwardPass:
         return _Chunk(
             rows,
             padded_matrix(count, width, self.dtype, device) if copied else None,
-            torch.empty(count, dtype=torch.int32, device=device),
+            torch.empty(self.targets, count, dtype=torch.int32, device=device),
         )
 
     def slab(self, index: int) -> _Slab:
@@ -308,7 +320,7 @@ class ForwardPass:
             # outputs
             copy,
             part(self.result.norm, rows),
-            part(self.result.target_cosine, rows),
+            part(self.result.target_cosine, rows, 1),
             label,
             self.flags,
             # sizes
@@ -320,6 +332,8 @@ class ForwardPass:
             *self.prototypes.stride(),
             labels.stride(0),
             0 if copy is None else copy.stride(0),
+            labels.stride(1),
+            self.result.target_cosine.stride(0),
             self.ignore_index,
             # constants
             NORMALIZE_FEATURES=self.normalize,
@@ -328,6 +342,7 @@ class ForwardPass:
             FLAG_ROWS=self.tile.rows,
             FLAG_CLASSES=self.tile.classes,
             SUB_CENTERS=self.sub_centers,
+            TARGETS=self.targets,
             ROWS=tile.rows,
             WIDTH=tile.width,
             num_warps=tile.warps,
@@ -379,5 +394,6 @@ class ForwardPass:
             NORMS=self.norms_in_tiles,
             RESIDENT=self.row_block_stays,
             SUB_CENTERS=self.sub_centers,
+            TARGETS=self.targets,
             **tile.constants,
         )

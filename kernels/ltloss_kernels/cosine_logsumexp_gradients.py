@@ -52,7 +52,7 @@ def gradients(
     Args:
         grad_loss: upstream gradient, a scalar or (N,) of any stride.
         features, prototypes, labels, log_prior, scale, normalize_*: as for ``partials``.
-        coefficients: (4 or 5, N) of ``margin_loss``.
+        coefficients: (4 or 5, N) of ``margin_loss``; with labels (N, k) the d_target of the later ones behind them.
         class_scale: (C,) s·log2 e/‖w‖, of the partials.
         inverse_weight_sum: scalar that multiplies the upstream gradient, or None.
         max_coefficient: scalar, the largest |coefficient|; read for float16 only.
@@ -78,7 +78,7 @@ def gradients(
             widened(features),
             widened(prototypes.flatten(0, -2)),
             prototypes.shape[1] if prototypes.dim() == 3 else 1,
-            labels,
+            labels if labels.dim() == 2 else labels[:, None],
             vector(log_prior),
             scale,
             normalize_features,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ltloss._types import MarginLoss, Partials, TakeGradient
-from ltloss.chunked.samples import NOT_HERE, counted, length, scaled_features, target_cosine, target_labels
+from ltloss.chunked.samples import NOT_HERE, columns, counted, length, scaled_features, target_cosine, target_labels
 from ltloss.chunked.tiles import Exponentials, TargetColumn, Tiles, block_sizes, in_huge_pages
 from ltloss.margins import Objective
 from ltloss.numerics import compute_dtype, inverse_norm, project_, spans
@@ -82,9 +82,9 @@ def partials(
 ) -> Partials:
     """One pass of features (N, D) over prototypes (C, D) or (C, K, D): one split, in natural units.
 
-    Labels (N,): those of samples that are not counted equal ``ignore_index``; None takes every label outside [0, C) for
-    "the target is not among these prototypes". ``threshold`` (N,) and ``polynomial`` (3,):
-    those of a :class:`ltloss.extend.Bend`, in units of logits. ``kept`` is filled for :func:`gradients`.
+    Labels (N,) or (N, k): those of samples that are not counted equal ``ignore_index``; None takes every label outside
+    [0, C) for "the target is not among these prototypes". ``threshold`` (N,) and ``polynomial`` (3,): those of a
+    :class:`ltloss.extend.Bend`, in units of logits. ``kept`` is filled for :func:`gradients`.
     """
     dtype = compute_dtype(features, prototypes)
     n, c, d = features.shape[0], prototypes.shape[0], features.shape[1]
@@ -106,7 +106,8 @@ def partials(
         for row in spans(n, blocks.rows):
             rows = slice(*row)
             tile = tiles.logits(unit, rows, start, stop, logit_sum)
-            TargetColumn(labels[rows], start, stop - start).fill(tile, -math.inf)
+            for one in columns(labels[rows]):
+                TargetColumn(one, start, stop - start).fill(tile, -math.inf)
             shift = accumulate_exp(tile, maximum[rows], total[rows])
             if kept is not None:
                 values, shifts = kept.of(number, rows, start, stop)
@@ -199,7 +200,7 @@ class SampleGradients(NamedTuple):
 
     shift: Tensor  # (N,) r - log|a|
     factor: Tensor  # (N,) sign of a, corrected for the rounding of the shift
-    target: Tensor  # (N,) what the target's entry of a tile gets, over factor
+    target: Tensor  # (k, N) what the entries of the targets of a tile get, over factor
 
     @classmethod
     def of(cls, r: Tensor, a: Tensor, target: Tensor) -> SampleGradients:
@@ -256,9 +257,11 @@ def gradients(
     blocks = block_sizes(n, c, prototypes[0].numel(), features.device)
     inverse = class_scale if normalize_prototypes else None
     tiles = Tiles(u, prototypes, inverse, log_prior, blocks, True, threshold, polynomial)
-    d_lse, d_target, d_all, *d_norm = coefficients[1:] * (grad_loss.to(dtype) * inverse_weight_sum)
+    d_lse, d_target, d_all, *rest = coefficients[1:] * (grad_loss.to(dtype) * inverse_weight_sum)
+    with_norm = normalize_prototypes and not normalize_features
+    d_norm, targets = rest[:with_norm], torch.stack([d_target, *rest[with_norm:]])
     in_tiles = smooth and tiles.several  # else what every class gets needs no tile
-    of_samples = SampleGradients.of(coefficients[0], d_lse, d_target - d_all if smooth and not in_tiles else d_target)
+    of_samples = SampleGradients.of(coefficients[0], d_lse, targets - d_all if smooth and not in_tiles else targets)
     every = d_all / of_samples.factor if in_tiles else None
     smooth = smooth and not in_tiles
     grad_u = torch.zeros_like(u) if needs[0] else None
@@ -357,13 +360,15 @@ def _gradient_tile(
         exponentials, shift_then = kept
         tile = tiles.empty(rows, *classes).copy_(exponentials).mul_((shift_then - shift).exp_()[:, None])
         torch.threshold_(tile, math.exp(smallest), 0.0)
-    target = TargetColumn(labels, classes[0], tile.shape[1])
+    targets = [TargetColumn(one, classes[0], tile.shape[1]) for one in columns(labels)]
     if len(sums):
-        target.fill(tile, 0.0)
+        for target in targets:
+            target.fill(tile, 0.0)
         sums.addmv_(tile.t(), of_samples.factor[rows])
     if tiles.threshold is not None:
         tile.mul_(tiles.slope)
     if every is not None:
         tile.add_(every[rows, None])
-    target.fill(tile, of_samples.target[rows])
+    for target, gradient in zip(targets, of_samples.target, strict=True):
+        target.fill(tile, gradient[rows])
     return tile

@@ -9,14 +9,19 @@ from torch import Tensor
 
 from ltloss.numerics import inverse_norm, spans
 
-__all__ = ["NOT_HERE", "counted", "length", "scaled_features", "target_cosine", "target_labels"]
+__all__ = ["NOT_HERE", "columns", "counted", "length", "scaled_features", "target_cosine", "target_labels"]
 
 # No target here, and neither a class nor ignored.
 NOT_HERE, _NOT_A_CLASS = -1, -2
 
 
+def columns(labels: Tensor) -> tuple[Tensor, ...]:
+    """Labels (N,), or of samples with several (N, k) those of each place; the first says whether a sample counts."""
+    return (labels,) if labels.dim() == 1 else labels.unbind(1)
+
+
 def target_labels(labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
-    """Labels (N,) int64 as the passes use them: a class, NOT_HERE for no target, or what is never one."""
+    """Labels, int64, as the passes use them: a class, NOT_HERE for no target, or what is never one."""
     labels = labels.to(torch.int64)
     outside = (labels < 0) | (labels >= num_classes)
     if ignore_index is None:
@@ -26,7 +31,7 @@ def target_labels(labels: Tensor, num_classes: int, ignore_index: int | None) ->
 
 def counted(vectors: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
     """Rows that are ignored may hold anything, NaN too: they are taken as zero."""
-    return vectors if ignore_index is None else vectors.masked_fill((labels == NOT_HERE)[:, None], 0.0)
+    return vectors if ignore_index is None else vectors.masked_fill((columns(labels)[0] == NOT_HERE)[:, None], 0.0)
 
 
 def length(features: Tensor, labels: Tensor, ignore_index: int | None, dtype: torch.dtype) -> Tensor:
@@ -49,6 +54,10 @@ def target_cosine(
     Without ``inverse`` x̂·w_y, or x·w_y. Of several sub-centres that of the nearest. N·D work. Near ±1 an angular margin
     magnifies the rounding of the cosine by 1/sin θ, so it is not taken from a tile.
     """
+    if labels.dim() == 2:
+        given = features, prototypes, inverse
+        each = [target_cosine(*given, one, normalize_features, ignore_index) for one in columns(labels)]
+        return torch.stack(each, 1)
     here = labels >= 0
     cosine = features.new_zeros(features.shape[0], dtype=torch.float64)
     for start, stop in spans(features.shape[0], 1024):  # two small float64 copies, not two of all N rows

@@ -167,18 +167,21 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         self._keep("class_counts", counts)
         self.terms: dict[str, Tensor] = {}
 
-    def forward(self, features: Tensor, labels: Tensor, *, shard: Shard | None = None) -> Tensor:
-        """L1 + λ1·L2 + λ2·L3 for features (N, D) and labels (N,).
+    def forward(
+        self, features: Tensor, labels: Tensor, *, label_weight: Tensor | None = None, shard: Shard | None = None
+    ) -> Tensor:
+        """L1 + λ1·L2 + λ2·L3 for features (N, D) and labels (N,); or with ``label_weight`` both (N, k).
 
         With ``reduction="none"`` L2 and L3 are added to every sample that counts.
         """
-        loss = super().forward(features, labels, shard=shard)
+        loss = super().forward(features, labels, label_weight=label_weight, shard=shard)
         parts = {"margin_cross_entropy": loss.detach()}
         regularizers = []
-        counted = labels.to(torch.int64) != self.ignore_index  # -100 compared with uint8 would be 156
+        each_counted = labels.to(torch.int64) != self.ignore_index  # -100 compared with uint8 would be 156
+        counted = each_counted if labels.dim() == 1 else each_counted[:, 0]
         if self.min_angle_weight:
             weight = self.weight if self.fused_update is None else self.fused_update.joined(loss)
-            angle = self._min_angle(weight, labels, counted)
+            angle = self._min_angle(weight, labels.flatten(), each_counted.flatten())
             parts["min_angle"] = angle.detach()
             regularizers.append(self.min_angle_weight * angle)
         if self.feature_norm_weight:

@@ -17,6 +17,7 @@ from ltloss._types import Reduction
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.margins import OPTION_NAMES, BeyondPi, MarginGradient, Objective
 from ltloss.ops.logsumexp import Shard
+from ltloss.soft_labels import soft_label_cross_entropy
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -142,10 +143,18 @@ class CombinedMarginLoss(PrototypeHead):
             )
         self.class_weight = class_weight
 
-    def forward(self, features: Tensor, labels: Tensor, *, shard: Shard | None = None) -> Tensor:
-        """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
-        options = {**self._options(), **self._logit_options()}
-        return F.margin_cross_entropy(features, self.weight, labels, **options, shard=shard, update=self.fused_update)
+    def forward(
+        self, features: Tensor, labels: Tensor, *, label_weight: Tensor | None = None, shard: Shard | None = None
+    ) -> Tensor:
+        """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``.
+
+        With ``label_weight`` (N, k) and labels (N, k) that of samples of several classes:
+        :func:`ltloss.soft_labels.soft_label_cross_entropy`.
+        """
+        options = {**self._options(), **self._logit_options(), "shard": shard, "update": self.fused_update}
+        if label_weight is None:
+            return F.margin_cross_entropy(features, self.weight, labels, **options)
+        return soft_label_cross_entropy(features, self.weight, labels, label_weight, **options)
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""

@@ -27,7 +27,9 @@ class SampleMarginLoss(CombinedMarginLoss):
     _shown: tuple[str, ...] = ()  # hyper-parameters of the subclass
     _bend: Callable[[Tensor, Tensor], Bend] | None = None  # what becomes of the other classes' cosines
 
-    def forward(self, features: Tensor, labels: Tensor, *, shard: Shard | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # a margin of the sample is none of several labels
+        self, features: Tensor, labels: Tensor, *, shard: Shard | None = None
+    ) -> Tensor:
         """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
         stats = logsumexp_stats(
             features,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ltloss._types import Partials, TakeGradient
 from ltloss.chunked import logsumexp as chunked
+from ltloss.chunked.samples import columns
 from ltloss.margins import Objective
 from ltloss.numerics import add_rows_, compute_dtype, spans
 from ltloss.ops._dispatch import Kernel, define, no_gradient
@@ -80,8 +81,8 @@ def _fake_stats(
     like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
     n = features.shape[0]
     with_norm = normalize_prototypes and not normalize_features
-    lengths = (n, n, n if with_logit_sum else 0, n if with_norm else 0)
-    return (*(like.new_empty(length) for length in lengths), like.new_empty(prototypes.shape[:-1]))
+    shapes = (n, labels.shape, n if with_logit_sum else 0, n if with_norm else 0, prototypes.shape[:-1])
+    return tuple(like.new_empty(shape) for shape in shapes)
 
 
 def define_keeping(
@@ -201,7 +202,7 @@ class LocalWork(NamedTuple):
         rows = shard.rows(features.shape[0])
         ignored = torch.eq(labels[rows], -1 if objective.ignore_index is None else objective.ignore_index)
         return cls(
-            features[rows].masked_fill(ignored[:, None], 0.0),
+            features[rows].masked_fill(columns(ignored)[0][:, None], 0.0),
             shard.local_labels(torch.where(ignored, -1, labels[rows])),
             shard.local_prior(objective.log_prior),
         )
@@ -217,7 +218,9 @@ def gathered_stats(
     keep: bool,
     bend: Bend = NO_BEND,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, list[Tensor]]:
-    """Of all ranks logsumexp (S, N), logit_sum (S, N), target_cosine (N,), norm (N,); ``class_scale``; what is kept."""
+    """Of all ranks logsumexp (S, N), logit_sum (S, N), target_cosine as the labels, norm (N,); ``class_scale``; what is
+    kept.
+    """
     with_norm = objective.with_norm
     kept: list[Tensor] = []
     if prototypes.shape[0]:
@@ -236,13 +239,15 @@ def gathered_stats(
         like = local.features.new_zeros(local.features.shape[0], dtype=compute_dtype(local.features, prototypes))
         norm = torch.linalg.vector_norm(local.features, dim=1, dtype=like.dtype)
         r, cosine, logit_sum, class_scale = like - torch.inf, like, like[: len(like) * smooth], like[:0]
-    parts = [r, cosine] + [logit_sum] * smooth + [norm] * with_norm
-    whole = shard.gather(torch.stack(parts))
+        cosine = like.new_zeros(local.labels.shape)
+    cosines = columns(cosine)
+    whole = shard.gather(torch.stack([r, *cosines] + [logit_sum] * smooth + [norm] * with_norm))
     none = whole.new_empty(0)
+    targets = whole[:, 1 : 1 + len(cosines)].sum(0)  # a target has one owner, and the others have 0
     vectors = (
         whole[:, 0],
-        whole[:, 2] if smooth else none,
-        whole[:, 1].sum(0),  # a target has one owner, and the others have 0
+        whole[:, 1 + len(cosines)] if smooth else none,
+        targets[0] if cosine.dim() == 1 else targets.t(),
         whole[0, -1] if with_norm else none,
     )
     return vectors, class_scale, kept
@@ -273,7 +278,8 @@ def propagate(
     if shard is not None:
         rows = shard.rows(samples)
         coefficients = coefficients[:, rows].contiguous()
-        if coefficients.shape[0] == 5 and not shard.is_first:  # the length of a feature belongs to no class: once
+        _, _, *normalize, _ = ctx.options
+        if normalize == [False, True] and not shard.is_first:  # the length of a feature belongs to no class: once
             coefficients[4] = 0.0
         grad_loss = grad_loss[rows] if grad_loss.dim() else grad_loss
     if prototypes.shape[0]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ltloss import reference
 from ltloss._transforms import apply_of
+from ltloss.chunked.samples import columns
 from ltloss.margins import Objective
 from ltloss.numerics import compute_dtype
 from ltloss.ops._dispatch import choose_backend
@@ -55,7 +56,7 @@ def logsumexp_stats(
     if backend == "reference":
         return Stats(*reference.logsumexp_stats(features, prototypes, labels, objective, with_logit_sum, bend))
     prior, objective = objective.log_prior, objective._replace(log_prior=None)
-    keep = may_keep() and bend[0] is None
+    keep = may_keep() and bend[0] is None and labels.dim() == 1
     given = features, prototypes, prior, labels, objective, with_logit_sum, backend, keep, shard, *bend
     run: Any = apply_of(_LogSumExpStats) if update is None else functools.partial(update.run, _LogSumExpStats)
     r, target, logit_sum = run(*given)
@@ -119,6 +120,11 @@ class _LogSumExpStats(torch.autograd.Function):
                 threshold,
                 polynomial,
             )
+            if ignore_index is not None:  # a kernel makes NaN of what an ignored row holds, and 0·NaN would reach all
+                ignored = columns(labels)[0] == ignore_index
+                r, logit_sum, norm = (
+                    one.masked_fill(ignored, 0.0) if len(one) else one for one in (r, logit_sum, norm)
+                )
         else:
             threshold = None if threshold is None else threshold[shard.rows(len(labels))]
             local = LocalWork.of(features, labels, objective, shard)
@@ -132,7 +138,10 @@ class _LogSumExpStats(torch.autograd.Function):
         ctx.options = scale, with_logit_sum, *normalize, ignore_index
         ctx.with_norm = with_norm
         remember(ctx, backend, shard, update)
-        return r, cosine * (scale * norm if with_norm else scale), logit_sum
+        factor = scale * norm if with_norm else scale
+        if isinstance(factor, Tensor) and cosine.dim() == 2:
+            factor = factor[:, None]
+        return r, cosine * factor, logit_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -140,7 +149,8 @@ class _LogSumExpStats(torch.autograd.Function):
         with_logit_sum = ctx.options[1]
         d_all = grads[2] if with_logit_sum else torch.zeros_like(r)
         # The target logit s·‖x‖·cos_y is linear in x: no part of its gradient goes by the length alone.
-        rows = [r, grads[0], grads[1] + d_all, d_all] + [torch.zeros_like(r)] * ctx.with_norm
+        first, *others = (one + d_all for one in columns(grads[1]))
+        rows = [r, grads[0], first, d_all, *[torch.zeros_like(r)] * ctx.with_norm, *others]
         one = r.new_ones(())
         coefficients, max_coefficient = BACKENDS[ctx.backend]().coefficients(torch.stack(rows))
         given = features, prototypes, labels, prior, coefficients, class_scale, one, max_coefficient

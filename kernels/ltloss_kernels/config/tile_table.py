@@ -176,12 +176,12 @@ def of_kept(tile: Tile, dtype: torch.dtype) -> Tile:
 _SMALLER = {(128, 128): (64, 128), (64, 128): (64, 64)}
 
 
-def summing(arch: int, tile: Tile, bent: bool) -> Tile:
+def summing(arch: int, tile: Tile, sums: bool, bent: bool) -> Tile:
     """This tile of the gradient where it sums over rows for a prior that learns, or bends logits: larger ones spill.
 
     The sums do so on sm_100 only.
     """
-    if (arch < 100 and not bent) or tile[:2] not in _SMALLER:
+    if not (bent or (sums and arch >= 100)) or tile[:2] not in _SMALLER:
         return tile
     rows, classes = _SMALLER[tile[:2]]
     return tile._replace(rows=rows, classes=classes, warps=8 if arch >= 100 and classes == 128 else 4)
@@ -189,6 +189,8 @@ def summing(arch: int, tile: Tile, bent: bool) -> Tile:
 
 def of_sub_centers(tile: Tile, centers: int) -> Tile:
     """This tile where the largest of several products is taken, for which registers hold two or three tiles."""
+    if centers == 1:
+        return tile
     return tile._replace(rows=min(tile.rows, 64), classes=min(tile.classes, 64 if centers <= 4 else 32))
 
 

@@ -64,9 +64,12 @@ def sample_gradient_kernel(
     coefficients_stride,
     upstream_stride,
     copy_stride,
+    labels_column_stride,
+    more_targets,
     ignore_index,
     scale,
     # constants
+    TARGETS: tl.constexpr,
     COPY: tl.constexpr,
     FOLD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -80,8 +83,11 @@ def sample_gradient_kernel(
     copy (samples, width) in the dtype of the product: unit rows if COPY is "unit", the rows as they are if "plain",
     and zeros from there to copy_stride; zero for the label ``ignore_index`` (unless None), since 0·NaN in a product
     would reach every class.
-    label (samples,) int32: the class, or -1. sample_gradients (4, samples): shift, d_lse, d_target and d_all, the last
-    three times upstream·ln 2 (since the scale of the tiles brings log2 e) and the scale of a float16 slab.
+    With TARGETS labels a sample labels are (samples, TARGETS), and the coefficients of the later ones stand in the rows
+    from ``more_targets`` on.
+    label (TARGETS, samples) int32: the class, or -1. sample_gradients (3 + TARGETS, samples): shift, d_lse, d_target,
+    d_all and the d_target of later labels, all but the first times upstream·ln 2 (since the scale of the tiles brings
+    log2 e) and the scale of a float16 slab.
     factor: a scalar that divides these two out again, or None.
     FOLD puts the size of d_lse into the shift, which saves the tiles a multiplication per element and costs some 1e-5
     of a row's accuracy: nothing to a slab in half precision. Its sign stays in d_lse.
@@ -133,6 +139,15 @@ def sample_gradient_kernel(
     tl.store(at + stride, d_lse, mask=inside)
     tl.store(at + 2 * stride, d_target * factor, mask=inside)
     tl.store(at + 3 * stride, d_all * factor, mask=inside)
+    for place in tl.static_range(1, TARGETS):
+        label_at = labels_ptr + rows.to(tl.int64) * labels_stride + place * labels_column_stride
+        label = tl.load(label_at, mask=inside, other=-1).to(tl.int64)
+        known = used & (label >= 0) & (label < classes)
+        cell = label_ptr + place * stride + rows
+        tl.store(cell, tl.where(known, label, -1).to(tl.int32), mask=inside)
+        coefficient = coefficients_ptr + (more_targets + place - 1) * coefficients_stride.to(tl.int64) + rows
+        d_target = tl.load(coefficient, mask=inside, other=0.0)
+        tl.store(at + (3 + place) * stride, d_target * factor, mask=inside)
 
 
 @triton.jit
@@ -202,7 +217,9 @@ def kept_gradient(
     return gradient
 
 
-@triton.jit(do_not_specialize=["samples", "classes", "first_class", "class_tiles", "sample_gradients_stride"])
+@triton.jit(
+    do_not_specialize=["samples", "classes", "first_class", "class_tiles", "sample_gradients_stride", "label_stride"]
+)
 def gradient_tile_kernel(
     # inputs
     features,
@@ -226,6 +243,7 @@ def gradient_tile_kernel(
     first_class,
     class_tiles,
     sample_gradients_stride,
+    label_stride,
     features_stride,
     prototypes_stride,
     slab_stride,
@@ -240,6 +258,7 @@ def gradient_tile_kernel(
     GROUP: tl.constexpr,
     KEPT_CLASSES: tl.constexpr,
     SUB_CENTERS: tl.constexpr,
+    TARGETS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
@@ -248,8 +267,9 @@ def gradient_tile_kernel(
 
     features: (samples, width); prototypes: a slab (classes, width), whose first class is the ``first_class``-th of all;
     both, and the result, are descriptors if DESCRIBED. logit_scale_log2 (classes,) s·log2 e/‖w̃‖; prior (classes,) in
-    natural units or None; label (samples,) and sample_gradients (4, samples), rows ``sample_gradients_stride`` apart:
-    see sample_gradient_kernel, also for FOLD. slab: (samples, classes). along (row blocks, classes) or None: of each
+    natural units or None; label (TARGETS, samples), rows ``label_stride`` apart, and sample_gradients (3 + TARGETS,
+    samples), rows ``sample_gradients_stride`` apart: see sample_gradient_kernel, also for FOLD. slab: (samples,
+    classes). along (row blocks, classes) or None: of each
     block the sum of dZ_ic·(x̂_i·w̃_c), which adds up to g·w̃_c with g = dZᵀX̂: for prototype_gradient_kernel.
     through_r (row blocks, classes) or None: of each block the sum of 2^(l·log2 e - shift)·d_lse over other classes'
     samples, the gradient of the prior.
@@ -302,6 +322,9 @@ def gradient_tile_kernel(
     label = tl.load(label_ptr + rows, mask=inside, other=-1) - first_class
     if through_r_ptr is not None:
         others = tl.where(here[None, :] == label[:, None], 0.0, gradient)
+        for place in tl.static_range(1, TARGETS):
+            later = tl.load(label_ptr + place * label_stride.to(tl.int64) + rows, mask=inside, other=-1) - first_class
+            others = tl.where(here[None, :] == later[:, None], 0.0, others)
         tl.store(through_r_ptr + block.to(tl.int64) * classes + here, tl.sum(others, 0), mask=known)
     gradient *= slope
     if SMOOTH:
@@ -309,6 +332,11 @@ def gradient_tile_kernel(
     if holds_a_label(label, column, BLOCK_CLASSES):
         d_target = tl.load(at + 2 * stride, mask=inside, other=0.0)
         gradient = tl.where(here[None, :] == label[:, None], d_target[:, None], gradient)
+    for place in tl.static_range(1, TARGETS):
+        later = tl.load(label_ptr + place * label_stride.to(tl.int64) + rows, mask=inside, other=-1) - first_class
+        if holds_a_label(later, column, BLOCK_CLASSES):
+            d_target = tl.load(at + (3 + place) * stride, mask=inside, other=0.0)
+            gradient = tl.where(here[None, :] == later[:, None], d_target[:, None], gradient)
     if SUB_CENTERS > 1:
         store_of_centers(
             slab, gradient, nearest, logit_scale_log2_ptr, row, column, samples, classes, class_tiles, slab_stride,

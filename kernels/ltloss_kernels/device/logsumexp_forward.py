@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ltloss_kernels.device.elementary import LN2, LOG2E, exact_cosine, exact_product, log, scaled_rows, unit_rows
+from ltloss_kernels.device.elementary import LN2, LOG2E, log
 from ltloss_kernels.device.tile_io import holds_a_label, inverse_lengths, load_block, store_block, tile_product
 
 __all__ = [
@@ -20,103 +20,8 @@ __all__ = [
     "combine_splits",
     "cosine_logsumexp_kernel",
     "load_thresholds",
-    "sample_kernel",
     "tile_logits",
 ]
-
-
-@triton.jit(do_not_specialize=["samples", "classes", "class_tiles"])
-def sample_kernel(
-    # inputs
-    features_ptr,
-    prototypes_ptr,
-    labels_ptr,
-    # outputs
-    copy_ptr,
-    norm_ptr,
-    target_cosine_ptr,
-    label_ptr,
-    flags_ptr,
-    # sizes
-    samples,
-    classes,
-    width,
-    class_tiles,
-    features_row_stride,
-    features_column_stride,
-    prototypes_row_stride,
-    prototypes_column_stride,
-    labels_stride,
-    copy_stride,
-    ignore_index,
-    # constants
-    NORMALIZE_FEATURES: tl.constexpr,
-    NORMALIZE_PROTOTYPES: tl.constexpr,
-    RAGGED: tl.constexpr,
-    FLAG_ROWS: tl.constexpr,
-    FLAG_CLASSES: tl.constexpr,
-    SUB_CENTERS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """What the tiles and the margin need of each sample.
-
-    features (samples, width), prototypes (classes · SUB_CENTERS, width), labels (samples,): any dtype and strides.
-    norm (samples,) ‖x‖, or None where it is in the rows, or features are normalised.
-    copy (samples, width), in the dtype of the product: unit rows if NORMALIZE_FEATURES, else the rows as they are, and
-    zeros from there to copy_stride; or None.
-    Without NORMALIZE_PROTOTYPES the target's cosine is x̂·w, or x·w, instead.
-    target_cosine (samples,): from the original rows, rounded to float32 once, of the nearest sub-centre; 0 for the
-    label ``ignore_index``, NaN for a label outside [0, classes). Without an ``ignore_index`` (None) such a label means
-    that there is no target here: 0.
-    label (samples,) int32: the class, or -1.
-    flags (row blocks, class_tiles) int8, cleared before: 1 where a tile holds the target of one of its rows, and in the
-    last column if that tile reaches beyond the classes (RAGGED). Several rows may write the same 1. Or None.
-    """
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, WIDTH)
-    inside = rows < samples
-    label = tl.load(labels_ptr + rows.to(tl.int64) * labels_stride, mask=inside, other=-1).to(tl.int64)
-    valid = inside & (label >= 0) & (label < classes)
-    if ignore_index is not None:
-        valid = valid & (label != ignore_index)
-    cells = (columns < width)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * features_row_stride + columns.to(tl.int64)[None, :] * features_column_stride
-    values = tl.load(features_ptr + offsets, mask=inside[:, None] & cells, other=0.0).to(tl.float32)
-    x, x_power, x_inverse = scaled_rows(values)
-    if copy_ptr is not None:
-        copied = unit_rows(x, x_inverse) if NORMALIZE_FEATURES else values
-        copy_cells = copy_ptr + rows.to(tl.int64)[:, None] * copy_stride + columns[None, :]
-        whole = inside[:, None] & (columns < tl.cast(copy_stride, tl.int64))[None, :]
-        tl.store(copy_cells, copied.to(copy_ptr.dtype.element_ty), mask=whole)
-    target = tl.where(valid, label, 0)
-    offsets = (target * SUB_CENTERS)[:, None] * prototypes_row_stride
-    offsets += columns.to(tl.int64)[None, :] * prototypes_column_stride
-    cosine = tl.full((ROWS,), float("-inf"), tl.float32)
-    for k in tl.static_range(SUB_CENTERS):
-        w = tl.load(
-            prototypes_ptr + k * prototypes_row_stride.to(tl.int64) + offsets, mask=valid[:, None] & cells, other=0.0
-        )
-        w, w_power, w_inverse = scaled_rows(w.to(tl.float32))
-        if NORMALIZE_PROTOTYPES:
-            found = tl.where(x_inverse * w_inverse == 0.0, 0.0, exact_cosine(x, w))
-        else:  # one factor at a time: each of them is in range
-            found = exact_product(x, w) * (x_inverse if NORMALIZE_FEATURES else 1.0 / x_power) * (1.0 / w_power)
-        cosine = tl.maximum(cosine, found, propagate_nan=tl.PropagateNan.ALL)
-    missing = tl.zeros((ROWS,), tl.float32)
-    if ignore_index is not None:
-        missing = tl.where(label == ignore_index, 0.0, float("nan"))
-    tl.store(target_cosine_ptr + rows, tl.where(valid, cosine, missing), mask=inside)
-    tl.store(label_ptr + rows, tl.where(valid, label, -1).to(tl.int32), mask=inside)
-    if norm_ptr is not None:
-        norm = tl.sqrt_rn(tl.sum(x * x, 1))
-        tl.store(norm_ptr + rows, tl.div_rn(norm, x_power), mask=inside)
-    if flags_ptr is not None:
-        flag_row = (rows // FLAG_ROWS).to(tl.int64) * class_tiles
-        one = tl.full((ROWS,), 1, tl.int8)
-        tl.store(flags_ptr + flag_row + target // FLAG_CLASSES, one, mask=valid)
-        if RAGGED:
-            tl.store(flags_ptr + flag_row + class_tiles - 1, one, mask=inside & (rows % FLAG_ROWS == 0))
 
 
 @triton.jit
@@ -280,6 +185,7 @@ def cosine_logsumexp_kernel(
     NORMS: tl.constexpr,
     RESIDENT: tl.constexpr,
     SUB_CENTERS: tl.constexpr,
+    TARGETS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
@@ -287,8 +193,9 @@ def cosine_logsumexp_kernel(
     """Partial sums over the other classes of exp(l - shift): one row block by one range of class tiles per program.
 
     features: (samples, width); prototypes: a slab of the classes, (slab_classes, width), whose first tile is the
-    ``first_tile``-th of all; both are descriptors if DESCRIBED. label (samples,); logit_scale_log2 s·log2 e/‖w‖ and
-    prior b·log2 e (class_tiles · BLOCK_CLASSES,), 0 and -inf beyond the classes; flags (row blocks, class_tiles).
+    ``first_tile``-th of all; both are descriptors if DESCRIBED. label (TARGETS, samples); flags (row blocks,
+    class_tiles); logit_scale_log2 s·log2 e/‖w‖ and prior b·log2 e (class_tiles · BLOCK_CLASSES,), 0 and -inf beyond the
+    classes.
     With NORMS the tiles find the lengths themselves, so that prototypes are read once: logit_scale_log2 (classes,) is
     an output, factor_scale/‖w‖; prior (classes,) is in natural units; there are no flags, each tile looks for labels.
     RESIDENT: BLOCK_DEPTH covers all columns, and the row block is loaded once. With more than one of SUB_CENTERS a row
@@ -353,6 +260,9 @@ def cosine_logsumexp_kernel(
             if not NORMS:
                 label = tl.load(label_at, mask=inside, other=-1)
             logit = tl.where((here[None, :] == label[:, None]) | (here[None, :] >= classes), float("-inf"), logit)
+            for place in tl.static_range(1, TARGETS):
+                label = tl.load(label_at + place * samples.to(tl.int64), mask=inside, other=-1)
+                logit = tl.where(here[None, :] == label[:, None], float("-inf"), logit)
         total, largest, exponentials, base = add_exponentials(total, largest, logit, partial_max_ptr is not None)
         keep_tile(kept, exponentials, block, column, samples, classes, kept_stride, DESCRIBED)
         cell = (first_tile + tile).to(tl.int64) * partial_stride + rows

@@ -18,6 +18,7 @@ from ltloss._files import remove_leftovers, write_file
 from ltloss.class_balance import DeferredWeights, effective_number_weights
 from ltloss.errors import DivergedError, UserError
 from ltloss.optim import PrototypeSGD
+from ltloss.soft_labels import takes_soft_labels
 from ltloss.training.data.batches import augment, batch_count, batches
 from ltloss.training.data.images import ImageSource
 from ltloss.training.data.mixup import mix
@@ -210,6 +211,10 @@ class Trainer:
             return head(features, labels), features
         mixed, other_labels, fraction = mix(images, labels, self.settings.mixup, mixing)
         features = self._features(mixed)
+        if takes_soft_labels(head):  # both losses in one pass
+            both = torch.stack([labels, other_labels], 1)
+            weight = features.new_tensor([fraction, 1 - fraction], dtype=torch.float32)
+            return head(features, both, label_weight=weight.expand(both.shape)), features
         loss = fraction * head(features, labels) + (1 - fraction) * head(features, other_labels)
         return loss, features
 

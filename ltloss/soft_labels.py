@@ -1,0 +1,126 @@
+"""Samples that belong to several classes in part, as mixup makes them: their losses in one pass over the prototypes."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltloss._types import Reduction
+from ltloss._validation import check_same_device, check_supervised
+from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
+from ltloss.margins import Margin
+from ltloss.ops.protocols import Shard, Update
+from ltloss.runtime import current_debug
+
+__all__ = ["soft_label_cross_entropy", "takes_soft_labels"]
+
+
+def soft_label_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    label_weight: Tensor,
+    *,
+    scale: float = 30.0,
+    log_prior: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    normalize_features: bool = True,
+    normalize_prototypes: bool = True,
+    bias: Tensor | None = None,
+    reduction: Reduction = "mean",
+    shard: Shard | None = None,
+    update: Update | None = None,
+    **margin: Any,
+) -> Tensor:
+    r"""The weighted mean of the losses of a sample for each of its classes, Σ_j q_ij·ℓ(x_i, y_ij), in one pass.
+
+    ℓ is :func:`ltloss.functional.margin_cross_entropy`: its margin lies on the class y_ij alone. Without a margin this
+    is the cross-entropy with soft targets, log Σ_c exp(l_c) − Σ_j q_ij·l_{y_ij}.
+
+    Args:
+        features: (N, D).
+        prototypes: (C, D), or (C, K, D).
+        labels: (N, k) integers in [0, C), k up to 8. A sample whose first label is ``ignore_index`` does not count;
+            later ones that are ``ignore_index`` are none.
+        label_weight: (N, k) q >= 0, without gradient. The rows sum to 1 in mixup; another sum weights the sample.
+        scale, log_prior, class_weight, label_smoothing, ignore_index, normalize_features, normalize_prototypes, bias,
+            reduction, shard, update: as in ``margin_cross_entropy``; ``"mean"`` divides by the summed weights, those of
+            labels times those of classes.
+        margin: ``angular_margin``, ``cosine_margin``, ``angle_multiplier``, ``beyond_pi`` and ``margin_gradient``.
+
+    Returns:
+        A scalar, or (N,) for ``"none"``.
+
+    Raises:
+        ValueError, TypeError, IndexError: arguments that do not fit together, or values out of range.
+
+    Source: Zhang et al., mixup: beyond empirical risk minimization, ICLR 2018.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.soft_labels import soft_label_cross_entropy
+        >>> x, w = torch.tensor([[1.0, 1.0]]), torch.eye(3, 2)
+        >>> soft_label_cross_entropy(x, w, torch.tensor([[0, 1]]), torch.tensor([[0.7, 0.3]]), scale=2.0)
+        tensor(0.8082)
+    """
+    check_supervised(features, prototypes, labels, several=True)
+    _check_weight(labels, label_weight)
+    unknown = sorted(margin.keys() - set(Margin._fields))
+    if unknown:
+        raise TypeError(
+            f"soft_label_cross_entropy has no option {unknown[0]}; its margins are {', '.join(Margin._fields)}"
+        )
+    stats = logsumexp_stats(
+        features,
+        prototypes,
+        labels,
+        scale=scale,
+        log_prior=log_prior,
+        normalize_features=normalize_features,
+        normalize_prototypes=normalize_prototypes,
+        bias=bias,
+        ignore_index=ignore_index,
+        with_logit_sum=label_smoothing > 0.0,
+        shard=shard,
+        update=update,
+    )
+    losses = margin_losses(stats, **margin, label_smoothing=label_smoothing)
+    # What a sample says again of a class counts where it was said first.
+    again = (labels[:, :, None] == labels[:, None, :]).to(label_weight.dtype)
+    weight = (again * label_weight[:, None, :]).sum(2)
+    return reduce_losses(losses, stats.labels, class_weight=class_weight, sample_weight=weight, reduction=reduction)
+
+
+def takes_soft_labels(loss: Any) -> bool:
+    """Whether ``forward`` of a loss module takes ``label_weight``.
+
+    Example:
+        >>> from ltloss import AdaFaceLoss, ArcFaceLoss
+        >>> from ltloss.soft_labels import takes_soft_labels
+        >>> takes_soft_labels(ArcFaceLoss(10, 4)), takes_soft_labels(AdaFaceLoss(10, 4))
+        (True, False)
+    """
+    return "label_weight" in inspect.signature(type(loss).forward).parameters
+
+
+def _check_weight(labels: Tensor, label_weight: Tensor) -> None:
+    if labels.dim() != 2:
+        raise ValueError(f"labels must have the shape (N, k), k classes of a sample; got {tuple(labels.shape)}")
+    if not isinstance(label_weight, Tensor) or label_weight.shape != labels.shape:
+        given = tuple(label_weight.shape) if isinstance(label_weight, Tensor) else type(label_weight).__name__
+        raise ValueError(f"label_weight must be a tensor of the shape of labels, {tuple(labels.shape)}; got {given}")
+    if label_weight.requires_grad:
+        raise ValueError("label_weight is treated as a constant and gets no gradient; pass label_weight.detach()")
+    check_same_device(labels=labels, label_weight=label_weight)
+    if (label_weight.device.type == "cpu" or current_debug()) and not torch.compiler.is_compiling():
+        bad = ~((label_weight >= 0) & label_weight.isfinite())
+        if bool(bad.any()):
+            place = tuple(bad.nonzero()[0].tolist())
+            raise ValueError(
+                f"label_weight must be finite and not negative; got {float(label_weight[place])} at {place}"
+            )
