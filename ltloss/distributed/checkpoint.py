@@ -75,7 +75,7 @@ def save_checkpoint(
         write_file(partial / _STATE, json.dumps(record).encode())
         publish_folder(target)
 
-    tensors = _module_tensors(modules)
+    tensors = _module_tensors(modules) | _neighbours(modules, make=False)
     for prefix, optimizer, _, parameter in _owned(modules, optimizers or {}):
         held = optimizer.state.get(parameter, {})
         tensors |= {prefix + key: value for key, value in held.items() if isinstance(value, Tensor)}
@@ -133,6 +133,9 @@ def load_checkpoint(
         made = {} if kept else {key: _like(parameter, entry, on_device) for key, entry in there.items()}
         tensors |= {prefix + key: tensor for key, tensor in (kept | made).items()}
         new_state.append((held, made))
+    nearest = _neighbours(modules, make=True)  # of another size, or not stored: the classes are searched anew
+    nearest = {name: tensor for name, tensor in nearest.items() if name in stored and stored[name].size == tensor.shape}
+    tensors |= nearest
     for name, tensor in tensors.items():
         dtype = stored[name].properties.dtype if name in stored else tensor.dtype
         if FLOAT8 in (dtype, tensor.dtype) and dtype != tensor.dtype:
@@ -150,6 +153,8 @@ def load_checkpoint(
         held |= made
     for name, sampler in _samplers(modules).items():
         sampler.step = record["sampler_steps"].get(name, 0)
+        if sampler.neighbours is not None and f"{name}.sampler.neighbour" not in nearest:
+            sampler.neighbours.forget()
     for name, head in _heads(modules).items():
         head.warn_if_other(record.get("hyper_parameters", {}).get(name, {}))
     loaded: dict[str, Any] = record["state"]
@@ -163,6 +168,17 @@ def _initialised() -> bool:
 def _samplers(modules: Mapping[str, nn.Module]) -> dict[str, ClassSampler]:
     parallel = {name: module for name, module in modules.items() if isinstance(module, ClassParallel)}
     return {name: module.sampler for name, module in parallel.items() if module.sampler is not None}
+
+
+def _neighbours(modules: Mapping[str, nn.Module], *, make: bool) -> dict[str, Tensor]:
+    """What samplers know of the nearest classes; ``make`` makes room for it where they know nothing yet."""
+    tensors: dict[str, Tensor] = {}
+    for name, sampler in _samplers(modules).items():
+        if sampler.neighbours is not None:
+            layout = Layout.of(modules[name].get_parameter("weight"))
+            known = sampler.neighbours.tensors(layout, make=make)
+            tensors |= {f"{name}.sampler.{key}": tensor for key, tensor in known.items()}
+    return tensors
 
 
 def _heads(modules: Mapping[str, nn.Module]) -> dict[str, PrototypeHead]:

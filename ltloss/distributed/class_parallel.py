@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ltloss._types import TopK
-from ltloss._validation import check_number
+from ltloss._validation import check_count, check_number, check_type
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.batch_gather import BatchGather, all_gather_metadata, gather_supervised
 from ltloss.distributed.centers import ShardedCenters
@@ -45,6 +45,8 @@ def parallelize(
     sample_rate: float = 1.0,
     sample_seed: int = 0,
     unbiased: bool = True,
+    hard_negatives: int = 0,
+    refresh: int = 100,
 ) -> Head:
     """Spread the classes of a loss module over the ranks of a mesh, in place. All ranks call it alike.
 
@@ -64,6 +66,10 @@ def parallelize(
             its ``forward`` and hands it to ``logsumexp_stats`` or ``margin_cross_entropy``.
         sample_seed: with the step it decides which classes are drawn.
         unbiased: correct the logits of drawn classes by −log of the probability that they were drawn.
+        hard_negatives: of each class of the batch so many nearest other classes, by the cosine of their prototypes, are
+            in the sample for certain; 0 for none. They take at most half of the places that the batch's own classes
+            leave, the nearest first, and random others the rest.
+        refresh: steps for which the neighbours of a class are kept; then they are searched anew when a batch has it.
 
     Returns:
         The module. ``weight`` is a DTensor, ``Shard(0)`` over the class ranks; class centres likewise. Margins, priors,
@@ -88,15 +94,19 @@ def parallelize(
     if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
         raise ValueError(f"capacity must be None or an integer >= 1; got {capacity!r}")
     _check_sampling(module, sample_rate)
+    _check_hard_negatives(module, sample_rate, hard_negatives, refresh)
     if mesh is None and sample_rate == 1.0 and not module.weight.is_meta:
         return module
     layout = Layout(mesh, module.num_classes, mesh_device(mesh) if mesh is not None else _memory_of(module))
-    _check_same_module(module, layout, [capacity or 0, int(sample_rate * (1 << 53)), sample_seed, int(unbiased)])
+    sampling = [int(sample_rate * (1 << 53)), sample_seed, int(unbiased), hard_negatives, refresh]
+    _check_same_module(module, layout, [capacity or 0, *sampling])
     kind: Any = type(module)
     module.__class__ = _parallel(kind)
     assert isinstance(module, ClassParallel)
     module.capacity, module.gradient_factor = capacity, float(layout.ranks) if averaged_backbone else 1.0
-    module.sampler = ClassSampler(sample_rate, sample_seed, unbiased) if sample_rate < 1.0 else None
+    module.sampler = None
+    if sample_rate < 1.0:
+        module.sampler = ClassSampler(sample_rate, sample_seed, unbiased, hard_negatives, refresh)
     module.rearrange(layout)
     _shard(module, layout)
     return module
@@ -165,6 +175,17 @@ def _check_sampling(module: PrototypeHead, rate: float) -> None:
     ):
         if getattr(module, name, 0.0):
             raise ValueError(f"sample_rate < 1 needs {name}=0, for {why}; got {name}={getattr(module, name)}")
+
+
+def _check_hard_negatives(module: PrototypeHead, rate: float, count: int, refresh: int) -> None:
+    check_count("refresh", refresh)
+    check_type("hard_negatives", count, int)
+    if not 0 <= count < module.num_classes:
+        raise ValueError(
+            f"hard_negatives must lie between 0 and the number of other classes, {module.num_classes - 1}; got {count}"
+        )
+    if count and rate == 1.0:
+        raise ValueError(f"hard_negatives={count} needs sample_rate < 1; with sample_rate=1 all classes are negatives")
 
 
 def _memory_of(module: PrototypeHead) -> torch.device:
