@@ -184,6 +184,11 @@ def _check_hard_negatives(module: PrototypeHead, rate: float, count: int, refres
         raise ValueError(
             f"hard_negatives must lie between 0 and the number of other classes, {module.num_classes - 1}; got {count}"
         )
+    if count and module.sub_centers > 1:
+        raise ValueError(
+            f"hard_negatives={count} needs one prototype a class, for the search compares prototypes; got "
+            f"sub_centers={module.sub_centers}"
+        )
     if count and rate == 1.0:
         raise ValueError(f"hard_negatives={count} needs sample_rate < 1; with sample_rate=1 all classes are negatives")
 

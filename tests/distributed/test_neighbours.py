@@ -345,6 +345,8 @@ def test_what_does_not_fit_is_refused() -> None:
         _head(hard_negatives=2.5)
     with refused("refresh", "1", "0"):
         _head(refresh=0)
+    with refused("hard_negatives=3", "sub_centers=2"):
+        parallelize(ltloss.ArcFaceLoss(CLASSES, 4, sub_centers=2), None, sample_rate=0.5, hard_negatives=3)
     with refused("hard_negatives=3", "sample_rate"):
         _head(sample_rate=1.0)
     assert all("same on all ranks" in said for said in world.run(_different, 2))
