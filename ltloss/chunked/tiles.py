@@ -103,7 +103,7 @@ class Tiles:
         self.several = prototypes.dim() == 3  # sub-centres
         self._logits = u.new_empty(blocks.rows * blocks.classes)
         self._other = torch.empty_like(self._logits) if self.several else self._logits
-        centers = prototypes.shape[1] if self.several else 0
+        centers = prototypes.shape[1] if self.several and backwards else 0
         self._nearer = u.new_empty(centers, len(self._logits), dtype=torch.bool)
         self._unit = u.new_empty(blocks.classes, *prototypes.shape[1:])
 
