@@ -4,7 +4,8 @@ Functions are in :mod:`ltloss.functional`, contrastive losses over a batch or a 
 dense float64 twins of both in :mod:`ltloss.reference`, the helpers that turn class counts into margins, priors and
 weights in :mod:`ltloss.class_balance`. The loss modules are here. A loss of your own starts from :mod:`ltloss.extend`
 and is tried with :mod:`ltloss.testing`. Optimizers that move the prototypes inside the backward are in
-:mod:`ltloss.optim`, files for serving in :mod:`ltloss.export`, errors in :mod:`ltloss.errors`.
+:mod:`ltloss.optim`, files for serving in :mod:`ltloss.export`, errors in :mod:`ltloss.errors`. A classifier over
+embeddings for scikit-learn is :class:`ltloss.sklearn.LongTailClassifier`, which needs the extra ``sklearn``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import doctest
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -47,6 +47,7 @@ def public_objects() -> Iterator[tuple[str, Any]]:
     modules = [ltloss, ltloss.functional, ltloss.class_balance]
     names = ("margins", "losses.class_centers", "distributed", "interop", "export", "extend", "optim", "testing")
     names += ("interop.insightface", "interop.pytorch_metric_learning", "contrastive")
+    names += ("sklearn",) if importlib.util.find_spec("sklearn") else ()
     modules += [importlib.import_module(f"ltloss.{name}") for name in names]
     for module in modules:
         for name in module.__all__:

@@ -1,0 +1,1 @@
+"""What :mod:`ltloss.sklearn` is made of: a space, losses to choose from, training, calibration."""

@@ -1,0 +1,103 @@
+"""The validation part: which rows it holds, the share that is right there, the temperature, the calibration error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ltloss._estimator.heads import Classifier
+from ltloss._estimator.space import Batches, Part
+from ltloss.numerics import spans
+
+__all__ = ["block_rows", "calibration_error", "share_right", "temperature", "validation_mask"]
+
+_BLOCK = 1 << 22  # logits that exist at once
+_MOST = 20_000  # rows of a validation part
+_MOST_LOGITS = 1 << 27  # of the rows that the temperature is fitted on
+_BINS = 15
+_ROUNDS = 12
+
+
+def block_rows(classes: int) -> int:
+    """Rows whose dense logits are made at once."""
+    return max(1, _BLOCK // classes)
+
+
+def validation_mask(labels: Tensor, classes: int, fraction: float, generator: torch.Generator) -> Tensor:
+    """True (N,) for the rows held out: of each class that fraction, rounded up or down by lot, never its last row."""
+    counts = torch.bincount(labels, minlength=classes)
+    most = int(counts.max())
+    if most < 2:
+        raise ValueError(
+            "a validation part needs a class with two samples; every class has one. Choose a loss and one scale with "
+            "validation_fraction=None, which needs no validation part"
+        )
+    share = min(fraction, _MOST / len(labels))
+    held = (counts * share + torch.rand(classes, generator=generator)).floor().long()
+    held = torch.minimum(held, counts - 1).clamp(min=0)
+    if not held.any():
+        held[counts.argmax()] = 1
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    first = counts.cumsum(0) - counts
+    rank = torch.arange(len(labels)) - first[labels[by_class]]
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    mask[by_class] = rank < held[labels[by_class]]
+    return mask
+
+
+def _blocks(batches: Batches, part: Part, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Features, labels and weights by blocks, on the device."""
+    for start, stop in spans(len(part.rows), rows):
+        block = part.take(slice(start, stop))
+        yield batches[block.rows], block.labels.to(batches.device), block.weights.to(batches.device)
+
+
+def share_right(classifier: Classifier, batches: Batches, part: Part) -> float:
+    """Weighted fraction of the rows of a part whose first class is right."""
+    right = 0.0
+    for z, labels, weights in _blocks(batches, part, 4096):
+        right += float(((classifier.best(z)[:, 0] == labels) * weights).sum())
+    return right / float(part.weights.sum())
+
+
+def temperature(classifier: Classifier, offset: Tensor, batches: Batches, part: Part) -> float:
+    """T of softmax(logits/T + offset (C,)) with the least weighted negative log-likelihood, by Newton's method in 1/T.
+
+    The likelihood is concave in 1/T: its slope is Σ w (l_y − E[l]), its curvature −Σ w Var[l].
+
+    Source: Guo et al., On calibration of modern neural networks, ICML 2017, section 4.2.
+    """
+    classes = len(classifier.intercept)
+    part = part.take(slice(max(1, _MOST_LOGITS // classes)))
+    inverse = 1.0
+    for _ in range(_ROUNDS):
+        slope = curvature = 0.0
+        for z, labels, weights in _blocks(batches, part, block_rows(classes)):
+            logits = classifier.logits(z)
+            chance = torch.softmax(logits * inverse + offset, dim=1)
+            mean = (chance * logits).sum(1)
+            target = logits.gather(1, labels[:, None])[:, 0]
+            slope += float((weights * (target - mean)).sum())
+            curvature += float((weights * (chance * (logits - mean[:, None]).square()).sum(1)).sum())
+        if curvature <= 0.0:
+            break
+        former, inverse = inverse, min(max(inverse + slope / curvature, inverse / 2), inverse * 2)
+        if abs(inverse - former) < 1e-3 * inverse:
+            break
+    return 1.0 / min(max(inverse, 0.02), 50.0)
+
+
+def calibration_error(classifier: Classifier, batches: Batches, part: Part) -> float:
+    """Expected calibration error: Σ_bins |share right − mean confidence| · weight, 15 bins of the largest probability.
+
+    Source: Guo et al., ICML 2017, eq. 3.
+    """
+    gap = torch.zeros(_BINS, dtype=torch.float64)
+    for z, labels, weights in _blocks(batches, part, block_rows(len(classifier.intercept))):
+        confidence, found = torch.softmax(classifier.logits(z), dim=1).max(1)
+        bins = (confidence * _BINS).long().clamp(max=_BINS - 1).cpu()
+        gap.index_add_(0, bins, (((found == labels).double() - confidence.double()) * weights).cpu())
+    return float(gap.abs().sum() / part.weights.sum())
