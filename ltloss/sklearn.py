@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,7 +80,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         prototypes_, intercept_: (C, D) and (C,): the logits before T and prior are z·prototypes_ᵀ + intercept_, where
             cosines take z with its length divided out.
         mean_, whitening_: x̄ (D,) and W (D, D); (D,) for more than 4096 features, which are scaled only.
-        n_iter_: passes that were made.
+        n_iter_: passes that ``prototypes_`` took; with early stopping, up to the best one.
         n_features_in_, feature_names_in_: as everywhere in scikit-learn.
 
     Raises:
@@ -173,7 +174,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 raise ValueError("class_weight 'balanced' needs all counts, which partial_fit has not; give a dict")
             task = self._task(X, y, labels, weights)
             if len(task.every.rows):
-                former = None if first else self._fitted()
+                former = self._fitted() if hasattr(self, "loss_") else None
                 found, training = fit_more(task, options, former, self.__dict__.pop("_training", None))
                 self._learn(found)
                 self._training = training
@@ -195,7 +196,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def top_k(self, X: Any, k: int = 5) -> TopClasses:
         """The k most probable labels and their probabilities, (N, k) each, best first, without N×C."""
-        check_is_fitted(self)
+        check_is_fitted(self, "prototypes_")
         if check_count("k", k) > len(self.classes_):
             raise ValueError(f"k must be at most the number of classes, {len(self.classes_)}; got {k}")
 
@@ -210,20 +211,19 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def save(self, path: str | Path) -> None:
         """Write the fitted classifier into one .npz file, arrays and a line of JSON; no pickle.
 
-        Of the parameters, a RandomState and a torch.device are left out, and so is what the optimizer keeps between
-        calls of ``partial_fit``.
+        A RandomState is left out, and so is what the optimizer keeps between calls of ``partial_fit``.
 
         Raises:
             sklearn.exceptions.NotFittedError: there is nothing to save.
             OSError: the file cannot be written; a former one is as it was.
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "prototypes_")
         params = self.get_params()
         weight = params.pop("class_weight")
-        params |= {name: None for name in ("random_state",) if not isinstance(params[name], int)}
-        params |= {"scales": [float(scale) for scale in self.scales], "device": str(self.device)}
+        seed = self.random_state if isinstance(self.random_state, int | np.integer) else None
+        params |= {"scales": list(self.scales), "device": str(self.device), "random_state": seed}
         if isinstance(weight, dict):  # keys of JSON are strings
-            weight = [[_plain(label), float(factor)] for label, factor in weight.items()]
+            weight = list(weight.items())
         names = [name for name in vars(self) if name.endswith("_")]
         arrays = {name: getattr(self, name) for name in names if isinstance(getattr(self, name), np.ndarray)}
         values = {name: getattr(self, name) for name in names if name not in arrays}
@@ -287,7 +287,9 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _checked(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> tuple[Array, Array, Array]:
         X, y = validate_data(self, X, y, dtype=_DTYPES, reset=reset)
-        check_classification_targets(y)
+        with warnings.catch_warnings():  # few samples a class are no regression here
+            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+            check_classification_targets(y)
         return X, y, _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
 
     def _task(self, X: Array, y: Array, labels: Array, weights: Array) -> Task:
@@ -325,7 +327,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _by_blocks(self, X: Any, function: Callable[[Classifier, Tensor], Tensor]) -> Array:
         """The function of (classifier, features) over blocks of X, put together."""
-        check_is_fitted(self)
+        check_is_fitted(self, "prototypes_")
         X = validate_data(self, X, dtype=_DTYPES, reset=False)
         device, found = self._device(), self._fitted()
         offset = offset_of(found.counts, self.class_prior == "uniform")
@@ -338,10 +340,6 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             whole[rows] = values
         assert whole is not None  # scikit-learn refuses X without rows
         return whole
-
-
-def _plain(label: Any) -> Any:
-    return label.item() if isinstance(label, np.generic) else label
 
 
 def _tensor(array: Array) -> Tensor:

@@ -19,10 +19,17 @@ __all__ = ["read", "write"]
 _FORMAT = "ltloss.sklearn.LongTailClassifier 1"
 
 
+def _plain(value: Any) -> Any:
+    """A number of numpy as one of Python."""
+    if not isinstance(value, np.generic):
+        raise TypeError(f"{type(value).__name__} {value!r} cannot be saved without pickle")
+    return value.item()
+
+
 def write(path: Path, arrays: Mapping[str, Array], values: Mapping[str, Any]) -> None:
     """Write arrays and values; the file holds either its former content or all of this."""
     listed = {name: array.tolist() for name, array in arrays.items() if array.dtype == object}
-    text = json.dumps({"format": _FORMAT, "objects": listed, "values": values})
+    text = json.dumps({"format": _FORMAT, "objects": listed, "values": values}, default=_plain)
     whole = {name: array for name, array in arrays.items() if name not in listed}
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, _json=np.array(text), **whole)

@@ -131,7 +131,7 @@ class _Work:
         return self._score(training.classifier())
 
     def trained(self, candidate: Candidate, start: Classifier) -> tuple[Classifier, int]:
-        """The classifier after all steps, or the best one of early stopping, and the passes made."""
+        """The classifier after all steps, or the best one of early stopping, and the passes that it took."""
         training, patience = self._training(candidate, start), self._options.patience
         if patience is None:
             passes = self._run(training, self._steps)
@@ -148,7 +148,7 @@ class _Work:
             return since >= patience
 
         passes = self._run(training, self._steps, after_pass)
-        return kept, passes
+        return kept, passes - since
 
     def calibrated(self, fitted: Fitted, held: Part) -> Fitted:
         """With temperature, score and calibration error on the part that was held out."""

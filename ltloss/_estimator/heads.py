@@ -72,7 +72,7 @@ class Candidate(NamedTuple):
     @property
     def name(self) -> str:
         """ "linear", or "cosine-" and the scale."""
-        return "linear" if self.scale is None else f"cosine-{self.scale:g}"
+        return "linear" if self.scale is None else f"cosine-{str(float(self.scale)).removesuffix('.0')}"
 
     @property
     def gain(self) -> float:

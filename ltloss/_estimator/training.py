@@ -17,7 +17,7 @@ from ltloss.runtime import use_workspace
 
 __all__ = ["Training", "progress"]
 
-_KEPT = 1 << 26  # bytes of exponentials that the forward may leave to the backward
+_KEPT = 1 << 24  # bytes of exponentials that the forward may leave to the backward
 
 
 def progress(steps: int, verbose: bool, what: str) -> AbstractContextManager[Any]:
