@@ -7,7 +7,8 @@ FEATURES.npz holds x_train (N, D), y_train, x_test and y_test. Each fit has a pr
 ``results/estimator.csv``: seconds of the clock and of the processor (on a shared machine the latter compare), the most
 memory beyond the data, accuracy on the test split: overall, and of classes with fewer than 20 and more than 100
 training samples. Features are given as float32. OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE are taken out of the
-environment, for they slow NumPy's products.
+environment, for they slow NumPy's products. On a shared machine set OMP_NUM_THREADS=1: threads that wait for each other
+count as work.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def measured(name: str, data: Path, seed: int, iterations: int) -> Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and write the rows; those of the providers that are not measured stay."""
+    """Measure, print and write the rows; those of another provider, data or number of threads stay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, default=3, help="of ours; the other one draws nothing")
@@ -103,9 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ours, theirs = PROVIDERS
     runs = [(ours, seed) for seed in range(given.seeds)] if given.only != "theirs" else []
     runs += [(theirs, 0)] if given.only != "ours" else []
-    renewed = {(name, given.data.name) for name, _ in runs}
-    former = read_rows(given.out)
-    rows: list[Mapping[str, Any]] = [row for row in former if (row["provider"], row["data"]) not in renewed]
+    threads = stamp()["threads"]
+    renewed = {(name, given.data.name, threads) for name, _ in runs}
+    kept = (row for row in read_rows(given.out) if (row["provider"], row["data"], row["threads"]) not in renewed)
+    rows: list[Mapping[str, Any]] = list(kept)
     for name, seed in runs:
         with fresh_processes(1) as pool:
             rows.append(pool.submit(measured, name, given.data, seed, given.iterations).result())

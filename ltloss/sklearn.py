@@ -294,8 +294,6 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _task(self, X: Array, y: Array, labels: Array, weights: Array) -> Task:
         used = np.flatnonzero(weights > 0)
-        if len(used):
-            weights = weights / weights[used].mean()
         part = Part(*map(torch.from_numpy, (used, labels[used], weights[used].astype(np.float32))))
         factors = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
@@ -333,7 +331,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         offset = offset_of(found.counts, self.class_prior == "uniform")
         classifier = found.classifier.expecting(offset, found.temperature).to(device)
         whole: Array | None = None
-        for rows, z in Batches(X, found.space.to(device), device).blocks(block_rows(len(self.classes_))):
+        for rows, z in Batches(X, found.space.to(device), device).blocks(block_rows(classifier)):
             values = function(classifier, z).cpu().numpy()
             if whole is None:
                 whole = np.empty((len(X), *values.shape[1:]), dtype=values.dtype)

@@ -13,16 +13,16 @@ from ltloss.numerics import spans
 
 __all__ = ["block_rows", "calibration_error", "share_right", "temperature", "validation_mask"]
 
-_BLOCK = 1 << 22  # logits that exist at once
+_BLOCK = 1 << 22  # logits, or features, that exist at once
 _MOST = 20_000  # rows of a validation part
 _MOST_LOGITS = 1 << 27  # of the rows that the temperature is fitted on
 _BINS = 15
 _ROUNDS = 12
 
 
-def block_rows(classes: int) -> int:
-    """Rows whose dense logits are made at once."""
-    return max(1, _BLOCK // classes)
+def block_rows(classifier: Classifier) -> int:
+    """Rows whose features and dense logits are made at once."""
+    return max(1, _BLOCK // max(classifier.prototypes.shape))
 
 
 def validation_mask(labels: Tensor, classes: int, fraction: float, generator: torch.Generator) -> Tensor:
@@ -75,7 +75,7 @@ def temperature(classifier: Classifier, offset: Tensor, batches: Batches, part: 
     inverse = 1.0
     for _ in range(_ROUNDS):
         slope = curvature = 0.0
-        for z, labels, weights in _blocks(batches, part, block_rows(classes)):
+        for z, labels, weights in _blocks(batches, part, block_rows(classifier)):
             logits = classifier.logits(z)
             chance = torch.softmax(logits * inverse + offset, dim=1)
             mean = (chance * logits).sum(1)
@@ -96,7 +96,7 @@ def calibration_error(classifier: Classifier, batches: Batches, part: Part) -> f
     Source: Guo et al., ICML 2017, eq. 3.
     """
     gap = torch.zeros(_BINS, dtype=torch.float64)
-    for z, labels, weights in _blocks(batches, part, block_rows(len(classifier.intercept))):
+    for z, labels, weights in _blocks(batches, part, block_rows(classifier)):
         confidence, found = torch.softmax(classifier.logits(z), dim=1).max(1)
         bins = (confidence * _BINS).long().clamp(max=_BINS - 1).cpu()
         gap.index_add_(0, bins, (((found == labels).double() - confidence.double()) * weights).cpu())

@@ -25,6 +25,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from ltloss import sklearn
+from ltloss._estimator.fitting import fit
 from ltloss.sklearn import LongTailClassifier
 
 BY_LOT = "which rows share a minibatch, and which are held out, is drawn; a row given twice is not a row of weight 2"
@@ -164,9 +166,12 @@ def test_no_matrix_of_samples_by_classes(loss: str) -> None:
     assert seen.largest <= 1 << 22
 
 
-def test_features_are_read_in_place() -> None:
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_features_are_read_in_place(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
     X, y = tail()
-    for dtype in (np.float16, np.float64):
-        given = X.astype(dtype)
-        given.flags.writeable = False
-        assert quick().fit(given, y).score(given, y) > 0.9
+    given = X.astype(dtype)
+    given.flags.writeable = False
+    seen = []
+    monkeypatch.setattr(sklearn, "fit", lambda task, *rest: seen.append(task) or fit(task, *rest))
+    assert quick().fit(given, y).score(given, y) > 0.9
+    assert np.shares_memory(seen[0].X, given)
