@@ -10,17 +10,19 @@ from ltloss.losses.prototype_head import PrototypeHead
 
 __all__ = ["check_shape", "fill", "write_prototypes"]
 
+_AXES = {2: "(C, D)", 3: "(C, K, D)"}
 
-def fill(head: PrototypeHead, found: tuple[int, int], origin: str, rows: Tensor) -> None:
-    """Take this rank's ``rows`` of prototypes ``found`` (C, D); ValueError where the head has another shape."""
-    check_shape(found, (head.num_classes, head.embedding_size), origin)
+
+def fill(head: PrototypeHead, found: tuple[int, ...], origin: str, rows: Tensor) -> None:
+    """Take this rank's ``rows`` of prototypes of the shape ``found``; ValueError where the head has another."""
+    check_shape(found, tuple(head.weight.shape), origin)
     write_prototypes(head, rows)
 
 
-def check_shape(found: tuple[int, int], wanted: tuple[int, int], origin: str) -> None:
-    """Raise ValueError where what was found in a file has not the shape (C, D) of the head."""
+def check_shape(found: tuple[int, ...], wanted: tuple[int, ...], origin: str) -> None:
+    """Raise ValueError where what was found in a file has not the shape of the head's prototypes."""
     if found != wanted:
-        raise ValueError(f"{origin} holds prototypes {found} (C, D); the head has {wanted}")
+        raise ValueError(f"{origin} holds prototypes {found} {_AXES[len(found)]}; the head has {wanted}")
 
 
 def write_prototypes(head: PrototypeHead, rows: Tensor) -> None:

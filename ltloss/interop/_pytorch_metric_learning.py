@@ -1,17 +1,21 @@
-"""Distances and miners of pytorch-metric-learning, as its losses take them."""
+"""What the losses of pytorch-metric-learning have in common: their options, distances, miners and reducers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ltloss.reference import cosines, direction
+from ltloss import functional as F
+from ltloss._validation import check_count
+from ltloss.reference import cosine_logits, cosines, direction
 
-__all__ = ["found_cosines", "miner_weights", "unknown_distance"]
+__all__ = ["ClassificationLoss", "SharedOptions", "found_cosines", "miner_weights", "unknown_distance"]
+
+_OF_ALL = {"MultipleReducers", "DoNothingReducer"}  # reducers that take all parts of the loss in one call
 
 
 def found_cosines(distance: Any, width: int) -> tuple[bool, bool]:
@@ -45,3 +49,134 @@ def miner_weights(indices_tuple: Sequence[Tensor] | None, losses: Tensor) -> Ten
     chosen = torch.cat(tuple(indices_tuple)).to(losses.device)
     counts = torch.bincount(chosen, minlength=losses.shape[0]).to(losses.dtype)
     return counts / counts.max()
+
+
+class SharedOptions(TypedDict, total=False):
+    """What each of the losses takes besides its own numbers, as in pytorch-metric-learning."""
+
+    weight_init_func: Callable[[Tensor], Any] | None
+    weight_regularizer: Callable[[Tensor], Any] | None
+    weight_reg_weight: float
+    embedding_regularizer: Callable[[Tensor], Any] | None
+    embedding_reg_weight: float
+    reducer: Callable[..., Any] | None
+    distance: Callable[..., Tensor] | None
+    collect_stats: bool | None
+
+
+class ClassificationLoss(nn.Module):
+    """What the losses have in common: ``W``, weights of a miner, regularisers and the reducer."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        weight_init_func: Callable[[Tensor], Any] | None = None,
+        weight_regularizer: Callable[[Tensor], Any] | None = None,
+        weight_reg_weight: float = 1.0,
+        embedding_regularizer: Callable[[Tensor], Any] | None = None,
+        embedding_reg_weight: float = 1.0,
+        reducer: Callable[..., Any] | None = None,
+        distance: Callable[..., Tensor] | None = None,
+        collect_stats: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if collect_stats:
+            raise ValueError("collect_stats must be None or False, for no statistics are kept here; got True")
+        self.num_classes = check_count("num_classes", num_classes)
+        self.embedding_size = check_count("embedding_size", embedding_size)
+        self.distance, self._normalized = distance, self._normalizes(distance)
+        self.weight_regularizer, self.weight_reg_weight = weight_regularizer, weight_reg_weight
+        self.embedding_regularizer, self.embedding_reg_weight = embedding_regularizer, embedding_reg_weight
+        self.reducer = reducer
+        # (D, C) by name and shape, but stored as (C, D): what is computed with is a view, and so is its gradient.
+        self.W = nn.Parameter(torch.empty(self.num_classes, self.embedding_size).t())
+        drawn = torch.empty(self.W.shape)  # in the order of W, so that a seed draws what it draws there
+        with torch.no_grad():
+            (weight_init_func or nn.init.normal_)(drawn)
+            self.W.copy_(drawn)
+
+    @property
+    def weight(self) -> Tensor:
+        """The prototypes (C, D), contiguous, in the memory of ``W``: for :mod:`ltloss.functional`."""
+        return self.W.t()
+
+    def _normalizes(self, distance: Callable[..., Tensor] | None) -> bool:
+        """Whether the embeddings are normalised; ValueError for a distance that is none of ours."""
+        if distance is None or found_cosines(distance, self.embedding_size)[0]:
+            return True
+        raise unknown_distance(distance, "the cosines, as CosineSimilarity() does")
+
+    def _options(self) -> dict[str, Any]:
+        """Of :func:`ltloss.functional.margin_cross_entropy`."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Any:
+        """Loss of embeddings (N, D) with labels (N,): the mean, or what the reducer makes of the losses.
+
+        Args:
+            embeddings: (N, D).
+            labels: (N,) integers in [0, C); -100 has loss 0 and counts in the mean, as in ``F.cross_entropy`` without
+                reduction.
+            indices_tuple: of a miner. A sample's loss is multiplied by how often it stands there, divided by how often
+                the most frequent does.
+            ref_emb, ref_labels: None, as prototypes are what embeddings are compared with.
+
+        Raises:
+            ValueError, TypeError, IndexError: no labels, ``ref_emb``, tensors that do not fit together.
+        """
+        if labels is None:
+            raise ValueError(f"labels must be a tensor ({embeddings.shape[0]},) of classes; got None")
+        if ref_emb is not None and (ref_emb is not embeddings or ref_labels is not labels):
+            raise ValueError("ref_emb and ref_labels must be None: embeddings are compared with prototypes")
+        if self.W.device != embeddings.device:  # in place, so that an optimizer over W stays one
+            self.W.data = self.W.data.to(embeddings.device)
+        labels = labels.to(embeddings.device)
+        losses = self._losses(embeddings, labels)
+        losses = losses * miner_weights(indices_tuple, losses)
+        samples = torch.arange(losses.shape[0], device=losses.device)
+        found: dict[str, dict[str, Any]] = {
+            "loss": {"losses": losses, "indices": samples, "reduction_type": "element"},
+        }
+        for name, regularizer, factor, argument in (
+            ("weight_reg_loss", self.weight_regularizer, self.weight_reg_weight, self.W.t()),
+            ("embedding_reg_loss", self.embedding_regularizer, self.embedding_reg_weight, embeddings),
+        ):
+            if regularizer is not None:
+                value = regularizer(argument) * factor
+                found[name] = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
+        return self._reduced(found, embeddings, labels)
+
+    def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """(N,), not weighted."""
+        return F.margin_cross_entropy(embeddings, self.weight, labels, reduction="none", **self._options())
+
+    def _reduced(self, found: dict[str, dict[str, Any]], embeddings: Tensor, labels: Tensor) -> Any:
+        """The sum of what the reducer makes of each part; of a reducer of all parts, what that returns."""
+        if self.reducer is None:
+            losses = found.pop("loss")["losses"]
+            mean = losses.sum() / max(len(losses), 1)
+            return sum((part["losses"] for part in found.values()), start=mean)
+        if not _OF_ALL.isdisjoint(kind.__name__ for kind in type(self.reducer).__mro__):
+            return self.reducer(found, embeddings, labels)
+        first, *others = (self.reducer({name: part}, embeddings, labels) for name, part in found.items())
+        return sum(others, start=first)
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Logits without margin (N, C), dense; with many classes take ``ltloss.functional.top_k(x, loss.weight)``."""
+        options = self._options()
+        normalize_features = options.get("normalize_features", True)
+        return cosine_logits(embeddings, self.weight, options["scale"], normalize_features)
+
+    def extra_repr(self) -> str:
+        """Shape and what is computed."""
+        options = "".join(f", {name}={value}" for name, value in self._options().items())
+        return f"{self.num_classes}, {self.embedding_size}{options}"

@@ -8,20 +8,20 @@ the same. The package itself is not needed. ``docs/coming-from.md`` says what di
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ltloss import functional as F
-from ltloss._validation import check_count, check_number
+from ltloss._validation import check_count, check_number, check_sub_centers
 from ltloss.distributed.layout import Layout
 from ltloss.extend import logsumexp_stats, margin_losses
 from ltloss.interop._fill import fill
-from ltloss.interop._pytorch_metric_learning import found_cosines, miner_weights, unknown_distance
+from ltloss.interop._pytorch_metric_learning import ClassificationLoss, SharedOptions, found_cosines, unknown_distance
 from ltloss.losses.prototype_head import PrototypeHead
-from ltloss.reference import cosine_logits, products
+from ltloss.reference import products
+from ltloss.sub_centers import dominant, nearest_of_target
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,145 +32,12 @@ __all__ = [
     "LargeMarginSoftmaxLoss",
     "NormalizedSoftmaxLoss",
     "SphereFaceLoss",
+    "SubCenterArcFaceLoss",
     "import_pytorch_metric_learning",
 ]
 
 
-class SharedOptions(TypedDict, total=False):
-    """What each of the losses takes besides its own numbers, as in pytorch-metric-learning."""
-
-    weight_init_func: Callable[[Tensor], Any] | None
-    weight_regularizer: Callable[[Tensor], Any] | None
-    weight_reg_weight: float
-    embedding_regularizer: Callable[[Tensor], Any] | None
-    embedding_reg_weight: float
-    reducer: Callable[..., Any] | None
-    distance: Callable[..., Tensor] | None
-    collect_stats: bool | None
-
-
-class _ClassificationLoss(nn.Module):
-    """What the losses have in common: ``W``, weights of a miner, regularisers and the reducer."""
-
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        *,
-        weight_init_func: Callable[[Tensor], Any] | None = None,
-        weight_regularizer: Callable[[Tensor], Any] | None = None,
-        weight_reg_weight: float = 1.0,
-        embedding_regularizer: Callable[[Tensor], Any] | None = None,
-        embedding_reg_weight: float = 1.0,
-        reducer: Callable[..., Any] | None = None,
-        distance: Callable[..., Tensor] | None = None,
-        collect_stats: bool | None = None,
-    ) -> None:
-        super().__init__()
-        if collect_stats:
-            raise ValueError("collect_stats must be None or False, for no statistics are kept here; got True")
-        self.num_classes = check_count("num_classes", num_classes)
-        self.embedding_size = check_count("embedding_size", embedding_size)
-        self.distance, self._normalized = distance, self._normalizes(distance)
-        self.weight_regularizer, self.weight_reg_weight = weight_regularizer, weight_reg_weight
-        self.embedding_regularizer, self.embedding_reg_weight = embedding_regularizer, embedding_reg_weight
-        self.reducer = reducer
-        # (D, C) by name and shape, but stored as (C, D): what is computed with is a view, and so is its gradient.
-        self.W = nn.Parameter(torch.empty(self.num_classes, self.embedding_size).t())
-        drawn = torch.empty(self.W.shape)  # in the order of W, so that a seed draws what it draws there
-        with torch.no_grad():
-            (weight_init_func or nn.init.normal_)(drawn)
-            self.W.copy_(drawn)
-
-    @property
-    def weight(self) -> Tensor:
-        """The prototypes (C, D), contiguous, in the memory of ``W``: for :mod:`ltloss.functional`."""
-        return self.W.t()
-
-    def _normalizes(self, distance: Callable[..., Tensor] | None) -> bool:
-        """Whether the embeddings are normalised; ValueError for a distance that is none of ours."""
-        if distance is None or found_cosines(distance, self.embedding_size)[0]:
-            return True
-        raise unknown_distance(distance, "the cosines, as CosineSimilarity() does")
-
-    def _options(self) -> dict[str, Any]:
-        """Of :func:`ltloss.functional.margin_cross_entropy`."""
-        raise NotImplementedError
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None = None,
-        indices_tuple: Sequence[Tensor] | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-    ) -> Any:
-        """Loss of embeddings (N, D) with labels (N,): the mean, or what the reducer makes of the losses.
-
-        Args:
-            embeddings: (N, D).
-            labels: (N,) integers in [0, C); -100 has loss 0 and counts in the mean, as in ``F.cross_entropy`` without
-                reduction.
-            indices_tuple: of a miner. A sample's loss is multiplied by how often it stands there, divided by how often
-                the most frequent does.
-            ref_emb, ref_labels: None, as prototypes are what embeddings are compared with.
-
-        Raises:
-            ValueError, TypeError, IndexError: no labels, ``ref_emb``, tensors that do not fit together.
-        """
-        if labels is None:
-            raise ValueError(f"labels must be a tensor ({embeddings.shape[0]},) of classes; got None")
-        if ref_emb is not None and (ref_emb is not embeddings or ref_labels is not labels):
-            raise ValueError("ref_emb and ref_labels must be None: embeddings are compared with prototypes")
-        if self.W.device != embeddings.device:  # in place, so that an optimizer over W stays one
-            self.W.data = self.W.data.to(embeddings.device)
-        labels = labels.to(embeddings.device)
-        losses = self._losses(embeddings, labels)
-        losses = losses * miner_weights(indices_tuple, losses)
-        samples = torch.arange(losses.shape[0], device=losses.device)
-        found: dict[str, dict[str, Any]] = {
-            "loss": {"losses": losses, "indices": samples, "reduction_type": "element"},
-        }
-        for name, regularizer, factor, argument in (
-            ("weight_reg_loss", self.weight_regularizer, self.weight_reg_weight, self.weight),
-            ("embedding_reg_loss", self.embedding_regularizer, self.embedding_reg_weight, embeddings),
-        ):
-            if regularizer is not None:
-                value = regularizer(argument) * factor
-                found[name] = {"losses": value, "indices": None, "reduction_type": "already_reduced"}
-        return self._reduced(found, embeddings, labels)
-
-    def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """(N,), not weighted."""
-        return F.margin_cross_entropy(embeddings, self.weight, labels, reduction="none", **self._options())
-
-    def _reduced(self, found: dict[str, dict[str, Any]], embeddings: Tensor, labels: Tensor) -> Any:
-        """The sum of what the reducer makes of each part; of a reducer of all parts, what that returns."""
-        if self.reducer is None:
-            losses = found.pop("loss")["losses"]
-            mean = losses.sum() / max(len(losses), 1)
-            return sum((part["losses"] for part in found.values()), start=mean)
-        if not _OF_ALL.isdisjoint(kind.__name__ for kind in type(self.reducer).__mro__):
-            return self.reducer(found, embeddings, labels)
-        first, *others = (self.reducer({name: part}, embeddings, labels) for name, part in found.items())
-        return sum(others, start=first)
-
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Logits without margin (N, C), dense; with many classes take ``ltloss.functional.top_k(x, loss.weight)``."""
-        options = self._options()
-        normalize_features = options.get("normalize_features", True)
-        return cosine_logits(embeddings, self.weight, options["scale"], normalize_features)
-
-    def extra_repr(self) -> str:
-        """Shape and what is computed."""
-        options = "".join(f", {name}={value}" for name, value in self._options().items())
-        return f"{self.num_classes}, {self.embedding_size}{options}"
-
-
-_OF_ALL = {"MultipleReducers", "DoNothingReducer"}  # reducers that take all parts of the loss in one call
-
-
-class ArcFaceLoss(_ClassificationLoss):
+class ArcFaceLoss(ClassificationLoss):
     """``pytorch_metric_learning.losses.ArcFaceLoss``: logits s·cos θ_c, and s·cos(θ_y + m) for the target.
 
     Beyond θ + m = π the target's is s·(cos θ − m·sin m).
@@ -222,7 +89,88 @@ class ArcFaceLoss(_ClassificationLoss):
         return {"scale": self.scale, "angular_margin": self.margin, "beyond_pi": "arcface"}
 
 
-class CosFaceLoss(_ClassificationLoss):
+class SubCenterArcFaceLoss(ArcFaceLoss):
+    """``pytorch_metric_learning.losses.SubCenterArcFaceLoss``: :class:`ArcFaceLoss` of the nearest of K prototypes.
+
+    cos θ_c is the largest of the cosines to the K sub-centres of class c; the gradient goes to that one.
+
+    Args:
+        num_classes: C.
+        embedding_size: D.
+        margin: m in degrees.
+        scale: s.
+        sub_centers: K, 1 to 8.
+        options: as of :class:`ArcFaceLoss`; regularisers of the weight take all prototypes (C·K, D).
+
+    Attributes:
+        W: (D, C·K) parameter, sub-centre k of class c in column c·K + k, in memory as (C·K, D).
+
+    Raises:
+        ValueError, TypeError: as :class:`ArcFaceLoss`, and a ``sub_centers`` out of range.
+
+    Source: Deng et al., Sub-center ArcFace, ECCV 2020.
+
+    Example:
+        >>> import torch
+        >>> from ltloss.interop.pytorch_metric_learning import SubCenterArcFaceLoss
+        >>> loss_fn = SubCenterArcFaceLoss(num_classes=100, embedding_size=16, sub_centers=3)
+        >>> embeddings, labels = torch.randn(4, 16), torch.tensor([0, 7, 99, 3])
+        >>> loss_fn(embeddings, labels).shape, loss_fn.W.shape, loss_fn.get_logits(embeddings).shape
+        (torch.Size([]), torch.Size([16, 300]), torch.Size([4, 100]))
+        >>> outliers, dominant_centers = loss_fn.get_outliers(embeddings, labels, threshold=75)
+        >>> dominant_centers.shape
+        torch.Size([16, 100])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 28.6,
+        scale: float = 64,
+        sub_centers: int = 3,
+        **options: Unpack[SharedOptions],
+    ) -> None:
+        classes, centers = check_count("num_classes", num_classes), check_sub_centers(sub_centers)
+        super().__init__(classes * centers, embedding_size, margin, scale, **options)
+        self.num_classes, self.sub_centers = classes, centers
+
+    @property
+    def weight(self) -> Tensor:
+        """The prototypes (C, K, D), contiguous, in the memory of ``W``: for :mod:`ltloss.functional`."""
+        return self.W.t().reshape(self.num_classes, self.sub_centers, self.embedding_size)
+
+    @torch.no_grad()
+    def get_outliers(
+        self, embeddings: Tensor, labels: Tensor, threshold: float = 75, return_dominant_centers: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Samples whose angle to the dominant sub-centre of their class exceeds ``threshold``, and those sub-centres.
+
+        Args:
+            embeddings: (N, D), of the whole training set.
+            labels: (N,).
+            threshold: in degrees.
+            return_dominant_centers: either gives both, as there.
+
+        Returns:
+            ``(outliers, dominant_centers)``: indices of samples, class by class, and (D, C); of a class without samples
+            its first sub-centre.
+
+        Raises:
+            ValueError, TypeError, IndexError: tensors that do not fit together.
+        """
+        check_number("threshold", threshold, at_least=0.0, at_most=180.0)
+        weight, labels = self.weight.to(embeddings.device), labels.to(embeddings.device)
+        index, cosine = nearest_of_target(embeddings, weight, labels)
+        main = dominant(index, labels, self.num_classes, self.sub_centers)
+        of_own = main[torch.where(index >= 0, labels, 0)]
+        away = cosine.gather(1, of_own[:, None])[:, 0] < math.cos(math.radians(threshold))
+        found = (away & (index >= 0)).nonzero()[:, 0]
+        order = labels[found].argsort(stable=True)
+        return found[order], weight[torch.arange(len(main), device=main.device), main].t()
+
+
+class CosFaceLoss(ClassificationLoss):
     """``pytorch_metric_learning.losses.CosFaceLoss``: logits s·cos θ_c, and s·(cos θ_y − m) for the target.
 
     Args:
@@ -258,7 +206,7 @@ class CosFaceLoss(_ClassificationLoss):
         return {"scale": self.scale, "cosine_margin": self.margin}
 
 
-class NormalizedSoftmaxLoss(_ClassificationLoss):
+class NormalizedSoftmaxLoss(ClassificationLoss):
     """``pytorch_metric_learning.losses.NormalizedSoftmaxLoss``: logits cos θ_c / T, no margin.
 
     Args:
@@ -294,7 +242,7 @@ class NormalizedSoftmaxLoss(_ClassificationLoss):
         return {"scale": 1.0 / self.temperature, "normalize_features": self._normalized}
 
 
-class SphereFaceLoss(_ClassificationLoss):
+class SphereFaceLoss(ClassificationLoss):
     """``pytorch_metric_learning.losses.SphereFaceLoss``: logits s·‖x‖·cos θ_c, and s·‖x‖·ψ(θ_y) for the target.
 
     ψ(θ) = (−1)^k·cos(m·θ) − 2k on the k-th stretch [kπ/m, (k+1)π/m]: it falls everywhere.
@@ -367,7 +315,7 @@ def import_pytorch_metric_learning(head: PrototypeHead, loss: nn.Module | Mappin
     """Fill a head with the ``W`` of a pytorch-metric-learning loss, which stands transposed, (D, C).
 
     Args:
-        head: sharded or not.
+        head: sharded or not. With K sub-centres W is (D, C·K), as of ``SubCenterArcFaceLoss``.
         loss: the loss, its state_dict, or ``W`` itself; the same on all ranks.
 
     Raises:
@@ -385,6 +333,8 @@ def import_pytorch_metric_learning(head: PrototypeHead, loss: nn.Module | Mappin
         raise ValueError(
             "loss must be or hold a tensor W (D, C), as pytorch-metric-learning's classification losses do"
         )
-    width, classes = matrix.shape
+    rows = matrix.t()
+    if head.sub_centers > 1 and len(rows) % head.sub_centers == 0:
+        rows = rows.reshape(-1, head.sub_centers, len(matrix))
     start, stop = Layout.of(head.weight).span()
-    fill(head, (classes, width), "W of pytorch-metric-learning", matrix.t()[start:stop])
+    fill(head, tuple(rows.shape), "W of pytorch-metric-learning", rows[start:stop])

@@ -28,6 +28,10 @@ def _imported(rank: int, weight: torch.Tensor) -> None:
         head = parallelize(ltloss.ArcFaceLoss(CLASSES, DIM), class_mesh())
         import_pytorch_metric_learning(head, given)
         assert torch.equal(whole(head.weight), weight)
+    several = torch.randn(CLASSES * 3, DIM, generator=torch.Generator().manual_seed(0))
+    head = parallelize(ltloss.ArcFaceLoss(CLASSES, DIM, sub_centers=3), class_mesh())
+    import_pytorch_metric_learning(head, several.t())
+    assert torch.equal(whole(head.weight), several.view(CLASSES, 3, DIM))
 
 
 def test_a_matrix() -> None:
@@ -36,6 +40,8 @@ def test_a_matrix() -> None:
     head = ltloss.ArcFaceLoss(CLASSES, DIM)
     with refused("(6, 11)", "(11, 6)"):
         import_pytorch_metric_learning(head, {"W": weight})
+    with refused("(22, 6)", "(11, 3, 6)"):
+        import_pytorch_metric_learning(ltloss.ArcFaceLoss(CLASSES, DIM, sub_centers=3), torch.randn(DIM, 22))
     for given in ({}, torch.nn.Linear(2, 2), torch.randn(DIM)):
         with refused("loss", "W"):
             import_pytorch_metric_learning(head, given)

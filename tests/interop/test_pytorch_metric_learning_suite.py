@@ -19,11 +19,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ltloss.interop import pytorch_metric_learning as ours
+from ltloss.interop._pytorch_metric_learning import ClassificationLoss
 
 CLASSES = 10
 DTYPES = (torch.float16, torch.float32, torch.float64)
 TOLERANCE = {torch.float16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-9}
-ALL = ("ArcFaceLoss", "CosFaceLoss", "NormalizedSoftmaxLoss", "SphereFaceLoss", "LargeMarginSoftmaxLoss")
+ALL = (
+    "ArcFaceLoss",
+    "CosFaceLoss",
+    "NormalizedSoftmaxLoss",
+    "SphereFaceLoss",
+    "LargeMarginSoftmaxLoss",
+    "SubCenterArcFaceLoss",
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__")  # of theirs, with NumPy 2
 
@@ -55,9 +63,8 @@ def backward(loss_fn: Any, embeddings: Tensor, labels: Tensor) -> Tensor:
     """The loss, once its gradients are there, finite and not zero."""
     loss = loss_fn(embeddings, labels)
     loss.backward()
-    at_the_end = (
-        type(loss_fn).__name__ == "ArcFaceLoss" and loss_fn.W.dtype == torch.float16
-    )  # theirs, at cosines of ±1
+    theirs, name = not isinstance(loss_fn, ClassificationLoss), type(loss_fn).__name__
+    at_the_end = theirs and name.endswith("ArcFaceLoss") and loss_fn.W.dtype != torch.float64  # at cosines of ±1
     for leaf in (embeddings, loss_fn.W):
         assert bool(leaf.grad.isfinite().all()) or at_the_end
         assert bool(leaf.grad.any())
@@ -81,17 +88,31 @@ def with_target(logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
     return torch.where(F.one_hot(labels, CLASSES).bool(), target, logits)
 
 
+def of_30_degrees(cosines: Tensor) -> Tensor:
+    """ArcFace's cos(θ + m), and beyond π a line."""
+    margin, angles = math.pi / 6, cosines.acos()
+    return torch.where(angles + margin <= math.pi, (angles + margin).cos(), cosines - margin * math.sin(margin))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_arcface_loss(losses: ModuleType, dtype: torch.dtype) -> None:
     loss_fn = losses.ArcFaceLoss(margin=30, scale=64, num_classes=CLASSES, embedding_size=2)
     embeddings, labels = half_circle(dtype)
     found = backward(loss_fn, embeddings, labels)
     _, _, cosines = in_float64(loss_fn, embeddings)
-    margin = math.pi / 6
-    angles = cosines.acos()
-    beyond = cosines - margin * math.sin(margin)
-    target = torch.where(angles + margin <= math.pi, (angles + margin).cos(), beyond)
-    close(found, F.cross_entropy(64 * with_target(cosines, labels, target), labels), dtype)
+    close(found, F.cross_entropy(64 * with_target(cosines, labels, of_30_degrees(cosines)), labels), dtype)
+    close(loss_fn.get_logits(embeddings), 64 * cosines, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sub_center_arcface_loss(losses: ModuleType, dtype: torch.dtype) -> None:
+    """The nearest of three sub-centres, which stand side by side."""
+    given = {"num_classes": CLASSES, "embedding_size": 2, "sub_centers": 3}
+    loss_fn = losses.SubCenterArcFaceLoss(margin=30, scale=64, **given)
+    embeddings, labels = half_circle(dtype)
+    found = backward(loss_fn, embeddings, labels)
+    cosines = in_float64(loss_fn, embeddings)[2].view(-1, CLASSES, 3).amax(2)
+    close(found, F.cross_entropy(64 * with_target(cosines, labels, of_30_degrees(cosines)), labels), dtype)
     close(loss_fn.get_logits(embeddings), 64 * cosines, dtype)
 
 
@@ -178,7 +199,7 @@ def test_weight_regularizers(losses: ModuleType, parts: Any, name: str, regulari
 def test_losses_without_labels(losses: ModuleType, parts: Any, name: str) -> None:
     """A ValueError, whatever pairs there are: these losses need classes."""
     embeddings, labels = torch.randn(64, 32), torch.randint(CLASSES, (64,))
-    loss_fn = getattr(losses, name)(CLASSES, 32)
+    loss_fn = getattr(losses, name)(num_classes=CLASSES, embedding_size=32)
     for indices_tuple in (
         None,
         parts.loss_and_miner_utils.get_all_pairs_indices(labels),
@@ -204,7 +225,7 @@ def test_setting_reducers(losses: ModuleType, parts: Any, name: str) -> None:
     weights = torch.linspace(0.0, 2.0, CLASSES, dtype=torch.float64)
     embeddings, labels = half_circle(torch.float64)
     for reducer in _reducers(parts.reducers, weights):
-        loss_fn = getattr(losses, name)(CLASSES, 2, reducer=reducer).double()
+        loss_fn = getattr(losses, name)(num_classes=CLASSES, embedding_size=2, reducer=reducer).double()
         assert type(loss_fn.reducer) is type(reducer)
         found = loss_fn(embeddings, labels)
         loss_fn.reducer = parts.reducers.DoNothingReducer()
