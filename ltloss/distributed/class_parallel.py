@@ -317,7 +317,7 @@ class ClassParallel(PrototypeHead):
         start, stop = layout.span()
         for number in range(start // _DRAWN_TOGETHER, -(-stop // _DRAWN_TOGETHER)):
             first = number * _DRAWN_TOGETHER
-            drawn = torch.randn(_DRAWN_TOGETHER, own.shape[1], generator=seeded(int(seed), number))
+            drawn = torch.randn(_DRAWN_TOGETHER, *own.shape[1:], generator=seeded(int(seed), number))
             low, high = max(first, start), min(first + _DRAWN_TOGETHER, stop)
             drawn = drawn[low - first : high - first] * self.embedding_size**-0.5
             write_rows(own, exponent, low - start, drawn)

@@ -154,7 +154,7 @@ def test_killed_and_resumed_continues_the_curve(tmp_path: Path) -> None:
 
 
 def _grown(rank: int | None) -> None:
-    for case in (Case("CosineSpaceLoss", 10, ()), Case("LDAMLoss", 10, ())):
+    for case in (Case(name, 10, ()) for name in ("CosineSpaceLoss", "LDAMLoss", "CurricularFaceLoss with sub-centres")):
         head = BUILD[case.loss](case.classes, DIM)
         if rank is not None:
             head = parallelize(head, class_mesh())
@@ -165,13 +165,13 @@ def _grown(rank: int | None) -> None:
         assert larger.num_classes == 13
         assert head.num_classes == head.weight.shape[0] == 10
         assert torch.equal(whole(larger.weight)[:10], whole(head.weight))
-        assert bool((whole(larger.weight)[10:].norm(dim=1) > 0).all())
+        assert bool((whole(larger.weight)[10:].norm(dim=-1) > 0).all())
         for name, tensor in head.state_dict().items():
             if tensor.dim():
                 assert torch.equal(whole(larger.state_dict()[name])[:10], whole(tensor))
         torch.autograd.backward(larger(torch.randn(2, DIM), torch.tensor([12, 0])))
         assert larger.weight.grad is not None
-        assert larger.weight.grad.shape == (13, DIM)
+        assert larger.weight.grad.shape == (13, *head.weight.shape[1:])
         assert head.weight.grad is None
 
 

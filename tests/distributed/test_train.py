@@ -48,6 +48,10 @@ def _train(rank: int, data: Path, out: Path) -> tuple[float, float]:
         time.sleep(1.0)
     train(out / "resumed", _settings(data, 3), resume=True, quiet=True)
     train(out / "long-tail", _settings(data, 1, "long-tail"), quiet=True)
+    several = {"loss_options": {"sub_centers": 2}}
+    train(out / "sub-centres", {**_settings(data, 1, "arcface"), **several}, quiet=True)
+    with refused("--parallel", "sub_centers", "min_angle_weight=0", error=UserError):
+        train(out / "no search", {**_settings(data, 1, "long-tail"), **several}, quiet=True)
     with refused("softmax", error=UserError):
         train(out / "softmax", _settings(data, 1, "softmax"), quiet=True)
     with refused("--fused-update", "min_angle_weight", error=UserError):

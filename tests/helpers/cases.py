@@ -13,7 +13,7 @@ from ltloss import PrototypeHead
 from ltloss.distributed import class_mesh, parallelize
 from ltloss.distributed.layout import gathered
 from ltloss.float8 import FLOAT8, write_rows
-from ltloss.testing import FAMILY, MODULES, WITH_LENGTHS, long_tail_counts, problem
+from ltloss.testing import FAMILY, MODULES, WITH_LENGTHS, WITH_SUB_CENTERS, long_tail_counts, problem
 
 DIM = 6
 
@@ -39,6 +39,7 @@ BUILD: dict[str, Callable[..., PrototypeHead]] = {
     **{f"family {name}": _module(options) for name, options in FAMILY.items() if name != "linear"},
     **MODULES,
     **WITH_LENGTHS,
+    **WITH_SUB_CENTERS,
     "long-tail of the batch": _long_tail(min_angle_classes="batch", min_angle_weight=2.0),
     "long-tail per sample": _long_tail(reduction="none"),
     "cosine-space ema": lambda c, d, **more: ltloss.CosineSpaceLoss(
@@ -51,8 +52,8 @@ BUILD: dict[str, Callable[..., PrototypeHead]] = {
 def build(case: Case) -> PrototypeHead:
     """The module of a case, with the same weights wherever it is built."""
     module = BUILD[case.loss](case.classes, DIM, dtype=case.dtype)
-    _, prototypes, _ = problem(1, case.classes, DIM, dtype=_wide(case.dtype), seed=7)
-    write_rows(module.weight, module.weight_exponent, 0, prototypes)
+    _, prototypes, _ = problem(1, case.classes * module.sub_centers, DIM, dtype=_wide(case.dtype), seed=7)
+    write_rows(module.weight, module.weight_exponent, 0, prototypes.view(module.weight.shape))
     for name, parameter in module.named_parameters(recurse=False):
         if name != "weight":
             parameter.data.copy_(torch.linspace(-1.0, 1.0, case.classes))
