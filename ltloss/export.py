@@ -99,7 +99,7 @@ class InferenceHead(nn.Module):
         else:
             cosines = nn.functional.linear(unit, self.directions)  # in ONNX a Gemm, which transposes nothing
             if self.centers > 1:
-                cosines = cosines.view(len(features), -1, self.centers).amax(2)
+                cosines = cosines.view(-1, len(self.directions) // self.centers, self.centers).amax(2)
             logits = self.scale * cosines
             if not self.normalize_features:
                 logits = logits * torch.linalg.vector_norm(features, dim=1, keepdim=True)

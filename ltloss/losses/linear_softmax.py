@@ -72,7 +72,7 @@ class LinearSoftmaxLoss(CombinedMarginLoss):
         check_type("bias", bias, bool)
         if options.get("dtype") == FLOAT8:
             raise TypeError(f"dtype of a linear softmax must keep lengths; got {FLOAT8}, which keeps directions alone")
-        super().__init__(num_classes, embedding_size, scale=1.0, normalize_features=False, **options)
+        super().__init__(num_classes, embedding_size, scale=1.0, normalize_features=False, sub_centers=1, **options)
         self.bias = None
         if bias:  # float32 beside weights in half precision, and never without memory
             wide = torch.promote_types(self.weight.dtype, torch.float32)

@@ -209,14 +209,26 @@ class PrototypeHead(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
         self._translate(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if self._other_centers(state_dict.get(prefix + "weight"), rest[-1]):
+            return
         if self.fused_update is not None and prefix + "weight" in state_dict:
             self.fused_update.replaced()
         self.warn_if_other(local_metadata.get("hyper_parameters") or {})
 
+    def _other_centers(self, given: Any, errors: list[str]) -> bool:
+        """Whether a state has other sub-centres than this head, which is then said in words beside the shapes."""
+        there = (given.shape[1] if given.dim() == 3 else 1) if isinstance(given, Tensor) else self.sub_centers
+        if there != self.sub_centers:
+            errors.append(
+                f"weight holds sub_centers={there} prototypes a class, this {type(self).__name__} {self.sub_centers}: "
+                f"build it with sub_centers={there}"
+            )
+        return there != self.sub_centers
+
     def _translate(self, state_dict: Any, prefix: str) -> None:
         """Prototypes of a state that were kept in float8, or were not, in the form of this head's."""
         given, key = state_dict.get(prefix + "weight"), prefix + "weight_exponent"
-        if not isinstance(given, Tensor) or hasattr(given, "device_mesh") or given.is_meta:
+        if not isinstance(given, Tensor) or hasattr(given, "device_mesh") or given.is_meta or given.dim() != 2:
             return
         if self.weight_exponent is not None and given.dtype != FLOAT8:
             weight = torch.empty(given.shape, dtype=FLOAT8, device=given.device)

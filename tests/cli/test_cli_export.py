@@ -88,7 +88,13 @@ def test_embeddings_go_in(run: Path, toy_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"loss": "softmax"}, {"fused_update": True, "prototype_dtype": "float8_e4m3fn"}], ids=str
+    "settings",
+    [
+        {"loss": "softmax"},
+        {"loss": "arcface", "loss_options": {"sub_centers": 3}},
+        {"fused_update": True, "prototype_dtype": "float8_e4m3fn"},
+    ],
+    ids=str,
 )
 def test_heads_that_are_kept_otherwise_answer_as_the_classifier(settings: dict[str, Any]) -> None:
     classifier = make_run(Path("run"), "abcde", **settings)

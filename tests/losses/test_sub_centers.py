@@ -149,6 +149,17 @@ def test_a_module_predicts_and_shows_its_sub_centers() -> None:
     assert torch.equal(other.weight, module.weight)
 
 
+@pytest.mark.parametrize(("there", "here"), [(3, 1), (1, 3), (3, 2)])
+def test_a_state_with_other_sub_centers_is_refused(there: int, here: int) -> None:
+    saved = ltloss.ArcFaceLoss(C, D, sub_centers=there).state_dict()
+    for options in ({"sub_centers": here}, *([{"dtype": torch.float8_e4m3fn}] if here == 1 else [])):
+        module = ltloss.CosFaceLoss(C, D, **options)
+        before = module.weight.detach().clone()
+        with pytest.raises(RuntimeError, match=f"sub_centers={there} prototypes a class, this CosFaceLoss {here}:"):
+            module.load_state_dict(saved)
+        assert torch.equal(module.weight.view(torch.uint8), before.view(torch.uint8))
+
+
 def test_outliers_are_away_from_the_dominant_sub_center() -> None:
     """Class 0: three samples along x, one along y. Class 1: one sample, whatever it is nearest to."""
     prototypes = torch.tensor([[[0.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
@@ -176,5 +187,7 @@ def test_refusals() -> None:
         ltloss.ArcFaceLoss(C, D, sub_centers=2, dtype=torch.float8_e4m3fn)
     with refused("(70, 3, 13)", "torch.optim"):
         PrototypeSGD(ltloss.ArcFaceLoss(C, D, sub_centers=3), lr=0.1)
+    with refused("sub_centers", error=TypeError):
+        ltloss.LinearSoftmaxLoss(C, D, sub_centers=2)  # type: ignore[call-arg]
     with refused("max_angle", "90"):
         outliers(features, prototypes, labels, max_angle=90)

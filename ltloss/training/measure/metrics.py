@@ -47,9 +47,14 @@ _BINS = 15
 
 
 def target_angles(features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
-    """Angle (N,) in radians between each feature (N, D) and its target prototype, exact near 0 and pi."""
-    x, w = F.normalize(features, dim=1), F.normalize(prototypes[labels].float(), dim=1)
-    return 2 * torch.atan2((x - w).norm(dim=1), (x + w).norm(dim=1))
+    """Angle (N,) in radians between each feature (N, D) and its target prototype, exact near 0 and pi.
+
+    Of prototypes (C, K, D) the nearest of the target's K counts.
+    """
+    w = F.normalize(prototypes[labels].float(), dim=-1)
+    x = F.normalize(features, dim=1).view(-1, *[1] * (w.dim() - 2), w.shape[-1])
+    angles = 2 * torch.atan2((x - w).norm(dim=-1), (x + w).norm(dim=-1))
+    return angles if w.dim() == 2 else angles.amin(1)
 
 
 class MetricsAccumulator:

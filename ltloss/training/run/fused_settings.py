@@ -37,6 +37,11 @@ def check_fused(settings: Settings) -> None:
         raise UserError(
             f"--fused-update moves prototypes, and --loss {settings.loss} has none; leave it out, or take another loss"
         )
+    if (centers := settings.all_loss_options.get("sub_centers", 1)) != 1:
+        raise UserError(
+            f"--fused-update moves one prototype a class, and --loss-option sub_centers={centers} has more; leave one "
+            "of them out"
+        )
     if settings.mixup:
         raise UserError(
             "--fused-update needs one loss a step, and --mixup computes two, the second with prototypes that would "

@@ -89,6 +89,11 @@ def wrap_distributed(classifier: Classifier, ranks: Ranks) -> nn.Module:
     head = classifier.loss
     if not isinstance(head, PrototypeHead):
         raise UserError("--parallel class needs one of the cosine losses; softmax has no prototypes to spread")
+    if head.sub_centers > 1 and getattr(head, "min_angle_weight", False):
+        raise UserError(
+            "--parallel class has no search for the minimum angle between classes with several sub-centres; add "
+            "--loss-option min_angle_weight=0, or leave sub_centers out"
+        )
     parallelize(head, class_mesh(), averaged_backbone=True)
     if not any(parameter.requires_grad for parameter in features.parameters()):
         return features

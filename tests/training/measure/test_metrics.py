@@ -81,6 +81,9 @@ def test_angles_are_exact_where_arccos_is_not() -> None:
     features = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [math.cos(tiny), math.sin(tiny)]])
     angles = target_angles(features, torch.tensor([[5.0, 0.0]]), torch.zeros(4, dtype=torch.int64))
     assert angles.tolist() == pytest.approx([0.0, math.pi / 2, math.pi, tiny], rel=1e-3)
+    several = torch.tensor([[[0.0, 1.0], [0.0, -2.0]], [[5.0, 0.0], [0.0, 7.0]]])  # class 1: along x and along y
+    angles = target_angles(features, several, torch.ones(4, dtype=torch.int64))
+    assert angles.tolist() == pytest.approx([0.0, 0.0, math.pi / 2, tiny], rel=1e-3)
 
 
 def test_empty_group_is_printed_as_a_dash() -> None:

@@ -63,7 +63,12 @@ def test_no_gradient_of_the_prototypes_is_made(toy_npz: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "facts"), [({"loss": "softmax"}, ("--loss", "softmax")), ({"mixup": 0.2}, ("--mixup",))]
+    ("given", "facts"),
+    [
+        ({"loss": "softmax"}, ("--loss", "softmax")),
+        ({"mixup": 0.2}, ("--mixup",)),
+        ({"loss": "arcface", "loss_options": {"sub_centers": 3}}, ("--loss-option", "sub_centers=3")),
+    ],
 )
 def test_what_it_cannot_serve_is_refused_before_training(
     given: dict[str, Any], facts: tuple[str, ...], toy_npz: Path, tmp_path: Path
