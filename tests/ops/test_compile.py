@@ -13,12 +13,13 @@ import ltloss
 from ltloss.margins import Margin, Objective
 from ltloss.ops import logsumexp, margin_cross_entropy, prototype_search
 from ltloss.ops.labels import OPERATOR as checked_labels
-from ltloss.testing import MODULES, WITH_LENGTHS, problem
+from ltloss.testing import MODULES, WITH_LENGTHS, WITH_SUB_CENTERS, problem
 
 pytestmark = pytest.mark.slow
 
 # Compiling reorders float32 sums of some ten products.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+ALL = MODULES | WITH_LENGTHS | WITH_SUB_CENTERS
 
 
 def _problem(n: int = 4, requires_grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,6 +61,23 @@ def _kept_arguments(needs: list[bool]) -> tuple[Any, ...]:
 
 
 _COSINES = (*_problem(requires_grad=False), None, 9.0, True, True)
+
+
+def _with_centers(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same with three sub-centres a class."""
+    features, prototypes, *rest = arguments
+    return (features, torch.stack([prototypes, prototypes.flip(0), -prototypes], 1), *rest)
+
+
+def _gradients_with_centers() -> tuple[Any, ...]:
+    _, coefficients, inverse, bound, factor = OPERATORS["margin_cross_entropy"]["torch"](
+        *_with_centers(_loss_arguments())
+    )
+    given = _with_centers(_problem(requires_grad=False))
+    options = 9.0, True, True, True, -100, None, None
+    return (torch.tensor(0.7), *given, None, coefficients, factor, inverse, bound, *options, [True, True, True])
+
+
 CASES: dict[str, Any] = {
     "margin_cross_entropy": _loss_arguments,
     "margin_cross_entropy_keeping": _loss_arguments,
@@ -102,6 +120,9 @@ CASES: dict[str, Any] = {
     "nearest_prototype rows": lambda: (_problem(requires_grad=False)[1], torch.tensor([0, 3, 3]), True),
     "nearest_prototype_gradient": lambda: (torch.randn(6), _problem(0, False)[1], None, torch.arange(6).flip(0)),
     "top_k": lambda: (*_problem(requires_grad=False)[:2], 3),
+    "margin_cross_entropy sub-centres": lambda: _with_centers(_loss_arguments()),
+    "logsumexp_stats sub-centres": lambda: _with_centers((*_COSINES, True, -100, None, None)),
+    "logsumexp_gradients sub-centres": lambda: _gradients_with_centers(),
 }
 
 
@@ -139,7 +160,7 @@ def _batch(n: int) -> tuple[Tensor, Tensor]:
 
 def _check(name: str, backend: str, dynamic: bool, **options: Any) -> None:
     torch.compiler.reset()
-    eager = (MODULES | WITH_LENGTHS)[name](6, 3, **options)
+    eager = ALL[name](6, 3, **options)
     compiled = copy.deepcopy(eager)
     run = torch.compile(compiled, fullgraph=True, dynamic=dynamic, backend=backend)
     for n in (7, 12) if dynamic else (7,):  # fullgraph: a graph break is an error
@@ -148,13 +169,13 @@ def _check(name: str, backend: str, dynamic: bool, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", MODULES | WITH_LENGTHS)
+@pytest.mark.parametrize("name", ALL)
 def test_module_is_one_graph(name: str, dynamic: bool) -> None:
     _check(name, "aot_eager", dynamic)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", ["ArcFaceLoss", "CosineSpaceLoss"])
+@pytest.mark.parametrize("name", ["ArcFaceLoss", "CosineSpaceLoss", *WITH_SUB_CENTERS])
 def test_kept_exponentials_in_one_graph(name: str, dynamic: bool) -> None:
     with ltloss.use_workspace(1 << 20, keep_exponentials=True):
         _check(name, "aot_eager", dynamic)
@@ -165,17 +186,21 @@ def test_options_in_one_graph() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_angles_of_the_batch_in_one_graph(dynamic: bool) -> None:
-    _check("LongTailLoss", "aot_eager", dynamic, min_angle_classes="batch", min_angle_weight=0.5)
+@pytest.mark.parametrize("sub_centers", [1, 3])
+def test_angles_in_one_graph(sub_centers: int, dynamic: bool) -> None:
+    for classes in ("all", "batch"):
+        options = {"min_angle_classes": classes, "min_angle_weight": 0.5, "sub_centers": sub_centers}
+        _check("LongTailLoss", "aot_eager", dynamic, **options)
 
 
 def test_with_the_default_compiler() -> None:
     _check("ArcFaceLoss", "inductor", False)
 
 
-def test_prediction_is_one_graph() -> None:
+@pytest.mark.parametrize("name", ["ArcFaceLoss", "ArcFaceLoss with sub-centres"])
+def test_prediction_is_one_graph(name: str) -> None:
     torch.compiler.reset()
-    module = MODULES["ArcFaceLoss"](6, 3)
+    module = ALL[name](6, 3)
     features, _ = _batch(7)
     run = torch.compile(lambda x: module.predict(x, k=2), fullgraph=True, backend="aot_eager")
     assert torch.equal(run(features).index, module.predict(features, k=2).index)

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 import ltloss
 from ltloss import functional, reference
 from ltloss.functional import margin_cross_entropy
-from ltloss.testing import MODULES, WITH_LENGTHS, problem, relative_error
+from ltloss.testing import MODULES, WITH_LENGTHS, WITH_SUB_CENTERS, problem, relative_error
+
+ALL = MODULES | WITH_LENGTHS | WITH_SUB_CENTERS
 
 
 class Operators(TorchDispatchMode):
@@ -39,9 +41,9 @@ def test_the_backward_takes_the_backend_of_the_forward() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", MODULES | WITH_LENGTHS)
+@pytest.mark.parametrize("name", ALL)
 def test_activation_checkpointing(name: str, reentrant: bool) -> None:
-    module = (MODULES | WITH_LENGTHS)[name](9, 5).double().eval()
+    module = ALL[name](9, 5).double().eval()
     features, _, labels = problem()
     results = []
     for checkpointed in (False, True):

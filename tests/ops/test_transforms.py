@@ -49,19 +49,21 @@ def test_gradients_are_those_of_the_dense_formula(name: str) -> None:
         ltloss.LongTailLoss.from_counts([50, 20, 8, 3, 2], D, min_angle_weight=0.3),
         ltloss.CosineSpaceLoss(C, D, margin=0.2).eval(),
         ltloss.AdaFaceLoss(C, D).eval(),
+        ltloss.LongTailLoss.from_counts([50, 20, 8, 3, 2], D, min_angle_weight=0.3, sub_centers=3),
     ],
-    ids=lambda module: type(module).__name__,
+    ids=lambda module: f"{type(module).__name__} {module.sub_centers}",
 )
-def test_modules_take_their_parameters_from_outside(module: torch.nn.Module) -> None:
+def test_modules_take_their_parameters_from_outside(module: ltloss.PrototypeHead) -> None:
     module.double()
 
     def loss(weight: Tensor, x: Tensor) -> Tensor:
         value: Tensor = functional_call(module, {"weight": weight}, (x, LABELS))
         return value
 
-    found = grad(loss, argnums=(0, 1))(W, X)
+    weight = W if module.sub_centers == 1 else torch.stack([W, W.flip(0), 2 * W.roll(1, 1)], 1)
+    found = grad(loss, argnums=(0, 1))(weight, X)
     with ltloss.use_backend("reference"):
-        wanted = by_autograd(loss, W, X)
+        wanted = by_autograd(loss, weight, X)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
