@@ -17,9 +17,19 @@ from typing import Any
 import torch
 
 from benchmarks.nearest import SEARCHES, check_found
-from benchmarks.peers import LINEAR_ON_CPU, ON_CPU, Inputs, Shape, check_step, exact_step, run_step
+from benchmarks.peers import (
+    LINEAR_ON_CPU,
+    ON_CPU,
+    SCALAR_MARGIN,
+    SCALE,
+    Inputs,
+    Shape,
+    check_step,
+    exact_step,
+    run_step,
+)
 from benchmarks.timing import RESULTS, fresh_processes, interleaved, paired_ratio, peak_extra_bytes, stamp, write_rows
-from ltloss import CosineSoftmaxLoss, LongTailLoss, use_workspace
+from ltloss import CosineSoftmaxLoss, LongTailLoss, functional, reference, use_workspace
 
 Row = dict[str, Any]
 
@@ -27,6 +37,7 @@ TRAINING_STEP = Shape(256, 100_000, 256)
 SCALING = [Shape(128, classes, 128) for classes in (10_000, 30_000, 100_000, 300_000, 1_000_000)]
 NEAREST = Shape(0, 20_000, 256)
 REGULARIZER = Shape(256, 20_000, 256)
+SUB_CENTERS = Shape(256, 33_333, 256)
 
 
 def _row(case: str, shape: Shape, provider: str, seconds: Sequence[float], **more: Any) -> Row:
@@ -257,6 +268,39 @@ def regularizer(shape: Shape, rounds: int) -> list[Row]:
     return [_row("minimum angle", shape, f"ltloss, {name}", seconds[name], share=shares[name]) for name in variants]
 
 
+def _arcface(function: Callable[..., Any], centers: int, inputs: Inputs) -> Any:
+    """ArcFace, of whose prototypes (K·C, D) each K in a row are one class."""
+    prototypes = inputs.prototypes
+    if centers > 1:
+        prototypes = prototypes.view(-1, centers, prototypes.shape[1])
+    return function(inputs.features, prototypes, inputs.labels, scale=SCALE, angular_margin=SCALAR_MARGIN)
+
+
+def sub_centers(shape: Shape, rounds: int, centers: int = 3) -> list[Row]:
+    """ArcFace with K sub-centres a class, beside ArcFace with K·C classes: as many products, and a maximum.
+
+    ``ratio_to_default``: the time beside that of the many classes; the goal is 1.1.
+    """
+    inputs = Inputs.draw(Shape(shape.n, centers * shape.c, shape.d))
+    inputs.labels %= shape.c  # classes that both have
+    steps: dict[str, Callable[[], Any]] = {}
+    errors = {}
+    for name, count in (("classes", 1), ("sub-centres", centers)):
+        loss, truth = (partial(_arcface, module.margin_cross_entropy, count) for module in (functional, reference))
+        errors[name] = f"{check_step(name, partial(loss, inputs), inputs, exact_step(truth, inputs)):.1e}"
+        steps[name] = partial(run_step, partial(loss, inputs), inputs)
+    seconds = interleaved(steps, rounds)
+    ratio = f"{paired_ratio(seconds['sub-centres'], seconds['classes']):.3f}"
+    shown = (
+        ("classes", Shape(shape.n, centers * shape.c, shape.d), f"ArcFace, {centers}C classes", {}),
+        ("sub-centres", shape, f"ArcFace, {centers} sub-centres", {"ratio_to_default": ratio}),
+    )
+    return [
+        _row("sub-centres", size, title, seconds[name], relative_error=errors[name], **more)
+        for name, size, title, more in shown
+    ]
+
+
 def million_classes(steps: int = 3) -> list[Row]:
     """A real optimizer step at a million classes: the loss on one batch must fall."""
     shape = Shape(128, 1_000_000, 128)
@@ -313,6 +357,7 @@ def main() -> None:
         lambda: training_step(TRAINING_STEP, arguments.rounds),
         lambda: training_step(TRAINING_STEP, arguments.rounds, linear=True),
         lambda: trades(TRAINING_STEP, arguments.rounds),
+        lambda: sub_centers(SUB_CENTERS, arguments.rounds),
         lambda: nearest(NEAREST, max(3, arguments.rounds // 2)),
         lambda: regularizer(REGULARIZER, max(3, arguments.rounds // 2)),
         lambda: scaling(SCALING, max(3, arguments.rounds // 2)),
