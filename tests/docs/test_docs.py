@@ -46,7 +46,7 @@ def public_objects() -> Iterator[tuple[str, Any]]:
     """Functions and classes that users are meant to call, by the ``__all__`` of the modules that serve them."""
     modules = [ltloss, ltloss.functional, ltloss.class_balance]
     names = ("margins", "losses.class_centers", "distributed", "interop", "export", "extend", "optim", "testing")
-    names += ("interop.insightface", "interop.pytorch_metric_learning", "contrastive")
+    names += ("interop.insightface", "interop.pytorch_metric_learning", "contrastive", "sub_centers")
     names += ("sklearn",) if importlib.util.find_spec("sklearn") else ()
     modules += [importlib.import_module(f"ltloss.{name}") for name in names]
     for module in modules:
