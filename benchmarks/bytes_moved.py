@@ -87,7 +87,7 @@ def _section(kernel: Any, name: str) -> set[str]:
 @contextmanager
 def _taken_down(traffic: Traffic) -> Iterator[None]:
     """Within the block launches and library products go through ``traffic`` instead of a device."""
-    from ltloss_kernels import backward_pass, launching
+    from ltloss_kernels import cosine_logsumexp_gradients, launching
     from triton.runtime.jit import JITFunction
 
     def run(self: Any, *args: Any, **constants: Any) -> None:
@@ -118,7 +118,7 @@ def _taken_down(traffic: Traffic) -> Iterator[None]:
     launching.forget()
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(backward_pass, "multiply_add", product),
+        mock.patch.object(cosine_logsumexp_gradients, "multiply_add", product),
         as_on_a_gpu(90),
     ):
         yield

@@ -85,7 +85,7 @@ def _kernel_class(told: Callable[[Launch], None] | None) -> Any:
 def no_device(told: Callable[[Launch], None] | None = None) -> Iterator[None]:
     """Within the block kernels take CPU tensors, and every launch ends before the device; ``told`` gets each."""
     import triton
-    from ltloss_kernels import backward_pass, launching
+    from ltloss_kernels import cosine_logsumexp_gradients, launching
     from triton.runtime.jit import JITFunction
 
     kernel_class = _kernel_class(told)
@@ -99,7 +99,7 @@ def no_device(told: Callable[[Launch], None] | None = None) -> Iterator[None]:
         mock.patch.object(triton.runtime.driver, "_active", _Driver()),
         mock.patch.object(JITFunction, "_do_compile", compiled),
         as_on_a_gpu(90),
-        mock.patch.object(backward_pass, "multiply_add"),
+        mock.patch.object(cosine_logsumexp_gradients, "multiply_add"),
         ltloss.use_backend("triton"),
     ):
         yield

@@ -11,11 +11,14 @@ from torch import Tensor
 from ltloss._types import Reduction
 from ltloss._validation import check_same_device, check_supervised
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
+from ltloss.functional import margin_cross_entropy
 from ltloss.margins import Margin
-from ltloss.ops.protocols import Shard, Update
 from ltloss.runtime import current_debug
 
 __all__ = ["soft_label_cross_entropy", "takes_soft_labels"]
+
+
+_OPTIONS = inspect.signature(margin_cross_entropy).parameters.keys() - {"features", "prototypes", "labels"}
 
 
 def soft_label_cross_entropy(
@@ -24,18 +27,10 @@ def soft_label_cross_entropy(
     labels: Tensor,
     label_weight: Tensor,
     *,
-    scale: float = 30.0,
-    log_prior: Tensor | None = None,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    normalize_features: bool = True,
-    normalize_prototypes: bool = True,
-    bias: Tensor | None = None,
     reduction: Reduction = "mean",
-    shard: Shard | None = None,
-    update: Update | None = None,
-    **margin: Any,
+    **options: Any,
 ) -> Tensor:
     r"""The weighted mean of the losses of a sample for each of its classes, Σ_j q_ij·ℓ(x_i, y_ij), in one pass.
 
@@ -48,10 +43,9 @@ def soft_label_cross_entropy(
         labels: (N, k) integers in [0, C), k up to 8. A sample whose first label is ``ignore_index`` does not count;
             later ones that are ``ignore_index`` are none.
         label_weight: (N, k) q >= 0, without gradient. The rows sum to 1 in mixup; another sum weights the sample.
-        scale, log_prior, class_weight, label_smoothing, ignore_index, normalize_features, normalize_prototypes, bias,
-            reduction, shard, update: as in ``margin_cross_entropy``; ``"mean"`` divides by the summed weights, those of
-            labels times those of classes.
-        margin: ``angular_margin``, ``cosine_margin``, ``angle_multiplier``, ``beyond_pi`` and ``margin_gradient``.
+        class_weight, label_smoothing, reduction: as in ``margin_cross_entropy``; ``"mean"`` divides by the summed
+            weights, those of labels times those of classes.
+        options: the other options of ``margin_cross_entropy``, its margins too.
 
     Returns:
         A scalar, or (N,) for ``"none"``.
@@ -70,25 +64,12 @@ def soft_label_cross_entropy(
     """
     check_supervised(features, prototypes, labels, several=True)
     _check_weight(labels, label_weight)
-    unknown = sorted(margin.keys() - set(Margin._fields))
+    unknown = sorted(options.keys() - _OPTIONS)
     if unknown:
-        raise TypeError(
-            f"soft_label_cross_entropy has no option {unknown[0]}; its margins are {', '.join(Margin._fields)}"
-        )
-    stats = logsumexp_stats(
-        features,
-        prototypes,
-        labels,
-        scale=scale,
-        log_prior=log_prior,
-        normalize_features=normalize_features,
-        normalize_prototypes=normalize_prototypes,
-        bias=bias,
-        ignore_index=ignore_index,
-        with_logit_sum=label_smoothing > 0.0,
-        shard=shard,
-        update=update,
-    )
+        raise TypeError(f"soft_label_cross_entropy has no option {unknown[0]}; it has {', '.join(sorted(_OPTIONS))}")
+    margin = {name: options.pop(name) for name in Margin._fields if name in options}
+    options = {"scale": 30.0, "with_logit_sum": label_smoothing > 0.0, **options}
+    stats = logsumexp_stats(features, prototypes, labels, **options)
     losses = margin_losses(stats, **margin, label_smoothing=label_smoothing)
     # What a sample says again of a class counts where it was said first.
     again = (labels[:, :, None] == labels[:, None, :]).to(label_weight.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -66,14 +67,15 @@ class BackwardPass:
     ) -> None:
         self.normalize_prototypes = normalize_prototypes
         self.sub_centers, self.classes = sub_centers, len(prototypes) // sub_centers
-        self.targets, self.with_norm = labels.shape[1], normalize_prototypes and not normalize
+        self.targets, self.with_norm = math.prod(labels.shape[1:]), normalize_prototypes and not normalize
         self.features, self.prototypes, self.prior = features, prototypes, prior
         self.labels, self.ignore_index = labels, ignore_index
         self.scale, self.threshold, self.polynomial = float(scale), vector(threshold), vector(polynomial)
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
         self.fold, self.feature_copy = self.dtype != torch.float32, "unit" if normalize else "plain"
-        # Scaled copies keep float16 in range; other dtypes have the range of float32.
-        self.in_place = readable_in_place(prototypes, self.dtype) and self.dtype != torch.float16
+        self.in_place = (
+            readable_in_place(prototypes, self.dtype) and self.dtype != torch.float16
+        )  # copies keep it in range
         self.arch = tiles.architecture(features.device)
         tile = tiles.gradient_tile(self.arch, self.dtype, self.precision, *features.shape)
         self.tile, self.described = tiles.of_sub_centers(tile, sub_centers), tiles.has_copy_engine(self.arch)
@@ -91,7 +93,7 @@ class BackwardPass:
     ) -> None:
         """Keep the upstream gradient, and what the forward left of each sample."""
         self.upstream, self.upstream_stride = upstream, upstream.stride(0) if upstream.dim() else 0
-        self.coefficients, self.class_scale, self.smooth = coefficients, class_scale.flatten(), smooth
+        self.coefficients, self.class_scale, self.smooth = coefficients, class_scale, smooth
         self.inverse_weight_sum = inverse_weight_sum
         float16_slab = self.dtype == torch.float16  # then it is multiplied by a power of two, see slab_scale
         if float16_slab and not self.normalize_prototypes:  # s/‖w̃‖ may be as much as s times the largest entry
@@ -239,7 +241,7 @@ class BackwardPass:
             self.coefficients.stride(0),
             self.upstream_stride,
             copy.stride(0),
-            self.labels.stride(1),
+            0 if self.labels.dim() == 1 else self.labels.stride(1),
             5 if self.with_norm else 4,
             self.ignore_index,
             self.scale,

@@ -107,13 +107,13 @@ def partials(
     if features.shape[0] == 0:
         with_norm = normalize_prototypes and not normalize_features
         return _of_no_samples(features, prototypes, labels, with_norm, with_logit_sum)
-    sub_centers = prototypes.shape[1] if prototypes.dim() == 3 else 1
+    sub_centers = prototypes.shape[1] if prototypes.dim() == 3 else 0
     with on_device(features):
         run = ForwardPass(
             widened(features),
-            widened(prototypes.flatten(0, -2)),
-            sub_centers,
-            labels if labels.dim() == 2 else labels[:, None],
+            widened(prototypes if sub_centers == 0 else prototypes.flatten(0, -2)),
+            max(1, sub_centers),
+            labels,
             vector(log_prior),
             scale,
             normalize_features,
@@ -145,11 +145,10 @@ def partials(
                 if index == 0:
                     run.launch_samples(chunk)
                 run.launch_tiles(chunk, slab)
-    targets, result = run.result.target_cosine, run.result
-    return result._replace(
-        target_cosine=targets[0] if labels.dim() == 1 else targets.t(),
-        class_scale=result.class_scale.view(prototypes.shape[:-1]),
-    )
+    result = run.result
+    if labels.dim() == 2:
+        result = result._replace(target_cosine=result.target_cosine.t())
+    return result._replace(class_scale=result.class_scale.view(prototypes.shape[:-1])) if sub_centers else result
 
 
 def _of_no_samples(
@@ -201,7 +200,7 @@ class ForwardPass:
         kept: Exponentials | None,
     ) -> None:
         self.features, self.prototypes, self.labels, self.prior = features, prototypes, labels, prior
-        self.targets = labels.shape[1]
+        self.targets = math.prod(labels.shape[1:])
         self.normalize, self.normalize_prototypes = normalize, normalize_prototypes
         self.ignore_index, self.kept = ignore_index, kept
         self.threshold, self.polynomial = vector(threshold), vector(polynomial)
@@ -267,7 +266,7 @@ class ForwardPass:
             max=self._float(*shape) if shift is None else None,
             shift=(shift or 0.0) * LOG2E,
             logit_sum=self._float(*shape) if with_logit_sum else None,
-            target_cosine=self._float(self.targets, samples),
+            target_cosine=self._float(*labels.shape[1:], samples),
             norm=self._float(samples) if normalize_prototypes and not normalize else None,
             class_scale=self._factor[: classes * sub_centers],
         )
@@ -310,7 +309,7 @@ class ForwardPass:
     def launch_samples(self, chunk: _Chunk) -> None:
         """Copies, norms and target cosines of the samples, and the flags of the tiles that hold a target."""
         rows, copy, label = chunk
-        features, labels = part(self.features, rows), part(self.labels, rows)
+        features, labels, target_cosine = part(self.features, rows), part(self.labels, rows), self.result.target_cosine
         (count, width), classes, tile = features.shape, self.classes, tiles.row_tile(features.shape[1])
         self.launch(sample_kernel, (ceil_div(count, tile.rows),))(
             # inputs
@@ -320,7 +319,7 @@ class ForwardPass:
             # outputs
             copy,
             part(self.result.norm, rows),
-            part(self.result.target_cosine, rows, 1),
+            part(target_cosine, rows, target_cosine.dim() - 1),
             label,
             self.flags,
             # sizes
@@ -332,8 +331,8 @@ class ForwardPass:
             *self.prototypes.stride(),
             labels.stride(0),
             0 if copy is None else copy.stride(0),
-            labels.stride(1),
-            self.result.target_cosine.stride(0),
+            0 if labels.dim() == 1 else labels.stride(1),
+            target_cosine.stride(0),
             self.ignore_index,
             # constants
             NORMALIZE_FEATURES=self.normalize,

@@ -76,9 +76,9 @@ def gradients(
     with on_device(features):
         run = BackwardPass(
             widened(features),
-            widened(prototypes.flatten(0, -2)),
+            widened(prototypes if prototypes.dim() == 2 else prototypes.flatten(0, -2)),
             prototypes.shape[1] if prototypes.dim() == 3 else 1,
-            labels if labels.dim() == 2 else labels[:, None],
+            labels,
             vector(log_prior),
             scale,
             normalize_features,
@@ -87,7 +87,8 @@ def gradients(
             threshold,
             polynomial,
         )
-        run.take(grad_loss, coefficients, class_scale, inverse_weight_sum, max_coefficient, smooth)
+        scales = class_scale if class_scale.dim() == 1 else class_scale.flatten()
+        run.take(grad_loss, coefficients, scales, inverse_weight_sum, max_coefficient, smooth)
         if kept is not None:
             run.take_kept(kept)
         run.allocate(needs[0], needs[1], needs[2], limit(), take is not None, update)
@@ -114,12 +115,12 @@ def gradients(
                         multiply_add(target, tile.t(), part(run.unit, rows), overwrite=rows.start == 0)
             run.launch_projection(slab)
             if take is not None and slab.grad is not None:
-                first, grad = slab.first, slab.grad.view(-1, *prototypes.shape[1:])
-                take(first, first + len(grad), grad)
+                grad = slab.grad if prototypes.dim() == 2 else slab.grad.view(-1, *prototypes.shape[1:])
+                take(slab.first, slab.first + len(grad), grad)
     sums = features.new_empty(0, dtype=torch.float32) if run.through_r is None else run.through_r
-    grad_prototypes = (
-        None if run.grad_prototypes is None or not needs[1] else run.grad_prototypes.view(prototypes.shape)
-    )
+    grad_prototypes = run.grad_prototypes if needs[1] else None
+    if grad_prototypes is not None and prototypes.dim() == 3:
+        grad_prototypes = grad_prototypes.view(prototypes.shape)
     return _like(run.grad_features, features), _like(grad_prototypes, prototypes), sums
 
 

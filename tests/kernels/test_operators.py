@@ -51,7 +51,8 @@ def _gradient_arguments(needs: list[bool]) -> tuple[Any, ...]:
     _, coefficients, inverse, bound, factor = OPERATORS["margin_cross_entropy"]["triton"](*arguments)
     saved = (coefficients, factor, inverse, bound)
     prior = arguments[3][2]
-    return (torch.tensor(0.7, device=DEVICE), *arguments[:3], prior, *saved, 9.0, True, True, True, -100, needs)
+    options = 9.0, True, True, True, -100, None, None
+    return (torch.tensor(0.7, device=DEVICE), *arguments[:3], prior, *saved, *options, needs)
 
 
 CASES: dict[str, Any] = {
@@ -61,7 +62,7 @@ CASES: dict[str, Any] = {
     "margin_loss": _margin_arguments,
     "logsumexp_gradients": lambda: _gradient_arguments([True, True, True]),
     "logsumexp_gradients features": lambda: _gradient_arguments([True, False, False]),
-    "logsumexp_stats": lambda: (*kernel_problem(20, 40, 8), None, 9.0, True, True, True, -100),
+    "logsumexp_stats": lambda: (*kernel_problem(20, 40, 8), None, 9.0, True, True, True, -100, None, None),
 }
 
 
@@ -251,7 +252,7 @@ class TestLaunches:
 
     @staticmethod
     def _counted(monkeypatch: pytest.MonkeyPatch, run: Any) -> Counter[str]:
-        from ltloss_kernels import backward_pass
+        from ltloss_kernels import cosine_logsumexp_gradients
         from triton.runtime.interpreter import GridExecutor
 
         from ltloss.testing import watching
@@ -271,7 +272,7 @@ class TestLaunches:
 
         with monkeypatch.context() as patch, watching(_Computations()) as mode:
             patch.setattr(GridExecutor, "__call__", launch)
-            patch.setattr(backward_pass, "multiply_add", product)
+            patch.setattr(cosine_logsumexp_gradients, "multiply_add", product)
             run()
         return launches + mode.found
 

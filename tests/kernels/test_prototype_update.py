@@ -12,7 +12,7 @@ import torch
 from helpers.interpreter import products_by_value
 from helpers.kernel_problems import DEVICE
 from helpers.random_kernels import float8_kernel, random_kernel
-from ltloss_kernels import backward_pass
+from ltloss_kernels import cosine_logsumexp_gradients
 from ltloss_kernels.config import chunking, tile_table
 from torch import Tensor
 
@@ -344,7 +344,7 @@ def _multiply_add_in_float64(target: Tensor, left: Tensor, right: Tensor, *, ove
 @pytest.mark.parametrize("rule", RULES)
 def test_slabs_change_no_bit(rule: str, storage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunking, "_LEAST_CLASSES", 16)
-    monkeypatch.setattr(backward_pass, "multiply_add", _multiply_add_in_float64)
+    monkeypatch.setattr(cosine_logsumexp_gradients, "multiply_add", _multiply_add_in_float64)
     found = []
     for workspace in (256 << 20, 1 << 14, 1):
         head, optimizer = head_and_optimizer(rule, 20, storage)

@@ -20,10 +20,10 @@ def target_cosines(
 
     Without NORMALIZE_PROTOTYPES x̂·w, or x·w.
     """
-    offsets = target[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
     cosine = tl.full(target.shape, float("-inf"), tl.float32)
     for k in tl.static_range(SUB_CENTERS):
-        w = tl.load(prototypes_ptr + k * row_stride.to(tl.int64) + offsets, mask=cells, other=0.0).to(tl.float32)
+        offsets = (target + k)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+        w = tl.load(prototypes_ptr + offsets, mask=cells, other=0.0).to(tl.float32)
         w, w_power, w_inverse = scaled_rows(w)
         if NORMALIZE_PROTOTYPES:
             found = tl.where(x_inverse * w_inverse == 0.0, 0.0, exact_cosine(x, w))
