@@ -177,8 +177,8 @@ def logsumexp_stats(
     """Dense twin of :func:`ltloss.ops.stats.logsumexp_stats`."""
     log_prior = objective.log_prior
     if objective.ignore_index is not None:
-        ignored = labels.reshape(len(labels), -1)[:, :1] == objective.ignore_index
-        features = torch.where(ignored, 0.0, features)
+        first = labels if labels.dim() == 1 else labels[:, 0]
+        features = torch.where((first == objective.ignore_index)[:, None], 0.0, features)
         labels = torch.where(labels == objective.ignore_index, -1, labels)
     product, scale = _logits(features, prototypes, objective)
     logits = scale * product

@@ -76,8 +76,8 @@ def target_cosines(features: Tensor, prototypes: Tensor, labels: Tensor, shard: 
         x = reference.direction(features.masked_fill((here < 0)[:, None], 0.0).to(dtype))
         w = prototypes[here.clamp_min(0)].to(dtype)
         unit = reference.direction(w.flatten(0, -2)).view_as(w)
-        cosine = torch.einsum("nd,n...d->n...", x, unit)
-        cosine = cosine if w.dim() == 2 else cosine.amax(1)
+        # No product of matrices, which autocast would take in half precision.
+        cosine = (x * unit).sum(1) if w.dim() == 2 else (x[:, None] * unit).sum(2).amax(1)
     return cosine if shard is None else shard.gather(cosine[None])[:, 0].sum(0)
 
 
