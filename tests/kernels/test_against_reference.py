@@ -316,7 +316,7 @@ class TestOnePass:
     def test_agrees_with_the_chunked_operator(self, normalize: tuple[bool, bool]) -> None:
         given = kernel_problem()
         scale = 3.0 if normalize[1] else 1.0  # logits of one size, so that their rounding is
-        arguments = (*given, None, scale, *normalize, True, -100)
+        arguments = (*given, None, scale, *normalize, True, -100, None, None)
         ours, chunked = (OPERATORS["logsumexp_stats"][backend](*arguments)[:4] for backend in ("triton", "torch"))
         counted = given.labels != -100  # what is not counted may hold anything
         for one, other in zip(ours, chunked, strict=True):  # the scale is in the backend's own unit
