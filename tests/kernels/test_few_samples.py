@@ -105,7 +105,8 @@ def test_the_sums_of_the_tiles_are_in_the_workspace(samples: int, width: int, dt
 
     classes, limit = 200_000, 1 << 20
     features, prototypes = torch.ones(samples, width, dtype=dtype), torch.empty(classes, width, dtype=dtype)
-    run = BackwardPass(features, prototypes, torch.zeros(samples, dtype=torch.int64), None, 30.0, True, True, -100)
+    labels = torch.zeros(samples, dtype=torch.int64)
+    run = BackwardPass(features, prototypes, 1, labels, None, 30.0, True, True, -100, None, None)
     run.take(torch.ones(()), torch.zeros(4, samples), torch.ones(classes), None, torch.ones(()), False)
     run.allocate(True, True, False, limit)
     assert run.along is not None
