@@ -80,7 +80,7 @@ def test_a_backward_may_read_in_place_what_the_forward_copied() -> None:
     grads = gradients(
         torch.ones((), device=DEVICE), *given, None, coefficients, found.class_scale, inverse, largest,
         9.0, smooth=False, normalize_features=True, normalize_prototypes=True, ignore_index=IGNORED,
-        needs=(True, True, False), limit=lambda: 1 << 20,
+        threshold=None, polynomial=None, needs=(True, True, False), limit=lambda: 1 << 20,
     )  # fmt: skip
     assert_close(Outcome(loss, *grads[:2]), exact_outcome(given, cosine_margin=0.1, scale=9.0))
 

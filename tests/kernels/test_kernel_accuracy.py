@@ -106,10 +106,11 @@ def bfloat16_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare(self)
         round_(self.unit)
 
-    def rounded_slab(self: Any, rows: slice, slab: Any) -> Tensor:
-        part: Tensor = tiles_of_slab(self, rows, slab)
-        round_(part)
-        return part
+    def rounded_slab(self: Any, rows: slice, slab: Any) -> list[Tensor]:
+        parts: list[Tensor] = tiles_of_slab(self, rows, slab)
+        for part in parts:
+            round_(part)
+        return parts
 
     monkeypatch.setattr(ForwardPass, "launch_samples", rounded_forward)
     monkeypatch.setattr(BackwardPass, "__init__", folding)
