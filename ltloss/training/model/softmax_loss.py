@@ -9,9 +9,14 @@ from torch import Tensor, nn
 
 from ltloss._types import TopK
 from ltloss.class_balance import log_prior_from_counts
+from ltloss.functional import margin_cross_entropy, top_k
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+# From so many classes on the N×C logits are not stored; with fewer the dense loss is faster.
+_MANY = 4096
 
 
 class SoftmaxLoss(nn.Module):
@@ -71,6 +76,21 @@ class SoftmaxLoss(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of features (N, D) and labels (N,), weighted by class where weights were set."""
+        # PyTorch gives the smoothed part of a loss the weights of all classes, ours that of the label's alone.
+        alike = self.class_weight is None or self.label_smoothing == 0.0
+        if alike and len(self.weight) >= _MANY:
+            return margin_cross_entropy(
+                features.to(self.weight.dtype),
+                self.weight,
+                labels,
+                scale=1.0,
+                normalize_features=False,
+                normalize_prototypes=False,
+                bias=self.linear.bias,
+                log_prior=self.log_prior,
+                class_weight=self.class_weight,
+                label_smoothing=self.label_smoothing,
+            )
         logits = self.logits(features)
         if self.log_prior is not None:
             logits = logits + self.log_prior
@@ -78,6 +98,9 @@ class SoftmaxLoss(nn.Module):
 
     def predict(self, features: Tensor, k: int = 1) -> TopK:
         """The k classes of largest logit (N, k), with the cosine of the feature to each class weight."""
+        if len(self.weight) >= _MANY:
+            features = features.to(self.weight.dtype)
+            return top_k(features, self.weight.detach(), k, normalize_prototypes=False, bias=self.linear.bias.detach())
         index = self.logits(features).topk(k, dim=1).indices
         directions = F.normalize(self.weight[index].float(), dim=-1)
         cosine = (directions * F.normalize(features.float(), dim=-1).unsqueeze(1)).sum(-1)
