@@ -5,26 +5,25 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ltloss._types import TakeGradient
-from ltloss._validation import check_choice, check_number
+from ltloss._validation import check_number
 from ltloss.distributed.layout import Layout, copy_rows, local
-from ltloss.float8 import FLOAT8, decoded
+from ltloss.float8 import decoded
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.numerics import compute_dtype
+from ltloss.optim.rounding import Rounding, check_dtypes
 from ltloss.optim.slabs import Moving, Slabs
 
 if TYPE_CHECKING:
     from ltloss_kernels import PrototypeUpdate
 
 __all__ = ["PrototypeOptimizer", "Rounding", "UpdateOptions"]
-
-Rounding = Literal["stochastic", "kahan", "nearest"]
 
 
 class UpdateOptions(TypedDict, total=False):
@@ -60,12 +59,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         weight = module.weight
         if weight.is_meta:
             raise ValueError("module must have memory, for its state is made here; got a weight on device 'meta'")
-        if weight.dim() > 2:
-            raise ValueError(
-                "module must have one prototype a class, (C, D), to be moved inside the backward; got sub-centres "
-                f"{tuple(weight.shape)}: take an optimizer of torch.optim"
-            )
-        _check_dtypes(weight.dtype, state_dtype, rounding)
+        check_dtypes(weight.dtype, state_dtype, rounding)
         if max_class_norm is not None:
             check_number("max_class_norm", max_class_norm, above=0.0)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
@@ -386,20 +380,8 @@ def _check_free(module: PrototypeHead) -> None:
         raise ValueError(
             f"module has a {type(module.fused_update).__name__} already; call its release() before another is made"
         )
-
-
-def _check_dtypes(weight: torch.dtype, state: torch.dtype | None, rounding: Rounding | None) -> None:
-    if weight not in (torch.float32, torch.bfloat16, FLOAT8, torch.float64):
-        raise ValueError(f"the prototypes must be float32, bfloat16 or float8_e4m3fn; got {weight}")
-    if state not in (None, torch.float32, torch.bfloat16, weight) or state == FLOAT8:
-        raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16; got {state}")
-    if rounding is not None:
-        check_choice("rounding", rounding, get_args(Rounding))
-    if weight in (torch.bfloat16, FLOAT8) and rounding is None:
-        kahan = "'kahan' (2 bytes an entry more) " if weight == torch.bfloat16 else ""
+    if module.weight.dim() > 2:
         raise ValueError(
-            f"rounding must be chosen for prototypes in {str(weight).removeprefix('torch.')}, where most updates are "
-            f"smaller than one unit of the last place: 'stochastic', {kahan}or 'nearest' (loses them); got None"
+            "module must have one prototype a class, (C, D), to be moved inside the backward; got sub-centres "
+            f"{tuple(module.weight.shape)}: take an optimizer of torch.optim"
         )
-    if rounding == "kahan" and weight != torch.bfloat16:
-        raise ValueError(f"rounding='kahan' is for bfloat16 prototypes; got {weight}")

@@ -7,13 +7,18 @@ can make them again.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from ltloss._validation import check_choice
 from ltloss.float8 import FLOAT8
 
-__all__ = ["COLUMNS_PER_BLOCK", "philox", "random_bits", "round_stochastically"]
+__all__ = ["COLUMNS_PER_BLOCK", "Rounding", "check_dtypes", "philox", "random_bits", "round_stochastically"]
+
+Rounding = Literal["stochastic", "kahan", "nearest"]
 
 # A block of Philox4x64 is 256 bits: one number of 16 bits for each of so many columns.
 COLUMNS_PER_BLOCK = 16
@@ -85,3 +90,21 @@ def round_stochastically(values: Tensor, bits: Tensor, out: Tensor) -> None:
         return
     integers.add_(bits).add_(1 << 15).bitwise_and_(-1 << 16)
     out.copy_(values)
+
+
+def check_dtypes(weight: torch.dtype, state: torch.dtype | None, rounding: Rounding | None) -> None:
+    """Raise ValueError unless prototypes and state may be kept so, and written with that rounding."""
+    if weight not in (torch.float32, torch.bfloat16, FLOAT8, torch.float64):
+        raise ValueError(f"the prototypes must be float32, bfloat16 or float8_e4m3fn; got {weight}")
+    if state not in (None, torch.float32, torch.bfloat16, weight) or state == FLOAT8:
+        raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16; got {state}")
+    if rounding is not None:
+        check_choice("rounding", rounding, get_args(Rounding))
+    if weight in (torch.bfloat16, FLOAT8) and rounding is None:
+        kahan = "'kahan' (2 bytes an entry more) " if weight == torch.bfloat16 else ""
+        raise ValueError(
+            f"rounding must be chosen for prototypes in {str(weight).removeprefix('torch.')}, where most updates are "
+            f"smaller than one unit of the last place: 'stochastic', {kahan}or 'nearest' (loses them); got None"
+        )
+    if rounding == "kahan" and weight != torch.bfloat16:
+        raise ValueError(f"rounding='kahan' is for bfloat16 prototypes; got {weight}")
