@@ -21,7 +21,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_report.record import as_on_a_gpu, loss_step, prototype_update
+from benchmarks.kernel_report.record import as_on_a_gpu
+from benchmarks.kernel_report.scenarios import loss_step, prototype_update
 from ltloss.margins import Margin
 
 CACHE = 50 << 20  # of an H100

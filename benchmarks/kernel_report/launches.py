@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.kernel_report.record import FLOAT8_FROM, KernelCase, specialiser
+from benchmarks.kernel_report.record import KernelCase, specialiser
 from benchmarks.kernel_report.report import ARCHITECTURES, missing_tools, report
+from benchmarks.kernel_report.scenarios import FLOAT8_FROM
 
 FOLDER = "LTLOSS_LAUNCHES"  # the variable that names where processes of the tests write to
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import ltloss
 from benchmarks.kernel_report.launches import written_down
-from benchmarks.kernel_report.record import loss_step, prototype_update
+from benchmarks.kernel_report.scenarios import loss_step, prototype_update
 from helpers import faulty_kernels, world
 from helpers.interpreter import quick_interpreter
 from helpers.kernel_problems import kernel_problem, tiny_tiles
