@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ltloss_kernels.config import choices
 from ltloss_kernels.config import tile_table as tiles
-from ltloss_kernels.config.chunking import backward_plan, ceil_div, in_waves
+from ltloss_kernels.config.chunking import backward_plan, ceil_div, in_waves, slab_columns
 from ltloss_kernels.config.operands import (
     beside_each_other,
     block_source,
@@ -73,9 +73,8 @@ class BackwardPass:
         self.scale, self.threshold, self.polynomial = float(scale), vector(threshold), vector(polynomial)
         self.dtype, self.precision = product_dtype(features.dtype, prototypes.dtype), product_precision()
         self.fold, self.feature_copy = self.dtype != torch.float32, "unit" if normalize else "plain"
-        self.in_place = (
-            readable_in_place(prototypes, self.dtype) and self.dtype != torch.float16
-        )  # copies keep it in range
+        # Power-of-two scaled copies keep float16 in range; other dtypes have the range of float32.
+        self.in_place = readable_in_place(prototypes, self.dtype) and self.dtype != torch.float16
         self.arch = tiles.architecture(features.device)
         tile = tiles.gradient_tile(self.arch, self.dtype, self.precision, *features.shape)
         self.tile, self.described = tiles.of_sub_centers(tile, sub_centers), tiles.has_copy_engine(self.arch)
@@ -169,8 +168,7 @@ class BackwardPass:
         self._sums = torch.empty(blocks * self.plan.classes, device=device) if need_prior else None
         self._sums_factor = torch.empty((), device=device) if need_prior else None
         self._copy = None if self.in_place else padded_matrix(several * self.plan.classes, width, self.dtype, device)
-        tile = 1 if several == 1 else self.tile.classes  # of a sub-centre whole tiles, for the next one's are behind
-        columns = several * ceil_div(self.plan.classes, tile) * tile
+        columns = several * slab_columns(self.plan.classes, self.tile.classes, several)
         self._slab = padded_matrix(self.plan.rows, columns, self.dtype, device)
         self.unit = padded_matrix(samples, width, self.dtype, device)
         self._label = torch.empty(self.targets, samples, dtype=torch.int32, device=device)
@@ -261,7 +259,7 @@ class BackwardPass:
         prototypes, tile = beside_each_other(slab.operand, self.sub_centers), self.tile
         samples, classes = len(features), len(prototypes)
         here, class_tiles = slice(slab.first, slab.first + classes), ceil_div(classes, tile.classes)
-        columns = classes if self.sub_centers == 1 else class_tiles * tile.classes
+        columns = slab_columns(classes, tile.classes, self.sub_centers)
         slab_part = part(part(self._slab, slice(0, samples)), slice(0, self.sub_centers * columns), 1)
         kept = None if self.kept is None else self.kept.rows(rows)
         shifts = None if kept is None or self.kept_shift is not None else kept.shifts

@@ -14,6 +14,7 @@ __all__ = [
     "in_waves",
     "parts_of_product",
     "search_rows",
+    "slab_columns",
     "splits_for",
 ]
 
@@ -133,6 +134,11 @@ def backward_plan(
     slabs = ceil_div(classes, slab)
     even = ceil_div(classes, slabs)
     return BackwardPlan(rows, min(classes, _round_up(even, tile_classes)))
+
+
+def slab_columns(classes: int, tile_classes: int, sub_centers: int) -> int:
+    """Columns of each sub-centre in a slab of dZ: whole tiles where those of another one are behind them."""
+    return classes if sub_centers == 1 else _round_up(classes, tile_classes)
 
 
 def in_waves(classes: int, width: int, slots: int) -> int:
