@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 
 from ltloss._validation import check_number, check_supervised
-from ltloss.numerics import compute_dtype, spans
+from ltloss.chunked.samples import cosines_of_target
 from ltloss.ops._dispatch import is_sharded
 from ltloss.ops.labels import checked_labels
-from ltloss.reference import direction
 
 __all__ = ["dominant", "nearest_of_target", "outliers"]
-
-_ROWS = 1024  # samples at a time
 
 
 @torch.no_grad()
@@ -56,15 +53,8 @@ def nearest_of_target(
             "ltloss.distributed.in_one_piece of the module"
         )
     labels = checked_labels(labels, prototypes.shape[0], ignore_index, "labels").to(torch.int64)
-    counted, several = labels != ignore_index, prototypes if prototypes.dim() == 3 else prototypes[:, None]
-    dtype = compute_dtype(features, prototypes)
-    cosine = features.new_zeros(len(features), several.shape[1], dtype=dtype)
-    for start, stop in spans(len(features), _ROWS):
-        rows = slice(start, stop)
-        x = direction(features[rows].masked_fill(~counted[rows, None], 0.0).to(dtype))
-        own = several[torch.where(counted[rows], labels[rows], 0)].to(dtype)
-        cosine[rows] = torch.linalg.vecdot(x[:, None], direction(own.flatten(0, 1)).view_as(own))
-    cosine = cosine.masked_fill(~counted[:, None], 0.0)
+    counted = labels != ignore_index
+    cosine = cosines_of_target(features, prototypes, torch.where(counted, labels, -1))
     return torch.where(counted, cosine.argmax(1), -1), cosine
 
 

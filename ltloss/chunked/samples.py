@@ -7,9 +7,19 @@ import math
 import torch
 from torch import Tensor
 
-from ltloss.numerics import inverse_norm, spans
+from ltloss.numerics import compute_dtype, inverse_norm, spans
+from ltloss.reference import direction
 
-__all__ = ["NOT_HERE", "columns", "counted", "length", "scaled_features", "target_cosine", "target_labels"]
+__all__ = [
+    "NOT_HERE",
+    "columns",
+    "cosines_of_target",
+    "counted",
+    "length",
+    "scaled_features",
+    "target_cosine",
+    "target_labels",
+]
 
 # No target here, and neither a class nor ignored.
 NOT_HERE, _NOT_A_CLASS = -1, -2
@@ -76,6 +86,21 @@ def target_cosine(
         cosine[rows] = product if product.dim() == 1 else product.amax(1)
     cosine = torch.where(here, cosine, 0.0)
     return cosine.masked_fill_(labels == _NOT_A_CLASS, math.nan)
+
+
+@torch.no_grad()
+def cosines_of_target(features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+    """Cosines (N, K) to the sub-centres of each sample's class, or (N, 1); 0 where the label is negative."""
+    several = prototypes if prototypes.dim() == 3 else prototypes[:, None]
+    dtype, counted = compute_dtype(features, prototypes), labels >= 0
+    cosine = features.new_zeros(len(features), several.shape[1], dtype=dtype)
+    for start, stop in spans(len(features) if len(prototypes) else 0, 1024):  # a rank may have no classes
+        rows = slice(start, stop)
+        x = direction(features[rows].masked_fill(~counted[rows, None], 0.0).to(dtype))
+        own = several[labels[rows].clamp_min(0)].to(dtype)
+        # No product of matrices, which autocast would take in half precision.
+        cosine[rows] = (x[:, None] * direction(own.flatten(0, 1)).view_as(own)).sum(2)
+    return cosine.masked_fill(~counted[:, None], 0.0)
 
 
 def scaled_features(

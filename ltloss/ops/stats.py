@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ltloss import reference
 from ltloss._transforms import apply_of
-from ltloss.chunked.samples import columns
+from ltloss.chunked.samples import columns, cosines_of_target
 from ltloss.margins import Objective
-from ltloss.numerics import compute_dtype
 from ltloss.ops._dispatch import choose_backend
 from ltloss.ops.logsumexp import (
     BACKENDS,
@@ -66,19 +65,12 @@ def logsumexp_stats(
 @torch.no_grad()
 def target_cosines(features: Tensor, prototypes: Tensor, labels: Tensor, shard: Shard | None = None) -> Tensor:
     """cos_y (N,) without a gradient, of all ranks of a shard; 0 where the label is -1."""
-    rows, dtype = slice(None) if shard is None else shard.rows(len(labels)), compute_dtype(features, prototypes)
-    here, features = labels[rows], features[rows]
-    if shard is not None:
-        here = shard.local_labels(here)
-    if not len(prototypes):  # a rank without classes
-        cosine = features.new_zeros(len(features), dtype=dtype)
-    else:
-        x = reference.direction(features.masked_fill((here < 0)[:, None], 0.0).to(dtype))
-        w = prototypes[here.clamp_min(0)].to(dtype)
-        unit = reference.direction(w.flatten(0, -2)).view_as(w)
-        # No product of matrices, which autocast would take in half precision.
-        cosine = (x * unit).sum(1) if w.dim() == 2 else (x[:, None] * unit).sum(2).amax(1)
-    return cosine if shard is None else shard.gather(cosine[None])[:, 0].sum(0)
+    if shard is None:
+        return cosines_of_target(features, prototypes, labels).amax(1)
+    rows = shard.rows(len(labels))
+    own = shard.local_labels(labels[rows])
+    cosine = cosines_of_target(features[rows], prototypes, own).amax(1)
+    return shard.gather(cosine[None])[:, 0].sum(0)  # a target has one owner, and the others have 0
 
 
 class _LogSumExpStats(torch.autograd.Function):
