@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -86,7 +87,12 @@ def takes_soft_labels(loss: Any) -> bool:
         >>> takes_soft_labels(ArcFaceLoss(10, 4)), takes_soft_labels(AdaFaceLoss(10, 4))
         (True, False)
     """
-    return "label_weight" in inspect.signature(type(loss).forward).parameters
+    return _takes_soft_labels(type(loss))  # type: ignore[arg-type]  # a class is hashable
+
+
+@functools.cache
+def _takes_soft_labels(kind: Any) -> bool:
+    return "label_weight" in inspect.signature(kind.forward).parameters
 
 
 def _check_weight(labels: Tensor, label_weight: Tensor) -> None:
