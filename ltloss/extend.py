@@ -73,9 +73,10 @@ class Bend(NamedTuple):
 
     def of_logits(self, scale: float, like: Tensor) -> tuple[Tensor, Tensor]:
         """Threshold (N,) and polynomial (3,) for logits s·cos."""
-        polynomial = [torch.as_tensor(p).to(like) for p in (self.p0, self.p1, self.p2)]
-        factors = like.new_tensor([scale, 1.0, 1.0 / scale])
-        return self.threshold.detach().to(like) * scale, torch.stack(polynomial).detach() * factors
+        given = self.p0 * scale, self.p1, self.p2 / scale
+        # A number is filled in on the device: copied there, it would make the host wait.
+        polynomial = [p.detach().to(like) if isinstance(p, Tensor) else like.new_full((), p) for p in given]
+        return self.threshold.detach().to(like) * scale, torch.stack(polynomial)
 
 
 class LogSumExpStats(NamedTuple):
