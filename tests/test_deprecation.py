@@ -21,8 +21,9 @@ from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.metrics import Metrics
 from ltloss.training.model.registry import build_loss
 from ltloss.training.predict.predict import PredictionSummary
+from ltloss.training.run.run_config import RunConfig, read_settings_file
 from ltloss.training.run.run_folder import open_run
-from ltloss.training.run.settings import RunConfig, Settings, changed_settings, read_settings_file
+from ltloss.training.run.settings import Settings, changed_settings
 
 
 @renamed_keywords(old="new", exact="not loose")

@@ -275,7 +275,7 @@ def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
 
 
 def _train(options: argparse.Namespace) -> int:
-    from ltloss.training.run.settings import read_settings_file
+    from ltloss.training.run.run_config import read_settings_file
 
     _need("PIL", "safetensors", "tqdm", "matplotlib.figure")
     given = read_settings_file(options.config) if options.config else {}

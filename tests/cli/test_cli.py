@@ -12,7 +12,8 @@ from helpers.refusals import missing
 from helpers.toys import CLASS_NAMES
 
 from ltloss.cli.command import main
-from ltloss.training.run.settings import SETTINGS, RunConfig
+from ltloss.training.run.run_config import RunConfig
+from ltloss.training.run.settings import SETTINGS
 from ltloss.training.run.trainer import TrainingResult
 
 pytestmark = pytest.mark.slow

@@ -21,7 +21,7 @@ from helpers.toys import CLASS_NAMES
 from ltloss.cli.command import main
 from ltloss.training.data.sources import load_images
 from ltloss.training.model.classifier import Classifier
-from ltloss.training.run.settings import RunConfig
+from ltloss.training.run.run_config import RunConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_empty_folder")]
 

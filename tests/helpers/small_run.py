@@ -10,8 +10,9 @@ import torch
 
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.run.checkpoint import Checkpoint, save_checkpoint
+from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.run_folder import write_config, write_metrics
-from ltloss.training.run.settings import RunConfig, Settings
+from ltloss.training.run.settings import Settings
 
 HOSTILE = ("<script>alert(1)</script>", "a \"quoted\" & <b>bold</b> 'name'", "../x", "a/b", "CON", "", "né, 猫\nzwei")
 

@@ -14,7 +14,7 @@ from ltloss.training.data.images import ImageSource
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.softmax_loss import SoftmaxLoss
 from ltloss.training.run.optimizers import build_optimizers
-from ltloss.training.run.settings import RunConfig
+from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.trainer import Trainer
 from ltloss.training.seeds import numpy_generator
 

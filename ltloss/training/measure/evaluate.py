@@ -20,7 +20,7 @@ from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.metrics import Metrics, MetricsAccumulator, number, percent, target_angles
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.run.prepare import apply_limits, load_split
-from ltloss.training.run.settings import RunConfig
+from ltloss.training.run.run_config import RunConfig
 from ltloss.training.stored_keys import stored
 
 BATCH_SIZE = 512

@@ -13,7 +13,7 @@ from ltloss.errors import UserError
 from ltloss.training.model.backbones import build_backbone
 from ltloss.training.model.registry import build_loss
 from ltloss.training.run.checkpoint import latest_checkpoint, read_tensors
-from ltloss.training.run.settings import RunConfig
+from ltloss.training.run.run_config import RunConfig
 
 if TYPE_CHECKING:
     from ltloss.training.model.registry import LossHead

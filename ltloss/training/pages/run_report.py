@@ -25,7 +25,8 @@ from ltloss.training.pages import plots
 from ltloss.training.pages.html import PLOTS_STYLE, details, escape, figure, page, table, tiles
 from ltloss.training.pages.plots import Plot
 from ltloss.training.run.prepare import apply_limits, load_split
-from ltloss.training.run.settings import SETTINGS, RunConfig
+from ltloss.training.run.run_config import RunConfig
+from ltloss.training.run.settings import SETTINGS
 
 _SAMPLE = 2000  # test images whose feature lengths are drawn
 _ROWS = 12  # classes in each of the tables of the weakest and the closest

@@ -15,7 +15,7 @@ from ltloss.export import InferenceHead, Target, export_module
 
 if TYPE_CHECKING:
     from ltloss.training.model.classifier import Classifier
-    from ltloss.training.run.settings import RunConfig
+    from ltloss.training.run.run_config import RunConfig
 
 _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 
@@ -63,7 +63,7 @@ def export_run(
         ImportError: onnx or onnxscript is missing.
     """
     from ltloss.training.model.classifier import Classifier
-    from ltloss.training.run.settings import RunConfig
+    from ltloss.training.run.run_config import RunConfig
 
     config = RunConfig.read(run)
     path = run / f"model{_SUFFIXES[to]}" if out is None else out

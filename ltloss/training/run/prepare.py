@@ -14,7 +14,8 @@ from ltloss.training.data.batches import batches
 from ltloss.training.data.images import ImageSource, Split
 from ltloss.training.data.sources import DECODED_AT_ONCE, load_data
 from ltloss.training.data.splits import keep_per_class, long_tailed_subset
-from ltloss.training.run.settings import RunConfig, Settings
+from ltloss.training.run.run_config import RunConfig
+from ltloss.training.run.settings import Settings
 from ltloss.training.seeds import numpy_generator
 
 _NORMALISATION_IMAGES = 4096

@@ -14,7 +14,8 @@ from ltloss.errors import UserError
 from ltloss.training.data.sources import absolute, check_same_classes
 from ltloss.training.measure.metrics import COLUMNS
 from ltloss.training.run.lock import LOCK, refuse_if_written
-from ltloss.training.run.settings import RunConfig, Settings, changed_settings
+from ltloss.training.run.run_config import RunConfig
+from ltloss.training.run.settings import Settings, changed_settings
 from ltloss.training.stored_keys import FORMER_SETTINGS
 
 

@@ -31,9 +31,9 @@ from ltloss.training.run.optimizers import build_optimizers
 from ltloss.training.run.prepare import prepare_data
 from ltloss.training.run.progress import progress_bar
 from ltloss.training.run.ranks import Ranks, copy_to_shard, gather_full, process_group, wrap_distributed
+from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.run_folder import check_same_data, check_still_new, open_run, write_config, write_metrics
 from ltloss.training.run.schedules import first_epoch, learning_rate
-from ltloss.training.run.settings import RunConfig
 from ltloss.training.seeds import derived_seed, numpy_generator, torch_generator
 
 _CHECK_EVERY = 20  # steps between looks at the losses: each look makes a GPU wait

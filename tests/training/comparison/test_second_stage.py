@@ -22,7 +22,8 @@ from ltloss.training.measure.evaluate import measure
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.softmax_loss import SoftmaxLoss
 from ltloss.training.run.prepare import TrainingData, prepare_data
-from ltloss.training.run.settings import RunConfig, Settings
+from ltloss.training.run.run_config import RunConfig
+from ltloss.training.run.settings import Settings
 from ltloss.training.run.trainer import Trainer
 from ltloss.training.seeds import numpy_generator
 

@@ -10,7 +10,8 @@ from helpers.refusals import refused, warned
 
 from ltloss.errors import UserError
 from ltloss.training.model.registry import LOSSES, build_loss, loss_arguments
-from ltloss.training.run.settings import SETTINGS, RunConfig, Settings, changed_settings, read_settings_file
+from ltloss.training.run.run_config import RunConfig, read_settings_file
+from ltloss.training.run.settings import SETTINGS, Settings, changed_settings
 from ltloss.training.run.trainer import TrainingResult
 
 

@@ -26,8 +26,9 @@ from ltloss.training.model.registry import LOSSES
 from ltloss.training.run.checkpoint import save_checkpoint
 from ltloss.training.run.optimizers import build_optimizers
 from ltloss.training.run.prepare import prepare_data
+from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.schedules import learning_rate
-from ltloss.training.run.settings import RunConfig, Settings
+from ltloss.training.run.settings import Settings
 from ltloss.training.run.trainer import Trainer, TrainingResult, train
 
 pytestmark = pytest.mark.slow
