@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+import ltloss
 from ltloss.cli.compare import add_compare, add_recipe, run_compare
 from ltloss.cli.export import EXPORT, add_export, run_export
 from ltloss.cli.values import add_renamed, count, named_value, path, picked, settings_given
@@ -145,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     from ltloss.training.run.fused_settings import FUSED_SETTINGS
 
     parser = _Parser(prog="ltloss", description="Train and use image classifiers on long-tailed data.")
+    parser.add_argument("--version", action="version", version=f"ltloss {ltloss.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], help: str, description: str = "") -> Any:

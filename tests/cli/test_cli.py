@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -136,6 +137,13 @@ def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture
     for name in SETTINGS:
         assert f"--{name.replace('_', '-').replace('loss-options', 'loss-option')}" in shown
     assert "(default: 0.05)" in shown
+
+
+def test_the_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"ltloss {importlib.metadata.version('ltloss')}\n"
 
 
 def test_the_module_runs_as_a_command() -> None:
