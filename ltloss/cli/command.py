@@ -281,11 +281,11 @@ def _train(options: argparse.Namespace) -> int:
 
     _need("PIL", "safetensors", "tqdm", "matplotlib.figure")
     given = read_settings_file(options.config) if options.config else {}
+    on_line = settings_given(options)
     if options.recipe:
         from ltloss.training.comparison.recipes import recipe
 
-        given = {**recipe(options.recipe), **given}
-    on_line = settings_given(options)
+        given = {**recipe(options.recipe, {**given, **on_line}.get("optimizer", "sgd")), **given}
     if "loss_options" in on_line:
         on_line["loss_options"] = {**given.get("loss_options", {}), **on_line["loss_options"]}
     from ltloss.training.pages.run_report import write_report

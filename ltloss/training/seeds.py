@@ -7,6 +7,8 @@ exactly what the uninterrupted one would have drawn.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -26,3 +28,11 @@ def numpy_generator(seed: int, purpose: str, epoch: int = 0) -> np.random.Genera
 def torch_generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
     """A CPU generator of torch for one purpose in one epoch."""
     return torch.Generator().manual_seed(derived_seed(seed, purpose, epoch))
+
+
+@contextmanager
+def torch_seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators (initialisation, dropout) start at ``seed`` inside, and are as before after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

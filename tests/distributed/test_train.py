@@ -155,3 +155,27 @@ def test_several_processes_without_parallel_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refused("--parallel", "none", error=UserError):
         train(tmp_path / "run", {**_settings(_data(tmp_path), 1), "parallel": "none"}, quiet=True)
+
+
+OPTIONS = {"optimizer": "adamw", "clip_norm": 0.5, "accumulate": 2, "ema": 0.9, "batch_size": 8}
+
+
+def _options(rank: int, data: Path, out: Path) -> list[dict[str, Any]]:
+    given = {**_settings(data, 3, "arcface"), **OPTIONS}
+    history = train(out / "whole", given, quiet=True).history
+    if rank == 0:
+        shutil.copytree(out / "whole", out / "resumed")
+        shutil.rmtree(out / "resumed" / "checkpoints" / "epoch-0003")
+    dist.barrier()
+    train(out / "resumed", {}, resume=True, quiet=True)
+    return [{name: row[name] for name in ("train_loss", "train_accuracy")} for row in history]
+
+
+def test_training_options_on_two_ranks(tmp_path: Path) -> None:
+    first, second = world.run(_options, 2, _data(tmp_path), tmp_path)
+    assert first == second
+    assert first[-1]["train_loss"] < first[0]["train_loss"]
+    assert _rows(tmp_path / "whole") == _rows(tmp_path / "resumed")
+    for file in ("model.safetensors", "optimizer.safetensors", "trained.safetensors"):
+        whole, resumed = (tmp_path / name / "checkpoints" / "epoch-0003" / file for name in ("whole", "resumed"))
+        assert whole.read_bytes() == resumed.read_bytes(), file

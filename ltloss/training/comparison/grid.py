@@ -183,7 +183,8 @@ class ComparisonSpec:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Settings of every training but for what its method sets: the recipe, and on top of it what was given."""
-        settings = {**(recipe_settings(self.recipe) if self.recipe else {}), **self.given}
+        chosen = recipe_settings(self.recipe, self.given.get("optimizer", "sgd")) if self.recipe else {}
+        settings = {**chosen, **self.given}
         if not settings.get("data"):
             raise UserError("--data is missing; give digits, a folder of class folders, or a FILE.npz")
         settings["data"] = absolute(settings["data"])

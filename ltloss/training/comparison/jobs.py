@@ -35,6 +35,8 @@ from ltloss.training.stored_keys import stored
 
 # The images themselves are part of a job's key; the groups are made from the accuracies of the classes.
 _MAY_DIFFER = ("data", "device", "workers", "many_threshold", "few_threshold", *FUSED_SETTINGS)
+# What came later counts where it is not as it always was, so that earlier results keep their keys.
+_ADDED = {"optimizer": "sgd", "clip_norm": None, "accumulate": 1, "ema": 0.0}
 _FORMAT = 2  # raise it where the same settings come to mean something else
 
 _DATA_SETTINGS = (
@@ -68,7 +70,7 @@ class Job:
     def key(self) -> str:
         """A name that two jobs share if and only if they compute the same."""
         values = asdict(Settings(**self.settings))
-        facts = stored({name: value for name, value in values.items() if name not in _MAY_DIFFER})
+        facts = stored({name: value for name, value in values.items() if name not in _left_out(values)})
         facts["loss_options"] = {name: _number(value) for name, value in facts["loss_options"].items()}
         second_stage = {name: _number(value) for name, value in self.second_stage.items()}
         known = [_FORMAT, facts, self.fingerprint, self.validation_per_class, second_stage]
@@ -94,6 +96,11 @@ class Job:
             return None
         lacks_model = self.keep_model and not result["failed"] and not self.model_file(out).is_file()
         return None if lacks_model else result
+
+
+def _left_out(values: Mapping[str, Any]) -> set[str]:
+    """Settings that are no part of a key."""
+    return {*_MAY_DIFFER, *(name for name, former in _ADDED.items() if values[name] == former)}
 
 
 def _number(value: Any) -> Any:
@@ -140,7 +147,7 @@ def _trained(trainer: Trainer, data: TrainingData, found: dict[str, Any]) -> Cla
             if found["best"] is None or row["test_accuracy"] > found["best"]["accuracy"]:
                 found["best"] = found["last"]
     found["seconds_per_epoch"] = round(statistics.median(trainer.train_seconds), 4)
-    return trainer.classifier
+    return trainer.kept
 
 
 def _second_stage(

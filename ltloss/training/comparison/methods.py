@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ltloss.errors import UserError, nearest
 from ltloss.losses.defaults import LONG_TAIL_PRIOR
-from ltloss.training.run.settings import SETTINGS
+from ltloss.training.run.settings import SETTINGS, Settings
 
 SecondStage = Literal["post-hoc", "tau-norm", "crt"]
 Values = Mapping[str, Any]  # names of settings, or of options of the loss, with values
@@ -156,7 +156,7 @@ def method(name: str) -> Method:
 def search_space(name: str, settings: Values) -> dict[str, list[Any]]:
     """The values of each axis of a method's search space; factors multiply what ``settings``, the recipe's, say."""
     return {
-        key: [settings.get(key, SETTINGS[key].default) * factor for factor in choice.values]
+        key: [getattr(Settings(**settings), key) * factor for factor in choice.values]
         if isinstance(choice, Factors)
         else list(choice)
         for key, choice in method(name).space.items()

@@ -43,11 +43,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(name: str) -> dict[str, Any]:
-    """The settings of the recipe ``name``; UserError for an unknown name."""
+def recipe(name: str, optimizer: str = "sgd") -> dict[str, Any]:
+    """The settings of the recipe ``name``, whose rate and decay are for SGD alone; UserError for an unknown name."""
     if name not in RECIPES:
         raise UserError(f"--recipe {name} is unknown; {nearest(name, RECIPES)}")
-    return dict(RECIPES[name])
+    foreign = () if optimizer == "sgd" else ("lr", "weight_decay")
+    return {setting: value for setting, value in RECIPES[name].items() if setting not in foreign}
 
 
 def cpu_has_bfloat16() -> bool:

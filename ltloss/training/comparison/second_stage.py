@@ -13,7 +13,6 @@ from ltloss.errors import UserError
 from ltloss.training.data.images import ImageSource
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.softmax_loss import SoftmaxLoss
-from ltloss.training.run.optimizers import build_optimizers
 from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.trainer import Trainer
 from ltloss.training.seeds import numpy_generator
@@ -84,7 +83,7 @@ class ClassifierRetraining(Trainer):
         self.classifier.load_state_dict(kept, strict=False)
         for part in (self.classifier.backbone, self.classifier.norm):
             part.requires_grad_(False)
-        self.optimizers = build_optimizers(self.classifier, self.settings)
+        self.begin()
 
     def _prepare_epoch(self, epoch: int) -> None:
         super()._prepare_epoch(epoch)

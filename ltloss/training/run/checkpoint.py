@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ KEPT = 2
 class Checkpoint:
     """What an epoch leaves behind. ``state`` is JSON: the epoch and the metrics of every epoch so far."""
 
-    model: dict[str, Tensor]
+    model: dict[str, Tensor]  # what is used
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    trained: dict[str, Tensor] = field(default_factory=dict)  # what is trained, where ``model`` is an average of it
 
 
 def save_checkpoint(run: Path, epoch: int, checkpoint: Checkpoint) -> Path:
@@ -36,6 +37,8 @@ def save_checkpoint(run: Path, epoch: int, checkpoint: Checkpoint) -> Path:
     with new_folder(target) as unfinished:
         write_file(unfinished / "model.safetensors", to_bytes(checkpoint.model))
         write_file(unfinished / "optimizer.safetensors", to_bytes(checkpoint.optimizer))
+        if checkpoint.trained:
+            write_file(unfinished / "trained.safetensors", to_bytes(checkpoint.trained))
         write_file(unfinished / "state.json", (json.dumps(checkpoint.state) + "\n").encode())
     for old in _checkpoints(run)[:-KEPT]:
         remove_folder(old)
@@ -49,7 +52,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         _check_state(state)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it to use the one before") from error
-    return Checkpoint(read_tensors(path / "model.safetensors"), read_tensors(path / "optimizer.safetensors"), state)
+    model, optimizer = (read_tensors(path / f"{name}.safetensors") for name in ("model", "optimizer"))
+    trained = path / "trained.safetensors"
+    return Checkpoint(model, optimizer, state, read_tensors(trained) if trained.is_file() else {})
 
 
 def _check_state(state: Any) -> None:

@@ -47,8 +47,23 @@ def check_fused(settings: Settings) -> None:
             "--fused-update needs one loss a step, and --mixup computes two, the second with prototypes that would "
             "have moved; leave one of them out"
         )
-    if settings.state_dtype != "float32" and not settings.momentum:
+    if settings.clip_norm is not None:
+        raise UserError(
+            "--fused-update moves prototypes before the gradients are all there, and --clip-norm needs the norm of all "
+            "of them; leave one of them out"
+        )
+    if settings.accumulate != 1:
+        raise UserError(
+            "--fused-update moves the prototypes in every backward, and --accumulate needs several backwards a step; "
+            "leave one of them out, or take a larger --batch-size"
+        )
+    if settings.state_dtype != "float32" and settings.optimizer == "sgd" and not settings.momentum:
         raise UserError(f"--state-dtype {settings.state_dtype}: with --momentum 0 there is no state; leave it out")
+    if settings.ema and settings.prototype_dtype != "float32":
+        raise UserError(
+            f"--ema averages in the dtype of the prototypes, and in --prototype-dtype {settings.prototype_dtype} its "
+            "small steps would be rounded away; leave one of them out"
+        )
     if settings.rounding is not None and settings.rounding not in _ways(settings):
         kept = f"--prototype-dtype {settings.prototype_dtype} and --state-dtype {settings.state_dtype}"
         choice = f"take {' or '.join(_ways(settings))}" if _ways(settings) else "leave it out"

@@ -1,4 +1,4 @@
-"""The optimizers of a run: SGD over everything, or beside it one that moves the prototypes inside the backward."""
+"""The optimizers of a run: one over everything, or beside it one that moves the prototypes inside the backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from ltloss.errors import UserError
 from ltloss.losses.prototype_head import PrototypeHead
-from ltloss.optim import PrototypeSGD
+from ltloss.optim import PrototypeAdamW, PrototypeSGD
 from ltloss.runtime import current_backend
 from ltloss.training.run.fused_settings import rounding_in_force
 from ltloss.training.seeds import derived_seed
@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     from ltloss.training.run.settings import Settings
 
 
+_CLASSES: dict[str, tuple[Any, Any]] = {  # over the whole network, and of the prototypes inside the backward
+    "sgd": (torch.optim.SGD, PrototypeSGD),
+    "adamw": (torch.optim.AdamW, PrototypeAdamW),
+}
+
+
 def build_optimizers(network: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """SGD over what learns; biases and the factors of normalisation layers do not decay unless the settings say so.
+    """One optimizer over what learns; biases and factors of normalisation layers decay only where the settings say so.
 
     With ``settings.fused_update`` the prototypes of ``network.loss`` have an optimizer of their own, the last one.
     Raises UserError where they cannot.
@@ -34,15 +40,15 @@ def build_optimizers(network: nn.Module, settings: Settings) -> list[torch.optim
         {"params": sharded, "weight_decay": decay},
     ]
     groups = [group for group in groups if group["params"]]
-    lr, momentum = settings.lr, settings.momentum
-    made: list[torch.optim.Optimizer] = [torch.optim.SGD(groups, lr=lr, momentum=momentum)] if groups else []
+    given: dict[str, Any] = {"lr": settings.lr}
+    if settings.optimizer == "sgd":
+        given["momentum"] = settings.momentum
+    whole, in_backward = _CLASSES[settings.optimizer]
+    made = [whole(groups, **given)] if groups else []
     if head is not None:
-        kept: Any = {
-            "state_dtype": getattr(torch, settings.state_dtype),
-            "rounding": rounding_in_force(settings),
-            "seed": derived_seed(settings.seed, "rounding"),
-        }
-        made.append(PrototypeSGD(head, lr=lr, momentum=momentum, weight_decay=decay, **kept))
+        given |= {"weight_decay": decay, "state_dtype": getattr(torch, settings.state_dtype)}
+        given |= {"rounding": rounding_in_force(settings), "seed": derived_seed(settings.seed, "rounding")}
+        made.append(in_backward(head, **given))
     return made
 
 

@@ -24,6 +24,9 @@ PARALLEL = ("none", "class")
 
 AUGMENTATIONS = ("none", "crop", "crop-flip")
 
+# --lr and --weight-decay where they are not given. SGD's decay is part of the gradient, AdamW's acts beside it.
+OPTIMIZERS = {"sgd": {"lr": 0.05, "weight_decay": 5e-4}, "adamw": {"lr": 0.002, "weight_decay": 0.05}}
+
 
 _Allowed = tuple[str, Callable[[Any], bool]]  # in words, and what tells
 
@@ -65,6 +68,10 @@ def _option(default: Any, help: str, allowed: _Allowed | None = None, choices: t
     return field(default=default, metadata={"help": help, "allowed": allowed, "choices": choices})
 
 
+def _by_optimizer(name: str) -> str:
+    return ", ".join(f"{values[name]:g} for {optimizer}" for optimizer, values in OPTIMIZERS.items())
+
+
 @renamed_fields(**FORMER_SETTINGS)
 @dataclass(frozen=True)
 class Settings:
@@ -77,15 +84,25 @@ class Settings:
     backbone: str = _option("small-cnn", "small-cnn, resnet32, or a timm model as timm:NAME")
     imbalance: float = _option(1.0, "long tail: largest class / smallest class", _at_least(1))
     epochs: int = _option(30, "epochs", _at_least(1))
-    batch_size: int = _option(64, "samples a step, give or take one", _at_least(2))
-    lr: float = _option(0.05, "peak learning rate of SGD", _POSITIVE)
-    weight_decay: float = _option(5e-4, "weight decay (not on biases and norms)", _at_least(0))
+    batch_size: int = _option(64, "samples a batch, give or take one", _at_least(2))
+    optimizer: str = _option("sgd", "sgd with momentum, or adamw", choices=tuple(OPTIMIZERS))
+    lr: float = _option(None, f"peak learning rate (default: {_by_optimizer('lr')})", _POSITIVE)
+    weight_decay: float = _option(
+        None, f"weight decay, not on biases and norms (default: {_by_optimizer('weight_decay')})", _at_least(0)
+    )
     decay_all: bool = _option(False, "let weight decay act on biases and norms too")
     momentum: float = _option(0.9, "momentum of SGD", _FRACTION)
     fused_update: bool = _option(False, "move the prototypes inside the backward, without their gradient in memory")
     prototype_dtype: str = _option("float32", "of the prototypes, with --fused-update", choices=tuple(PROTOTYPE_DTYPES))
     state_dtype: str = _option("float32", "of their momentum, with --fused-update", choices=tuple(STATE_DTYPES))
     rounding: str | None = _option(None, "how what is not float32 is written (default: stochastic)", choices=ROUNDINGS)
+    clip_norm: float | None = _option(
+        None, "shorten the gradients of a step to this norm, all together (default: do not)", _POSITIVE
+    )
+    accumulate: int = _option(1, "batches whose gradients make one step", _at_least(1))
+    ema: float = _option(
+        0.0, "measure, keep and use a moving average of the weights, of this decay (0.999; 0: do not)", _FRACTION
+    )
     warmup: float = _option(0.05, "fraction of the steps in which the learning rate rises to --lr", _FRACTION)
     schedule: str = _option(
         "cosine",
@@ -142,6 +159,9 @@ class Settings:
         """Check types and ranges, so that no Settings object holds what a run cannot use."""
         for item in fields(self):
             object.__setattr__(self, item.name, checked(item.name, getattr(self, item.name)))
+        for name, value in OPTIMIZERS[self.optimizer].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         _ = self.thresholds  # which refuses limits that overlap
         check_fused(self)
 

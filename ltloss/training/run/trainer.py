@@ -1,11 +1,11 @@
-"""The training loop: SGD with momentum, one checkpoint an epoch, resumable at any moment."""
+"""The training loop: one checkpoint an epoch, resumable at any moment."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ltloss._files import remove_leftovers, write_file
 from ltloss.class_balance import DeferredWeights, effective_number_weights
-from ltloss.errors import DivergedError, UserError
-from ltloss.optim import PrototypeSGD
+from ltloss.distributed import clip_grad_norm_
+from ltloss.errors import UserError
+from ltloss.optim.prototype_optimizer import PrototypeOptimizer
 from ltloss.soft_labels import takes_soft_labels
 from ltloss.training.data.batches import augment, batch_count, batches
 from ltloss.training.data.images import ImageSource
@@ -25,8 +26,11 @@ from ltloss.training.data.mixup import mix
 from ltloss.training.measure.evaluate import Evaluation, measure
 from ltloss.training.measure.metrics import Metrics, percent
 from ltloss.training.model.classifier import Classifier, check_tensors, choose_device
+from ltloss.training.run.average import WeightAverage
 from ltloss.training.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from ltloss.training.run.divergence import check_finite, diverged
 from ltloss.training.run.lock import owned
+from ltloss.training.run.optimizer_state import load_state, set_steps, state_tensors
 from ltloss.training.run.optimizers import build_optimizers
 from ltloss.training.run.prepare import prepare_data
 from ltloss.training.run.progress import progress_bar
@@ -34,7 +38,7 @@ from ltloss.training.run.ranks import Ranks, copy_to_shard, gather_full, process
 from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.run_folder import check_same_data, check_still_new, open_run, write_config, write_metrics
 from ltloss.training.run.schedules import first_epoch, learning_rate
-from ltloss.training.seeds import derived_seed, numpy_generator, torch_generator
+from ltloss.training.seeds import derived_seed, numpy_generator, torch_generator, torch_seeded
 
 _CHECK_EVERY = 20  # steps between looks at the losses: each look makes a GPU wait
 
@@ -78,7 +82,7 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
                 if trainer.history:
                     write_metrics(out, trainer.history)
             _run_epochs(trainer, data.test, out, quiet or not ranks.first)
-            metrics = measure(trainer.classifier, data.test, settings.thresholds)
+            metrics = measure(trainer.kept, data.test, settings.thresholds)
             evaluation = Evaluation(out, settings.data, "test", config, settings.thresholds, metrics)
             if ranks.first:
                 write_file(out / "evaluation.json", evaluation.to_json().encode())
@@ -117,25 +121,39 @@ class Trainer:
         self.ranks = ranks or Ranks()
         if len(source) < 2 * self.ranks.count:
             raise UserError(f"{len(source)} training images are too few for {self.ranks.count} processes; start fewer")
-        self.steps = batch_count(len(source), self.settings.batch_size, self.ranks.count)
+        self.step_size = self.settings.batch_size * self.settings.accumulate
+        self.steps = batch_count(len(source), self.step_size, self.ranks.count)
+        # Backward passes of a step, alike on all ranks; none has a single image, which batch normalisation cannot use.
+        smallest = len(source) // self.steps // self.ranks.count
+        self.parts = max(1, min(self.settings.accumulate, smallest // 2))
         self.amp = device.type == "cuda" if self.settings.amp is None else self.settings.amp
         self.measure_amp = measure_amp and self.amp
-        with _seeded(derived_seed(self.settings.seed, "initial weights"), device):
+        with torch_seeded(derived_seed(self.settings.seed, "initial weights"), device):
             self.classifier = Classifier(config).to(device)
         if self.amp:  # convolutions and pooling in bfloat16 are several times slower in the other layout
             self.classifier.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.features = wrap_distributed(self.classifier, self.ranks)
         self.class_weights = _deferred_weights(self.classifier, config)
-        self.optimizers = build_optimizers(self.classifier, self.settings)
+        self.begin()
         self.history: list[dict[str, Any]] = []
         self.measured: Metrics | None = None  # of the test split, the last time that it was looked at
         self.train_seconds: list[float] = []  # of each epoch, without its look at the test split
+
+    def begin(self) -> None:
+        """Make the optimizers, and the average of the weights, for the classifier as it is."""
+        self.optimizers = build_optimizers(self.classifier, self.settings)
+        self.average = WeightAverage(self.classifier, self.settings.ema) if self.settings.ema else None
+
+    @property
+    def kept(self) -> Classifier:
+        """What is measured and used: the average of the weights if there is one, else the classifier that learns."""
+        return self.classifier if self.average is None else self.average.classifier
 
     def run_epoch(self, epoch: int, test: ImageSource) -> dict[str, Any]:
         """Train epoch number ``epoch`` (from 1), measure the test split if it is due, and return the new row."""
         start = time.perf_counter()
         dropout = derived_seed(self.settings.seed, self.ranks.purpose("dropout"), epoch)
-        with _seeded(dropout, self.device), warnings.catch_warnings():
+        with torch_seeded(dropout, self.device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "gradients of the prototypes were not finite")  # looked at below
             loss, accuracy = self._train_epoch(epoch)
         self.train_seconds.append(time.perf_counter() - start)
@@ -154,7 +172,7 @@ class Trainer:
         return epoch % self.settings.evaluate_every == 0 or epoch == self.settings.epochs
 
     def _measure(self, test: ImageSource) -> Metrics:
-        self.measured = measure(self.classifier, test, self.settings.thresholds, amp=self.measure_amp)
+        self.measured = measure(self.kept, test, self.settings.thresholds, amp=self.measure_amp)
         return self.measured
 
     def _train_epoch(self, epoch: int) -> tuple[float, float]:
@@ -167,32 +185,60 @@ class Trainer:
         losses = torch.zeros(self.steps, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         mine = {"rank": self.ranks.rank, "ranks": self.ranks.count}
-        for step, batch in enumerate(batches(self.source, settings.batch_size, self._order(epoch), **mine)):
+        for step, batch in enumerate(batches(self.source, self.step_size, self._order(epoch), **mine)):
             images = augment(batch.images.to(self.device), settings.augment, generator, settings.crop_pad)
             labels = batch.labels.to(self.device)
-            lr = learning_rate(settings, (epoch - 1) * self.steps + step, settings.epochs * self.steps)
-            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-                group["lr"] = lr
-            loss, features = self._forward(images, labels, mixing)
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            for optimizer in self.optimizers:
-                optimizer.step()
-            losses[step] = loss.detach()
+            done = (epoch - 1) * self.steps + step
+            lr = learning_rate(settings, done, settings.epochs * self.steps)
+            loss, features = self._step(images, labels, mixing, lr)
+            if self.average is not None:
+                self.average.update(done + 1)
+            losses[step] = loss
             with torch.no_grad():
-                correct += (self.classifier.loss.predict(features.detach()).index[:, 0] == labels).sum()
+                correct += (self.classifier.loss.predict(features).index[:, 0] == labels).sum()
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == self.steps:
-                _check_finite(losses[: step + 1], epoch, self.steps, lr)
+                check_finite(losses[: step + 1], epoch, self.steps, lr)
                 self._check_moved(epoch, lr)
         return losses.double().mean().item(), self.ranks.sum(correct).item() / len(self.source)
+
+    def _step(self, images: Tensor, labels: Tensor, mixing: np.random.Generator, lr: float) -> tuple[Tensor, Tensor]:
+        """Move the weights once; the loss, a scalar, and features (B, D) of the images (B, channels, H, W)."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
+        loss, features = self._backward(images, labels, mixing)
+        if self.settings.clip_norm is not None:
+            clip_grad_norm_(self.classifier.parameters(), self.settings.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss, features
+
+    def _backward(self, images: Tensor, labels: Tensor, mixing: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """The gradients of the mean loss of a step, part by part; that loss, and the features (B, D)."""
+        others, fraction = labels, 1.0
+        if self.settings.mixup:
+            images, others, fraction = mix(images, labels, self.settings.mixup, mixing)
+        if self.parts == 1:
+            loss, features = self._forward(images, labels, others, fraction)
+            torch.autograd.backward(loss)
+            return loss.detach(), features.detach()
+        parts = [tensor.tensor_split(self.parts) for tensor in (images, labels, others)]
+        sizes = self.ranks.sum(torch.tensor([len(part) for part in parts[1]], device=self.device))
+        losses, seen = [], []
+        for x, y, other, share in zip(*parts, sizes / sizes.sum(), strict=True):
+            loss, features = self._forward(x, y, other, fraction)
+            torch.autograd.backward(loss * share)
+            losses.append(loss.detach() * share)
+            seen.append(features.detach())
+        return torch.stack(losses).sum(), torch.cat(seen)
 
     def _check_moved(self, epoch: int, lr: float) -> None:
         """An update inside the backward leaves out a step that would end in NaN, which would hide it."""
         for optimizer in self.optimizers:
-            if isinstance(optimizer, PrototypeSGD) and optimizer.skipped_steps:
+            if isinstance(optimizer, PrototypeOptimizer) and optimizer.skipped_steps:
                 times = f"{optimizer.skipped_steps} of {self.steps} steps"
-                raise _diverged(f"a gradient of the prototypes was not finite in {times} of epoch {epoch}", lr)
+                raise diverged(f"a gradient of the prototypes was not finite in {times} of epoch {epoch}", lr)
 
     def _prepare_epoch(self, epoch: int) -> None:
         self.classifier.train()
@@ -203,20 +249,16 @@ class Trainer:
         """Indices of the images of an epoch, in the order in which they are seen."""
         return numpy_generator(self.settings.seed, "order", epoch).permutation(len(self.source))
 
-    def _forward(self, images: Tensor, labels: Tensor, mixing: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Loss, a scalar, and features (B, D) of images (B, channels, H, W) with labels (B,)."""
-        head = self.classifier.loss
+    def _forward(self, images: Tensor, labels: Tensor, others: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+        """Loss, a scalar, and features (B, D) of images (B, channels, H, W), ``fraction`` of which shows ``labels``."""
+        head, features = self.classifier.loss, self._features(images)
         if not self.settings.mixup:
-            features = self._features(images)
             return head(features, labels), features
-        mixed, other_labels, fraction = mix(images, labels, self.settings.mixup, mixing)
-        features = self._features(mixed)
         if takes_soft_labels(head):  # both losses in one pass
-            both = torch.stack([labels, other_labels], 1)
+            both = torch.stack([labels, others], 1)
             weight = features.new_tensor([fraction, 1 - fraction], dtype=torch.float32)
             return head(features, both, label_weight=weight.expand(both.shape)), features
-        loss = fraction * head(features, labels) + (1 - fraction) * head(features, other_labels)
-        return loss, features
+        return fraction * head(features, labels) + (1 - fraction) * head(features, others), features
 
     def _features(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -225,55 +267,29 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next epoch depends on, in one piece also where classes are spread over ranks."""
-        states = self._states()
-        momentum = {
-            name: states[parameter]["momentum_buffer"]
-            for name, parameter in self.classifier.named_parameters()
-            if states.get(parameter, {}).get("momentum_buffer") is not None
-        }
+        trained = self.classifier.state_dict()
         return Checkpoint(
-            model=gather_full(self.classifier.state_dict()),
-            optimizer=gather_full(momentum | self._compensation()),
+            model=gather_full(self.kept.state_dict()),
+            optimizer=gather_full(state_tensors(self.optimizers, dict(self.classifier.named_parameters()))),
             state={"epoch": len(self.history), "history": self.history},
+            trained=gather_full({} if self.average is None else trained),
         )
-
-    def _states(self) -> dict[Tensor, dict[str, Any]]:
-        """What the optimizers keep about each parameter."""
-        return {
-            parameter: optimizer.state[parameter]
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-
-    def _compensation(self) -> dict[str, Tensor]:
-        """What Kahan's rounding of the prototypes cut off, by the name that it has in a checkpoint."""
-        head = self.optimizers[-1]
-        kept = head.state[head.weight].get("compensation") if isinstance(head, PrototypeSGD) else None
-        return {} if kept is None else {"loss.weight.compensation": kept}
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint directory; UserError where it is damaged or belongs to another model."""
         checkpoint = load_checkpoint(path)
-        check_tensors(path / "model.safetensors", checkpoint.model, self.classifier.state_dict())
-        parameters, compensation = dict(self.classifier.named_parameters()), self._compensation()
-        # Momentum belongs to every parameter or, with momentum 0, to none.
-        wanted = {**(parameters if self.settings.momentum else {}), **compensation}
-        check_tensors(path / "optimizer.safetensors", checkpoint.optimizer, wanted)
-        for name, tensor in self.classifier.state_dict().items():
-            copy_to_shard(tensor, checkpoint.model[name])
-        self.history, states = checkpoint.state["history"], self._states()
-        for name, kept in checkpoint.optimizer.items():
-            if name in compensation:
-                copy_to_shard(compensation[name], kept)
-                continue
-            state = states[parameters[name]]
-            if "momentum_buffer" not in state:  # of prototypes it is there, and may have another dtype than they
-                state["momentum_buffer"] = torch.zeros_like(parameters[name], requires_grad=False)
-            copy_to_shard(state["momentum_buffer"], kept)
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, PrototypeSGD):  # its first step would begin a momentum
-                optimizer.state[optimizer.weight]["step"].fill_(len(self.history) * self.steps)
+        models = {"model": (self.kept, checkpoint.model)}
+        if self.average is not None:
+            models["trained"] = (self.classifier, checkpoint.trained)
+        for name, (model, tensors) in models.items():
+            check_tensors(path / f"{name}.safetensors", tensors, model.state_dict())
+        parameters = dict(self.classifier.named_parameters())
+        load_state(self.optimizers, parameters, checkpoint.optimizer, path / "optimizer.safetensors")
+        for model, tensors in models.values():
+            for name, tensor in model.state_dict().items():
+                copy_to_shard(tensor, tensors[name])
+        self.history = checkpoint.state["history"]
+        set_steps(self.optimizers, len(self.history) * self.steps)
 
 
 def _deferred_weights(classifier: Classifier, config: RunConfig) -> DeferredWeights | None:
@@ -286,31 +302,8 @@ def _deferred_weights(classifier: Classifier, config: RunConfig) -> DeferredWeig
     return DeferredWeights(weights, first_epoch(settings.drw_start, settings.epochs))
 
 
-def _check_finite(losses: Tensor, epoch: int, steps: int, lr: float) -> None:
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        step = int(bad[0]) + 1
-        raise _diverged(f"the loss is {losses[step - 1].item()} at step {step} of {steps} in epoch {epoch}", lr)
-
-
-def _diverged(what: str, lr: float) -> DivergedError:
-    return DivergedError(
-        f"{what} (learning rate {lr:.3g})",
-        "start a new --out with a lower --lr, or with a smaller --scale where it is extreme. Earlier checkpoints are "
-        "untouched",
-    )
-
-
 def _test_columns(metrics: Metrics | None) -> dict[str, float | None]:
     """The columns about the test split; None in all of them where it was not measured."""
     names = ("balanced_accuracy", "many", "medium", "few", "calibration_error", "feature_norm_mean", "own_angle_mean")
     columns = {"test_loss": "loss", "test_accuracy": "accuracy", **{name: name for name in names}}
     return {column: None if metrics is None else getattr(metrics, name) for column, name in columns.items()}
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators (initialisation, dropout) start at ``seed`` inside, and are as before after it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

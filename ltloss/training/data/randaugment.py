@@ -1,0 +1,63 @@
+"""RandAugment: two random operations on every image, with Pillow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+OPERATIONS_PER_IMAGE, LEVEL = 2, 9 / 30  # n and M of Cubuk et al., as they trained ImageNet
+
+_Operation = Callable[[Image.Image, float], Image.Image]  # of an image and a level in [-1, 1]
+
+
+def _moved(image: Image.Image, *rows: float) -> Image.Image:
+    """Pixel (x, y) is that of (a·x + b·y + c, d·x + e·y + f) in the image; black where that lies outside."""
+    return image.transform(image.size, Image.Transform.AFFINE, rows, resample=Image.Resampling.BILINEAR)
+
+
+def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> _Operation:
+    return lambda image, level: kind(image).enhance(1 + 0.9 * level)
+
+
+# With the ranges of the paper at level 1: 30°, 0.3 of a side a side, 150 of 331 pixels, 4 bits, half of all greys.
+OPERATIONS: dict[str, _Operation] = {
+    "identity": lambda image, level: image,
+    "autocontrast": lambda image, level: ImageOps.autocontrast(image),
+    "equalize": lambda image, level: ImageOps.equalize(image),
+    "rotate": lambda image, level: image.rotate(30 * level, resample=Image.Resampling.BILINEAR),
+    "solarize": lambda image, level: ImageOps.solarize(image, round(256 * (1 - abs(level)))),
+    "posterize": lambda image, level: ImageOps.posterize(image, 8 - round(4 * abs(level))),
+    "color": _enhanced(ImageEnhance.Color),
+    "contrast": _enhanced(ImageEnhance.Contrast),
+    "brightness": _enhanced(ImageEnhance.Brightness),
+    "sharpness": _enhanced(ImageEnhance.Sharpness),
+    "shear-x": lambda image, level: _moved(image, 1, 0.3 * level, -0.15 * level * image.height, 0, 1, 0),
+    "shear-y": lambda image, level: _moved(image, 1, 0, 0, 0.3 * level, 1, -0.15 * level * image.width),
+    "translate-x": lambda image, level: _moved(image, 1, 0, round(150 / 331 * level * image.width), 0, 1, 0),
+    "translate-y": lambda image, level: _moved(image, 1, 0, 0, 0, 1, round(150 / 331 * level * image.height)),
+}
+
+
+def rand_augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (B, 1 or 3, H, W) uint8 on the CPU, each after two operations drawn evenly, at level 9 of 30.
+
+    Level and direction: those of the operation that have a direction take either at random. ``generator`` is on the
+    CPU and decides everything.
+
+    Source: Cubuk et al., RandAugment: practical automated data augmentation with a reduced search space, NeurIPS 2020,
+    figure 2, with the 14 operations of its section 3.1.
+    """
+    kinds, operations = (len(images), OPERATIONS_PER_IMAGE), list(OPERATIONS.values())
+    drawn = torch.randint(len(operations), kinds, generator=generator).tolist()
+    levels = (LEVEL * (2 * torch.randint(2, kinds, generator=generator) - 1)).tolist()
+    changed = []
+    for pixels, chosen, level in zip(images.numpy().transpose(0, 2, 3, 1), drawn, levels, strict=True):
+        image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+        for index, strength in zip(chosen, level, strict=True):
+            image = operations[index](image, strength)
+        changed.append(np.asarray(image).reshape(pixels.shape))
+    return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).contiguous()

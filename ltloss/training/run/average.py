@@ -1,0 +1,43 @@
+"""A moving average of the weights of a training, which is what is measured, kept and used."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from ltloss.distributed.layout import local
+from ltloss.training.model.classifier import Classifier
+
+
+class WeightAverage:
+    """The exponential moving average a ← d·a + (1 − d)·w of a classifier's weights w, one update a step.
+
+    d is min(decay, (1 + t) / (10 + t)) at step t (from 1), so that a short run does not keep its initial weights. The
+    running statistics of batch normalisation are averaged alike. The loss's own buffers (centres, counts) are means
+    already: they and whole numbers are copied.
+
+    Source: ``tf.train.ExponentialMovingAverage`` with ``num_updates``; the idea: Polyak and Juditsky, Acceleration of
+    stochastic approximation by averaging, SIAM J. Control Optim. 1992.
+    """
+
+    def __init__(self, trained: Classifier, decay: float) -> None:
+        self._trained, self._decay = trained, decay
+        self.classifier = copy.deepcopy(trained).requires_grad_(False)
+        self._averaged = {name for name, _ in trained.named_parameters()}
+        self._averaged |= {
+            name
+            for name, buffer in trained.named_buffers()
+            if buffer.is_floating_point() and not name.startswith("loss.")
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after step number ``step`` (from 1)."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        now = self._trained.state_dict()
+        for name, average in self.classifier.state_dict().items():
+            if name in self._averaged:
+                local(average).lerp_(local(now[name]), 1 - decay)
+            else:
+                local(average).copy_(local(now[name]))
