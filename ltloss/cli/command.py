@@ -177,7 +177,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--out", type=path, required=True, metavar="RUN", help="the run folder to write")
     train.add_argument("--config", type=path, metavar="FILE", help="settings from TOML or JSON; the command line wins")
     train.add_argument("--resume", action="store_true", help="continue the run in --out (with its own settings)")
-    train.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+    train.add_argument("--quiet", action="store_true", help="no progress, no table")
     add_recipe(train)
     _add_settings(train)
 

@@ -80,10 +80,10 @@ def test_interrupted_training_keeps_its_checkpoint_and_says_how_to_continue(
 
     original = Trainer.run_epoch
 
-    def interrupted(self: Trainer, epoch: int, test: object) -> object:
+    def interrupted(self: Trainer, epoch: int, *given: object) -> object:
         if epoch == 2:
             raise KeyboardInterrupt
-        return original(self, epoch, test)  # type: ignore[arg-type]
+        return original(self, epoch, *given)  # type: ignore[arg-type]
 
     out = tmp_path / "run"
     line = ["train", "--data", str(toy_npz), "--out", str(out), *SMALL, "--epochs", "3", "--quiet"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ltloss.training.data.batches import augment, batch_count, batches
 from ltloss.training.data.images import ImageSource
 from ltloss.training.data.mixup import mix
 from ltloss.training.measure.evaluate import Evaluation, measure
-from ltloss.training.measure.metrics import Metrics, percent
+from ltloss.training.measure.metrics import Metrics
 from ltloss.training.model.classifier import Classifier, check_tensors, choose_device
 from ltloss.training.run.average import WeightAverage
 from ltloss.training.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -33,7 +33,7 @@ from ltloss.training.run.lock import owned
 from ltloss.training.run.optimizer_state import load_state, set_steps, state_tensors
 from ltloss.training.run.optimizers import build_optimizers
 from ltloss.training.run.prepare import prepare_data
-from ltloss.training.run.progress import progress_bar
+from ltloss.training.run.progress import EpochProgress
 from ltloss.training.run.ranks import Ranks, copy_to_shard, gather_full, process_group, wrap_distributed
 from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.run_folder import check_same_data, check_still_new, open_run, write_config, write_metrics
@@ -92,15 +92,14 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
 def _run_epochs(trainer: Trainer, test: ImageSource, out: Path, quiet: bool) -> None:
     """The epochs that are left, each with its checkpoint and its row of metrics."""
     epochs = trainer.settings.epochs
-    with progress_bar(total=epochs, done=len(trainer.history), quiet=quiet) as progress:
+    with closing(EpochProgress(epochs, quiet=quiet)) as progress:
         for epoch in range(len(trainer.history) + 1, epochs + 1):
-            row = trainer.run_epoch(epoch, test)
+            row = trainer.run_epoch(epoch, test, progress)
             checkpoint = trainer.checkpoint()
             if trainer.ranks.first:
                 save_checkpoint(out, epoch, checkpoint)
                 write_metrics(out, trainer.history)
-            progress.set_postfix(loss=f"{row['train_loss']:.3f}", test=percent(row["test_accuracy"]))
-            progress.update()
+            progress.end(row)
 
 
 class Trainer:
@@ -149,13 +148,15 @@ class Trainer:
         """What is measured and used: the average of the weights if there is one, else the classifier that learns."""
         return self.classifier if self.average is None else self.average.classifier
 
-    def run_epoch(self, epoch: int, test: ImageSource) -> dict[str, Any]:
+    def run_epoch(self, epoch: int, test: ImageSource, progress: EpochProgress | None = None) -> dict[str, Any]:
         """Train epoch number ``epoch`` (from 1), measure the test split if it is due, and return the new row."""
+        progress = progress or EpochProgress(self.settings.epochs)
+        progress.begin(epoch, self.steps)
         start = time.perf_counter()
         dropout = derived_seed(self.settings.seed, self.ranks.purpose("dropout"), epoch)
         with torch_seeded(dropout, self.device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "gradients of the prototypes were not finite")  # looked at below
-            loss, accuracy = self._train_epoch(epoch)
+            loss, accuracy = self._train_epoch(epoch, progress)
         self.train_seconds.append(time.perf_counter() - start)
         row = {
             "epoch": epoch,
@@ -175,7 +176,7 @@ class Trainer:
         self.measured = measure(self.kept, test, self.settings.thresholds, amp=self.measure_amp)
         return self.measured
 
-    def _train_epoch(self, epoch: int) -> tuple[float, float]:
+    def _train_epoch(self, epoch: int, progress: EpochProgress) -> tuple[float, float]:
         """Mean loss over the steps and training accuracy, both while the weights change."""
         settings = self.settings
         self._prepare_epoch(epoch)
@@ -199,6 +200,9 @@ class Trainer:
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == self.steps:
                 check_finite(losses[: step + 1], epoch, self.steps, lr)
                 self._check_moved(epoch, lr)
+                progress.step(losses[: step + 1].mean().item())
+            else:
+                progress.step()
         return losses.double().mean().item(), self.ranks.sum(correct).item() / len(self.source)
 
     def _step(self, images: Tensor, labels: Tensor, mixing: np.random.Generator, lr: float) -> tuple[Tensor, Tensor]:
