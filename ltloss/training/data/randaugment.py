@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
@@ -42,11 +44,11 @@ OPERATIONS: dict[str, _Operation] = {
 }
 
 
-def rand_augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def rand_augment(images: Tensor, generator: torch.Generator, workers: int = 1) -> Tensor:
     """Images (B, 1 or 3, H, W) uint8 on the CPU, each after two operations drawn evenly, at level 9 of 30.
 
-    Level and direction: those of the operation that have a direction take either at random. ``generator`` is on the
-    CPU and decides everything.
+    Operations that have a direction take either at random. ``generator``, on the CPU, decides everything, however many
+    threads there are.
 
     Source: Cubuk et al., RandAugment: practical automated data augmentation with a reduced search space, NeurIPS 2020,
     figure 2, with the 14 operations of its section 3.1.
@@ -54,10 +56,17 @@ def rand_augment(images: Tensor, generator: torch.Generator) -> Tensor:
     kinds, operations = (len(images), OPERATIONS_PER_IMAGE), list(OPERATIONS.values())
     drawn = torch.randint(len(operations), kinds, generator=generator).tolist()
     levels = (LEVEL * (2 * torch.randint(2, kinds, generator=generator) - 1)).tolist()
-    changed = []
-    for pixels, chosen, level in zip(images.numpy().transpose(0, 2, 3, 1), drawn, levels, strict=True):
+
+    def changed(pixels: np.ndarray, chosen: list[int], strengths: list[float]) -> np.ndarray:
         image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-        for index, strength in zip(chosen, level, strict=True):
-            image = operations[index](image, strength)
-        changed.append(np.asarray(image).reshape(pixels.shape))
-    return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).contiguous()
+        for index, level in zip(chosen, strengths, strict=True):
+            image = operations[index](image, level)
+        return np.asarray(image).reshape(pixels.shape)
+
+    found = list(_pool(workers).map(changed, images.numpy().transpose(0, 2, 3, 1), drawn, levels))
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="augment")

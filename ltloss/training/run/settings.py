@@ -22,7 +22,7 @@ from ltloss.training.stored_keys import FORMER_SETTINGS
 
 PARALLEL = ("none", "class")
 
-AUGMENTATIONS = ("none", "crop", "crop-flip")
+AUGMENTATIONS = ("none", "crop", "crop-flip", "randaugment")
 
 # --lr and --weight-decay where they are not given. SGD's decay is part of the gradient, AdamW's acts beside it.
 OPTIMIZERS = {"sgd": {"lr": 0.05, "weight_decay": 5e-4}, "adamw": {"lr": 0.002, "weight_decay": 0.05}}
@@ -135,7 +135,9 @@ class Settings:
         None, "side in pixels (default: that of the data; folders: 64 if large)", _at_least(4)
     )
     channels: int | None = _option(None, "1 or 3 (default: those of the data)", ("1 or 3", lambda v: v in (1, 3)))
-    augment: str = _option("crop", "random shift by --crop-pad, and flip", choices=AUGMENTATIONS)
+    augment: str = _option(
+        "crop", "random shift by --crop-pad, and flip; randaugment: two of its operations first", choices=AUGMENTATIONS
+    )
     crop_pad: int | None = _option(None, "largest shift in pixels (default: an eighth of the side)", _at_least(0))
     limit_per_class: int | None = _option(None, "use at most N training images a class", _at_least(1))
     limit_test: int | None = _option(None, "use at most N test images", _at_least(1))
@@ -153,7 +155,7 @@ class Settings:
         "class: under torchrun, the classes spread over the processes and the backbone under DDP",
         choices=PARALLEL,
     )
-    workers: int = _option(4, "threads that decode images of a folder", _at_least(1))
+    workers: int = _option(4, "threads that decode images of a folder, and that RandAugment has", _at_least(1))
 
     def __post_init__(self) -> None:
         """Check types and ranges, so that no Settings object holds what a run cannot use."""

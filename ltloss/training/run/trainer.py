@@ -23,6 +23,7 @@ from ltloss.soft_labels import takes_soft_labels
 from ltloss.training.data.batches import augment, batch_count, batches
 from ltloss.training.data.images import ImageSource
 from ltloss.training.data.mixup import mix
+from ltloss.training.data.randaugment import rand_augment
 from ltloss.training.measure.evaluate import Evaluation, measure
 from ltloss.training.measure.metrics import Metrics
 from ltloss.training.model.classifier import Classifier, check_tensors, choose_device
@@ -187,7 +188,7 @@ class Trainer:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         mine = {"rank": self.ranks.rank, "ranks": self.ranks.count}
         for step, batch in enumerate(batches(self.source, self.step_size, self._order(epoch), **mine)):
-            images = augment(batch.images.to(self.device), settings.augment, generator, settings.crop_pad)
+            images = self._augmented(batch.images, generator)
             labels = batch.labels.to(self.device)
             done = (epoch - 1) * self.steps + step
             lr = learning_rate(settings, done, settings.epochs * self.steps)
@@ -204,6 +205,12 @@ class Trainer:
             else:
                 progress.step()
         return losses.double().mean().item(), self.ranks.sum(correct).item() / len(self.source)
+
+    def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        kind = self.settings.augment
+        if kind == "randaugment":
+            images, kind = rand_augment(images.cpu(), generator, self.settings.workers), "crop-flip"
+        return augment(images.to(self.device), kind, generator, self.settings.crop_pad)
 
     def _step(self, images: Tensor, labels: Tensor, mixing: np.random.Generator, lr: float) -> tuple[Tensor, Tensor]:
         """Move the weights once; the loss, a scalar, and features (B, D) of the images (B, channels, H, W)."""

@@ -95,7 +95,7 @@ def test_training_leaves_the_global_generator_alone(toy_npz: Path, tmp_path: Pat
         ("arcface", {"fused_update": True, "prototype_dtype": "bfloat16", "state_dtype": "bfloat16"}),
         ("arcface", {"fused_update": True, "prototype_dtype": "float8_e4m3fn", "state_dtype": "bfloat16"}),
         ("long-tail", {"optimizer": "adamw", "ema": 0.9, "clip_norm": 0.5, "accumulate": 2}),
-        ("arcface", {"optimizer": "adamw", "loss_options": {"sub_centers": 2}}),
+        ("arcface", {"optimizer": "adamw", "loss_options": {"sub_centers": 2}, "augment": "randaugment"}),
         ("arcface", {"optimizer": "adamw", "fused_update": True, "ema": 0.9}),
         ("arcface", {"optimizer": "adamw", "fused_update": True, "prototype_dtype": "bfloat16", "rounding": "kahan"}),
     ],
