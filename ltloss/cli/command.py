@@ -144,6 +144,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     from ltloss.training.run.fused_settings import FUSED_SETTINGS
+    from ltloss.training.run.settings import OF_A_RUN
 
     parser = _Parser(prog="ltloss", description="Train and use image classifiers on long-tailed data.")
     parser.add_argument("--version", action="version", version=f"ltloss {ltloss.__version__}")
@@ -157,7 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(add("train", _train, "train a classifier", "Train a classifier into a run folder."))
     compare = add("compare", run_compare, "compare methods over seeds, tuned alike")
     add_compare(compare)
-    _add_settings(compare, without=("loss", "seed", "parallel", *FUSED_SETTINGS))
+    _add_settings(compare, without=("loss", "seed", "parallel", *FUSED_SETTINGS, *OF_A_RUN))
     _add_evaluate(add("evaluate", _evaluate, "measure a run on labelled images"))
     _add_predict(add("predict", _predict, "classify a folder of images and make a gallery of them"))
     add_export(add("export", run_export, "write a run as one file for serving: ONNX or torch.export", EXPORT))

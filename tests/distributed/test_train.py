@@ -158,6 +158,7 @@ def test_several_processes_without_parallel_are_refused(tmp_path: Path, monkeypa
 
 
 OPTIONS = {"optimizer": "adamw", "clip_norm": 0.5, "accumulate": 2, "ema": 0.9, "batch_size": 8}
+OPTIONS |= {"validation_fraction": 0.2, "early_stopping": 3}
 
 
 def _options(rank: int, data: Path, out: Path) -> list[dict[str, Any]]:
@@ -168,7 +169,10 @@ def _options(rank: int, data: Path, out: Path) -> list[dict[str, Any]]:
         shutil.rmtree(out / "resumed" / "checkpoints" / "epoch-0003")
     dist.barrier()
     train(out / "resumed", {}, resume=True, quiet=True)
-    return [{name: row[name] for name in ("train_loss", "train_accuracy")} for row in history]
+    return [
+        {name: row[name] for name in ("train_loss", "train_accuracy", "validation_balanced_accuracy")}
+        for row in history
+    ]
 
 
 def test_training_options_on_two_ranks(tmp_path: Path) -> None:

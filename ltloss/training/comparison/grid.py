@@ -38,7 +38,7 @@ from ltloss.training.run.fused_settings import FUSED_SETTINGS
 from ltloss.training.run.lock import owned, refuse_if_written
 from ltloss.training.run.prepare import apply_limits, load_split
 from ltloss.training.run.run_folder import refuse_foreign_files
-from ltloss.training.run.settings import SETTINGS, Settings
+from ltloss.training.run.settings import OF_A_RUN, SETTINGS, Settings
 from ltloss.training.stored_keys import FORMER_SETTINGS, stored
 
 MANIFEST = "compare.json"
@@ -48,6 +48,7 @@ NOT_GIVEN = {
     "seed": "it has --seeds",
     "parallel": "it has --jobs",
     **dict.fromkeys(FUSED_SETTINGS, "softmax and mixup cannot have it"),
+    **dict.fromkeys(OF_A_RUN, "its trainings are all of --epochs, and --tune holds images out"),
 }
 _Chosen = Mapping[str, Mapping[str, Any]]
 

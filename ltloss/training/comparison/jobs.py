@@ -29,12 +29,12 @@ from ltloss.training.model.classifier import Classifier, choose_device
 from ltloss.training.run.checkpoint import read_tensors, to_bytes
 from ltloss.training.run.fused_settings import FUSED_SETTINGS
 from ltloss.training.run.prepare import TrainingData, apply_limits, load_split, prepare_data, run_config
-from ltloss.training.run.settings import Settings
+from ltloss.training.run.settings import OF_A_RUN, Settings
 from ltloss.training.run.trainer import Trainer
 from ltloss.training.stored_keys import stored
 
 # The images themselves are part of a job's key; the groups are made from the accuracies of the classes.
-_MAY_DIFFER = ("data", "device", "workers", "many_threshold", "few_threshold", *FUSED_SETTINGS)
+_MAY_DIFFER = ("data", "device", "workers", "many_threshold", "few_threshold", *FUSED_SETTINGS, *OF_A_RUN)
 # What came later counts where it is not as it always was, so that earlier results keep their keys.
 _ADDED = {"optimizer": "sgd", "clip_norm": None, "accumulate": 1, "ema": 0.0}
 _FORMAT = 2  # raise it where the same settings come to mean something else

@@ -49,10 +49,12 @@ def keep_per_class(labels: np.ndarray, counts: np.ndarray, seed: int, purpose: s
     return np.sort(by_class[rank < counts[labels[by_class]]])
 
 
-def stratified_split(labels: np.ndarray, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted (train, test) indices with ``test_fraction`` of each class in test; a class of one sample stays in
-    train."""
+def stratified_split(
+    labels: np.ndarray, test_fraction: float, seed: int, purpose: str = "split"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted (train, test) indices with ``test_fraction`` of each class in test, at least one sample and at most all
+    but one; a class of one sample stays in train. ``purpose`` names the random stream."""
     sizes = np.bincount(labels)
-    test_counts = np.where(sizes > 1, np.maximum(np.round(sizes * test_fraction), 1), 0).astype(np.int64)
-    test = keep_per_class(labels, test_counts, seed, "split")
+    test_counts = np.round(sizes * test_fraction).clip(1, np.maximum(sizes - 1, 1))
+    test = keep_per_class(labels, np.where(sizes > 1, test_counts, 0).astype(np.int64), seed, purpose)
     return np.setdiff1d(np.arange(len(labels)), test), test

@@ -16,7 +16,8 @@ from ltloss.training.measure.class_groups import Thresholds
 # One row of metrics.csv.
 COLUMNS = (
     *("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "balanced_accuracy"),
-    *("many", "medium", "few", "calibration_error", "feature_norm_mean", "own_angle_mean", "seconds"),
+    *("many", "medium", "few", "calibration_error", "feature_norm_mean", "own_angle_mean"),
+    *("validation_balanced_accuracy", "seconds"),
 )
 
 

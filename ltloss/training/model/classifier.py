@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ltloss.errors import UserError
 from ltloss.training.model.backbones import build_backbone
 from ltloss.training.model.registry import build_loss
-from ltloss.training.run.checkpoint import latest_checkpoint, read_tensors
+from ltloss.training.run.checkpoint import checkpoint_in_use, read_tensors
 from ltloss.training.run.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, run_dir: str | Path, device: str | torch.device | None = None) -> Classifier:
-        """The classifier of a run's newest checkpoint, in evaluation mode.
+        """The classifier of a run's newest checkpoint (with early stopping the best one), in evaluation mode.
 
         Raises UserError where run_dir is no run, has no checkpoint yet, or its checkpoint does not fit.
         """
         run = Path(run_dir)
         classifier = cls(RunConfig.read(run))
-        checkpoint = latest_checkpoint(run)
+        checkpoint = checkpoint_in_use(run)
         if checkpoint is None:
             raise UserError(f"{run} has no checkpoint yet; finish an epoch with `ltloss train --resume --out {run}`")
         weights = read_tensors(checkpoint / "model.safetensors")

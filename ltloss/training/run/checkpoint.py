@@ -30,18 +30,21 @@ class Checkpoint:
 
 
 def save_checkpoint(run: Path, epoch: int, checkpoint: Checkpoint) -> Path:
-    """Write RUN/checkpoints/epoch-NNNN and drop all but the newest two."""
+    """Write RUN/checkpoints/epoch-NNNN and drop all but the newest two, and what they say is to be used."""
     folder = run / "checkpoints"
     folder.mkdir(exist_ok=True)
-    target = folder / f"epoch-{epoch:04d}"
+    target = checkpoint_path(run, epoch)
     with new_folder(target) as unfinished:
         write_file(unfinished / "model.safetensors", to_bytes(checkpoint.model))
         write_file(unfinished / "optimizer.safetensors", to_bytes(checkpoint.optimizer))
         if checkpoint.trained:
             write_file(unfinished / "trained.safetensors", to_bytes(checkpoint.trained))
         write_file(unfinished / "state.json", (json.dumps(checkpoint.state) + "\n").encode())
-    for old in _checkpoints(run)[:-KEPT]:
-        remove_folder(old)
+    found = _checkpoints(run)
+    needed = {*found[-KEPT:], *map(_used, found[-KEPT:])}
+    for old in found:
+        if old not in needed:
+            remove_folder(old)
     return target
 
 
@@ -82,6 +85,25 @@ def latest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint directory of a run, or None."""
     found = _checkpoints(run)
     return found[-1] if found else None
+
+
+def checkpoint_in_use(run: Path) -> Path | None:
+    """The checkpoint that is measured and used: the newest, or with early stopping that of the best epoch so far."""
+    newest = latest_checkpoint(run)
+    return None if newest is None else _used(newest)
+
+
+def _used(path: Path) -> Path:
+    """What a checkpoint says is to be used: the one of the epoch ``best`` in its state, or itself."""
+    try:
+        return checkpoint_path(path.parents[1], json.loads((path / "state.json").read_text(encoding="utf-8"))["best"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # damage is reported where all is read
+        return path
+
+
+def checkpoint_path(run: Path, epoch: int) -> Path:
+    """Where the checkpoint of an epoch (from 1) lies."""
+    return run / "checkpoints" / f"epoch-{epoch:04d}"
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 import ltloss
+from ltloss.errors import UserError
 from ltloss.training.data.batches import batches
 from ltloss.training.data.images import ImageSource, Split
 from ltloss.training.data.sources import DECODED_AT_ONCE, load_data
-from ltloss.training.data.splits import keep_per_class, long_tailed_subset
+from ltloss.training.data.splits import keep_per_class, long_tailed_subset, stratified_split
 from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.settings import Settings
 from ltloss.training.seeds import numpy_generator
@@ -28,14 +29,15 @@ class TrainingData:
     train: ImageSource
     test: ImageSource
     config: RunConfig
+    validation: ImageSource | None = None  # held out of the training split
 
 
 def prepare_data(settings: Settings) -> TrainingData:
     """Load both splits as the settings say. The long tail and the limit per class act on the training split only."""
     train = load_split(settings, "train")
     test = load_split(settings, "test", train.shape)
-    train, test = apply_limits(train, settings, "train"), apply_limits(test, settings, "test")
-    return TrainingData(train, test, run_config(settings, train))
+    (train, validation), test = _training_parts(train, settings), apply_limits(test, settings, "test")
+    return TrainingData(train, test, run_config(settings, train), validation)
 
 
 def load_split(settings: Settings, split: Split, shape: tuple[int, int, int] | None = None) -> ImageSource:
@@ -68,14 +70,26 @@ def apply_limits(source: ImageSource, settings: Settings, split: Split) -> Image
     """What a run uses of a split of its data: the long tail and the limits of its settings. ``all`` is left whole."""
     seed = settings.split_seed
     if split == "train":
-        if settings.limit_per_class is not None:
-            counts = np.full(len(source.class_names), settings.limit_per_class)
-            source = source.subset(keep_per_class(source.labels, counts, seed, "limit"))
-        return source.subset(long_tailed_subset(source.labels, settings.imbalance, seed))
+        return _training_parts(source, settings)[0]
     if split == "test" and settings.limit_test is not None:
         kept = numpy_generator(seed, "limit test").permutation(len(source))[: settings.limit_test]
         return source.subset(np.sort(kept))
     return source
+
+
+def _training_parts(source: ImageSource, settings: Settings) -> tuple[ImageSource, ImageSource | None]:
+    """What a run is trained on of its training split, and what it holds out of that."""
+    seed = settings.split_seed
+    if settings.limit_per_class is not None:
+        counts = np.full(len(source.class_names), settings.limit_per_class)
+        source = source.subset(keep_per_class(source.labels, counts, seed, "limit"))
+    source = source.subset(long_tailed_subset(source.labels, settings.imbalance, seed))
+    if not settings.validation_fraction:
+        return source, None
+    kept, held = stratified_split(source.labels, settings.validation_fraction, seed, "validation")
+    if not len(held):
+        raise UserError("--validation-fraction: no class has two training images, so none is held out; leave it out")
+    return source.subset(kept), source.subset(held)
 
 
 def _normalisation(source: ImageSource, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -37,6 +37,8 @@ class EpochProgress:
     def end(self, row: Mapping[str, Any]) -> None:
         """The epoch is measured; ``row`` is that of metrics.csv."""
         shown = {"loss": number(row["train_loss"]), "test": f"{percent(row['test_accuracy'])} %"}
+        if (validation := row["validation_balanced_accuracy"]) is not None:
+            shown["validation"] = f"{percent(validation)} %"
         self._bar.set_postfix(shown)
         self.close()
         if not (self._quiet or sys.stderr.isatty()):

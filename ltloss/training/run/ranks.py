@@ -34,6 +34,11 @@ class Ranks:
         """The purpose of a random stream that each rank has of its own."""
         return name if self.count == 1 else f"{name} of rank {self.rank} of {self.count}"
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.count > 1:
+            dist.barrier()
+
     def sum(self, number: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
         if self.count > 1:

@@ -141,6 +141,12 @@ class Settings:
     crop_pad: int | None = _option(None, "largest shift in pixels (default: an eighth of the side)", _at_least(0))
     limit_per_class: int | None = _option(None, "use at most N training images a class", _at_least(1))
     limit_test: int | None = _option(None, "use at most N test images", _at_least(1))
+    validation_fraction: float = _option(
+        0.0, "of each class's training images, held out and measured after every epoch", _FRACTION
+    )
+    early_stopping: int | None = _option(
+        None, "end after N epochs without a better validation, and keep the best one's weights", _at_least(1)
+    )
     many_threshold: int = _option(100, "'many' classes have more training images than this", _at_least(0))
     few_threshold: int = _option(20, "'few' classes have fewer training images than this", _at_least(0))
     seed: int = _option(0, "seed of all random numbers", _at_least(0))
@@ -155,6 +161,7 @@ class Settings:
         "class: under torchrun, the classes spread over the processes and the backbone under DDP",
         choices=PARALLEL,
     )
+    tensorboard: bool = _option(False, "write the numbers of metrics.csv for TensorBoard too, in RUN/tensorboard")
     workers: int = _option(4, "threads that decode images of a folder, and that RandAugment has", _at_least(1))
 
     def __post_init__(self) -> None:
@@ -164,6 +171,10 @@ class Settings:
         for name, value in OPTIMIZERS[self.optimizer].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.early_stopping is not None and not self.validation_fraction:
+            raise UserError(
+                "--early-stopping needs images to decide on that are no test images; add --validation-fraction 0.1"
+            )
         _ = self.thresholds  # which refuses limits that overlap
         check_fused(self)
 
@@ -186,7 +197,9 @@ class Settings:
 
 SETTINGS = {item.name: item for item in fields(Settings)}
 # A resumed run and its data may move (the images are compared); everything else is part of what its losses mean.
-MAY_CHANGE_ON_RESUME = ("data", "device", "workers")
+MAY_CHANGE_ON_RESUME = ("data", "device", "workers", "tensorboard")
+# What belongs to a run by itself: a comparison holds images out on its own, and its trainings have no folders.
+OF_A_RUN = ("validation_fraction", "early_stopping", "tensorboard")
 
 
 def setting_type(name: str) -> type:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,16 @@ from ltloss.training.measure.evaluate import Evaluation, measure
 from ltloss.training.measure.metrics import Metrics
 from ltloss.training.model.classifier import Classifier, check_tensors, choose_device
 from ltloss.training.run.average import WeightAverage
-from ltloss.training.run.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from ltloss.training.run.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    read_tensors,
+    save_checkpoint,
+)
 from ltloss.training.run.divergence import check_finite, diverged
+from ltloss.training.run.early_stopping import best_epoch, is_over
 from ltloss.training.run.lock import owned
 from ltloss.training.run.optimizer_state import load_state, set_steps, state_tensors
 from ltloss.training.run.optimizers import build_optimizers
@@ -39,6 +47,7 @@ from ltloss.training.run.ranks import Ranks, copy_to_shard, gather_full, process
 from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.run_folder import check_same_data, check_still_new, open_run, write_config, write_metrics
 from ltloss.training.run.schedules import first_epoch, learning_rate
+from ltloss.training.run.tensorboard import Scalars, check_tensorboard
 from ltloss.training.seeds import derived_seed, numpy_generator, torch_generator, torch_seeded
 
 _CHECK_EVERY = 20  # steps between looks at the losses: each look makes a GPU wait
@@ -63,6 +72,8 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
     the loss becomes NaN or infinite.
     """
     settings, stored = open_run(out, given, resume)
+    if settings.tensorboard:
+        check_tensorboard()
     with process_group(settings.parallel, choose_device(settings.device)) as (ranks, device):
         data = prepare_data(settings)
         if stored is not None:
@@ -72,7 +83,7 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
             if ranks.first and stored is None:
                 check_still_new(out)
             checkpoint = latest_checkpoint(out)
-            trainer = Trainer(data.config, data.train, device, ranks)
+            trainer = Trainer(data.config, data.train, device, ranks, validation=data.validation)
             config = data.config.in_force(amp=trainer.amp)
             if checkpoint is not None:
                 trainer.restore(checkpoint)
@@ -83,6 +94,8 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
                 if trainer.history:
                     write_metrics(out, trainer.history)
             _run_epochs(trainer, data.test, out, quiet or not ranks.first)
+            if settings.early_stopping is not None:
+                trainer.take_best(out)
             metrics = measure(trainer.kept, data.test, settings.thresholds)
             evaluation = Evaluation(out, settings.data, "test", config, settings.thresholds, metrics)
             if ranks.first:
@@ -92,15 +105,22 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
 
 def _run_epochs(trainer: Trainer, test: ImageSource, out: Path, quiet: bool) -> None:
     """The epochs that are left, each with its checkpoint and its row of metrics."""
-    epochs = trainer.settings.epochs
-    with closing(EpochProgress(epochs, quiet=quiet)) as progress:
-        for epoch in range(len(trainer.history) + 1, epochs + 1):
+    settings = trainer.settings
+    with ExitStack() as opened:
+        progress = opened.enter_context(closing(EpochProgress(settings.epochs, quiet=quiet)))
+        told: list[EpochProgress | Scalars] = [progress]
+        if settings.tensorboard and trainer.ranks.first:
+            told.append(opened.enter_context(closing(Scalars(out, trainer.history))))
+        for epoch in range(len(trainer.history) + 1, settings.epochs + 1):
+            if is_over(trainer.history, settings.early_stopping):
+                break
             row = trainer.run_epoch(epoch, test, progress)
             checkpoint = trainer.checkpoint()
             if trainer.ranks.first:
                 save_checkpoint(out, epoch, checkpoint)
                 write_metrics(out, trainer.history)
-            progress.end(row)
+            for each in told:
+                each.end(row)
 
 
 class Trainer:
@@ -114,9 +134,10 @@ class Trainer:
         ranks: Ranks | None = None,
         *,
         measure_amp: bool = False,
+        validation: ImageSource | None = None,
     ) -> None:
         self.settings = config.settings
-        self.source = source
+        self.source, self.validation = source, validation
         self.device = device
         self.ranks = ranks or Ranks()
         if len(source) < 2 * self.ranks.count:
@@ -165,6 +186,7 @@ class Trainer:
             "train_loss": loss,
             "train_accuracy": accuracy,
             **_test_columns(self._measure(test) if self._is_due(epoch) else None),
+            "validation_balanced_accuracy": self._validated(),
             "seconds": round(time.perf_counter() - start, 3),
         }
         self.history.append(row)
@@ -176,6 +198,14 @@ class Trainer:
     def _measure(self, test: ImageSource) -> Metrics:
         self.measured = measure(self.kept, test, self.settings.thresholds, amp=self.measure_amp)
         return self.measured
+
+    def _validated(self) -> float | None:
+        """Balanced accuracy on the validation part, as the first rank finds it: ranks must agree when to stop."""
+        if self.validation is None:
+            return None
+        found = measure(self.kept, self.validation, self.settings.thresholds, amp=self.measure_amp).balanced_accuracy
+        agreed = torch.tensor(found if self.ranks.first else 0.0, dtype=torch.float64, device=self.device)
+        return self.ranks.sum(agreed).item()
 
     def _train_epoch(self, epoch: int, progress: EpochProgress) -> tuple[float, float]:
         """Mean loss over the steps and training accuracy, both while the weights change."""
@@ -279,12 +309,22 @@ class Trainer:
     def checkpoint(self) -> Checkpoint:
         """Everything that the next epoch depends on, in one piece also where classes are spread over ranks."""
         trained = self.classifier.state_dict()
+        state: dict[str, Any] = {"epoch": len(self.history), "history": self.history}
+        if self.settings.early_stopping is not None:
+            state["best"] = best_epoch(self.history)
         return Checkpoint(
             model=gather_full(self.kept.state_dict()),
             optimizer=gather_full(state_tensors(self.optimizers, dict(self.classifier.named_parameters()))),
-            state={"epoch": len(self.history), "history": self.history},
+            state=state,
             trained=gather_full({} if self.average is None else trained),
         )
+
+    def take_best(self, run: Path) -> None:
+        """Put the weights of the best epoch in place of those of the last one."""
+        self.ranks.wait()  # until the first one has written its last checkpoint
+        tensors = read_tensors(checkpoint_path(run, best_epoch(self.history)) / "model.safetensors")
+        for name, tensor in self.kept.state_dict().items():
+            copy_to_shard(tensor, tensors[name])
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint directory; UserError where it is damaged or belongs to another model."""
