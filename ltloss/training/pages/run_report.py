@@ -53,12 +53,31 @@ class _Run:
     epochs: _Epochs
 
     @property
+    def stops_early(self) -> bool:
+        """Whether the epoch that is used is the best on the validation part, not the last."""
+        return self.config.settings.early_stopping is not None
+
+    @property
+    def _row(self) -> int:
+        return int(np.nanargmax(self.epochs["validation_balanced_accuracy"])) if self.stops_early else -1
+
+    @property
     def last_epoch(self) -> int:
-        return int(self.epochs["epoch"][-1])
+        """The epoch that is used."""
+        return int(self.epochs["epoch"][self._row])
+
+    @property
+    def which(self) -> str:
+        """That epoch in words."""
+        return "best validation epoch" if self.stops_early else "last epoch"
+
+    @property
+    def title(self) -> str:
+        return f"{self.which.capitalize()} ({self.last_epoch})"
 
     def last(self, name: str) -> float:
-        """The value of the last epoch, NaN where it was not measured."""
-        return self.epochs.get(name, [math.nan])[-1]
+        """The value of the epoch that is used, NaN where it was not measured."""
+        return self.epochs[name][self._row] if name in self.epochs else math.nan
 
 
 @dataclass
@@ -122,7 +141,7 @@ def _add_groups(body: _Body, run: _Run) -> None:
     words = run.config.settings.thresholds.describe()
     values = {name: run.last(name) for name in words}
     bars = [(words[name], None if math.isnan(value) else value) for name, value in values.items()]
-    about = f"By number of training images, mean accuracy of the group's classes. Last epoch ({run.last_epoch})."
+    about = f"By number of training images, mean accuracy of the group's classes. {run.title}."
     body.add(plots.groups("groups", bars), about)
 
 
@@ -145,7 +164,7 @@ def _add_classes(body: _Body, run: _Run, accuracy: np.ndarray, images: int) -> N
     if not known.any():
         body.missing.append("Accuracy by class: there are no test images.")
         return
-    about = f"One point per class, {images:,} test images. Last epoch ({run.last_epoch})."
+    about = f"One point per class, {images:,} test images. {run.title}."
     body.add(plots.accuracy_by_count("classes", counts, accuracy), about)
     weakest = np.argsort(accuracy, kind="stable")[: min(_ROWS, known.sum())]  # NaN is sorted last
     rows = [(run.config.class_names[c], f"{counts[c]:,}", _percent(accuracy[c])) for c in weakest]
@@ -261,17 +280,19 @@ def _header(run: _Run, title: str) -> Iterator[str]:
     yield f"<h1>{escape(title)}</h1>"
     what = f"{config.loss} loss, {config.backbone} backbone, {config.settings.data}"
     yield f'<p class="quiet">{escape(what)}</p>'
-    if epoch < config.settings.epochs:
+    if run.stops_early:
+        yield f"<p>Of {len(run.epochs['epoch'])} epochs the best on the validation part is used: epoch {epoch}.</p>"
+    elif epoch < config.settings.epochs:
         yield f"<p>The run stands at epoch {epoch} of {config.settings.epochs}.</p>"
     yield tiles(
         [
-            (f"test accuracy, last epoch ({epoch})", _percent(run.last("test_accuracy"))),
-            *((f"{name}, last epoch", _percent(run.last(name))) for name in ("many", "medium", "few")),
-            ("training accuracy, last epoch", _percent(run.last("train_accuracy"))),
+            (f"test accuracy, {run.which} ({epoch})", _percent(run.last("test_accuracy"))),
+            *((f"{name}, {run.which}", _percent(run.last(name))) for name in ("many", "medium", "few")),
+            (f"training accuracy, {run.which}", _percent(run.last("train_accuracy"))),
             ("time", _duration(sum(value for value in run.epochs.get("seconds", []) if not math.isnan(value)))),
         ]
     )
-    yield '<p class="quiet">Every number is that of the last epoch; no epoch was chosen by its test result.</p>'
+    yield f'<p class="quiet">Every number is that of the {run.which}; no epoch was chosen by its test result.</p>'
 
 
 def _duration(seconds: float) -> str:

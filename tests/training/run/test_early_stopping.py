@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ltloss.errors import UserError
 from ltloss.training.measure.evaluate import evaluate_run
 from ltloss.training.model.classifier import Classifier
+from ltloss.training.pages.run_report import write_report
 from ltloss.training.run.checkpoint import checkpoint_in_use
 from ltloss.training.run.early_stopping import best_epoch, is_over
 from ltloss.training.run.prepare import prepare_data
@@ -76,6 +77,7 @@ def test_a_run_stops_and_its_best_epoch_is_used(ema: float, decided: None, toy_n
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["epoch-0002", "epoch-0003", "epoch-0004"]
     assert torch.equal(Classifier.load(run).loss.weight, _model(run, 2)["loss.weight"])
     assert not torch.equal(_model(run, 2)["loss.weight"], _model(run, 4)["loss.weight"])
+    assert "test accuracy, best validation epoch (2)" in write_report(run).read_text(encoding="utf-8")
     best = result.history[1]
     assert result.evaluation.metrics.loss == best["test_loss"] == evaluate_run(run).metrics.loss
     assert json.loads((run / "evaluation.json").read_text())["loss"] == best["test_loss"]
