@@ -31,6 +31,7 @@ _OPTIONAL = (  # distribution, what it is for, how to get it
     ("tqdm", "progress bars", _TRAIN),
     ("onnx", "files for ONNX", _EXPORT),
     ("onnxscript", "files for ONNX", _EXPORT),
+    ("tensorboard", "--tensorboard", "pip install 'ltloss[tensorboard]'"),
     ("timm", "--backbone timm:NAME", "pip install timm"),
 )
 

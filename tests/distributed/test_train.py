@@ -169,10 +169,14 @@ def _options(rank: int, data: Path, out: Path) -> list[dict[str, Any]]:
         shutil.rmtree(out / "resumed" / "checkpoints" / "epoch-0003")
     dist.barrier()
     train(out / "resumed", {}, resume=True, quiet=True)
-    return [
-        {name: row[name] for name in ("train_loss", "train_accuracy", "validation_balanced_accuracy")}
-        for row in history
-    ]
+    fused = {"fused_update": True, "optimizer": "adamw", "embedding_norm": False}
+    curves = []
+    for given in (fused, {**fused, "fused_update": False}):
+        found = train(out / str(len(curves)), {**_settings(data, 2, "arcface"), **given}, quiet=True).history
+        curves.append([row["train_loss"] for row in found])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    names = ("train_loss", "train_accuracy", "validation_balanced_accuracy")
+    return [{name: row[name] for name in names} for row in history]
 
 
 def test_training_options_on_two_ranks(tmp_path: Path) -> None:
@@ -183,3 +187,26 @@ def test_training_options_on_two_ranks(tmp_path: Path) -> None:
     for file in ("model.safetensors", "optimizer.safetensors", "trained.safetensors"):
         whole, resumed = (tmp_path / name / "checkpoints" / "epoch-0003" / file for name in ("whole", "resumed"))
         assert whole.read_bytes() == resumed.read_bytes(), file
+
+
+def _linear(name: str, image_shape: tuple[int, int, int], embedding_size: int) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, embedding_size))
+
+
+def _accumulated(rank: int, data: Path, out: Path) -> list[list[float]]:
+    """Losses of two batches a step and of one large one; no batch normalisation, which would see a difference."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ltloss.training.model.classifier.build_backbone", _linear)
+        given = {**_settings(data, 3, "long-tail"), "embedding_norm": False, "clip_norm": 0.5}
+        curves = []
+        for size in ({"batch_size": 9, "accumulate": 2}, {"batch_size": 18}):
+            found = train(out / str(len(curves)), {**given, **size}, quiet=True).history
+            curves.append([row["train_loss"] for row in found])
+        return curves
+
+
+def test_accumulated_batches_on_two_ranks_are_one_large_batch(tmp_path: Path) -> None:
+    first, second = world.run(_accumulated, 2, _data(tmp_path), tmp_path)
+    assert first == second
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert first[0][-1] < first[0][0]

@@ -58,7 +58,7 @@ class TrainingResult:
     """What a finished run leaves in memory; ``history`` holds the rows of metrics.csv."""
 
     run: Path
-    evaluation: Evaluation  # of the test split, after the last epoch
+    evaluation: Evaluation  # of the test split, with the weights that are kept
     history: list[dict[str, Any]]
     ranks: Ranks
 

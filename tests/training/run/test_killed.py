@@ -7,6 +7,7 @@ import random
 import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,16 +37,24 @@ def processes() -> ForkServerContext:
     return context
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"fused_update": True},
+    {"optimizer": "adamw", "ema": 0.9, "clip_norm": 1.0, "accumulate": 2, "validation_fraction": 0.2},
+]
+
+
 @needs_sigkill
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda given: "-".join(given) or "default")
 def test_killed_run_continues_bit_for_bit(
-    fused: bool, toy_npz: Path, tmp_path: Path, processes: ForkServerContext
+    options: dict[str, Any], toy_npz: Path, tmp_path: Path, processes: ForkServerContext
 ) -> None:
-    given = toy_settings(toy_npz, epochs=EPOCHS, loss="cosine-space", fused_update=fused)
+    given = toy_settings(toy_npz, epochs=EPOCHS, loss="cosine-space", **options)
     train(tmp_path / "whole", given, quiet=True)
     arguments = ["train", "--quiet", "--resume", "--out", str(tmp_path / "killed"), "--data", str(toy_npz)]
     arguments += f"--epochs {EPOCHS} --batch-size 16 --embedding-size 8 --device cpu --loss cosine-space".split()
-    arguments += ["--fused-update"] * fused
+    for name, value in options.items():
+        arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
 
     moments, checkpoints = random.Random(0), tmp_path / "killed" / "checkpoints"
     seen = []

@@ -96,7 +96,8 @@ def test_training_leaves_the_global_generator_alone(toy_npz: Path, tmp_path: Pat
         ("arcface", {"fused_update": True, "prototype_dtype": "float8_e4m3fn", "state_dtype": "bfloat16"}),
         ("long-tail", {"optimizer": "adamw", "ema": 0.9, "clip_norm": 0.5, "accumulate": 2}),
         ("arcface", {"optimizer": "adamw", "loss_options": {"sub_centers": 2}, "augment": "randaugment"}),
-        ("arcface", {"optimizer": "adamw", "fused_update": True, "ema": 0.9}),
+        ("arcface", {"optimizer": "adamw", "fused_update": True, "ema": 0.9, "drw_start": 0.5}),
+        ("curricularface", {"ema": 0.5, "validation_fraction": 0.2}),
         ("arcface", {"optimizer": "adamw", "fused_update": True, "prototype_dtype": "bfloat16", "rounding": "kahan"}),
     ],
     ids=lambda given: given if isinstance(given, str) else "-".join(map(str, given.values())),
@@ -108,7 +109,7 @@ def test_resumed_run_is_the_uninterrupted_one(
     train(tmp_path / "whole", given, quiet=True)
     # What a process leaves that died right after its second checkpoint, before metrics.csv.
     data = prepare_data(Settings(**given))
-    trainer = Trainer(data.config, data.train, torch.device("cpu"))
+    trainer = Trainer(data.config, data.train, torch.device("cpu"), validation=data.validation)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for path in (tmp_path / "cut").iterdir():
         if path.name != "config.json":
