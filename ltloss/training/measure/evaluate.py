@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from ltloss.training.data.batches import batches
 from ltloss.training.data.images import ImageSource, Split
 from ltloss.training.data.sources import absolute, check_same_classes, has_own_splits
 from ltloss.training.measure.class_groups import Thresholds
-from ltloss.training.measure.metrics import Metrics, MetricsAccumulator, number, percent, target_angles
+from ltloss.training.measure.details import Details, DetailsAccumulator
+from ltloss.training.measure.metrics import BatchResult, Metrics, MetricsAccumulator, number, percent, target_angles
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.run.prepare import apply_limits, load_split
 from ltloss.training.run.run_config import RunConfig
@@ -40,12 +43,33 @@ def measure(
 
     The network computes in float32, or with ``amp`` in bfloat16 autocast. ``logit_offset`` (C,) is added to the logits.
     """
+    found = MetricsAccumulator(classifier.config.class_counts, thresholds)
+    for batch in _results(classifier, source, amp, logit_offset):
+        found.add(batch)
+    return found.result()
+
+
+@torch.inference_mode()
+def measure_in_detail(classifier: Classifier, source: ImageSource, thresholds: Thresholds) -> tuple[Metrics, Details]:
+    """The metrics as :func:`measure` gives them, and the details, in one pass.
+
+    Memory: one number for each wrong prediction, and some for each class.
+    """
+    found = DetailsAccumulator(classifier.config.class_counts, thresholds)
+    for batch in _results(classifier, source):
+        found.add(batch)
+    return found.result(source.names)
+
+
+def _results(
+    classifier: Classifier, source: ImageSource, amp: bool = False, logit_offset: Tensor | None = None
+) -> Iterator[BatchResult]:
+    """What the classifier makes of the source, in its order, a few images at a time."""
     was_training = classifier.training
     classifier.eval()
     head = in_one_piece(classifier.loss)
     prototypes = head.weight
     rows = max(1, _LOGITS_AT_ONCE // len(prototypes))
-    found = MetricsAccumulator(classifier.config.class_counts, thresholds)
     for batch in batches(source, BATCH_SIZE):
         with torch.autocast(prototypes.device.type, torch.bfloat16, enabled=amp):
             features = classifier.features(batch.images.to(prototypes.device))
@@ -54,24 +78,27 @@ def measure(
             logits = head.logits(x).float()
             if logit_offset is not None:
                 logits += logit_offset
-            target = logits.gather(1, y[:, None])[:, 0]
             total = logits.logsumexp(1)
             best, predicted = logits.max(1)
-            found.add(
-                labels=y,
-                predicted=predicted,
-                confidence=(best - total).exp(),
-                losses=total - target,
-                norms=x.norm(dim=1),
-                angles=target_angles(x, prototypes, y),
+            top5 = logits.topk(min(5, len(prototypes)), dim=1).indices
+            found = {
+                "confidence": (best - total).exp(),
+                "losses": total - logits.gather(1, y[:, None])[:, 0],
+                "norms": x.norm(dim=1),
+                "angles": target_angles(x, prototypes, y),
+            }
+            yield BatchResult(
+                labels=y.cpu().numpy(),
+                predicted=predicted.cpu().numpy(),
+                in_top5=(top5 == y[:, None]).any(1).cpu().numpy(),
+                **{name: values.double().cpu().numpy() for name, values in found.items()},
             )
     classifier.train(was_training)
-    return found.result()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of a run on one split, and how to show them."""
+    """The metrics of a run on one split, where it was right and wrong there, and how to show both."""
 
     run: Path
     data: str
@@ -79,9 +106,10 @@ class Evaluation:
     config: RunConfig
     thresholds: Thresholds
     metrics: Metrics
+    details: Details | None = None
 
     def to_json(self) -> str:
-        """Everything for machine reading; None becomes null."""
+        """Everything for machine reading; None, and what is not finite, becomes null."""
         values: dict[str, Any] = {
             "run": str(self.run),
             "data": self.data,
@@ -90,8 +118,10 @@ class Evaluation:
             "backbone": self.config.backbone,
             **stored({**asdict(self.thresholds), **asdict(self.metrics)}),
             "per_class": dict(zip(self.config.class_names, self.metrics.per_class, strict=True)),
+            **(self.details.stored(self.config.class_names) if self.details else {}),
         }
-        return json.dumps(values, indent=2)
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return json.dumps(finite, indent=2)
 
     def to_text(self) -> str:
         """A short table: the groups, the geometry, and the classes from the largest to the smallest."""
@@ -99,6 +129,9 @@ class Evaluation:
         rows = [
             ("images", str(metrics.images)),
             ("accuracy, %", percent(metrics.accuracy)),
+            *([("top-5 accuracy, %", percent(metrics.top5_accuracy))] if len(metrics.per_class) > 5 else []),
+            ("balanced accuracy, %", percent(metrics.balanced_accuracy)),
+            ("macro-F1, %", percent(metrics.macro_f1)),
             *((f"{words}, %", percent(getattr(metrics, name))) for name, words in self.thresholds.describe().items()),
             ("calibration error, %", percent(metrics.calibration_error)),
             ("loss", number(metrics.loss)),
@@ -108,19 +141,42 @@ class Evaluation:
         part = "all images" if self.split == "all" else f"the {self.split} split"
         title = f"{self.run} ({self.config.loss}, {self.config.backbone}) on {part} of {self.data}"
         lines = [title, *(f"  {name:<30}{value:>12}" for name, value in rows), "", *self._class_lines()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._error_lines()])
 
     def _class_lines(self, limit: int = 50) -> list[str]:
-        counts = self.config.class_counts
+        counts, names = self.config.class_counts, self.config.class_names
         order = sorted(range(len(counts)), key=lambda c: -counts[c])
         shown = order if len(order) <= limit else [*order[: limit // 2], *order[-limit // 2 :]]
-        lines = [f"  {'class':<30}{'training':>12}{'accuracy, %':>14}"]
+        columns = [("accuracy, %", self.metrics.per_class)]
+        if self.details is not None:
+            columns += [("precision, %", self.details.precision), ("F1, %", self.details.f1)]
+        lines = [f"  {'class':<30}{'training':>12}" + "".join(f"{title:>14}" for title, _ in columns)]
         lines += [
-            f"  {self.config.class_names[c][:29]:<30}{counts[c]:>12}{percent(self.metrics.per_class[c]):>14}"
+            f"  {names[c][:29]:<30}{counts[c]:>12}" + "".join(f"{percent(values[c]):>14}" for _, values in columns)
             for c in shown
         ]
         if len(shown) < len(order):
             lines.append(f"  (the {limit // 2} largest and smallest of {len(order)} classes; --json lists all)")
+        return lines
+
+    def _error_lines(self, limit: int = 10) -> list[str]:
+        """The largest confusions and the wrong predictions of largest probability."""
+        if self.details is None or not self.details.confusions:
+            return []
+        names = self.config.class_names
+        lines = ["", f"  {'largest confusions':<30}{'taken for':<30}{'images':>8}{'of the class, %':>18}"]
+        lines += [
+            f"  {names[found.label][:29]:<30}{names[found.predicted][:29]:<30}{found.images:>8}"
+            f"{percent(found.fraction):>18}"
+            for found in self.details.confusions[:limit]
+        ]
+        if self.details.mistakes:
+            lines += ["", f"  {'most confidently wrong':<30}{'of class':<30}{'taken for':<30}{'probability, %':>16}"]
+        lines += [
+            f"  {found.image[-29:]:<30}{names[found.label][:29]:<30}{names[found.predicted][:29]:<30}"
+            f"{percent(found.probability):>16}"
+            for found in self.details.mistakes[:limit]
+        ]
         return lines
 
 
@@ -158,4 +214,5 @@ def evaluate_run(
         source = apply_limits(source, settings, split)
     if used != split:
         print(f"ltloss: {spec} has no {split} split of its own, so all of it is measured", file=sys.stderr)
-    return Evaluation(run, spec, used, config, thresholds, measure(classifier, source, thresholds))
+    metrics, details = measure_in_detail(classifier, source, thresholds)
+    return Evaluation(run, spec, used, config, thresholds, metrics, details)

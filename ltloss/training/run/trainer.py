@@ -24,8 +24,8 @@ from ltloss.training.data.batches import augment, batch_count, batches
 from ltloss.training.data.images import ImageSource
 from ltloss.training.data.mixup import mix
 from ltloss.training.data.randaugment import rand_augment
-from ltloss.training.measure.evaluate import Evaluation, measure
-from ltloss.training.measure.metrics import Metrics
+from ltloss.training.measure.evaluate import Evaluation, measure, measure_in_detail
+from ltloss.training.measure.metrics import COLUMNS, Metrics
 from ltloss.training.model.classifier import Classifier, check_tensors, choose_device
 from ltloss.training.run.average import WeightAverage
 from ltloss.training.run.checkpoint import (
@@ -96,8 +96,8 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
             _run_epochs(trainer, data.test, out, quiet or not ranks.first)
             if settings.early_stopping is not None:
                 trainer.take_best(out)
-            metrics = measure(trainer.kept, data.test, settings.thresholds)
-            evaluation = Evaluation(out, settings.data, "test", config, settings.thresholds, metrics)
+            measured = measure_in_detail(trainer.kept, data.test, settings.thresholds)
+            evaluation = Evaluation(out, settings.data, "test", config, settings.thresholds, *measured)
             if ranks.first:
                 write_file(out / "evaluation.json", evaluation.to_json().encode())
             return TrainingResult(out, evaluation, trainer.history, ranks)
@@ -355,6 +355,6 @@ def _deferred_weights(classifier: Classifier, config: RunConfig) -> DeferredWeig
 
 def _test_columns(metrics: Metrics | None) -> dict[str, float | None]:
     """The columns about the test split; None in all of them where it was not measured."""
-    names = ("balanced_accuracy", "many", "medium", "few", "calibration_error", "feature_norm_mean", "own_angle_mean")
-    columns = {"test_loss": "loss", "test_accuracy": "accuracy", **{name: name for name in names}}
+    columns = {"test_loss": "loss", "test_accuracy": "accuracy"}
+    columns |= {name: name for name in COLUMNS if name in Metrics.__dataclass_fields__}
     return {column: None if metrics is None else getattr(metrics, name) for column, name in columns.items()}

@@ -1,27 +1,38 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from ltloss.training.measure.class_groups import Thresholds
-from ltloss.training.measure.metrics import MetricsAccumulator, percent, target_angles
+from ltloss.training.measure.metrics import BatchResult, MetricsAccumulator, percent, target_angles
+
+
+def results(labels: list[int], predicted: list[int], *, confidence: list[float] | None = None) -> BatchResult:
+    """Images with losses 0, 1, 2 …, feature lengths one more and angles of a tenth; the label is never in the top 5."""
+    values = np.arange(len(labels), dtype=np.float64)
+    sure = np.ones(len(labels)) if confidence is None else np.array(confidence)
+    never = np.zeros(len(labels), dtype=bool)
+    return BatchResult(
+        np.array(labels, dtype=np.int64),
+        np.array(predicted, dtype=np.int64),
+        never,
+        sure,
+        values,
+        values + 1,
+        values / 10,
+    )
 
 
 def accumulate(
     counts: list[int], labels: list[int], predicted: list[int], thresholds: Thresholds
 ) -> MetricsAccumulator:
     found = MetricsAccumulator(counts, thresholds)
-    values = torch.arange(len(labels), dtype=torch.float32)
-    found.add(
-        torch.tensor(labels, dtype=torch.int64),
-        torch.tensor(predicted, dtype=torch.int64),
-        torch.ones(len(labels)),
-        values,
-        values + 1,
-        values / 10,
-    )
+    found.add(results(labels, predicted))
     return found
 
 
@@ -37,16 +48,25 @@ def test_groups_are_means_of_class_accuracies() -> None:
     assert found.own_angle_mean == pytest.approx(0.2)
     assert found.balanced_accuracy == pytest.approx(2.5 / 4)
     assert found.calibration_error == pytest.approx(2 / 5)  # always sure, and wrong twice
+    # F1: class 0 was found once more than it is there, class 1 once too rarely and once too often, class 2 never.
+    assert found.macro_f1 == pytest.approx((2 / 3 + 1 / 2 + 0 + 1) / 4)
 
 
-def test_calibration_error_is_the_weighted_gap_of_15_bins() -> None:
-    confidence = torch.tensor([0.05, 0.06, 0.07, 0.55, 0.58, 1.0])
-    right = torch.tensor([0, 1, 1, 1, 0, 1])
-    found = MetricsAccumulator([9, 9], Thresholds(5, 2))
-    labels, zeros = torch.zeros(6, dtype=torch.int64), torch.zeros(6)
-    found.add(labels, 1 - right, confidence, zeros, zeros, zeros)
-    gaps = abs(1 - 0.05 - 0.06) + abs(1 - 0.07) + abs(1 - 0.55 - 0.58) + abs(1 - 1.0)
-    assert found.result().calibration_error == pytest.approx(gaps / 6, abs=1e-7)
+def test_a_class_in_the_top_5_or_predicted_counts_there() -> None:
+    found, batch = MetricsAccumulator([9] * 9, Thresholds(5, 2)), results([0, 1, 2, 3], [0, 5, 5, 5])
+    found.add(replace(batch, in_top5=np.array([False, True, False, False])))  # the first is a tie that top-1 won
+    assert (found.result().accuracy, found.result().top5_accuracy) == (0.25, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")  # which scikit-learn leaves out, as we do
+@pytest.mark.parametrize("classes", [2, 7, 40])
+def test_means_over_classes_are_those_of_scikit_learn(classes: int) -> None:
+    generator = np.random.default_rng(classes)
+    for images in (1, 5, 60):  # of 40 classes many have no image, or no prediction, or neither
+        labels, predicted = generator.integers(0, classes, (2, images))
+        found = accumulate([9] * classes, labels.tolist(), predicted.tolist(), Thresholds(5, 2)).result()
+        assert found.macro_f1 == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0))
+        assert found.balanced_accuracy == pytest.approx(balanced_accuracy_score(labels, predicted))
 
 
 @pytest.mark.parametrize(
@@ -60,20 +80,20 @@ def test_limits_belong_to_medium(count: int, group: str) -> None:
 def test_what_cannot_be_measured_is_none() -> None:
     found = accumulate([500, 500, 5], [0, 0], [0, 1], Thresholds()).result()
     assert (found.many, found.medium, found.few) == (0.5, None, None)
+    assert (found.balanced_accuracy, found.macro_f1) == (0.5, pytest.approx((2 / 3 + 0) / 2))
     assert found.per_class == (0.5, None, None)
     nothing = MetricsAccumulator([500], Thresholds()).result()
     assert (nothing.accuracy, nothing.loss, nothing.own_angle_mean) == (None, None, None)
+    assert (nothing.top5_accuracy, nothing.macro_f1, nothing.calibration_error) == (None, None, None)
 
 
 def test_batches_add_up() -> None:
     together = accumulate([9, 9], [0, 1, 1], [0, 0, 1], Thresholds(5, 2)).result()
     apart = MetricsAccumulator([9, 9], Thresholds(5, 2))
+    whole = results([0, 1, 1], [0, 0, 1])
     for i in range(3):
-        one = [torch.tensor([row[i]]) for row in ([0, 1, 1], [0, 0, 1])]
-        apart.add(*one, torch.ones(1), *(torch.tensor([value]) for value in (float(i), i + 1.0, i / 10)))
-    assert apart.result().accuracy == together.accuracy
-    assert apart.result().per_class == together.per_class
-    assert apart.result().loss == pytest.approx(together.loss)
+        apart.add(BatchResult(**{name: column[i : i + 1] for name, column in vars(whole).items()}))
+    assert apart.result() == together
 
 
 def test_angles_are_exact_where_arccos_is_not() -> None:

@@ -1,0 +1,116 @@
+"""Which classes are taken for which: counts of the pairs that occur, never a matrix of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import numpy as np
+
+SHOWN_WHOLE = 20  # up to so many classes the matrix shows each of them
+_FOLDED = 15  # of more classes it shows these, and all others together
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """``images`` test images of class ``label`` were taken for class ``predicted``: ``fraction`` of the class."""
+
+    label: int
+    predicted: int
+    images: int
+    fraction: float
+
+
+@dataclass(frozen=True)
+class ConfusionMatrix:
+    """``counts[i][j]``: images of ``classes[i]`` that were taken for ``classes[j]``.
+
+    With ``others`` one more row and column hold all other classes together; the cell where they meet counts right and
+    wrong predictions alike. The counts add up to the images of the split."""
+
+    classes: tuple[int, ...]
+    others: bool
+    counts: tuple[tuple[int, ...], ...]
+
+
+def class_scores(correct: np.ndarray, images: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and F1 (C,) of classes from three counts (C,): right predictions, test images, predictions.
+
+        precision_c = correct_c / predicted_c,  F1_c = 2·correct_c / (images_c + predicted_c)
+
+    F1 is the harmonic mean of precision and recall, which is the accuracy of the class. As scikit-learn's
+    ``precision_recall_fscore_support(zero_division=0)`` has it, the precision of a class without prediction and the F1
+    of one without right prediction are 0. Where a class has neither test image nor prediction both are NaN, and it
+    counts in no mean: scikit-learn's ``labels=None``. The mean of F1 is "averaged F1" in Opitz and Burst, Macro F1 and
+    macro F1, 2019, section 2.
+
+    Example:
+        >>> import numpy as np
+        >>> from ltloss.training.measure.confusion import class_scores
+        >>> precision, f1 = class_scores(np.array([2, 0, 0]), np.array([4, 1, 0]), np.array([2, 3, 0]))
+        >>> precision.tolist(), f1.round(4).tolist()
+        ([1.0, 0.0, nan], [0.6667, 0.0, nan])
+    """
+    known = images + predicted > 0
+    precision = np.where(known, 0.0, np.nan)
+    np.divide(correct, predicted, out=precision, where=predicted > 0)
+    f1 = np.divide(2 * correct, images + predicted, out=np.full(len(known), np.nan), where=known)
+    return precision, f1
+
+
+class ConfusionCounts:
+    """Collects wrong predictions: one number an image, whatever the number of classes."""
+
+    def __init__(self, classes: int) -> None:
+        self._classes = classes
+        self._wrong: list[np.ndarray] = []  # label · C + predicted
+
+    def add(self, labels: np.ndarray, predicted: np.ndarray) -> None:
+        """Count predictions (B,) of images with labels (B,), the correct ones left out."""
+        wrong = labels != predicted
+        self._wrong.append(labels[wrong] * self._classes + predicted[wrong])
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Label, predicted class and images (P,) of each pair that occurs: the largest first, of equal ones the first
+        class first."""
+        keys = np.concatenate([np.empty(0, np.int64), *self._wrong])
+        pairs, images = np.unique(keys, return_counts=True)
+        order = np.argsort(-images, kind="stable")
+        label, predicted = np.divmod(pairs[order], self._classes)
+        return label, predicted, images[order]
+
+
+def largest(
+    pairs: tuple[np.ndarray, np.ndarray, np.ndarray], class_images: np.ndarray, limit: int
+) -> tuple[Confusion, ...]:
+    """The first ``limit`` of ``pairs``; ``class_images`` (C,) are the test images of each class."""
+    rows = islice(zip(*(column.tolist() for column in pairs), strict=True), limit)
+    return tuple(Confusion(a, b, images, images / int(class_images[a])) for a, b, images in rows)
+
+
+def confusion_matrix(
+    pairs: tuple[np.ndarray, np.ndarray, np.ndarray], correct: np.ndarray, class_images: np.ndarray
+) -> ConfusionMatrix:
+    """The matrix of all classes, or of the 15 in the largest confusions with all others in a row and column of theirs.
+
+    Args:
+        pairs: of :meth:`ConfusionCounts.pairs`.
+        correct: right predictions (C,).
+        class_images: test images (C,).
+    """
+    label, predicted, images = pairs
+    count = len(correct)
+    if count <= SHOWN_WHOLE:
+        classes = list(range(count))
+    else:  # confused classes side by side; then those of most test images
+        rest = np.argsort(-class_images, kind="stable")[:_FOLDED].tolist()
+        confused = chain.from_iterable(zip(label[:count].tolist(), predicted[:count].tolist(), strict=True))
+        classes = list(islice(dict.fromkeys(chain(confused, rest)), _FOLDED))
+    slot = np.full(count, len(classes))
+    slot[classes] = np.arange(len(classes))
+    counts = np.zeros((len(classes) + 1, len(classes) + 1), dtype=np.int64)
+    np.add.at(counts, (slot[label], slot[predicted]), images)
+    np.add.at(counts, (slot, slot), correct)
+    others = count > len(classes)
+    shown = counts if others else counts[:-1, :-1]
+    return ConfusionMatrix(tuple(classes), others, tuple(map(tuple, shown.tolist())))
