@@ -162,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(add("evaluate", _evaluate, "measure a run on labelled images"))
     _add_predict(add("predict", _predict, "classify a folder of images and make a gallery of them"))
     add_export(add("export", run_export, "write a run as one file for serving: ONNX or torch.export", EXPORT))
-    add("report", _report, "write RUN/report.html again").add_argument("run", type=path, metavar="RUN")
+    _add_report(add("report", _report, "write RUN/report.html again"))
     about = "Time the kernels' tiles on this GPU and keep the fastest in the user's cache for later runs."
     _add_tune(add("tune", _tune, "find the fastest kernel tiles for this GPU", about))
     about = (
@@ -193,6 +193,12 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     add_renamed(evaluate, "--many-threshold", "--many-above", type=int, metavar="N", help=_help("many_threshold"))
     add_renamed(evaluate, "--few-threshold", "--few-below", type=int, metavar="N", help=_help("few_threshold"))
     evaluate.add_argument("--device", help=_help("device"))
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.add_argument("run", type=path, metavar="RUN")
+    about = "how the map of features is made; auto: by UMAP where umap-learn is installed (default: auto)"
+    report.add_argument("--map", choices=("auto", "umap", "pca"), default="auto", help=about)
 
 
 def _help(setting: str) -> str:
@@ -323,7 +329,7 @@ def _predict(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from ltloss.training.pages.run_report import write_report
 
-    print(f"open {write_report(options.run)}")
+    print(f"open {write_report(options.run, map_method=options.map)}")
     return 0
 
 

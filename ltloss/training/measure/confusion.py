@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -88,6 +89,12 @@ def largest(
     return tuple(Confusion(a, b, images, images / int(class_images[a])) for a, b, images in rows)
 
 
+def classes_to_look_at(pairs: Iterable[tuple[int, int]], class_images: np.ndarray, limit: int) -> list[int]:
+    """At most ``limit`` classes: those of the first ``pairs`` side by side, then those of most test images (C,)."""
+    most = np.argsort(-class_images, kind="stable")[:limit].tolist()
+    return list(islice(dict.fromkeys(chain(chain.from_iterable(pairs), most)), limit))
+
+
 def confusion_matrix(
     pairs: tuple[np.ndarray, np.ndarray, np.ndarray], correct: np.ndarray, class_images: np.ndarray
 ) -> ConfusionMatrix:
@@ -102,10 +109,10 @@ def confusion_matrix(
     count = len(correct)
     if count <= SHOWN_WHOLE:
         classes = list(range(count))
-    else:  # confused classes side by side; then those of most test images
-        rest = np.argsort(-class_images, kind="stable")[:_FOLDED].tolist()
-        confused = chain.from_iterable(zip(label[:count].tolist(), predicted[:count].tolist(), strict=True))
-        classes = list(islice(dict.fromkeys(chain(confused, rest)), _FOLDED))
+    else:
+        classes = classes_to_look_at(
+            zip(label[:count].tolist(), predicted[:count].tolist(), strict=True), class_images, _FOLDED
+        )
     slot = np.full(count, len(classes))
     slot[classes] = np.arange(len(classes))
     counts = np.zeros((len(classes) + 1, len(classes) + 1), dtype=np.int64)

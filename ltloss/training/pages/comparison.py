@@ -14,7 +14,6 @@ from ltloss.training.pages.html import PLOTS_STYLE, details, escape, figure, pag
 from ltloss.training.pages.plots import means_with_spread
 from ltloss.training.run.settings import SETTINGS
 
-_STYLE = PLOTS_STYLE + ".number { white-space: nowrap; }\n"
 _ABOUT_EPOCHS = (
     "Last epoch: what a user gets. Best epoch: the highest test accuracy of any measured epoch, chosen on the test "
     "split itself, as many papers report; a second stage without epochs has none. ECE: calibration error in 15 bins. "
@@ -26,7 +25,7 @@ _ABOUT_EPOCHS = (
 def write_page(found: Comparison) -> Path:
     """Write comparison.html, self-contained, and return its path. The same results give the same bytes."""
     title = f"Comparison {found.out.resolve().name}"
-    write_file(found.page, "".join(page(title, _body(found, title), style=_STYLE)).encode())
+    write_file(found.page, "".join(page(title, _body(found, title), style=PLOTS_STYLE)).encode())
     return found.page
 
 

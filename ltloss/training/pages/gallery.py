@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -14,42 +12,27 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 
-from ltloss.errors import UserError
+from ltloss.training.pages.cards import CARDS_STYLE, THUMBNAIL_SIZE, bar, class_label, embedded, percent, preview
 from ltloss.training.pages.html import details, escape, page, table, tiles
 
 if TYPE_CHECKING:
     from ltloss.training.data.images import ImageSource
 
-THUMBNAIL_SIZE = 160  # pixels of the longer side
 EMBEDDED_IMAGES = 1000  # up to here the page holds its images (some 5 MB); beyond, they lie in a folder beside it
 UNCERTAIN_BELOW = 0.5  # a probability below this counts as uncertain
 _UNCERTAIN_SHOWN = 48  # how many of these the section on top repeats
-_CRISP_BELOW = 65  # images smaller than this are enlarged without smoothing: their pixels are the content
 
 _THREADS = 4  # decode and shrink images
 _AT_ONCE = 64  # previews in memory
 
-_STYLE = """
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.25rem, 1fr)); gap: .75rem; margin: .75rem 0; }
-.card { background: var(--card); border-radius: .5rem; overflow: hidden; margin: 0; font-size: .8rem;
-  line-height: 1.35; }
-.card img, .card .missing { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain;
-  background: color-mix(in srgb, var(--line) 45%, transparent); }
-.card .missing { display: grid; place-items: center; padding: .5rem; text-align: center; color: var(--quiet); }
-.crisp { image-rendering: pixelated; }
-.card figcaption { padding: .4rem .6rem .55rem; }
-.card .name { color: var(--quiet); display: block; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-.card .class { display: block; overflow-wrap: anywhere; font-weight: 600; }
-.card .wrong { display: block; color: var(--contrast); overflow-wrap: anywhere; }
-.bar { display: block; height: 4px; margin: .25rem 0; border-radius: 2px; background: var(--line); }
-.bar i { display: block; height: 100%; border-radius: 2px; background: var(--accent); }
-.bar.low i { background: var(--contrast); }
-.group { content-visibility: auto; contain-intrinsic-size: auto 20rem; }
+_STYLE = (
+    CARDS_STYLE
+    + """.group { content-visibility: auto; contain-intrinsic-size: auto 20rem; }
 .contents { columns: 14rem; padding: 0; list-style: none; font-size: .9rem; }
 .contents li { overflow-wrap: anywhere; }
 """
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +71,7 @@ class Gallery:
 
     def class_label(self, class_index: int) -> str:
         """The escaped name of a class, or words where it is empty."""
-        return escape(self.class_names[class_index]) or "(no name)"
+        return class_label(self.class_names[class_index])
 
 
 def folder_address(folder: Path, page_folder: Path) -> str:
@@ -99,28 +82,6 @@ def folder_address(folder: Path, page_folder: Path) -> str:
         return folder.resolve().as_uri()
     # "./": a name such as "javascript:x" must stay a file name
     return "./" + quote(os.fsencode(relative).replace(os.fsencode(os.sep), b"/"))
-
-
-def percent(probability: float) -> str:
-    """A probability for people; what is not certain is never shown as 100%."""
-    if 0.9995 <= probability < 1:
-        return "> 99.9%"
-    return f"{100 * probability:.1f}%"
-
-
-def thumbnail(image: Image.Image) -> tuple[bytes, str]:
-    """A small copy of an image of mode L or RGB as (bytes, "png" or "jpeg").
-
-    Tiny images keep every pixel (PNG).
-    """
-    stream = io.BytesIO()
-    image.info.clear()  # no colour profile, no comment, no place where it was taken
-    if max(image.size) < _CRISP_BELOW:
-        image.save(stream, "PNG", optimize=True)
-        return stream.getvalue(), "png"
-    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-    image.save(stream, "JPEG", quality=82)
-    return stream.getvalue(), "jpeg"
 
 
 @dataclass(frozen=True)
@@ -135,22 +96,11 @@ class _Cards:
 
     def _address(self, number: int, content: bytes, kind: str) -> str:
         if self.folder is None:
-            return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+            return embedded(content, kind)
         file = self.folder / f"{number:06d}.{'jpg' if kind == 'jpeg' else kind}"
         if not file.exists():  # an image of the section on top was there before
             file.write_bytes(content)
         return f"{self.folder.name}/{file.name}"
-
-    def _image(self, number: int, description: str) -> str:
-        try:
-            content, kind = thumbnail(self.source.image(number))
-        except UserError as error:  # removed or damaged since it was classified
-            return f'<div class="missing">{escape(error)}</div>'
-        crisp = ' class="crisp"' if kind == "png" else ""
-        return (
-            f'<img src="{self._address(number, content, kind)}" alt="{escape(description)}"{crisp} loading="lazy" '
-            f'decoding="async" width="{THUMBNAIL_SIZE}" height="{THUMBNAIL_SIZE}">'
-        )
 
     def _linked(self, image: str, name: str) -> str:
         if self.gallery.originals is None:
@@ -166,13 +116,12 @@ class _Cards:
         truth = int(self.source.labels[number])
         if truth not in (-1, index[0]):
             lines.append(f'<span class="wrong">✗ labelled {label(truth)}</span>')
-        low = " low" if likely < UNCERTAIN_BELOW else ""
-        lines.append(f'<span class="bar{low}"><i style="width:{100 * likely:.0f}%"></i></span>')
-        lines.append(f"{percent(likely)} · {self.predictions.angle[number]:.0f}°")
+        lines.append(f"{bar(likely, low=likely < UNCERTAIN_BELOW)} · {self.predictions.angle[number]:.0f}°")
         if len(index) > 1:
             lines.append(f'<span class="name">or {label(index[1])}, {percent(float(probability[1]))}</span>')
         lines.append(f'<span class="name" title="{escape(name)}">{escape(name)}</span>')
-        image = self._linked(self._image(number, f"{name}: {predicted}, {percent(likely)}"), name)
+        description = f"{name}: {predicted}, {percent(likely)}"
+        image = self._linked(preview(self.source, number, description, partial(self._address, number)), name)
         return f'<figure class="card">{image}<figcaption>{"".join(lines)}</figcaption></figure>'
 
     def grid(self, numbers: np.ndarray, *, with_class: bool) -> Iterator[str]:

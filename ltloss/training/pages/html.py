@@ -41,6 +41,9 @@ th, td { text-align: left; vertical-align: top; padding: .3rem 1.25rem .3rem 0; 
 th { color: var(--quiet); font-weight: 600; white-space: nowrap; }
 td:first-child { min-width: 9rem; }  /* names break between words, not inside them, before a table scrolls */
 .number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
+@media (max-width: 34rem) { th { white-space: normal; overflow-wrap: normal; } th, td { padding-right: .6rem; }
+  td:first-child { min-width: 5rem; } }
 summary { cursor: pointer; color: var(--accent); padding: .25rem 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem;
   margin: 1.25rem 0; padding: 0; }
@@ -60,12 +63,14 @@ PLOTS_STYLE = """
 """
 
 
-def escape(value: object) -> str:
-    """``value`` as text that is safe in HTML, inside and outside of quoted attributes.
+def showable(value: object) -> str:
+    """``value`` as text in which control characters and the bytes of a file name that are not UTF-8 show as �."""
+    return _UNSHOWABLE.sub("\ufffd", str(value))
 
-    Control characters and the bytes of a file name that are not UTF-8 show as �.
-    """
-    return html.escape(_UNSHOWABLE.sub("\ufffd", str(value)), quote=True)
+
+def escape(value: object) -> str:
+    """``value`` as text that is safe in HTML, inside and outside of quoted attributes, and :func:`showable`."""
+    return html.escape(showable(value), quote=True)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: Sequence[int] = ()) -> str:

@@ -17,28 +17,28 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Those of a light page (`html.py`); in the dark a figure keeps its light ground.
-_INK, _QUIET, _LINE, _ACCENT, _CONTRAST = "#1d2327", "#5a646b", "#d5dadd", "#0072b2", "#c2500a"
-_DASHES = (0, (4, 1.5))
+INK, QUIET, LINE, ACCENT, CONTRAST = "#1d2327", "#5a646b", "#d5dadd", "#0072b2", "#c2500a"
+DASHES = (0, (4, 1.5))
 _LABEL_WIDTH = 34  # characters; longer labels of rows would leave no room for the rows
 _RASTER_ABOVE = 3000  # points; as vectors they would make the page megabytes long
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the reader's font
     "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _QUIET,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": QUIET,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.titlesize": 10,
-    "grid.color": _LINE,
+    "grid.color": LINE,
     "grid.linewidth": 0.5,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _QUIET,
-    "ytick.labelcolor": _QUIET,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": QUIET,
+    "ytick.labelcolor": QUIET,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.8,
@@ -56,8 +56,8 @@ class Plot:
 
 
 @contextmanager
-def _drawing(name: str, height: float = 3.1) -> Iterator[Axes]:
-    """Axes in this module's style, to be drawn on and put out by ``_svg`` inside the block."""
+def drawing(name: str, height: float = 3.1) -> Iterator[Axes]:
+    """Axes in this module's style, to be drawn on and put out by ``embed`` inside the block."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -74,7 +74,7 @@ def markup(figure: Any) -> str:
     return re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg[svg.index("<svg") :])
 
 
-def _svg(name: str, axes: Axes) -> str:
+def embed(name: str, axes: Axes) -> str:
     """The drawing as markup for the middle of a page: no prologue, ids of its own, the page's font and width."""
     svg = re.sub(r"<(metadata|title)>.*?</\1>\s*", "", markup(axes.figure), flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)
@@ -90,8 +90,8 @@ def learning_curve(
     unit = "%" if percent else ""
     ends = [f"{label} goes from {values[0]:.4g}{unit} to {values[-1]:.4g}{unit}" for label, values in series.items()]
     alt = f"Line chart over epochs {epochs[0]} to {epochs[-1]}: {'; '.join(ends)}."
-    with _drawing(name) as axes:
-        looks = ((_ACCENT, "-"), (_CONTRAST, _DASHES))
+    with drawing(name) as axes:
+        looks = ((ACCENT, "-"), (CONTRAST, DASHES))
         for (label, values), (colour, style) in zip(series.items(), looks, strict=False):
             marker = "o" if len(epochs) < 3 else None
             axes.plot(epochs, values, color=colour, linestyle=style, marker=marker, markersize=4, label=label)
@@ -103,7 +103,7 @@ def learning_curve(
         elif np.nanmin([value for values in series.values() for value in values]) >= 0:
             axes.set_ylim(bottom=0)
         axes.legend(loc="best")
-        return Plot(title, alt, _svg(name, axes))
+        return Plot(title, alt, embed(name, axes))
 
 
 def accuracy_by_count(name: str, counts: np.ndarray, accuracy: np.ndarray) -> Plot:
@@ -116,18 +116,16 @@ def accuracy_by_count(name: str, counts: np.ndarray, accuracy: np.ndarray) -> Pl
     )
     raster = len(counts) > _RASTER_ABOVE
     size, alpha = (4, 0.25) if raster else (30, 0.7)
-    with _drawing(name) as axes:
+    with drawing(name) as axes:
         axes.set_xscale("log")
-        axes.scatter(
-            np.maximum(counts, 1), percent, linewidths=0, rasterized=raster, color=_ACCENT, s=size, alpha=alpha
-        )
-        axes.axhline(percent.mean(), color=_CONTRAST, linewidth=1.2, linestyle=_DASHES, label="mean of the classes")
+        axes.scatter(np.maximum(counts, 1), percent, linewidths=0, rasterized=raster, color=ACCENT, s=size, alpha=alpha)
+        axes.axhline(percent.mean(), color=CONTRAST, linewidth=1.2, linestyle=DASHES, label="mean of the classes")
         axes.set_ylim(-3, 103)
         _plain_log_ticks(axes, counts)
         axes.set_xlabel("training images of the class (logarithmic)")
         axes.set_ylabel("test accuracy of the class (%)")
         axes.legend(loc="best")
-        return Plot("Accuracy and class size", alt, _svg(name, axes))
+        return Plot("Accuracy and class size", alt, embed(name, axes))
 
 
 def _plain_log_ticks(axes: Axes, counts: np.ndarray) -> None:
@@ -147,10 +145,10 @@ def groups(name: str, bars: Sequence[tuple[str, float | None]]) -> Plot:
     texts = ["none" if value is None else f"{100 * value:.1f}%" for _, value in bars]
     words = "; ".join(f"{label}: {text}" for (label, _), text in zip(bars, texts, strict=True))
     positions = range(len(bars))
-    with _drawing(name, height=2.2) as axes:
-        axes.barh(positions, percents, color=_ACCENT, height=0.6)
+    with drawing(name, height=2.2) as axes:
+        axes.barh(positions, percents, color=ACCENT, height=0.6)
         for position, percent, text in zip(positions, percents, texts, strict=True):
-            axes.text(percent + 1.5, position, text, va="center", color=_QUIET if text == "none" else _INK)
+            axes.text(percent + 1.5, position, text, va="center", color=QUIET if text == "none" else INK)
         axes.set_yticks(positions, [label for label, _ in bars])
         axes.invert_yaxis()
         axes.set_xlim(0, 115)
@@ -158,7 +156,7 @@ def groups(name: str, bars: Sequence[tuple[str, float | None]]) -> Plot:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("test accuracy (%)")
         alt = f"Bar chart of the test accuracy by class size. {words}."
-        return Plot("Many, medium and few", alt, _svg(name, axes))
+        return Plot("Many, medium and few", alt, embed(name, axes))
 
 
 def means_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | None, float]], *, axis: str) -> Plot:
@@ -173,19 +171,19 @@ def means_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | N
     known = [(mean - spread, mean + spread) for _, mean, spread in rows if mean is not None]
     low, high = min((left for left, _ in known), default=0.0), max((right for _, right in known), default=1.0)
     room = max(high - low, 1.0)
-    with _drawing(name, height=0.8 + 0.26 * ends[-1]) as axes:
+    with drawing(name, height=0.8 + 0.26 * ends[-1]) as axes:
         for position, (_, mean, spread), text in zip(positions, rows, texts, strict=True):
             if mean is not None:
-                axes.errorbar(mean, position, xerr=spread, color=_ACCENT, fmt="o", markersize=4)
+                axes.errorbar(mean, position, xerr=spread, color=ACCENT, fmt="o", markersize=4)
             right = low if mean is None else mean + spread
-            axes.text(right + 0.04 * room, position, text, va="center", color=_QUIET if mean is None else _INK)
+            axes.text(right + 0.04 * room, position, text, va="center", color=QUIET if mean is None else INK)
         axes.set_yticks(positions, ["\n".join(lines) for lines in labels])
         axes.set_ylim(ends[-1], 0)
         axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 100])
         axes.set_xlim(low - 0.05 * room, high + 0.4 * room)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(axis)
-        return Plot(title, f"{axis}. {words}.", _svg(name, axes))
+        return Plot(title, f"{axis}. {words}.", embed(name, axes))
 
 
 def histogram(
@@ -199,14 +197,14 @@ def histogram(
     if high - low < 1e-3 * max(abs(high), 1e-9):  # all alike: one bar of a visible width
         low, high = middle - max(abs(middle), 1) * 0.05, middle + max(abs(middle), 1) * 0.05
     bins = int(np.clip(np.sqrt(len(values)) * 2, 8, 60))
-    with _drawing(name) as axes:
-        axes.hist(values, bins=bins, range=(low, high), color=_ACCENT, edgecolor="white")
+    with drawing(name) as axes:
+        axes.hist(values, bins=bins, range=(low, high), color=ACCENT, edgecolor="white")
         if mark is not None:
-            axes.axvline(mark[0], color=_CONTRAST, linewidth=1.2, linestyle=_DASHES, label=mark[1])
+            axes.axvline(mark[0], color=CONTRAST, linewidth=1.2, linestyle=DASHES, label=mark[1])
             axes.legend(loc="best")
             alt += f" Marked: {mark[1]}."
         axes.set_xlabel(axis)
         axes.set_ylabel(f"number of {what}")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(visible=False, axis="x")
-        return Plot(title, alt, _svg(name, axes))
+        return Plot(title, alt, embed(name, axes))

@@ -17,7 +17,8 @@ from ltloss.errors import ImageError
 from ltloss.training.data.decode import open_image
 from ltloss.training.data.images import ArrayImages
 from ltloss.training.pages import gallery
-from ltloss.training.pages.gallery import THUMBNAIL_SIZE, Gallery, folder_address, percent, thumbnail, write_gallery
+from ltloss.training.pages.cards import THUMBNAIL_SIZE, percent, thumbnail
+from ltloss.training.pages.gallery import Gallery, folder_address, write_gallery
 from ltloss.training.pages.html import escape
 from ltloss.training.predict.predict import Predictions, predict_folder
 

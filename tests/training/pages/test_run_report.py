@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,16 @@ from helpers.refusals import missing, refused
 from helpers.small_run import HOSTILE, history, make_run
 
 from ltloss.errors import UserError
+from ltloss.training.data.images import ArrayImages
+from ltloss.training.measure.details import Mistake
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.pages import plots
+from ltloss.training.pages.html import escape
+from ltloss.training.pages.run_files import Run
 from ltloss.training.pages.run_report import write_report
+from ltloss.training.pages.sections import Body, add_mistakes
 from ltloss.training.run.checkpoint import Checkpoint, save_checkpoint
+from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.trainer import TrainingResult
 
 pytestmark = pytest.mark.slow
@@ -28,16 +35,20 @@ FIGURES = {
     "Accuracy",
     "Many, medium and few",
     "Accuracy and class size",
+    "Confusions",
+    "Calibration",
     "Feature lengths",
     "Angles between prototypes",
+    "What the loss sees",
 }
+FROM_IMAGES = {"Accuracy and class size", "Confusions", "Calibration", "Feature lengths", "What the loss sees"}
 DIGITS = tuple("0123456789")
 
 
 def figures(page: Page) -> dict[str, str]:
     """The first words of each figure's description by title."""
     text = page.path.read_text(encoding="utf-8")
-    titles = re.findall(r"<figcaption>(.*?)<span", text)
+    titles = re.findall(r"<figcaption>([^<]+)<span", text)
     return dict(zip(titles, (a["aria-label"] for a in page.all("div") if a.get("role") == "img"), strict=True))
 
 
@@ -113,7 +124,7 @@ def test_a_stored_evaluation_serves_only_if_it_is_of_the_last_epoch(tmp_path: Pa
     (run / "evaluation.json").write_text(json.dumps(stored))
     page = Page(write_report(run))
     assert "1 in all, 10 to 10 training images" in figures(page)["Accuracy and class size"]
-    assert "Feature lengths, which need the test images" in page.text
+    assert "Confusions, calibration, feature lengths and the map, which need the test images" in page.text
     (run / "evaluation.json").write_text(json.dumps({**stored, "accuracy": 0.75}))
     assert "Accuracy and class size" not in figures(Page(write_report(run)))
 
@@ -123,8 +134,9 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     make_run(run, ("a", "b", "c"), data="nowhere/images")
     page = Page(write_report(run))
     page.check()
-    assert set(figures(page)) == FIGURES - {"Feature lengths", "Accuracy and class size"}
-    assert "Accuracy by class and feature lengths, which need the test images" in page.text
+    assert set(figures(page)) == FIGURES - FROM_IMAGES
+    absent = "Accuracy by class, confusions, calibration, feature lengths and the map, which need the test images"
+    assert absent in page.text
     assert not missing(page.text, "'nowhere/images'")
     shutil.rmtree(run / "checkpoints")
     page = Page(write_report(run))
@@ -252,5 +264,75 @@ def test_a_diverged_model_is_said_on_the_page(tmp_path: Path, value: float, rows
     save_checkpoint(tmp_path / "run", 4, Checkpoint(classifier.state_dict(), {}, {"history": history(3)}))
     page = Page(write_report(tmp_path / "run"))
     page.check()
-    assert "Feature lengths" not in figures(page)
+    assert not {"Feature lengths", "What the loss sees"} & set(figures(page))
+    assert "Confusions" in figures(page)
     assert "not finite, so the training diverged" in page.text
+    assert not (tmp_path / "run" / "map.json").exists()
+
+
+def test_prototypes_that_are_not_finite_are_left_out_of_the_map(tmp_path: Path) -> None:
+    classifier = make_run(tmp_path / "run", DIGITS, shape=(1, 8, 8))
+    classifier.loss.weight.data[3] = math.nan
+    save_checkpoint(tmp_path / "run", 4, Checkpoint(classifier.state_dict(), {}, {"history": history(3)}))
+    write_report(tmp_path / "run").read_text()
+    placed = json.loads((tmp_path / "run" / "map.json").read_text())
+    assert [name for *_, name in placed["prototypes"]] == list("012456789")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"loss": "softmax"}, {"loss": "arcface", "loss_options": {"sub_centers": 3}}],
+    ids=["softmax", "centers"],
+)
+def test_every_kind_of_head_has_the_whole_report(options: dict[str, object], tmp_path: Path) -> None:
+    make_run(tmp_path / "run", DIGITS, shape=(1, 8, 8), **options)
+    page = Page(write_report(tmp_path / "run"))
+    page.check()
+    assert set(figures(page)) == FIGURES
+    placed = json.loads((tmp_path / "run" / "map.json").read_text())
+    assert len(placed["prototypes"]) == 10 * (3 if "loss_options" in options else 1)
+
+
+def test_what_was_measured_is_on_the_page(tmp_path: Path) -> None:
+    from ltloss.training.measure.evaluate import evaluate_run
+
+    last = {"top5_accuracy": 0.7654, "balanced_accuracy": 0.3456, "macro_f1": 0.2344}
+    make_run(tmp_path / "run", DIGITS, shape=(1, 8, 8), rows=history(3, **last))
+    page = Page(write_report(tmp_path / "run"))
+    details = evaluate_run(tmp_path / "run").details
+    assert details is not None
+    assert [fact for fact in ("76.5%", "34.6%", "23.4%", "The largest confusions") if fact not in page.text] == []
+    first = details.confusions[0]
+    assert f"{first.images} images of {first.label} taken for {first.predicted}" in figures(page)["Confusions"]
+    shown = [image["alt"] for image in page.all("img")]
+    assert shown == [f"{one.image}: {one.predicted}" for one in details.mistakes]
+    assert page.text.count("✗ labelled") == len(shown) == 24
+
+
+def test_what_was_stored_is_not_measured_again(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*given: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("ltloss.training.pages.run_report.measure_in_detail", measured)
+    run = tmp_path / "toy"
+    shutil.copytree(trained, run)
+    assert write_report(run).read_bytes() == (trained / "report.html").read_bytes()
+    stored = json.loads((run / "evaluation.json").read_text())
+    stored["confusions"] = "?"
+    (run / "evaluation.json").write_text(json.dumps(stored))
+    with pytest.raises(AssertionError, match="measured"):
+        write_report(run)
+
+
+def test_errors_without_previews_are_a_table(tmp_path: Path) -> None:
+    """Of embeddings, which have no images, and of test images that are not those of the run any more."""
+    make_run(tmp_path / "run", HOSTILE, data="gone.npz")
+    run = Run(tmp_path / "run", RunConfig.read(tmp_path / "run"), {})
+    found = [Mistake(1, "<b>1", 0, 2, 0.96), Mistake(0, "row 0", 1, 5, 0.5)]
+    other = ArrayImages(np.zeros((2, 8, 8), np.uint8), np.zeros(2, np.int64), HOSTILE, ["row 0", "row 1"])
+    embeddings = SimpleNamespace(names=["row 0", "<b>1"])
+    for source in (None, other, embeddings):
+        body = Body()
+        add_mistakes(body, run, found, source)  # type: ignore[arg-type]
+        assert "<img" not in "".join(body.wide)
+        assert not missing("".join(body.wide), "&lt;b&gt;1", escape(HOSTILE[2]), "96.0%", escape(HOSTILE[0]))
