@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; PyTorch is a large download) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
-	@$(PIP) -e '.[train,sklearn,export,tensorboard,lightning,bench,dev]'
+	@$(PIP) -e '.[train,parquet,sklearn,export,tensorboard,lightning,bench,dev]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## train five losses on long-tailed digits, print the table, classify the test images

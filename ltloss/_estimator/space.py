@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ltloss.numerics import spans
 
-__all__ = ["Batches", "Part", "Space", "class_means", "of_class_means", "rows_of"]
+__all__ = ["WIDEST", "Batches", "Part", "Space", "class_means", "of_class_means", "rows_of"]
 
 Array = np.ndarray[Any, Any]
 
 _BLOCK = 1 << 20  # numbers of X that are converted at once
-_WIDEST = 4096  # features; wider ones are divided by their deviations and not turned
+WIDEST = 4096  # features; wider ones are divided by their deviations and not turned
 _LEAST_SHRINKAGE = 0.01
 _LEAST_VARIANCE = 1e-3  # of a feature within the classes, as a part of all its variance
 
@@ -110,7 +110,7 @@ def of_class_means(X: Array, part: Part, classes: int) -> tuple[Space, Tensor]:
         mean += (block.weights @ rows).double()
     shift = Space((mean / total).float(), torch.ones(width))
     means = class_means(X, part, classes, shift)
-    turned = width <= _WIDEST
+    turned = width <= WIDEST
     within = torch.zeros((width, width) if turned else (width,), dtype=torch.float64)
     variance = torch.zeros(width, dtype=torch.float64)
     for rows, block in _blocks(X, part):

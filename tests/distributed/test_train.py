@@ -17,7 +17,7 @@ from helpers.refusals import refused
 
 pytest.importorskip("safetensors")
 pytest.importorskip("PIL")
-from helpers.toys import CLASS_NAMES, toy_images, toy_settings
+from helpers.toys import CLASS_NAMES, toy_images, toy_settings, write_embeddings
 
 from ltloss.errors import UserError
 from ltloss.training.measure.evaluate import evaluate_run
@@ -50,6 +50,10 @@ def _train(rank: int, data: Path, out: Path) -> tuple[float, float]:
     train(out / "long-tail", _settings(data, 1, "long-tail"), quiet=True)
     several = {"loss_options": {"sub_centers": 2}}
     train(out / "sub-centres", {**_settings(data, 1, "arcface"), **several}, quiet=True)
+    for head in ("linear", "mlp"):
+        given = toy_settings(out / "embeddings.npz", loss="logit-adjusted", head=head, embedding_size=64, epochs=8)
+        found = train(out / head, {**given, "parallel": "class"}, quiet=True)
+        assert (found.evaluation.metrics.accuracy or 0) > 0.9
     with refused("--parallel", "sub_centers", "min_angle_weight=0", error=UserError):
         train(out / "no search", {**_settings(data, 1, "long-tail"), **several}, quiet=True)
     with refused("softmax", error=UserError):
@@ -66,6 +70,7 @@ def _rows(run: Path) -> list[dict[str, str]]:
 
 def test_train_on_two_ranks(tmp_path: Path) -> None:
     data = _data(tmp_path)
+    write_embeddings(tmp_path / "embeddings.npz")
     first, second = world.run(_train, 2, data, tmp_path)
     assert first == second
     assert _rows(tmp_path / "whole") == _rows(tmp_path / "resumed")

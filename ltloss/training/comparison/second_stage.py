@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ltloss.class_balance import Counts, log_prior_from_counts
 from ltloss.errors import UserError
-from ltloss.training.data.images import ImageSource
+from ltloss.training.data.embeddings import Source
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.softmax_loss import SoftmaxLoss
 from ltloss.training.run.run_config import RunConfig
@@ -72,7 +72,7 @@ class ClassifierRetraining(Trainer):
     def __init__(
         self,
         config: RunConfig,
-        source: ImageSource,
+        source: Source,
         device: torch.device,
         weights: Mapping[str, Tensor],
         *,

@@ -1,1 +1,1 @@
-"""From files to batches of images."""
+"""From files to batches of images or embeddings."""

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltloss.training.data.images import DeviceImages, ImageSource
+from ltloss.training.data.embeddings import Source
+from ltloss.training.data.images import DeviceImages
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, channels, H, W) uint8 and labels (B,) int64."""
+    """Images (B, channels, H, W) uint8, or embeddings (B, D) of floats, and labels (B,) int64."""
 
     images: Tensor
     labels: Tensor
@@ -30,7 +31,7 @@ def batch_count(samples: int, batch_size: int, ranks: int = 1) -> int:
 
 
 def batches(
-    source: ImageSource,
+    source: Source,
     batch_size: int,
     order: np.ndarray | None = None,
     *,
@@ -38,9 +39,9 @@ def batches(
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[Batch]:
-    """Every image once, in ``order`` or as they come, about batch_size at a time.
+    """Every sample once, in ``order`` or as they come, about batch_size at a time.
 
-    Batches are of equal size, give or take one, and none holds a single image unless there is no other. Up to ``ahead``
+    Batches are of equal size, give or take one, and none holds a single one unless there is no other. Up to ``ahead``
     batches are read by a thread while the caller computes; an error there is raised here. Of several ``ranks``, each
     gets its part of every batch."""
     if order is None:
@@ -55,7 +56,7 @@ def batches(
     return _read_ahead(source, parts, ahead)
 
 
-def _read_ahead(source: ImageSource, parts: list[np.ndarray], ahead: int) -> Iterator[Batch]:
+def _read_ahead(source: Source, parts: list[np.ndarray], ahead: int) -> Iterator[Batch]:
     def read(part: np.ndarray) -> Batch:
         return Batch(source.batch(part), torch.from_numpy(source.labels[part]))
 
@@ -76,7 +77,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int | No
     The shift is at most ``pad`` pixels, or an eighth of the side (4 pixels of 32), black where it uncovers something.
     ``generator`` is on the CPU, so that every device draws the same.
     """
-    if kind == "none":
+    if kind == "none" or images.dim() == 2:  # embeddings
         return images
     count, channels, height, width = images.shape
     pads = (round(height / 8), round(width / 8)) if pad is None else (pad, pad)

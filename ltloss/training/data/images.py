@@ -23,6 +23,8 @@ from ltloss.training.data.decode import open_image, to_pixels
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ltloss.training.data.embeddings import Source
+
 Split = Literal["train", "test", "all"]
 Size = int | tuple[int, int] | None  # pixels: the side of a square, (height, width), or that of the data
 SMALLEST_SIZE = 4  # what --image-size demands: the backbones pool images twice
@@ -149,11 +151,11 @@ class FolderImages:
         return replace(self, names=[self.names[i] for i in indices], labels=self.labels[indices])
 
 
-ImageSource = ArrayImages | FolderImages  # what training, evaluation and prediction consume
+ImageSource = ArrayImages | FolderImages  # what has an image to show
 
 
-def on_device(source: ImageSource, device: torch.device) -> ImageSource:
-    """The images of a source in memory, as a tensor on ``device``; a folder's images stay where they are."""
+def on_device(source: Source, device: torch.device) -> Source:
+    """The images of a source in memory, as a tensor on ``device``; files and embeddings stay where they are."""
     if not isinstance(source, ArrayImages):
         return source
     pixels = source.batch(np.arange(len(source))).to(device)

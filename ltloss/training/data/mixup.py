@@ -1,4 +1,4 @@
-"""Mixup: a network sees weighted means of two images, and the loss the same mean of the losses of both labels."""
+"""Mixup: a network sees weighted means of two samples, and the loss the same mean of the losses of both labels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def mix(images: Tensor, labels: Tensor, alpha: float, generator: np.random.Generator) -> tuple[Tensor, Tensor, float]:
-    """Mix each image (B, channels, H, W) with a random other of its batch; one fraction ~ Beta(alpha, alpha) a batch.
+    """Mix each image (B, channels, H, W), or embedding (B, D), with a random other; one fraction ~ Beta(alpha, alpha).
 
-    Returns fraction·images + (1 − fraction)·others (B, channels, H, W) float32, the labels (B,) of the others, and the
+    Returns fraction·images + (1 − fraction)·others in their shape, float32, the labels (B,) of the others, and the
     fraction. Train with fraction·loss(labels) + (1 − fraction)·loss(other_labels).
 
     Source: Zhang et al., mixup: beyond empirical risk minimization, ICLR 2018, eq. 1 and figure 1a.

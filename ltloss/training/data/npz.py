@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import lzma
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from ltloss.errors import UserError
+from ltloss.training.data.arrays import DAMAGE
 from ltloss.training.data.images import ArrayImages, Split
+from ltloss.training.data.labels import check_range, names_of_classes, whole_labels
 
-_RENUMBER = "renumber the labels with numpy.unique(labels, return_inverse=True)"
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
-# Damaged and foreign archives; RuntimeError is that of an encrypted one, MemoryError that of a size that is absurd.
-_DAMAGE = (
-    *(ValueError, OSError, EOFError, RuntimeError, MemoryError, OverflowError, SyntaxError, KeyError),
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
-)
 
 
 def load_npz(path: Path, split: Split) -> ArrayImages:
@@ -40,7 +34,7 @@ def load_npz(path: Path, split: Split) -> ArrayImages:
             splits = ("train", "test") if split == "all" else (split,)
             class_names = _class_names(path, archive)
             parts = [_part(path, archive, part, class_names) for part in splits]
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); write it with numpy.savez") from error
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     names = [f"{part}/{i:05d}" for part, (_, y) in zip(splits, parts, strict=True) for i in range(len(y))]
@@ -48,33 +42,8 @@ def load_npz(path: Path, split: Split) -> ArrayImages:
 
 
 def _class_names(path: Path, archive: np.lib.npyio.NpzFile) -> tuple[str, ...]:
-    """The names given, or the numbers up to the largest training label; every class must have training images."""
-    labels = _labels(path, archive, "y_train")
-    if "class_names" in archive.files:
-        given = _array(path, archive, "class_names")
-        if given.ndim != 1 or given.dtype.kind != "U" or len(set(given.tolist())) != len(given):
-            raise UserError(
-                f"{path}: class_names must be a list of different strings, is {given.dtype} of shape {given.shape}"
-            )
-        names = tuple(str(name) for name in given)
-    else:
-        largest = int(labels.max(initial=-1))
-        if largest >= len(labels) > 0:  # most classes would be empty, and their names alone could fill the memory
-            raise UserError(
-                f"{path}: y_train goes up to {largest} but has only {len(labels)} labels, so some classes have no "
-                f"image; {_RENUMBER}"
-            )
-        names = tuple(str(c) for c in range(largest + 1))
-    if len(names) < 2:
-        raise UserError(f"{path} has {len(names)} classes, at least 2 are needed; check y_train")
-    _check_range(path, "y_train", labels, len(names))
-    empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
-    if len(empty):
-        raise UserError(
-            f"{path}: {len(empty)} of {len(names)} classes have no training image, the first is {names[empty[0]]}; "
-            "renumber the labels without them"
-        )
-    return names
+    given = _array(path, archive, "class_names") if "class_names" in archive.files else None
+    return names_of_classes(path, "y_train", _labels(path, archive, "y_train"), given)
 
 
 def _part(
@@ -82,26 +51,22 @@ def _part(
 ) -> tuple[np.ndarray, np.ndarray]:
     images, labels = _array(path, archive, f"x_{part}"), _labels(path, archive, f"y_{part}")
     if images.dtype != np.uint8:
-        raise UserError(f"{path}: x_{part} must be uint8 (0..255), is {images.dtype}; convert it")
+        raise UserError(
+            f"{path}: x_{part} must be uint8 (0..255), or embeddings (N, D) of floats, is {images.dtype} of shape "
+            f"{images.shape}; convert it"
+        )
     if not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))):
         raise UserError(f"{path}: x_{part} must be (N, H, W) or (N, H, W, 1 or 3), is {images.shape}; transpose it")
     if len(images) != len(labels):
         raise UserError(f"{path}: x_{part} has {len(images)} images and y_{part} {len(labels)} labels; make them equal")
     if not images.size:
         raise UserError(f"{path}: x_{part} is empty, of shape {images.shape}; it needs images")
-    _check_range(path, f"y_{part}", labels, len(class_names))
+    check_range(path, f"y_{part}", labels, len(class_names))
     return images, labels
 
 
 def _labels(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
-    labels = _array(path, archive, key)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UserError(
-            f"{path}: {key} must be integers of shape (N,), is {labels.dtype} of shape {labels.shape}; convert it"
-        )
-    if labels.size and int(labels.max()) > np.iinfo(np.int64).max:
-        raise UserError(f"{path}: {key} goes up to {labels.max()}, beyond every number of classes; {_RENUMBER}")
-    return labels.astype(np.int64)
+    return whole_labels(path, key, _array(path, archive, key))
 
 
 def _array(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
@@ -109,9 +74,3 @@ def _array(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path}: {key} is a file of another kind, not an array; write it with numpy.savez")
     return array
-
-
-def _check_range(path: Path, key: str, labels: np.ndarray, classes: int) -> None:
-    bad = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(bad):
-        raise UserError(f"{path}: {key}[{bad[0]}] is {labels[bad[0]]}, outside 0..{classes - 1}; correct the labels")

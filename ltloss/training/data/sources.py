@@ -1,4 +1,4 @@
-"""Where images come from: the digits, .npz files and folders."""
+"""Where images and embeddings come from: the digits, files and folders."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import numpy as np
 
 from ltloss.errors import ImageError, UserError
 from ltloss.training.data.decode import SUFFIXES, open_image
-from ltloss.training.data.images import ArrayImages, FolderImages, ImageSource, Size, Split, target_shape
+from ltloss.training.data.embeddings import Source, holds_embeddings, load_embeddings, own_splits
+from ltloss.training.data.images import ArrayImages, FolderImages, Size, Split, target_shape
 from ltloss.training.data.npz import load_npz
-from ltloss.training.data.splits import stratified_split
+from ltloss.training.data.splits import split_indices
 
-TEST_FRACTION = 0.2
+ACCEPTED = "digits, a folder of class folders, a FILE.npz, or embeddings in .npz, .npy, .safetensors or .parquet"
 DEFAULT_FOLDER_SIZE = 64
 DECODED_AT_ONCE = 64  # images of a folder, where their mean is taken
 LARGEST_DEFAULT_SIZE = 128  # the size of the data is only used up to here: photos would need too much memory
@@ -24,13 +25,13 @@ LARGEST_DEFAULT_SIZE = 128  # the size of the data is only used up to here: phot
 
 def load_data(
     spec: str, *, split: Split, image_size: Size = None, channels: int | None = None, seed: int = 0, workers: int = 4
-) -> ImageSource:
-    """One split of ``digits``, of a folder or of a FILE.npz.
+) -> Source:
+    """One split of ``digits``, of a folder, of images in a FILE.npz or of a file of embeddings.
 
-    A folder with exactly ``train/`` and ``test/`` (or ``val/``) holds its splits there; of any other, and of the
-    digits, a seeded 20 % of each class is the test split. ``all`` is every image.
+    A folder with exactly ``train/`` and ``test/`` (or ``val/``) holds its splits there; of any other, of the digits and
+    of embeddings without splits, a seeded 20 % of each class is the test split. ``all`` is every sample.
 
-    Raises UserError for anything that cannot be used as classified images.
+    Raises UserError for anything that cannot be used as classified images or embeddings.
     """
     if spec == "digits":
         return _digits(split, seed).reshaped(image_size, channels)
@@ -38,11 +39,11 @@ def load_data(
     if path.is_dir():
         return _load_folder(path, split, image_size, channels, seed, workers)
     if not path.exists():
-        raise UserError(f"data {spec!r} does not exist; give digits, a folder of class folders, or a FILE.npz")
+        raise UserError(f"data {spec!r} does not exist; give {ACCEPTED}")
+    if holds_embeddings(path):
+        return load_embeddings(path, split, seed)
     if path.suffix != ".npz":
-        raise UserError(
-            f"data {spec} is a {path.suffix or 'plain'} file; give digits, a folder of class folders, or a FILE.npz"
-        )
+        raise UserError(f"data {spec} is a {path.suffix or 'plain'} file; give {ACCEPTED}")
     return load_npz(path, split).reshaped(image_size, channels)
 
 
@@ -61,7 +62,11 @@ def absolute(spec: str) -> str:
 def has_own_splits(spec: str) -> bool:
     """Whether the data says itself which images are for training and for the test; else ``load_data`` draws them."""
     path = Path(spec)
-    return spec != "digits" and (not path.is_dir() or _split_folders(path) is not None)
+    if spec == "digits":
+        return False
+    if path.is_dir():
+        return _split_folders(path) is not None
+    return not path.is_file() or not holds_embeddings(path) or own_splits(path)
 
 
 def load_images(folder: Path, image_shape: tuple[int, int, int], *, workers: int = 4) -> FolderImages:
@@ -83,20 +88,13 @@ def _digits(split: Split, seed: int) -> ArrayImages:
     labels = data.target.astype(np.int64)
     names = [f"digits/{i:05d}" for i in range(len(labels))]
     source = ArrayImages(images, labels, tuple("0123456789"), names)
-    return source.subset(_split_indices(labels, split, seed))
-
-
-def _split_indices(labels: np.ndarray, split: Split, seed: int) -> np.ndarray:
-    if split == "all":
-        return np.arange(len(labels))
-    train, test = stratified_split(labels, TEST_FRACTION, seed)
-    return train if split == "train" else test
+    return source.subset(split_indices(labels, split, seed))
 
 
 def _load_folder(folder: Path, split: Split, size: Size, channels: int | None, seed: int, workers: int) -> FolderImages:
     class_names, names, labels = _listing(folder, split)
     if split != "all" and _split_folders(folder) is None:
-        indices = _split_indices(labels, split, seed)
+        indices = split_indices(labels, split, seed)
         names, labels = [names[i] for i in indices], labels[indices]
 
     def choose_shape(found: set[tuple[int, int, int]]) -> tuple[int, int, int]:

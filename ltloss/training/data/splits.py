@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ltloss.errors import UserError
+from ltloss.training.data.images import Split
 from ltloss.training.seeds import numpy_generator
+
+TEST_FRACTION = 0.2
 
 
 def long_tailed_counts(available: np.ndarray, imbalance: float) -> np.ndarray:
@@ -58,3 +61,11 @@ def stratified_split(
     test_counts = np.round(sizes * test_fraction).clip(1, np.maximum(sizes - 1, 1))
     test = keep_per_class(labels, np.where(sizes > 1, test_counts, 0).astype(np.int64), seed, purpose)
     return np.setdiff1d(np.arange(len(labels)), test), test
+
+
+def split_indices(labels: np.ndarray, split: Split, seed: int) -> np.ndarray:
+    """Sorted indices of a split of labels (N,), of which a seeded 20 % of each class is the test; all of ``all``."""
+    if split == "all":
+        return np.arange(len(labels))
+    train, test = stratified_split(labels, TEST_FRACTION, seed)
+    return train if split == "train" else test

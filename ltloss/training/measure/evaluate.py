@@ -16,7 +16,8 @@ from torch import Tensor
 from ltloss._deprecation import renamed_keywords
 from ltloss.distributed import in_one_piece
 from ltloss.training.data.batches import batches
-from ltloss.training.data.images import ImageSource, Split
+from ltloss.training.data.embeddings import Source
+from ltloss.training.data.images import Split
 from ltloss.training.data.sources import absolute, check_same_classes, has_own_splits
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.measure.details import Details, DetailsAccumulator
@@ -33,7 +34,7 @@ _LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32, however many classes there are
 @torch.inference_mode()
 def measure(
     classifier: Classifier,
-    source: ImageSource,
+    source: Source,
     thresholds: Thresholds,
     *,
     amp: bool = False,
@@ -50,7 +51,7 @@ def measure(
 
 
 @torch.inference_mode()
-def measure_in_detail(classifier: Classifier, source: ImageSource, thresholds: Thresholds) -> tuple[Metrics, Details]:
+def measure_in_detail(classifier: Classifier, source: Source, thresholds: Thresholds) -> tuple[Metrics, Details]:
     """The metrics as :func:`measure` gives them, and the details, in one pass.
 
     Memory: one number for each wrong prediction, and some for each class.
@@ -62,7 +63,7 @@ def measure_in_detail(classifier: Classifier, source: ImageSource, thresholds: T
 
 
 def _results(
-    classifier: Classifier, source: ImageSource, amp: bool = False, logit_offset: Tensor | None = None
+    classifier: Classifier, source: Source, amp: bool = False, logit_offset: Tensor | None = None
 ) -> Iterator[BatchResult]:
     """What the classifier makes of the source, in its order, a few images at a time."""
     was_training = classifier.training

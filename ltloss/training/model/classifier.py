@@ -1,4 +1,4 @@
-"""The trained thing: images in, features and logits out."""
+"""The trained thing: images or embeddings in, features and logits out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ltloss.errors import UserError
 from ltloss.training.model.backbones import build_backbone
+from ltloss.training.model.heads import Whitening, build_head
 from ltloss.training.model.registry import build_loss
 from ltloss.training.run.checkpoint import checkpoint_in_use, read_tensors
 from ltloss.training.run.run_config import RunConfig
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 class Classifier(nn.Module):
     """Normalisation of pixels, backbone, batch normalisation of the feature, and loss head of one run.
+
+    Over embeddings: standardisation, and what ``settings.head`` names in the place of the backbone.
 
     ``features`` maps images to features; ``loss`` maps features to the loss, to logits and to the best classes.
     ``loss.weight`` (C, D) are the class prototypes, parameters of this module like any other.
@@ -34,27 +37,31 @@ class Classifier(nn.Module):
         super().__init__()
         settings = config.settings
         self.config = config
-        self.backbone = build_backbone(settings.backbone, config.image_shape, settings.embedding_size)
+        size, shape = config.embedding_size, config.image_shape
+        if config.of_embeddings:
+            self.backbone = build_head(settings.head, shape[0], size)
+        else:
+            self.backbone = build_backbone(settings.backbone, (shape[0], shape[1], shape[2]), size)
         # As InsightFace does: without it the features of a fresh network nearly coincide in direction, and a loss that
         # sees directions alone starts slowly or not at all.
-        self.norm = nn.BatchNorm1d(settings.embedding_size) if settings.embedding_norm else nn.Identity()
+        normed = settings.embedding_norm and not isinstance(self.backbone, Whitening)
+        self.norm = nn.BatchNorm1d(size) if normed else nn.Identity()
         self.loss = build_loss(
-            settings.loss,
-            config.class_counts,
-            settings.embedding_size,
-            settings.all_loss_options,
-            settings.prototype_dtype,
+            settings.loss, config.class_counts, size, settings.all_loss_options, settings.prototype_dtype
         )
-        self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
+        per_channel = (-1, *[1] * (len(shape) - 1))
+        self.register_buffer("mean", torch.tensor(config.mean).view(per_channel), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(per_channel), persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
-        """Features (N, D) of uint8 images (N, channels, H, W) of the shape ``config.image_shape``."""
-        pixels = images.to(self.mean.device, self.mean.dtype) / 255
-        return cast(Tensor, self.norm(self.backbone((pixels - self.mean) / self.std)))
+        """Features (N, D) of uint8 images (N, channels, H, W) or of embeddings, of the shape ``config.image_shape``."""
+        values = images.to(self.mean.device, self.mean.dtype)
+        if not self.config.of_embeddings:
+            values = values / 255
+        return cast(Tensor, self.norm(self.backbone((values - self.mean) / self.std)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, C) of uint8 images (N, channels, H, W)."""
+        """Logits (N, C) of what ``features`` takes."""
         return self.loss.logits(self.features(images))
 
     @classmethod

@@ -13,7 +13,7 @@ from torch import Tensor
 from ltloss.distributed import in_one_piece
 from ltloss.functional import nearest_prototype
 from ltloss.training.data.batches import batches
-from ltloss.training.data.images import ImageSource
+from ltloss.training.data.embeddings import Source
 from ltloss.training.measure.confusion import classes_to_look_at
 from ltloss.training.measure.details import Details
 from ltloss.training.measure.feature_map import feature_map, sample_for_map, seen_by_the_loss
@@ -38,7 +38,7 @@ class Sampled:
 
 
 @torch.inference_mode()
-def sample_features(classifier: Classifier, source: ImageSource, found: Details | None) -> Sampled:
+def sample_features(classifier: Classifier, source: Source, found: Details | None) -> Sampled:
     """What the lengths and the map are drawn of. Marked are the classes of the largest confusions in ``found``."""
     marked = _classes_to_mark(found)
     numbers, even = sample_for_map(source.labels, marked)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ltloss._files import write_file
 from ltloss.errors import UserError
-from ltloss.training.data.images import ImageSource
+from ltloss.training.data.embeddings import Source
 from ltloss.training.data.sources import check_same_classes
 from ltloss.training.measure.evaluate import measure_in_detail
 from ltloss.training.model.classifier import Classifier
@@ -42,7 +42,7 @@ _LEFT_OPEN = {
 }
 
 
-def _test_images(run: Run) -> ImageSource:
+def _test_images(run: Run) -> Source:
     settings = run.config.settings
     source = load_split(settings, "test", run.config.image_shape)
     check_same_classes(run.config.class_names, source.class_names, f"run {run.path}", settings.data)
@@ -80,7 +80,7 @@ def _add_from_checkpoint(body: Body, run: Run, device: str | None, map_method: s
         add_map(body, run, classifier, sampled, map_method)
 
 
-def _add_measured(body: Body, run: Run, found: Measured | None, source: ImageSource | None) -> None:
+def _add_measured(body: Body, run: Run, found: Measured | None, source: Source | None) -> None:
     if found is None:
         return
     add_classes(body, run, found)
@@ -96,10 +96,15 @@ def _configuration(run: Run) -> Iterator[str]:
         ("classes", f"{len(config.class_names):,}"),
         ("training images", f"{sum(config.class_counts):,}"),
         ("smallest and largest class", f"{min(config.class_counts):,} and {max(config.class_counts):,} images"),
-        ("image shape", " × ".join(str(side) for side in config.image_shape) + " (channels × height × width)"),
-        ("mean", ", ".join(f"{value:.4g}" for value in config.mean)),
-        ("standard deviation", ", ".join(f"{value:.4g}" for value in config.std)),
     ]
+    if config.of_embeddings:
+        facts.append(("features of an embedding", f"{config.image_shape[0]:,}"))
+    else:
+        facts += [
+            ("image shape", " × ".join(str(side) for side in config.image_shape) + " (channels × height × width)"),
+            ("mean", ", ".join(f"{value:.4g}" for value in config.mean)),
+            ("standard deviation", ", ".join(f"{value:.4g}" for value in config.std)),
+        ]
     yield '<h2>Configuration</h2>\n<div class="plots">\n<div>'
     yield table(["data", "value"], facts) + "<br>" + table(["software", "version"], config.versions.items())
     yield "</div>\n<div>"

@@ -16,8 +16,10 @@ from ltloss.training.pages.plots import Plot
 from ltloss.training.pages.run_files import Measured, Run
 
 if TYPE_CHECKING:
+    from ltloss.training.data.embeddings import Source
     from ltloss.training.data.images import ImageSource
-    from ltloss.training.measure.details import Details, Mistake
+    from ltloss.training.data.embeddings import ArrayEmbeddings
+from ltloss.training.measure.details import Details, Mistake
     from ltloss.training.measure.feature_map import FeatureMap
 
 ROWS = 12  # in each of the tables of the weakest classes, the largest confusions and the closest prototypes
@@ -123,7 +125,7 @@ def add_calibration(body: Body, run: Run, found: Details) -> None:
     body.add(classifier_plots.calibration("calibration", found.calibration), about)
 
 
-def add_mistakes(body: Body, run: Run, mistakes: Sequence[Mistake], source: ImageSource | None) -> None:
+def add_mistakes(body: Body, run: Run, mistakes: Sequence[Mistake], source: Source | None) -> None:
     """The most confident errors: as previews where there are images, else as a table."""
     if not mistakes:
         return
@@ -132,7 +134,7 @@ def add_mistakes(body: Body, run: Run, mistakes: Sequence[Mistake], source: Imag
         '<h2>Most confidently wrong</h2>\n<p class="quiet">The wrong predictions of largest probability among the test '
         "images. Some of them may be labelled wrongly.</p>"
     )
-    if source is None or not hasattr(source, "image") or not _holds(source, mistakes):
+    if source is None or isinstance(source, ArrayEmbeddings) or not _holds(source, mistakes):
         rows = [(one.image, names[one.label], names[one.predicted], percent(one.probability)) for one in mistakes]
         body.wide.append(table(["image", "class", "taken for", "probability"], rows, numeric=(3,)))
         return

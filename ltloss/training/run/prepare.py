@@ -1,4 +1,4 @@
-"""The images of one run: loaded, limited, long-tailed, and measured for normalisation."""
+"""The images or embeddings of one run: loaded, limited, long-tailed, and measured for normalisation."""
 
 from __future__ import annotations
 
@@ -12,49 +12,81 @@ import torch
 import ltloss
 from ltloss.errors import UserError
 from ltloss.training.data.batches import batches
+from ltloss.training.data.embeddings import ArrayEmbeddings, Source
 from ltloss.training.data.images import ImageSource, Split
 from ltloss.training.data.sources import DECODED_AT_ONCE, load_data
 from ltloss.training.data.splits import keep_per_class, long_tailed_subset, stratified_split
 from ltloss.training.run.run_config import RunConfig
-from ltloss.training.run.settings import Settings
+from ltloss.training.run.settings import SETTINGS, Settings
 from ltloss.training.seeds import numpy_generator
 
 _NORMALISATION_IMAGES = 4096
+_OF_IMAGES = ("backbone", "image_size", "channels", "augment", "crop_pad")  # which embeddings have no use for
+_DEFAULT_SIZE = SETTINGS["embedding_size"].default
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """Both splits and the configuration that follows from them."""
 
-    train: ImageSource
-    test: ImageSource
+    train: Source
+    test: Source
     config: RunConfig
-    validation: ImageSource | None = None  # held out of the training split
+    validation: Source | None = None  # held out of the training split
 
 
 def prepare_data(settings: Settings) -> TrainingData:
     """Load both splits as the settings say. The long tail and the limit per class act on the training split only."""
     train = load_split(settings, "train")
+    _refuse_what_does_not_apply(settings, train.shape)
     test = load_split(settings, "test", train.shape)
     (train, validation), test = _training_parts(train, settings), apply_limits(test, settings, "test")
     return TrainingData(train, test, run_config(settings, train), validation)
 
 
-def load_split(settings: Settings, split: Split, shape: tuple[int, int, int] | None = None) -> ImageSource:
-    """One split of the data, whole; with images of ``shape`` (channels, height, width), or as the settings say."""
-    return load_data(
+def load_split(settings: Settings, split: Split, shape: tuple[int, ...] | None = None) -> Source:
+    """One split of the data, whole; with images of ``shape`` (channels, height, width), or as the settings say.
+
+    UserError where ``shape`` is (D,), and the data are no embeddings of this length, or the other way round.
+    """
+    resized = shape is not None and len(shape) == 3
+    source = load_data(
         settings.data,
         split=split,
-        image_size=settings.image_size if shape is None else shape[1:],
-        channels=settings.channels if shape is None else shape[0],
+        image_size=(shape[1], shape[2]) if resized else settings.image_size,  # type: ignore[index]
+        channels=shape[0] if resized else settings.channels,  # type: ignore[index]
         seed=settings.split_seed,
         workers=settings.workers,
     )
+    if shape is not None and source.shape != shape:
+        raise UserError(f"{settings.data} holds {_words(source.shape)}, {_words(shape)} were expected; give other data")
+    return source
 
 
-def run_config(settings: Settings, train: ImageSource) -> RunConfig:
+def _words(shape: tuple[int, ...]) -> str:
+    return f"embeddings of {shape[0]} features" if len(shape) == 1 else f"images of shape {shape}"
+
+
+def _refuse_what_does_not_apply(settings: Settings, shape: tuple[int, ...]) -> None:
+    """UserError for a setting of images where the data are embeddings, or of embeddings where they are images."""
+    embeddings, width = len(shape) == 1, shape[0]
+    for name in _OF_IMAGES if embeddings else ("head",):
+        if (value := getattr(settings, name)) != SETTINGS[name].default:
+            flag, (use, held) = name.replace("_", "-"), ("images", "embeddings")[:: 1 if embeddings else -1]
+            raise UserError(f"--{flag} {value} is for {use}, and {settings.data} holds {held}; leave it out")
+    if embeddings and settings.head == "linear" and settings.embedding_size not in (width, _DEFAULT_SIZE):
+        raise UserError(
+            f"--embedding-size {settings.embedding_size}: a linear head leaves the {width} features of {settings.data} "
+            "as they are; leave it out, or take --head mlp"
+        )
+
+
+def run_config(settings: Settings, train: Source) -> RunConfig:
     """The configuration of a run that is trained on all of ``train``."""
-    mean, std = _normalisation(train, settings.split_seed)
+    if isinstance(train, ArrayEmbeddings):
+        mean, std = train.moments()
+    else:
+        mean, std = _normalisation(train, settings.split_seed)
     return RunConfig(
         settings=settings,
         class_names=train.class_names,
@@ -66,7 +98,7 @@ def run_config(settings: Settings, train: ImageSource) -> RunConfig:
     )
 
 
-def apply_limits(source: ImageSource, settings: Settings, split: Split) -> ImageSource:
+def apply_limits(source: Source, settings: Settings, split: Split) -> Source:
     """What a run uses of a split of its data: the long tail and the limits of its settings. ``all`` is left whole."""
     seed = settings.split_seed
     if split == "train":
@@ -77,7 +109,7 @@ def apply_limits(source: ImageSource, settings: Settings, split: Split) -> Image
     return source
 
 
-def _training_parts(source: ImageSource, settings: Settings) -> tuple[ImageSource, ImageSource | None]:
+def _training_parts(source: Source, settings: Settings) -> tuple[Source, Source | None]:
     """What a run is trained on of its training split, and what it holds out of that."""
     seed = settings.split_seed
     if settings.limit_per_class is not None:

@@ -31,8 +31,8 @@ class RunConfig:
     settings: Settings
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]  # training images per class, after the long tail
-    image_shape: tuple[int, int, int]  # (channels, height, width)
-    mean: tuple[float, ...]  # per channel, pixels in [0, 1]
+    image_shape: tuple[int, ...]  # (channels, height, width), or (D,) of embeddings
+    mean: tuple[float, ...]  # per channel, pixels in [0, 1], or per feature of embeddings
     std: tuple[float, ...]
     versions: Mapping[str, str]
 
@@ -43,8 +43,19 @@ class RunConfig:
 
     @property
     def backbone(self) -> str:
-        """Name of the backbone."""
-        return self.settings.backbone
+        """Name of the backbone, or of the head over embeddings."""
+        return self.settings.head if self.of_embeddings else self.settings.backbone
+
+    @property
+    def of_embeddings(self) -> bool:
+        """Whether embeddings are classified, not images."""
+        return len(self.image_shape) == 1
+
+    @property
+    def embedding_size(self) -> int:
+        """Length of the feature vector: a linear head leaves embeddings as long as they are."""
+        linear = self.of_embeddings and self.settings.head == "linear"
+        return self.image_shape[0] if linear else self.settings.embedding_size
 
     def in_force(self, *, amp: bool | None = None) -> RunConfig:
         """The same with a value for each option of the loss, ``amp`` and ``rounding`` where they were left open.
@@ -53,13 +64,13 @@ class RunConfig:
         """
         settings = self.settings
         known = settings.all_loss_options
-        options = options_in_force(self.loss, self.class_counts, settings.embedding_size, known)
+        options = options_in_force(self.loss, self.class_counts, self.embedding_size, known)
         added = {name: value for name, value in options.items() if name not in known}
         common: dict[str, Any] = {name: added.pop(name) for name in ("scale", "margin", "tau") if name in added}
         kept = {name: value for name, value in settings.loss_options.items() if name not in FORMER_OPTIONS}
         if settings.amp is None:
             common["amp"] = amp
-        common["rounding"] = rounding_in_force(settings)
+        common |= {"rounding": rounding_in_force(settings), "embedding_size": self.embedding_size}
         return replace(self, settings=replace(settings, **common, loss_options={**kept, **added}))
 
     def to_json(self) -> str:
@@ -117,7 +128,8 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
     holds = {
         "class_names": _list_of(names, str) and len(set(names)) == len(names) > 0,
         "class_counts": _list_of(facts["class_counts"], int, len(names)) and min(facts["class_counts"]) >= 0,
-        "image_shape": _list_of(shape, int, 3) and channels in (1, 3) and min(shape) >= 1,
+        "image_shape": ((_list_of(shape, int, 3) and channels in (1, 3)) or _list_of(shape, int, 1))
+        and min(shape) >= 1,
         "mean": _list_of(facts["mean"], (int, float), channels) and all(map(math.isfinite, facts["mean"])),
         "std": _list_of(facts["std"], (int, float), channels) and all(map(positive, facts["std"])),
         "versions": isinstance(versions, dict) and _list_of(list(versions.values()), str),

@@ -21,6 +21,7 @@ from ltloss.training.run.fused_settings import (
 from ltloss.training.stored_keys import FORMER_SETTINGS
 
 PARALLEL = ("none", "class")
+HEADS = ("linear", "mlp")
 
 AUGMENTATIONS = ("none", "crop", "crop-flip", "randaugment")
 
@@ -78,10 +79,15 @@ class Settings:
     """What a user chooses about a run. Raises UserError for a value out of range or of the wrong type."""
 
     data: str = _option(
-        "", "digits, a folder (FOLDER/<class>/*.png ...), or FILE.npz with x_train, y_train, x_test, y_test"
+        "",
+        "digits, a folder (FOLDER/<class>/*.png ...), FILE.npz with x_train, y_train, x_test, y_test, or embeddings in "
+        ".npz, .npy, .safetensors or .parquet",
     )
     loss: str = _option("long-tail", "the loss", choices=tuple(LOSSES))
     backbone: str = _option("small-cnn", "small-cnn, resnet32, or a timm model as timm:NAME")
+    head: str = _option(
+        "linear", "over embeddings: linear (whitened, nothing else learned), or mlp (one hidden layer)", choices=HEADS
+    )
     imbalance: float = _option(1.0, "long tail: largest class / smallest class", _at_least(1))
     epochs: int = _option(30, "epochs", _at_least(1))
     batch_size: int = _option(64, "samples a batch, give or take one", _at_least(2))

@@ -21,12 +21,13 @@ from ltloss.errors import UserError
 from ltloss.optim.prototype_optimizer import PrototypeOptimizer
 from ltloss.soft_labels import takes_soft_labels
 from ltloss.training.data.batches import augment, batch_count, batches
-from ltloss.training.data.images import ImageSource
+from ltloss.training.data.embeddings import Source
 from ltloss.training.data.mixup import mix
 from ltloss.training.data.randaugment import rand_augment
 from ltloss.training.measure.evaluate import Evaluation, measure, measure_in_detail
 from ltloss.training.measure.metrics import COLUMNS, Metrics
 from ltloss.training.model.classifier import Classifier, check_tensors, choose_device
+from ltloss.training.model.start import start_at_means
 from ltloss.training.run.average import WeightAverage
 from ltloss.training.run.checkpoint import (
     Checkpoint,
@@ -83,7 +84,9 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
             if ranks.first and stored is None:
                 check_still_new(out)
             checkpoint = latest_checkpoint(out)
-            trainer = Trainer(data.config, data.train, device, ranks, validation=data.validation)
+            trainer = Trainer(
+                data.config, data.train, device, ranks, validation=data.validation, fresh=checkpoint is None
+            )
             config = data.config.in_force(amp=trainer.amp)
             if checkpoint is not None:
                 trainer.restore(checkpoint)
@@ -103,7 +106,7 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
             return TrainingResult(out, evaluation, trainer.history, ranks)
 
 
-def _run_epochs(trainer: Trainer, test: ImageSource, out: Path, quiet: bool) -> None:
+def _run_epochs(trainer: Trainer, test: Source, out: Path, quiet: bool) -> None:
     """The epochs that are left, each with its checkpoint and its row of metrics."""
     settings = trainer.settings
     with ExitStack() as opened:
@@ -129,12 +132,13 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        source: ImageSource,
+        source: Source,
         device: torch.device,
         ranks: Ranks | None = None,
         *,
         measure_amp: bool = False,
-        validation: ImageSource | None = None,
+        validation: Source | None = None,
+        fresh: bool = True,
     ) -> None:
         self.settings = config.settings
         self.source, self.validation = source, validation
@@ -151,6 +155,8 @@ class Trainer:
         self.measure_amp = measure_amp and self.amp
         with torch_seeded(derived_seed(self.settings.seed, "initial weights"), device):
             self.classifier = Classifier(config).to(device)
+            if fresh:  # not to be restored
+                start_at_means(self.classifier, source)
         if self.amp:  # convolutions and pooling in bfloat16 are several times slower in the other layout
             self.classifier.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.features = wrap_distributed(self.classifier, self.ranks)
@@ -170,7 +176,7 @@ class Trainer:
         """What is measured and used: the average of the weights if there is one, else the classifier that learns."""
         return self.classifier if self.average is None else self.average.classifier
 
-    def run_epoch(self, epoch: int, test: ImageSource, progress: EpochProgress | None = None) -> dict[str, Any]:
+    def run_epoch(self, epoch: int, test: Source, progress: EpochProgress | None = None) -> dict[str, Any]:
         """Train epoch number ``epoch`` (from 1), measure the test split if it is due, and return the new row."""
         progress = progress or EpochProgress(self.settings.epochs)
         progress.begin(epoch, self.steps)
@@ -195,7 +201,7 @@ class Trainer:
     def _is_due(self, epoch: int) -> bool:
         return epoch % self.settings.evaluate_every == 0 or epoch == self.settings.epochs
 
-    def _measure(self, test: ImageSource) -> Metrics:
+    def _measure(self, test: Source) -> Metrics:
         self.measured = measure(self.kept, test, self.settings.thresholds, amp=self.measure_amp)
         return self.measured
 

@@ -1,0 +1,161 @@
+"""Named arrays in files of several formats, mapped from the disk where the format allows it; nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ltloss.errors import UserError
+
+Arrays = Mapping[str, Callable[[], np.ndarray]]  # each array is read when it is asked for
+
+# Damaged and foreign files; RuntimeError is that of an encrypted archive, MemoryError that of a size that is absurd.
+DAMAGE = (
+    *(ValueError, OSError, EOFError, RuntimeError, MemoryError, OverflowError, SyntaxError, KeyError, TypeError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+)
+_SAFETENSORS_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1"}
+_LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+
+
+def npz_arrays(path: Path) -> Arrays:
+    """The members of an .npz: a matrix that is not compressed is mapped, all else is read."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    return {name: partial(_npz_member, path, info) for name, info in members.items()}
+
+
+def npz_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype] | None:
+    """Shape and dtype of a member of an .npz, or None where there is no such array."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+            shape, _, dtype = _npy_header(member)
+            return shape, dtype
+    except DAMAGE:
+        return None
+
+
+def npy_arrays(path: Path) -> Arrays:
+    """A matrix in FILE.npy as ``x``; the labels in FILE.labels.npy or FILE.labels.txt, one a line, as ``y``."""
+    found: dict[str, Callable[[], np.ndarray]] = {"x": lambda: np.load(path, mmap_mode="r", allow_pickle=False)}
+    array, text = path.with_suffix(".labels.npy"), path.with_suffix(".labels.txt")
+    if array.is_file():
+        found["y"] = lambda: np.load(array, allow_pickle=False)
+    elif text.is_file():
+        found["y"] = lambda: _text_labels(text)
+    return found
+
+
+def safetensors_arrays(path: Path) -> Arrays:
+    """The tensors of a safetensors file, mapped; ``class_names`` and ``names`` are JSON lists of its metadata."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(_LONGEST_HEADER, path.stat().st_size):
+            raise ValueError("it is no safetensors file")
+        header = json.loads(file.read(length))
+    texts = header.pop("__metadata__", {})
+    found: dict[str, Callable[[], np.ndarray]] = {
+        name: partial(_safetensors_member, path, 8 + length, name, about) for name, about in header.items()
+    }
+    for name in texts.keys() & {"class_names", "names"}:
+        found[name] = partial(np.array, json.loads(texts[name]), dtype=str)
+    return found
+
+
+def parquet_arrays(path: Path) -> Arrays:
+    """A column of lists of floats (``embedding``, or the only such one) as ``x``, and the column ``label`` as ``y``."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError("files .parquet need pyarrow: pip install 'ltloss[parquet]'", name=error.name) from error
+    try:
+        schema = pq.read_schema(path)
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from error
+    lists = [field.name for field in schema if hasattr(field.type, "value_type") and _is_float(field.type.value_type)]
+    name = "embedding" if "embedding" in lists or len(lists) != 1 else lists[0]
+    if name not in lists:
+        columns = ", ".join(schema.names)
+        raise UserError(f"{path} has no column 'embedding' of lists of floats; its columns are {columns}")
+    found: dict[str, Callable[[], np.ndarray]] = {"x": partial(_parquet_matrix, path, name)}
+    if "label" in schema.names:
+        found["y"] = lambda: np.array(pq.read_table(path, columns=["label"])["label"].to_pylist())
+    return found
+
+
+READERS: dict[str, Callable[[Path], Arrays]] = {
+    ".npz": npz_arrays,
+    ".npy": npy_arrays,
+    ".safetensors": safetensors_arrays,
+    ".parquet": parquet_arrays,
+}
+
+
+def _npy_header(file: object) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and dtype; the file then stands at the first number."""
+    version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)  # type: ignore[arg-type]
+    return shape, fortran, dtype
+
+
+def _npz_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
+    if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
+        with path.open("rb") as file:
+            file.seek(info.header_offset + 26)
+            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+            shape, fortran, dtype = _npy_header(file)
+            if len(shape) == 2 and all(shape) and not dtype.hasobject:
+                return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+    with np.load(path, allow_pickle=False) as archive:
+        array: np.ndarray = archive[info.filename.removesuffix(".npy")]
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{info.filename} is a file of another kind, not an array")
+    return array
+
+
+def _safetensors_member(path: Path, start: int, name: str, about: Mapping[str, list[int]]) -> np.ndarray:
+    kind, shape, (first, last) = str(about["dtype"]), tuple(about["shape"]), about["data_offsets"]
+    if kind not in _SAFETENSORS_DTYPES:
+        raise UserError(f"{path}: {name} is {kind}, which numpy does not know; write it as float32 or float16")
+    dtype = np.dtype(_SAFETENSORS_DTYPES[kind])
+    if last - first != dtype.itemsize * int(np.prod(shape)):
+        raise ValueError(f"{name} of shape {shape} does not fill its {last - first} bytes")
+    return np.memmap(path, dtype, "r", start + first, shape) if last > first else np.empty(shape, dtype)
+
+
+def _is_float(kind: object) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_floating(kind))
+
+
+def _parquet_matrix(path: Path, name: str) -> np.ndarray:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    column = pq.read_table(path, columns=[name])[name]
+    lengths = set(pc.list_value_length(column).unique().to_pylist())
+    if len(lengths) != 1 or None in lengths:
+        raise UserError(f"{path}: column {name} has lists of lengths {sorted(map(str, lengths))[:5]}; one was expected")
+    blocks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return np.concatenate(blocks).reshape(len(column), -1)
+
+
+def _text_labels(path: Path) -> np.ndarray:
+    """One label a line: whole numbers if all are, else names."""
+    words = np.array([line.strip() for line in path.read_text(encoding="utf-8").splitlines()])
+    try:
+        return words.astype(np.int64)
+    except ValueError:
+        return words
