@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TextIO
 import ltloss
 from ltloss.cli.compare import add_compare, add_recipe, run_compare
 from ltloss.cli.export import EXPORT, add_export, run_export
+from ltloss.cli.predict import add_predict, run_predict
 from ltloss.cli.values import add_renamed, count, named_value, path, picked, settings_given
 from ltloss.errors import LtlossError, UserError, explain_os_error, nearest
 
@@ -160,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_compare(compare)
     _add_settings(compare, without=("loss", "seed", "parallel", *FUSED_SETTINGS, *OF_A_RUN))
     _add_evaluate(add("evaluate", _evaluate, "measure a run on labelled images"))
-    _add_predict(add("predict", _predict, "classify a folder of images and make a gallery of them"))
+    add_predict(add("predict", run_predict, "classify a folder of images and make a gallery, or embeddings"))
     add_export(add("export", run_export, "write a run as one file for serving: ONNX or torch.export", EXPORT))
     _add_report(add("report", _report, "write RUN/report.html again"))
     about = "Time the kernels' tiles on this GPU and keep the fastest in the user's cache for later runs."
@@ -205,19 +206,6 @@ def _help(setting: str) -> str:
     from ltloss.training.run.settings import SETTINGS
 
     return str(SETTINGS[setting].metadata["help"])
-
-
-def _add_predict(predict: argparse.ArgumentParser) -> None:
-    predict.add_argument("run", type=path, metavar="RUN")
-    images = "images to classify, searched recursively"
-    predict.add_argument("--images", type=path, required=True, metavar="FOLDER", help=images)
-    predict.add_argument("--out", type=path, required=True, help="folder for the results")
-    predict.add_argument("--sort-into", type=path, metavar="FOLDER", help="also copy each image to FOLDER/<class>/")
-    replace = "replace the results of an earlier prediction in --out"
-    predict.add_argument("--overwrite", action="store_true", help=replace)
-    predict.add_argument("--top", type=int, default=2, metavar="K", help="classes an image in the table (default: 2)")
-    predict.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
-    predict.add_argument("--device", help=_help("device"))
 
 
 def _add_tune(tune: argparse.ArgumentParser) -> None:
@@ -304,7 +292,8 @@ def _train(options: argparse.Namespace) -> int:
     report = write_report(options.out)
     if not options.quiet:
         print(result.evaluation.to_text())
-        print(f"\nopen {report}, or use the model: ltloss predict {options.out} --images FOLDER --out RESULTS")
+        use = "--data FEATURES" if result.evaluation.config.of_embeddings else "--images FOLDER"
+        print(f"\nopen {report}, or use the model: ltloss predict {options.out} {use} --out RESULTS")
     return 0
 
 
@@ -314,15 +303,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     chosen = picked(options, "split", "device", "many_threshold", "few_threshold")
     evaluation = evaluate_run(options.run, options.data, **chosen)
     print(evaluation.to_json() if options.json else evaluation.to_text())
-    return 0
-
-
-def _predict(options: argparse.Namespace) -> int:
-    _need("PIL", "safetensors", "tqdm")
-    from ltloss.training.predict.predict import predict_folder
-
-    chosen = picked(options, "sort_into", "top", "device", "batch_size", "overwrite")
-    print(predict_folder(options.run, options.images, options.out, **chosen))
     return 0
 
 

@@ -18,8 +18,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("onnx", "torch"), required=True, help="the format")
     written = "the file to write, .onnx or .pt2 (default: RUN/model.onnx, RUN/model.pt2)"
     parser.add_argument("--out", type=path, metavar="FILE", help=written)
-    taken = "what the file takes: uint8 images of the run's size, or embeddings (default: images)"
-    parser.add_argument("--input", choices=("images", "embeddings"), default="images", help=taken)
+    taken = "what the file takes: uint8 images of the run's size, or embeddings (default: what the run takes)"
+    parser.add_argument("--input", choices=("images", "embeddings"), help=taken)
     parser.add_argument("--top", type=int, default=5, metavar="K", help="best classes of a sample (default: 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 

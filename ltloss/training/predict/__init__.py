@@ -1,1 +1,1 @@
-"""Classify images with a run and sort them into folders."""
+"""Classify images or embeddings with a run, and sort images into folders."""

@@ -22,17 +22,18 @@ _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 _RESIZING = "the centre at the aspect ratio of image_shape, then bicubic with antialiasing (PIL.ImageOps.fit)"
 
 
-class _OfImages(nn.Module):
-    """Images (N, channels, H, W) uint8 to embeddings (N, D) and what the head makes of them."""
+class _Whole(nn.Module):
+    """What a classifier takes to its features, ``embeddings`` (N, D) of images, and what the head makes of them."""
 
     def __init__(self, classifier: Classifier, head: InferenceHead) -> None:
         super().__init__()
         self.classifier, self.head = classifier, head
         del classifier.loss  # a file would hold its prototypes a second time
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        embeddings = self.classifier.features(images)
-        return {"embeddings": embeddings, **self.head(embeddings)}
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        features = self.classifier.features(inputs)
+        outputs: dict[str, Tensor] = self.head(features)
+        return outputs if self.classifier.config.of_embeddings else {"embeddings": features, **outputs}
 
 
 def export_run(
@@ -40,7 +41,7 @@ def export_run(
     out: Path | None = None,
     *,
     to: Target = "onnx",
-    input: Literal["images", "embeddings"] = "images",
+    input: Literal["images", "embeddings"] | None = None,
     top: int = 5,
     overwrite: bool = False,
 ) -> Path:
@@ -51,7 +52,7 @@ def export_run(
         out: the file, which ends in ``.onnx`` or ``.pt2``; RUN/model.onnx or RUN/model.pt2 if not given.
         to: "onnx", or "torch" for a program of ``torch.export``.
         input: "images" (N, channels, H, W) uint8 of the run's size, which the file normalises itself, or "embeddings"
-            (N, D) float32.
+            (N, D) float32. None: images, or of a run of embeddings those that it was trained on.
         top: how many classes ``index``, ``cosine`` and ``probability`` have a sample, at most as many as there are.
         overwrite: replace a file that is there, which is refused otherwise.
 
@@ -70,15 +71,17 @@ def export_run(
     if top < 1:
         raise UserError(f"--top must be at least 1, is {top}; correct it")
     _refuse_output(path, _SUFFIXES[to], overwrite)
+    if input == "images" and config.of_embeddings:
+        raise UserError(f"--input images: run {run} takes embeddings of {config.image_shape[0]} features; leave it out")
     classifier = Classifier.load(run, "cpu").requires_grad_(False)
     head = InferenceHead(classifier.loss, min(top, len(config.class_names)))
+    input = input or ("embeddings" if config.of_embeddings else "images")
     metadata = _metadata(config, input)
-    if input == "images":
-        example = torch.zeros(2, *config.image_shape, dtype=torch.uint8)
-        export_module(_OfImages(classifier, head), input, example, path, to=to, metadata=metadata)
+    if input == "images" or config.of_embeddings:
+        example = torch.zeros(2, *config.image_shape, dtype=torch.uint8 if input == "images" else torch.float32)
+        export_module(_Whole(classifier, head), input, example, path, to=to, metadata=metadata)
     else:
-        example = torch.zeros(2, config.settings.embedding_size)
-        export_module(head, input, example, path, to=to, metadata=metadata)
+        export_module(head, input, torch.zeros(2, config.embedding_size), path, to=to, metadata=metadata)
     return path
 
 

@@ -1,4 +1,4 @@
-"""Classify the images of a folder with a trained run: a table, a gallery page and, if wanted, sorted copies."""
+"""Classify images or embeddings with a trained run: a table, of images a gallery page and, if wanted, sorted copies."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ from ltloss.training.predict.sort_images import Sorter
 from ltloss.training.run.progress import progress_bar
 
 if TYPE_CHECKING:
+    from ltloss.training.data.embeddings import Source
     from ltloss.training.data.images import FolderImages, ImageSource
     from ltloss.training.model.classifier import Classifier
 
 _TABLE, _GALLERY, _SKIPPED, _SORTED = "predictions.csv", "gallery.html", "skipped.csv", "sorted.csv"
 _MANIFEST = "prediction.json"
+_WRITTEN = (_TABLE, _GALLERY, _SKIPPED, _SORTED, "previews-*")
 _LOGITS_AT_ONCE = 1 << 22  # elements: 16 MiB of float32, however many classes there are
 
 
 @renamed_fields(pictures="images")
 @dataclass(frozen=True)
 class PredictionSummary:
-    """What :func:`predict_folder` did; ``str()`` of it is what the command line prints."""
+    """What a prediction did; ``str()`` of it is what the command line prints."""
 
     out: Path
     table: Path
-    gallery: Path
-    images: int  # that were classified
+    gallery: Path | None  # embeddings have none
+    images: int  # or embeddings, that were classified
     classes: int
     uncertain: int
     skipped: int
@@ -47,14 +49,14 @@ class PredictionSummary:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.images:,} images classified into {self.classes:,} classes, "
+            f"{self.images:,} {'images' if self.gallery else 'embeddings'} classified into {self.classes:,} classes, "
             f"{self.uncertain:,} of them uncertain (below {UNCERTAIN_BELOW:.0%})"
         ]
         if self.skipped:
             lines.append(f"{self.skipped:,} files could not be read, see {self.out / _SKIPPED}")
         if self.sorted_into is not None:
             lines.append(f"copies sorted into {self.sorted_into}")
-        return "\n".join([*lines, f"table: {self.table}", f"open {self.gallery}"])
+        return "\n".join([*lines, f"table: {self.table}", *([f"open {self.gallery}"] if self.gallery else [])])
 
 
 def _probabilities(
@@ -83,15 +85,15 @@ def _check_finite(features: torch.Tensor, names: Sequence[str]) -> None:
 @torch.inference_mode()
 def classify(
     classifier: Classifier,
-    source: ImageSource,
+    source: Source,
     *,
     top: int = 2,
     batch_size: int = 256,
     logits_at_once: int = _LOGITS_AT_ONCE,
 ) -> Predictions:
-    """The ``top`` best classes (at most as many as there are) of every image of ``source``.
+    """The ``top`` best classes (at most as many as there are) of every sample of ``source``.
 
-    ``logits_at_once`` bounds the elements of a matrix of logits, down to those of one image.
+    ``logits_at_once`` bounds the elements of a matrix of logits, down to those of one sample.
 
     Raises:
         UserError: the model gives a feature that is not finite, as one does whose training diverged.
@@ -121,14 +123,12 @@ def _write_table(path: Path, header: list[str], rows: Iterable[Sequence[str]]) -
         writer.writerows(rows)
 
 
-def _prediction_header(ranks: int) -> list[str]:
-    header = ["image", "class", "probability", "angle_degrees", "runner_up", "runner_up_probability"]
+def _prediction_header(ranks: int, what: str) -> list[str]:
+    header = [what, "class", "probability", "angle_degrees", "runner_up", "runner_up_probability"]
     return header + [name for rank in range(3, ranks + 1) for name in (f"class_{rank}", f"probability_{rank}")]
 
 
-def _prediction_rows(
-    predictions: Predictions, source: ImageSource, class_names: tuple[str, ...]
-) -> Iterator[list[str]]:
+def _prediction_rows(predictions: Predictions, source: Source, class_names: tuple[str, ...]) -> Iterator[list[str]]:
     for name, index, probability, angle in zip(
         source.names, predictions.index, predictions.probability, predictions.angle, strict=True
     ):
@@ -145,12 +145,18 @@ def _sort(source: ImageSource, images: Path, sorter: Sorter, predictions: Predic
         yield [name, sorter.class_names[index], copy.relative_to(sorter.root).as_posix()]
 
 
+def _write_predictions(
+    table: Path, source: Source, predictions: Predictions, class_names: tuple[str, ...], what: str
+) -> None:
+    header = _prediction_header(predictions.index.shape[1], what)
+    _write_table(table, header, _prediction_rows(predictions, source, class_names))
+
+
 def _write_outputs(
     staging: Path, source: FolderImages, gallery: Gallery, predictions: Predictions, class_names: tuple[str, ...]
 ) -> None:
     table = staging / _TABLE
-    rows = _prediction_rows(predictions, source, class_names)
-    _write_table(table, _prediction_header(predictions.index.shape[1]), rows)
+    _write_predictions(table, source, predictions, class_names, "image")
     _write_table(staging / _SKIPPED, ["image", "reason"], source.skipped)
     # A name of its own for each set of previews: an older page keeps working until the newer one has replaced it.
     previews = "previews-" + hashlib.sha256(table.read_bytes()).hexdigest()[:12]
@@ -212,15 +218,14 @@ def predict_folder(
     from ltloss.training.data.sources import load_images
     from ltloss.training.model.classifier import Classifier
 
-    for name, value in (("--top", top), ("--batch-size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, is {value}; correct it")
+    _check_counts(top, batch_size)
     _refuse_nested(images, out, sort_into)
-    names = (_TABLE, _GALLERY, _SKIPPED, _SORTED, "previews-*")
-    with output_folder(out, _MANIFEST, names, overwrite=overwrite) as staging:
+    with output_folder(out, _MANIFEST, _WRITTEN, overwrite=overwrite) as staging:
         classifier = Classifier.load(run, device)
-        class_names = classifier.config.class_names
-        source = load_images(images, classifier.config.image_shape)
+        class_names, shape = classifier.config.class_names, classifier.config.image_shape
+        if len(shape) != 3:
+            raise UserError(f"run {run} takes embeddings of {shape[0]} features; give --data FEATURES, not --images")
+        source = load_images(images, (shape[0], shape[1], shape[2]))
         source = replace(source, labels=_labels_by_folder(source.names, class_names))
         predictions = classify(classifier, source, top=max(top, 2), batch_size=batch_size)
         origin = f"{len(source):,} images of {images}, classified by {run} ({classifier.config.loss} loss)"
@@ -233,14 +238,73 @@ def predict_folder(
             _write_table(staging / _SORTED, ["image", "class", "copy"], copies)
         record = {"run": str(run), "images": str(images), "pictures": len(source), "skipped": len(source.skipped)}
         write_file(staging / _MANIFEST, (json.dumps(record, indent=2) + "\n").encode())
+    return _summary(out, predictions, out / _GALLERY, len(source.skipped), sort_into)
+
+
+def predict_embeddings(
+    run: Path,
+    data: Path,
+    out: Path,
+    *,
+    top: int = 2,
+    device: str | None = None,
+    batch_size: int = 256,
+    overwrite: bool = False,
+) -> PredictionSummary:
+    """Classify every embedding of the file ``data`` with the newest checkpoint of ``run``, which was trained on such.
+
+    Writes ``out/predictions.csv``, as :func:`predict_folder` does but for its first column, ``embedding``, and
+    ``out/prediction.json``. Labels in the file are passed over.
+
+    Args:
+        run: the folder of a training run.
+        data: a file as for ``ltloss train``; labels need not be in it.
+        out: the folder for the results.
+        top: how many classes the table has per embedding, at least 1; the best and the runner-up always are there.
+        device: where to run, such as "cuda:0"; a GPU where there is one if not given.
+        batch_size: embeddings at a time.
+        overwrite: replace the results of an earlier prediction in ``out``, which is refused otherwise.
+
+    Raises:
+        UserError: the run takes images or embeddings of another length, ``data`` cannot be used, ``out`` cannot be
+            written to, holds other files, or earlier results without ``overwrite``.
+    """
+    from ltloss.training.data.embeddings import load_rows
+    from ltloss.training.model.classifier import Classifier
+
+    _check_counts(top, batch_size)
+    with output_folder(out, _MANIFEST, _WRITTEN, overwrite=overwrite) as staging:
+        classifier = Classifier.load(run, device)
+        class_names, shape = classifier.config.class_names, classifier.config.image_shape
+        if len(shape) != 1:
+            raise UserError(f"run {run} takes images of shape {shape}; give --images FOLDER, not --data")
+        source = load_rows(data)
+        if source.shape != shape:
+            raise UserError(f"{data} holds embeddings of {source.shape[0]} features, run {run} takes {shape[0]}")
+        predictions = classify(classifier, source, top=max(top, 2), batch_size=batch_size)
+        _write_predictions(staging / _TABLE, source, predictions, class_names, "embedding")
+        record = {"run": str(run), "data": str(data), "embeddings": len(source)}
+        write_file(staging / _MANIFEST, (json.dumps(record, indent=2) + "\n").encode())
+    return _summary(out, predictions)
+
+
+def _check_counts(top: int, batch_size: int) -> None:
+    for name, value in (("--top", top), ("--batch-size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, is {value}; correct it")
+
+
+def _summary(
+    out: Path, predictions: Predictions, gallery: Path | None = None, skipped: int = 0, sorted_into: Path | None = None
+) -> PredictionSummary:
     best = predictions.probability[:, 0]
     return PredictionSummary(
         out=out,
         table=out / _TABLE,
-        gallery=out / _GALLERY,
-        images=len(source),
+        gallery=gallery,
+        images=len(best),
         classes=len(np.unique(predictions.index[:, 0])),
         uncertain=int((best < UNCERTAIN_BELOW).sum()),
-        skipped=len(source.skipped),
-        sorted_into=sort_into,
+        skipped=skipped,
+        sorted_into=sorted_into,
     )

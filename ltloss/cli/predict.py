@@ -1,0 +1,45 @@
+"""The options of ``ltloss predict``, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+
+from ltloss.cli.values import path, picked
+from ltloss.errors import UserError
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    """Add its options."""
+    from ltloss.training.run.settings import SETTINGS
+
+    parser.add_argument("run", type=path, metavar="RUN")
+    what = parser.add_mutually_exclusive_group(required=True)
+    images = "images to classify, searched recursively"
+    what.add_argument("--images", type=path, metavar="FOLDER", help=images)
+    features = "embeddings to classify, of a run of embeddings; as for train, labels need not be there"
+    what.add_argument("--data", type=path, metavar="FEATURES", help=features)
+    parser.add_argument("--out", type=path, required=True, help="folder for the results")
+    parser.add_argument("--sort-into", type=path, metavar="FOLDER", help="also copy each image to FOLDER/<class>/")
+    replace = "replace the results of an earlier prediction in --out"
+    parser.add_argument("--overwrite", action="store_true", help=replace)
+    parser.add_argument("--top", type=int, default=2, metavar="K", help="classes a sample in the table (default: 2)")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument("--device", help=str(SETTINGS["device"].metadata["help"]))
+
+
+def run_predict(options: argparse.Namespace) -> int:
+    """Do what the command line says, and print what was done."""
+    import PIL  # noqa: F401  missed before the work rather than after it
+    import safetensors  # noqa: F401
+    import tqdm  # noqa: F401
+
+    from ltloss.training.predict.predict import predict_embeddings, predict_folder
+
+    chosen = picked(options, "top", "device", "batch_size", "overwrite")
+    if options.data is None:
+        print(predict_folder(options.run, options.images, options.out, sort_into=options.sort_into, **chosen))
+        return 0
+    if options.sort_into is not None:
+        raise UserError(f"--sort-into {options.sort_into} copies images, and --data holds embeddings; leave it out")
+    print(predict_embeddings(options.run, options.data, options.out, **chosen))
+    return 0
