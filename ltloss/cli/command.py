@@ -1,4 +1,4 @@
-"""The ``ltloss`` command: train, compare, evaluate, predict, export, report, tune, plan, doctor.
+"""The ``ltloss`` command: train, compare, evaluate, predict, embed, export, report, tune, plan, doctor.
 
 Everything but the standard library is imported inside ``reported``, so that a missing package, a wrong environment
 variable and an early Ctrl-C are reported like any other mistake: one line on stderr and exit code 2, 130 for Ctrl-C.
@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TextIO
 
 import ltloss
 from ltloss.cli.compare import add_compare, add_recipe, run_compare
+from ltloss.cli.embed import EMBED, add_embed, run_embed
 from ltloss.cli.export import EXPORT, add_export, run_export
 from ltloss.cli.predict import add_predict, run_predict
 from ltloss.cli.values import add_renamed, count, named_value, path, picked, settings_given
@@ -28,6 +29,7 @@ _LESS_MEMORY = {
     "train": "use a smaller --batch-size, --embedding-size or --image-size",
     "compare": "use fewer --jobs, or a smaller --batch-size, --embedding-size or --image-size",
     "predict": "use a smaller --batch-size",
+    "embed": "use a smaller --batch-size",
     "tune": "use smaller --samples, --classes or --embedding-size",
 }
 # On a CPU torch raises a plain RuntimeError, which only these words tell from others.
@@ -162,6 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(compare, without=("loss", "seed", "parallel", *FUSED_SETTINGS, *OF_A_RUN))
     _add_evaluate(add("evaluate", _evaluate, "measure a run on labelled images"))
     add_predict(add("predict", run_predict, "classify a folder of images and make a gallery, or embeddings"))
+    add_embed(add("embed", run_embed, "write the features of images into a file to train on", EMBED))
     add_export(add("export", run_export, "write a run as one file for serving: ONNX or torch.export", EXPORT))
     _add_report(add("report", _report, "write RUN/report.html again"))
     about = "Time the kernels' tiles on this GPU and keep the fastest in the user's cache for later runs."

@@ -68,3 +68,22 @@ def test_a_run_of_images_takes_no_embeddings(run: Path, capsys: pytest.CaptureFi
     write_embeddings(Path("own.npz"))
     fails(["predict", str(run), "--data", "own.npz", "--out", "out"], capsys, "--images", "(1, 8, 8)")
     fails(["evaluate", str(run), "--data", "own.npz"], capsys, "own.npz", "6", "(1, 8, 8)")
+
+
+def test_a_run_embeds_and_its_features_are_trained_on(run: Path, toy_folder: Path) -> None:
+    assert main(["embed", "--run", str(run), "--images", str(toy_folder), "--out", "f.npz", "--device", "cpu"]) == 0
+    line = ["--loss", "cosine", "--epochs", "1", "--device", "cpu", "--quiet", "--batch-size", "16"]
+    assert main(["train", "--data", "f.npz", "--out", "second", *line]) == 0
+    assert main(["embed", "--run", "second", "--data", "f.npz", "--out", "white.npz", "--device", "cpu"]) == 0
+    assert np.load("white.npz")["x"].shape == np.load("f.npz")["x"].shape == (30, 8)
+
+
+def test_what_embedding_refuses(run: Path, toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["embed", "--images", str(toy_folder), "--out", "f.npz"]
+    fails(line, capsys, "--backbone", "--run")
+    fails([*line, "--run", str(run), "--weights", "w.pt"], capsys, "--weights", "--backbone")
+    fails([*line, "--run", str(run), "--image-size", "9"], capsys, "--image-size", "--backbone")
+    fails([*line, "--run", str(run), "--workers", "0"], capsys, "--workers", "0")
+    fails(["embed", "--run", str(run), "--out", "f.npz"], capsys, "--images", "--data")
+    fails(["embed", "--run", str(run), "--data", "digits", "--out", "f.txt"], capsys, "--out", ".npz")
+    assert not Path("f.npz").exists()

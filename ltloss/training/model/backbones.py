@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 from collections import OrderedDict
 from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltloss.errors import UserError, nearest
+from ltloss.training.model.weights import load_fitting, read_weights
 
 BACKBONES = ("small-cnn", "resnet32")
 
@@ -90,8 +93,8 @@ class ResNet32(nn.Module):
         return features
 
 
-def _timm_model(name: str, image_shape: tuple[int, int, int], embedding_size: int) -> nn.Module:
-    """A timm model without its classifier, followed by a linear layer to the embedding; never downloads weights."""
+def _timm(name: str) -> tuple[Any, str]:
+    """The module timm and the name of its model; UserError where either is missing."""
     model_name = name.removeprefix("timm:")
     if importlib.util.find_spec("timm") is None:
         hint = "install it with `pip install timm`" if name != model_name else nearest(name, BACKBONES)
@@ -107,19 +110,80 @@ def _timm_model(name: str, image_shape: tuple[int, int, int], embedding_size: in
     if not timm.is_model(model_name):
         close = nearest(model_name, timm.list_models()) if name != model_name else nearest(name, BACKBONES)
         raise UserError(f"--backbone {name} is unknown, to timm too; {close}")
-    channels, height, width = image_shape
-    arguments = {"pretrained": False, "num_classes": 0, "in_chans": channels}
+    return timm, model_name
+
+
+def _timm_trunk(name: str, size: tuple[int, int] | None, **arguments: Any) -> nn.Module:
+    """A timm model without its classifier, for images of that height and width if given."""
+    timm, model_name = _timm(name)
+    arguments["num_classes"] = 0
     try:
-        model = timm.create_model(model_name, img_size=(height, width), **arguments)
+        model = timm.create_model(model_name, **arguments, **({"img_size": size} if size else {}))
     except TypeError:  # convolutional networks take any size and know no img_size
         model = timm.create_model(model_name, **arguments)
+    return cast(nn.Module, model.eval())
+
+
+def _timm_model(name: str, image_shape: tuple[int, int, int], embedding_size: int) -> nn.Module:
+    """A timm model without its classifier, followed by a linear layer to the embedding; never downloads weights."""
+    model = _timm_trunk(name, image_shape[1:], pretrained=False, in_chans=image_shape[0])
     try:
         # `model.num_features` is not what every model puts out, so look.
         with torch.no_grad():
-            width_out = model.eval()(torch.zeros(1, *image_shape)).shape[1]
+            width_out = model(torch.zeros(1, *image_shape)).shape[1]
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--backbone {name} cannot take images of {height} x {width} ({reason}); use --image-size"
-        ) from error
+        raise _cannot_take(name, image_shape[1:], error) from error
     return nn.Sequential(OrderedDict(trunk=model, embedding=nn.Linear(width_out, embedding_size)))
+
+
+def _cannot_take(name: str, size: tuple[int, int], error: Exception) -> UserError:
+    reason = str(error).splitlines()[0]
+    return UserError(f"--backbone {name} cannot take images of {size[0]} x {size[1]} ({reason}); use --image-size")
+
+
+class PretrainedBackbone(nn.Module):
+    """A pretrained timm model as it is, with the size and the normalisation of pixels that it was trained with.
+
+    Args:
+        name: timm:NAME.
+        weights: a file with its weights; None asks timm for them, which downloads them if they are not there yet.
+        image_size: side in pixels; None is that of the model.
+
+    Raises UserError where timm, the model or its weights are missing, or it cannot take that size.
+    """
+
+    mean: Tensor
+    std: Tensor
+    image_shape: tuple[int, int, int]
+
+    def __init__(self, name: str, weights: Path | None = None, image_size: int | None = None) -> None:
+        super().__init__()
+        size = None if image_size is None else (image_size, image_size)
+        try:
+            self.network = _timm_trunk(name, size, pretrained=weights is None)
+        except Exception as error:  # any kind: that of the library that downloads
+            if weights is not None:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--backbone {name}: no pretrained weights ({reason}); give --weights FILE") from error
+        if weights is not None:
+            _, missing = load_fitting(self.network, read_weights(weights), weights)
+            if missing:
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise UserError(f"--weights {weights} lacks {missing[0]}{more} of the tensors of {name}; give others")
+        timm, _ = _timm(name)
+        about = timm.data.resolve_model_data_config(self.network)
+        channels, height, width = about["input_size"]
+        self.image_shape = (channels, *(size or (height, width)))
+        self.register_buffer("mean", torch.tensor(about["mean"]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(about["std"]).view(-1, 1, 1), persistent=False)
+        try:
+            with torch.no_grad():
+                self.network(torch.zeros(1, *self.image_shape))
+        except (RuntimeError, AssertionError) as error:
+            raise _cannot_take(name, self.image_shape[1:], error) from error
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (N, D) of uint8 images (N, channels, H, W) of the shape ``image_shape``."""
+        pixels = images.to(self.mean.device, self.mean.dtype) / 255
+        return cast(Tensor, self.network((pixels - self.mean) / self.std))

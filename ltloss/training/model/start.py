@@ -1,7 +1,9 @@
-"""Where a training starts, beside what is drawn: the class means of embeddings."""
+"""Where a training starts, beside what is drawn: a backbone of another run, the class means of embeddings."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,14 +14,29 @@ from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.reference import direction
 from ltloss.training.data.embeddings import ArrayEmbeddings
 from ltloss.training.model.heads import Whitening
+from ltloss.training.model.weights import load_fitting, read_weights
 
 if TYPE_CHECKING:
     from ltloss.training.data.embeddings import Source
     from ltloss.training.model.classifier import Classifier
 
 
+def start_from(classifier: Classifier, source: Source, *, quiet: bool = False) -> None:
+    """Take the backbone that ``settings.init_from`` names, and start a linear head at the class means of ``source``.
+
+    A line on stderr says how many tensors were taken; UserError where none fits.
+    """
+    if (named := classifier.config.settings.init_from) is not None:
+        taken, left = load_fitting(classifier, read_weights(Path(named)), Path(named))
+        if not quiet:
+            rest = f"; as drawn: {', '.join(left[:3])}{' and more' if len(left) > 3 else ''}" if left else ""
+            found = f"{len(taken)} of the {len(taken) + len(left)} tensors of the backbone"
+            print(f"ltloss: took {found} from {named}{rest}", file=sys.stderr)
+    _start_at_means(classifier, source)
+
+
 @torch.no_grad()
-def start_at_means(classifier: Classifier, source: Source) -> None:
+def _start_at_means(classifier: Classifier, source: Source) -> None:
     """Whiten the embeddings of a linear head by their covariance within the classes, and start at the class means.
 
     Features then have variance 1 within the classes. Prototypes are the directions of the means; those of several

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ltloss.training.data.embeddings import ArrayEmbeddings
 from ltloss.training.pages import classifier_plots, plots
 from ltloss.training.pages.cards import bar, class_label, preview
 from ltloss.training.pages.html import details, escape, figure, table
@@ -18,8 +19,7 @@ from ltloss.training.pages.run_files import Measured, Run
 if TYPE_CHECKING:
     from ltloss.training.data.embeddings import Source
     from ltloss.training.data.images import ImageSource
-    from ltloss.training.data.embeddings import ArrayEmbeddings
-from ltloss.training.measure.details import Details, Mistake
+    from ltloss.training.measure.details import Details, Mistake
     from ltloss.training.measure.feature_map import FeatureMap
 
 ROWS = 12  # in each of the tables of the weakest classes, the largest confusions and the closest prototypes

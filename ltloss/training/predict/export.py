@@ -70,7 +70,7 @@ def export_run(
     path = run / f"model{_SUFFIXES[to]}" if out is None else out
     if top < 1:
         raise UserError(f"--top must be at least 1, is {top}; correct it")
-    _refuse_output(path, _SUFFIXES[to], overwrite)
+    refuse_output(path, _SUFFIXES[to], overwrite)
     if input == "images" and config.of_embeddings:
         raise UserError(f"--input images: run {run} takes embeddings of {config.image_shape[0]} features; leave it out")
     classifier = Classifier.load(run, "cpu").requires_grad_(False)
@@ -85,10 +85,10 @@ def export_run(
     return path
 
 
-def _refuse_output(path: Path, suffix: str, overwrite: bool) -> None:
+def refuse_output(path: Path, suffix: str, overwrite: bool) -> None:
     """UserError before any work where the file could not be written in the end."""
     if path.suffix != suffix:
-        raise UserError(f"--out {path} does not end in {suffix}; correct it, or take another --to")
+        raise UserError(f"--out {path} does not end in {suffix}; correct it")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; give a file")
     if path.exists() and not overwrite:

@@ -72,7 +72,8 @@ def _probabilities(
     return torch.cat(pieces)
 
 
-def _check_finite(features: torch.Tensor, names: Sequence[str]) -> None:
+def check_finite(features: torch.Tensor, names: Sequence[str]) -> None:
+    """UserError that names the first sample with a feature that is not finite."""
     finite = features.isfinite().all(1)
     if not bool(finite.all()):
         first = int((~finite).nonzero()[0, 0])
@@ -105,7 +106,7 @@ def classify(
     with progress_bar(len(source), what="image") as progress:
         for batch in batches(source, batch_size):
             features = classifier.features(batch.images).float()
-            _check_finite(features, source.names[done : done + len(features)])
+            check_finite(features, source.names[done : done + len(features)])
             best = classifier.loss.predict(features, k)
             probability = _probabilities(classifier, features, best.index, logits_at_once)
             angle = best.cosine[:, 0].double().clamp(-1, 1).acos().rad2deg()

@@ -27,8 +27,9 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
     """
     refuse_if_written(out)
     given = renamed_keys(given, FORMER_SETTINGS)
-    if given.get("data"):
-        given["data"] = absolute(given["data"])
+    for name in ("data", "init_from"):
+        if given.get(name):
+            given[name] = absolute(given[name])
     if (out / "config.json").is_file():
         if not resume:
             raise _holds_a_run(out)

@@ -85,6 +85,9 @@ class Settings:
     )
     loss: str = _option("long-tail", "the loss", choices=tuple(LOSSES))
     backbone: str = _option("small-cnn", "small-cnn, resnet32, or a timm model as timm:NAME")
+    init_from: str | None = _option(
+        None, "a run, or a file of weights (.safetensors, .pt), whose backbone is where the training starts"
+    )
     head: str = _option(
         "linear", "over embeddings: linear (whitened, nothing else learned), or mlp (one hidden layer)", choices=HEADS
     )

@@ -27,7 +27,7 @@ from ltloss.training.data.randaugment import rand_augment
 from ltloss.training.measure.evaluate import Evaluation, measure, measure_in_detail
 from ltloss.training.measure.metrics import COLUMNS, Metrics
 from ltloss.training.model.classifier import Classifier, check_tensors, choose_device
-from ltloss.training.model.start import start_at_means
+from ltloss.training.model.start import start_from
 from ltloss.training.run.average import WeightAverage
 from ltloss.training.run.checkpoint import (
     Checkpoint,
@@ -156,7 +156,7 @@ class Trainer:
         with torch_seeded(derived_seed(self.settings.seed, "initial weights"), device):
             self.classifier = Classifier(config).to(device)
             if fresh:  # not to be restored
-                start_at_means(self.classifier, source)
+                start_from(self.classifier, source, quiet=not self.ranks.first)
         if self.amp:  # convolutions and pooling in bfloat16 are several times slower in the other layout
             self.classifier.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.features = wrap_distributed(self.classifier, self.ranks)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from helpers.refusals import refused
 from torch import nn
 
 from ltloss.errors import UserError
-from ltloss.training.model.backbones import BACKBONES, ResNet32, build_backbone
+from ltloss.training.model.backbones import BACKBONES, PretrainedBackbone, ResNet32, build_backbone
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -58,12 +59,16 @@ def timm_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         if name == "convnet" and "img_size" in arguments:
             raise TypeError("img_size")
         calls.append({"name": name, **arguments})
-        return Pooled(arguments["in_chans"])
+        if arguments["pretrained"] and name == "vit":
+            raise OSError("no route to host")
+        return Pooled(arguments.get("in_chans", 3))
 
     module = types.ModuleType("timm")
     module.__spec__ = importlib.machinery.ModuleSpec("timm", None)
     functions = {"create_model": create_model, "is_model": {"convnet", "vit"}.__contains__}
-    vars(module).update(functions, list_models=lambda: ["convnet", "vit"])
+    about = {"input_size": (3, 9, 9), "mean": (0.5, 0.0, 0.0), "std": (1.0, 1.0, 0.5)}
+    data = types.SimpleNamespace(resolve_model_data_config=lambda _: about)
+    vars(module).update(functions, list_models=lambda: ["convnet", "vit"], data=data)
     monkeypatch.setitem(sys.modules, "timm", module)
     return calls
 
@@ -115,3 +120,29 @@ def test_an_installation_of_timm_that_is_broken_is_an_error_that_names_what_brok
     monkeypatch.setattr("sys.meta_path", [Broken(), *sys.meta_path])
     with refused("timm", str(error), error=UserError):
         build_backbone("timm:convnet", (1, 16, 16), 7)
+
+
+def test_a_pretrained_backbone_takes_images_as_it_was_trained_with(timm_calls: list[dict[str, Any]]) -> None:
+    backbone = PretrainedBackbone("timm:convnet")
+    assert timm_calls == [{"name": "convnet", "num_classes": 0, "pretrained": True}]
+    assert backbone.image_shape == (3, 9, 9)
+    images = torch.randint(0, 256, (2, 3, 9, 9), dtype=torch.uint8)
+    red, green, blue = (images.float() / 255).unbind(1)
+    expected = backbone.network(torch.stack([red - 0.5, green, 2 * blue], 1))
+    torch.testing.assert_close(backbone.features(images), expected)
+    assert PretrainedBackbone("timm:convnet", image_size=12).image_shape == (3, 12, 12)
+    with refused("timm:convnet", "2 x 2", "--image-size", error=UserError):
+        PretrainedBackbone("timm:convnet", image_size=2)
+    with refused("timm:vit", "no route to host", "--weights", error=UserError):
+        PretrainedBackbone("timm:vit")
+
+
+def test_a_pretrained_backbone_takes_weights_from_a_file(timm_calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    weights = {name: torch.randn_like(value) for name, value in Pooled(3).state_dict().items()}
+    torch.save({"state_dict": {**weights, "fc.weight": torch.zeros(2, 5)}}, tmp_path / "w.pt")
+    backbone = PretrainedBackbone("timm:convnet", tmp_path / "w.pt")
+    assert timm_calls[0]["pretrained"] is False
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.network.state_dict().items())
+    torch.save({"conv.weight": weights["conv.weight"]}, tmp_path / "w.pt")
+    with refused("--weights", "conv.bias", error=UserError):
+        PretrainedBackbone("timm:convnet", tmp_path / "w.pt")

@@ -12,7 +12,7 @@ from helpers.toys import CLASS_NAMES, toy_embeddings
 from ltloss.training.data.embeddings import ArrayEmbeddings
 from ltloss.training.model import heads
 from ltloss.training.model.classifier import Classifier
-from ltloss.training.model.start import start_at_means
+from ltloss.training.model.start import start_from
 from ltloss.training.run.prepare import run_config
 from ltloss.training.run.settings import Settings
 
@@ -24,7 +24,7 @@ def source(per_class: int, seed: int = 0) -> ArrayEmbeddings:
 
 def started(data: ArrayEmbeddings, **settings: Any) -> Classifier:
     classifier = Classifier(run_config(Settings(**{"data": "toy.npz", "loss": "cosine", **settings}), data))
-    start_at_means(classifier, data)
+    start_from(classifier, data)
     return classifier.eval()
 
 

@@ -1,0 +1,145 @@
+"""Images to a file of embeddings, with a pretrained network or with a run."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltloss._files import temporary
+from ltloss.errors import UserError
+from ltloss.training.data.batches import batches
+from ltloss.training.data.sources import has_own_splits, load_data, load_images
+from ltloss.training.predict.export import refuse_output
+from ltloss.training.predict.predict import check_finite
+from ltloss.training.run.progress import progress_bar
+
+if TYPE_CHECKING:
+    from ltloss.training.data.embeddings import Source
+
+
+class Network(Protocol):
+    """What embeds: a pretrained backbone, or the classifier of a run."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (N, D) of images (N, channels, H, W) uint8, or of embeddings."""
+
+
+@dataclass(frozen=True)
+class EmbeddingFile:
+    """What :func:`embed` wrote; ``str()`` of it is what the command line prints."""
+
+    path: Path
+    samples: int
+    width: int
+    classes: int  # 0: without labels
+
+    def __str__(self) -> str:
+        labels = f"labels of {self.classes:,} classes" if self.classes else "no labels: there are no class folders"
+        return f"wrote {self.path}: {self.samples:,} embeddings of {self.width:,} features, {labels}"
+
+
+def images_to_embed(folder: Path, shape: tuple[int, ...], *, workers: int = 4) -> dict[str, Source]:
+    """The images of a folder at ``shape``: with labels where it has class folders, in its own splits if it has such."""
+    if not folder.is_dir():
+        raise UserError(f"--images {folder} is not a folder; give a folder of images")
+    if sum(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir()) > 1:
+        return data_to_embed(str(folder), shape, workers=workers)
+    return {"": load_images(folder, _of_images(shape), workers=workers)}
+
+
+def data_to_embed(data: str, shape: tuple[int, ...], *, workers: int = 4) -> dict[str, Source]:
+    """Data as for ``ltloss train`` at ``shape`` in their own splits, by the ending of the names in the file."""
+    splits: dict[str, Literal["train", "test", "all"]] = {"": "all"}
+    if has_own_splits(data):
+        splits = {"_train": "train", "_test": "test"}
+    sized = {} if len(shape) == 1 else {"image_size": shape[1:], "channels": shape[0]}
+    found = {part: load_data(data, split=split, workers=workers, **sized) for part, split in splits.items()}  # type: ignore[arg-type]
+    for source in found.values():
+        if source.shape != shape:
+            raise UserError(f"{data} has samples of shape {source.shape}, {shape} were expected; give other data")
+    return found
+
+
+def _of_images(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise UserError(f"the run takes embeddings of {shape[0]} features; give --data FEATURES, not --images")
+    return shape[0], shape[1], shape[2]
+
+
+@torch.inference_mode()
+def embed(
+    network: Network,
+    parts: Mapping[str, Source],
+    out: Path,
+    *,
+    dtype: Literal["float32", "float16"] = "float32",
+    batch_size: int = 256,
+    overwrite: bool = False,
+) -> EmbeddingFile:
+    """Write what ``network`` makes of the sources into ``out``, an .npz that is not compressed, a batch at a time.
+
+    A source by the name ``part`` becomes ``x{part}``, ``names{part}`` and, where its labels are known, ``y{part}``;
+    ``class_names`` are those of all. The file is whole or absent.
+
+    Raises:
+        UserError: ``out`` is there already, cannot be written to or is no .npz; a feature is not finite, or beyond
+            float16.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, is {batch_size}; correct it")
+    refuse_output(out, ".npz", overwrite)
+    class_names = next(iter(parts.values())).class_names
+    width = 0
+    try:
+        with zipfile.ZipFile(temporary(out), "w") as archive:
+            for part, source in parts.items():
+                width = _write_features(archive, f"x{part}.npy", network, source, np.dtype(dtype), batch_size)
+                arrays = {f"names{part}": np.array(source.names)}
+                if class_names:
+                    arrays |= {f"y{part}": source.labels, "class_names": np.array(class_names)}
+                for name, array in arrays.items():
+                    if f"{name}.npy" not in archive.namelist():
+                        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                            np.lib.format.write_array(member, array, allow_pickle=False)
+        os.replace(temporary(out), out)
+    except BaseException:
+        temporary(out).unlink(missing_ok=True)
+        raise
+    return EmbeddingFile(out, sum(map(len, parts.values())), width, len(class_names))
+
+
+def _write_features(
+    archive: zipfile.ZipFile, name: str, network: Network, source: Source, dtype: np.dtype, batch_size: int
+) -> int:
+    """Write the features of a source as one member, and return how many a sample has."""
+    width = 0
+    with archive.open(name, "w", force_zip64=True) as member:
+        for rows in _features(network, source, dtype, batch_size):
+            if not width:
+                width = rows.shape[1]
+                about = {"descr": dtype.str, "fortran_order": False, "shape": (len(source), width)}
+                np.lib.format.write_array_header_1_0(member, about)
+            member.write(rows.data)
+    return width
+
+
+def _features(network: Network, source: Source, dtype: np.dtype, batch_size: int) -> Iterator[np.ndarray]:
+    done = 0
+    with progress_bar(len(source), what="image") as progress:
+        for batch in batches(source, batch_size):
+            features, names = network.features(batch.images).float().cpu(), source.names[done : done + batch_size + 1]
+            check_finite(features, names)
+            largest = features.abs().max().item()
+            if dtype == np.float16 and largest > float(np.finfo(np.float16).max):
+                raise UserError(f"--dtype float16 cannot hold {largest:g}, which is a feature; take float32")
+            yield features.contiguous().numpy().astype(dtype)
+            done += len(features)
+            progress.update(len(features))
