@@ -21,6 +21,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     images = "images, with labels where they lie in class folders"
     what.add_argument("--images", type=path, metavar="FOLDER", help=images)
     what.add_argument("--data", metavar="DATA", help="as for train")
+    parser.add_argument("--image-root", metavar="FOLDER", help=str(SETTINGS["image_root"].metadata["help"]))
     by = parser.add_mutually_exclusive_group(required=True)
     by.add_argument("--backbone", metavar="timm:NAME", help="a pretrained network of timm")
     by.add_argument("--run", type=path, metavar="RUN", help="the newest checkpoint of a run")
@@ -60,6 +61,6 @@ def run_embed(options: argparse.Namespace) -> int:
     if options.images is not None:
         parts = images_to_embed(options.images, shape, workers=options.workers)
     else:
-        parts = data_to_embed(options.data, shape, workers=options.workers)
+        parts = data_to_embed(options.data, shape, image_root=options.image_root, workers=options.workers)
     print(embed(network, parts, options.out, **picked(options, "dtype", "batch_size", "overwrite")))
     return 0

@@ -30,7 +30,7 @@ from ltloss.training.comparison.recipes import cpu_has_bfloat16
 from ltloss.training.comparison.recipes import recipe as recipe_settings
 from ltloss.training.comparison.tables import Comparison, FinalRun, Trial, write_tables
 from ltloss.training.comparison.workers import Workers
-from ltloss.training.data.sources import absolute
+from ltloss.training.data.sources import ACCEPTED, absolute
 from ltloss.training.model.classifier import choose_device
 from ltloss.training.model.registry import takes_option
 from ltloss.training.pages.comparison import write_page
@@ -187,7 +187,7 @@ class ComparisonSpec:
         chosen = recipe_settings(self.recipe, self.given.get("optimizer", "sgd")) if self.recipe else {}
         settings = {**chosen, **self.given}
         if not settings.get("data"):
-            raise UserError("--data is missing; give digits, a folder of class folders, or a FILE.npz")
+            raise UserError(f"--data is missing; give {ACCEPTED}")
         settings["data"] = absolute(settings["data"])
         settings.setdefault("data_seed", 0)
         device = choose_device(settings.get("device"))

@@ -35,13 +35,13 @@ from ltloss.training.run.trainer import Trainer
 from ltloss.training.stored_keys import stored
 
 # The images themselves are part of a job's key; the groups are made from the accuracies of the classes.
-_MAY_DIFFER = ("data", "device", "workers", "many_threshold", "few_threshold", *FUSED_SETTINGS, *OF_A_RUN)
+_MAY_DIFFER = ("data", "image_root", "device", "workers", "many_threshold", "few_threshold", *FUSED_SETTINGS, *OF_A_RUN)
 # What came later counts where it is not as it always was, so that earlier results keep their keys.
-_ADDED = {"optimizer": "sgd", "clip_norm": None, "accumulate": 1, "ema": 0.0}
+_ADDED = {"optimizer": "sgd", "clip_norm": None, "accumulate": 1, "ema": 0.0, "head": "linear", "init_from": None}
 _FORMAT = 2  # raise it where the same settings come to mean something else
 
 _DATA_SETTINGS = (
-    *("data", "imbalance", "image_size", "channels"),
+    *("data", "image_root", "imbalance", "image_size", "channels"),
     *("limit_per_class", "limit_test", "data_seed", "workers"),
 )
 VALIDATION_FRACTION = 0.2

@@ -14,28 +14,41 @@ from ltloss.errors import ImageError, UserError
 from ltloss.training.data.decode import SUFFIXES, open_image
 from ltloss.training.data.embeddings import Source, holds_embeddings, load_embeddings, own_splits
 from ltloss.training.data.images import ArrayImages, FolderImages, Size, Split, target_shape
+from ltloss.training.data.lists import find_lists, read_list
 from ltloss.training.data.npz import load_npz
 from ltloss.training.data.splits import split_indices
 
-ACCEPTED = "digits, a folder of class folders, a FILE.npz, or embeddings in .npz, .npy, .safetensors or .parquet"
+ACCEPTED = "digits, a folder of class folders, a list of images, a FILE.npz, or embeddings (.npz, .npy, .safetensors, .parquet)"
 DEFAULT_FOLDER_SIZE = 64
 DECODED_AT_ONCE = 64  # images of a folder, where their mean is taken
 LARGEST_DEFAULT_SIZE = 128  # the size of the data is only used up to here: photos would need too much memory
 
 
 def load_data(
-    spec: str, *, split: Split, image_size: Size = None, channels: int | None = None, seed: int = 0, workers: int = 4
+    spec: str,
+    *,
+    split: Split,
+    image_size: Size = None,
+    channels: int | None = None,
+    image_root: str | None = None,
+    seed: int = 0,
+    workers: int = 4,
 ) -> Source:
-    """One split of ``digits``, of a folder, of images in a FILE.npz or of a file of embeddings.
+    """One split of ``digits``, of a folder, of lists of images, of images in a FILE.npz or of a file of embeddings.
 
-    A folder with exactly ``train/`` and ``test/`` (or ``val/``) holds its splits there; of any other, of the digits and
-    of embeddings without splits, a seeded 20 % of each class is the test split. ``all`` is every sample.
+    A folder with exactly ``train/`` and ``test/`` (or ``val/``) holds its splits there, a list of training images says
+    where its test list is; of all others without splits a seeded 20 % of each class is the test split. ``all`` is every
+    sample. ``image_root`` is the folder in which the paths of a list begin, that of the list if not given.
 
     Raises UserError for anything that cannot be used as classified images or embeddings.
     """
+    path = Path(spec)
+    if spec != "digits" and (lists := find_lists(path)) is not None:
+        return _load_lists(lists, image_root, split, image_size, channels, seed, workers)
+    if image_root is not None:
+        raise UserError(f"--image-root {image_root} goes with a list of images, and {spec} is none; leave it out")
     if spec == "digits":
         return _digits(split, seed).reshaped(image_size, channels)
-    path = Path(spec)
     if path.is_dir():
         return _load_folder(path, split, image_size, channels, seed, workers)
     if not path.exists():
@@ -64,6 +77,8 @@ def has_own_splits(spec: str) -> bool:
     path = Path(spec)
     if spec == "digits":
         return False
+    if (lists := find_lists(path)) is not None:
+        return "test" in lists
     if path.is_dir():
         return _split_folders(path) is not None
     return not path.is_file() or not holds_embeddings(path) or own_splits(path)
@@ -94,8 +109,43 @@ def _digits(split: Split, seed: int) -> ArrayImages:
 def _load_folder(folder: Path, split: Split, size: Size, channels: int | None, seed: int, workers: int) -> FolderImages:
     class_names, names, labels = _listing(folder, split)
     if split != "all" and _split_folders(folder) is None:
-        indices = split_indices(labels, split, seed)
-        names, labels = [names[i] for i in indices], labels[indices]
+        names, labels = _split_of(names, labels, split, seed)
+    return _readable(folder, names, labels, class_names, split, size, channels, workers)
+
+
+def _load_lists(
+    lists: dict[str, Path], root: str | None, split: Split, size: Size, channels: int | None, seed: int, workers: int
+) -> FolderImages:
+    found = read_list(lists, split)
+    first = next(iter(lists.values()))
+    folder = first.parent if root is None else Path(root)
+    if not (folder / found.names[0]).is_file():
+        raise UserError(
+            f"{folder} has no {found.names[0]}, which {first} lists; give the folder in which its paths begin as "
+            "--image-root"
+        )
+    names, labels = found.names, found.labels
+    if "all" in lists:
+        names, labels = _split_of(names, labels, split, seed)
+    return _readable(folder, names, labels, found.class_names, split, size, channels, workers)
+
+
+def _split_of(names: list[str], labels: np.ndarray, split: Split, seed: int) -> tuple[list[str], np.ndarray]:
+    indices = split_indices(labels, split, seed)
+    return [names[i] for i in indices], labels[indices]
+
+
+def _readable(
+    folder: Path,
+    names: list[str],
+    labels: np.ndarray,
+    class_names: tuple[str, ...],
+    split: Split,
+    size: Size,
+    channels: int | None,
+    workers: int,
+) -> FolderImages:
+    """The images that can be read, at their common shape or the one that is wanted."""
 
     def choose_shape(found: set[tuple[int, int, int]]) -> tuple[int, int, int]:
         grey = all(shape[0] == 1 for shape in found)

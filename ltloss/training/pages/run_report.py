@@ -33,6 +33,7 @@ from ltloss.training.run.settings import SETTINGS
 
 # What decides a setting that has no value.
 _LEFT_OPEN = {
+    "image_root": "the folder of a list",
     "image_size": "that of the data",
     "channels": "that of the data",
     "crop_pad": "an eighth of the side",

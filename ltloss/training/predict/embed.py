@@ -16,10 +16,13 @@ from torch import Tensor
 from ltloss._files import temporary
 from ltloss.errors import UserError
 from ltloss.training.data.batches import batches
-from ltloss.training.data.sources import has_own_splits, load_data, load_images
+from ltloss.training.data.images import Split
+from ltloss.training.data.sources import has_own_splits, load_images
 from ltloss.training.predict.export import refuse_output
 from ltloss.training.predict.predict import check_finite
+from ltloss.training.run.prepare import load_split
 from ltloss.training.run.progress import progress_bar
+from ltloss.training.run.settings import Settings
 
 if TYPE_CHECKING:
     from ltloss.training.data.embeddings import Source
@@ -55,17 +58,13 @@ def images_to_embed(folder: Path, shape: tuple[int, ...], *, workers: int = 4) -
     return {"": load_images(folder, _of_images(shape), workers=workers)}
 
 
-def data_to_embed(data: str, shape: tuple[int, ...], *, workers: int = 4) -> dict[str, Source]:
+def data_to_embed(
+    data: str, shape: tuple[int, ...], *, image_root: str | None = None, workers: int = 4
+) -> dict[str, Source]:
     """Data as for ``ltloss train`` at ``shape`` in their own splits, by the ending of the names in the file."""
-    splits: dict[str, Literal["train", "test", "all"]] = {"": "all"}
-    if has_own_splits(data):
-        splits = {"_train": "train", "_test": "test"}
-    sized = {} if len(shape) == 1 else {"image_size": shape[1:], "channels": shape[0]}
-    found = {part: load_data(data, split=split, workers=workers, **sized) for part, split in splits.items()}  # type: ignore[arg-type]
-    for source in found.values():
-        if source.shape != shape:
-            raise UserError(f"{data} has samples of shape {source.shape}, {shape} were expected; give other data")
-    return found
+    settings = Settings(data=data, image_root=image_root, workers=workers)
+    splits: dict[str, Split] = {"_train": "train", "_test": "test"} if has_own_splits(data) else {"": "all"}
+    return {part: load_split(settings, split, shape) for part, split in splits.items()}
 
 
 def _of_images(shape: tuple[int, ...]) -> tuple[int, int, int]:

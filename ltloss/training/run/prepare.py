@@ -21,7 +21,14 @@ from ltloss.training.run.settings import SETTINGS, Settings
 from ltloss.training.seeds import numpy_generator
 
 _NORMALISATION_IMAGES = 4096
-_OF_IMAGES = ("backbone", "image_size", "channels", "augment", "crop_pad")  # which embeddings have no use for
+_OF_IMAGES = (
+    "backbone",
+    "image_root",
+    "image_size",
+    "channels",
+    "augment",
+    "crop_pad",
+)  # which embeddings have no use for
 _DEFAULT_SIZE = SETTINGS["embedding_size"].default
 
 
@@ -55,6 +62,7 @@ def load_split(settings: Settings, split: Split, shape: tuple[int, ...] | None =
         split=split,
         image_size=(shape[1], shape[2]) if resized else settings.image_size,  # type: ignore[index]
         channels=shape[0] if resized else settings.channels,  # type: ignore[index]
+        image_root=settings.image_root,
         seed=settings.split_seed,
         workers=settings.workers,
     )

@@ -11,7 +11,7 @@ from typing import Any
 from ltloss._deprecation import renamed_keys
 from ltloss._files import TEMPORARY, write_csv, write_file
 from ltloss.errors import UserError
-from ltloss.training.data.sources import absolute, check_same_classes
+from ltloss.training.data.sources import ACCEPTED, absolute, check_same_classes
 from ltloss.training.measure.metrics import COLUMNS
 from ltloss.training.run.lock import LOCK, refuse_if_written
 from ltloss.training.run.run_config import RunConfig
@@ -27,7 +27,7 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
     """
     refuse_if_written(out)
     given = renamed_keys(given, FORMER_SETTINGS)
-    for name in ("data", "init_from"):
+    for name in ("data", "image_root", "init_from"):
         if given.get(name):
             given[name] = absolute(given[name])
     if (out / "config.json").is_file():
@@ -46,7 +46,7 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
     if resume:
         print(f"ltloss: {out} holds no run yet, starting from the beginning", file=sys.stderr)
     if not given.get("data"):
-        raise UserError("--data is missing; give digits, a folder of class folders, or a FILE.npz")
+        raise UserError(f"--data is missing; give {ACCEPTED}")
     _refuse_inside_data(out, given["data"])
     return Settings(**given), None
 

@@ -80,9 +80,10 @@ class Settings:
 
     data: str = _option(
         "",
-        "digits, a folder (FOLDER/<class>/*.png ...), FILE.npz with x_train, y_train, x_test, y_test, or embeddings in "
-        ".npz, .npy, .safetensors or .parquet",
+        "digits, a folder (FOLDER/<class>/*.png ...), a list of images (lines of path and label, or iNaturalist's "
+        "json), FILE.npz with x_train, y_train, x_test, y_test, or embeddings in .npz, .npy, .safetensors or .parquet",
     )
+    image_root: str | None = _option(None, "where the paths of a list of images begin (default: the list's folder)")
     loss: str = _option("long-tail", "the loss", choices=tuple(LOSSES))
     backbone: str = _option("small-cnn", "small-cnn, resnet32, or a timm model as timm:NAME")
     init_from: str | None = _option(
@@ -206,7 +207,7 @@ class Settings:
 
 SETTINGS = {item.name: item for item in fields(Settings)}
 # A resumed run and its data may move (the images are compared); everything else is part of what its losses mean.
-MAY_CHANGE_ON_RESUME = ("data", "device", "workers", "tensorboard")
+MAY_CHANGE_ON_RESUME = ("data", "image_root", "device", "workers", "tensorboard")
 # What belongs to a run by itself: a comparison holds images out on its own, and its trainings have no folders.
 OF_A_RUN = ("validation_fraction", "early_stopping", "tensorboard")
 

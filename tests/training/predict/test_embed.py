@@ -76,5 +76,5 @@ def test_what_is_refused_leaves_nothing_behind(toy_folder: Path, tmp_path: Path)
         images_to_embed(tmp_path / "none", SHAPE)
     with refused("6", "--data", error=UserError):
         images_to_embed(toy_folder / "apple", (6,))
-    with refused("own.npz", "(6,)", "(1, 8, 8)", error=UserError):
+    with refused("own.npz", "6", "(1, 8, 8)", error=UserError):
         data_to_embed(str(write_embeddings(tmp_path / "own.npz")), SHAPE)

@@ -1,0 +1,121 @@
+"""Lists of images as the field has them: lines of path and label (ImageNet-LT, Places-LT), iNaturalist's JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ltloss.errors import UserError
+from ltloss.training.data.images import Split
+from ltloss.training.data.labels import check_range, names_of_classes
+
+# The part of a name that takes the place of "train" in the test list's. iNaturalist's test files have no labels.
+_TESTS = {".txt": ("test", "val"), ".json": ("val", "test")}
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Paths of images with their labels (N,) and the names of the classes."""
+
+    names: list[str]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+
+def find_lists(path: Path) -> dict[str, Path] | None:
+    """The lists {"train": ..., "test": ...} of a folder or a training list, or {"all": ...}; None where it is neither.
+
+    UserError where a folder holds several training lists.
+    """
+    if path.is_file():
+        if path.suffix not in _TESTS:
+            return None
+        return _with_test(path) or {"all": path}
+    if not path.is_dir():
+        return None
+    found = [_with_test(file) for file in sorted(path.iterdir()) if file.suffix in _TESTS and "train" in file.name]
+    pairs = [pair for pair in found if pair]
+    if len(pairs) > 1:
+        listed = " and ".join(pair["train"].name for pair in pairs[:2])
+        raise UserError(f"{path} holds several training lists, {listed}; give one of them as --data")
+    return pairs[0] if pairs else None
+
+
+def _with_test(train: Path) -> dict[str, Path] | None:
+    for word in _TESTS[train.suffix]:
+        test = train.with_name(train.name.replace("train", word))
+        if test != train and test.is_file():
+            return {"train": train, "test": test}
+    return None
+
+
+def read_list(lists: dict[str, Path], split: Split) -> ImageList:
+    """The images of a split, or of all; the classes are those of the training list.
+
+    UserError that names the line or the key which is not as it should be.
+    """
+    first = lists.get("train", lists.get("all"))
+    assert first is not None
+    names, labels, given = _read(first)
+    class_names = names_of_classes(first, "the labels", labels, None if given is None else np.array(given))
+    if given is None:
+        class_names = _folder_names(names, labels) or class_names
+    if "test" in lists and split != "train":
+        test_names, test_labels, _ = _read(lists["test"])
+        check_range(lists["test"], "the labels", test_labels, len(class_names))
+        before = ([], labels[:0]) if split == "test" else (names, labels)
+        names, labels = [*before[0], *test_names], np.concatenate([before[1], test_labels])
+    return ImageList(names, labels, class_names)
+
+
+def _read(path: Path) -> tuple[list[str], np.ndarray, list[str] | None]:
+    """Names, labels, and the names of the classes where the file has them."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        names, labels, given = _of_json(path, json.loads(text)) if path.suffix == ".json" else _of_lines(path, text)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(repr(error).split())}); give a list of images") from error
+    if not names:
+        raise UserError(f"{path} holds no image; lines of PATH LABEL were expected")
+    return names, np.array(labels, dtype=np.int64), given
+
+
+def _of_lines(path: Path, text: str) -> tuple[list[str], list[int], None]:
+    names, labels = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        name, _, label = line.strip().rpartition(" ")
+        if not line.strip():
+            continue
+        if not name or not label.isdecimal() or len(label) > 18:
+            raise UserError(f"{path}, line {number} is {line[:80]!r}, PATH LABEL was expected; correct it")
+        names.append(name.strip())
+        labels.append(int(label))
+    return names, labels, None
+
+
+def _of_json(path: Path, content: dict[str, list[dict[str, object]]]) -> tuple[list[str], list[int], list[str]]:
+    if "annotations" not in content:
+        raise UserError(f"{path} has no annotations, so no labels; give a training or validation file")
+    numbers = {kind["id"]: number for number, kind in enumerate(content["categories"])}
+    files = {image["id"]: str(image["file_name"]) for image in content["images"]}
+    names = [files[item["image_id"]] for item in content["annotations"]]
+    labels = [numbers[item["category_id"]] for item in content["annotations"]]
+    words = [str(kind.get("name", kind["id"])) for kind in content["categories"]]
+    return names, labels, words if len(set(words)) == len(words) else [str(identifier) for identifier in numbers]
+
+
+def _folder_names(names: list[str], labels: np.ndarray) -> tuple[str, ...] | None:
+    """The folder of each class, where all its images lie in one that no other class has."""
+    folders: dict[int, str] = {}
+    for name, label in zip(names, labels.tolist(), strict=True):
+        if folders.setdefault(label, os.path.dirname(name)) != os.path.dirname(name):
+            return None
+    found = [folders[label] for label in sorted(folders)]
+    if len(set(found)) < len(found) or not all(found):
+        return None
+    common = os.path.commonpath(found)
+    return tuple(os.path.relpath(folder, common) if common else folder for folder in found)
