@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-compile compile-launches lint bench kernel-report hub gpu clean
+.PHONY: help demo test test-fast test-compile compile-launches lint bench kernel-report docs hub gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1|/' | column -t -s '|'
@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; PyTorch is a large download) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
-	@$(PIP) -e '.[train,parquet,sklearn,export,tensorboard,lightning,bench,dev]'
+	@$(PIP) -e '.[train,parquet,sklearn,export,tensorboard,lightning,bench,docs,dev]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## train five losses on long-tailed digits, print the table, classify the test images
@@ -46,6 +46,10 @@ bench: $(VENV)/.installed  ## measure loss and whole step against the peers, wri
 
 kernel-report: $(VENV)/.installed  ## compile every kernel for sm_80, sm_90 and sm_100 (no GPU needed), write the table
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.kernel_report --documentation docs/kernels.md
+
+docs: $(VENV)/.installed  ## write the site to build/site, to be read from disk
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open build/site/index.html"
 
 hub: $(VENV)/.installed  ## write the loss head as a kernel for the Hugging Face hub, load it from its folder, check its values
 	@$(PIP) -e '.[hub]'

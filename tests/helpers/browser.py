@@ -63,14 +63,19 @@ class Rendered:
     console: list[str]
 
 
-def _run(page: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def _run(page: Path, profile: Path, *flags: str, query: str = "") -> subprocess.CompletedProcess[str]:
     assert CHROMIUM is not None
-    command = [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", *flags, page.resolve().as_uri()]
+    command = [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", *flags, page.resolve().as_uri() + query]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60, check=True)
 
 
 def _console(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if ":CONSOLE:" in line or ":CONSOLE(" in line]
+
+
+def document(page: Path, profile: Path, query: str) -> str:
+    """The document of ``page`` with a query, a while after it has loaded: scripts have answered by then."""
+    return _run(page, profile, "--virtual-time-budget=15000", "--dump-dom", query=query).stdout
 
 
 def render(page: Path, profile: Path, *flags: str) -> Rendered:
