@@ -15,6 +15,8 @@ _SHOWN = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
 _REFERENCE = Path(__file__).parents[1] / "api"
 _EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 _ERRORS = re.compile(r"^ +[A-Z]\w+(?:, [A-Z]\w+)+(?=: )", re.MULTILINE)
+_ATTRIBUTES = re.compile(r"^Attributes:\n(?:    .*\n?)+", re.MULTILINE)
+_NAMES = re.compile(r"^    (\w+(?:, \w+)*)(?=:)", re.MULTILINE)
 _RETURNS = re.compile(r"(?<=^Returns:\n)( +)", re.MULTILINE)
 _SOURCE = re.compile(r"^(Sources?): ", re.MULTILINE)
 
@@ -60,8 +62,18 @@ def _rewritten(text: str, thing: Any, shown: set[str]) -> str:
     text = _ROLE.sub(lambda role: _link(role[2], bool(role[1]), thing, shown), text)
     text = _PAGE.sub(lambda page: f"[{page[1]}](../{page[1]}.md)", text)
     text = _ERRORS.sub(lambda errors: errors[0].replace(", ", " | "), text)
+    text = _ATTRIBUTES.sub(lambda section: _NAMES.sub(lambda names: _with_type(names, thing), section[0]), text)
     text = _RETURNS.sub(r"\1: ", text)  # no type before this colon, whatever comes after it
     return _SOURCE.sub(r"*\1*: ", _EXAMPLE.sub("Examples:", text))
+
+
+def _with_type(names: re.Match[str], thing: Any) -> str:
+    """A line of attributes as it is, or with an empty type: Griffe would give it that of the line before."""
+    try:
+        typed = thing[names[1]].annotation is not None
+    except (KeyError, AttributeError):
+        typed = False
+    return names[0] if typed else names[0].replace(", ", ",\N{NO-BREAK SPACE}") + " ()"
 
 
 def _link(name: str, short: bool, thing: Any, shown: set[str]) -> str:

@@ -158,5 +158,10 @@ def test_docstrings_become_what_the_reference_can_show() -> None:
     assert "\nExamples:\n    >>> import torch\n" in loss
     assert "Returns:\n    : A scalar" in loss
     assert "[evidence](../evidence.md)" in package["losses.long_tail.LongTailLoss"].docstring.value
+    estimator = package["sklearn.LongTailClassifier"].docstring
+    (section,) = (one for one in estimator.parse("google", warnings=False) if one.kind == "attributes")
+    types = {one.name: str(one.annotation or "") for one in section.value}
+    assert types["classes_"] != ""
+    assert types["prototypes_,\N{NO-BREAK SPACE}intercept_"] == "", "not that of the attribute before"
     assert "`ltloss.ops`" in package["margins"].docstring.value, "no page shows it, so there is no link"
     assert package["export.METADATA"].docstring is not None
