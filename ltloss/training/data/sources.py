@@ -19,7 +19,7 @@ from ltloss.training.data.npz import load_npz
 from ltloss.training.data.splits import split_indices
 
 ACCEPTED = (
-    "digits, a folder of class folders, a list of images, a FILE.npz, or embeddings (.npz, .npy, .safetensors, .parquet)"
+    "digits, a folder of class folders, a list of images, an .npz, or embeddings (.npz, .npy, .safetensors, .parquet)"
 )
 DEFAULT_FOLDER_SIZE = 64
 DECODED_AT_ONCE = 64  # images of a folder, where their mean is taken
