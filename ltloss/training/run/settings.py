@@ -104,7 +104,7 @@ class Settings:
     momentum: float = _option(0.9, "momentum of SGD", _FRACTION)
     fused_update: bool = _option(False, "move the prototypes inside the backward, without their gradient in memory")
     prototype_dtype: str = _option("float32", "of the prototypes, with --fused-update", choices=tuple(PROTOTYPE_DTYPES))
-    state_dtype: str = _option("float32", "of their momentum, with --fused-update", choices=tuple(STATE_DTYPES))
+    state_dtype: str = _option("float32", "of their state, with --fused-update", choices=tuple(STATE_DTYPES))
     rounding: str | None = _option(None, "how what is not float32 is written (default: stochastic)", choices=ROUNDINGS)
     clip_norm: float | None = _option(
         None, "shorten the gradients of a step to this norm, all together (default: do not)", _POSITIVE
