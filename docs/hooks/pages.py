@@ -1,8 +1,8 @@
 """What MkDocs does not know of our pages: sections of other files, and links into the repository.
 
-``<!-- include README.md#in-your-training-loop -->`` on a line of its own becomes that section of the file, without its
-heading. A link to a file outside of ``docs/`` leads to the repository, at ``repo_url`` of ``mkdocs.yml``; where that is
-not set, what is left of it is its text and the path.
+A line that begins with ``<!-- include README.md#limits -->`` becomes that section of the file, without its heading;
+what follows on the line is for readers of the repository. A link to a file outside of ``docs/`` leads to the
+repository, at ``extra.repository`` of ``mkdocs.yml``; where that is not set, its text and the path are left.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from pymdownx.slugs import slugify
 
-_INCLUDE = re.compile(r"^<!-- include (?P<file>[\w./-]+)#(?P<anchor>\S+) -->$", re.MULTILINE)
+_INCLUDE = re.compile(r"^<!-- include (?P<file>[\w./-]+)#(?P<anchor>\S+) -->.*$", re.MULTILINE)
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s:#]+)(?P<anchor>#[^)\s]*)?\)")
 _LINK_OR_CODE = re.compile(rf"{_LINK.pattern}|{_FENCE.pattern}|(`+)(?!`).+?\5", _FENCE.flags)
@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
         path = posixpath.normpath(posixpath.join(at, link["target"]))
         if path.startswith(f"{folder}/"):
             return link[0]
-        return _in_the_repository(link["text"], path, config.repo_url)
+        return _in_the_repository(link["text"], path, config.extra.get("repository"))
 
     return _outside_code(_INCLUDE.sub(included, markdown), rewritten)
 
@@ -70,8 +70,8 @@ def _outside_code(text: str, change: Callable[[re.Match[str]], str]) -> str:
     return _LINK_OR_CODE.sub(lambda found: found[0] if found["text"] is None else change(found), text)
 
 
-def _in_the_repository(text: str, path: str, repo_url: str | None) -> str:
-    if repo_url:
-        return f"[{text}]({repo_url.rstrip('/')}/blob/main/{path})"
+def _in_the_repository(text: str, path: str, repository: str | None) -> str:
+    if repository:
+        return f"[{text}]({repository.rstrip('/')}/blob/main/{path})"
     named = os.path.basename(path) in text
     return text if named else f"{text} (`{path}`)"
