@@ -44,22 +44,32 @@ def _body(found: Comparison, title: str) -> Iterator[str]:
     )
     lines = summary(found.rows)
     yield "<h2>Test accuracy, %: mean ± standard deviation over the seeds</h2>"
-    yield table(lines[0], lines[1:], numeric=range(1, len(lines[0])))
+    yield table(lines[0], lines[1:], numeric=range(1, len(lines[0])), stacked=True)
     yield f'<p class="quiet">{escape(_ABOUT_EPOCHS)}</p>'
-    yield f'<h2>Last epoch</h2>\n<div class="plots">\n{"".join(_figures(found))}\n</div>'
+    shown = dict(_figures(found))
+    figures = "".join(drawn for drawn in shown.values() if drawn)
+    yield f'<h2>Last epoch</h2>\n<div class="plots">\n{figures}\n</div>'
+    absent = ", ".join(words for words, drawn in shown.items() if not drawn)
+    if absent:
+        yield f'<p class="quiet">{escape(f"Nothing was measured of: {absent}.")}</p>'
     yield from _failures(found)
     yield from _chosen(found)
     yield from _configuration(found)
 
 
-def _figures(found: Comparison) -> Iterator[str]:
+def _figures(found: Comparison) -> Iterator[tuple[str, str]]:
+    """Words for each group and its figure, an empty one where no run has a value."""
     words = {"accuracy": "All test images", **found.thresholds.describe()}
     rows = by_method(found.rows)
     for column in ("accuracy", *GROUPS):
         shown = [(row_title(*key), *_spread([row[f"last_{column}"] for row in each])) for key, each in rows.items()]
+        if all(mean is None for _, mean, _ in shown):
+            yield words[column], ""
+            continue
         plot = means_with_spread(column, words[column], shown, axis="test accuracy (%)")
         about = "Mean and standard deviation over the seeds, after the last epoch."
-        yield figure(plot, about if column == "accuracy" else f"Mean accuracy of the group's classes. {about}")
+        about = about if column == "accuracy" else f"Mean accuracy of the group's classes. {about}"
+        yield words[column], figure(plot, about)
 
 
 def _spread(fractions: Sequence[float | None]) -> tuple[float | None, float]:

@@ -38,8 +38,10 @@ class Sampled:
 
 
 @torch.inference_mode()
-def sample_features(classifier: Classifier, source: Source, found: Details | None) -> Sampled:
+def sample_features(classifier: Classifier, source: Source, found: Details | None) -> Sampled | None:
     """What the lengths and the map are drawn of. Marked are the classes of the largest confusions in ``found``."""
+    if not len(source):
+        return None
     marked = _classes_to_mark(found)
     numbers, even = sample_for_map(source.labels, marked)
     features = torch.cat([classifier.features(part.images).float().cpu() for part in batches(source, 256, numbers)])

@@ -43,7 +43,13 @@ td:first-child { min-width: 9rem; }  /* names break between words, not inside th
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 @media (max-width: 34rem) { th { white-space: normal; overflow-wrap: normal; } th, td { padding-right: .6rem; }
-  td:first-child { min-width: 5rem; } }
+  td:first-child { min-width: 5rem; }
+  .stacked, .stacked tbody { display: block; }
+  .stacked thead { display: none; }
+  .stacked tr { display: block; padding: .4rem 0; border-bottom: 1px solid var(--line); }
+  .stacked td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0; }
+  .stacked td:first-child { font-weight: 600; }
+  .stacked td::before { content: attr(data-label); color: var(--quiet); font-weight: 400; } }
 summary { cursor: pointer; color: var(--accent); padding: .25rem 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem;
   margin: 1.25rem 0; padding: 0; }
@@ -73,14 +79,22 @@ def escape(value: object) -> str:
     return html.escape(showable(value), quote=True)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: Sequence[int] = ()) -> str:
-    """A table of escaped cells; the columns in ``numeric`` (counted from 0) are set flush right."""
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: Sequence[int] = (), stacked: bool = False
+) -> str:
+    """A table of escaped cells; the columns in ``numeric`` (counted from 0) are set flush right.
+
+    ``stacked`` is for many columns: on a phone each row becomes a list of its cells, which name their columns.
+    """
     kind = [' class="number"' if column in numeric else "" for column in range(len(header))]
+    named = [f' data-label="{escape(cell)}"' if stacked else "" for cell in header]
     head = "".join(f"<th{kind[i]}>{escape(cell)}</th>" for i, cell in enumerate(header))
     body = "\n".join(
-        "<tr>" + "".join(f"<td{kind[i]}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td{kind[i]}{named[i]}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
+        for row in rows
     )
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    opening = '<table class="stacked">' if stacked else "<table>"
+    return f'<div class="scroll">{opening}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def tiles(items: Iterable[tuple[str, str]]) -> str:

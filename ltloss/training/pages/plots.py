@@ -161,6 +161,8 @@ def groups(name: str, bars: Sequence[tuple[str, float | None]]) -> Plot:
 
 def means_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | None, float]], *, axis: str) -> Plot:
     """Draw (label, mean, deviation) in percent, a dot with its deviation for each; ``None`` is shown as "none"."""
+    from matplotlib.ticker import MaxNLocator
+
     texts = ["none" if mean is None else f"{mean:.1f} ± {spread:.1f}" for _, mean, spread in rows]
     words = "; ".join(f"{label}: {text}" for (label, _, _), text in zip(rows, texts, strict=True))
     # matplotlib would read a pair of dollar signs as mathematics.
@@ -179,6 +181,7 @@ def means_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | N
             axes.text(right + 0.04 * room, position, text, va="center", color=QUIET if mean is None else INK)
         axes.set_yticks(positions, ["\n".join(lines) for lines in labels])
         axes.set_ylim(ends[-1], 0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))  # more would touch each other
         axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 100])
         axes.set_xlim(low - 0.05 * room, high + 0.4 * room)
         axes.grid(visible=False, axis="y")

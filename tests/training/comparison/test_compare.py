@@ -161,7 +161,10 @@ def test_other_groups_need_no_training(toy_npz: Path, tmp_path: Path) -> None:
     lines = found.to_text().splitlines()
     assert lines[0].split("  ")[0] == "method"
     assert lines[1].split().count("none") == 2
-    assert "medium (0-100)" in found.page.read_text()
+    page = found.page.read_text()
+    assert "medium (0-100)" in page
+    assert page.count("<svg") == 2  # of all images, and of the one group that has classes
+    assert "Nothing was measured of: many (&gt;100), few (&lt;0)." in page
 
 
 def test_tuning_never_reads_the_test_split(toy_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
