@@ -108,8 +108,9 @@ def test_report_and_predict_are_reached(
     toy_run: TrainingResult, toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(toy_run.run, tmp_path / "run")
-    assert main(["report", str(tmp_path / "run")]) == 0
+    assert main(["report", str(tmp_path / "run"), "--map", "pca"]) == 0
     assert (tmp_path / "run" / "report.html").is_file()
+    assert json.loads((tmp_path / "run" / "map.json").read_text())["method"] == "PCA"
     assert (
         main(
             [

@@ -44,6 +44,7 @@ addEventListener("load", () => {
     text: document.body.innerText,
     figures: [...document.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect().width),
     requests: performance.getEntriesByType("resource").map(entry => entry.name).filter(name => /^https?:/.test(name)),
+    cut: [...document.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth).length,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   };
   const result = document.createElement("pre");

@@ -236,6 +236,7 @@ def test_browser_shows_the_report(trained: Path, tmp_path: Path, flags: tuple[st
     assert len(rendered.found["figures"]) == len(FIGURES)
     assert all(width > 250 for width in rendered.found["figures"])
     assert rendered.found["overflow"] <= 0
+    assert rendered.found["cut"] == 0
     assert "test accuracy, last epoch (2)" in rendered.found["text"]
 
 
