@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Run:
     path: Path
     config: RunConfig
     epochs: Epochs
+    evaluation: Mapping[str, Any] = field(default_factory=dict)  # evaluation.json, if it is of the epoch that is used
 
     @property
     def stops_early(self) -> bool:
@@ -35,7 +36,8 @@ class Run:
 
     @property
     def _row(self) -> int:
-        return int(np.nanargmax(self.epochs["validation_balanced_accuracy"])) if self.stops_early else -1
+        found = self.epochs.get("validation_balanced_accuracy")
+        return int(np.nan_to_num(found, nan=-1.0).argmax()) if self.stops_early and found else -1
 
     @property
     def last_epoch(self) -> int:
@@ -53,8 +55,10 @@ class Run:
         return f"{self.which.capitalize()} ({self.last_epoch})"
 
     def last(self, name: str) -> float:
-        """The value of the epoch that is used, NaN where it was not measured."""
-        return self.epochs[name][self._row] if name in self.epochs else math.nan
+        """The value of the epoch that is used, NaN where it was measured neither then nor at the end."""
+        value = self.epochs[name][self._row] if name in self.epochs else math.nan
+        later = self.evaluation.get(name.removeprefix("test_"))
+        return later if math.isnan(value) and isinstance(later, float) and math.isfinite(later) else value
 
 
 @dataclass(frozen=True)
@@ -95,15 +99,27 @@ def read_epochs(run: Path) -> Epochs:
     return columns
 
 
-def read_measured(run: Run) -> Measured | None:
-    """What evaluation.json says, if that is of the last epoch; None where it must be measured again."""
+def read_run(path: Path) -> Run:
+    """The files of a run; UserError where it is no run, or as :func:`read_epochs` has it."""
+    run = Run(path, RunConfig.read(path), read_epochs(path))
+    accuracy = run.last("test_accuracy")
     try:
-        stored = json.loads((run.path / "evaluation.json").read_text(encoding="utf-8"))
-        if stored["accuracy"] != run.last("test_accuracy") or tuple(stored["per_class"]) != run.config.class_names:
-            return None
+        stored = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
+        fresh = math.isnan(accuracy) or stored["accuracy"] == accuracy
+        return (
+            replace(run, evaluation=stored) if fresh and tuple(stored["per_class"]) == run.config.class_names else run
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return run  # it can be measured again
+
+
+def read_measured(run: Run) -> Measured | None:
+    """What evaluation.json says of the classes; None where it must be measured again."""
+    stored = run.evaluation
+    try:
         accuracy = np.array(list(stored["per_class"].values()), dtype=np.float64)
         return Measured(int(stored["pictures"]), accuracy, _read_details(stored, run.config.class_names))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 

@@ -16,7 +16,7 @@ from ltloss.training.model.classifier import Classifier
 from ltloss.training.pages.cards import CARDS_STYLE
 from ltloss.training.pages.geometry import add_lengths, add_map, add_prototypes, sample_features
 from ltloss.training.pages.html import PLOTS_STYLE, escape, page, table, tiles
-from ltloss.training.pages.run_files import Measured, Run, read_epochs, read_measured
+from ltloss.training.pages.run_files import Measured, Run, read_measured, read_run
 from ltloss.training.pages.sections import (
     Body,
     add_calibration,
@@ -189,8 +189,7 @@ def write_report(run_dir: str | Path, *, device: str | None = None, map_method: 
         UserError: ``run_dir`` is no run, no epoch of it has finished, or UMAP is asked for and not installed.
     """
     path = Path(run_dir)
-    run = Run(path, RunConfig.read(path), read_epochs(path))
-    body = Body()
+    run, body = read_run(path), Body()
     add_curves(body, run)
     add_groups(body, run)
     _add_from_checkpoint(body, run, device, map_method)

@@ -325,6 +325,23 @@ def test_what_was_stored_is_not_measured_again(trained: Path, tmp_path: Path, mo
         write_report(run)
 
 
+def test_an_epoch_that_was_not_measured_is_shown_as_it_was_at_the_end(tmp_path: Path) -> None:
+    """With early stopping the epoch that is used need not be one of every fifth."""
+    run = tmp_path / "run"
+    given = {"early_stopping": 1, "validation_fraction": 0.2, "data": "gone.npz"}
+    unmeasured = {"test_accuracy": None, "few": None}
+    rows = [{**row, **unmeasured, "validation_balanced_accuracy": 0.5 - row["epoch"] / 10} for row in history(3)]
+    make_run(run, ("a", "b"), rows=rows, **given)
+    stored = {"accuracy": 0.8125, "few": 0.6875, "macro_f1": None, "pictures": 4, "per_class": {"a": 0.5, "b": None}}
+    (run / "evaluation.json").write_text(json.dumps(stored))
+    text = write_report(run).read_text()
+    tiles = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text))
+    assert tiles["test accuracy, best validation epoch (1)"] == "81.2%"
+    assert tiles["few, best validation epoch"] == "68.8%"
+    assert "macro-F1, best validation epoch" not in tiles
+    assert "1 in all, 10 to 10 training images" in figures(Page(run / "report.html"))["Accuracy and class size"]
+
+
 def test_errors_without_previews_are_a_table(tmp_path: Path) -> None:
     """Of embeddings, which have no images, and of test images that are not those of the run any more."""
     make_run(tmp_path / "run", HOSTILE, data="gone.npz")
