@@ -30,13 +30,13 @@ from ltloss.training.comparison.recipes import cpu_has_bfloat16
 from ltloss.training.comparison.recipes import recipe as recipe_settings
 from ltloss.training.comparison.tables import Comparison, FinalRun, Trial, write_tables
 from ltloss.training.comparison.workers import Workers
-from ltloss.training.data.sources import ACCEPTED, absolute
+from ltloss.training.data.sources import ACCEPTED, absolute_paths
 from ltloss.training.model.classifier import choose_device
 from ltloss.training.model.registry import takes_option
 from ltloss.training.pages.comparison import write_page
 from ltloss.training.run.fused_settings import FUSED_SETTINGS
 from ltloss.training.run.lock import owned, refuse_if_written
-from ltloss.training.run.prepare import apply_limits, load_split
+from ltloss.training.run.prepare import apply_limits, check_applies, load_split
 from ltloss.training.run.run_folder import refuse_foreign_files
 from ltloss.training.run.settings import OF_A_RUN, SETTINGS, Settings
 from ltloss.training.stored_keys import FORMER_SETTINGS, stored
@@ -112,6 +112,7 @@ def compare(
     plan = ComparisonSpec(given, names, recipe, seeds, vary, tune, tune_seeds, validation_per_class)
     settings = Settings(**plan.settings)
     train = load_split(settings, "train")
+    check_applies(settings, train.shape)
     apply_limits(train, settings, "train")  # which refuses an imbalance that the data does not allow
     if tune and validation_per_class is None:
         plan = replace(plan, validation_per_class=default_validation(train.labels))
@@ -188,7 +189,7 @@ class ComparisonSpec:
         settings = {**chosen, **self.given}
         if not settings.get("data"):
             raise UserError(f"--data is missing; give {ACCEPTED}")
-        settings["data"] = absolute(settings["data"])
+        settings = absolute_paths(settings)
         settings.setdefault("data_seed", 0)
         device = choose_device(settings.get("device"))
         settings["device"] = str(device)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,16 +61,22 @@ def load_data(
     return load_npz(path, split).reshaped(image_size, channels)
 
 
-def absolute(spec: str) -> str:
+def absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a run stores them, whose paths mean the same from every folder."""
+    paths = {name: settings[name] for name in ("data", "image_root", "init_from") if settings.get(name)}
+    return {**settings, **{name: absolute(path, f"--{name.replace('_', '-')}") for name, path in paths.items()}}
+
+
+def absolute(spec: str, flag: str = "--data") -> str:
     """The data as a run stores it, which means the same from every folder; ``digits`` stays."""
     if spec == "digits":
         return spec
     try:
         return str(Path(spec).expanduser().resolve())
     except RuntimeError:
-        raise UserError(f"--data {spec} begins with ~ and a user who is unknown here; write the path in full") from None
+        raise UserError(f"{flag} {spec} begins with ~ and a user who is unknown here; write the path in full") from None
     except ValueError:
-        raise UserError(f"--data {spec!r}: a path holds a NUL byte, which no file name can; correct it") from None
+        raise UserError(f"{flag} {spec!r}: a path holds a NUL byte, which no file name can; correct it") from None
 
 
 def has_own_splits(spec: str) -> bool:

@@ -21,14 +21,8 @@ from ltloss.training.run.settings import SETTINGS, Settings
 from ltloss.training.seeds import numpy_generator
 
 _NORMALISATION_IMAGES = 4096
-_OF_IMAGES = (
-    "backbone",
-    "image_root",
-    "image_size",
-    "channels",
-    "augment",
-    "crop_pad",
-)  # which embeddings have no use for
+# Which embeddings have no use for.
+_OF_IMAGES = ("backbone", "image_size", "channels", "augment", "crop_pad")
 _DEFAULT_SIZE = SETTINGS["embedding_size"].default
 
 
@@ -45,7 +39,7 @@ class TrainingData:
 def prepare_data(settings: Settings) -> TrainingData:
     """Load both splits as the settings say. The long tail and the limit per class act on the training split only."""
     train = load_split(settings, "train")
-    _refuse_what_does_not_apply(settings, train.shape)
+    check_applies(settings, train.shape)
     test = load_split(settings, "test", train.shape)
     (train, validation), test = _training_parts(train, settings), apply_limits(test, settings, "test")
     return TrainingData(train, test, run_config(settings, train), validation)
@@ -75,7 +69,7 @@ def _words(shape: tuple[int, ...]) -> str:
     return f"embeddings of {shape[0]} features" if len(shape) == 1 else f"images of shape {shape}"
 
 
-def _refuse_what_does_not_apply(settings: Settings, shape: tuple[int, ...]) -> None:
+def check_applies(settings: Settings, shape: tuple[int, ...]) -> None:
     """UserError for a setting of images where the data are embeddings, or of embeddings where they are images."""
     embeddings, width = len(shape) == 1, shape[0]
     for name in _OF_IMAGES if embeddings else ("head",):

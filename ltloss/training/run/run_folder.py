@@ -11,7 +11,7 @@ from typing import Any
 from ltloss._deprecation import renamed_keys
 from ltloss._files import TEMPORARY, write_csv, write_file
 from ltloss.errors import UserError
-from ltloss.training.data.sources import ACCEPTED, absolute, check_same_classes
+from ltloss.training.data.sources import ACCEPTED, absolute_paths, check_same_classes
 from ltloss.training.measure.metrics import COLUMNS
 from ltloss.training.run.lock import LOCK, refuse_if_written
 from ltloss.training.run.run_config import RunConfig
@@ -26,10 +26,7 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
     something else, or where the run has other settings.
     """
     refuse_if_written(out)
-    given = renamed_keys(given, FORMER_SETTINGS)
-    for name in ("data", "image_root", "init_from"):
-        if given.get(name):
-            given[name] = absolute(given[name])
+    given = absolute_paths(renamed_keys(given, FORMER_SETTINGS))
     if (out / "config.json").is_file():
         if not resume:
             raise _holds_a_run(out)

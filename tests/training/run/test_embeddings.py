@@ -15,6 +15,7 @@ from helpers.toys import CLASS_NAMES, toy_embeddings, toy_settings, write_embedd
 
 from ltloss.errors import UserError
 from ltloss.training import compare
+from ltloss.training.comparison.recipes import recipe
 from ltloss.training.measure.evaluate import evaluate_run
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.pages.run_report import write_report
@@ -137,3 +138,11 @@ def test_methods_are_compared(data: Path, tmp_path: Path) -> None:
     again = write_embeddings(tmp_path / "other.npz", x_train=toy_embeddings(20, seed=2)[0])
     compare(tmp_path / "out", {**given, "data": str(again)}, ["cosine"], seeds=1, quiet=True)
     assert len(list((tmp_path / "out" / "runs").glob("cosine-*.json"))) == 2  # other embeddings are other jobs
+
+
+def test_a_recipe_of_images_is_refused_before_anything_is_trained(data: Path, tmp_path: Path) -> None:
+    given = {"data": str(data), "device": "cpu"}
+    with refused("--crop-pad", "2", error=UserError):
+        compare(tmp_path / "out", given, ["cosine"], recipe="small", quiet=True)
+    assert not (tmp_path / "out").exists()
+    assert Settings(**recipe("embeddings"), **given).head == "linear"
