@@ -1,4 +1,4 @@
-"""``python -m benchmarks.loss_cpu``: the CPU figures of the README, measured beside the peers.
+"""``python -m benchmarks.loss_cpu``: the loss on a CPU, measured beside the peers.
 
 Written to ``results/cpu.csv``. Ratios are ours / theirs from one interleaved run (< 1 is faster); absolute times only
 describe the machine they were taken on.

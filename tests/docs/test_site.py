@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from helpers.browser import document, needs_chromium, render
-from helpers.refusals import refused
 
 import ltloss
 
@@ -114,11 +113,11 @@ def hooks(name: str) -> Any:
     return module
 
 
-def on_a_page(text: str, root: Path = ROOT, repository: str | None = None, page: str = "a/page.md") -> str:
+def on_a_page(text: str, repository: str | None = None) -> str:
     config = SimpleNamespace(
-        docs_dir=str(root / "docs"), config_file_path=str(root / "mkdocs.yml"), extra={"repository": repository}
+        docs_dir=str(ROOT / "docs"), config_file_path=str(ROOT / "mkdocs.yml"), extra={"repository": repository}
     )
-    place = SimpleNamespace(file=SimpleNamespace(src_uri=page))
+    place = SimpleNamespace(file=SimpleNamespace(src_uri="a/page.md"))
     return str(hooks("pages").on_page_markdown(text, page=place, config=config, files=None))
 
 
@@ -135,17 +134,6 @@ def on_a_page(text: str, root: Path = ROOT, repository: str | None = None, page:
 def test_links_out_of_the_documentation(written: str, without: str, with_address: str) -> None:
     assert on_a_page(written) == without
     assert on_a_page(written, repository="https://h/") == with_address
-
-
-def test_a_section_of_another_file_brings_its_links_along(tmp_path: Path) -> None:
-    links, rest = "[x](docs/x.md#y) ![z](docs/z.svg)", "```sh\n## no heading\n```\n### C\n\nmore"
-    (tmp_path / "README.md").write_text(f"# T\n\n## A b\n\n{links}\n{rest}\n\n## D\n\nother\n")
-    found = on_a_page(
-        "before\n\n<!-- include README.md#a-b --> [there](../README.md)\n\nafter", tmp_path, page="page.md"
-    )
-    assert found == f"before\n\n[x](x.md#y) ![z](z.svg)\n{rest}\n\nafter"
-    with refused("'b'", "'a-b'"):
-        on_a_page("<!-- include README.md#b -->", tmp_path)
 
 
 def test_docstrings_become_what_the_reference_can_show() -> None:
