@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from helpers.refusals import missing, refused
 from helpers.small_run import HOSTILE, history, make_run
 
 from ltloss.errors import UserError
+from ltloss.training.data.embeddings import ArrayEmbeddings
 from ltloss.training.data.images import ArrayImages
 from ltloss.training.measure.details import Mistake
 from ltloss.training.model.classifier import Classifier
@@ -348,9 +348,10 @@ def test_errors_without_previews_are_a_table(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", RunConfig.read(tmp_path / "run"), {})
     found = [Mistake(1, "<b>1", 0, 2, 0.96), Mistake(0, "row 0", 1, 5, 0.5)]
     other = ArrayImages(np.zeros((2, 8, 8), np.uint8), np.zeros(2, np.int64), HOSTILE, ["row 0", "row 1"])
-    embeddings = SimpleNamespace(names=["row 0", "<b>1"])
+    rows = np.arange(2)
+    embeddings = ArrayEmbeddings(np.zeros((2, 3)), rows, rows, HOSTILE, np.array(["row 0", "<b>1"]))
     for source in (None, other, embeddings):
         body = Body()
-        add_mistakes(body, run, found, source)  # type: ignore[arg-type]
+        add_mistakes(body, run, found, source)
         assert "<img" not in "".join(body.wide)
         assert not missing("".join(body.wide), "&lt;b&gt;1", escape(HOSTILE[2]), "96.0%", escape(HOSTILE[0]))
