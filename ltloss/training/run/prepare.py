@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 import ltloss
 from ltloss.errors import UserError
+from ltloss.losses.defaults import FROZEN_SCALE
 from ltloss.training.data.batches import batches
 from ltloss.training.data.embeddings import ArrayEmbeddings, Source
 from ltloss.training.data.images import ImageSource, Split
 from ltloss.training.data.sources import DECODED_AT_ONCE, load_data
 from ltloss.training.data.splits import keep_per_class, long_tailed_subset, stratified_split
+from ltloss.training.model.registry import takes_option
 from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.settings import SETTINGS, Settings
 from ltloss.training.seeds import numpy_generator
@@ -87,6 +89,9 @@ def run_config(settings: Settings, train: Source) -> RunConfig:
     """The configuration of a run that is trained on all of ``train``."""
     if isinstance(train, ArrayEmbeddings):
         mean, std = train.moments()
+        open_scale = "scale" not in settings.all_loss_options and takes_option(settings.loss, "scale")
+        if settings.head == "linear" and open_scale:
+            settings = replace(settings, scale=FROZEN_SCALE)
     else:
         mean, std = _normalisation(train, settings.split_seed)
     return RunConfig(

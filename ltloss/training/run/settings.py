@@ -119,7 +119,9 @@ class Settings:
         "after the warm-up: cosine, to 0, or steps as WHEN:FACTOR,... (WHEN an epoch, or a fraction of them below 1)",
         _SCHEDULE,
     )
-    scale: float | None = _option(None, "scale of the cosine logits (default: 2 ln C, at least 8)", _POSITIVE)
+    scale: float | None = _option(
+        None, "scale of the cosine logits (default: 2 ln C, at least 8; 32 with --head linear)", _POSITIVE
+    )
     margin: float | None = _option(None, "margin of the loss (default: the loss's own)", _at_least(0))
     tau: float | None = _option(
         None, "strength of the log prior on the training logits (default: the loss's own)", _at_least(0)

@@ -19,6 +19,7 @@ from ltloss.training.comparison.recipes import recipe
 from ltloss.training.measure.evaluate import evaluate_run
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.pages.run_report import write_report
+from ltloss.training.run.prepare import prepare_data
 from ltloss.training.run.run_config import RunConfig, read_settings_file
 from ltloss.training.run.settings import Settings
 from ltloss.training.run.trainer import TrainingResult, train
@@ -53,6 +54,24 @@ def test_a_run_learns_and_can_be_read_again(trained: TrainingResult, data: Path)
     assert evaluate_run(trained.run, device="cpu").metrics == trained.evaluation.metrics
     assert json.loads(trained.evaluation.to_json())["backbone"] == "linear"
     assert Settings(**read_settings_file(trained.run / "config.json")) == config.settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [
+        ({}, 32.0),
+        ({"scale": 12.0}, 12.0),
+        ({"loss_options": {"scale": 12.0}}, 12.0),
+        ({"head": "mlp", "embedding_size": 8}, 8.0),  # it learns: 2 ln 3 is less
+    ],
+)
+def test_the_scale_over_features_that_do_not_learn(data: Path, changes: dict[str, Any], scale: float) -> None:
+    found = Classifier(prepare_data(Settings(**settings(data, **changes))).config).loss
+    assert found.scale == scale  # type: ignore[union-attr]
+
+
+def test_softmax_has_no_scale(data: Path) -> None:
+    assert prepare_data(Settings(**settings(data, loss="softmax"))).config.settings.scale is None
 
 
 def test_a_report_is_written(trained: TrainingResult) -> None:
