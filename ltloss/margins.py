@@ -278,15 +278,16 @@ class _Arccos(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         (cosine,) = ctx.saved_tensors
         # Of differentiable operations, so that it can be differentiated again.
-        return grad_outputs[0] * (-1.0 / arccos(cosine).sin().clamp_min(2.0**-11))
+        return grad_outputs[0] * (-1.0 / arccos(cosine).sin().clamp_min(math.sin(ANGLE_FLOOR)))
 
 
 def _arccos_of_operations(cosine: Tensor) -> Tensor:
     """The same for ``torch.func``, whose transforms see through PyTorch's own operations."""
     value = cosine.detach().clamp(-1.0, 1.0).acos()
-    steep = value.sin() < 2.0**-11
+    least = math.sin(ANGLE_FLOOR)
+    steep = value.sin() < least
     inside = torch.where(steep, 0.0, cosine).acos()
-    return torch.where(steep, value - 2.0**11 * (cosine - cosine.detach()), inside)
+    return torch.where(steep, value - (cosine - cosine.detach()) / least, inside)
 
 
 def arccos(cosine: Tensor) -> Tensor:

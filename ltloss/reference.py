@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ltloss._deprecation import renamed_keywords
 from ltloss._types import NearestPrototype, Reduction, TopK
-from ltloss.margins import BeyondPi, Margin, MarginGradient, Objective, arccos
+from ltloss.margins import ANGLE_FLOOR, BeyondPi, Margin, MarginGradient, Objective, arccos
 from ltloss.numerics import compute_dtype
 from ltloss.regularizers import FeatureNormKind, norm_penalty
 
@@ -118,8 +118,16 @@ def cosine_logits(features: Tensor, prototypes: Tensor, scale: float, normalize_
 
 
 def _with_margin(cosine: Tensor, margin: Margin) -> Tensor:
-    """cos(m1·θ + m2) − m3, continued beyond π; m2 and m3 are vectors (N,)."""
-    m2, m3 = torch.as_tensor(margin.angular_margin), margin.cosine_margin
+    """cos(m1·θ + m2) − m3, continued beyond π, its slope at θ kept ANGLE_FLOOR away from 0 and π."""
+    limit = math.cos(ANGLE_FLOOR)
+    inside = _turned(cosine + (cosine.clamp(-limit, limit) - cosine).detach(), margin)
+    turned = inside + (_turned(cosine, margin) - inside).detach() - margin.cosine_margin
+    return cosine + (turned - cosine).detach() if margin.margin_gradient == "straight_through" else turned
+
+
+def _turned(cosine: Tensor, margin: Margin) -> Tensor:
+    """cos(m1·θ + m2), continued beyond π, m2 a number or a vector (N,); θ + 0 leaves the cosine alone."""
+    m2 = torch.as_tensor(margin.angular_margin)
     phase = margin.angle_multiplier * arccos(cosine) + m2
     if margin.beyond_pi == "monotone":
         # Beyond π: −2 − cos; in general (−1)^k cos − 2k on the k-th stretch of length π (SphereFace).
@@ -131,10 +139,7 @@ def _with_margin(cosine: Tensor, margin: Margin) -> Tensor:
         turned = torch.where(cosine > 0, phase.cos(), cosine)
     else:
         turned = (phase.clamp(0, math.pi) if margin.beyond_pi == "clip" else phase).cos()
-    if margin.angle_multiplier == 1.0:  # θ + 0 leaves the cosine alone, without the detour over the angle
-        turned = torch.where(m2 == 0, cosine, turned)
-    turned = turned - m3
-    return cosine + (turned - cosine).detach() if margin.margin_gradient == "straight_through" else turned
+    return torch.where((m2 == 0) & (margin.angle_multiplier == 1.0), cosine, turned)
 
 
 def _per_sample(values: Tensor | float, labels: Tensor, like: Tensor) -> Tensor:
@@ -161,9 +166,7 @@ def cosine_logsumexp(
 ) -> tuple[Tensor, Tensor]:
     """Dense twin of :func:`ltloss.functional.cosine_logsumexp`."""
     logits = scale * cosines(features, prototypes)
-    if log_prior is not None:
-        logits = logits + log_prior
-    return _others_and_target(logits, labels)
+    return _others_and_target(logits if log_prior is None else logits + log_prior, labels)
 
 
 def logsumexp_stats(
@@ -262,10 +265,14 @@ def loss_of(features: Tensor, prototypes: Tensor, labels: Tensor, objective: Obj
         losses = losses + smoothing * (z - logits.mean(1))
     weights = counted * _per_sample(1.0 if objective.class_weight is None else objective.class_weight, y, cosine)
     losses = torch.where(counted, losses * weights, 0.0)
-    if objective.reduction == "none":
+    return _reduced(losses, weights.sum(), objective.reduction)
+
+
+def _reduced(losses: Tensor, total: Tensor, reduction: Reduction) -> Tensor:
+    """The losses (N,), their sum, or their mean: over ``total``, or over 1 where that is 0."""
+    if reduction == "none":
         return losses
-    total = weights.sum()
-    return losses.sum() / torch.where(total == 0, 1.0, total) if objective.reduction == "mean" else losses.sum()
+    return losses.sum() / torch.where(total == 0, 1.0, total) if reduction == "mean" else losses.sum()
 
 
 def soft_label_cross_entropy(
@@ -288,10 +295,7 @@ def soft_label_cross_entropy(
     given = {**options, "ignore_index": -1, "reduction": "none"}
     each = [margin_cross_entropy(features, prototypes, one, **given) for one in places]
     losses = torch.where(weight > 0, torch.stack(each, 1) * weight, 0.0)
-    if reduction == "none":
-        return losses.sum(1)
-    total = weight.sum()
-    return losses.sum() / torch.where(total == 0, 1.0, total) if reduction == "mean" else losses.sum()
+    return _reduced(losses.sum(1), weight.sum(), reduction)
 
 
 @renamed_keywords(rows="classes", exact="not allow_tf32")
@@ -349,9 +353,7 @@ def info_nce(
     losses = F.cross_entropy(logits, own, reduction="none")
     if symmetric:
         losses = (losses + F.cross_entropy(logits.t(), own, reduction="none")) / 2
-    if reduction == "none":
-        return losses
-    return losses.sum() / max(1, a.shape[0]) if reduction == "mean" else losses.sum()
+    return _reduced(losses, torch.as_tensor(a.shape[0]), reduction)
 
 
 def siglip_loss(a: Tensor, b: Tensor, *, scale: float | Tensor, bias: float | Tensor) -> Tensor:
@@ -377,9 +379,7 @@ def supervised_contrastive(
     # A queue without entries has no softmax; its samples have no positives either.
     log_p = logits.log_softmax(1) if logits.shape[1] else logits
     losses = -(positive * log_p).sum(1) / count.clamp_min(1)
-    if reduction == "none":
-        return losses
-    return losses.sum() / (count > 0).sum().clamp_min(1) if reduction == "mean" else losses.sum()
+    return _reduced(losses, (count > 0).sum(), reduction)
 
 
 def top_k(

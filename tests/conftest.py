@@ -6,7 +6,9 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +20,16 @@ from helpers.interpreter import quick_interpreter
 
 import ltloss
 from benchmarks.kernel_report import launches
+
+# `make test` draws the same cases each time; what it finds is found by everybody. Fixtures here hold for all cases.
+_LAWS: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile("default", max_examples=200, derandomize=True, **_LAWS)
+hypothesis.settings.register_profile("nightly", max_examples=2000, print_blob=True, **_LAWS)
+hypothesis.settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True, scope="session")
