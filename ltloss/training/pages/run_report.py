@@ -27,7 +27,7 @@ from ltloss.training.pages.sections import (
     add_mistakes,
     percent,
 )
-from ltloss.training.run.prepare import apply_limits, load_split
+from ltloss.training.run.prepare import apply_limits, load_split, without_use
 from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.settings import SETTINGS
 
@@ -115,7 +115,7 @@ def _configuration(run: Run) -> Iterator[str]:
 def _settings_in_force(config: RunConfig) -> Iterator[tuple[str, Any]]:
     """Every setting with its value, the options of the loss as settings of their own."""
     settings = config.in_force().settings  # which an early run did not record
-    for name in SETTINGS:
+    for name in (name for name in SETTINGS if name not in without_use(config.image_shape)):
         value = getattr(settings, name)
         if name == "loss_options":
             yield from sorted(value.items())
@@ -126,7 +126,8 @@ def _settings_in_force(config: RunConfig) -> Iterator[tuple[str, Any]]:
 def _header(run: Run, title: str) -> Iterator[str]:
     config, epoch = run.config, run.last_epoch
     yield f"<h1>{escape(title)}</h1>"
-    what = f"{config.loss} loss, {config.backbone} backbone, {config.settings.data}"
+    network = f"{config.backbone} {'head' if config.of_embeddings else 'backbone'}"
+    what = f"{config.loss} loss, {network}, {config.settings.data}"
     yield f'<p class="quiet">{escape(what)}</p>'
     if run.stops_early:
         yield f"<p>Of {len(run.epochs['epoch'])} epochs the best on the validation part is used: epoch {epoch}.</p>"

@@ -23,8 +23,7 @@ from ltloss.training.run.settings import SETTINGS, Settings
 from ltloss.training.seeds import numpy_generator
 
 _NORMALISATION_IMAGES = 4096
-# Which embeddings have no use for.
-_OF_IMAGES = ("backbone", "image_size", "channels", "augment", "crop_pad")
+_OF_IMAGES, _OF_EMBEDDINGS = ("backbone", "image_root", "image_size", "channels", "augment", "crop_pad"), ("head",)
 _DEFAULT_SIZE = SETTINGS["embedding_size"].default
 
 
@@ -71,10 +70,15 @@ def _words(shape: tuple[int, ...]) -> str:
     return f"embeddings of {shape[0]} features" if len(shape) == 1 else f"images of shape {shape}"
 
 
+def without_use(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Names of the settings that samples of that shape have no use for."""
+    return _OF_IMAGES if len(shape) == 1 else _OF_EMBEDDINGS
+
+
 def check_applies(settings: Settings, shape: tuple[int, ...]) -> None:
     """UserError for a setting of images where the data are embeddings, or of embeddings where they are images."""
     embeddings, width = len(shape) == 1, shape[0]
-    for name in _OF_IMAGES if embeddings else ("head",):
+    for name in without_use(shape):
         if (value := getattr(settings, name)) != SETTINGS[name].default:
             flag, (use, held) = name.replace("_", "-"), ("images", "embeddings")[:: 1 if embeddings else -1]
             raise UserError(f"--{flag} {value} is for {use}, and {settings.data} holds {held}; leave it out")
