@@ -128,7 +128,7 @@ def load_embeddings(path: Path, split: Split, seed: int = 0) -> ArrayEmbeddings:
             source = _labelled(path, arrays, "")
             return source.subset(split_indices(source.labels, split, seed))
         if split == "all":
-            return _joined(*(_labelled(path, arrays, part) for part in ("_train", "_test")))
+            return _joined(path, *(_labelled(path, arrays, part) for part in ("_train", "_test")))
         return _labelled(path, arrays, f"_{split}")
 
 
@@ -139,7 +139,7 @@ def load_rows(path: Path) -> ArrayEmbeddings:
     with explained(path):
         arrays = READERS[path.suffix](path)
         parts = [_part(path, arrays, part) for part in (("_train", "_test") if "x_train" in arrays else ("",))]
-        return parts[0] if len(parts) == 1 else _joined(*parts)
+        return parts[0] if len(parts) == 1 else _joined(path, *parts)
 
 
 @contextmanager
@@ -210,13 +210,14 @@ def _labelled(path: Path, arrays: Arrays, part: str) -> ArrayEmbeddings:
     labels = training if part == first else numbered(path, f"y{part}", _array(path, arrays, f"y{part}"), class_names)
     if len(labels) != len(source):
         raise UserError(f"{path}: x{part} has {len(source)} rows and y{part} {len(labels)} labels; make them equal")
-    if part and (width := _array(path, arrays, "x_train").shape[1:]) != source.shape:
-        raise UserError(f"{path}: x{part} has {source.shape[0]} features, x_train is of shape {width}; make them equal")
     return replace(source, labels=labels, class_names=class_names)
 
 
-def _joined(*parts: ArrayEmbeddings) -> ArrayEmbeddings:
+def _joined(path: Path, *parts: ArrayEmbeddings) -> ArrayEmbeddings:
     """All rows of the parts, copied into one array in memory."""
+    train, test = (part.shape[0] for part in parts)
+    if train != test:
+        raise UserError(f"{path}: x_train has {train} features and x_test {test}; make them equal")
     array, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("array", "labels"))
     names = np.array([name for part in parts for name in part.names])
     return ArrayEmbeddings(array, np.arange(len(array)), labels, parts[0].class_names, names)

@@ -179,7 +179,7 @@ def _with(value: float, row: int = 3) -> np.ndarray:
 def test_what_is_refused(changes: dict[str, np.ndarray | None], facts: tuple[str, ...], tmp_path: Path) -> None:
     path = write_embeddings(tmp_path / "data.npz", **changes)
     with refused(str(path), *facts, error=UserError):
-        for split in ("train", "test"):
+        for split in ("train", "test", "all"):
             load_data(str(path), split=split)  # type: ignore[arg-type]
 
 

@@ -117,6 +117,12 @@ def test_other_data_are_measured_or_refused(trained: TrainingResult, tmp_path: P
         evaluate_run(trained.run, str(tmp_path / "images.npz"), device="cpu")
 
 
+def test_a_test_split_of_another_width_is_refused(tmp_path: Path) -> None:
+    data = write_embeddings(tmp_path / "data.npz", x_test=np.zeros((15, 5), np.float32))
+    with refused("data.npz", "5", "6", error=UserError):
+        train(tmp_path / "run", settings(data), quiet=True)
+
+
 def test_changed_embeddings_cannot_be_resumed(data: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", settings(data, epochs=1), quiet=True)
     x = toy_embeddings(20)[0]
