@@ -21,8 +21,6 @@ from ltloss._estimator.space import Part, of_class_means
 from ltloss.training.data.npz import load_npz
 from ltloss.training.data.splits import keep_per_class, long_tailed_subset
 
-__all__ = ["DATA", "Data", "Groups", "accuracy", "batches", "held_out", "start_at_means", "whitened"]
-
 _HELD_OUT = 3  # samples of a class for validation, at most a third of it
 
 
@@ -105,6 +103,17 @@ def icons(folder: Path, *, images: bool) -> Data:
             samples = nn.functional.avg_pool2d(samples.reshape(len(samples), 1, 40, 40) / 255, 2)
         parts += [samples, found[f"y_{part}"].long()]
     return Data(*parts, partial(_cnn, 20) if images else nn.Identity, Groups(100, 20))
+
+
+def fewer(data: Data, every: int) -> Data:
+    """One class of so many."""
+    kept, test = data.labels % every == 0, data.test_labels % every == 0
+    return data._replace(
+        train=data.train[kept],
+        labels=data.labels[kept] // every,
+        test=data.test[test],
+        test_labels=data.test_labels[test] // every,
+    )
 
 
 def whitened(data: Data) -> Data:

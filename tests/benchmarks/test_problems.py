@@ -15,6 +15,7 @@ from benchmarks.evidence.problems import (
     Groups,
     accuracy,
     batches,
+    fewer,
     for_validation,
     held_out,
     start_at_means,
@@ -60,6 +61,13 @@ def test_a_long_tail_is_cut_from_what_validation_leaves(name: str, file: str, ea
     assert torch.bincount(held.labels).tolist()[0] == each - spare
     assert torch.bincount(held.test_labels).tolist() == [spare] * classes
     assert torch.bincount(held.labels)[-1] == max(1, (each - spare) // {"omniglot": 15, "fashion": 100}[name])
+
+
+def test_fewer_keeps_one_class_of_so_many() -> None:
+    found = fewer(toy([1, 2, 3, 4, 5]), 2)
+    assert torch.bincount(found.labels).tolist() == [1, 3, 5]
+    assert torch.equal(found.train[1:4], toy([1, 2, 3, 4, 5]).train[3:6])
+    assert found.test_labels.tolist() == [0]
 
 
 def test_whitened_features_have_the_covariance_within_the_classes_that_the_estimator_gives_them() -> None:

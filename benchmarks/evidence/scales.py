@@ -1,0 +1,289 @@
+"""``python -m benchmarks.evidence.scales --data-dir DIR``: which scale should ``LogitAdjustedLoss`` take by itself?
+
+Each problem is trained at fixed scales, with prototypes drawn or at the class means of the network's features, at two
+learning rates, one seed; and with scales that the data give: learned with the rest, or learned during the first pass
+alone, while every sample is new. All are judged on samples held out of the training split, the test samples are not
+read. Rows go to ``results/evidence_scales.csv`` as they are done; what is there is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.evidence.pages import markdown_table, renewed
+from benchmarks.evidence.problems import Data, accuracy, batches, fewer, for_validation, start_at_means, whitened
+from benchmarks.timing import RESULTS, read_rows, write_rows
+from ltloss import LogitAdjustedLoss, default_scale
+from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
+from ltloss.runtime import use_workspace
+from ltloss.training.data.batches import augment
+
+TABLE = RESULTS / "evidence_scales.csv"
+OMNIGLOT = RESULTS / "evidence_omniglot_tuning.csv"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence-embeddings.md"
+FIXED = ("8", "16", "32", "64")
+LEARNED = ("learned", "first pass")
+MOVING = {
+    "learned": "learned",
+    "first pass": "learned in the first pass",
+    "held at 0.5": "moved to a mean probability of 0.5",
+    "held at 0.7": "of 0.7",
+}
+HELD = {"held at 0.5": 0.5, "held at 0.7": 0.7}  # mean probability of the right class in a batch
+STARTS = ("means", "drawn")
+RATES = (0.16, 0.04)  # of the prototypes; AdamW divides it by √D
+_NETWORK_RATE, _SCALE_RATE, _FIRST_SCALE, _LEAST_SCALE = 0.003, 0.03, 16.0, 4.0
+_GAIN = 0.05  # how far a step moves ln s
+_KEPT = 1 << 24  # bytes of exponentials between forward and backward
+_KEY = ("data", "scale", "start", "lr", "seed")
+
+
+class Setting(NamedTuple):
+    """How a problem is trained."""
+
+    name: str
+    batch: int
+    epochs: int
+    classes: int
+    load: Callable[[Path], Data]
+    frozen: bool = False
+
+
+def _whitened(folder: Path) -> Data:
+    return whitened(for_validation("icons", folder))
+
+
+def _fewer(folder: Path) -> Data:
+    return fewer(for_validation("icons", folder), 16)
+
+
+SETTINGS = {
+    "icons": Setting("icons, frozen features", 512, 4, 1655, partial(for_validation, "icons"), True),
+    "icons, whitened": Setting("icons, frozen features, whitened", 512, 4, 1655, _whitened, True),
+    "icons, few": Setting("104 of the icons' classes, frozen features", 128, 10, 104, _fewer, True),
+    "toponyms": Setting("toponyms, one town of seven", 512, 3, 3957, partial(for_validation, "toponyms", every=7)),
+    "fashion": Setting("Fashion-MNIST-LT", 128, 5, 10, partial(for_validation, "fashion")),
+    "icons40": Setting("icons, 20 x 20 pixels", 256, 2, 1655, partial(for_validation, "icons40")),
+}
+CLASSES = {
+    **{data: (setting.name, setting.classes, setting.frozen) for data, setting in SETTINGS.items()},
+    "omniglot": ("Omniglot-LT", 1623, False),
+}
+
+
+class Trial(NamedTuple):
+    """One training."""
+
+    data: str
+    scale: str  # a number, or how it is found
+    start: str
+    lr: float
+    seed: int = 0
+
+    def key(self) -> tuple[str, ...]:
+        """As the table has it."""
+        return tuple(map(str, self))
+
+
+def trials() -> Iterable[Trial]:
+    """All of them, those first that say most."""
+    for start in STARTS:
+        for lr in RATES:
+            for data in SETTINGS:
+                found = (*HELD, *LEARNED, *FIXED) if start == "means" else FIXED
+                yield from (Trial(data, scale, start, lr) for scale in found)
+
+
+class _Moving(LogitAdjustedLoss):
+    """Its scale is exp of a parameter; with ``held`` each step moves it until the mean probability is that."""
+
+    held: float | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(_FIRST_SCALE)))
+
+    def forward(self, features: Tensor, labels: Tensor, **_: Any) -> Tensor:
+        scale = self.log_scale.exp()
+        stats = logsumexp_stats(features, self.weight, labels, scale=scale, log_prior=self.log_prior)
+        losses = margin_losses(stats)
+        if self.held is not None:
+            with torch.no_grad():
+                self.log_scale += _GAIN * (self.held - losses.neg().exp().mean())
+                self.log_scale.clamp_(min=math.log(_LEAST_SCALE))
+        return reduce_losses(losses, stats.labels)
+
+
+@cache
+def _data(name: str, folder: Path) -> Data:
+    return SETTINGS[name].load(folder)
+
+
+def _optimizers(trial: Trial, head: Any, network: nn.Module, width: int) -> list[torch.optim.Optimizer]:
+    """Of prototypes, network and scale, each where there is one."""
+    learned, network_learns = trial.scale in LEARNED, list(network.parameters())
+    made = [torch.optim.AdamW([head.weight], lr=trial.lr / width**0.5, fused=True)]
+    made += [torch.optim.AdamW(network_learns, lr=_NETWORK_RATE, fused=True)] if network_learns else []
+    return made + ([torch.optim.Adam([head.log_scale], lr=_SCALE_RATE)] if learned else [])
+
+
+def train(trial: Trial, folder: Path) -> dict[str, Any]:
+    """One training and its row of the table."""
+    torch.set_num_threads(1)
+    torch.manual_seed(trial.seed)
+    data, setting = _data(trial.data, folder), SETTINGS[trial.data]
+    counts, network = torch.bincount(data.labels), data.network()
+    width = network(data.train[:2]).shape[1]
+    moving = trial.scale in (*LEARNED, *HELD)
+    head: Any = _Moving if moving else LogitAdjustedLoss
+    head = head.from_counts(counts, width, scale=None if moving else float(trial.scale))
+    if trial.scale in HELD:
+        head.held = HELD[trial.scale]
+    if trial.start == "means":
+        start_at_means(head, network, data.train, data.labels)
+    each = len(data.labels) // setting.batch
+    optimizers = _optimizers(trial, head, network, width)
+    steps = setting.epochs * each
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(every, steps) for every in optimizers]
+    generator, start = torch.Generator().manual_seed(trial.seed), time.perf_counter()
+    after_first = math.nan
+    for step, index in enumerate(batches(len(data.labels), setting.batch, steps, generator)):
+        if step == each and moving:
+            after_first = float(head.log_scale.detach().exp())
+            head.log_scale.requires_grad_(trial.scale != "first pass")
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with use_workspace(_KEPT, keep_exponentials=True):
+            head(network(augment(data.train[index], data.augment, generator)), data.labels[index]).backward()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+    return {
+        **dict(zip(_KEY, trial.key(), strict=True)),
+        **accuracy(network, head, data.test, data.test_labels, counts, data.groups),
+        "after_first_pass": f"{after_first:.2f}" if moving else "",
+        "at_the_end": f"{float(head.log_scale.detach().exp()):.2f}" if moving else "",
+        "seconds": f"{time.perf_counter() - start:.1f}",
+        "torch": torch.__version__,
+    }
+
+
+def compared(tuning: Path = OMNIGLOT) -> list[dict[str, str]]:
+    """The trials of Omniglot-LT that ``ltloss compare --tune`` trained (docs/evidence.md), as rows of this table."""
+    rows = []
+    for row in read_rows(tuning):
+        values = json.loads(row["values"])
+        if row["method"] == "logit-adjusted" and values["tau"] == 1.0:
+            shown = {"data": "omniglot", "scale": f"{values['scale']:g}", "start": "drawn", "lr": f"{values['lr']:g}"}
+            rows.append({**shown, "accuracy": row["balanced_accuracy"], "at_the_end": ""})
+    return rows
+
+
+def best(rows: Sequence[Mapping[str, str]], data: str, **fixed: str) -> float | None:
+    """The highest accuracy of a problem's rows with these values; None where there is no such row."""
+    same = [row for row in rows if row["data"] == data and all(row[name] == text for name, text in fixed.items())]
+    return max((float(row["accuracy"]) for row in same), default=None)
+
+
+def at_scale(rows: Sequence[Mapping[str, str]], data: str, scale: float) -> float | None:
+    """Accuracy at the better start and learning rate; between two scales that were trained on the line over ln s."""
+    found: list[float] = []
+    for start, lr in {(row["start"], row["lr"]) for row in rows if row["data"] == data}:
+        shares = [best(rows, data, start=start, lr=lr, scale=fixed) for fixed in FIXED]
+        known = [(math.log(float(s)), share) for s, share in zip(FIXED, shares, strict=True) if share is not None]
+        # Below the smallest scale the smallest counts; what no larger one was trained at is not known.
+        if len(known) > 1 and math.log(scale) <= known[-1][0] + 1e-9:
+            found.append(float(np.interp(math.log(scale), *zip(*known, strict=True))))
+    return max(found, default=None)
+
+
+RULES: Mapping[str, Callable[[int, bool], float]] = {  # of C, and of whether the features are frozen
+    **{f"{scale}": lambda _, __, scale=scale: float(scale) for scale in (8, 12, 16, 24, 32, 64)},
+    "ln C, at least 8": lambda c, _: max(8.0, math.log(c)),
+    "1.5·ln C, at least 8": lambda c, _: max(8.0, 1.5 * math.log(c)),
+    "2·ln C, at least 8": lambda c, _: default_scale(c),
+    "1.5·ln C, at least 8; 32 for frozen features": lambda c, frozen: 32.0 if frozen else max(8.0, 1.5 * math.log(c)),
+    "2·ln C, at least 8; 32 for frozen features": lambda c, frozen: 32.0 if frozen else default_scale(c),
+}
+
+
+def regrets(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """A header, and of each rule the points that it loses on each problem to the best of all that was trained there."""
+    tops = {data: top for data in CLASSES if (top := best(rows, data)) is not None}
+
+    def line(name: str, found: Sequence[float | None]) -> list[str]:
+        lost = [None if x is None else 100 * (top - x) for top, x in zip(tops.values(), found, strict=True)]
+        known = [x for x in lost if x is not None]
+        cells = ["–" if x is None else f"{x:.1f}" for x in lost]
+        return [name, *cells, f"{max(known):.1f}" if len(known) == len(lost) else "–"]
+
+    lines = [["scale", *(CLASSES[data][0] for data in tops), "worst"]]
+    for name, rule in RULES.items():
+        lines.append(line(name, [at_scale(rows, data, rule(*CLASSES[data][1:])) for data in tops]))
+    default = [at_scale(rows, data, default_scale(CLASSES[data][1])) for data in tops]
+    learned = [best(rows, data, scale="learned") for data in tops]
+    both = [ours if CLASSES[data][2] else usual for data, ours, usual in zip(tops, learned, default, strict=True)]
+    lines.append(line("2·ln C, at least 8; learned for frozen features", both))
+    for name, title in MOVING.items():
+        lines.append(line(title, [best(rows, data, scale=name) for data in tops]))
+    return lines
+
+
+def accuracies(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """A header, and a line for each problem, start and learning rate at which several scales were trained."""
+    found: dict[tuple[str, str, str], dict[str, str]] = {}
+    columns = [scale for scale in (*FIXED, *MOVING) if any(row["scale"] == scale for row in rows)]
+    for row in rows:
+        end = f" ({float(row['at_the_end']):.0f})" if row["at_the_end"] else ""
+        found.setdefault((row["data"], row["start"], row["lr"]), {})[row["scale"]] = (
+            f"{100 * float(row['accuracy']):.1f}{end}"
+        )
+    titles = [MOVING.get(scale, f"s = {scale}") for scale in columns]
+    lines = [["problem", "start", "lr", *titles]]
+    for (data, start, lr), cells in found.items():
+        if len(cells) < 2:
+            continue
+        lines.append([CLASSES[data][0], start, lr, *(cells.get(scale, "–") for scale in columns)])
+    return lines
+
+
+def rendered(page: str, rows: Sequence[Mapping[str, str]]) -> str:
+    """The page with both tables."""
+    rows = [*rows, *compared()]
+    page = renewed(page, "scales", markdown_table(accuracies(rows)))
+    return renewed(page, "regrets", markdown_table(regrets(rows)))
+
+
+def main() -> None:
+    """Train what the table lacks, and renew the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="where the .npz files lie")
+    parser.add_argument("--data", action="append", choices=tuple(SETTINGS), help="which (default: all)")
+    parser.add_argument("--scale", action="append", choices=(*FIXED, *LEARNED, *HELD), help="which (default: all)")
+    parser.add_argument("--most", type=int, help="no more trainings than that")
+    parser.add_argument("--render", action="store_true", help="only renew the page from the CSV file")
+    options = parser.parse_args()
+    rows = list(read_rows(TABLE))
+    done = {tuple(row[name] for name in _KEY) for row in rows}
+    data, scales = options.data or SETTINGS, options.scale or (*FIXED, *LEARNED, *HELD)
+    wanted = [t for t in trials() if t.data in data and t.scale in scales and t.key() not in done]
+    for trial in () if options.render else wanted[: options.most]:
+        rows.append({name: str(value) for name, value in train(trial, options.data_dir).items()})
+        write_rows(rows, TABLE)
+        print(*rows[-1].values(), flush=True)
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
