@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.evidence.pages import markdown_table, renewed
-from benchmarks.evidence.problems import Data, accuracy, batches, fewer, for_validation, start_at_means, whitened
+from benchmarks.evidence.problems import (
+    Data,
+    accuracy,
+    batches,
+    fewer,
+    for_validation,
+    held_out,
+    start_at_means,
+    whitened,
+)
 from benchmarks.timing import RESULTS, read_rows, write_rows
 from ltloss import LogitAdjustedLoss, default_scale
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
@@ -30,6 +39,7 @@ from ltloss.runtime import use_workspace
 from ltloss.training.data.batches import augment
 
 TABLE = RESULTS / "evidence_scales.csv"
+LIKELY = RESULTS / "evidence_scales_likely.csv"
 OMNIGLOT = RESULTS / "evidence_omniglot_tuning.csv"
 PAGE = Path(__file__).parents[2] / "docs" / "evidence-embeddings.md"
 FIXED = ("8", "16", "32", "64")
@@ -218,7 +228,7 @@ RULES: Mapping[str, Callable[[int, bool], float]] = {  # of C, and of whether th
 }
 
 
-def regrets(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
+def regrets(rows: Sequence[Mapping[str, str]], likely: Sequence[Mapping[str, str]] = ()) -> list[list[str]]:
     """A header, and of each rule the points that it loses on each problem to the best of all that was trained there."""
     tops = {data: top for data in CLASSES if (top := best(rows, data)) is not None}
 
@@ -231,6 +241,9 @@ def regrets(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
     lines = [["scale", *(CLASSES[data][0] for data in tops), "worst"]]
     for name, rule in RULES.items():
         lines.append(line(name, [at_scale(rows, data, rule(*CLASSES[data][1:])) for data in tops]))
+    scales = {row["data"]: float(row["scale"]) for row in likely}
+    found = [at_scale(rows, data, scales[data]) if data in scales else None for data in tops]
+    lines.append(line("most likely before training", found))
     default = [at_scale(rows, data, default_scale(CLASSES[data][1])) for data in tops]
     learned = [best(rows, data, scale="learned") for data in tops]
     both = [ours if CLASSES[data][2] else usual for data, ours, usual in zip(tops, learned, default, strict=True)]
@@ -262,7 +275,22 @@ def rendered(page: str, rows: Sequence[Mapping[str, str]]) -> str:
     """The page with both tables."""
     rows = [*rows, *compared()]
     page = renewed(page, "scales", markdown_table(accuracies(rows)))
-    return renewed(page, "regrets", markdown_table(regrets(rows)))
+    return renewed(page, "regrets", markdown_table(regrets(rows, read_rows(LIKELY))))
+
+
+@torch.no_grad()
+def likely_scale(data: Data, most: int = 4000) -> float:
+    """The s at which cosines to the class means, before any training, make held-out samples most likely."""
+    torch.manual_seed(0)
+    network, labels = data.network(), data.labels.numpy()
+    kept, out = held_out(labels, "scale")
+    out = np.random.default_rng(0).permutation(out)[:most]
+    head = LogitAdjustedLoss.from_counts(torch.bincount(data.labels[kept]), network(data.train[:2]).shape[1], scale=1.0)
+    start_at_means(head, network, data.train[kept], data.labels[kept])
+    cosines = torch.cat([head.logits(network(data.train[part])) for part in torch.from_numpy(out).split(512)])
+    tried = [2.0 ** (quarter / 4) for quarter in range(33)]
+    losses = [float(nn.functional.cross_entropy(s * cosines + head.log_prior, data.labels[out])) for s in tried]
+    return tried[int(np.argmin(losses))]
 
 
 def main() -> None:
@@ -272,13 +300,18 @@ def main() -> None:
     parser.add_argument("--data", action="append", choices=tuple(SETTINGS), help="which (default: all)")
     parser.add_argument("--scale", action="append", choices=(*FIXED, *LEARNED, *HELD), help="which (default: all)")
     parser.add_argument("--most", type=int, help="no more trainings than that")
+    parser.add_argument("--likely", action="store_true", help="only find the scales that are most likely at the start")
     parser.add_argument("--render", action="store_true", help="only renew the page from the CSV file")
     options = parser.parse_args()
+    if options.likely:
+        torch.set_num_threads(1)
+        found = {data: likely_scale(_data(data, options.data_dir)) for data in SETTINGS}
+        write_rows([{"data": data, "scale": f"{scale:.1f}"} for data, scale in found.items()], LIKELY)
     rows = list(read_rows(TABLE))
     done = {tuple(row[name] for name in _KEY) for row in rows}
     data, scales = options.data or SETTINGS, options.scale or (*FIXED, *LEARNED, *HELD)
     wanted = [t for t in trials() if t.data in data and t.scale in scales and t.key() not in done]
-    for trial in () if options.render else wanted[: options.most]:
+    for trial in () if options.render or options.likely else wanted[: options.most]:
         rows.append({name: str(value) for name, value in train(trial, options.data_dir).items()})
         write_rows(rows, TABLE)
         print(*rows[-1].values(), flush=True)

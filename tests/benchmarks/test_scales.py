@@ -86,6 +86,18 @@ def test_every_trial_is_asked_for_once() -> None:
     assert {trial.scale for trial in trials()} == {*FIXED, *LEARNED, *HELD}
 
 
+def test_the_likely_scale_grows_with_what_the_class_means_tell() -> None:
+    def data(noise: float) -> Data:
+        labels = torch.arange(900) % 60
+        features = torch.eye(60)[labels] + noise * torch.randn(900, 60, generator=torch.Generator().manual_seed(0))
+        return Data(features, labels, features, labels, nn.Identity, Groups(40, 10))
+
+    clear, nothing = (scales.likely_scale(data(noise)) for noise in (0.3, 10.0))
+    assert clear > 4 * nothing
+    found = {line[0]: line[1:] for line in regrets(ROWS, [{"data": "icons", "scale": "32"}])}
+    assert found["most likely before training"] == ["2.0", "–", "–"]
+
+
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.arange(96) % 3
