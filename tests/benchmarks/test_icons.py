@@ -1,0 +1,108 @@
+"""The study of classifiers over frozen features: its climb, its three seeds, its table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.evidence import icons
+from benchmarks.evidence.icons import METHODS, Study, adjusted, class_means, judged, of_means, table, trained
+from benchmarks.evidence.problems import Data, Groups
+from benchmarks.timing import read_rows
+from ltloss import LinearSoftmaxLoss
+
+
+def toy() -> Data:
+    """Three classes of 400, 40 and 4 samples around the axes."""
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor([400, 40, 4]))
+    draw = torch.Generator().manual_seed(0)
+    features = torch.eye(3)[labels] + 0.2 * torch.randn(len(labels), 3, generator=draw)
+    return Data(features, labels, torch.eye(3), torch.arange(3), nn.Identity, Groups(100, 20))
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Study:
+    monkeypatch.setattr(icons, "_data", lambda folder, space, split: toy())
+    monkeypatch.setattr(icons, "_BATCH", 64)
+    for name in ("TABLE", "TUNING"):
+        monkeypatch.setattr(icons, name, tmp_path / f"{name}.csv")
+    return Study(tmp_path, [], [])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns(name: str, study: Study) -> None:
+    method = METHODS[name]
+    network, head = trained(method, {axis: values[0] for axis, values in method.space.items()}, toy(), 2, 0)
+    assert judged(network, head, toy())["accuracy"] == 1.0
+
+
+def test_a_linear_layer_starts_at_the_discriminant_of_the_means() -> None:
+    data = toy()
+    network, head = trained(METHODS["linear"], {"lr": 0.06, "weight_decay": 0.01}, data, 0, 0)
+    means = class_means(data)
+    expected = 32 * (data.train @ means.T - 0.5 * means.square().sum(1))
+    torch.testing.assert_close(network(data.train) @ head.weight.T + head.bias, expected)
+
+
+def test_the_class_means_are_a_classifier() -> None:
+    means = class_means(toy())
+    torch.testing.assert_close(means[2], toy().train[-4:].mean(0))
+    assert of_means(toy()) == {"accuracy": 1.0, "many": 1.0, "medium": 1.0, "few": 1.0}
+
+
+def test_the_prior_is_taken_off_and_put_back() -> None:
+    data, head, prior = toy(), LinearSoftmaxLoss(3, 3), (torch.tensor([400.0, 40.0, 4.0]) / 444).log()
+    head.load_state_dict({"weight": torch.eye(3), "bias": prior})
+    assert judged(nn.Identity(), head, data)["accuracy"] == pytest.approx(1 / 3, abs=1e-4)  # all look like the first
+    assert adjusted(nn.Identity(), head, data, 1.0)["accuracy"] == 1.0
+    assert torch.equal(head.bias, prior)
+
+
+def test_a_study_climbs_once_and_trains_three_seeds(study: Study) -> None:
+    for _ in range(2):
+        study.means("whitened")
+        study.tune("whitened", "linear")
+        study.measure("whitened", "linear")
+    assert [(row["method"], row["seed"]) for row in study.rows] == [
+        ("means", "0"),
+        *((name, seed) for seed in "012" for name in ("linear", "post-hoc")),
+    ]
+    study.rows[1]["values"] = "{}"  # as if the climb had gone on since, to where it is now
+    before = len(study.rows)
+    study.measure("whitened", "linear")
+    assert len(study.rows) == before
+    assert "{}" not in [row["values"] for row in study.rows[1:]]
+    values = [row["values"] for row in study.tried if row["method"] == "linear"]
+    assert len(values) == len(set(values)) >= 5
+    assert [row for row in study.tried if row["method"] == "post-hoc" and json.loads(row["values"])["tau"] == 1.5]
+    assert len(read_rows(icons.TABLE)) == len(study.rows)
+    assert len(read_rows(icons.TUNING)) == len(study.tried)
+    shown = table(study.rows, [])
+    assert "| linear cross-entropy | whitened | lr=" in shown
+    assert "tau=" in shown
+
+
+def test_the_estimators_stand_in_the_table_with_one_thread() -> None:
+    row = {
+        "provider": "ltloss LongTailClassifier",
+        "data": "icons_features256.npz",
+        "threads": "1",
+        "chosen": "cosine-32",
+    }
+    others = [{**row, "all": all_, "few": "2", "many": "3"} for all_ in ("46", "48")]
+    two_threads = {**others[0], "threads": "2", "all": "99"}
+    shown = table([], [*others, two_threads])
+    assert (
+        '| `LongTailClassifier()`, "auto" | its own | cosine-32 | 47.00 ± 1.41 | 3.00 ± 0.00 | – | 2.00 ± 0.00 |'
+        in shown
+    )
+
+
+def test_the_committed_page_is_the_one_of_the_committed_rows() -> None:
+    page = icons.PAGE.read_text(encoding="utf-8")
+    expected = icons.renewed(page, "icons", table(read_rows(icons.TABLE), read_rows(icons.ESTIMATOR)))
+    assert expected == page, "python -m benchmarks.evidence.icons --render"
