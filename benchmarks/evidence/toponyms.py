@@ -46,14 +46,17 @@ def main() -> None:
     parser.add_argument("--head", action="append", choices=tuple(toponyms.HEADS), help="which (default: every head)")
     parser.add_argument("--all", action="store_true", help="150,091 places")
     parser.add_argument("--rate", default="0.1", help="share of the classes of uniform and hard (default: 0.1)")
+    parser.add_argument("--limit", help="only so many of the places")
     parser.add_argument("--render", action="store_true", help="only renew the page from the CSV file")
     options = parser.parse_args()
     rows = list(read_rows(TABLE))
     for head in () if options.render else options.head or toponyms.HEADS:
-        key = {"places": "all" if options.all else "towns", "head": head, "rate": options.rate}
+        places = f"{options.limit or ''} {'places' if options.all else 'towns'}".strip()
+        key = {"places": places, "head": head, "rate": options.rate}
         if any(all(row[name] == text for name, text in key.items()) for row in rows):
             continue
         arguments = ["--head", head, "--rate", options.rate, *(["--all"] if options.all else [])]
+        arguments += ["--limit", options.limit] if options.limit else []
         with fresh_processes(1, {"OMP_NUM_THREADS": "1"}) as pool:
             rows.append({**key, **pool.submit(trained, arguments).result()})
         write_rows(rows, TABLE)
