@@ -1,10 +1,11 @@
-"""``python -m benchmarks.evidence.icons --data-dir DIR``: a classifier over frozen features, method beside method.
+"""``python -m benchmarks.evidence.icons --data-dir DIR``: classifiers of icons, method beside method.
 
 1,655 things, 68,617 icons as embeddings (icons_features256.npz in DIR), three test icons of each thing from icon sets
 that gave no training icon of it. Every method is tuned by the same climb on training icons that are held out, two
 passes a trial, and trained for four passes with three seeds. All have the same features, centred and whitened as
 ``LongTailClassifier`` does it, and prototypes that start at the class means; some also the features as they are. The
-estimator and scikit-learn's LogisticRegression come from ``benchmarks/estimator.py``. Rows go to
+estimator and scikit-learn's LogisticRegression come from ``benchmarks/estimator.py``. ``--space "20 x 20 pixels"``: the
+same icons as images (icons40.npz), and a network that learns with the head, two passes also at the end. Rows go to
 ``results/evidence_icons.csv`` and ``..._tuning.csv`` as they are done; what is there is not trained again.
 """
 
@@ -16,13 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.evidence.pages import markdown_table, renewed
-from benchmarks.evidence.problems import DATA, Data, accuracy, batches, for_validation, whitened
+from benchmarks.evidence.problems import DATA, Data, accuracy, batches, for_validation, start_at_means, whitened
 from benchmarks.timing import RESULTS, read_rows, write_rows
 from ltloss import CosineSoftmaxLoss, LDAMLoss, LinearSoftmaxLoss, LogitAdjustedLoss, LongTailLoss
 from ltloss.class_balance import log_prior_from_counts
@@ -36,13 +38,30 @@ TUNING = RESULTS / "evidence_icons_tuning.csv"
 ESTIMATOR = RESULTS / "estimator.csv"
 PAGE = Path(__file__).parents[2] / "docs" / "evidence-embeddings.md"
 _SEEDS = (0, 1, 2)
-_BATCH, _TRIAL_PASSES, _PASSES = 512, 2, 4
+_TRIAL_PASSES = 2
 _GAIN, _SURE = 16.0, 32.0  # features of a linear layer are multiplied by it; how sharp its start is
 _KEPT = 1 << 24  # bytes of exponentials between forward and backward
 _GROUPS = ("accuracy", "many", "medium", "few")
 _LRS = (0.06, 0.12, 0.24, 0.48, 0.96)  # of AdamW, divided by √D
 _COSINE: Mapping[str, Sequence[float]] = {"lr": _LRS, "scale": (16.0, 32.0, 64.0)}
 _LINEAR: Mapping[str, Sequence[float]] = {"lr": _LRS, "weight_decay": (0.01, 0.1, 1.0)}
+_NETWORK_RATE = 0.003
+
+
+class Space(NamedTuple):
+    """What a classifier gets, and how it is trained; ``fewer``: shorter lists of values, where a training is long."""
+
+    batch: int
+    passes: int
+    fewer: Mapping[str, Sequence[float]] = MappingProxyType({})
+
+
+IMAGES = "20 x 20 pixels"
+SPACES = {
+    "whitened": Space(512, 4),
+    "as they are": Space(512, 4),
+    IMAGES: Space(256, 2, {"lr": (0.08, 0.16, 0.32), "scale": (16.0, 32.0), "weight_decay": (0.01, 0.1)}),
+}
 
 
 class Method(NamedTuple):
@@ -98,8 +117,11 @@ class _Multiplied(nn.Module):
 
 @cache
 def _data(folder: Path, space: str, split: str) -> Data:
-    """Features whitened, or as they are but for one factor that makes their mean length 1."""
-    data = for_validation("icons", folder) if split == "validation" else DATA["icons"](folder)
+    """Images; or features whitened, or as they are but for one factor that makes their mean length 1."""
+    name = "icons40" if space == IMAGES else "icons"
+    data = for_validation(name, folder) if split == "validation" else DATA[name](folder)
+    if space == IMAGES:
+        return data
     if space == "whitened":
         return whitened(data)
     length = data.train.norm(dim=1).mean()
@@ -123,23 +145,34 @@ def _start(head: Any, method: Method, data: Data) -> None:
         head.weight.copy_(nn.functional.normalize(means))
 
 
-def trained(method: Method, values: Mapping[str, float], data: Data, passes: int, seed: int) -> tuple[nn.Module, Any]:
+def trained(
+    method: Method, values: Mapping[str, float], data: Data, batch: int, passes: int, seed: int
+) -> tuple[nn.Module, Any]:
     """Network and head after AdamW with rates that fall along a cosine."""
     torch.manual_seed(seed)
-    counts, width = torch.bincount(data.labels), data.train.shape[1]
+    network = data.network()
+    learns = list(network.parameters())
+    counts, width = torch.bincount(data.labels), network(data.train[:2]).shape[1]
     options = {name: value for name, value in values.items() if name not in ("lr", "weight_decay")}
-    head, network = method.build(counts, width, **options), _Multiplied(_GAIN if method.linear else 1.0)
-    _start(head, method, data)
-    steps = passes * (len(data.labels) // _BATCH)
+    head = method.build(counts, width, **options)
+    if not learns:
+        network = _Multiplied(_GAIN if method.linear else 1.0)
+        _start(head, method, data)
+    elif not method.linear:
+        start_at_means(head, network, data.train, data.labels)
+    steps = passes * (len(data.labels) // batch)
     given = {"lr": values["lr"] / width**0.5, "weight_decay": values.get("weight_decay", 0.01)}
-    optimizer = torch.optim.AdamW(head.parameters(), **given, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for index in batches(len(data.labels), _BATCH, steps, torch.Generator().manual_seed(seed)):
-        optimizer.zero_grad()
+    optimizers = [torch.optim.AdamW(head.parameters(), **given, fused=True)]
+    optimizers += [torch.optim.AdamW(learns, lr=_NETWORK_RATE, fused=True)] if learns else []
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(each, steps) for each in optimizers]
+    for index in batches(len(data.labels), batch, steps, torch.Generator().manual_seed(seed)):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         with use_workspace(_KEPT, keep_exponentials=True):
             head(network(data.train[index]), data.labels[index]).backward()
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
     return network, head
 
 
@@ -187,11 +220,12 @@ class Study:
 
     def tune(self, space: str, name: str) -> None:
         """The climb; of a linear layer each trial also tries what taking the prior off afterwards brings."""
-        method, data = METHODS[name], _data(self.folder, space, "validation")
-        while points := next_points(method.space, self._known(space, name)):
+        method, data, (batch, _, fewer) = METHODS[name], _data(self.folder, space, "validation"), SPACES[space]
+        axes = {axis: fewer.get(axis, values) for axis, values in method.space.items()}
+        while points := next_points(axes, self._known(space, name)):
             for values in points:
                 start = time.perf_counter()
-                network, head = trained(method, values, data, _TRIAL_PASSES, 0)
+                network, head = trained(method, values, data, batch, _TRIAL_PASSES, 0)
                 facts = {**judged(network, head, data), "seconds": f"{time.perf_counter() - start:.1f}"}
                 if name == "linear":
                     for tau in TAUS:
@@ -224,7 +258,7 @@ class Study:
                 given = {key: value for key, value in values.items() if key != "tau"}
                 key = json.dumps(given)
                 if key not in known:
-                    known[key] = trained(METHODS[name], given, data, _PASSES, seed)
+                    known[key] = trained(METHODS[name], given, data, *SPACES[space][:2], seed)
                 network, head = known[key]
                 found = judged(network, head, data) if tau is None else adjusted(network, head, data, tau)
                 seconds = f"{time.perf_counter() - start:.1f}"
@@ -249,7 +283,14 @@ def _estimators(rows: Sequence[Mapping[str, str]]) -> Iterator[list[str]]:
             yield [title, "its own", same[0]["chosen"], *cells[:2], "–", cells[2]]
 
 
-def table(rows: Sequence[Mapping[str, str]], others: Sequence[Mapping[str, str]]) -> str:
+def rendered(page: str, rows: Sequence[Mapping[str, str]], others: Sequence[Mapping[str, str]]) -> str:
+    """The page with a table for features that do not learn, and one for images."""
+    images = [row for row in rows if row["space"] == IMAGES]
+    page = renewed(page, "icons", table([row for row in rows if row not in images], others))
+    return renewed(page, "icons as images", table(images))
+
+
+def table(rows: Sequence[Mapping[str, str]], others: Sequence[Mapping[str, str]] = ()) -> str:
     """A line for each method and space, the best first."""
     titles = {"means": MEANS, "post-hoc": POST_HOC, **{name: method.title for name, method in METHODS.items()}}
     found: dict[tuple[str, str], list[Mapping[str, str]]] = {}
@@ -267,21 +308,21 @@ def table(rows: Sequence[Mapping[str, str]], others: Sequence[Mapping[str, str]]
 def main() -> None:
     """Train what the tables lack, and renew the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, help="where icons_features256.npz lies")
+    parser.add_argument("--data-dir", type=Path, help="where the data files lie")
     parser.add_argument("--method", action="append", choices=tuple(METHODS), help="which (default: all)")
-    parser.add_argument("--space", choices=("whitened", "as they are"), default="whitened")
+    parser.add_argument("--space", choices=tuple(SPACES), default="whitened")
     parser.add_argument("--render", action="store_true", help="only renew the page from the CSV files")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows, tried = list(read_rows(TABLE)), list(read_rows(TUNING))
     if not options.render:
         study = Study(options.data_dir, rows, tried)
-        study.means(options.space)
+        if options.space != IMAGES:
+            study.means(options.space)
         for name in options.method or METHODS:
             study.tune(options.space, name)
             study.measure(options.space, name)
-    text = table(rows, read_rows(ESTIMATOR))
-    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), "icons", text), encoding="utf-8")
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), rows, read_rows(ESTIMATOR)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -36,11 +36,12 @@ from benchmarks.timing import RESULTS, read_rows, write_rows
 from ltloss import LogitAdjustedLoss, default_scale
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.runtime import use_workspace
+from ltloss.training.comparison.methods import RENAMED, method
 from ltloss.training.data.batches import augment
 
 TABLE = RESULTS / "evidence_scales.csv"
 LIKELY = RESULTS / "evidence_scales_likely.csv"
-OMNIGLOT = RESULTS / "evidence_omniglot_tuning.csv"
+OMNIGLOT, FASHION = (RESULTS / f"evidence_{name}_tuning.csv" for name in ("omniglot", "fashion"))
 PAGE = Path(__file__).parents[2] / "docs" / "evidence-embeddings.md"
 FIXED = ("8", "16", "32", "64")
 LEARNED = ("learned", "first pass")
@@ -271,9 +272,33 @@ def accuracies(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
     return lines
 
 
+def of_modules(tunings: Mapping[Path, int]) -> list[list[str]]:
+    """A header, and of every cosine loss that ``ltloss compare --tune`` tuned with C classes what its default scale
+    loses to its best: on the line over ln s between the best trials of two scales, whatever their other values.
+    """
+    lines = [["problem", "loss", "best scale", "best", "default scale", "there", "loses"]]
+    for path, classes in tunings.items():
+        shares: dict[str, dict[float, float]] = {}
+        for row in read_rows(path):
+            scale = json.loads(row["values"]).get("scale")
+            if scale is not None and row["balanced_accuracy"]:
+                known = shares.setdefault(RENAMED.get(row["method"], row["method"]), {})
+                known[scale] = max(float(row["balanced_accuracy"]), known.get(scale, 0.0))
+        default = default_scale(classes)
+        for name, known in shares.items():
+            top = max(known, key=known.__getitem__)
+            scales = sorted(known)
+            there = float(np.interp(math.log(default), np.log(scales), [known[scale] for scale in scales]))
+            highest, found, lost = (f"{100 * share:.1f}" for share in (known[top], there, known[top] - there))
+            shown = (f"{top:g}", highest, f"{default:.1f}", found, lost)
+            lines.append([f"{classes:,} classes", method(name).title, *shown])
+    return lines
+
+
 def rendered(page: str, rows: Sequence[Mapping[str, str]]) -> str:
-    """The page with both tables."""
+    """The page with its tables."""
     rows = [*rows, *compared()]
+    page = renewed(page, "modules", markdown_table(of_modules({OMNIGLOT: 1623, FASHION: 10})))
     page = renewed(page, "scales", markdown_table(accuracies(rows)))
     return renewed(page, "regrets", markdown_table(regrets(rows, read_rows(LIKELY))))
 

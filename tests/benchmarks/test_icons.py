@@ -27,7 +27,7 @@ def toy() -> Data:
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Study:
     monkeypatch.setattr(icons, "_data", lambda folder, space, split: toy())
-    monkeypatch.setattr(icons, "_BATCH", 64)
+    monkeypatch.setitem(icons.SPACES, "whitened", icons.Space(64, 4))
     for name in ("TABLE", "TUNING"):
         monkeypatch.setattr(icons, name, tmp_path / f"{name}.csv")
     return Study(tmp_path, [], [])
@@ -36,13 +36,29 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Study:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns(name: str, study: Study) -> None:
     method = METHODS[name]
-    network, head = trained(method, {axis: values[0] for axis, values in method.space.items()}, toy(), 2, 0)
+    network, head = trained(method, {axis: values[0] for axis, values in method.space.items()}, toy(), 64, 2, 0)
     assert judged(network, head, toy())["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["linear", "logit-adjusted"])
+def test_a_network_learns_beside_the_head(name: str, study: Study) -> None:
+    """The labels follow from what the network has to find: the distance from the origin."""
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(900, 2, generator=draw)
+    labels = (features.norm(dim=1) > 1.2).long()
+
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 8))
+
+    data = Data(features, labels, features, labels, network, Groups(100, 20))
+    values = {"lr": 0.32, **({} if name == "linear" else {"scale": 16.0})}
+    found, head = trained(METHODS[name], values, data, 64, 20, 0)
+    assert judged(found, head, data)["accuracy"] > 0.9
 
 
 def test_a_linear_layer_starts_at_the_discriminant_of_the_means() -> None:
     data = toy()
-    network, head = trained(METHODS["linear"], {"lr": 0.06, "weight_decay": 0.01}, data, 0, 0)
+    network, head = trained(METHODS["linear"], {"lr": 0.06, "weight_decay": 0.01}, data, 64, 0, 0)
     means = class_means(data)
     expected = 32 * (data.train @ means.T - 0.5 * means.square().sum(1))
     torch.testing.assert_close(network(data.train) @ head.weight.T + head.bias, expected)
@@ -104,5 +120,6 @@ def test_the_estimators_stand_in_the_table_with_one_thread() -> None:
 
 def test_the_committed_page_is_the_one_of_the_committed_rows() -> None:
     page = icons.PAGE.read_text(encoding="utf-8")
-    expected = icons.renewed(page, "icons", table(read_rows(icons.TABLE), read_rows(icons.ESTIMATOR)))
-    assert expected == page, "python -m benchmarks.evidence.icons --render"
+    assert icons.rendered(page, read_rows(icons.TABLE), read_rows(icons.ESTIMATOR)) == page, (
+        "python -m benchmarks.evidence.icons --render"
+    )

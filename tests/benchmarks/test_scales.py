@@ -22,6 +22,7 @@ from benchmarks.evidence.scales import (
     accuracies,
     at_scale,
     compared,
+    of_modules,
     regrets,
     rendered,
     train,
@@ -78,6 +79,29 @@ def test_trials_of_the_comparison_are_rows_of_this_table(tmp_path: Path) -> None
     write_rows([trial, *others], path)
     assert compared(path) == [row("omniglot", "8", 0.7, start="drawn", lr="0.8")]
     assert at_scale(compared(), "omniglot", 8.0) == pytest.approx(0.713, abs=1e-3)  # of the committed file
+
+
+def test_what_the_default_scale_costs_a_module(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.csv"
+    trials = [
+        ("arcface", 8.0, "0.5"),
+        ("arcface", 32.0, "0.7"),
+        ("arcface", 32.0, "0.6"),
+        ("ldam", 8.0, "0.4"),
+        ("ce", None, "0.3"),
+    ]
+    rows = [
+        {
+            "method": name,
+            "values": json.dumps({"lr": 0.1} if scale is None else {"lr": 0.1, "scale": scale}),
+            "balanced_accuracy": share,
+        }
+        for name, scale, share in [*trials, ("ldam", 32.0, "")]
+    ]
+    write_rows(rows, path)
+    _, arcface, ldam = of_modules({path: 3000})  # 2 ln 3000 = 16.01: half way between 8 and 32
+    assert arcface == ["3,000 classes", "ArcFace", "32", "70.0", "16.0", "60.0", "10.0"]
+    assert ldam[2:] == ["8", "40.0", "16.0", "40.0", "0.0"]
 
 
 def test_every_trial_is_asked_for_once() -> None:
