@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 TEMPORARY = ".tmp"
 
@@ -24,11 +24,12 @@ def temporary(path: Path) -> Path:
     return path.with_name(path.name + TEMPORARY)
 
 
-def write_file(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
-    """Write a file, at once or in pieces; it holds either its former content or all of the new one."""
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into; when the block ends well it takes the place of ``path``, which else stays as it was."""
     try:
         with temporary(path).open("wb") as file:
-            file.writelines([content] if isinstance(content, bytes) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary(path), path)
@@ -38,6 +39,12 @@ def write_file(path: Path, content: bytes | Iterable[bytes | memoryview]) -> Non
             error.filename = error.filename or str(path)  # a failed write does not name its file
         raise
     _flush_names(path.parent)
+
+
+def write_file(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+    """Write a file, at once or in pieces; it holds either its former content or all of the new one."""
+    with new_file(path) as file:
+        file.writelines([content] if isinstance(content, bytes) else content)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltloss._files import temporary
+from ltloss._files import new_file
 from ltloss.errors import UserError
 from ltloss.training.data.batches import batches
 from ltloss.training.data.images import Split
@@ -97,21 +96,16 @@ def embed(
     refuse_output(out, ".npz", overwrite)
     class_names = next(iter(parts.values())).class_names
     width = 0
-    try:
-        with zipfile.ZipFile(temporary(out), "w") as archive:
-            for part, source in parts.items():
-                width = _write_features(archive, f"x{part}.npy", network, source, np.dtype(dtype), batch_size)
-                arrays = {f"names{part}": np.array(source.names)}
-                if class_names:
-                    arrays |= {f"y{part}": source.labels, "class_names": np.array(class_names)}
-                for name, array in arrays.items():
-                    if f"{name}.npy" not in archive.namelist():
-                        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                            np.lib.format.write_array(member, array, allow_pickle=False)
-        os.replace(temporary(out), out)
-    except BaseException:
-        temporary(out).unlink(missing_ok=True)
-        raise
+    with new_file(out) as file, zipfile.ZipFile(file, "w") as archive:
+        for part, source in parts.items():
+            width = _write_features(archive, f"x{part}.npy", network, source, np.dtype(dtype), batch_size)
+            arrays = {f"names{part}": np.array(source.names)}
+            if class_names:
+                arrays |= {f"y{part}": source.labels, "class_names": np.array(class_names)}
+            for name, array in arrays.items():
+                if f"{name}.npy" not in archive.namelist():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
     return EmbeddingFile(out, sum(map(len, parts.values())), width, len(class_names))
 
 
