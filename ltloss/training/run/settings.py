@@ -183,6 +183,8 @@ class Settings:
         for name, value in OPTIMIZERS[self.optimizer].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.optimizer != "sgd" and self.momentum != SETTINGS["momentum"].default:
+            raise UserError(f"--momentum {self.momentum:g} is for SGD, --optimizer is {self.optimizer}; leave it out")
         if self.early_stopping is not None and not self.validation_fraction:
             raise UserError(
                 "--early-stopping needs images to decide on that are no test images; add --validation-fraction 0.1"

@@ -167,6 +167,7 @@ def test_the_average_is_what_a_run_measures_and_keeps(fused: bool, toy_npz: Path
         ({"fused_update": True, "accumulate": 2}, ("--fused-update", "--accumulate", "--batch-size")),
         ({"fused_update": True, "prototype_dtype": "bfloat16", "ema": 0.9}, ("--ema", "--prototype-dtype bfloat16")),
         ({"optimizer": "adam"}, ("optimizer", "'adam'", "adamw")),
+        ({"optimizer": "adamw", "momentum": 0.5}, ("momentum", "0.5", "SGD", "adamw")),
         ({"ema": 1.0}, ("ema", "1.0")),
         ({"clip_norm": 0.0}, ("clip_norm", "0.0")),
         ({"accumulate": 0}, ("accumulate", "0")),
