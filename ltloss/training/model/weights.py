@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from ltloss.errors import UserError
-from ltloss.training.run.checkpoint import latest_checkpoint
+from ltloss.training.run.checkpoint import checkpoint_in_use
 
 # Where a network of its own has what ours has: a run of ours, its backbone alone, the timm model in it.
 _PREFIXES = ("", "backbone.", "backbone.trunk.")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a run's newest checkpoint, of a .safetensors or of a state dict that torch saved.
+    """The tensors of the checkpoint that a run uses, of a .safetensors or of a state dict that torch saved.
 
     Of the latter tensors alone are unpickled, also where they lie under ``state_dict`` or ``model``.
     Raises UserError where there is none or it is damaged.
     """
     if path.is_dir():
-        checkpoint = latest_checkpoint(path)
+        checkpoint = checkpoint_in_use(path)
         if checkpoint is None:
             raise UserError(f"{path} is no run with a checkpoint; give one, or a file of weights")
         path = checkpoint / "model.safetensors"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ltloss.errors import UserError
 from ltloss.training.measure.evaluate import evaluate_run
 from ltloss.training.model.classifier import Classifier
+from ltloss.training.model.weights import read_weights
 from ltloss.training.pages.run_report import write_report
 from ltloss.training.run.checkpoint import checkpoint_in_use
 from ltloss.training.run.early_stopping import best_epoch, is_over
@@ -85,6 +86,12 @@ def test_a_run_stops_and_its_best_epoch_is_used(ema: float, decided: None, toy_n
     assert checkpoint_in_use(run) == run / "checkpoints" / "epoch-0002"
     again = train(run, {}, resume=True, quiet=True)
     assert again.evaluation.metrics == result.evaluation.metrics
+
+
+def test_another_training_begins_with_its_best_epoch(decided: None, toy_npz: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", _given(toy_npz), quiet=True).run
+    used, taken = Classifier.load(run, "cpu").state_dict(), read_weights(run)
+    assert all(torch.equal(taken[name], tensor) for name, tensor in used.items())
 
 
 @pytest.mark.slow
