@@ -63,6 +63,13 @@ class DistributedError(LtlossError, RuntimeError):
     """
 
 
+def check_counts(**counts: int | None) -> None:
+    """UserError that names the first option below 1, written as on the command line; None was not given."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, is {value}; correct it")
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Words for an unknown name: the valid names that look like it, or all of them where they fit on a line."""
     names = sorted(valid)

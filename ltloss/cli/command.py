@@ -7,7 +7,6 @@ variable and an early Ctrl-C are reported like any other mistake: one line on st
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +19,16 @@ from ltloss.cli.compare import add_compare, add_recipe, run_compare
 from ltloss.cli.embed import EMBED, add_embed, run_embed
 from ltloss.cli.export import EXPORT, add_export, run_export
 from ltloss.cli.predict import add_predict, run_predict
-from ltloss.cli.values import add_renamed, count, named_value, path, picked, settings_given
+from ltloss.cli.values import (
+    add_renamed,
+    count,
+    named_value,
+    need,
+    path,
+    picked,
+    setting_help,
+    settings_given,
+)
 from ltloss.errors import LtlossError, UserError, explain_os_error, nearest
 
 __all__ = ["build_parser", "main", "reported"]
@@ -128,12 +136,6 @@ def _discard(stream: TextIO) -> None:
         os.close(nowhere)
 
 
-def _need(*modules: str) -> None:
-    """ImportError now, rather than after hours of work."""
-    for module in modules:
-        importlib.import_module(module)
-
-
 class _Parser(argparse.ArgumentParser):
     """Argparse, with its errors as ours: one line; an option has one spelling, its whole name."""
 
@@ -194,21 +196,17 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     splits = "test and train: the images the run used; all: every image (default: test)"
     evaluate.add_argument("--split", choices=("test", "train", "all"), default="test", help=splits)
     evaluate.add_argument("--json", action="store_true", help="for machine reading")
-    add_renamed(evaluate, "--many-threshold", "--many-above", type=int, metavar="N", help=_help("many_threshold"))
-    add_renamed(evaluate, "--few-threshold", "--few-below", type=int, metavar="N", help=_help("few_threshold"))
-    evaluate.add_argument("--device", help=_help("device"))
+    add_renamed(
+        evaluate, "--many-threshold", "--many-above", type=int, metavar="N", help=setting_help("many_threshold")
+    )
+    add_renamed(evaluate, "--few-threshold", "--few-below", type=int, metavar="N", help=setting_help("few_threshold"))
+    evaluate.add_argument("--device", help=setting_help("device"))
 
 
 def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("run", type=path, metavar="RUN")
     about = "how the map of features is made; auto: by UMAP where umap-learn is installed (default: auto)"
     report.add_argument("--map", choices=("auto", "umap", "pca"), default="auto", help=about)
-
-
-def _help(setting: str) -> str:
-    from ltloss.training.run.settings import SETTINGS
-
-    return str(SETTINGS[setting].metadata["help"])
 
 
 def _add_tune(tune: argparse.ArgumentParser) -> None:
@@ -277,7 +275,7 @@ def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
 def _train(options: argparse.Namespace) -> int:
     from ltloss.training.run.run_config import read_settings_file
 
-    _need("PIL", "safetensors", "tqdm", "matplotlib.figure")
+    need("PIL", "safetensors", "tqdm", "matplotlib.figure")
     given = read_settings_file(options.config) if options.config else {}
     on_line = settings_given(options)
     if options.recipe:

@@ -16,7 +16,9 @@ _DESCRIPTION = (
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add --recipe, which ``train`` and ``compare`` have."""
-    about = "start from the recipe cifar-lt, small or embeddings; every setting can be overridden"
+    from ltloss.training.comparison.recipes import RECIPES
+
+    about = f"start from a recipe: {', '.join(RECIPES)}; every setting can be overridden"
     parser.add_argument("--recipe", metavar="NAME", help=about)
 
 

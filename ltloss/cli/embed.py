@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ltloss.cli.values import path, picked
-from ltloss.errors import UserError
+from ltloss.cli.values import path, picked, setting_help
+from ltloss.errors import UserError, check_counts
 
 EMBED = (
     "Write the features that a pretrained network, or a run, makes of images into FEATURES.npz, which `ltloss train "
@@ -15,13 +15,11 @@ EMBED = (
 
 def add_embed(parser: argparse.ArgumentParser) -> None:
     """Add its options."""
-    from ltloss.training.run.settings import SETTINGS
-
     what = parser.add_mutually_exclusive_group(required=True)
     images = "images, with labels where they lie in class folders"
     what.add_argument("--images", type=path, metavar="FOLDER", help=images)
     what.add_argument("--data", metavar="DATA", help="as for train")
-    parser.add_argument("--image-root", metavar="FOLDER", help=str(SETTINGS["image_root"].metadata["help"]))
+    parser.add_argument("--image-root", metavar="FOLDER", help=setting_help("image_root"))
     by = parser.add_mutually_exclusive_group(required=True)
     by.add_argument("--backbone", metavar="timm:NAME", help="a pretrained network of timm")
     by.add_argument("--run", type=path, metavar="RUN", help="the newest checkpoint of a run")
@@ -32,7 +30,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, metavar="N", help=size)
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="(default: float32)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="(default: 64)")
-    parser.add_argument("--device", help=str(SETTINGS["device"].metadata["help"]))
+    parser.add_argument("--device", help=setting_help("device"))
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that decode images (default: 4)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
@@ -44,9 +42,7 @@ def run_embed(options: argparse.Namespace) -> int:
     from ltloss.training.predict.embed import Network, data_to_embed, embed, images_to_embed
     from ltloss.training.predict.export import refuse_output
 
-    for name in ("image_size", "workers"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, is {value}; correct it")
+    check_counts(image_size=options.image_size, workers=options.workers)
     refuse_output(options.out, ".npz", options.overwrite)
     if options.run is not None:
         for name in ("weights", "image_size"):

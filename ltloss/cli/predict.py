@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from ltloss.cli.values import path, picked
+from ltloss.cli.values import need, path, picked, setting_help
 from ltloss.errors import UserError
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Add its options."""
-    from ltloss.training.run.settings import SETTINGS
-
     parser.add_argument("run", type=path, metavar="RUN")
     what = parser.add_mutually_exclusive_group(required=True)
     images = "images to classify, searched recursively"
@@ -24,15 +22,12 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help=replace)
     parser.add_argument("--top", type=int, default=2, metavar="K", help="classes a sample in the table (default: 2)")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
-    parser.add_argument("--device", help=str(SETTINGS["device"].metadata["help"]))
+    parser.add_argument("--device", help=setting_help("device"))
 
 
 def run_predict(options: argparse.Namespace) -> int:
     """Do what the command line says, and print what was done."""
-    import PIL  # noqa: F401  missed before the work rather than after it
-    import safetensors  # noqa: F401
-    import tqdm  # noqa: F401
-
+    need("PIL", "safetensors", "tqdm")
     from ltloss.training.predict.predict import predict_embeddings, predict_folder
 
     chosen = picked(options, "top", "device", "batch_size", "overwrite")

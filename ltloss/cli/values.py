@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -85,3 +86,16 @@ def settings_given(options: argparse.Namespace) -> dict[str, Any]:
 
     given = {name: value for name, value in vars(options).items() if name in SETTINGS}
     return {**given, "loss_options": dict(given["loss_options"])} if "loss_options" in given else given
+
+
+def setting_help(name: str) -> str:
+    """What --help says of a setting of a run."""
+    from ltloss.training.run.settings import SETTINGS
+
+    return str(SETTINGS[name].metadata["help"])
+
+
+def need(*modules: str) -> None:
+    """ImportError now, rather than after hours of work."""
+    for module in modules:
+        importlib.import_module(module)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ltloss._files import new_file
-from ltloss.errors import UserError
+from ltloss.errors import UserError, check_counts
 from ltloss.training.data.batches import batches
 from ltloss.training.data.images import Split
 from ltloss.training.data.sources import has_own_splits, load_images
@@ -91,8 +91,7 @@ def embed(
         UserError: ``out`` is there already, cannot be written to or is no .npz; a feature is not finite, or beyond
             float16.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, is {batch_size}; correct it")
+    check_counts(batch_size=batch_size)
     refuse_output(out, ".npz", overwrite)
     class_names = next(iter(parts.values())).class_names
     width = 0

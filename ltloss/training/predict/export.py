@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltloss import __version__
-from ltloss.errors import UserError
+from ltloss.errors import UserError, check_counts
 from ltloss.export import InferenceHead, Target, export_module
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def export_run(
 
     config = RunConfig.read(run)
     path = run / f"model{_SUFFIXES[to]}" if out is None else out
-    if top < 1:
-        raise UserError(f"--top must be at least 1, is {top}; correct it")
+    check_counts(top=top)
     refuse_output(path, _SUFFIXES[to], overwrite)
     if input == "images" and config.of_embeddings:
         raise UserError(f"--input images: run {run} takes embeddings of {config.image_shape[0]} features; leave it out")

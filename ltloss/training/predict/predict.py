@@ -15,7 +15,7 @@ import torch
 
 from ltloss._deprecation import renamed_fields
 from ltloss._files import write_file
-from ltloss.errors import UserError
+from ltloss.errors import UserError, check_counts
 from ltloss.training.data.batches import batches
 from ltloss.training.pages.gallery import UNCERTAIN_BELOW, Gallery, Predictions, folder_address, write_gallery
 from ltloss.training.predict.output_folder import output_folder
@@ -219,7 +219,7 @@ def predict_folder(
     from ltloss.training.data.sources import load_images
     from ltloss.training.model.classifier import Classifier
 
-    _check_counts(top, batch_size)
+    check_counts(top=top, batch_size=batch_size)
     _refuse_nested(images, out, sort_into)
     with output_folder(out, _MANIFEST, _WRITTEN, overwrite=overwrite) as staging:
         classifier = Classifier.load(run, device)
@@ -273,7 +273,7 @@ def predict_embeddings(
     from ltloss.training.data.embeddings import load_rows
     from ltloss.training.model.classifier import Classifier
 
-    _check_counts(top, batch_size)
+    check_counts(top=top, batch_size=batch_size)
     with output_folder(out, _MANIFEST, _WRITTEN, overwrite=overwrite) as staging:
         classifier = Classifier.load(run, device)
         class_names, shape = classifier.config.class_names, classifier.config.image_shape
@@ -287,12 +287,6 @@ def predict_embeddings(
         record = {"run": str(run), "data": str(data), "embeddings": len(source)}
         write_file(staging / _MANIFEST, (json.dumps(record, indent=2) + "\n").encode())
     return _summary(out, predictions)
-
-
-def _check_counts(top: int, batch_size: int) -> None:
-    for name, value in (("--top", top), ("--batch-size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, is {value}; correct it")
 
 
 def _summary(
