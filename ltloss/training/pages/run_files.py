@@ -15,6 +15,7 @@ import numpy as np
 from ltloss.errors import UserError
 from ltloss.training.measure.details import Details
 from ltloss.training.measure.metrics import Metrics
+from ltloss.training.run.early_stopping import first_best
 from ltloss.training.run.run_config import RunConfig
 
 Epochs = dict[str, list[float]]
@@ -37,7 +38,7 @@ class Run:
     @property
     def _row(self) -> int:
         found = self.epochs.get("validation_balanced_accuracy")
-        return int(np.nan_to_num(found, nan=-1.0).argmax()) if self.stops_early and found else -1
+        return first_best(np.nan_to_num(found, nan=-1.0).tolist()) if self.stops_early and found else -1
 
     @property
     def last_epoch(self) -> int:

@@ -11,8 +11,12 @@ def best_epoch(history: Sequence[Mapping[str, Any]]) -> int:
 
     The balanced one, because the part is as long-tailed as the training images, and the test is about every class.
     """
-    found = [row["validation_balanced_accuracy"] for row in history]
-    return 1 + found.index(max(found)) if found else 0
+    return 1 + first_best([row["validation_balanced_accuracy"] for row in history])
+
+
+def first_best(found: Sequence[float]) -> int:
+    """The place of the highest of some numbers, the first of several; -1 of none."""
+    return max(range(len(found)), key=found.__getitem__, default=-1)
 
 
 def is_over(history: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
