@@ -201,7 +201,11 @@ def _loaded(data_settings: str, validation_per_class: int | None, device: str) -
     settings = Settings(**json.loads(data_settings))
     data = prepare_data(settings) if validation_per_class is None else _held_out(settings, validation_per_class)
     place = torch.device(device)
-    return replace(data, train=on_device(data.train, place), test=on_device(data.test, place))
+    # Images in files and embeddings stay where they are.
+    train, test = (
+        on_device(source, place) if isinstance(source, ArrayImages) else source for source in (data.train, data.test)
+    )
+    return replace(data, train=train, test=test)
 
 
 def _held_out(settings: Settings, per_class: int) -> TrainingData:

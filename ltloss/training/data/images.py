@@ -23,8 +23,6 @@ from ltloss.training.data.decode import open_image, to_pixels
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ltloss.training.data.embeddings import Source
-
 Split = Literal["train", "test", "all"]
 Size = int | tuple[int, int] | None  # pixels: the side of a square, (height, width), or that of the data
 SMALLEST_SIZE = 4  # what --image-size demands: the backbones pool images twice
@@ -154,10 +152,8 @@ class FolderImages:
 ImageSource = ArrayImages | FolderImages  # what has an image to show
 
 
-def on_device(source: Source, device: torch.device) -> Source:
-    """The images of a source in memory, as a tensor on ``device``; files and embeddings stay where they are."""
-    if not isinstance(source, ArrayImages):
-        return source
+def on_device(source: ArrayImages, device: torch.device) -> DeviceImages:
+    """Images in memory, also as a tensor on ``device``."""
     pixels = source.batch(np.arange(len(source))).to(device)
     return DeviceImages(source.images, source.labels, source.class_names, source.names, pixels)
 
