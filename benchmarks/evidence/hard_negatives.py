@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.evidence.pages import markdown_table, renewed
-from benchmarks.evidence.problems import DATA, accuracy, batches, held_out, start_at_means
+from benchmarks.evidence.problems import DATA, NETWORK_RATE, accuracy, batches, held_out, start_at_means
 from benchmarks.timing import RESULTS, fresh_processes, interleaved, paired_ratio, read_rows, write_rows
 from ltloss import LogitAdjustedLoss
 from ltloss.distributed import SampledSGD, parallelize
@@ -99,7 +99,7 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
     head = LogitAdjustedLoss.from_counts(counts, 64, scale=setting.scale)
     head = parallelize(head, None, sample_rate=job.rate, **dict(job.method.options))
     start_at_means(head, network, samples, labels)
-    optimizers = [torch.optim.Adam(network.parameters(), lr=0.003, fused=True), SampledSGD(head, lr=job.lr)]
+    optimizers = [torch.optim.Adam(network.parameters(), lr=NETWORK_RATE, fused=True), SampledSGD(head, lr=job.lr)]
     steps = setting.epochs * (len(labels) // setting.batch)
     schedules = [torch.optim.lr_scheduler.LinearLR(each, 1.0, 0.02, steps) for each in optimizers]
     start = time.perf_counter()

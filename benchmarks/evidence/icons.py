@@ -24,12 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.evidence.pages import markdown_table, renewed
-from benchmarks.evidence.problems import DATA, Data, accuracy, batches, for_validation, start_at_means, whitened
+from benchmarks.evidence.problems import (
+    DATA,
+    NETWORK_RATE,
+    Data,
+    accuracy,
+    descend,
+    for_validation,
+    start_at_means,
+    whitened,
+)
 from benchmarks.timing import RESULTS, read_rows, write_rows
 from ltloss import CosineSoftmaxLoss, LDAMLoss, LinearSoftmaxLoss, LogitAdjustedLoss, LongTailLoss
 from ltloss.class_balance import log_prior_from_counts
 from ltloss.losses.defaults import LONG_TAIL_PRIOR
-from ltloss.runtime import use_workspace
 from ltloss.training.comparison.climb import next_points
 from ltloss.training.comparison.tables import percents
 
@@ -40,12 +48,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "evidence-embeddings.md"
 _SEEDS = (0, 1, 2)
 _TRIAL_PASSES = 2
 _GAIN, _SURE = 16.0, 32.0  # features of a linear layer are multiplied by it; how sharp its start is
-_KEPT = 1 << 24  # bytes of exponentials between forward and backward
 _GROUPS = ("accuracy", "many", "medium", "few")
 _LRS = (0.06, 0.12, 0.24, 0.48, 0.96)  # of AdamW, divided by √D
 _COSINE: Mapping[str, Sequence[float]] = {"lr": _LRS, "scale": (16.0, 32.0, 64.0)}
 _LINEAR: Mapping[str, Sequence[float]] = {"lr": _LRS, "weight_decay": (0.01, 0.1, 1.0)}
-_NETWORK_RATE = 0.003
 
 
 class Space(NamedTuple):
@@ -163,16 +169,8 @@ def trained(
     steps = passes * (len(data.labels) // batch)
     given = {"lr": values["lr"] / width**0.5, "weight_decay": values.get("weight_decay", 0.01)}
     optimizers = [torch.optim.AdamW(head.parameters(), **given, fused=True)]
-    optimizers += [torch.optim.AdamW(learns, lr=_NETWORK_RATE, fused=True)] if learns else []
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(each, steps) for each in optimizers]
-    for index in batches(len(data.labels), batch, steps, torch.Generator().manual_seed(seed)):
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        with use_workspace(_KEPT, keep_exponentials=True):
-            head(network(data.train[index]), data.labels[index]).backward()
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
+    optimizers += [torch.optim.AdamW(learns, lr=NETWORK_RATE, fused=True)] if learns else []
+    descend(network, head, data, optimizers, batch=batch, steps=steps, seed=seed)
     return network, head
 
 

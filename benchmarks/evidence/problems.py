@@ -7,7 +7,7 @@ country). Small networks, so that a training takes a minute of one thread. The t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,13 @@ from torch import Tensor, nn
 
 from examples.toponyms import Network, grams, places
 from ltloss._estimator.space import Part, of_class_means
+from ltloss.runtime import use_workspace
+from ltloss.training.data.batches import augment
 from ltloss.training.data.npz import load_npz
 from ltloss.training.data.splits import keep_per_class, long_tailed_subset
 
+NETWORK_RATE = 0.003  # of the networks that learn, under Adam or AdamW
+_KEPT = 1 << 24  # bytes of exponentials between forward and backward
 _HELD_OUT = 3  # samples of a class for validation, at most a third of it
 
 
@@ -176,6 +180,31 @@ def batches(samples: int, batch: int, steps: int, generator: torch.Generator) ->
     for _ in range(-(-steps * batch // samples)):
         order = torch.randperm(samples, generator=generator)
         yield from order[: samples // batch * batch].view(-1, batch)
+
+
+def descend(
+    network: nn.Module,
+    head: Any,
+    data: Data,
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    batch: int,
+    steps: int,
+    seed: int,
+    before: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Train on batches drawn by the seed, with rates that fall to 0 along a cosine; ``before`` each step is called."""
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(each, steps) for each in optimizers]
+    generator = torch.Generator().manual_seed(seed)
+    for step, index in enumerate(batches(len(data.labels), batch, steps, generator)):
+        before(step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with use_workspace(_KEPT, keep_exponentials=True):
+            head(network(augment(data.train[index], data.augment, generator)), data.labels[index]).backward()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
 
 
 @torch.no_grad()

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from benchmarks.evidence.pages import markdown_table, renewed
 from benchmarks.evidence.problems import (
+    NETWORK_RATE,
     Data,
     accuracy,
-    batches,
+    descend,
     fewer,
     for_validation,
     held_out,
@@ -35,9 +36,7 @@ from benchmarks.evidence.problems import (
 from benchmarks.timing import RESULTS, read_rows, write_rows
 from ltloss import LogitAdjustedLoss, default_scale
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
-from ltloss.runtime import use_workspace
 from ltloss.training.comparison.methods import RENAMED, method
-from ltloss.training.data.batches import augment
 
 TABLE = RESULTS / "evidence_scales.csv"
 LIKELY = RESULTS / "evidence_scales_likely.csv"
@@ -54,9 +53,8 @@ MOVING = {
 HELD = {"held at 0.5": 0.5, "held at 0.7": 0.7}  # mean probability of the right class in a batch
 STARTS = ("means", "drawn")
 RATES = (0.16, 0.04)  # of the prototypes; AdamW divides it by √D
-_NETWORK_RATE, _SCALE_RATE, _FIRST_SCALE, _LEAST_SCALE = 0.003, 0.03, 16.0, 4.0
+_SCALE_RATE, _FIRST_SCALE, _LEAST_SCALE = 0.03, 16.0, 4.0
 _GAIN = 0.05  # how far a step moves ln s
-_KEPT = 1 << 24  # bytes of exponentials between forward and backward
 _KEY = ("data", "scale", "start", "lr", "seed")
 
 
@@ -145,7 +143,7 @@ def _optimizers(trial: Trial, head: Any, network: nn.Module, width: int) -> list
     """Of prototypes, network and scale, each where there is one."""
     learned, network_learns = trial.scale in LEARNED, list(network.parameters())
     made = [torch.optim.AdamW([head.weight], lr=trial.lr / width**0.5, fused=True)]
-    made += [torch.optim.AdamW(network_learns, lr=_NETWORK_RATE, fused=True)] if network_learns else []
+    made += [torch.optim.AdamW(network_learns, lr=NETWORK_RATE, fused=True)] if network_learns else []
     return made + ([torch.optim.Adam([head.log_scale], lr=_SCALE_RATE)] if learned else [])
 
 
@@ -166,20 +164,16 @@ def train(trial: Trial, folder: Path) -> dict[str, Any]:
     each = len(data.labels) // setting.batch
     optimizers = _optimizers(trial, head, network, width)
     steps = setting.epochs * each
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(every, steps) for every in optimizers]
-    generator, start = torch.Generator().manual_seed(trial.seed), time.perf_counter()
-    after_first = math.nan
-    for step, index in enumerate(batches(len(data.labels), setting.batch, steps, generator)):
+    start, after_first = time.perf_counter(), math.nan
+
+    def before(step: int) -> None:
+        nonlocal after_first
         if step == each and moving:
             after_first = float(head.log_scale.detach().exp())
             head.log_scale.requires_grad_(trial.scale != "first pass")
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        with use_workspace(_KEPT, keep_exponentials=True):
-            head(network(augment(data.train[index], data.augment, generator)), data.labels[index]).backward()
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
+
+    given = {"batch": setting.batch, "steps": steps, "seed": trial.seed}
+    descend(network, head, data, optimizers, **given, before=before)
     return {
         **dict(zip(_KEY, trial.key(), strict=True)),
         **accuracy(network, head, data.test, data.test_labels, counts, data.groups),
