@@ -108,15 +108,16 @@ class Network(nn.Module):
         return features
 
 
-def head_of(kind: str, counts: Tensor, lr: float, rate: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+def head_of(options: argparse.Namespace, counts: Tensor) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The loss with its prototypes, and what moves them."""
-    loss_fn = LogitAdjustedLoss.from_counts(counts, DIM, scale=SCALE)
+    kind, lr = options.head, options.lr
+    loss_fn = LogitAdjustedLoss.from_counts(counts, DIM, scale=options.scale)
     if kind == "full":
         return loss_fn, torch.optim.SGD(loss_fn.parameters(), lr=lr)
     if kind == "fused":
         return loss_fn, PrototypeSGD(loss_fn, lr=lr)
-    options = {"hard_negatives": 10, "refresh": 100} if kind == "hard" else {}
-    sampled = parallelize(loss_fn, None, sample_rate=rate, **options)
+    negatives = {"hard_negatives": 10, "refresh": 100} if kind == "hard" else {}
+    sampled = parallelize(loss_fn, None, sample_rate=options.rate, **negatives)
     return sampled, SampledSGD(sampled, lr=lr)
 
 
@@ -172,10 +173,12 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     """Read, train, and return what is printed."""
     torch.manual_seed(options.seed)
     data, test = parts(places(500 if options.all else 15_000, options.limit), options.seed)
+    if options.validation:
+        data, test = parts(data, options.seed + 1)
     counts = torch.bincount(data.labels)
     print(f"{len(counts):,} classes, {len(data.names):,} training names, {len(test.names):,} test names", flush=True)
     network = Network()
-    loss_fn, optimizer = head_of(options.head, counts, options.lr, options.rate)
+    loss_fn, optimizer = head_of(options, counts)
     start = time.perf_counter()
     start_at_means(loss_fn, network, data)
     train(network, loss_fn, optimizer, data, options.epochs, options.seed)
@@ -193,6 +196,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--head", choices=tuple(HEADS), default="full", help=about)
     options.add_argument("--rate", type=float, default=0.1, help="share of the classes of uniform and hard")
     options.add_argument("--lr", type=float, default=8.0, help="of the prototypes")
+    options.add_argument("--scale", type=float, default=SCALE, help="s of the loss")
+    options.add_argument("--validation", action="store_true", help="judge on training names held out, to choose by")
     options.add_argument("--epochs", type=int, default=1)
     options.add_argument("--limit", type=int, help="only so many places")
     options.add_argument("--seed", type=int, default=0)

@@ -214,8 +214,12 @@ def accuracy(
     """Top-1 of all test samples, and of those whose class had many, medium and few training samples."""
     network.eval(), head.eval()
     parts = torch.arange(len(labels)).split(512)
-    right = torch.cat([head.predict(network(test[part])).index[:, 0] for part in parts]) == labels
-    size = counts[labels]
+    found = torch.cat([head.predict(network(test[part])).index[:, 0] for part in parts])
+    return shares(found == labels, counts[labels], groups)
+
+
+def shares(right: Tensor, size: Tensor, groups: Groups) -> dict[str, Any]:
+    """The share of right ones of all samples, and of those whose class had many, medium and few training samples."""
     masks = {
         "many": size > groups.many,
         "medium": (size <= groups.many) & (size >= groups.few),

@@ -33,14 +33,17 @@ from benchmarks.evidence.problems import (
     start_at_means,
     whitened,
 )
+from benchmarks.evidence.spaces import SPACES
 from benchmarks.timing import RESULTS, read_rows, write_rows
 from ltloss import LogitAdjustedLoss, default_scale
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
+from ltloss.losses.defaults import FROZEN_SCALE
 from ltloss.training.comparison.methods import RENAMED, method
 
 TABLE = RESULTS / "evidence_scales.csv"
 LIKELY = RESULTS / "evidence_scales_likely.csv"
 OMNIGLOT, FASHION = (RESULTS / f"evidence_{name}_tuning.csv" for name in ("omniglot", "fashion"))
+CLASSIFIERS = RESULTS / "evidence_classifiers_tuning.csv"
 PAGE = Path(__file__).parents[2] / "docs" / "evidence-embeddings.md"
 FIXED = ("8", "16", "32", "64")
 LEARNED = ("learned", "first pass")
@@ -266,33 +269,60 @@ def accuracies(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
     return lines
 
 
-def of_modules(tunings: Mapping[Path, int]) -> list[list[str]]:
-    """A header, and of every cosine loss that ``ltloss compare --tune`` tuned with C classes what its default scale
-    loses to its best: on the line over ln s between the best trials of two scales, whatever their other values.
+class Tuned(NamedTuple):
+    """Trials of a problem: a loss, its values as JSON and the share that was right; and the scale taken untold."""
+
+    problem: str
+    default: float
+    trials: Sequence[tuple[str, str, str]]
+
+
+def tuned() -> list[Tuned]:
+    """The trials of ``ltloss compare --tune``, and of ``benchmarks.evidence.classifiers``."""
+    found = [
+        Tuned(
+            f"{CLASSES[data][0]}, {CLASSES[data][1]:,} classes",
+            default_scale(CLASSES[data][1]),
+            [(row["method"], row["values"], row["balanced_accuracy"]) for row in read_rows(path)],
+        )
+        for data, path in (("omniglot", OMNIGLOT), ("fashion", FASHION))
+    ]
+    rows = read_rows(CLASSIFIERS)
+    for space, classes, default in (
+        ("20 x 20 pixels", 1655, default_scale(1655)),
+        ("toponyms", 3957, default_scale(3957)),
+        ("whitened", 1655, FROZEN_SCALE),
+    ):
+        trials = [(row["method"], row["values"], row["accuracy"]) for row in rows if row["space"] == space]
+        found.append(Tuned(f"{SPACES[space].title}, {classes:,} classes", default, trials))
+    return found
+
+
+def of_modules(problems: Sequence[Tuned]) -> list[list[str]]:
+    """A header, and of every cosine loss that was tuned on a problem what its default scale loses to its best: on the
+    line over ln s between the best trials of two scales, whatever their other values.
     """
     lines = [["problem", "loss", "best scale", "best", "default scale", "there", "loses"]]
-    for path, classes in tunings.items():
+    for problem, default, trials in problems:
         shares: dict[str, dict[float, float]] = {}
-        for row in read_rows(path):
-            scale = json.loads(row["values"]).get("scale")
-            if scale is not None and row["balanced_accuracy"]:
-                known = shares.setdefault(RENAMED.get(row["method"], row["method"]), {})
-                known[scale] = max(float(row["balanced_accuracy"]), known.get(scale, 0.0))
-        default = default_scale(classes)
+        for name, values, share in trials:
+            scale = json.loads(values).get("scale")
+            if scale is not None and share:
+                known = shares.setdefault(RENAMED.get(name, name), {})
+                known[scale] = max(float(share), known.get(scale, 0.0))
         for name, known in shares.items():
             top = max(known, key=known.__getitem__)
             scales = sorted(known)
             there = float(np.interp(math.log(default), np.log(scales), [known[scale] for scale in scales]))
             highest, found, lost = (f"{100 * share:.1f}" for share in (known[top], there, known[top] - there))
-            shown = (f"{top:g}", highest, f"{default:.1f}", found, lost)
-            lines.append([f"{classes:,} classes", method(name).title, *shown])
+            lines.append([problem, method(name).title, f"{top:g}", highest, f"{default:.1f}", found, lost])
     return lines
 
 
 def rendered(page: str, rows: Sequence[Mapping[str, str]]) -> str:
     """The page with its tables."""
     rows = [*rows, *compared()]
-    page = renewed(page, "modules", markdown_table(of_modules({OMNIGLOT: 1623, FASHION: 10})))
+    page = renewed(page, "modules", markdown_table(of_modules(tuned())))
     page = renewed(page, "scales", markdown_table(accuracies(rows)))
     return renewed(page, "regrets", markdown_table(regrets(rows, read_rows(LIKELY))))
 

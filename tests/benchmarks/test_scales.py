@@ -19,6 +19,7 @@ from benchmarks.evidence.scales import (
     LEARNED,
     Setting,
     Trial,
+    Tuned,
     accuracies,
     at_scale,
     compared,
@@ -81,26 +82,20 @@ def test_trials_of_the_comparison_are_rows_of_this_table(tmp_path: Path) -> None
     assert at_scale(compared(), "omniglot", 8.0) == pytest.approx(0.713, abs=1e-3)  # of the committed file
 
 
-def test_what_the_default_scale_costs_a_module(tmp_path: Path) -> None:
-    path = tmp_path / "tuning.csv"
+def test_what_the_default_scale_costs_a_module() -> None:
     trials = [
         ("arcface", 8.0, "0.5"),
         ("arcface", 32.0, "0.7"),
         ("arcface", 32.0, "0.6"),
         ("ldam", 8.0, "0.4"),
         ("ce", None, "0.3"),
+        ("ldam", 32.0, ""),
     ]
     rows = [
-        {
-            "method": name,
-            "values": json.dumps({"lr": 0.1} if scale is None else {"lr": 0.1, "scale": scale}),
-            "balanced_accuracy": share,
-        }
-        for name, scale, share in [*trials, ("ldam", 32.0, "")]
+        (name, json.dumps({"lr": 0.1, **({"scale": scale} if scale else {})}), share) for name, scale, share in trials
     ]
-    write_rows(rows, path)
-    _, arcface, ldam = of_modules({path: 3000})  # 2 ln 3000 = 16.01: half way between 8 and 32
-    assert arcface == ["3,000 classes", "ArcFace", "32", "70.0", "16.0", "60.0", "10.0"]
+    _, arcface, ldam = of_modules([Tuned("toy", 16.0, rows)])  # half way between 8 and 32
+    assert arcface == ["toy", "ArcFace", "32", "70.0", "16.0", "60.0", "10.0"]
     assert ldam[2:] == ["8", "40.0", "16.0", "40.0", "0.0"]
 
 

@@ -181,9 +181,9 @@ def means_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | N
             axes.text(right + 0.04 * room, position, text, va="center", color=QUIET if mean is None else INK)
         axes.set_yticks(positions, ["\n".join(lines) for lines in labels])
         axes.set_ylim(ends[-1], 0)
+        start, stop = axes.set_xlim(low - 0.05 * room, high + 0.4 * room)
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))  # more would touch each other
-        axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 100])
-        axes.set_xlim(low - 0.05 * room, high + 0.4 * room)
+        axes.set_xticks([tick for tick in axes.get_xticks() if max(start, 0) <= tick <= min(stop, 100)])
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(axis)
         return Plot(title, f"{axis}. {words}.", embed(name, axes))

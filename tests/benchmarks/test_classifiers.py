@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.evidence import icons
-from benchmarks.evidence.icons import METHODS, Study, adjusted, class_means, judged, of_means, table, trained
+from benchmarks.evidence import classifiers
+from benchmarks.evidence.classifiers import Study, by_problem, table
+from benchmarks.evidence.heads import METHODS, OTHERS, adjusted, class_means, judged, of_means, trained
 from benchmarks.evidence.problems import Data, Groups
+from benchmarks.evidence.spaces import Before, Space, frozen
 from benchmarks.timing import read_rows
 from ltloss import LinearSoftmaxLoss
 
@@ -26,16 +28,17 @@ def toy() -> Data:
 
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Study:
-    monkeypatch.setattr(icons, "_data", lambda folder, space, split: toy())
-    monkeypatch.setitem(icons.SPACES, "whitened", icons.Space(64, 4))
+    for name in ("data", "features"):
+        monkeypatch.setattr(classifiers, name, lambda folder, space, split: toy())
+    monkeypatch.setitem(classifiers.SPACES, "whitened", Space("toy", "toy", 64, 4))
     for name in ("TABLE", "TUNING"):
-        monkeypatch.setattr(icons, name, tmp_path / f"{name}.csv")
+        monkeypatch.setattr(classifiers, name, tmp_path / f"{name}.csv")
     return Study(tmp_path, [], [])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *OTHERS])
 def test_every_method_learns(name: str, study: Study) -> None:
-    method = METHODS[name]
+    method = {**METHODS, **OTHERS}[name]
     network, head = trained(method, {axis: values[0] for axis, values in method.space.items()}, toy(), 64, 2, 0)
     assert judged(network, head, toy())["accuracy"] == 1.0
 
@@ -95,11 +98,54 @@ def test_a_study_climbs_once_and_trains_three_seeds(study: Study) -> None:
     values = [row["values"] for row in study.tried if row["method"] == "linear"]
     assert len(values) == len(set(values)) >= 5
     assert [row for row in study.tried if row["method"] == "post-hoc" and json.loads(row["values"])["tau"] == 1.5]
-    assert len(read_rows(icons.TABLE)) == len(study.rows)
-    assert len(read_rows(icons.TUNING)) == len(study.tried)
+    assert len(read_rows(classifiers.TABLE)) == len(study.rows)
+    assert len(read_rows(classifiers.TUNING)) == len(study.tried)
     shown = table(study.rows, [])
     assert "| linear cross-entropy | whitened | lr=" in shown
     assert "tau=" in shown
+
+
+def test_the_estimator_is_trained_beside_them(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        study.auto("whitened")
+    assert [(row["method"], row["seed"], row["accuracy"]) for row in study.rows] == [
+        ("auto", seed, "1.0") for seed in "012"
+    ]
+    chosen = json.loads(study.rows[0]["values"])["loss"]
+    assert f"| whitened | loss={chosen} | 100.00" in table(study.rows)
+
+
+def test_a_frozen_network_gives_features_that_its_training_made() -> None:
+    data = toy()._replace(network=lambda: nn.Linear(3, 8), augment="none")
+    found = frozen(data, Before(32, 3))
+    assert found.train.shape == (444, 8)
+    assert found.test.shape == (3, 8)
+    assert not found.train.requires_grad
+    assert list(found.network().parameters()) == []
+    untrained = frozen(data, Before(32, 0))
+    assert judged_by_means(found) >= judged_by_means(untrained)
+    assert torch.equal(frozen(data, Before(32, 3)).train, found.train)
+
+
+def judged_by_means(data: Data) -> float:
+    """How much farther apart the class means are than the features of a class."""
+    means = nn.functional.normalize(class_means(data))
+    inside = (nn.functional.normalize(data.train) * means[data.labels]).sum(1).mean()
+    return float(inside - (means @ means.T).mean())
+
+
+def test_what_lacks_to_the_best_tuned_line() -> None:
+    def row(space: str, method: str, share: float) -> dict[str, str]:
+        shares = dict.fromkeys(("accuracy", "many", "medium", "few"), str(share))
+        return {"space": space, "method": method, "values": "{}", **shares}
+
+    first, second = "omniglot network", "fashion network"
+    rows = [row(first, "cosine", 0.5), row(first, "linear", 0.6), row(first, "auto", 0.58), row(second, "auto", 0.9)]
+    rows += [row(second, "means", 0.8)]
+    header, _, *lines = by_problem(rows).splitlines()
+    assert header == "| method | Omniglot-LT | Fashion-MNIST-LT |"
+    assert "| cosine | 50.00 | – |" in lines
+    assert lines[-1] == '| points from "auto" to the best tuned line | 2.0 | -10.0 |'
 
 
 def test_the_estimators_stand_in_the_table_with_one_thread() -> None:
@@ -119,7 +165,7 @@ def test_the_estimators_stand_in_the_table_with_one_thread() -> None:
 
 
 def test_the_committed_page_is_the_one_of_the_committed_rows() -> None:
-    page = icons.PAGE.read_text(encoding="utf-8")
-    assert icons.rendered(page, read_rows(icons.TABLE), read_rows(icons.ESTIMATOR)) == page, (
-        "python -m benchmarks.evidence.icons --render"
+    page = classifiers.PAGE.read_text(encoding="utf-8")
+    assert classifiers.rendered(page, read_rows(classifiers.TABLE), read_rows(classifiers.ESTIMATOR)) == page, (
+        "python -m benchmarks.evidence.classifiers --render"
     )

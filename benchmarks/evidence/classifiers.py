@@ -1,0 +1,226 @@
+"""``python -m benchmarks.evidence.classifiers --data-dir DIR``: classifiers over frozen features, method beside method.
+
+1,655 things, 68,617 icons as embeddings (icons_features256.npz in DIR), three test icons of each thing from icon sets
+that gave no training icon of it. Every method is tuned by the same climb on training icons that are held out, two
+passes a trial, and trained for four passes with three seeds. The estimator and scikit-learn's LogisticRegression come
+from ``benchmarks/estimator.py``. ``--space`` takes another of ``spaces.py``: the same icons as images with a network
+that learns with the head, or features of a network that was trained on a problem and frozen; there the estimator is
+trained too. ``--tune`` only tunes, ``--others`` takes more losses. Rows go to ``results/evidence_classifiers.csv`` and
+``..._tuning.csv`` as they are done; what is there is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.evidence.heads import METHODS, OTHERS, Method, adjusted, judged, of_means, trained
+from benchmarks.evidence.pages import markdown_table, renewed
+from benchmarks.evidence.problems import shares
+from benchmarks.evidence.spaces import IMAGES, NETWORKS, SPACES, data, features
+from benchmarks.timing import RESULTS, read_rows, write_rows
+from ltloss.sklearn import LongTailClassifier
+from ltloss.training.comparison.climb import next_points
+from ltloss.training.comparison.tables import percents
+
+TABLE = RESULTS / "evidence_classifiers.csv"
+TUNING = RESULTS / "evidence_classifiers_tuning.csv"
+ESTIMATOR = RESULTS / "estimator.csv"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence-embeddings.md"
+_SEEDS = (0, 1, 2)
+_GROUPS = ("accuracy", "many", "medium", "few")
+MEANS = "nearest class mean, by cosine"
+POST_HOC = "linear, log prior taken off afterwards"
+AUTO = '`LongTailClassifier()`, "auto"'
+TITLES = {"means": MEANS, "post-hoc": POST_HOC, "auto": AUTO, **{name: each.title for name, each in METHODS.items()}}
+TAUS = (0.5, 1.0, 1.5)
+
+
+def chosen(rows: Sequence[Mapping[str, str]], space: str, method: str) -> dict[str, Any]:
+    """The values of the trial that was best on the validation samples."""
+    tried = [row for row in rows if (row["space"], row["method"]) == (space, method)]
+    found: dict[str, Any] = json.loads(max(tried, key=lambda row: float(row["accuracy"]))["values"])
+    return found
+
+
+class Study:
+    """Trains what the tables lack, a space and a method at a time."""
+
+    def __init__(self, folder: Path, rows: list[dict[str, str]], tried: list[dict[str, str]]) -> None:
+        self.folder, self.rows, self.tried = folder, rows, tried
+
+    def _add(self, rows: list[dict[str, str]], path: Path, space: str, method: str, **facts: Any) -> None:
+        row = {"space": space, "method": method, **facts, "torch": torch.__version__}
+        rows.append({name: json.dumps(v) if isinstance(v, dict) else str(v) for name, v in row.items()})
+        write_rows(rows, path)
+        print(*rows[-1].values(), flush=True)
+
+    def tune(self, space: str, name: str) -> None:
+        """The climb; of a linear layer each trial also tries what taking the prior off afterwards brings."""
+        method, given, how = _method(name), data(self.folder, space, "validation"), SPACES[space]
+        axes = {axis: how.fewer.get(axis, values) for axis, values in method.space.items()}
+        while points := next_points(axes, self._known(space, name)):
+            for values in points:
+                start = time.perf_counter()
+                network, head = trained(method, values, given, how.batch, how.trial or how.passes, 0)
+                facts = {**judged(network, head, given), "seconds": f"{time.perf_counter() - start:.1f}"}
+                if name == "linear":
+                    for tau in TAUS:
+                        found = adjusted(network, head, given, tau)
+                        self._add(self.tried, TUNING, space, "post-hoc", values={**values, "tau": tau}, **found)
+                self._add(self.tried, TUNING, space, name, values=values, **facts)
+
+    def _known(self, space: str, name: str) -> list[tuple[dict[str, Any], float]]:
+        return [
+            (json.loads(row["values"]), float(row["accuracy"]))
+            for row in self.tried
+            if (row["space"], row["method"]) == (space, name)
+        ]
+
+    def measure(self, space: str, name: str) -> None:
+        """Three seeds with the chosen values; what was trained with others is forgotten."""
+        samples, how = data(self.folder, space, "test"), SPACES[space]
+        names = (name, "post-hoc") if name == "linear" else (name,)
+        wanted = {each: chosen(self.tried, space, each) for each in names}
+        shown = {each: json.dumps(values) for each, values in wanted.items()}
+        stale = [r for r in self.rows if r["space"] == space and r["values"] != shown.get(r["method"], r["values"])]
+        self.rows[:] = [row for row in self.rows if row not in stale]
+        done = {(row["method"], row["seed"]) for row in self.rows if row["space"] == space}
+        for seed in _SEEDS:
+            known: dict[str, Any] = {}  # the same training, with and without the prior taken off
+            for each, values in wanted.items():
+                if (each, str(seed)) in done:
+                    continue
+                start, tau = time.perf_counter(), values.get("tau")
+                given = {key: value for key, value in values.items() if key != "tau"}
+                key = json.dumps(given)
+                if key not in known:
+                    known[key] = trained(METHODS[name], given, samples, how.batch, how.passes, seed)
+                network, head = known[key]
+                found = judged(network, head, samples) if tau is None else adjusted(network, head, samples, tau)
+                seconds = f"{time.perf_counter() - start:.1f}"
+                self._add(self.rows, TABLE, space, each, values=values, seed=seed, **found, seconds=seconds)
+
+    def means(self, space: str) -> None:
+        """The class means, which need no training."""
+        if not any((row["space"], row["method"]) == (space, "means") for row in self.rows):
+            found = of_means(data(self.folder, space, "test"))
+            self._add(self.rows, TABLE, space, "means", values={}, seed=0, **found)
+
+    def auto(self, space: str) -> None:
+        """The estimator with its defaults, on the features as they are."""
+        samples = features(self.folder, space, "test")
+        done = {row["seed"] for row in self.rows if (row["space"], row["method"]) == (space, "auto")}
+        for seed in (seed for seed in _SEEDS if str(seed) not in done):
+            start = time.perf_counter()
+            classifier = LongTailClassifier(random_state=seed).fit(samples.train.numpy(), samples.labels.numpy())
+            seconds = f"{time.perf_counter() - start:.1f}"
+            right = torch.from_numpy(classifier.predict(samples.test.numpy())) == samples.test_labels
+            found = shares(right, torch.bincount(samples.labels)[samples.test_labels], samples.groups)
+            values = {"loss": classifier.loss_}
+            self._add(self.rows, TABLE, space, "auto", values=values, seed=seed, **found, seconds=seconds)
+
+
+def _method(name: str) -> Method:
+    return METHODS[name] if name in METHODS else OTHERS[name]
+
+
+def _estimators(rows: Sequence[Mapping[str, str]]) -> Iterator[list[str]]:
+    """Lines of what benchmarks/estimator.py measured; it has no group of medium classes."""
+    for provider, title in (
+        ("ltloss LongTailClassifier", AUTO),
+        ("sklearn LogisticRegression", "scikit-learn's `LogisticRegression(max_iter=100)`"),
+    ):
+        same = [r for r in rows if (r["provider"], r["threads"]) == (provider, "1") and "icons_features" in r["data"]]
+        if same:
+            cells = [percents([float(row[key]) / 100 for row in same]) for key in ("all", "many", "few")]
+            yield [title, "its own", same[0]["chosen"], *cells[:2], "–", cells[2]]
+
+
+def rendered(page: str, rows: Sequence[Mapping[str, str]], others: Sequence[Mapping[str, str]]) -> str:
+    """The page with a table for the features of a file, one for images, and those of networks that were frozen."""
+
+    def of(*spaces: str) -> list[Mapping[str, str]]:
+        return [row for row in rows if row["space"] in spaces]
+
+    page = renewed(page, "icons", table(of("whitened", "as they are"), others))
+    page = renewed(page, "icons as images", table(of(IMAGES)))
+    return renewed(page, "frozen networks", by_problem(of(*NETWORKS)))
+
+
+def _found(rows: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, str, list[str]]]:
+    """Of each space and method: their names, the values, and accuracy of all samples and of the groups."""
+    found: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+    for row in rows:
+        found.setdefault((row["space"], row["method"]), []).append(row)
+    for (space, name), same in found.items():
+        values = json.loads(same[0]["values"]).items()
+        shown = ", ".join(f"{key}={value}" if isinstance(value, str) else f"{key}={value:g}" for key, value in values)
+        yield space, name, [shown, *(percents([float(row[key]) for row in same]) for key in _GROUPS)]
+
+
+def table(rows: Sequence[Mapping[str, str]], others: Sequence[Mapping[str, str]] = ()) -> str:
+    """A line for each method and space, the best first."""
+    lines = [*_estimators(others), *([TITLES[name], space, *cells] for space, name, cells in _found(rows))]
+    lines.sort(key=lambda line: -float(line[3].split()[0]))
+    return markdown_table([["method", "features", "values", "all", "many (>100)", "medium", "few (<20)"], *lines])
+
+
+def by_problem(rows: Sequence[Mapping[str, str]]) -> str:
+    """A line for each method, a column for each problem: accuracy, and of the estimator what lacks to the best line."""
+    found = {(space, name): cells[1] for space, name, cells in _found(rows)}
+    spaces = [name for name in NETWORKS if any(space == name for space, _ in found)]
+    lines = [
+        [title, *(found.get((space, name), "–") for space in spaces)]
+        for name, title in TITLES.items()
+        if any((space, name) in found for space in spaces)
+    ]
+    best = {
+        space: max(
+            float(cell.split()[0])
+            for (where, name), cell in found.items()
+            if (where, name) != (space, "auto") and where == space
+        )
+        for space in spaces
+    }
+    behind = [
+        f"{best[space] - float(found[space, 'auto'].split()[0]):.1f}" if (space, "auto") in found else "–"
+        for space in spaces
+    ]
+    header = ["method", *(SPACES[space].title for space in spaces)]
+    return markdown_table([header, *lines, ['points from "auto" to the best tuned line', *behind]])
+
+
+def main() -> None:
+    """Train what the tables lack, and renew the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="where the data files lie")
+    parser.add_argument("--method", action="append", choices=(*METHODS, *OTHERS), help="which (default: all)")
+    parser.add_argument("--space", choices=tuple(SPACES), default="whitened")
+    parser.add_argument("--tune", action="store_true", help="only tune: nothing is read of the test samples")
+    parser.add_argument("--others", action="store_true", help="more losses; they are only tuned")
+    parser.add_argument("--render", action="store_true", help="only renew the page from the CSV files")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, tried = list(read_rows(TABLE)), list(read_rows(TUNING))
+    if not options.render:
+        study, space = Study(options.data_dir, rows, tried), options.space
+        if not SPACES[space].learns and not options.tune:
+            study.means(space)
+        if space in NETWORKS and not options.tune:
+            study.auto(space)
+        for name in options.method or (*METHODS, *(OTHERS if options.others else ())):
+            study.tune(space, name)
+            if name in METHODS and not options.tune:
+                study.measure(space, name)
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), rows, read_rows(ESTIMATOR)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What the classifiers of ``benchmarks.evidence.classifiers`` get: features that stay as they are, or images.
+
+Features are those of a file, or of a network that was trained on the problem before, with cosine softmax at its default
+scale, and then frozen. They are centred and whitened as ``LongTailClassifier`` does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from benchmarks.evidence.problems import DATA, NETWORK_RATE, Data, descend, for_validation, start_at_means, whitened
+from ltloss import CosineSoftmaxLoss
+
+_RATE = 0.16  # of the prototypes of the network that is trained before, divided by √D
+
+
+class Before(NamedTuple):
+    """How the network is trained whose features are frozen."""
+
+    batch: int
+    passes: int
+
+
+class Space(NamedTuple):
+    """What a classifier gets, and how it is trained.
+
+    ``before``: the network whose features these are; ``learns``: the network learns with the classifier;
+    ``fewer``: shorter lists of values to tune, where a training is long; ``options``: of the problem.
+    """
+
+    title: str
+    problem: str
+    batch: int
+    passes: int
+    trial: int = 0  # passes while values are tuned; 0: as many
+    before: Before | None = None
+    learns: bool = False
+    whiten: bool = True
+    fewer: Mapping[str, Sequence[float]] = MappingProxyType({})
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+_RATES = {"lr": (0.08, 0.16, 0.32)}
+_EVERY = {"every": 7}
+SPACES = {
+    "whitened": Space("icons, whitened", "icons", 512, 4, 2),
+    "as they are": Space("icons, as they are", "icons", 512, 4, 2, whiten=False),
+    "20 x 20 pixels": Space(
+        *("icons, 20 x 20 pixels", "icons40", 256, 2),
+        learns=True,
+        fewer={**_RATES, "scale": (16.0, 32.0), "weight_decay": (0.01, 0.1)},
+    ),
+    "toponyms": Space(
+        *("toponyms, one town of seven", "toponyms", 512, 3),
+        learns=True,
+        fewer={**_RATES, "scale": (8.0, 16.0, 32.0)},
+        options=_EVERY,
+    ),
+    "omniglot network": Space("Omniglot-LT", "omniglot", 256, 20, before=Before(128, 20)),
+    "fashion network": Space("Fashion-MNIST-LT", "fashion", 128, 4, before=Before(128, 5)),
+    "icons40 network": Space("icons, 20 x 20 pixels", "icons40", 512, 4, before=Before(256, 2)),
+    "toponyms network": Space("toponyms, one town of seven", "toponyms", 512, 4, before=Before(512, 3), options=_EVERY),
+}
+IMAGES = "20 x 20 pixels"
+NETWORKS = tuple(name for name, space in SPACES.items() if space.before is not None)
+
+
+@cache
+def features(folder: Path, name: str, split: str) -> Data:
+    """The samples of a space as they are; with ``split`` "validation", training samples in the place of the test's."""
+    space = SPACES[name]
+    load = for_validation if split == "validation" else _whole
+    data = load(space.problem, folder, **space.options)
+    return data if space.before is None else frozen(data, space.before)
+
+
+def _whole(problem: str, folder: Path, **options: Any) -> Data:
+    return DATA[problem](folder, **options)
+
+
+@cache
+def data(folder: Path, name: str, split: str) -> Data:
+    """The samples of a space as a classifier gets them: whitened, or multiplied to a mean length of 1."""
+    space, found = SPACES[name], features(folder, name, split)
+    if space.learns:
+        return found
+    if space.whiten:
+        return whitened(found)
+    length = found.train.norm(dim=1).mean()
+    return found._replace(train=found.train / length, test=found.test / length)
+
+
+def frozen(data: Data, before: Before) -> Data:
+    """The features that a network gives to the samples after it was trained on them, seed 0."""
+    torch.manual_seed(0)
+    network = data.network()
+    width = network(data.train[:2]).shape[1]
+    head = CosineSoftmaxLoss(int(data.labels.max()) + 1, width)
+    start_at_means(head, network, data.train, data.labels)
+    optimizers = [
+        torch.optim.AdamW(head.parameters(), lr=_RATE / width**0.5, fused=True),
+        torch.optim.AdamW(network.parameters(), lr=NETWORK_RATE, fused=True),
+    ]
+    steps = before.passes * (len(data.labels) // before.batch)
+    descend(network, head, data, optimizers, batch=before.batch, steps=steps, seed=0)
+    network.eval()
+    with torch.no_grad():
+        train, test = (torch.cat([network(part) for part in x.split(512)]) for x in (data.train, data.test))
+    return data._replace(train=train, test=test, network=nn.Identity, augment="none")
