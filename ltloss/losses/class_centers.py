@@ -1,4 +1,4 @@
-"""A centre per class in feature space, accumulated over the training, for losses that draw a class together."""
+"""Running class centres in feature space, for losses that pull the samples of a class together."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ CenterUpdate = Literal["mean", "ema"]
 
 
 def _group_by_label(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Per sample (N,): a number in [0, N) shared by exactly the samples of its label, and whether it is the first.
+    """Group samples by label: return per sample (N,) the number of its group, and whether it is the first of it.
 
-    A sort, because torch.unique has a data-dependent shape and would stop a GPU to tell it to the host.
+    By a sort, because the shape of torch.unique's result depends on the data: the host would have to wait for a GPU.
     """
     ordered, order = labels.sort(stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
@@ -30,32 +30,41 @@ def _group_by_label(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_not_inside_ddp() -> None:
-    """RuntimeError where DDP calls the module: it would give all ranks the centres of rank 0's samples."""
+    """Raise RuntimeError inside DistributedDataParallel, which would copy rank 0's centres to all ranks."""
     wrapper: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     if wrapper is not None and wrapper.process_group.size() > 1:
         raise RuntimeError(
-            "a loss with class centres was called inside DistributedDataParallel, which would keep the centres of rank "
-            "0's samples only. Wrap the backbone alone, and give the loss to ltloss.distributed: loss_fn = "
+            "a loss with class centres was called inside DistributedDataParallel, which would keep only the centres of "
+            "rank 0's samples. Wrap the backbone alone, and pass the loss to ltloss.distributed: loss_fn = "
             "parallelize(loss_fn, class_mesh(), averaged_backbone=True); class_mesh(data=ranks) keeps all classes on "
             "each rank"
         )
 
 
 class ClassCenters(nn.Module):
-    """Running centre of the unit features of each class; no gradient flows through it.
+    """Running centres of the unit features of each class. No gradient flows through them.
+
+    With u the unit features of class c: ``"mean"`` keeps c_c = (1/n_c)·Σ u over all samples seen. ``"ema"`` moves c_c
+    to momentum·c_c + (1 − momentum)·(mean of u over the batch). The first batch with a class sets its centre; a class
+    absent from a batch keeps it.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        update: ``"mean"`` keeps the mean over all unit features ever seen, ``"ema"`` an exponential average over
-            batches.
-        momentum: of the exponential average, in [0, 1).
+        update: ``"mean"`` or ``"ema"``.
+        momentum: momentum of ``"ema"``, in [0, 1).
+        device: device of the buffers.
 
-    Buffers (in the state_dict): ``centers`` (C, D) float32, zero for a class that was never seen; ``counts`` (C,)
-    int64 samples seen. A class absent from the batch keeps its centre; the first batch with a class sets it.
+    Attributes:
+        centers: buffer (C, D), float32; zero for a class that was never seen. In the state_dict.
+        counts: buffer (C,), int64, the samples seen. In the state_dict.
 
     Raises:
         ValueError, TypeError: an unknown ``update``, a momentum outside [0, 1).
+
+    See also: :class:`ltloss.CosineSpaceLoss`, which uses it.
+
+    Source: source B of ``docs/mathematics.md``, which leaves the update open.
 
     Example:
         >>> import torch
@@ -82,18 +91,18 @@ class ClassCenters(nn.Module):
         check_choice("update", update, get_args(CenterUpdate))
         check_number("momentum", momentum, at_least=0.0)
         if momentum >= 1.0:
-            raise ValueError(f"momentum must be < 1, or the centres never move; got {momentum}")
+            raise ValueError(f"momentum must be < 1, for at 1 the centres never move; got {momentum}")
         self.update_rule, self.momentum = update, momentum
         self.register_buffer("centers", torch.zeros(num_classes, embedding_size, device=device))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64, device=device))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Forget all centres."""
+        """Reset all centres and counts to zero."""
         self.centers.zero_(), self.counts.zero_()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Centres are means over a training: they keep their dtype, whatever that of the weight becomes."""
+        """Keep the dtype of the centres when the module is cast: sums over a training need float32."""
         centers = self.centers
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.centers.dtype != centers.dtype:
@@ -101,19 +110,24 @@ class ClassCenters(nn.Module):
         return self
 
     def _at_hand(self) -> tuple[Tensor, Tensor]:
-        """Centres and counts as labels index them; a sharded module has those of its rank here."""
+        """Return the centres and counts that labels index; those of this rank if the module is sharded."""
         return self.centers, self.counts
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """Take in a batch: features (N, D) of any length, labels (N,) int64 or -1 for "leave out". O(N·D) work."""
+        """Update the centres with a batch, in O(N·D).
+
+        Args:
+            features: (N, D), any length.
+            labels: (N,) int64; -1 for samples to leave out.
+        """
         if features.shape[0] == 0:
             return
         counted = labels >= 0
         dtype = compute_dtype(features, self.centers)
         unit = torch.where(counted[:, None], direction(features.to(dtype)), 0.0)
         group, first = _group_by_label(labels)
-        # Sums of the batch per group, read back per sample: no buffer of size C is touched.
+        # Sums per group of the batch, then gathered per sample: nothing of size C is allocated.
         batch_sum = add_rows_(torch.zeros_like(unit), group, unit)[group]
         batch_count = add_rows_(torch.zeros_like(group), group, torch.ones_like(group))[group]
         rows = torch.where(counted, labels, 0)
@@ -124,17 +138,25 @@ class ClassCenters(nn.Module):
         else:
             rate = torch.where(seen == 0, 1.0, 1.0 - self.momentum)
             step = rate[:, None] * (batch_sum / batch_count[:, None] - old)
-        # Only the first sample of each class moves its centre; the others add zero, so the order does not matter.
+        # Only the first sample of each class moves its centre. The others add zero, so their order does not matter.
         moves = first & counted
         add_rows_(centers, rows, torch.where(moves[:, None], step, 0.0).to(centers.dtype))
         add_rows_(counts, rows, torch.where(moves, batch_count, 0))
 
     def cosine(self, features: Tensor, labels: Tensor) -> Tensor:
-        """cos(x_i, c_{y_i}) per sample, (N,); 1 where the class was never seen, so that it contributes nothing."""
+        """Cosine of each feature to the centre of its class, cos(x_i, c_{y_i}).
+
+        Args:
+            features: (N, D), any length.
+            labels: (N,) int64; -1 counts as class 0.
+
+        Returns:
+            (N,); 1 where the class was never seen, so that 1 − cos contributes nothing.
+        """
         rows = labels.clamp_min(0)
         dtype = compute_dtype(features, self.centers)
         centers, counts = self._at_hand()
-        # Not vecdot, which autocast would compute in half precision.
+        # Not vecdot, which autocast would run in half precision.
         cosine = (direction(features.to(dtype)) * direction(centers[rows].to(dtype))).sum(1)
         return torch.where(counts[rows] == 0, 1.0, cosine)
 

@@ -1,4 +1,4 @@
-"""The cosine-space loss: source B of ``docs/mathematics.md``."""
+"""The cosine-space loss, source B of ``docs/mathematics.md``."""
 
 from __future__ import annotations
 
@@ -33,35 +33,44 @@ _OPTIONS = (
 
 @renamed_fields(parts="terms")
 class CosineSpaceLoss(PrototypeHead):
-    """Source B: spread the classes first, then draw each together. L = α·L_inter + β(t)·Trunc(L_intra − ε) + γ·L_CE.
+    """Source B: first spread the classes, then compact each. L = α·L_inter + β(t)·Trunc(L_intra − ε) + γ·L_CE.
 
-    L_inter is AM-Softmax with ``margin``, L_CE the same logits without margin (both from one pass over the prototypes),
-    L_intra the mean of 1 − cos(x_i, c_{y_i}) to a centre per class, β(t) is 0 until ``start_step`` batches were seen.
+    * L_inter: AM-Softmax with ``margin``, target logit s·(cos θ − m).
+    * L_CE: cross-entropy of the same logits without the margin. Both come from one pass over the prototypes.
+    * L_intra: the mean of 1 − cos(x_i, c_{y_i}), with a running centre c per class.
+    * Trunc(v) = max(v, 0). β(t) is 0 for the first ``start_step`` batches, then β.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        scale: s; None for :func:`ltloss.default_scale` of C.
-        margin: cosine margin of L_inter, a number or (C,).
+        scale: s; None: :func:`ltloss.default_scale` of C.
+        margin: m, the cosine margin of L_inter, a number or (C,).
         inter_weight: α.
         intra_weight: β.
         ce_weight: γ. The published order is γ > α > β.
-        epsilon: ε, the compactness (1 − cos) that is good enough.
-        start_step: batches before L_intra sets in.
-        truncate: max(·, 0) of the ``"batch"`` mean, or per ``"sample"`` before the mean.
-        center_update, center_momentum: see :class:`ltloss.losses.class_centers.ClassCenters`.
+        epsilon: ε >= 0, the value of 1 − cos that is compact enough.
+        start_step: the number of batches without L_intra.
+        truncate: truncate the mean of the ``"batch"``, or the term of each ``"sample"`` before the mean.
+        center_update, center_momentum: ``update`` and ``momentum`` of :class:`ltloss.ClassCenters`.
         strict: False accepts weights in another order than γ > α > β.
-        label_smoothing, ignore_index: of both cross-entropies, as in :class:`CombinedMarginLoss`.
-        device, dtype: of the weight.
+        label_smoothing, ignore_index: for L_inter and L_CE, as in :class:`ltloss.CombinedMarginLoss`.
+        device, dtype: device and dtype of the weight, as in :class:`PrototypeHead`.
 
     Attributes:
-        terms: after a call, ``{"inter": L_inter, "intra": L_intra, "cross_entropy": L_CE}``, unweighted, untruncated,
-            detached.
-        centers: the centres, which move in ``train()`` mode only. They and ``step`` (batches seen) are in the
-            state_dict.
+        terms: the terms of the last call, ``{"inter": L_inter, "intra": L_intra, "cross_entropy": L_CE}``, unweighted,
+            untruncated and detached.
+        centers: the :class:`ltloss.ClassCenters`. They are updated in ``train()`` mode only, and are in the state_dict.
+        step: the number of batches seen in ``train()`` mode, a 0-d buffer in the state_dict.
 
     Raises:
-        RuntimeError: in ``train()`` mode inside DistributedDataParallel, which would keep the centres of rank 0 only.
+        ValueError, TypeError: an option of another type or out of range; weights that are not γ > α > β, unless
+            ``strict=False``.
+        RuntimeError: a call in ``train()`` mode inside DistributedDataParallel, which would keep only the centres of
+            rank 0.
+
+    See also: :class:`ltloss.CosFaceLoss`, which is L_inter alone; :class:`ltloss.ClassCenters`.
+
+    Source: source B of ``docs/mathematics.md``.
 
     Example:
         >>> import torch
@@ -109,7 +118,7 @@ class CosineSpaceLoss(PrototypeHead):
         check_choice("truncate", truncate, ("batch", "sample"))
         self.epsilon, self.start_step, self.truncate = epsilon, start_step, truncate
         self.inter_weight, self.intra_weight, self.ce_weight = inter_weight, intra_weight, ce_weight
-        self.strict = strict  # after the weights: from here on their order is checked
+        self.strict = strict  # after the weights, because from here on setting one checks their order
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
         self.centers = ClassCenters(
             num_classes, embedding_size, update=center_update, momentum=center_momentum, device=device
@@ -122,27 +131,39 @@ class CosineSpaceLoss(PrototypeHead):
             ce, inter, intra, strict = ({**self.__dict__, name: value}[each] for each in self._ordered)
             if strict and not ce > inter > intra:
                 raise ValueError(
-                    "the weights must satisfy ce_weight > inter_weight > intra_weight (γ > α > β), or be used with "
-                    f"strict=False; got ce_weight={ce:g}, inter_weight={inter:g}, intra_weight={intra:g}"
+                    "the weights must satisfy ce_weight > inter_weight > intra_weight (γ > α > β) unless strict=False; "
+                    f"got ce_weight={ce:g}, inter_weight={inter:g}, intra_weight={intra:g}"
                 )
         super().__setattr__(name, value)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the prototypes anew, and forget the centres and the step."""
+        """Draw new prototypes and reset the centres and the step."""
         super().reset_parameters()
-        if "step" in self._buffers:  # not yet while the prototypes are drawn for the first time
+        if "step" in self._buffers:  # not yet in the first call, by the constructor of the base class
             self.centers.reset_parameters()
             self.step.zero_()
 
     def forward(self, features: Tensor, labels: Tensor, *, shard: Shard | None = None) -> Tensor:
-        """Loss of features (N, D) with labels (N,), a scalar. In ``train()`` mode the centres and the step move on."""
+        """Compute the loss of a batch. In ``train()`` mode, update the centres and the step.
+
+        Args:
+            features: (N, D).
+            labels: (N,).
+            shard: the classes that were drawn; :func:`ltloss.distributed.parallelize` passes it.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            RuntimeError: in ``train()`` mode inside DistributedDataParallel.
+        """
         if self.training:
             check_not_inside_ddp()
         inter, cross_entropy = self._cross_entropies(features, labels, shard)
         labels = labels.to(torch.int64)
         labels = labels.masked_fill(labels == self.ignore_index, -1)
-        features = features.masked_fill((labels < 0)[:, None], 0.0)  # what is ignored may hold NaN
+        features = features.masked_fill((labels < 0)[:, None], 0.0)  # ignored rows may hold NaN
         intra_weight = torch.where(self.step >= self.start_step, self.intra_weight, 0.0)
         if self.training:
             self.centers.update(features.detach(), labels)
@@ -180,5 +201,5 @@ class CosineSpaceLoss(PrototypeHead):
         return intra, reduce_losses((distance - self.epsilon).clamp_min(0.0), labels)
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter by name."""
+        """Return every hyper-parameter by name."""
         return {name: getattr(self, name) for name in _OPTIONS}

@@ -1,4 +1,4 @@
-"""The losses that know how many training samples each class has: margins by class, or a prior on the logits."""
+"""Losses that use the class counts: a margin per class, or a prior on the logits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,23 @@ __all__ = ["FromCounts", "LDAMLoss", "LogitAdjustedLoss", "check_class_counts"]
 
 
 class FromCounts:
-    """The constructor of losses that need to know how many training samples each class has."""
+    """Mix-in with a constructor for losses that need the number of training samples of each class."""
 
     @classmethod
     def from_counts(cls, class_counts: Counts, embedding_size: int, **options: Any) -> Self:
-        """Build the loss for the classes counted in ``class_counts`` (C,); the rest is as in the constructor."""
+        """Build the loss from the class counts, which also determine the number of classes.
+
+        Args:
+            class_counts: (C,) training samples per class, all > 0.
+            embedding_size: D.
+            options: as in the constructor.
+
+        Returns:
+            The loss module.
+
+        Raises:
+            TypeError, ValueError: counts that are not numbers, not a vector, or not all positive.
+        """
         classes = checked_counts(class_counts).numel()
         return cls(classes, embedding_size, class_counts=class_counts, **options)  # type: ignore[call-arg]
 
@@ -32,18 +44,21 @@ def check_class_counts(class_counts: Counts, num_classes: int) -> None:
 
 
 class LDAMLoss(FromCounts, CombinedMarginLoss):
-    """Label-distribution-aware margin: cos θ − m_c with m_c ∝ n_c^(−1/4), the rarest class having ``max_margin``.
+    """Label-distribution-aware margin: the target logit is s·(cos θ − m_c), m_c = max_margin·(n_c/min n)^(−1/4).
 
     Args:
         num_classes: C.
         embedding_size: D.
         class_counts: (C,) training samples per class, all > 0.
-        max_margin: margin of the rarest class.
-        options: see :class:`CombinedMarginLoss`; ``set_class_weight`` with a ``DeferredWeights`` schedule makes it
-            LDAM-DRW.
+        max_margin: margin of the rarest class, in units of the cosine.
+        options: see :class:`CombinedMarginLoss`. LDAM-DRW also calls :meth:`set_class_weight` with a schedule of
+            :class:`ltloss.class_balance.DeferredWeights`.
 
     Raises:
-        ValueError, TypeError: an option of another type or out of range, when the module is made or the option set.
+        ValueError, TypeError: an option of another type or out of range, in the constructor or when it is set.
+
+    See also: :class:`ltloss.LongTailLoss`, with such margins on the angle; :class:`LogitAdjustedLoss`, with a prior
+    instead.
 
     Source: Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, eq. 13.
 
@@ -70,22 +85,27 @@ class LDAMLoss(FromCounts, CombinedMarginLoss):
         self.max_margin = max_margin
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter by name."""
+        """Return every hyper-parameter by name."""
         return {**super().hyper_parameters(), "max_margin": self.max_margin}
 
 
 class LogitAdjustedLoss(FromCounts, CombinedMarginLoss):
-    """Cosine softmax with τ·log π_c added to every logit in training: balanced softmax for τ = 1.
+    """Cosine softmax with the log prior added in training: logits s·cos θ_c + τ·log π_c, π_c = n_c/Σn.
+
+    With τ = 1 this is balanced softmax.
 
     Args:
         num_classes: C.
         embedding_size: D.
         class_counts: (C,) training samples per class, all > 0.
-        tau: strength of the prior.
-        options: see :class:`CombinedMarginLoss`.
+        tau: τ >= 0, the strength of the prior.
+        options: see :class:`CombinedMarginLoss`, without ``log_prior``.
 
     Raises:
-        ValueError, TypeError: an option of another type or out of range, when the module is made or the option set.
+        ValueError, TypeError: an option of another type or out of range, in the constructor or when it is set.
+
+    See also: :class:`ltloss.LongTailLoss` with ``tau=1``, with margins as well; :class:`ltloss.LinearSoftmaxLoss` with
+    a ``log_prior``, without cosines.
 
     Sources: Menon et al., Long-tail learning via logit adjustment, ICLR 2021, eq. 10; Ren et al., Balanced
     meta-softmax, NeurIPS 2020.
@@ -113,5 +133,5 @@ class LogitAdjustedLoss(FromCounts, CombinedMarginLoss):
         self.tau = tau
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter by name."""
+        """Return every hyper-parameter by name."""
         return {**super().hyper_parameters(), "tau": self.tau}

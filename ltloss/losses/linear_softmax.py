@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of a linear layer, without its N×C logits."""
+"""Softmax cross-entropy of a linear layer, without the N×C logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["LinearOptions", "LinearSoftmaxLoss"]
 
 
 class LinearOptions(TypedDict, total=False):
-    """What a linear softmax takes besides its bias; see :func:`ltloss.functional.margin_cross_entropy`."""
+    """Options of a linear softmax besides its bias; see :func:`ltloss.functional.margin_cross_entropy`."""
 
     log_prior: Tensor | None
     class_weight: Tensor | None
@@ -32,23 +32,28 @@ class LinearOptions(TypedDict, total=False):
 
 
 class LinearSoftmaxLoss(CombinedMarginLoss):
-    """Cross-entropy of a linear layer, logits x·w_c + b_c: the baseline without any cosine, in memory of O(N + C·D).
+    """Cross-entropy of a linear layer with logits x·w_c + b_c, in O(N + C·D) memory: the baseline without cosines.
 
     Args:
         num_classes: C.
         embedding_size: D.
         bias: False leaves b out.
-        options: see :class:`LinearOptions`. With a ``log_prior``, which no prediction sees, it is balanced softmax.
+        options: ``log_prior``, ``class_weight``, ``label_smoothing``, ``ignore_index``, ``reduction``, ``device`` and
+            ``dtype``, as in :class:`CombinedMarginLoss`. A ``log_prior`` makes it balanced softmax; predictions do not
+            use it.
 
     Attributes:
-        weight: (C, D) parameter, and bias: (C,) parameter or None, drawn as ``torch.nn.Linear`` draws them. Under
-            :func:`ltloss.distributed.parallelize` every rank holds the whole bias, with the gradient of the global
-            batch.
+        weight: parameter (C, D), drawn as ``torch.nn.Linear`` does.
+        bias: parameter (C,), drawn likewise, or None. Under :func:`ltloss.distributed.parallelize` every rank holds
+            the whole bias, with the gradient of the global batch.
 
     Raises:
-        ValueError, TypeError: an option of another type or out of range, float8 as ``dtype``, later a margin.
+        ValueError, TypeError: an option of another type or out of range, float8 as ``dtype``, a margin set later.
 
-    Sources: of the prior Ren et al., Balanced meta-softmax, NeurIPS 2020, eq. 4; Menon et al., Long-tail learning via
+    See also: :class:`ltloss.CosineSoftmaxLoss`, the baseline with cosines;
+    ``torch.nn.functional.linear_cross_entropy``.
+
+    Sources: for the prior, Ren et al., Balanced meta-softmax, NeurIPS 2020, eq. 4; Menon et al., Long-tail learning via
     logit adjustment, ICLR 2021, eq. 10.
 
     Example:
@@ -71,17 +76,20 @@ class LinearSoftmaxLoss(CombinedMarginLoss):
     ) -> None:
         check_type("bias", bias, bool)
         if options.get("dtype") == FLOAT8:
-            raise TypeError(f"dtype of a linear softmax must keep lengths; got {FLOAT8}, which keeps directions alone")
+            raise TypeError(
+                f"dtype of a linear softmax must store the length of prototypes; got {FLOAT8}, which stores each "
+                "prototype up to a power of two"
+            )
         super().__init__(num_classes, embedding_size, scale=1.0, normalize_features=False, sub_centers=1, **options)
         self.bias = None
-        if bias:  # float32 beside weights in half precision, and never without memory
+        if bias:  # float32 even if the weight is in half precision, and on the CPU if the weight is on "meta"
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             self.bias = nn.Parameter(torch.empty(num_classes, dtype=wide, device=self._constants_device))
             self._draw(self.bias)
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias anew, as ``torch.nn.Linear`` does: evenly in ±1/√D."""
-        for parameter in self.parameters(recurse=False):  # the weight alone, while it is drawn for the first time
+        """Draw a new weight and bias as ``torch.nn.Linear`` does: uniform in ±1/√D."""
+        for parameter in self.parameters(recurse=False):  # in the constructor, the weight alone
             self._draw(parameter)
         if self.fused_update is not None:
             self.fused_update.replaced()
@@ -91,9 +99,13 @@ class LinearSoftmaxLoss(CombinedMarginLoss):
         nn.init.uniform_(parameter, -bound, bound)
 
     def logits(self, features: Tensor) -> Tensor:
-        """x·w + b without prior, as prediction uses them: (N, D) -> (N, C).
+        """Logits x·w_c + b_c without the prior, as used for prediction.
 
-        Dense: for large C use :meth:`predict`.
+        Args:
+            features: (N, D).
+
+        Returns:
+            (N, C), dense. For large C use :meth:`predict`.
         """
         return self._dense_logits(features, self.weight)
 
@@ -105,7 +117,7 @@ class LinearSoftmaxLoss(CombinedMarginLoss):
         return logits if self.bias is None else logits + self.bias
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter by name."""
+        """Return every hyper-parameter by name."""
         names = LinearOptions.__annotations__.keys() - {"device", "dtype"}
         options = {name: value for name, value in super().hyper_parameters().items() if name in names}
         return {"bias": self.bias is not None, **options}

@@ -1,4 +1,4 @@
-"""The long-tail loss: source A of ``docs/mathematics.md``."""
+"""The long-tail loss, source A of ``docs/mathematics.md``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _OWN_OPTIONS = (
 
 
 def _with_form(init: Callable[P, None]) -> Callable[P, None]:
-    """The constructor, which for one version takes ``form`` of version 0.1 as well."""
+    """Let the constructor also take ``form``, an argument of version 0.1, with a warning."""
 
     @functools.wraps(init)
     def constructor(*args: P.args, **given: P.kwargs) -> None:
@@ -56,7 +56,7 @@ def _with_form(init: Callable[P, None]) -> Callable[P, None]:
             values = of_form(form, given)
             given.update(values)
             instead = ", ".join(f"{name}={value!r}" for name, value in values.items()) or "nothing"
-            warn_deprecated(f"form={form!r} of LongTailLoss goes; pass {instead} instead")
+            warn_deprecated(f"form={form!r} of LongTailLoss goes with version 0.3; pass {instead} instead")
         init(*args, **given)
 
     return constructor
@@ -64,42 +64,49 @@ def _with_form(init: Callable[P, None]) -> Callable[P, None]:
 
 @renamed_fields(**RENAMED_OPTIONS, parts="terms")
 class LongTailLoss(FromCounts, CombinedMarginLoss):
-    """Source A: count-dependent angular margins, spread prototypes, long features. L = L1 + λ1·L2 + λ2·L3.
+    """Source A: angular margins from the class counts, spread prototypes, long features. L = L1 + λ1·L2 + λ2·L3.
 
-    L1 is the margin cross-entropy with m_c = margin·n_c^(−power); L2 the count-weighted minimum-angle regulariser
-    (:func:`ltloss.functional.min_angle_regularizer`); L3 the feature-length penalty
-    (:func:`ltloss.functional.feature_norm_penalty`). The source leaves λ1, λ2 and g open: the defaults are ours.
+    * L1: margin cross-entropy with the target logit s·cos(θ + m_c), m_c = margin·n_c^(−margin_power).
+    * L2: the count-weighted minimum-angle regulariser, :func:`ltloss.functional.min_angle_regularizer`.
+    * L3: the feature-length penalty, :func:`ltloss.functional.feature_norm_penalty`.
 
-    ``tau=1`` adds the log prior of balanced softmax to L1, and changes nothing else. What docs/evidence.md measures as
-    ``long-tail-prior`` is ``tau=1, margin_normalize="max", min_angle_weight=0, feature_norm_weight=0``.
+    The source leaves λ1, λ2 and the function g of L3 open; the defaults are ours. ``tau=1`` adds the log prior of
+    balanced softmax to the logits of L1. The method ``long-tail-prior`` of docs/evidence.md is this loss with
+    ``tau=1, margin_normalize="max", min_angle_weight=0, feature_norm_weight=0``.
 
     Args:
         num_classes: C.
         embedding_size: D.
         class_counts: (C,) training samples per class, all > 0.
-        margin: angular margin in radians of a class with one sample (with ``margin_normalize="max"``: of the rarest
-            class).
-        margin_power: 1/k for the margins.
+        margin: angular margin in radians of a class with one sample, or with ``margin_normalize="max"`` of the rarest
+            class.
+        margin_power: the exponent 1/k of the margins.
         margin_normalize: ``"none"``, or ``"max"`` to give the rarest class exactly ``margin``.
         min_angle_weight: λ1; 0 leaves L2 out.
-        min_angle_power: 1/k for the weights of L2.
-        min_angle_classes: ``"all"`` classes every step, or those of the ``"batch"``, which costs N·C·D instead of
-            C²·D/2.
-        min_angle_allow_tf32: the ``allow_tf32`` of :func:`ltloss.functional.nearest_prototype` for L2.
-        feature_norm_weight: λ2; 0 leaves L3 out. Features that keep their length (``normalize_features=False``) may
-            shrink to nothing without it.
-        feature_norm: the g of L3, by name or a function of the lengths (N,). ``"ring"`` with λ2 = 0.1 measured best, on
+        min_angle_power: the exponent 1/k of the weights of L2.
+        min_angle_classes: the classes that L2 averages over in a step: ``"all"``, at the cost of C²·D/2, or those of
+            the ``"batch"``, at the cost of N·C·D.
+        min_angle_allow_tf32: ``allow_tf32`` of :func:`ltloss.functional.nearest_prototype` for L2.
+        feature_norm_weight: λ2; 0 leaves L3 out. With ``normalize_features=False`` the features may then shrink to
+            nothing.
+        feature_norm: g of L3, by name or as a function of the lengths (N,). ``"ring"`` with λ2 = 0.1 measured best on
             long-tailed digits (docs/evidence-more.md).
-        feature_norm_radius: the R or u of that g; None for 1.25·√D, a quarter more than batch normalisation gives.
-        tau: strength of the log prior τ·log π_c on the training logits; 0 adds none.
+        feature_norm_radius: R or u of that g, in units of length. None: 1.25·√D, a quarter more than the length of a
+            feature after batch normalisation.
+        tau: τ >= 0, the strength of the log prior τ·log π_c on the training logits; 0 adds none.
         options: see :class:`CombinedMarginLoss`.
 
     Attributes:
-        terms: after a call, the values of the terms that were computed, unweighted and detached:
-            ``{"margin_cross_entropy": L1, "min_angle": L2, "feature_norm": L3}``.
+        terms: the terms of the last call, unweighted and detached:
+            ``{"margin_cross_entropy": L1, "min_angle": L2, "feature_norm": L3}``, without those that were left out.
 
     Raises:
-        ValueError, TypeError: an option of another type or out of range, when the module is made or the option set.
+        ValueError, TypeError: an option of another type or out of range, in the constructor or when it is set.
+
+    See also: :class:`ltloss.LDAMLoss`, with such margins on the cosine; :class:`ltloss.LogitAdjustedLoss`, with the
+    prior alone.
+
+    Sources: L1 and L2, source A of ``docs/mathematics.md``; the prior, Ren et al., Balanced meta-softmax, NeurIPS 2020.
 
     Example:
         >>> import torch
@@ -152,7 +159,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         if tau:
             if options.get("log_prior") is not None:
                 raise ValueError(
-                    f"log_prior and tau both give a prior; pass one of them, got tau={tau:g} and a log_prior"
+                    f"tau and log_prior both set the log prior; pass one of them; got tau={tau:g} and a log_prior"
                 )
             options["log_prior"] = log_prior_from_counts(class_counts, tau)
         margins = margins_from_counts(class_counts, margin, count_exponent=margin_power, normalize=margin_normalize)
@@ -170,14 +177,22 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
     def forward(
         self, features: Tensor, labels: Tensor, *, label_weight: Tensor | None = None, shard: Shard | None = None
     ) -> Tensor:
-        """L1 + λ1·L2 + λ2·L3 for features (N, D) and labels (N,); or with ``label_weight`` both (N, k).
+        """Compute L1 + λ1·L2 + λ2·L3 of a batch.
 
-        With ``reduction="none"`` L2 and L3 are added to every sample that counts.
+        Args:
+            features: (N, D).
+            labels: (N,); or (N, k), the classes of each sample, with ``label_weight``.
+            label_weight: (N, k), the weight of each of these classes.
+            shard: the classes that were drawn; :func:`ltloss.distributed.parallelize` passes it.
+
+        Returns:
+            A scalar; or (N,) for ``reduction="none"``, where L2 and L3 are added to the loss of every sample that
+            counts.
         """
         loss = super().forward(features, labels, label_weight=label_weight, shard=shard)
         parts = {"margin_cross_entropy": loss.detach()}
         regularizers = []
-        each_counted = labels.to(torch.int64) != self.ignore_index  # -100 compared with uint8 would be 156
+        each_counted = labels.to(torch.int64) != self.ignore_index  # compared with uint8, -100 would wrap to 156
         counted = each_counted if labels.dim() == 1 else each_counted[:, 0]
         if self.min_angle_weight:
             weight = self.weight if self.fused_update is None else self.fused_update.joined(loss)
@@ -198,7 +213,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         power, allow_tf32 = self.min_angle_power, self.min_angle_allow_tf32
         if self.min_angle_classes == "all":
             return min_angle(weight, self.class_counts, power, None, allow_tf32)
-        # Not torch.unique: how many classes there are would have to be read back from a GPU.
+        # Not torch.unique: the host would have to wait for the number of classes.
         beyond = self.num_classes
         rows = torch.where(counted, labels.to(torch.int64), beyond).sort().values
         first = (rows < beyond) & (torch.cat([rows.new_full((1,), -1), rows[:-1]]) != rows)
@@ -209,5 +224,5 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         return angle if beyond > 1 else angle * 0.0
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter by name."""
+        """Return every hyper-parameter by name."""
         return {**super().hyper_parameters(), **{name: getattr(self, name) for name in _OWN_OPTIONS}}

@@ -1,8 +1,8 @@
-"""The losses as modules: each holds the prototypes, computes its loss and predicts.
+"""The general loss module of the family, and the ones with a single margin for all classes.
 
-``state_dict`` holds what is learned (``weight``, and centres where there are any). Margins, priors and weights come
-from the constructor, so a state_dict moves freely between the losses that learn prototypes alone. Its metadata says
-under which hyper-parameters it was saved; loading it into a module that has others warns.
+The ``state_dict`` holds what is learned: ``weight``, and centres if there are any. Margins, priors and class weights
+come from the constructor. A state_dict can therefore be loaded into any loss that learns prototypes alone. Its metadata
+records the hyper-parameters; loading it into a module with others warns.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class LossOptions(TypedDict, total=False):
-    """What every loss module takes besides its own margin; see :func:`ltloss.functional.margin_cross_entropy`."""
+    """Options of every loss module besides its own margin; see :func:`ltloss.functional.margin_cross_entropy`."""
 
     scale: float | None
     angle_multiplier: float
@@ -50,30 +50,33 @@ class LossOptions(TypedDict, total=False):
 
 
 class PriorOptions(LossOptions, total=False):
-    """``LossOptions`` and a prior on the training logits, for the losses that do not bring their own."""
+    """``LossOptions`` and a log prior on the training logits, for losses that do not set one themselves."""
 
     log_prior: Tensor | None
 
 
 class CombinedMarginLoss(PrototypeHead):
-    """Cross-entropy with the combined margin cos(m1·θ + m2) − m3 on the target class: the general member of the family.
+    """Cross-entropy with the combined margin cos(m1·θ + m2) − m3 on the target class: the general loss of the family.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        scale: s; None as in :class:`PrototypeHead`.
+        scale: s; None: the default of :class:`PrototypeHead`.
         angle_multiplier: m1.
         angular_margin: m2 in radians, a number or (C,).
         cosine_margin: m3, a number or (C,).
         log_prior: (C,) added to the training logits, or None.
-        class_weight: (C,) factor on the loss of each class, or None; see :meth:`set_class_weight` for schedules.
+        class_weight: (C,) factor on the loss of each class, or None. :meth:`set_class_weight` changes it later.
         label_smoothing, ignore_index, normalize_features, beyond_pi, margin_gradient, reduction: as in
             :func:`ltloss.functional.margin_cross_entropy`, which this module calls.
-        sub_centers: K, 1 to 8 prototypes a class, of which the nearest counts.
-        device, dtype: of the weight.
+        sub_centers: K, 1 to 8 prototypes per class. The nearest one determines the cosine of the class.
+        device, dtype: device and dtype of the weight, as in :class:`PrototypeHead`.
 
     Raises:
-        ValueError, TypeError: an option of another type or out of range, when the module is made or the option set.
+        ValueError, TypeError: an option of another type or out of range, in the constructor or when it is set.
+
+    See also: :class:`ArcFaceLoss` and :class:`CosFaceLoss`, which set one margin;
+    :func:`ltloss.functional.margin_cross_entropy`, the loss without a module.
 
     Source: Deng et al., ArcFace, CVPR 2019, eq. 4.
 
@@ -129,14 +132,23 @@ class CombinedMarginLoss(PrototypeHead):
         self.beyond_pi, self.margin_gradient = beyond_pi, margin_gradient
         self.angular_margin, self.cosine_margin = angular_margin, cosine_margin
         self.log_prior, self.class_weight = log_prior, class_weight
-        # Bad options are refused here and not in the first training step.
+        # So that bad options raise here and not in the first training step.
         Objective.named(**self._options()).checked(num_classes, torch.empty(0, device=self._constants_device))
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in OPTION_NAMES}
 
     def set_class_weight(self, class_weight: Tensor | None) -> None:
-        """Replace the class weights (C,), or remove them with None: what a deferred schedule does at its epoch."""
+        """Replace the class weights, for instance at the epoch of a deferred schedule.
+
+        Args:
+            class_weight: (C,), finite and >= 0, or None to remove them.
+
+        Raises:
+            TypeError, ValueError: not a tensor, another shape, a value out of range.
+
+        See also: :class:`ltloss.class_balance.DeferredWeights`.
+        """
         if class_weight is not None and not isinstance(class_weight, Tensor):
             raise TypeError(
                 f"class_weight must be a tensor ({self.num_classes},) or None; got {type(class_weight).__name__}"
@@ -146,10 +158,17 @@ class CombinedMarginLoss(PrototypeHead):
     def forward(
         self, features: Tensor, labels: Tensor, *, label_weight: Tensor | None = None, shard: Shard | None = None
     ) -> Tensor:
-        """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``.
+        """Compute the loss of a batch.
 
-        With ``label_weight`` (N, k) and labels (N, k) that of samples of several classes:
-        :func:`ltloss.soft_labels.soft_label_cross_entropy`.
+        Args:
+            features: (N, D).
+            labels: (N,); or (N, k), the classes of each sample, with ``label_weight``.
+            label_weight: (N, k), the weight of each of these classes; see
+                :func:`ltloss.soft_labels.soft_label_cross_entropy`.
+            shard: the classes that were drawn; :func:`ltloss.distributed.parallelize` passes it.
+
+        Returns:
+            A scalar, or (N,) for ``reduction="none"``.
         """
         options = {**self._options(), **self._logit_options(), "shard": shard, "update": self.fused_update}
         if label_weight is None:
@@ -157,17 +176,19 @@ class CombinedMarginLoss(PrototypeHead):
         return soft_label_cross_entropy(features, self.weight, labels, label_weight, **options)
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter by name."""
+        """Return every hyper-parameter by name."""
         return {**super().hyper_parameters(), **self._options()}
 
 
 class CosineSoftmaxLoss(CombinedMarginLoss):
-    """Softmax cross-entropy on s·cos θ, no margin: the baseline to compare every margin with, at equal scale.
+    """Softmax cross-entropy on s·cos θ, without a margin: the baseline for every margin at the same scale.
 
     Args:
         num_classes: C.
         embedding_size: D.
         options: see :class:`CombinedMarginLoss`.
+
+    See also: :class:`ltloss.LinearSoftmaxLoss`, the baseline without cosines.
 
     Source: Wang et al., NormFace, ACM MM 2017.
 
@@ -184,13 +205,16 @@ class CosineSoftmaxLoss(CombinedMarginLoss):
 
 
 class CosFaceLoss(CombinedMarginLoss):
-    """Additive cosine margin: cos θ − margin on the target class (also called AM-Softmax).
+    """Additive cosine margin: the target logit is s·(cos θ − m). Also called AM-Softmax.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        margin: m3, a number or (C,).
+        margin: m, a number or (C,).
         options: see :class:`CombinedMarginLoss`.
+
+    See also: :class:`ltloss.LDAMLoss`, with a margin per class from the class counts; :class:`ArcFaceLoss`, with a
+    margin on the angle.
 
     Sources: Wang et al., CosFace, CVPR 2018, eq. 4; Wang et al., Additive margin softmax, 2018.
 
@@ -209,13 +233,16 @@ class CosFaceLoss(CombinedMarginLoss):
 
 
 class ArcFaceLoss(CombinedMarginLoss):
-    """Additive angular margin: cos(θ + margin) on the target class.
+    """Additive angular margin: the target logit is s·cos(θ + m).
 
     Args:
         num_classes: C.
         embedding_size: D.
-        margin: m2 in radians, a number or (C,).
-        options: see :class:`CombinedMarginLoss`; ``beyond_pi="arcface"`` gives the original beyond θ + m = π.
+        margin: m in radians, a number or (C,).
+        options: see :class:`CombinedMarginLoss`. ``beyond_pi="arcface"`` continues beyond θ + m = π as the paper does.
+
+    See also: :class:`ltloss.LongTailLoss`, with a margin per class from the class counts; :class:`ltloss.AdaFaceLoss`
+    and :class:`ltloss.MagFaceLoss`, with a margin per sample.
 
     Source: Deng et al., ArcFace, CVPR 2019, eq. 3.
 

@@ -1,4 +1,4 @@
-"""Losses that change the logits of other classes too, by how near they are to the sample."""
+"""Losses that also change the logits of other classes, depending on their cosine to the sample."""
 
 from __future__ import annotations
 
@@ -21,23 +21,27 @@ __all__ = ["CurricularFaceLoss", "InterclassFilterLoss"]
 
 
 class CurricularFaceLoss(SampleMarginLoss):
-    """ArcFace whose hard classes count more as training goes on: those with cos θ_c > cos(θ_y + m).
+    """ArcFace that weights hard classes, those with cos θ_c > cos(θ_y + m), more and more as training proceeds.
 
-    Their logit is s·cos θ_c·(t + cos θ_c), with t the running mean of the target cosines.
+    The target logit is s·cos(θ_y + m). The logit of a hard class is s·cos θ_c·(t + cos θ_c), with t the running mean
+    of the target cosines.
 
     Args:
         num_classes: C.
         embedding_size: D.
         margin: m in radians.
-        momentum: of the mean, which begins at 0 and follows in ``train()`` mode.
-        options: see :class:`CombinedMarginLoss`; ``beyond_pi`` is "arcface" unless given. The paper's scale is 64.
-            There is no label smoothing, and features have no length.
+        momentum: momentum of the running mean t, in [0, 1]. t starts at 0 and is updated in ``train()`` mode.
+        options: see :class:`ltloss.CombinedMarginLoss`; the default of ``beyond_pi`` is "arcface". Neither label
+            smoothing nor ``normalize_features=False`` is possible. The scale of the paper is 64.
 
     Attributes:
-        mean_cosine: () t.
+        mean_cosine: t, a 0-d buffer.
 
     Raises:
         ValueError, TypeError: an option of another type or out of range.
+
+    See also: :class:`ltloss.ArcFaceLoss`, without the weighting; :class:`InterclassFilterLoss`, which removes near
+    classes.
 
     Source: Huang et al., CurricularFace, CVPR 2020, eq. 6 to 9.
 
@@ -68,9 +72,9 @@ class CurricularFaceLoss(SampleMarginLoss):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the prototypes anew, and forget the cosines seen."""
+        """Draw new prototypes and reset the running mean."""
         super().reset_parameters()
-        if "mean_cosine" in self._buffers:  # not yet while the prototypes are drawn for the first time
+        if "mean_cosine" in self._buffers:  # not yet in the first call, by the constructor of the base class
             self.mean_cosine.zero_()
 
     @torch.no_grad()
@@ -85,21 +89,25 @@ class CurricularFaceLoss(SampleMarginLoss):
 
 
 class InterclassFilterLoss(SampleMarginLoss):
-    """Combined margin without the classes that are too near to the sample: cos θ_c > threshold leaves the sum.
+    """Combined margin loss whose softmax leaves out other classes with cos θ_c > threshold.
 
-    Under noisy labels such a class may well be the sample's own under another name.
+    With noisy labels, a class so near to the sample may be its true class.
 
     Args:
         num_classes: C.
         embedding_size: D.
         filter_threshold: a cosine in (0, 1].
-        angular_margin, cosine_margin: as in :class:`CombinedMarginLoss`.
-        options: see :class:`CombinedMarginLoss`. There is no label smoothing, and features have no length.
+        angular_margin, cosine_margin: a number or (C,), as in :class:`ltloss.CombinedMarginLoss`.
+        options: see :class:`ltloss.CombinedMarginLoss`. Neither label smoothing nor ``normalize_features=False`` is
+            possible.
 
     Raises:
         ValueError, TypeError: an option of another type or out of range.
 
-    Source: InsightFace, ``interclass_filtering_threshold`` of ``arcface_torch``, which gives such a class the cosine 0.
+    See also: :class:`CurricularFaceLoss`, which weights near classes more instead.
+
+    Source: InsightFace, ``interclass_filtering_threshold`` of ``arcface_torch``. There such a class keeps the cosine 0
+    instead of leaving the softmax.
 
     Example:
         >>> import torch

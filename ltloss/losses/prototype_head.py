@@ -1,4 +1,4 @@
-"""What all losses have in common: the prototypes, their logits and the prediction."""
+"""The base class of all loss modules: the prototypes, their logits and the prediction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DRAWN_AT_ONCE = 1 << 14  # classes of a float8 head
 
 
 def _describe(value: Any) -> str:
-    """A hyper-parameter for ``repr``: numbers as they are, vectors by shape and range, functions by name."""
+    """Format a hyper-parameter for ``repr``: numbers as they are, vectors by shape and range, functions by name."""
     if callable(value):
         return getattr(value, "__qualname__", type(value).__name__)
     if not isinstance(value, Tensor):
@@ -36,29 +36,32 @@ def _describe(value: Any) -> str:
 
 
 class PrototypeHead(nn.Module):
-    """Prototypes (C, D) of a cosine classifier: logits and prediction, no loss yet.
+    """Prototypes (C, D) of a cosine classifier: logits s·cos θ_c and prediction argmax_c cos θ_c, without a loss.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        scale: s, the inverse temperature. None: :func:`ltloss.default_scale` of C, which without
-            ``normalize_features`` is divided by √D, the length that batch normalisation gives.
-        normalize_features: False keeps the length of the features: logits are s·‖x‖·cos.
-        sub_centers: K, 1 to 8 prototypes a class, of which the nearest counts.
-        device, dtype: of the weight. Keep it float32 whatever the dtype of the features: updates of a half-precision
-            weight are lost. ``torch.bfloat16`` and ``torch.float8_e4m3fn`` are for the optimizers of
-            :mod:`ltloss.optim`, which round so that none is.
+        scale: s, the inverse temperature. None: :func:`ltloss.default_scale` of C. With ``normalize_features=False``
+            that is divided by √D, the length of a feature after batch normalisation.
+        normalize_features: False keeps the length of the features: the logits are s·‖x‖·cos θ_c.
+        sub_centers: K, 1 to 8 prototypes per class. The nearest one determines the cosine of the class.
+        device, dtype: device and dtype of the weight. Keep the weight in float32, whatever the dtype of the features:
+            most updates of a half-precision weight would round to nothing. ``torch.bfloat16`` and
+            ``torch.float8_e4m3fn`` are for the optimizers of :mod:`ltloss.optim`, whose rounding keeps them.
 
     Attributes:
-        weight: (C, D) parameter, with sub-centres (C, K, D), drawn with length ≈ 1. Give it to the optimizer:
-            ``loss.parameters()``; or give this module to an optimizer of :mod:`ltloss.optim`, which is then in
-            ``fused_update``.
-        weight_exponent: (C,) int8 where the weight is float8, else None: prototype c is 2^weight_exponent[c] ·
-            weight[c]. ``half()``, ``float()`` and ``to(dtype)`` leave such a weight as it is; ``load_state_dict`` takes
-            either form.
+        weight: parameter (C, D), or (C, K, D) with sub-centres, drawn with length ≈ 1. Pass it to the optimizer with
+            ``loss.parameters()``, or pass this module to an optimizer of :mod:`ltloss.optim`.
+        fused_update: that optimizer of :mod:`ltloss.optim`, or None.
+        weight_exponent: (C,) int8 if the weight is float8, else None: prototype c is 2^weight_exponent[c] ·
+            weight[c]. ``half()``, ``float()`` and ``to(dtype)`` leave such a weight as it is. ``load_state_dict``
+            accepts float8 and wider prototypes, and converts them.
 
     Raises:
-        ValueError, TypeError: sizes that are no whole numbers from 1, a scale that is not positive.
+        ValueError, TypeError: sizes that are not integers >= 1, a scale that is not positive.
+
+    See also: :class:`ltloss.CosineSoftmaxLoss`, the simplest loss on it;
+    :meth:`ltloss.losses.count_losses.FromCounts.from_counts`, which builds a loss from class counts.
 
     Example:
         >>> import torch
@@ -70,10 +73,10 @@ class PrototypeHead(nn.Module):
         TopK(cosine=tensor([[0.8000]]), index=tensor([[1]]))
     """
 
-    fused_update: Update | None = None  # the optimizer of ltloss.optim that was made for this module; a copy has none
+    fused_update: Update | None = None  # a copy of the module has none: the optimizer belongs to the original
     weight_exponent: Tensor | None
-    _settled: tuple[str, ...] = ()  # hyper-parameters from which constants are made
-    _per_class: tuple[str, ...] = ()  # hyper-parameters that are a number or a constant (C,)
+    _settled: tuple[str, ...] = ()  # hyper-parameters that cannot be set later: constants were computed from them
+    _per_class: tuple[str, ...] = ()  # hyper-parameters that are a number or a constant vector (C,)
 
     def __init__(
         self,
@@ -102,7 +105,7 @@ class PrototypeHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the prototypes anew: uniform directions, length ≈ 1 (the length sets the step size on the sphere)."""
+        """Draw new prototypes with uniform directions and length ≈ 1. The length sets the step size on the sphere."""
         std, exponent = self.embedding_size**-0.5, self.weight_exponent
         if exponent is None:
             nn.init.normal_(self.weight, std=std)
@@ -115,14 +118,14 @@ class PrototypeHead(nn.Module):
 
     @property
     def _constants_device(self) -> torch.device:
-        """The weight's; the CPU while the weight has no memory yet (``device="meta"``), for these hold values."""
+        """The device of the weight, or the CPU while the weight is on ``"meta"``: constants always hold values."""
         return torch.device("cpu") if self.weight.is_meta else self.weight.device
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._settled and (name in self.__dict__ or name in self._buffers):
             raise AttributeError(
-                f"{name} of {type(self).__name__} cannot be set: constants were made from it. Build a new loss, and "
-                "load this one's state_dict into it"
+                f"{name} of {type(self).__name__} cannot be changed: constants were computed from it. Build a new loss "
+                "and load this one's state_dict into it"
             )
         if isinstance(value, np.number) or name in self._settled or name == "scale":
             value = plain_number(value)
@@ -134,18 +137,18 @@ class PrototypeHead(nn.Module):
             super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: an optimizer belongs to the module that it was made for."""
+        """Copies and pickles leave out the optimizer, which belongs to the original module."""
         return {**self.__dict__, "fused_update": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves constants with the weight, but never rounds them, and never leaves them without their values."""
+        """Move the constants with the weight, without rounding them or losing their values (``to_empty``)."""
         former = self.weight.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if FLOAT8 in (former.dtype, self.weight.dtype) and former.dtype != self.weight.dtype:
             self.weight.data = former.to(self.weight.device)
             if former.dtype != FLOAT8:
                 raise TypeError(
-                    f"prototypes in {former.dtype} cannot be cast to float8, which needs an exponent for each class: "
+                    f"prototypes in {former.dtype} cannot be cast to float8, which needs an exponent for each class; "
                     "build the loss with dtype=torch.float8_e4m3fn and load this one's state_dict into it"
                 )
         for name, source in self._sources.items():
@@ -153,18 +156,18 @@ class PrototypeHead(nn.Module):
         return self
 
     def _keep(self, name: str, value: Tensor) -> None:
-        """A constant (C,), as a buffer that the state_dict leaves out, and whose values outlive ``to_empty``."""
+        """Register a constant (C,) as a buffer that is not in the state_dict and whose values survive ``to_empty``."""
         self._sources[name] = value.detach().to("cpu", copy=True)
         self.register_buffer(name, self._sources[name].to(self._constants_device), persistent=False)
 
     def _set_constant(self, name: str, value: Any) -> None:
-        """Keep a number as it is, a vector as a constant in float32, in the place of whatever was there."""
+        """Set a per-class hyper-parameter: a number as it is, a vector as a float32 constant."""
         if isinstance(value, Tensor):
             value = value.detach().to("cpu", torch.float32)
         if value is not None or name not in ("log_prior", "class_weight"):
             value = check_per_class(name, value, self.num_classes, torch.empty(0, device="cpu"))
         if isinstance(value, Tensor):
-            check_values(name, value)  # once, here, whatever reads them: in a training step on a GPU it would cost time
+            check_values(name, value)  # once, here: in a training step on a GPU the check would cost time
         for former in (self.__dict__, self._buffers, self._sources):
             former.pop(name, None)
         if isinstance(value, Tensor) and value.dim():
@@ -173,36 +176,53 @@ class PrototypeHead(nn.Module):
             super().__setattr__(name, plain_number(value))
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits without margin or prior, as prediction uses them: (N, D) -> (N, C).
+        """Logits without margin and prior, as used for prediction.
 
-        Dense: for large C use :meth:`predict`.
+        Args:
+            features: (N, D).
+
+        Returns:
+            (N, C), dense. For large C use :meth:`predict`.
         """
         return self._dense_logits(features, self.weight)
 
     def _logit_options(self) -> dict[str, Any]:
-        """What tells the logits of this head from cosines, for functions that take prototypes."""
+        """Keyword arguments that tell a function of features and prototypes how this head makes its logits."""
         return {}
 
     def _dense_logits(self, features: Tensor, weight: Tensor) -> Tensor:
-        weight = weight.detach() if weight.dtype == FLOAT8 else weight  # which cannot hold a gradient
+        weight = weight.detach() if weight.dtype == FLOAT8 else weight  # float8 cannot hold a gradient
         return cosine_logits(features, weight, self.scale, self.normalize_features)
 
     @torch.no_grad()
     def predict(self, features: Tensor, k: int = 1) -> TopK:
-        """The k classes with the largest cosine: (N, D) -> ``TopK(cosine (N, k), index (N, k))``, without N×C."""
+        """Find the k classes with the largest cosine to each feature, without the N×C logits.
+
+        Args:
+            features: (N, D).
+            k: between 1 and C.
+
+        Returns:
+            ``TopK(cosine, index)``, (N, k) each, best first.
+
+        Raises:
+            ValueError, TypeError: features of another shape or dtype, a k outside [1, C].
+
+        See also: :func:`ltloss.functional.top_k`.
+        """
         return F.top_k(features, self.weight, k, **self._logit_options())
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter by name, in the order in which ``repr`` shows them."""
+        """Return every hyper-parameter by name, in the order in which ``repr`` shows them."""
         several = {"sub_centers": self.sub_centers} if self.sub_centers > 1 else {}
         return {"scale": self.scale, "normalize_features": self.normalize_features, **several}
 
     def described(self) -> dict[str, str]:
-        """Every hyper-parameter in words; vectors by their values on the CPU, for which nothing waits."""
+        """Return every hyper-parameter as ``repr`` shows it. Vectors are read from their copy on the CPU."""
         return {name: _describe(self._sources.get(name, value)) for name, value in self.hyper_parameters().items()}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Note the hyper-parameters in the metadata: among the tensors they would be a key that older files lack."""
+        """Store the hyper-parameters in the metadata. Among the tensors they would be a key that older files lack."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         getattr(destination, "_metadata", {}).setdefault(prefix[:-1], {})["hyper_parameters"] = self.described()
 
@@ -216,17 +236,17 @@ class PrototypeHead(nn.Module):
         self.warn_if_other(local_metadata.get("hyper_parameters") or {})
 
     def _other_centers(self, given: Any, errors: list[str]) -> bool:
-        """Whether a state has other sub-centres than this head, which is then said in words beside the shapes."""
+        """Whether a state has another number of sub-centres than this head; if so, add an error that says it."""
         there = (given.shape[1] if given.dim() == 3 else 1) if isinstance(given, Tensor) else self.sub_centers
         if there != self.sub_centers:
             errors.append(
-                f"weight holds sub_centers={there} prototypes a class, this {type(self).__name__} {self.sub_centers}: "
-                f"build it with sub_centers={there}"
+                f"weight holds sub_centers={there} prototypes per class, this {type(self).__name__} has "
+                f"{self.sub_centers}: build it with sub_centers={there}"
             )
         return there != self.sub_centers
 
     def _translate(self, state_dict: Any, prefix: str) -> None:
-        """Prototypes of a state that were kept in float8, or were not, in the form of this head's."""
+        """Convert the prototypes of a state to float8, or from it, where this head has the other form."""
         given, key = state_dict.get(prefix + "weight"), prefix + "weight_exponent"
         if not isinstance(given, Tensor) or hasattr(given, "device_mesh") or given.is_meta or given.dim() != 2:
             return
@@ -239,13 +259,13 @@ class PrototypeHead(nn.Module):
             state_dict[prefix + "weight"] = decoded(given, state_dict.pop(key))
 
     def warn_if_other(self, saved: Mapping[str, str]) -> None:
-        """Warn where a state was saved under other hyper-parameters; class weights may follow a schedule."""
+        """Warn if a state was saved with other hyper-parameters. Class weights may differ: they follow a schedule."""
         here = self.described()
         names = [name for name in here if name != "class_weight" and saved.get(name, here[name]) != here[name]]
         if names:
             values = ", ".join(f"{name}={here[name]} (saved with {saved[name]})" for name in names)
             warnings.warn(
-                f"{type(self).__name__} keeps hyper-parameters that are not those of the loaded state: {values}",
+                f"{type(self).__name__} keeps hyper-parameters that differ from those of the loaded state: {values}",
                 stacklevel=2,
             )
 

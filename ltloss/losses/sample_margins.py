@@ -1,4 +1,4 @@
-"""Losses whose margin differs from sample to sample: by the length of the feature, or drawn."""
+"""Losses with a margin per sample: a function of the feature's length, or random."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = ["AdaFaceLoss", "ElasticFaceLoss", "MagFaceLoss"]
 
 
 class SampleMarginLoss(CombinedMarginLoss):
-    """Cross-entropy with a margin per sample. A subclass says which, and what it adds to the loss of a sample."""
+    """Cross-entropy with a margin per sample. A subclass defines the margin, and a term to add to each loss."""
 
     _shown: tuple[str, ...] = ()  # hyper-parameters of the subclass
-    _bend: Callable[[Tensor, Tensor], Bend] | None = None  # what becomes of the other classes' cosines
+    _bend: Callable[[Tensor, Tensor], Bend] | None = None  # how the cosines of other classes change
 
-    def forward(  # type: ignore[override]  # a margin of the sample is none of several labels
+    def forward(  # type: ignore[override]  # no label_weight: the margin of a sample is defined for one label
         self, features: Tensor, labels: Tensor, *, shard: Shard | None = None
     ) -> Tensor:
-        """Loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
+        """Compute the loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
         stats = logsumexp_stats(
             features,
             self.weight,
@@ -50,39 +50,42 @@ class SampleMarginLoss(CombinedMarginLoss):
         return reduce_losses(losses, stats.labels, class_weight=self.class_weight, reduction=self.reduction)
 
     def _lengths(self, features: Tensor, stats: LogSumExpStats) -> Tensor:
-        """‖x‖ (N,); of samples that do not count, which may hold NaN, 0."""
+        """‖x‖ (N,); 0 for ignored samples, which may hold NaN."""
         features = features.masked_fill((stats.labels < 0)[:, None], 0.0)
         lengths: Tensor = torch.linalg.vector_norm(features, dim=1, dtype=compute_dtype(features, self.weight))
         return lengths
 
     def _of_samples(self, features: Tensor, stats: LogSumExpStats) -> tuple[dict[str, Any], Tensor | float]:
-        """Options of :func:`ltloss.extend.margin_losses`, and what is added to the losses (N,)."""
+        """Return options of :func:`ltloss.extend.margin_losses`, and a term to add to the losses (N,)."""
         return {}, 0.0
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter by name."""
+        """Return every hyper-parameter by name."""
         return super().hyper_parameters() | {name: getattr(self, name) for name in self._shown}
 
 
 class AdaFaceLoss(SampleMarginLoss):
-    """Margins by image quality, for which the length of the feature stands: hard samples count less where it is short.
+    """Margins that adapt to image quality: hard samples weigh less where the feature is short.
 
-    With ẑ = clip(h·(‖x‖ − mean)/std, −1, 1) over running statistics of the batch: the target logit is
-    s·(cos(θ_y − m·ẑ) − m·ẑ − m). No gradient flows through the length.
+    The length of a feature stands for the quality of its image. With the running mean μ and standard deviation σ of the
+    lengths, ẑ = clip(h·(‖x‖ − μ)/σ, −1, 1), and the target logit is s·(cos(θ_y − m·ẑ) − m·ẑ − m). No gradient flows
+    through the length.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        margin: m.
-        concentration: h; ẑ lies within (−1, 1) for lengths within 1/h standard deviations of their mean.
-        momentum: of the running statistics, which begin at 20 and 100 and follow in ``train()`` mode.
-        options: see :class:`CombinedMarginLoss`; ``beyond_pi`` is "clip" unless given. The paper's scale is 64.
+        margin: m, in radians within the cosine and in units of the cosine outside it.
+        concentration: h. ẑ is clipped for lengths more than σ/h away from μ.
+        momentum: momentum of μ and σ, in [0, 1]. They start at 20 and 100 and are updated in ``train()`` mode.
+        options: see :class:`CombinedMarginLoss`; the default of ``beyond_pi`` is "clip". The scale of the paper is 64.
 
     Attributes:
-        length_moments: (2,) running mean and standard deviation of ‖x‖.
+        length_moments: buffer (2,): μ and σ.
 
     Raises:
         ValueError, TypeError: an option of another type or out of range.
+
+    See also: :class:`MagFaceLoss`, whose gradient flows through the length.
 
     Source: Kim et al., AdaFace, CVPR 2022, eq. 6 to 8.
 
@@ -116,9 +119,9 @@ class AdaFaceLoss(SampleMarginLoss):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the prototypes anew, and forget the lengths seen."""
+        """Draw new prototypes and reset the running mean and standard deviation."""
         super().reset_parameters()
-        if "length_moments" in self._buffers:  # not yet while the prototypes are drawn for the first time
+        if "length_moments" in self._buffers:  # not yet in the first call, by the constructor of the base class
             self.length_moments.copy_(torch.tensor(_FIRST_MOMENTS))
 
     @torch.no_grad()
@@ -132,7 +135,7 @@ class AdaFaceLoss(SampleMarginLoss):
         return {"sample_angular_margin": angle, "sample_cosine_margin": cosine}, 0.0
 
     def _follow(self, lengths: Tensor, counted: Tensor) -> None:
-        """Take in mean and standard deviation of the samples that count; of fewer than two, nothing."""
+        """Update the running mean and standard deviation with the samples that count, if they are at least two."""
         count, lengths = counted.sum(), lengths.double()
         mean = (lengths * counted).sum() / count
         deviation = (((lengths - mean) ** 2 * counted).sum() / (count - 1)).sqrt()
@@ -145,21 +148,24 @@ _FIRST_MOMENTS = (20.0, 100.0)
 
 
 class MagFaceLoss(SampleMarginLoss):
-    """Margins that grow with the length of the feature, and a penalty that lets features of good images grow long.
+    """Margins that grow with the length of the feature, and a penalty on short features.
 
-    With a = ‖x‖ within [l_a, u_a] and m(a) = l_m + (u_m − l_m)·(a − l_a)/(u_a − l_a): the loss of s·cos(θ_y + m(a)),
-    where cos θ_y > 0, plus λ·(1/a + a/u_a²). The gradient flows through the length.
+    With a = clip(‖x‖, l_a, u_a) and m(a) = l_m + (u_m − l_m)·(a − l_a)/(u_a − l_a), the target logit is
+    s·cos(θ_y + m(a)) where cos θ_y > 0, and s·cos θ_y elsewhere. λ·(1/a + a/u_a²) is added to the loss of each sample.
+    The gradient flows through the length.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        min_length, max_length: l_a and u_a.
+        min_length, max_length: l_a and u_a, in units of the feature's length.
         min_margin, max_margin: l_m and u_m, in radians.
         penalty_weight: λ.
-        options: see :class:`CombinedMarginLoss`; ``beyond_pi`` is "easy" unless given. The paper's scale is 64.
+        options: see :class:`CombinedMarginLoss`; the default of ``beyond_pi`` is "easy". The scale of the paper is 64.
 
     Raises:
         ValueError, TypeError: an option of another type or out of range.
+
+    See also: :class:`AdaFaceLoss`, whose margin is a constant for the gradient.
 
     Source: Meng et al., MagFace, CVPR 2021, eq. 2 and 3.
 
@@ -202,22 +208,27 @@ class MagFaceLoss(SampleMarginLoss):
 
 
 class ElasticFaceLoss(SampleMarginLoss):
-    """ArcFace or CosFace whose margin is drawn anew for each sample and step, m ~ N(mean, std²).
+    """ArcFace or CosFace with a random margin for each sample and step, m ~ N(mean, std²).
+
+    In ``eval()`` mode every margin is the mean.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        kind: ``"arc"``: cos(θ + m), or ``"cos"``: cos θ − m.
-        mean, std: of the margins, in radians for "arc". None: 0.5 for "arc", 0.35 for "cos", and std 0.0125.
-        sort: give the largest margins of a batch to the samples that are farthest from their prototype (ElasticFace+).
-        seed: with the number of the step it decides what is drawn: the same on all ranks and after a resumed run.
-        options: see :class:`CombinedMarginLoss`. The paper's scale is 64. In ``eval()`` mode every margin is the mean.
+        kind: ``"arc"``, target logit s·cos(θ + m), or ``"cos"``, target logit s·(cos θ − m).
+        mean, std: mean and standard deviation of the margins, in radians for "arc". A ``mean`` of None is 0.5 for
+            "arc" and 0.35 for "cos".
+        sort: give the largest margins of a batch to the samples farthest from their prototype (ElasticFace+).
+        seed: seed of the margins. Together with the step it determines them on every rank, and in a resumed run.
+        options: see :class:`CombinedMarginLoss`. The scale of the paper is 64.
 
     Attributes:
-        step: how many batches were seen in ``train()`` mode.
+        step: the number of batches seen in ``train()`` mode, a 0-d buffer.
 
     Raises:
         ValueError, TypeError: an option of another type or out of range.
+
+    See also: :class:`ltloss.ArcFaceLoss` and :class:`ltloss.CosFaceLoss`, with a fixed margin.
 
     Source: Boutros et al., ElasticFace, CVPR Workshops 2022, eq. 4 to 6.
 
@@ -255,7 +266,7 @@ class ElasticFaceLoss(SampleMarginLoss):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the prototypes anew, and begin with the first step."""
+        """Draw new prototypes and reset the step."""
         super().reset_parameters()
         if "step" in self._buffers:
             self.step.zero_()
@@ -269,13 +280,13 @@ class ElasticFaceLoss(SampleMarginLoss):
         return {"sample_angular_margin" if self.kind == "arc" else "sample_cosine_margin": margins}, 0.0
 
     def _drawn(self, stats: LogSumExpStats) -> Tensor:
-        """Of N(0, 1), one for each sample (N,). Samples that count take theirs in order, whatever stands between."""
+        """Draw from N(0, 1) for each sample (N,). Ignored samples in between do not change what the others draw."""
         counted = stats.labels >= 0
         number = torch.arange(len(counted), device=counted.device)
         uniform = _uniform(number + (self.seed << 40) + (self.step << 20))
         drawn: Tensor = torch.erfinv(2.0 * uniform - 1.0) * 2.0**0.5
         place = counted.cumsum(0) - 1
-        if self.sort:  # ranks among those that count: the nearest gets the smallest
+        if self.sort:  # rank the counted samples by distance: the nearest gets the smallest
             drawn = drawn.masked_fill(number > place[-1:], torch.inf).sort()[0]
             distance = -stats.target_logit.masked_fill(~counted, -torch.inf)
             place = distance.argsort(stable=True).argsort()
@@ -283,9 +294,9 @@ class ElasticFaceLoss(SampleMarginLoss):
 
 
 def _uniform(counter: Tensor) -> Tensor:
-    """Numbers in (0, 1) that look random, from int64 counters: splitmix64 (Steele et al., OOPSLA 2014), twice.
+    """Pseudo-random numbers in (0, 1) from int64 counters: splitmix64 (Steele et al., OOPSLA 2014), applied twice.
 
-    Plain arithmetic: the same on every device and rank, and nothing for a compiler or a CUDA graph to stumble over.
+    It is plain arithmetic: equal on every device and rank, and it works under torch.compile and in CUDA graphs.
     """
     bits = counter
     for _ in range(2):

@@ -87,6 +87,14 @@ def test_default_scale_leaves_a_well_placed_sample_little_to_gain(classes: int) 
     assert scale == max(8.0, 2 * np.log(classes))
 
 
+@pytest.mark.parametrize(
+    ("classes", "length", "facts"), [(0, 1.0, ("num_classes", "0")), (9, -2.0, ("feature_length", "-2.0"))]
+)
+def test_default_scale_refuses(classes: int, length: float, facts: tuple[str, ...]) -> None:
+    with refused(*facts):
+        ltloss.default_scale(classes, length)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_scale_follows_the_number_of_classes_unless_given(name: str) -> None:
     assert MODULES[name](300, D).scale == ltloss.default_scale(300)

@@ -155,7 +155,7 @@ def test_a_state_with_other_sub_centers_is_refused(there: int, here: int) -> Non
     for options in ({"sub_centers": here}, *([{"dtype": torch.float8_e4m3fn}] if here == 1 else [])):
         module = ltloss.CosFaceLoss(C, D, **options)
         before = module.weight.detach().clone()
-        with pytest.raises(RuntimeError, match=f"sub_centers={there} prototypes a class, this CosFaceLoss {here}:"):
+        with pytest.raises(RuntimeError, match=f"sub_centers={there} .*this CosFaceLoss has {here}: build it"):
             module.load_state_dict(saved)
         assert torch.equal(module.weight.view(torch.uint8), before.view(torch.uint8))
 

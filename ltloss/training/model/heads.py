@@ -29,9 +29,10 @@ def build_head(name: str, width: int, embedding_size: int) -> nn.Module:
 
 
 class Whitening(nn.Module):
-    """x -> x·matrix, which is found once: it makes the covariance within the classes I (:func:`begin`).
+    """x -> x·matrix, with a matrix that whitens: the covariance within the classes becomes the identity.
 
-    The matrix is (D, D), or (D,) for more than 4096 features; it lies in the checkpoint.
+    The start of a training computes the matrix once, (D, D), or (D,) for more than 4096 features. It
+    is part of the checkpoint.
     """
 
     matrix: Tensor
