@@ -1,11 +1,15 @@
 """ltloss: long-tail, large-class cosine losses for PyTorch that never store the N×C logits.
 
-Functions are in :mod:`ltloss.functional`, contrastive losses over a batch or a queue in :mod:`ltloss.contrastive`, the
-dense float64 twins of both in :mod:`ltloss.reference`, the helpers that turn class counts into margins, priors and
-weights in :mod:`ltloss.class_balance`. The loss modules are here. A loss of your own starts from :mod:`ltloss.extend`
-and is tried with :mod:`ltloss.testing`. Optimizers that move the prototypes inside the backward are in
-:mod:`ltloss.optim`, files for serving in :mod:`ltloss.export`, errors in :mod:`ltloss.errors`. A classifier over
-embeddings for scikit-learn is :class:`ltloss.sklearn.LongTailClassifier`, which needs the extra ``sklearn``.
+The loss modules are in this namespace. The rest:
+
+* :mod:`ltloss.functional`: the losses as functions; :mod:`ltloss.contrastive`: losses over a batch or a queue;
+  :mod:`ltloss.reference`: dense float64 twins of both.
+* :mod:`ltloss.class_balance`: margins, priors and weights from class counts.
+* :mod:`ltloss.extend`: write a loss of your own; :mod:`ltloss.testing`: check it.
+* :mod:`ltloss.optim`: optimizers that update the prototypes inside the backward pass.
+* :mod:`ltloss.distributed`: spread the classes over several devices.
+* :mod:`ltloss.export`: files for serving; :mod:`ltloss.errors`: the exceptions.
+* :class:`ltloss.sklearn.LongTailClassifier`: a scikit-learn classifier over embeddings. It needs the extra ``sklearn``.
 """
 
 from __future__ import annotations
@@ -51,7 +55,7 @@ if TYPE_CHECKING:
         use_backend,
         use_workspace,
     )
-    from ltloss.runtime import debug as debug  # of 0.1
+    from ltloss.runtime import debug as debug  # deprecated, of version 0.1
 
 __version__ = "0.2.0"
 
@@ -99,12 +103,12 @@ __all__ = [
     "use_workspace",
 ]
 
-# Imported on first use: the `ltloss` command starts, and reports what goes wrong, before torch is there.
+# Imported on first use, so that the `ltloss` command starts, and reports errors, without waiting for torch.
 _HOMES = {
     "runtime": (
         *("current_backend", "current_debug", "current_keep_exponentials", "current_workspace"),
         *("debug_labels", "set_debug"),
-        *("use_backend", "use_workspace", "debug"),  # the last of 0.1
+        *("use_backend", "use_workspace", "debug"),  # debug: deprecated, of version 0.1
     ),
     "losses.class_centers": ("ClassCenters",),
     "losses.cosine_space": ("CosineSpaceLoss",),

@@ -1,4 +1,4 @@
-"""`python -m ltloss` is the `ltloss` command."""
+"""Entry point of ``python -m ltloss``, the ``ltloss`` command."""
 
 import sys
 
@@ -6,7 +6,7 @@ try:
     from ltloss.cli.command import main
 
     code = main()
-except KeyboardInterrupt:  # before `main` could report it
+except KeyboardInterrupt:  # during the import, before `main` can report it
     print("ltloss: interrupted", file=sys.stderr)
     code = 130
 sys.exit(code)

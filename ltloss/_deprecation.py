@@ -1,4 +1,4 @@
-"""What still works for one version under an old name, and says so."""
+"""Old names that keep working for one version, with a DeprecationWarning that names the new one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ R = TypeVar("R")
 C = TypeVar("C", bound=type)
 
 __all__ = ["renamed_fields", "renamed_keys", "renamed_keywords", "warn_deprecated"]
-_OURS = (__name__.removesuffix("_deprecation"), "argparse")  # an option of the command is read within argparse
+_OURS = (__name__.removesuffix("_deprecation"), "argparse")  # argparse calls the parsers of the command's options
 
 
 def warn_deprecated(message: str) -> None:
-    """DeprecationWarning at the first caller outside ltloss, where Python shows it: a script, or the command."""
+    """Issue a DeprecationWarning at the first caller outside ltloss, where Python shows it by default."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OURS):
         level, frame = level + 1, frame.f_back
@@ -28,9 +28,9 @@ def warn_deprecated(message: str) -> None:
 
 
 def renamed_keys(given: Mapping[str, Any], former: Mapping[str, str]) -> dict[str, Any]:
-    """``given`` by the names of today: ``former`` has the name of each former one, "not " before that of its opposite.
+    """Replace former names in ``given``. ``former`` maps each to its new name, or to "not NAME" if it was the opposite.
 
-    Raises TypeError for a former name beside its name of today, and for an opposite of what is no bool.
+    Raises TypeError for a former name together with its new name, and for a negated value that is not a bool.
     """
     values = {}
     for key, value in given.items():
@@ -46,13 +46,13 @@ def renamed_keys(given: Mapping[str, Any], former: Mapping[str, str]) -> dict[st
                 said = f"{key}={given[key]} is {name}={value}"
             if name in given:
                 raise TypeError(f"{key} is the former name of {name}; pass {name} alone")
-            warn_deprecated(f"{said} now; the former name ends with version 0.3")
+            warn_deprecated(f"{said} now; the former name goes with version 0.3")
         values[name] = value
     return values
 
 
 def renamed_keywords(**former: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function take keyword arguments by former names too, with a warning: ``rows="classes"``, see above."""
+    """Let a function accept former keyword names, with a warning: ``rows="classes"`` as in :func:`renamed_keys`."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -67,7 +67,7 @@ def renamed_keywords(**former: str) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 def renamed_fields(**former: str) -> Callable[[C], C]:
-    """Let a class take keyword arguments by former names too, and have attributes of those names, with a warning."""
+    """Let a class accept former keyword names, and keep attributes of these names, with a warning."""
 
     def decorate(cls: C) -> C:
         cls.__init__ = renamed_keywords(**former)(cls.__init__)  # type: ignore[misc]
@@ -81,7 +81,7 @@ def renamed_fields(**former: str) -> Callable[[C], C]:
 
 class _FormerAttribute:
     def __init__(self, former: str, name: str) -> None:
-        self._name, self._message = name, f"{former} is {name} now; the former name ends with version 0.3"
+        self._name, self._message = name, f"{former} is {name} now; the former name goes with version 0.3"
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         if instance is None:

@@ -1,7 +1,7 @@
-"""Files and folders that are either whole or absent, whatever moment the process dies at.
+"""Files and folders that are either complete or absent, even if the process is killed while it writes them.
 
-Each is written under a temporary name beside its own, flushed to the disk and then renamed. A reader never sees half of
-one, and a full disk leaves the former one as it was.
+Each is written under a temporary name in the same folder, flushed to the disk and then renamed. A reader never sees an
+incomplete one, and a full disk leaves the former one as it was.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ TEMPORARY = ".tmp"
 
 
 def temporary(path: Path) -> Path:
-    """The name beside ``path`` under which it is written."""
+    """The temporary name, in the same folder, under which ``path`` is written."""
     return path.with_name(path.name + TEMPORARY)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into; when the block ends well it takes the place of ``path``, which else stays as it was."""
+    """Open a file that replaces ``path`` when the block ends without an error; otherwise ``path`` stays as it was."""
     try:
         with temporary(path).open("wb") as file:
             yield file
@@ -42,13 +42,13 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_file(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
-    """Write a file, at once or in pieces; it holds either its former content or all of the new one."""
+    """Write a file, at once or in pieces. It holds either its former content or all of the new one."""
     with new_file(path) as file:
         file.writelines([content] if isinstance(content, bytes) else content)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table whole; None and what a row lacks are empty cells."""
+    """Write a CSV table. None and missing keys become empty cells."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -58,7 +58,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder to write into, which becomes ``target`` when the block ends well, and goes when it does not."""
+    """Make a folder that becomes ``target`` when the block ends without an error; otherwise it is removed."""
     try:
         yield start_folder(target)
         publish_folder(target)
@@ -68,33 +68,33 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def start_folder(target: Path) -> Path:
-    """The first half of :func:`new_folder`, for several processes that fill one folder."""
+    """Make the temporary folder of ``target``: the first half of :func:`new_folder`, if several processes fill it."""
     shutil.rmtree(temporary(target), ignore_errors=True)
     temporary(target).mkdir(parents=True)
     return temporary(target)
 
 
 def publish_folder(target: Path) -> None:
-    """The second half: flush everything, then give the folder its name."""
+    """Flush the temporary folder to the disk and rename it to ``target``: the second half of :func:`new_folder`."""
     _flush_folder(temporary(target))
     os.replace(temporary(target), target)
     _flush_names(target.parent)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder; renamed first, for a process killed on the way must not leave half of it under its name."""
+    """Remove a folder. It is renamed first, so that a killed process never leaves half of it under its name."""
     os.replace(folder, temporary(folder))
     shutil.rmtree(temporary(folder))
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left in ``folder`` under temporary names."""
+    """Remove temporary files and folders that a killed process left in ``folder``."""
     for path in folder.glob(f"*{TEMPORARY}"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _flush_folder(folder: Path) -> None:
-    """Put the files of a folder, at any depth, and their names on the disk."""
+    """Flush the files of a folder, at any depth, and their names to the disk."""
     for path in folder.rglob("*"):
         if path.is_dir():
             _flush_names(path)
@@ -105,7 +105,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _flush_names(folder: Path) -> None:
-    """Make renames in a folder durable; Windows cannot open folders and does not need it."""
+    """Make renames in a folder durable. Windows cannot open folders and does not need it."""
     if sys.platform == "win32":
         return
     descriptor = os.open(folder, os.O_RDONLY)

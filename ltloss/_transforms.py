@@ -1,4 +1,4 @@
-"""Our autograd Functions under the transforms of ``torch.func``."""
+"""Adapter that lets our autograd Functions run under the transforms of ``torch.func``."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor
 
 __all__ = ["apply_of", "transforming"]
 
-_ELSEWHERE = "under ltloss.use_backend('reference') it is plain PyTorch, dense"
+_ELSEWHERE = "use ltloss.use_backend('reference'), which is plain PyTorch (dense)"
 
 
 def transforming() -> bool:
-    """Whether a transform of ``torch.func`` is at work; False where a compiler asks."""
+    """Whether a transform of ``torch.func`` is active; False while compiling."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def apply_of(function: Any) -> Callable[..., Any]:
-    """``function.apply``; under ``torch.func`` in a form that ``grad``, ``vjp`` and ``jacrev`` can take.
+    """Return ``function.apply``, or under ``torch.func`` a form of it that ``grad``, ``vjp`` and ``jacrev`` accept.
 
-    They want a ``setup_context``, for which PyTorch looks at the signature of ``forward`` in every call, and all that
-    a backward needs among the outputs. So the usual call goes without. A backward that is not made of PyTorch's own
-    operations has ``once`` set: a second derivative is refused, for it would be 0 without a word.
+    The transforms need a ``setup_context``, and all tensors of the backward among the outputs. With a
+    ``setup_context`` PyTorch inspects the signature of ``forward`` in every call, so the usual call does without. A
+    Function whose backward is not made of PyTorch's own operations sets ``once``: a second derivative then raises,
+    where it would silently be 0.
     """
     apply: Callable[..., Any] = functools.partial(_transformed, function) if transforming() else function.apply
     return apply
@@ -36,10 +37,10 @@ def _transformed(function: Any, *given: Any) -> Any:
 
 
 class _Notes:
-    """Stands for the ``ctx`` of a forward, and writes down what the forward tells it."""
+    """A stand-in for the ``ctx`` of a forward that records what the forward saves and sets."""
 
     def __init__(self, inputs: int) -> None:
-        self.needs_input_grad = (False,) * inputs  # so that nothing is kept beyond what a backward must have
+        self.needs_input_grad = (False,) * inputs  # so that the forward keeps only what every backward needs
         self.saved: tuple[Tensor | None, ...] = ()
         self.fixed: tuple[Tensor, ...] = ()
 
@@ -52,7 +53,7 @@ class _Notes:
 
 @functools.cache
 def _transformable(function: Any) -> Any:
-    """A Function that puts out what ``function`` does and what it made for its backward, their number, and notes."""
+    """Make a Function that also returns the saved tensors of ``function``, the number of results, and the notes."""
 
     class Transformable(torch.autograd.Function):
         @staticmethod
@@ -85,11 +86,13 @@ def _transformable(function: Any) -> Any:
 
         @staticmethod
         def vmap(*_: Any) -> Any:
-            raise RuntimeError(f"{function.__name__} has no rule for torch.func.vmap; {_ELSEWHERE}")
+            raise RuntimeError(f"{function.__name__} does not support torch.func.vmap; {_ELSEWHERE}")
 
         @staticmethod
         def jvp(*_: Any) -> Any:
-            raise RuntimeError(f"{function.__name__} has no forward derivative (jvp, jacfwd, hessian); {_ELSEWHERE}")
+            raise RuntimeError(
+                f"{function.__name__} does not support forward-mode derivatives (jvp, jacfwd, hessian); {_ELSEWHERE}"
+            )
 
     return Transformable
 
@@ -99,7 +102,7 @@ def _place(tensor: Tensor, among: tuple[Any, ...]) -> int | None:
 
 
 class _Final(torch.autograd.Function):
-    """Gradients as they are, which depend on more than autograd saw."""
+    """Passes gradients through unchanged, and raises if they are differentiated again."""
 
     @staticmethod
     def forward(name: str, count: int, *tensors: Any) -> Any:

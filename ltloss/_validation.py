@@ -1,4 +1,4 @@
-"""Checks of what users pass in: every message names the argument, what was given and what was expected."""
+"""Checks of user input. Every message names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ __all__ = [
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_SUB_CENTERS = _MOST_LABELS = 8
-_PI = math.pi + 1e-6  # that of float32 is larger than that of float64
+_PI = math.pi + 1e-6  # π rounded to float32 is larger than π in float64
 _LARGEST = sys.float_info.max
 
-# What the values of a constant per class may be: lowest, highest, and in words.
+# The range of the values of a per-class constant: lowest, highest, and in words.
 _RANGES = {
     "angular_margin": (-_PI, _PI, "lie in [-π, π] radians, not degrees"),
     "class_weight": (0.0, _LARGEST, "be finite and not negative"),
@@ -64,7 +64,7 @@ def check_choice(name: str, given: Any, known: Sequence[str]) -> None:
 
 
 def plain_number(given: Any) -> Any:
-    """A number of numpy's or a tensor without dimensions as a number of Python's; anything else as it is."""
+    """Convert a NumPy number or a 0-d tensor without gradient to a Python number; return anything else as it is."""
     if isinstance(given, np.number) or (isinstance(given, Tensor) and given.dim() == 0 and not given.requires_grad):
         return given.item()
     return given
@@ -73,11 +73,11 @@ def plain_number(given: Any) -> Any:
 def check_number(
     name: str, given: Any, *, above: float = -math.inf, at_least: float = -math.inf, at_most: float = math.inf
 ) -> float:
-    """A finite real number in the range, as one of Python's; TypeError for anything else, ValueError outside of it."""
+    """Return a finite real number as a Python number. TypeError for anything else, ValueError outside the range."""
     given = plain_number(given)
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise TypeError(f"{name} must be a number; got {type(given).__name__} {given!r}")
-    # Written without math.isfinite, which torch.compile cannot trace for a number that it holds dynamic.
+    # Not math.isfinite: torch.compile cannot trace it for a number that it treats as dynamic.
     if not (-math.inf < given < math.inf and given > above and at_least <= given <= at_most):
         lower = f"> {above}" if above > at_least else f">= {at_least}"
         bounds = [bound for bound in (lower, f"<= {at_most}") if "inf" not in bound]
@@ -86,17 +86,17 @@ def check_number(
 
 
 def check_scale(given: Any) -> float:
-    """A number > 0; TypeError for a tensor that is learned, and says who takes one."""
+    """Return a number > 0 as a float. TypeError for a learnable tensor, which only ``logsumexp_stats`` accepts."""
     if isinstance(given, Tensor) and given.requires_grad:
         raise TypeError(
-            f"scale must be a number here; got a tensor {tuple(given.shape)} that asks for a gradient, which "
-            "ltloss.extend.logsumexp_stats takes"
+            f"scale must be a number here; got a tensor {tuple(given.shape)} that requires a gradient. For a "
+            "learnable scale use ltloss.extend.logsumexp_stats"
         )
     return float(check_number("scale", given, above=0.0))
 
 
 def check_scalar(name: str, given: Any, like: Tensor, *, above: float = -math.inf) -> Tensor:
-    """A number, or a floating-point tensor () with its gradient, as a tensor () in ``like``'s dtype."""
+    """Return a number or a floating-point 0-d tensor as a 0-d tensor in ``like``'s dtype, gradient kept."""
     if not isinstance(given, Tensor):
         return like.new_full((), check_number(name, given, above=above))
     if given.dim() or not given.is_floating_point():
@@ -110,14 +110,14 @@ def check_scalar(name: str, given: Any, like: Tensor, *, above: float = -math.in
 
 
 def check_count(name: str, given: Any) -> int:
-    """A whole number from 1, of Python or numpy (``labels.max() + 1``), as an int; ValueError for anything else."""
+    """Return an integer >= 1, of Python or NumPy (``labels.max() + 1``), as an int. ValueError for anything else."""
     if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
         raise ValueError(f"{name} must be an integer >= 1; got {given!r}")
     return int(given)
 
 
 def check_type(name: str, given: Any, expected: type[int] | type[bool]) -> None:
-    """Raise TypeError unless ``given`` is an integer, or a bool where one is expected."""
+    """Raise TypeError unless ``given`` is of the ``expected`` type, int (which no bool is) or bool."""
     if not isinstance(given, expected) or (expected is int and isinstance(given, bool)):
         what = "an integer" if expected is int else "True or False (bool)"
         raise TypeError(f"{name} must be {what}; got {type(given).__name__} {given!r}")
@@ -129,23 +129,23 @@ def _check_matrix(
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {shape}; got {type(given).__name__}")
     if given.layout != torch.strided:
-        raise TypeError(f"{name} must be dense, of the layout torch.strided; got {given.layout}")
+        raise TypeError(f"{name} must be dense, with layout torch.strided; got {given.layout}")
     if given.dim() not in dims:
-        raise ValueError(f"{name} must have the shape {shape}; got {tuple(given.shape)}")
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(given.shape)}")
     if given.dtype not in dtypes:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be of a floating-point dtype, {known}; got {given.dtype}")
+        raise TypeError(f"{name} must have a floating-point dtype, one of {known}; got {given.dtype}")
     if given.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one column {shape}; got {tuple(given.shape)}")
 
 
 def check_features(features: Any) -> None:
-    """(N, D) floating point."""
+    """Raise unless ``features`` are a floating-point tensor (N, D)."""
     _check_matrix("features", features, "(N, D)")
 
 
 def check_prototypes(prototypes: Any) -> None:
-    """(C, D), or with sub-centres (C, K, D), floating point with at least one class."""
+    """Raise unless ``prototypes`` are a floating-point tensor (C, D), or (C, K, D) with sub-centres, with C >= 1."""
     _check_matrix("prototypes", prototypes, "(C, D) or (C, K, D)", (*_DTYPES, FLOAT8), (2, 3))
     if prototypes.shape[0] == 0:
         raise ValueError(f"prototypes must hold at least one class (C, D); got {tuple(prototypes.shape)}")
@@ -154,7 +154,7 @@ def check_prototypes(prototypes: Any) -> None:
 
 
 def check_sub_centers(given: Any, dtype: torch.dtype | None = None) -> int:
-    """K, from 1 to 8; the prototypes in a ``dtype`` in which each row needs no more than itself."""
+    """Return K, the sub-centres of a class, as an int: 1 to 8, and 1 for float8, whose exponent belongs to a class."""
     if isinstance(given, bool) or not isinstance(given, numbers.Integral) or not 1 <= int(given) <= _MOST_SUB_CENTERS:
         raise ValueError(f"sub_centers, K of prototypes (C, K, D), must be 1 to {_MOST_SUB_CENTERS}; got {given!r}")
     if int(given) > 1 and dtype == FLOAT8:
@@ -163,7 +163,7 @@ def check_sub_centers(given: Any, dtype: torch.dtype | None = None) -> int:
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
-    """All given tensors live on one device."""
+    """Raise ValueError unless all given tensors are on one device."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if len({tensor.device for tensor in given.values()}) > 1:
         where = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
@@ -171,7 +171,7 @@ def check_same_device(**tensors: Tensor | None) -> None:
 
 
 def check_pair(features: Any, prototypes: Any) -> None:
-    """Features (N, D) and prototypes (C, D) of the same width on one device."""
+    """Raise unless features (N, D) and prototypes (C, D) have the same width and device."""
     check_features(features)
     check_prototypes(prototypes)
     _check_same_width(features=features, prototypes=prototypes)
@@ -185,56 +185,61 @@ def _check_same_width(**matrices: Tensor) -> None:
 
 
 def check_matrices(**given: Any) -> None:
-    """Each (·, D) floating point, of the same width on one device."""
+    """Raise unless all are floating-point matrices (·, D) with the same width and device."""
     for name, matrix in given.items():
         _check_matrix(name, matrix, "(N, D)")
     _check_same_width(**given)
 
 
 def check_lengths(prototypes: Tensor, normalize_prototypes: Any) -> None:
-    """True or False, and True for float8, whose rows are kept times a power of two each."""
+    """Raise unless ``normalize_prototypes`` is a bool that suits the prototypes.
+
+    It must be True for sub-centres, and for float8: a row of float8 is the prototype only up to a power of two.
+    """
     check_type("normalize_prototypes", normalize_prototypes, bool)
     if prototypes.dim() == 3 and not normalize_prototypes:
         raise ValueError(
-            "normalize_prototypes=False needs one prototype a class (C, D); got sub-centres of shape "
+            "normalize_prototypes=False needs one prototype per class, (C, D); got sub-centres of shape "
             f"{tuple(prototypes.shape)}"
         )
     if prototypes.dtype == FLOAT8 and not normalize_prototypes:
         raise TypeError(
-            f"normalize_prototypes=False needs prototypes that are kept as they are; got {FLOAT8}, which is right up "
-            "to a factor for each class"
+            f"normalize_prototypes=False needs prototypes whose length is stored; got {FLOAT8}, which stores each "
+            "prototype up to a power of two"
         )
 
 
 def check_no_margin(margin: str) -> None:
-    """Raise ValueError for a margin, in words, on products that are no cosines."""
+    """Raise ValueError if there is a ``margin``, as :meth:`ltloss.margins.Margin.in_words` describes it."""
     if margin:
-        raise ValueError(f"{margin} needs cosines, and so normalize_prototypes=True; got normalize_prototypes=False")
+        raise ValueError(f"{margin} is a margin on a cosine and needs normalize_prototypes=True; got False")
 
 
 def check_k(k: Any, num_classes: int) -> None:
-    """An integer between 1 and C."""
+    """Raise ValueError unless ``k`` is an integer between 1 and C."""
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= num_classes:
         raise ValueError(f"k must be an integer between 1 and the number of classes {num_classes}; got {k!r}")
 
 
 def check_supervised(features: Any, prototypes: Any, labels: Any, *, several: bool = False) -> None:
-    """Features (N, D), prototypes (C, D) and integer labels (N,), or if ``several`` (N, k), that fit together."""
+    """Raise unless features (N, D), prototypes (C, D) and integer labels (N,), or (N, k) if ``several``, fit."""
     check_pair(features, prototypes)
     if several and isinstance(labels, Tensor) and labels.dim() == 2:
         if not 1 <= labels.shape[1] <= _MOST_LABELS:
-            raise ValueError(f"labels (N, k) must name 1 to {_MOST_LABELS} classes a sample; got {tuple(labels.shape)}")
+            raise ValueError(
+                f"labels (N, k) must name 1 to {_MOST_LABELS} classes per sample; got shape {tuple(labels.shape)}"
+            )
         check_labels(features, labels[:, 0])
     else:
         check_labels(features, labels)
 
 
 def check_labels(features: Tensor, labels: Any, features_name: str = "features", name: str = "labels") -> None:
-    """Integer labels (N,), one for each row of features (N, D), on their device."""
+    """Raise unless labels are integers (N,), one for each row of features (N, D), on the same device."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor (N,); got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name} must be of an integer dtype; got {labels.dtype}")
+        raise TypeError(f"{name} must have an integer dtype; got {labels.dtype}")
     if labels.shape != features.shape[:1]:
         raise ValueError(
             f"{name} must have one entry per row of {features_name}, shape ({features.shape[0]},); "
@@ -246,18 +251,18 @@ def check_labels(features: Tensor, labels: Any, features_name: str = "features",
 def check_per_class(
     name: str, given: Any, num_classes: int, like: Tensor, *, learnable: bool = False
 ) -> Tensor | float:
-    """A number or a (C,) vector in ``like``'s dtype; anything else raises, and so do values out of range.
+    """Return a number as a float, or a vector (C,) in ``like``'s dtype; raise for anything else or out of range.
 
-    Margins and weights are constants of the training set: one that requires a gradient is refused, because none would
-    arrive, unless it is ``learnable``.
+    Margins and weights are constants of the training set. Unless ``learnable``, a tensor that requires a gradient is
+    refused, because it would never receive one.
     """
     if isinstance(given, Tensor):
         if given.requires_grad and not learnable:
             raise ValueError(f"{name} is treated as a constant and gets no gradient; pass {name}.detach()")
         if given.shape not in ((), (num_classes,)):
-            raise ValueError(f"{name} must be a number or have the shape ({num_classes},); got {tuple(given.shape)}")
+            raise ValueError(f"{name} must be a number or have shape ({num_classes},); got {tuple(given.shape)}")
         check_same_device(features=like, **{name: given})
-        if given.numel() and not given.requires_grad and _readable(given):  # NaN in a parameter shows in the loss
+        if given.numel() and not given.requires_grad and _readable(given):  # a NaN in a parameter makes the loss NaN
             check_values(name, given)
         return given.to(like.dtype)
     given = plain_number(given)
@@ -270,9 +275,9 @@ def check_per_class(
 
 
 def check_offset(log_prior: Any, bias: Any, num_classes: int, like: Tensor, *, cancels: bool = False) -> Tensor | None:
-    """What is added to the logits (C,), in ``like``'s dtype: prior and bias, each with its gradient; or None.
+    """Return what is added to the logits, (C,) in ``like``'s dtype: prior plus bias, gradients kept; None without both.
 
-    ``cancels``: a number, the same for every logit, is nothing.
+    ``cancels``: ignore a prior that is one number, because adding it to every logit changes nothing.
     """
     if bias is not None and not (isinstance(bias, Tensor) and bias.dim()):
         raise TypeError(f"bias must be a tensor ({num_classes},) or None; got {type(bias).__name__} {bias!r}")
@@ -288,12 +293,12 @@ def check_offset(log_prior: Any, bias: Any, num_classes: int, like: Tensor, *, c
 
 
 def _readable(given: Tensor) -> bool:
-    """Whether a look at the values is free: not on a GPU, not while compiling, and never on the kernels' way."""
+    """Whether reading the values costs nothing: not on a GPU, not while compiling, not with the Triton backend."""
     return given.device.type == "cpu" and not torch.compiler.is_compiling() and current_backend() != "triton"
 
 
 def check_values(name: str, given: Tensor) -> None:
-    """Raise ValueError unless the values of a constant per class lie in its range."""
+    """Raise ValueError unless all values of a per-class constant lie in its range."""
     lowest, highest, expected = _RANGES.get(name, _FINITE)
     least, most = (float(end) for end in given.detach().aminmax())  # both NaN where one value is
     if not (lowest <= least and most <= highest):
@@ -303,21 +308,21 @@ def check_values(name: str, given: Tensor) -> None:
 
 
 def check_prior(log_prior: Tensor | None, labels: Tensor, ignore_index: int) -> None:
-    """Raise ValueError for a sample of a class that a prior of -inf took out, where the values are readable."""
+    """Raise ValueError if a sample belongs to a class whose log prior is -inf, where the values can be read."""
     if log_prior is None or not log_prior.dim() or not _readable(log_prior):
         return
     gone = (log_prior == -math.inf).nonzero()[:, 0]
-    labels = labels.to(torch.int64)  # else -100 compared with uint8 would be 156
+    labels = labels.to(torch.int64)  # compared with uint8 labels, -100 would wrap to 156
     if gone.numel() and bool((bad := torch.isin(labels, gone) & (labels != ignore_index)).any()):
         first = int(bad.nonzero()[0, 0])
         raise ValueError(
-            "log_prior must be finite for every class with samples, or their loss is infinite; got -inf for class "
-            f"{int(labels[first])}, which is the label at position {first}"
+            "log_prior must be finite for every class that has samples, or their loss is infinite; got -inf for class "
+            f"{int(labels[first])}, the label at position {first}"
         )
 
 
 def check_classes(classes: Any, prototypes: Tensor) -> None:
-    """Class indices (R,), integer, on the prototypes' device. Their range is checked with the labels'."""
+    """Raise unless ``classes`` are integers (R,) on the prototypes' device. ``checked_labels`` checks their range."""
     if not isinstance(classes, Tensor):
         raise TypeError(f"classes must be a torch.Tensor (R,) of class indices; got {type(classes).__name__}")
     if classes.dim() != 1 or classes.is_floating_point() or classes.dtype == torch.bool:
@@ -328,7 +333,7 @@ def check_classes(classes: Any, prototypes: Tensor) -> None:
 
 
 def check_label_range(labels: Tensor, num_classes: int, ignore_index: int, name: str = "labels") -> None:
-    """Raise IndexError for a label that is neither in [0, C) nor ``ignore_index``. Looks at the data."""
+    """Raise IndexError for a label that is neither in [0, C) nor ``ignore_index``. Reads the labels."""
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bool(bad.any()):
         first = int(bad.nonzero()[0, 0])

@@ -1,4 +1,4 @@
-"""From class counts to margins, priors, weights and schedules. Everything here is (C,) and computed once."""
+"""Margins, priors, weights and schedules from class counts. All vectors are (C,), computed once before training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltloss._deprecation import renamed_keywords
-from ltloss._validation import check_choice, check_number
+from ltloss._validation import check_choice, check_count, check_number
 from ltloss.ops.labels import checked_labels
 
 __all__ = [
@@ -28,31 +28,39 @@ Normalize = Literal["none", "max"]
 
 
 def counts_from_labels(labels: Counts, num_classes: int, *, ignore_index: int = -100) -> Tensor:
-    """Samples per class, (C,) int64, of a label vector (N,).
+    """Count the samples of each class, n_c = #{i : y_i = c}.
 
     Args:
         labels: (N,) integers in [0, C), or ``ignore_index``.
         num_classes: C.
         ignore_index: a label that is not counted.
 
+    Returns:
+        (C,) int64.
+
     Raises:
         IndexError: a label outside [0, C) that is not ``ignore_index``, with its position.
-        TypeError: labels that are no integers.
+        TypeError: labels that are not integers.
+        ValueError: ``num_classes`` that is not an integer >= 1.
+
+    See also: :func:`margins_from_counts`, :func:`log_prior_from_counts` and :func:`effective_number_weights`, which
+    take the counts.
 
     Example:
         >>> from ltloss.class_balance import counts_from_labels
         >>> counts_from_labels([0, 2, 2], 3)
         tensor([1, 0, 2])
     """
+    num_classes = check_count("num_classes", num_classes)
     vector = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels).flatten()
     if vector.is_floating_point():
-        raise TypeError(f"labels must be integers; got {vector.dtype}")
+        raise TypeError(f"labels must have an integer dtype; got {vector.dtype}")
     checked = checked_labels(vector, num_classes, ignore_index, "labels").to(torch.int64)
     return torch.bincount(checked[checked != ignore_index], minlength=num_classes)
 
 
 def checked_counts(class_counts: Counts) -> Tensor:
-    """Counts (C,) as float64, all of them positive; anything else raises."""
+    """Return the counts (C,) in float64. Raise unless they are numbers, one per class, all positive."""
     if not isinstance(class_counts, Tensor):
         array = np.asarray(class_counts)
         if array.dtype.kind not in "iuf":
@@ -73,7 +81,7 @@ def checked_counts(class_counts: Counts) -> Tensor:
     if empty.numel():
         raise ValueError(
             f"{empty.numel()} of {counts.numel()} classes have no samples (the first is class {int(empty[0])}); "
-            "leave them out and renumber the labels, or pass class_counts.clamp(min=1) to treat them as if they had one"
+            "leave them out and renumber the labels, or pass class_counts.clamp(min=1) to count them as one"
         )
     return counts
 
@@ -87,12 +95,12 @@ def _abridged(values: Tensor) -> str:
 def margins_from_counts(
     class_counts: Counts, margin: float = 0.5, *, count_exponent: float = 0.25, normalize: Normalize = "none"
 ) -> Tensor:
-    """Per-class margins m_c = margin · n_c^(−count_exponent): the rarer the class, the larger its margin.
+    """Margins per class, m_c = margin · n_c^(−count_exponent): the rarer the class, the larger its margin.
 
     Args:
         class_counts: (C,) training samples per class, all > 0.
-        margin: the margin of a class with one sample, or with ``normalize="max"`` that of the rarest class (radians for
-            an angular margin, cosine units for LDAM).
+        margin: the margin of a class with one sample, or with ``normalize="max"`` of the rarest class. In radians for
+            an angular margin, in units of the cosine for LDAM.
         count_exponent: 1/k; 0.25 in source A and in LDAM.
         normalize: ``"none"``, or ``"max"`` to rescale so that the rarest class has exactly ``margin`` (the LDAM
             convention).
@@ -101,8 +109,10 @@ def margins_from_counts(
         (C,) float32.
 
     Raises:
-        TypeError, ValueError: counts that are no numbers, not one per class, or of a class without samples; a negative
-            margin or exponent; an unknown ``normalize``.
+        TypeError, ValueError: counts that are not numbers, not a vector, or not all positive; a negative margin or
+            exponent; an unknown ``normalize``.
+
+    See also: :class:`ltloss.LDAMLoss` and :class:`ltloss.LongTailLoss`, which call it.
 
     Sources: source A; Cao et al., LDAM, NeurIPS 2019, section 3.1.
 
@@ -121,15 +131,20 @@ def margins_from_counts(
 
 
 def log_prior_from_counts(class_counts: Counts, tau: float = 1.0) -> Tensor:
-    """τ·log π_c with π_c = n_c/Σn, (C,) float32: added to the training logits, it makes the softmax balanced.
+    """Scaled log prior of the classes, τ·log π_c with π_c = n_c/Σn. Added to the training logits, it balances them.
 
     Args:
         class_counts: (C,) training samples per class, all > 0.
         tau: τ >= 0; 1 is the balanced softmax.
 
+    Returns:
+        (C,) float32.
+
     Raises:
-        TypeError, ValueError: counts that are no numbers, not one per class, or of a class without samples; a negative
-            ``tau``.
+        TypeError, ValueError: counts that are not numbers, not a vector, or not all positive; a negative ``tau``.
+
+    See also: :class:`ltloss.LogitAdjustedLoss`, which calls it; :func:`effective_number_weights` weights the loss
+    instead.
 
     Sources: Menon et al., ICLR 2021, eq. 10; Ren et al., NeurIPS 2020 (τ = 1).
 
@@ -144,15 +159,21 @@ def log_prior_from_counts(class_counts: Counts, tau: float = 1.0) -> Tensor:
 
 
 def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tensor:
-    """Class-balanced weights (1 − β)/(1 − β^n_c), scaled to mean 1, (C,) float32.
+    """Class-balanced weights, (1 − β)/(1 − β^n_c), scaled to mean 1.
 
     Args:
         class_counts: (C,) training samples per class, all > 0.
-        beta: β in [0, 1): (1 − β)⁻¹ is the number of samples beyond which more add nothing.
+        beta: β in [0, 1). 1/(1 − β) is the limit of the effective number of samples of a class.
+
+    Returns:
+        (C,) float32.
 
     Raises:
-        TypeError, ValueError: counts that are no numbers, not one per class, or of a class without samples; a ``beta``
-            outside [0, 1).
+        TypeError, ValueError: counts that are not numbers, not a vector, or not all positive; a ``beta`` outside
+            [0, 1).
+
+    See also: :func:`inverse_frequency_weights`, the limit β → 1; :class:`DeferredWeights`, to use them from an epoch
+    on.
 
     Source: Cui et al., Class-balanced loss based on effective number of samples, CVPR 2019, eq. 7.
 
@@ -165,22 +186,27 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
     if beta >= 1.0:
         raise ValueError(f"beta must be < 1 (at 1 the weights are those of inverse_frequency_weights); got {beta}")
     counts = checked_counts(class_counts)
-    # 1 - β^n through expm1: β^n rounds to 1 for β near 1. log1p(β - 1) would be no better than log β here.
+    # expm1, because β^n rounds to 1 for β near 1. log1p(β - 1) would be no more exact than log β here.
     weights = -(1.0 - beta) / torch.expm1(counts * np.log(beta)) if beta > 0.0 else torch.ones_like(counts)
     return (weights / weights.mean()).float()
 
 
 @renamed_keywords(power="count_exponent")
 def inverse_frequency_weights(class_counts: Counts, count_exponent: float = 1.0) -> Tensor:
-    """Weights ∝ n_c^(−count_exponent), scaled to mean 1, (C,) float32; 0.5 is the usual softer variant.
+    """Weights proportional to n_c^(−count_exponent), scaled to mean 1.
 
     Args:
         class_counts: (C,) training samples per class, all > 0.
-        count_exponent: the exponent.
+        count_exponent: 1 for inverse frequency, 0.5 for the usual softer variant, 0 for equal weights.
+
+    Returns:
+        (C,) float32.
 
     Raises:
-        TypeError, ValueError: counts that are no numbers, not one per class, or of a class without samples; an
-            exponent that is not finite.
+        TypeError, ValueError: counts that are not numbers, not a vector, or not all positive; an exponent that is not
+            finite.
+
+    See also: :func:`effective_number_weights`; :class:`DeferredWeights`, to use them from an epoch on.
 
     Example:
         >>> from ltloss.class_balance import inverse_frequency_weights
@@ -194,11 +220,16 @@ def inverse_frequency_weights(class_counts: Counts, count_exponent: float = 1.0)
 
 @dataclass(frozen=True)
 class DeferredWeights:
-    """Deferred re-weighting (DRW): no class weights until the epoch ``start_epoch``, ``weights`` from then on.
+    """Deferred re-weighting (DRW): no class weights before the epoch ``start_epoch``, ``weights`` from then on.
 
     Attributes:
         weights: (C,), for instance from :func:`effective_number_weights`.
-        start_epoch: first epoch (counted from 0) with weights; 160 of 200 in the source.
+        start_epoch: first epoch with weights, counted from 0; 160 of 200 in the source.
+
+    Raises:
+        TypeError, ValueError: a ``start_epoch`` that is not a number >= 0.
+
+    See also: :meth:`ltloss.CombinedMarginLoss.set_class_weight`, to which the result of each epoch is passed.
 
     Source: Cao et al., LDAM, NeurIPS 2019, section 3.3 and algorithm 1.
 
@@ -216,5 +247,5 @@ class DeferredWeights:
         check_number("start_epoch", self.start_epoch, at_least=0)
 
     def __call__(self, epoch: int) -> Tensor | None:
-        """Class weights (C,) of an epoch, or None."""
+        """Class weights (C,) for an epoch, or None before ``start_epoch``."""
         return self.weights if epoch >= self.start_epoch else None

@@ -1,8 +1,8 @@
-"""Contrastive losses: the other samples of a batch, or of a memory queue, take the place of the classes.
+"""Contrastive losses: the samples of a batch, or of a memory queue, take the place of the classes.
 
-No N×N logits (or N×K, for a queue of K) are stored, forwards or backwards. Statistics and losses are float32 (float64
-for float64 inputs) whatever the dtype of the features; gradients come in the dtype of their tensor. Every loss has a
-dense twin of the same signature in :mod:`ltloss.reference`. Each rank of a process group takes its own batch only.
+No function stores the N×N logits, or N×K for a queue of K entries, neither forward nor backward. Losses are float32, or
+float64 if an input is float64. Each gradient has the dtype of its tensor. Every loss has a dense twin of the same
+signature in :mod:`ltloss.reference`. In a process group, each rank uses its own batch only.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ __all__ = ["info_nce", "siglip_loss", "supervised_contrastive"]
 def info_nce(
     a: Tensor, b: Tensor, *, scale: float | Tensor, symmetric: bool = True, reduction: Reduction = "mean"
 ) -> Tensor:
-    """CLIP's loss: of all rows of b, row i of a is to find row i, and the other way round.
+    """CLIP's loss (InfoNCE): row i of ``a`` shall identify row i of ``b`` among all rows, and vice versa.
 
     With l_ij = s·cos(a_i, b_j): ℓ_i = ½·(−log softmax_j(l_ij)_i − log softmax_j(l_ji)_i).
 
     Args:
         a: (N, D), any length, any floating dtype.
         b: (N, D), likewise; its row i belongs to row i of ``a``.
-        scale: s > 0, the inverse temperature: a number, or a tensor () with gradient (CLIP's ``logit_scale.exp()``).
-        symmetric: False looks from a for b only: ℓ_i = −log softmax_j(l_ij)_i (CPC, MoCo, SimCSE).
+        scale: s > 0, the inverse temperature: a number, or a 0-d tensor with gradient (CLIP's ``logit_scale.exp()``).
+        symmetric: False keeps only the direction from ``a`` to ``b``: ℓ_i = −log softmax_j(l_ij)_i (CPC, MoCo, SimCSE).
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
-        A scalar, or (N,) for ``"none"``; float32, or float64 where an input is. 0 for a batch of one.
+        A scalar, or (N,) for ``"none"``; float32, or float64 if an input is float64. 0 for a batch of one.
 
     Raises:
         ValueError, TypeError: batches of different shapes, a scale that is not positive, an unknown reduction.
+
+    See also: :func:`siglip_loss`, without a softmax; :func:`supervised_contrastive`, with several positives.
 
     Sources: Radford et al., CLIP, ICML 2021, fig. 3; van den Oord et al., CPC, 2018, eq. 4.
 
@@ -72,23 +74,27 @@ def info_nce(
 
 
 def siglip_loss(a: Tensor, b: Tensor, *, scale: float | Tensor, bias: float | Tensor) -> Tensor:
-    """SigLIP's loss: every pair is judged alone, whether its two rows belong together.
+    """SigLIP's loss: a binary classification of every pair, whether its two rows belong together.
 
-    −(1/N) Σ_i Σ_j log σ(z_ij·(s·cos(a_i, b_j) + bias)), with z_ij = 1 where i = j and −1 elsewhere.
+    L = −(1/N) Σ_i Σ_j log σ(z_ij·(s·cos(a_i, b_j) + bias)), with z_ij = 1 where i = j and −1 elsewhere.
 
     Args:
         a: (N, D), any length, any floating dtype.
         b: (N, D), likewise; its row i belongs to row i of ``a``.
-        scale: s > 0: a number, or a tensor () with gradient. The paper's is exp of a parameter, 10 at first.
-        bias: a number, or a tensor () with gradient. The paper's is −10 at first: most pairs do not belong together.
+        scale: s > 0: a number, or a 0-d tensor with gradient. In the paper, exp of a parameter that starts at ln 10.
+        bias: a number, or a 0-d tensor with gradient. In the paper it starts at −10, because most pairs do not belong
+            together.
 
     Returns:
-        A scalar; float32, or float64 where an input is. It is made in tiles of PyTorch on every device, together with
-        its gradients where they are asked for: they take the memory of two float32 batches from the forward on.
+        A scalar; float32, or float64 if an input is float64. It is computed in PyTorch, tile by tile, on every device.
+        The gradients are computed in the forward too, if needed. They are held until the backward: the memory of two
+        float32 batches.
 
     Raises:
         ValueError, TypeError: batches of different shapes, a scale that is not positive, a bias that is not finite.
-        BackendError: kernels were asked for (:class:`ltloss.use_backend`); there are none for this loss.
+        BackendError: under ``ltloss.use_backend("triton")``, because there are no kernels for this loss.
+
+    See also: :func:`info_nce`, with a softmax over the batch.
 
     Source: Zhai et al., Sigmoid loss for language image pre-training, ICCV 2023, eq. 2.
 
@@ -104,12 +110,12 @@ def siglip_loss(a: Tensor, b: Tensor, *, scale: float | Tensor, bias: float | Te
     if backend == "reference" or a.shape[0] == 0:
         return reference.siglip_loss(a, b, scale=scale, bias=bias)
     if current_backend() == "triton":
-        raise BackendError("backend 'triton' was asked for, but siglip_loss has no kernels; use 'auto' or 'torch'")
+        raise BackendError("siglip_loss has no kernels for backend 'triton'; use 'auto' or 'torch'")
     return in_batch.sigmoid_loss(a, b, scale, bias)
 
 
 def _checked_pair(a: Tensor, b: Tensor) -> Tensor:
-    """An empty tensor in the dtype of the sums."""
+    """Check the two batches; return an empty tensor in the dtype of the sums."""
     check_matrices(a=a, b=b)
     if a.shape != b.shape:
         raise ValueError(f"a and b must have the same shape (N, D); got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -125,25 +131,28 @@ def supervised_contrastive(
     scale: float | Tensor,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Supervised contrastive loss over a memory queue: entries of the sample's own label are its positives.
+    """Supervised contrastive loss over a memory queue: the entries with a sample's label are its positives.
 
     With l_ik = s·cos(x_i, q_k) and P_i the entries of label y_i: ℓ_i = −(1/|P_i|) Σ_{k∈P_i} log softmax_k(l_i)_k.
 
     Args:
         features: (N, D), any length, any floating dtype.
-        labels: (N,) integers, any.
-        queue_features: (K, D), any length, with gradient if they ask for it: a queue of former batches, other views of
-            this batch, or both. A sample that is itself in the queue is a positive of its own.
+        labels: (N,) integers of any value.
+        queue_features: (K, D), any length: earlier batches, other views of this batch, or both. They get a gradient if
+            they require one. A sample that is itself in the queue is one of its own positives.
         queue_labels: (K,) integers.
-        scale: s > 0, the inverse temperature: a number, or a tensor () with gradient.
+        scale: s > 0, the inverse temperature: a number, or a 0-d tensor with gradient.
         reduction: ``"mean"`` over the samples that have a positive, ``"sum"`` or ``"none"``.
 
     Returns:
-        A scalar, or (N,) for ``"none"``; float32, or float64 where an input is. A sample without positives has the loss
-        0 and no gradient, and so has every sample while the queue is empty.
+        A scalar, or (N,) for ``"none"``; float32, or float64 if an input is float64. A sample without positives, and
+        every sample if the queue is empty, has loss 0 and no gradient.
 
     Raises:
         ValueError, TypeError: tensors that do not fit together, a scale that is not positive, an unknown reduction.
+
+    See also: :func:`info_nce`, with one positive per sample; :class:`ltloss.CosineSoftmaxLoss`, with a learned
+    prototype per class instead of a queue.
 
     Source: Khosla et al., Supervised contrastive learning, NeurIPS 2020, eq. 2 (L_out).
 
@@ -160,9 +169,10 @@ def supervised_contrastive(
     like = features.new_empty(0, dtype=compute_dtype(features, queue_features))
     u = direction(features.to(like.dtype)) * check_scalar("scale", scale, like, above=0.0)
     if features.shape[0] and queue_features.shape[0]:
-        queue = queue_features.to(like.dtype)  # once, so that its two gradients are rounded together
+        queue = queue_features.to(like.dtype)  # once, so that the sum of its two gradients is rounded once
         positives, count = _mean_positives(labels.to(torch.int64), queue, queue_labels.to(torch.int64))
-        # No entry is left out of the sum: there are several positives, and the mean of their logits is linear in q.
+        # The log-sum-exp is over all entries, positives too. The mean of the positives' logits is the logit of their
+        # mean direction.
         nobody = Objective(scale=1.0, normalize_features=False, ignore_index=None)
         outside = torch.full_like(count, -1, dtype=torch.int64)
         logsumexp, _, _ = ops.logsumexp_stats(u, queue, outside, nobody, False)
@@ -173,10 +183,10 @@ def supervised_contrastive(
 
 
 def _mean_positives(labels: Tensor, queue: Tensor, queue_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """For each sample the mean of its positives' directions (N, D), and their number (N,), without an N×K mask.
+    """For each sample, the mean direction of its positives (N, D) and their number (N,), without an N×K mask.
 
-    A table with a row for each of the sorted labels, of which equal ones share the first: its size needs no look at
-    the labels, which on a GPU the host would wait for.
+    The sums are kept in a table with N rows, one for each sorted label; equal labels use the first of their rows. Its
+    size does not depend on the labels, so the host need not wait for a GPU.
     """
     ordered = labels.sort().values
     unit = direction(queue)

@@ -1,6 +1,7 @@
-"""One family of errors: what a user can put right, in words, told apart by type.
+"""The exceptions of this package: problems that a user can fix, each with a type of its own.
 
-Bad arguments are ValueError, TypeError or IndexError, as everywhere.
+Invalid arguments raise ValueError, TypeError or IndexError, as in PyTorch. The ``ltloss`` command prints the message of
+an :class:`LtlossError` as one line, without a traceback.
 """
 
 from __future__ import annotations
@@ -21,39 +22,55 @@ __all__ = [
 
 
 class LtlossError(Exception):
-    """What was given, what was expected and what to do, in one line."""
+    """Base class. The message is one line: what was expected, what was given and what to do.
+
+    Example:
+        >>> from ltloss.errors import LtlossError, UserError
+        >>> try:
+        ...     raise UserError("run/settings.json is missing; pass the folder that ltloss train wrote")
+        ... except LtlossError as error:
+        ...     print(error)
+        run/settings.json is missing; pass the folder that ltloss train wrote
+    """
 
 
 class UserError(LtlossError):
-    """A setting, a file or a folder that cannot be used."""
+    """A setting, a file or a folder cannot be used. Raised by :mod:`ltloss.training` and the command."""
 
 
 class DivergedError(UserError):
-    """The loss of a training became NaN or infinite: ``what`` happened, and advice."""
+    """The training loss became NaN or infinite.
+
+    Args:
+        what: what happened, and at which step.
+        advice: what to try; may be empty.
+    """
 
     def __init__(self, what: str, advice: str = "") -> None:
         super().__init__(what, advice)
         self.what = what
 
     def __str__(self) -> str:
-        """What happened and the advice."""
+        """``what`` and ``advice``, joined by a semicolon."""
         return "; ".join(filter(None, self.args))
 
 
 class ImageError(LtlossError):
-    """One image cannot be used; the message is the reason, without the file's name."""
+    """An image cannot be used. The message gives the reason, without the name of the file."""
 
 
 class BackendError(LtlossError, RuntimeError):
-    """The backend that was asked for cannot serve the tensors."""
+    """The requested backend (:class:`ltloss.use_backend`) cannot handle the tensors."""
 
 
 class VariableError(LtlossError, ValueError):
-    """An environment variable has a value that means nothing."""
+    """An environment variable ``LTLOSS_…`` has an invalid value. Raised by ``import ltloss.runtime``."""
 
 
 class DistributedError(LtlossError, RuntimeError):
-    """Ranks disagree, another rank failed, or one is gone. Raised on every rank that is still there.
+    """Ranks disagree, another rank failed, or one is gone. Raised on every remaining rank.
+
+    See also: :func:`ltloss.distributed.parallelize`, whose modules raise it.
 
     Example:
         >>> from ltloss.distributed import DistributedError
@@ -64,14 +81,14 @@ class DistributedError(LtlossError, RuntimeError):
 
 
 def check_counts(**counts: int | None) -> None:
-    """UserError that names the first option below 1, written as on the command line; None was not given."""
+    """Raise UserError for the first option below 1, with its name as on the command line. None: not given."""
     for name, value in counts.items():
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, is {value}; correct it")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Words for an unknown name: the valid names that look like it, or all of them where they fit on a line."""
+    """Suggest valid names for an unknown one: those that resemble it, else all of them, or five of more than 50."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     shown = names if len(names) <= 50 else [*names[:5], f"{len(names) - 5} more"]
@@ -79,11 +96,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def explain_os_error(error: OSError, again: str = "run the command again") -> str:
-    """One line for a failed file operation; a full disk: that nothing finished earlier was harmed, and ``again``."""
+    """Describe a failed file operation in one line. ``again``: what to do once a full disk has space again."""
     where = f" {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"no space left on the disk while writing{where}; what was finished before is untouched. "
+            f"no space left on the disk while writing{where}; files finished earlier are intact. "
             f"Free some space, then {again}"
         )
     return f"cannot use{where or ' a file'}: {error.strerror or error}"

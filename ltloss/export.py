@@ -54,6 +54,8 @@ class InferenceHead(nn.Module):
     Raises:
         ValueError: a ``k`` outside [1, C], a head spread over ranks.
 
+    See also: :func:`export_head`, which traces and saves it.
+
     Example:
         >>> import torch
         >>> from ltloss import ArcFaceLoss
@@ -88,7 +90,14 @@ class InferenceHead(nn.Module):
             self.head = head
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
-        """Logits, and the k best classes with their cosines and probabilities."""
+        """Compute the logits, and the k best classes with their cosines and probabilities.
+
+        Args:
+            features: (N, D).
+
+        Returns:
+            A dict of tensors with N rows, by the names that :class:`InferenceHead` lists.
+        """
         features = features.float()
         unit = direction(features)
         if self.head is not None:
@@ -131,6 +140,9 @@ def export_head(
         ImportError: onnx or onnxscript is missing: ``pip install 'ltloss[export]'``.
         UserError: weights that are too large for ONNX, 2 GiB.
 
+    See also: :func:`export_module`, for any module; :func:`ltloss.interop.export_safetensors`, for the prototypes
+    alone.
+
     Example:
         >>> import torch
         >>> from ltloss import ArcFaceLoss
@@ -162,6 +174,8 @@ def export_module(
 
     Raises:
         ValueError, ImportError, UserError: as :func:`export_head`.
+
+    See also: :func:`export_head`, for a head of this package.
 
     Example:
         >>> import torch

@@ -1,10 +1,10 @@
 """The extension interface: one pass over the prototypes, then any function of two numbers per sample.
 
-Every loss here is a function of r_i = log Σ_{c≠y} exp(l_ic) and the target logit. :func:`logsumexp_stats` computes both
-without N×C, forward and backward, on every backend; what follows is ordinary PyTorch on (N,) vectors, differentiated by
-autograd. :func:`margin_losses` and :func:`reduce_losses` are the two steps that most losses want next; between them,
-:func:`focal_losses` or :func:`poly1_losses` may bend the loss of a sample. Several margins may be put on one pass.
-Under ``ltloss.use_backend("reference")`` everything is differentiable any number of times.
+Every loss of this package is a function of r_i = log Σ_{c≠y} exp(l_ic) and the target logit. :func:`logsumexp_stats`
+computes both without the N×C logits, on every backend. The rest is ordinary PyTorch on vectors (N,), which autograd
+differentiates: :func:`margin_losses` makes a loss per sample, again for each further margin; :func:`focal_losses` or
+:func:`poly1_losses` may transform it; :func:`reduce_losses` weights and averages. Your code may replace any.
+Under ``ltloss.use_backend("reference")`` the result is differentiable any number of times.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from ltloss._validation import (
     plain_number,
 )
 from ltloss.margins import Margin, Objective, margin_cosine
-from ltloss.numerics import compute_dtype
+from ltloss.numerics import compute_dtype, log_sum_of_others
 from ltloss.ops import stats as ops
 from ltloss.ops._dispatch import at_hand
-from ltloss.ops.labels import checked_labels
+from ltloss.ops.labels import checked_labels, each_once
 from ltloss.ops.protocols import Shard, Update
 from ltloss.reference import direction
 
@@ -50,11 +50,13 @@ __all__ = [
 
 
 class Bend(NamedTuple):
-    """What becomes of the cosines of other classes beyond a threshold: cos -> p0 + p1·cos + p2·cos².
+    """A map of the cosines of other classes: cos_c becomes p0 + p1·cos_c + p2·cos_c² where cos_c > threshold.
 
     Attributes:
-        threshold: (N,), a cosine per sample; no gradient flows to it.
-        p0, p1, p2: numbers or tensors (), without gradient. With p0 = -inf and p1 = p2 = 0 the class leaves the sum.
+        threshold: (N,), a cosine per sample, without gradient.
+        p0, p1, p2: numbers or 0-d tensors, without gradient. -inf, 0 and 0 remove the class from the softmax.
+
+    See also: :func:`logsumexp_stats`, whose ``bend`` returns it; :class:`ltloss.CurricularFaceLoss`, which uses it.
 
     Example:
         >>> import torch
@@ -72,26 +74,28 @@ class Bend(NamedTuple):
     p2: Tensor | float = 0.0
 
     def of_logits(self, scale: float, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Threshold (N,) and polynomial (3,) for logits s·cos."""
+        """Return the threshold (N,) and the polynomial (3,) for logits s·cos instead of cosines."""
         given = self.p0 * scale, self.p1, self.p2 / scale
-        # A number is filled in on the device: copied there, it would make the host wait.
+        # Numbers are filled in on the device, because a copy to it would make the host wait.
         polynomial = [p.detach().to(like) if isinstance(p, Tensor) else like.new_full((), p) for p in given]
         return self.threshold.detach().to(like) * scale, torch.stack(polynomial)
 
 
 class LogSumExpStats(NamedTuple):
-    """What a pass over the prototypes leaves of each sample.
+    """The result of a pass over the prototypes, per sample. With k labels per sample, (N, k) replaces (N,) as noted.
 
     Attributes:
-        labels: (N,) int64, -1 for samples that do not count. A class-parallel batch is padded with such samples, so a
-            mean of your own must leave them out, as :func:`reduce_losses` does. With several labels a sample (N, k).
-        logsumexp: (N,) r, over the classes without the target, or all targets; -inf where there is no other class.
-        target_logit: (N,) s·cos_y, or (N, k), without the prior.
-        logit_scale: what multiplies the cosine: s, or (N,) s·‖x‖ or s_i. Without cosines, what multiplies x·w or x̂·w.
-        target_prior: (N,) or (N, k) the prior of the target, or 0.
-        logit_sum: (N,) Σ_c l_c over all classes with the prior, if it was asked for, else None.
+        labels: (N,) or (N, k) int64, -1 for samples that do not count. A class-parallel batch is padded with such
+            samples: a mean of your own must leave them out, as :func:`reduce_losses` does.
+        logsumexp: (N,) r, over all classes but the target, or but the k targets; -inf where there is no other class.
+        target_logit: (N,) or (N, k), s·cos_y without the prior.
+        logit_scale: the factor of the cosine (or of x·w, x̂·w): s, or (N,) s·‖x‖ or s_i.
+        target_prior: (N,) or (N, k), the log prior of the target; 0 without a prior.
+        logit_sum: (N,) Σ_c l_c over all classes, prior included, if it was requested; else None.
         num_classes: C.
-        normalize_prototypes: whether there are cosines, for a margin to be put on.
+        normalize_prototypes: whether the logits are cosines, so that a margin is possible.
+
+    See also: :func:`logsumexp_stats`, which returns it; :func:`margin_losses`, which takes it.
     """
 
     labels: Tensor
@@ -120,28 +124,31 @@ def logsumexp_stats(
     shard: Shard | None = None,
     update: Update | None = None,
 ) -> LogSumExpStats:
-    """One pass of features over prototypes: r_i and the target logit of every sample, both differentiable.
+    """Compute r_i = log Σ_{c≠y_i} exp(l_ic) and the target logit of every sample, in one pass over the prototypes.
+
+    The logits are l_ic = s·cos_ic + log-prior_c. Both results are differentiable.
 
     Args:
         features: (N, D).
-        prototypes: (C, D).
-        labels: (N,) integers in [0, C), or ``ignore_index``; or (N, k), up to 8 classes a sample. The first says
-            whether it counts; ``ignore_index`` behind it, or a class named before, is none.
-        scale: s > 0; or a tensor with gradient, () for a scale that is learned, or (N,), a scale per sample.
-        log_prior: (C,) added to the logits, or None.
-        normalize_features: False multiplies the logits by ‖x‖; with a tensor as scale it must stay True.
-        normalize_prototypes, bias: as in :func:`ltloss.functional.margin_cross_entropy`; the bias is part of the prior.
-        ignore_index: label of samples that do not count.
-        with_logit_sum: also Σ_c l_c, which label smoothing needs.
-        bend: what becomes of the cosines of other classes, a function of the target cosines (N,), without gradient, and
-            of the labels (N,), -1 for samples that do not count. For cosines with a number as scale, and without
-            ``with_logit_sum``.
-        shard: a sample of the classes, which ``forward`` of a module got; None for all.
-        update: ``self.fused_update`` of a module, with which the optimizers of :mod:`ltloss.optim` move its prototypes
-            inside the backward; None gives them a gradient.
+        prototypes: (C, D), or (C, K, D) with K sub-centres a class.
+        labels: (N,) integers in [0, C), or ``ignore_index``. Or (N, k), k ≤ 8: a sample is ignored if its first label
+            is ``ignore_index``; later labels that are ``ignore_index``, or that repeat a class, are dropped.
+        scale: s > 0; or a tensor with gradient: 0-d for a learnable scale, (N,) for a scale per sample.
+        normalize_features: False multiplies the cosines by ‖x‖. It must be True if ``scale`` is a tensor.
+        log_prior, normalize_prototypes, bias, ignore_index: as in :func:`ltloss.functional.margin_cross_entropy`.
+        with_logit_sum: also compute Σ_c l_c, which label smoothing needs.
+        bend: maps the target cosines (N,), without gradient, and the labels (N,), -1 if ignored, to a :class:`Bend`. It
+            needs a number as ``scale``, normalised features and prototypes, one label each, no ``with_logit_sum``.
+        shard: the classes that were drawn, as ``forward`` of a sampled module receives them. None: all classes.
+        update: ``self.fused_update`` of a module, for the optimizers of :mod:`ltloss.optim`. None: a gradient.
+
+    Returns:
+        :class:`LogSumExpStats`; float32, or float64 if an input is float64.
 
     Raises:
-        ValueError, TypeError, IndexError: arguments that do not fit together.
+        ValueError, TypeError, IndexError: arguments that do not fit together, values or labels out of range.
+
+    See also: :func:`margin_losses`; :func:`ltloss.functional.cosine_logsumexp`, the two numbers with fewer options.
 
     Example:
         >>> import torch
@@ -158,7 +165,7 @@ def logsumexp_stats(
     log_prior = check_offset(log_prior, bias, num_classes, features.new_empty(0, dtype=dtype))
     check_prior(log_prior, labels, ignore_index)
     labels = checked_labels(labels, num_classes, ignore_index, "labels").to(torch.int64)
-    labels = labels if labels.dim() == 1 else _each_once(labels, ignore_index)
+    labels = labels if labels.dim() == 1 else each_once(labels, ignore_index)
     each_counted = labels != ignore_index
     counted = each_counted if labels.dim() == 1 else each_counted[:, 0]
     logit_scale: Tensor | float
@@ -190,7 +197,7 @@ def logsumexp_stats(
         if isinstance(scale, Tensor) or with_logit_sum or labels.dim() > 1 or not all(objective.normalize):
             raise ValueError(
                 "bend, a function of the other classes' cosines, needs a number as scale, normalised features and "
-                "prototypes, one label a sample, and no sum of all logits, which label smoothing asks for; got "
+                "prototypes, one label per sample, and with_logit_sum=False (no label smoothing); got "
                 f"labels {tuple(labels.shape)}, {type(scale).__name__} as scale, {normalize_features=}, "
                 f"{normalize_prototypes=} and {with_logit_sum=}"
             )
@@ -204,24 +211,8 @@ def logsumexp_stats(
     return LogSumExpStats(labels, r, target, logit_scale, target_prior, logit_sum, num_classes, normalize_prototypes)
 
 
-def _each_once(labels: Tensor, ignore_index: int) -> Tensor:
-    """Labels (N, k) without those of a sample that does not count, and without what was named before."""
-    again = labels[:, :, None] == labels[:, None, :]
-    again = again.tril(-1).any(2) | (labels[:, :1] == ignore_index)
-    return labels.masked_fill(again, ignore_index)
-
-
-def _log_sum_of_others(logsumexp: Tensor, logits: Tensor) -> Tensor:
-    """r (N, k) of each target among all classes but itself, from r without any target (N,) and their logits (N, k)."""
-    k = logits.shape[1]
-    each = torch.cat([logits, logsumexp[:, None]], 1)[:, None].expand(-1, k, -1)
-    each = each.masked_fill(torch.eye(k, k + 1, dtype=torch.bool, device=logits.device), -torch.inf)
-    nothing = (each == -torch.inf).all(2)
-    return torch.logsumexp(each.masked_fill(nothing[..., None], 0.0), 2).masked_fill(nothing, -torch.inf)
-
-
 def _added(name: str, per_sample: Tensor | None, margin: Tensor | float, stats: LogSumExpStats) -> Tensor | float:
-    """(C,) and (N,) come under names of their own and are never guessed apart."""
+    """Add a margin per sample (N,) to the margin. It has a keyword of its own, so that N = C is not ambiguous."""
     if per_sample is None:
         return margin
     if not isinstance(per_sample, Tensor) or per_sample.shape != stats.labels.shape:
@@ -238,20 +229,24 @@ def margin_losses(
     label_smoothing: float = 0.0,
     **margin: Any,
 ) -> Tensor:
-    """Per-sample losses (N,), unweighted, 0 where a sample does not count; with several labels a loss of each (N, k).
+    """Cross-entropy of each sample with a margin on the target cosine.
 
-    With z = scale·margin(cos_y) + prior_y: loss = log(e^r + e^z) − z = softplus(r − z), which neither cancels nor has
-    a floor.
+    With z = scale·margin(cos_y) + prior_y the loss is log(e^r + e^z) − z = softplus(r − z), without cancellation.
 
     Args:
-        stats: from :func:`logsumexp_stats`.
-        sample_angular_margin, sample_cosine_margin: (N,), added to the margins below; with gradient if they ask for it.
-        label_smoothing: as in :func:`ltloss.functional.margin_cross_entropy`; needs ``with_logit_sum=True``.
-        margin: options of :class:`ltloss.margins.Margin`, with a number or (C,) as angular margin (radians) and as
-            cosine margin.
+        stats: the result of :func:`logsumexp_stats`.
+        sample_angular_margin, sample_cosine_margin: (N,), radians and cosine units, added to the margins below. They
+            get a gradient if they require one.
+        label_smoothing: as in :func:`ltloss.functional.margin_cross_entropy`. It needs ``with_logit_sum=True``.
+        margin: the fields of :class:`ltloss.margins.Margin` as keywords; its margins are numbers or (C,).
+
+    Returns:
+        (N,), or with k labels per sample (N, k), the loss of each; unweighted, 0 where a sample does not count.
 
     Raises:
         ValueError, TypeError: a margin out of range or of another shape, smoothing without ``with_logit_sum=True``.
+
+    See also: :func:`reduce_losses`, which weights and averages them; :func:`focal_losses`; :func:`poly1_losses`.
 
     Example:
         >>> import torch
@@ -269,13 +264,13 @@ def margin_losses(
         )
     if label_smoothing > 0.0 and stats.logit_sum is None:
         raise ValueError(
-            f"label_smoothing={label_smoothing} needs the sum of all logits: call logsumexp_stats with "
+            f"label_smoothing={label_smoothing} needs the sum of all logits; call logsumexp_stats with "
             "with_logit_sum=True"
         )
     scale, several = stats.logit_scale, stats.labels.dim() == 2
     if several and isinstance(scale, Tensor):
         scale = scale[:, None].expand(stats.labels.shape)
-    # A zero feature that keeps its length has logit 0 and direction 0; the bound only makes 0/0 into 0.
+    # A zero feature that keeps its length has logit 0 and scale 0; the bound turns 0/0 into 0.
     divisor = scale.clamp_min(torch.finfo(scale.dtype).tiny) if isinstance(scale, Tensor) else scale
     of_samples = of_classes.of_samples(stats.labels.clamp(0, stats.num_classes - 1))
     of_samples = of_samples._replace(
@@ -288,7 +283,7 @@ def margin_losses(
     z, others = target_with_margin + stats.target_prior, stats.logsumexp
     if several:
         plain = stats.target_logit + stats.target_prior
-        others = _log_sum_of_others(others, plain.masked_fill(stats.labels < 0, -torch.inf))
+        others = log_sum_of_others(others, plain.masked_fill(stats.labels < 0, -torch.inf))
     losses = -F.logsigmoid(z - others)
     if stats.logit_sum is not None and label_smoothing > 0.0:
         # (1-e)(lse - z) + e(lse - mean z) with lse = loss + z; the target enters the mean with its margin.
@@ -299,17 +294,19 @@ def margin_losses(
 
 
 def focal_losses(losses: Tensor, gamma: float = 2.0) -> Tensor:
-    """(1 − p)^γ·ℓ of every loss ℓ = −log p: samples that are right already count less.
+    """Focal transform of losses ℓ = −log p: (1 − p)^γ·ℓ. Samples that are classified well count less.
 
     Args:
         losses: (N,), not negative, as :func:`margin_losses` gives them.
         gamma: γ >= 0; 0 leaves the losses as they are.
 
     Returns:
-        (N,). The slope at ℓ = 0, where p is 1, is 0 for any γ > 0, also below 1.
+        (N,). The slope at ℓ = 0, where p = 1, is 0 for every γ > 0, even for γ < 1.
 
     Raises:
-        TypeError, ValueError: a γ that is no number or negative.
+        TypeError, ValueError: a γ that is not a number or negative.
+
+    See also: :func:`poly1_losses`.
 
     Source: Lin et al., Focal loss, ICCV 2017, eq. 4.
 
@@ -320,14 +317,14 @@ def focal_losses(losses: Tensor, gamma: float = 2.0) -> Tensor:
         tensor([0.0000, 0.3996, 4.9328])
     """
     gamma = check_number("gamma", gamma, at_least=0.0)
-    # 1 − p is ℓ to the last bit there, and its power alone would have no finite slope for γ < 1.
+    # For tiny ℓ, 1 − p = ℓ to the last bit, so ℓ^(1+γ) is taken: ℓ^γ alone has no finite slope for γ < 1.
     tiny = losses < torch.finfo(losses.dtype).eps
     large = torch.where(tiny, 1.0, losses)
     return torch.where(tiny, torch.where(tiny, losses, 0.0) ** (1.0 + gamma), (-torch.expm1(-large)) ** gamma * large)
 
 
 def poly1_losses(losses: Tensor, epsilon: float = 1.0) -> Tensor:
-    """ℓ + ε·(1 − p) of every loss ℓ = −log p: the first term of its series in 1 − p has the weight 1 + ε.
+    """Poly-1 transform of losses ℓ = −log p: ℓ + ε·(1 − p). The first term of ℓ's series in 1 − p gets weight 1 + ε.
 
     Args:
         losses: (N,), as :func:`margin_losses` gives them.
@@ -337,7 +334,9 @@ def poly1_losses(losses: Tensor, epsilon: float = 1.0) -> Tensor:
         (N,).
 
     Raises:
-        TypeError, ValueError: an ε that is no number or below −1.
+        TypeError, ValueError: an ε that is not a number or below −1.
+
+    See also: :func:`focal_losses`.
 
     Source: Leng et al., PolyLoss, ICLR 2022, eq. 5.
 
@@ -358,20 +357,22 @@ def reduce_losses(
     sample_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Weight the losses (N,) and reduce them; ``mean`` divides by the summed weights of the counted samples.
+    """Weight losses ℓ_i and reduce them. ``mean`` is Σ w_i·ℓ_i / Σ w_i over the samples that count.
 
     Args:
-        losses: (N,), or (N, k) of several labels a sample.
-        labels: alike, -1 for what does not count (``stats.labels``).
-        class_weight: (C,), or None.
-        sample_weight: shaped as the losses, or None; multiplies the class's.
+        losses: (N,), or (N, k) with k labels per sample.
+        labels: same shape, -1 for samples that do not count, as in ``stats.labels``.
+        class_weight: (C,) weight of each class, or None.
+        sample_weight: same shape as the losses, or None. It multiplies the class weight.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
-        A scalar, or (N,) for ``"none"``. A mean over nothing is 0, with zero gradients.
+        A scalar, or (N,) for ``"none"``. A mean over no sample is 0 with zero gradients.
 
     Raises:
-        ValueError: an unknown reduction, weights of another shape.
+        ValueError: an unknown reduction, a ``sample_weight`` of another shape.
+
+    See also: :func:`margin_losses`, which makes the losses.
 
     Example:
         >>> import torch

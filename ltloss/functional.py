@@ -1,7 +1,7 @@
-"""The public functions. Each has a dense twin of the same signature in :mod:`ltloss.reference`.
+"""The losses and searches as functions. Each has a dense twin of the same signature in :mod:`ltloss.reference`.
 
-None of them stores the N×C logits (or C×C cosines), forwards or backwards. Statistics and losses are float32 (float64
-for float64 inputs) whatever the dtype of features and prototypes; gradients come in the dtype of their tensor.
+No function stores the N×C logits or the C×C cosines, neither forward nor backward. Statistics and losses are float32,
+or float64 if an input is float64. Each gradient has the dtype of its tensor.
 """
 
 from __future__ import annotations
@@ -76,46 +76,51 @@ def margin_cross_entropy(
 ) -> Tensor:
     r"""Softmax cross-entropy on cosine logits with a margin on the target class: the whole family in one function.
 
-    With θ_c the angle between feature and prototype c, the target logit is
-    s·(cos(m1·θ_y + m2_y) − m3_y) + log-prior_y and the others are s·cos θ_c + log-prior_c. With
-    ``normalize_features=False, normalize_prototypes=False, scale=1`` it is that of a linear layer, x·w_c + b_c.
+    Let θ_c be the angle between the feature and prototype c. The target logit is
+    s·(cos(m1·θ_y + m2_y) − m3_y) + log-prior_y. The other logits are s·cos θ_c + log-prior_c. With
+    ``normalize_features=False, normalize_prototypes=False, scale=1`` they are those of a linear layer, x·w_c + b_c.
 
     Args:
         features: (N, D), any floating dtype, any length, any strides.
-        prototypes: (C, D), likewise; its dtype may differ from that of ``features``. Or (C, K, D), K sub-centres a
-            class, up to 8: a class's cosine is the largest of its K, and the gradient goes to that one, of equal ones
-            to the first.
+        prototypes: (C, D), likewise. The dtype may differ from that of ``features``. Or (C, K, D) with K ≤ 8
+            sub-centres a class: the cosine of a class is the largest of its K. The gradient goes to that sub-centre
+            alone, to the first of equal ones.
         labels: (N,) integers in [0, C), or ``ignore_index``.
-        scale: s > 0, the inverse temperature. The modules take theirs from C: :func:`ltloss.default_scale`.
+        scale: s > 0, the inverse temperature. The modules derive theirs from C: :func:`ltloss.default_scale`.
         angular_margin: m2 in radians, a number or (C,).
         cosine_margin: m3, a number or (C,).
         angle_multiplier: m1 > 0.
-        log_prior: (C,), added to the logits in training (balanced softmax, logit adjustment); -inf takes a class
-            without samples out. One that requires a gradient gets it: a prior that learns.
-        class_weight: (C,), finite and >= 0, multiplies the loss of the samples of a class.
-        label_smoothing: ε in [0, 1], (1−ε)(lse − z_y) + ε(lse − mean_c z_c).
-        ignore_index: label of samples that neither count nor get a gradient.
-        normalize_features: False keeps the feature's length: every cosine is multiplied by s·‖x‖ instead of s.
-        normalize_prototypes: False keeps the prototypes' lengths: the logits are s·x̂·w_c, or s·x·w_c, and there is no
-            margin, for there is no angle.
+        log_prior: (C,), added to the training logits (balanced softmax, logit adjustment). -inf removes a class
+            without samples. A tensor that requires a gradient gets one.
+        class_weight: (C,), finite and >= 0, the factor on the loss of each class's samples.
+        label_smoothing: ε in [0, 1]. The loss is (1−ε)·(lse − z_y) + ε·(lse − mean_c z_c), with z the logits and lse
+            their log-sum-exp.
+        ignore_index: label of samples that are left out of the loss and get no gradient.
+        normalize_features: False keeps the length of the features: every cosine is multiplied by s·‖x‖ instead of s.
+        normalize_prototypes: False keeps the lengths of the prototypes: the logits are s·x̂·w_c or, with
+            ``normalize_features=False``, s·x·w_c. No margin is allowed then, because there is no angle.
         bias: (C,), added to the logits as the prior is, with gradient.
-        beyond_pi: where m1·θ + m2 exceeds π: ``"monotone"`` (−2 − cos(·)), ``"arcface"`` (cos θ − m2·sin m2),
-            ``"cosine"`` (as it is), ``"clip"`` (π; a phase below 0 is 0); or ``"easy"``, no angular margin where
-            cos θ <= 0.
-        margin_gradient: ``"exact"``, or ``"straight_through"`` (d margin / d cos = 1).
+        beyond_pi: what replaces cos(m1·θ + m2) where m1·θ + m2 exceeds π: ``"monotone"``: −2 − cos(m1·θ + m2);
+            ``"arcface"``: cos θ − m2·sin m2; ``"cosine"``: nothing does; ``"clip"``: −1 (and 1 where m1·θ + m2 < 0).
+            ``"easy"`` drops the angular margin where cos θ <= 0.
+        margin_gradient: ``"exact"``, or ``"straight_through"``, which takes the derivative of the margin by cos θ as 1.
         reduction: ``"mean"`` (divides by the summed weights of the counted samples), ``"sum"`` or ``"none"``.
-        shard: a sample of the classes, which ``forward`` of a module got; None for all.
-        update: the optimizer that moves the prototypes inside the backward (:mod:`ltloss.optim`); None gives them a
-            gradient.
+        shard: the classes that were drawn, as ``forward`` of a sampled module receives them. None: all classes.
+        update: the optimizer of :mod:`ltloss.optim` that updates the prototypes inside the backward pass. None: the
+            prototypes get a gradient.
 
     Returns:
-        A scalar, or (N,) for ``"none"``; float32, or float64 where an input is.
+        A scalar, or (N,) for ``"none"``; float32, or float64 if an input is float64.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit together, or values out of range (those of tensors are looked
-            at on the CPU only).
-        IndexError: a label outside [0, C) that is not ``ignore_index``, with its position (on a GPU: only under
-            ``ltloss.debug_labels``, and the sample's loss is NaN otherwise).
+        ValueError, TypeError: arguments that do not fit together, or values out of range. The values of tensors are
+            checked on the CPU only.
+        IndexError: a label outside [0, C) that is not ``ignore_index``, with its position. On a GPU only under
+            ``ltloss.debug_labels``; otherwise the loss of that sample is NaN.
+
+    See also: :class:`ltloss.CombinedMarginLoss`, the module that holds the prototypes;
+    :func:`ltloss.soft_labels.soft_label_cross_entropy` for several labels per sample;
+    :func:`ltloss.extend.logsumexp_stats` for a loss of your own.
 
     Sources: Wang et al., NormFace, ACM MM 2017; CosFace, CVPR 2018; Deng et al., ArcFace, CVPR 2019; Deng et al.,
     Sub-center ArcFace, ECCV 2020; Cao et al., LDAM, NeurIPS 2019; Menon et al., Logit adjustment, ICLR 2021; Ren et
@@ -164,23 +169,27 @@ def margin_cross_entropy(
 def cosine_logsumexp(
     features: Tensor, prototypes: Tensor, labels: Tensor, *, scale: float, log_prior: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The two numbers per sample that every loss of the family is made of, in one pass over the prototypes.
+    """Compute the two numbers per sample that determine every loss of the family, in one pass over the prototypes.
+
+    With l_ic = s·cos_ic + log-prior_c these are r_i = log Σ_{c≠y_i} exp(l_ic) and t_i = l_{i,y_i}.
 
     Args:
         features: (N, D).
-        prototypes: (C, D).
-        labels: (N,) integers. A label outside [0, C) means "the target is not among these prototypes": nothing is
-            left out of the log-sum-exp and the target logit is 0. That is what a shard of the classes needs.
+        prototypes: (C, D), or (C, K, D) with K sub-centres a class.
+        labels: (N,) integers. A label outside [0, C) means that the target is not among these prototypes: the
+            log-sum-exp then covers all of them, and the target logit is 0. A part of the classes needs this.
         scale: s > 0.
-        log_prior: (C,) or None.
+        log_prior: (C,), or None.
 
     Returns:
-        ``(logsumexp, target_logit)``, both (N,): r_i = log Σ_{c≠y_i} exp(l_ic), which is −inf where there is no
-        other class, and t_i = l_{i,y_i}, with l_ic = s·cos_ic + log-prior_c. Both are differentiable, with any
-        upstream gradient.
+        ``(logsumexp, target_logit)``: r and t, both (N,) and both differentiable. r is −inf where there is no other
+        class.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together, a scale that is not positive, a prior out of range.
+
+    See also: :func:`ltloss.extend.logsumexp_stats`, which takes more options and is what losses build on;
+    :func:`margin_cross_entropy`, the loss of these numbers.
 
     Example:
         >>> import torch
@@ -206,23 +215,26 @@ def cosine_logsumexp(
 def nearest_prototype(
     prototypes: Tensor, classes: Tensor | None = None, *, allow_tf32: bool = True
 ) -> NearestPrototype:
-    """For every prototype, the largest cosine to any other prototype and its index, without the C×C matrix.
+    """Find for every prototype the nearest other one, max_{j≠i} ŵ_i·ŵ_j, without the C×C matrix.
 
     Args:
-        prototypes: (C, D); or (C, K, D), where the nearest of the sub-centres of two classes count.
-        classes: (R,) class indices to answer for (each is compared with all C), or None for all; then each unordered
-            pair is computed once.
+        prototypes: (C, D); or (C, K, D), where the cosine of two classes is the largest between their sub-centres.
+        classes: (R,) indices of the classes to search for. Each is compared with all C. None: all classes; each
+            unordered pair is then computed once.
         allow_tf32: False searches float32 prototypes with float32 products, even where
             ``torch.set_float32_matmul_precision`` allows TF32. Half precision is not affected: its products are exact.
 
     Returns:
-        ``NearestPrototype(cosine, index)``, (C,) or (R,) each. Of several nearest the lowest index wins. With C = 1:
-        −1 and −1. The gradient of ``cosine`` flows along each found pair only, to both of its ends. How near the found
-        one is to the nearest: "The search" in ``docs/mathematics.md``.
+        ``NearestPrototype(cosine, index)``, (C,) or (R,) each. The lowest of equally near indices wins. With C = 1
+        both are −1. The gradient of ``cosine`` flows to the two prototypes of each pair found, and to no other. The
+        section "The search" of ``docs/mathematics.md`` says how much the result may differ from the exact nearest.
 
     Raises:
-        ValueError, TypeError: prototypes of another shape or dtype, classes that are no integers.
-        IndexError: a class outside [0, C), with its position (on a GPU only under ``ltloss.debug_labels``).
+        ValueError, TypeError: prototypes of another shape or dtype, classes that are not integers.
+        IndexError: a class outside [0, C), with its position. On a GPU only under ``ltloss.debug_labels``.
+
+    See also: :func:`top_k`, the prototypes nearest to a feature; :func:`min_angle_regularizer`, the loss of these
+    cosines.
 
     Example:
         >>> import torch
@@ -251,25 +263,27 @@ def min_angle_regularizer(
     classes: Tensor | None = None,
     allow_tf32: bool = True,
 ) -> Tensor:
-    """Minus the weighted mean angle from each prototype to its nearest other one: pushed down, it spreads them.
+    """Minus the weighted mean angle from each prototype to the nearest other one. Minimising it spreads the prototypes.
 
-    L = −Σ_i ω_i · min_{j≠i} arccos(ŵ_i·ŵ_j) with ω_i ∝ n_i^(−count_exponent), Σ ω = 1, so rare classes are
+    L = −Σ_i ω_i · min_{j≠i} arccos(ŵ_i·ŵ_j) with ω_i ∝ n_i^(−count_exponent) and Σ ω = 1: rare classes are
     pushed apart most.
 
     Args:
-        prototypes: (C, D).
-        class_counts: (C,) training samples per class, all > 0; None weights all classes alike (the MMA regulariser).
-        count_exponent: 1/k of source A; 0.25 there.
-        classes: (R,) class indices to take the mean over (for instance the classes of the batch), or None for all. The
-            weights then sum to 1 over those.
+        prototypes: (C, D), or (C, K, D) as in :func:`nearest_prototype`.
+        class_counts: (C,) training samples per class, all > 0. None weights all classes alike (the MMA regulariser).
+        count_exponent: 1/k of source A, where it is 0.25.
+        classes: (R,) indices of the classes to average over, for instance those of the batch; the weights sum to 1
+            over these. None: all classes.
         allow_tf32: as in :func:`nearest_prototype`.
 
     Returns:
-        A scalar in [−π, 0], radians; 0 for a single class. The gradient stays finite where two prototypes coincide.
+        A scalar in [−π, 0], in radians; 0 for a single class. The gradient stays finite where two prototypes coincide.
 
     Raises:
         ValueError, TypeError: prototypes, counts or classes of another shape or dtype, a count that is not positive.
-        IndexError: a class outside [0, C), with its position (on a GPU only under ``ltloss.debug_labels``).
+        IndexError: a class outside [0, C), with its position. On a GPU only under ``ltloss.debug_labels``.
+
+    See also: :class:`ltloss.LongTailLoss`, which adds this term to its loss.
 
     Sources: source A's L2; uniform weights: Wang et al., MMA regularization, NeurIPS 2020.
 
@@ -305,20 +319,22 @@ def feature_norm_penalty(
     *,
     radius: float = 10.0,
 ) -> Tensor:
-    """L3 of source A: the mean over the batch of g(‖x_i‖), a function that rewards features with length.
+    """L3 of source A: the batch mean of g(‖x_i‖), a penalty on short features.
 
     Args:
         features: (N, D).
         kind: ``"inverse"`` 1/r; ``"magface"`` 1/r + r/u²; ``"ring"`` (r − R)²; ``"hinge"`` max(0, R − r);
-            ``"neglog"`` −log r; or any function of the lengths (N,) that returns (N,).
-        radius: the R of ``ring`` and ``hinge``, the u of ``magface`` (where g is smallest), in units of length.
+            ``"neglog"`` −log r; or any function that maps the lengths (N,) to values (N,).
+        radius: R of ``ring`` and ``hinge``, u of ``magface`` (where g is smallest), in units of length.
 
     Returns:
-        A scalar; 0 for an empty batch. A zero feature has the value of the shortest length told apart from zero (1e-6)
-        and a zero gradient.
+        A scalar; 0 for an empty batch. Lengths below 1e-6 count as 1e-6, so a zero feature has a finite value and a
+        zero gradient.
 
     Raises:
         ValueError, TypeError: features of another shape or dtype, an unknown kind, a radius that is not positive.
+
+    See also: :class:`ltloss.LongTailLoss`, which adds this term to its loss.
 
     Sources: source A's L3 leaves g open; Meng et al., MagFace, CVPR 2021; Zheng et al., Ring loss, CVPR 2018.
 
@@ -341,21 +357,26 @@ def top_k(
     normalize_prototypes: bool = True,
     bias: Tensor | None = None,
 ) -> TopK:
-    """The k classes nearest in angle to each feature, without N×C: prediction, and the search for hard negatives.
+    """Find the k classes with the largest cosine to each feature, without the N×C matrix.
+
+    It serves prediction and the search for hard negatives.
 
     Args:
         features: (N, D).
         prototypes: (C, D); or (C, K, D), where the nearest sub-centre of a class counts.
         k: between 1 and C.
-        normalize_prototypes: False takes the k classes with the largest x·w_c + b_c, by blocks in PyTorch on every
-            device.
-        bias: (C,), for ``normalize_prototypes=False``.
+        normalize_prototypes: False ranks by x·w_c + b_c instead of the cosine. This runs in PyTorch, block by block,
+            on every device.
+        bias: (C,), only with ``normalize_prototypes=False``.
 
     Returns:
-        ``TopK(cosine, index)``, (N, k) each, best first; what is equal in class order. Not differentiable.
+        ``TopK(cosine, index)``, (N, k) each, largest first, equal ones in class order. Not differentiable.
 
     Raises:
-        ValueError, TypeError: tensors that do not fit together, a k outside [1, C], a bias beside cosines.
+        ValueError, TypeError: tensors that do not fit together, a k outside [1, C], a bias with cosines.
+
+    See also: :meth:`ltloss.PrototypeHead.predict`, the same for a loss module; :func:`nearest_prototype`, the
+    prototypes nearest to each other.
 
     Example:
         >>> import torch
@@ -368,7 +389,7 @@ def top_k(
     check_lengths(prototypes, normalize_prototypes)
     if normalize_prototypes:
         if bias is not None:
-            raise ValueError("bias needs normalize_prototypes=False; got True, and cosines without a scale")
+            raise ValueError("bias needs normalize_prototypes=False: cosines have none; got normalize_prototypes=True")
         return prototype_search.top_k(features, prototypes, k)
     like = features.new_empty(0, dtype=compute_dtype(features, prototypes))
     bias = check_offset(None, bias, prototypes.shape[0], like)

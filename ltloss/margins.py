@@ -1,7 +1,7 @@
-"""The margin on the target cosine: its value and its slope, on N-vectors.
+"""The margin on the target cosine: its value and its derivative, for vectors (N,).
 
-Everything a margin does happens on one number per sample, so this file is all that tells ArcFace from CosFace. The
-wide work, which is the same for every loss, is in :mod:`ltloss.ops`.
+A margin acts on one number per sample. This module is therefore all that distinguishes ArcFace from CosFace. The pass
+over all classes, which is the same for every loss, is in :mod:`ltloss.ops`.
 """
 
 from __future__ import annotations
@@ -39,29 +39,33 @@ __all__ = [
 BeyondPi = Literal["monotone", "arcface", "cosine", "clip", "easy"]
 MarginGradient = Literal["exact", "straight_through"]
 
-# d arccos(c)/dc = -1/sin(theta) grows without bound towards theta = 0 and pi, where a float32 cosine cannot resolve
-# angles below 3.5e-4 anyway. Slopes are taken at the angle clamped into [ANGLE_FLOOR, pi - ANGLE_FLOOR], which bounds
-# them by 2048. Nothing is lost: the gradient that reaches a vector is the slope times sin(theta).
+# d arccos(c)/dc = -1/sin(theta) is unbounded near theta = 0 and pi, where a float32 cosine cannot resolve angles below
+# 3.5e-4 anyway. Slopes are evaluated at the angle clamped to [ANGLE_FLOOR, pi - ANGLE_FLOOR], which bounds them by
+# 2048. Nothing is lost: the gradient of a vector is the slope times sin(theta).
 ANGLE_FLOOR = 2.0**-11
 
 
 class Margin(NamedTuple):
-    """cos(m1·θ + m2) − m3 on the target cosine: everything that tells one loss of the family from another.
+    """The margin cos(m1·θ + m2) − m3 on the target cosine.
 
     Attributes:
         angular_margin: m2 in radians, a number or a vector.
         cosine_margin: m3, a number or a vector.
         angle_multiplier: m1.
-        beyond_pi: what happens where the phase m1·θ + m2 passes π and the cosine would rise again. ``"monotone"`` goes
-            on falling with −2 − cos(·); ``"arcface"`` takes cos θ − m2·sin m2, as the original does; ``"cosine"`` lets
-            it rise (InsightFace today); ``"clip"`` keeps the phase in [0, π] (AdaFace); ``"easy"`` has an angular
-            margin only where cos θ > 0 (MagFace).
+        beyond_pi: what happens where the phase m1·θ + m2 exceeds π and its cosine would rise again. ``"monotone"``
+            keeps falling, −2 − cos(m1·θ + m2); ``"arcface"`` takes cos θ − m2·sin m2, as the paper does; ``"cosine"``
+            lets it rise (InsightFace's code); ``"clip"`` clamps the phase to [0, π] (AdaFace); ``"easy"`` applies the
+            angular margin only where cos θ > 0 (MagFace).
         margin_gradient: ``"exact"``, or ``"straight_through"``, which takes d margin / d cos as 1 (InsightFace).
 
-    A vector is per class, (C,), where the loss function takes it, and per sample, (N,), after :meth:`of_samples`.
+    Vectors hold one value per class, (C,), or after :meth:`of_samples` one per sample, (N,).
 
     Raises:
-        ValueError, TypeError: by :meth:`checked`, an option of another type, shape or range.
+        ValueError, TypeError: from :meth:`checked`: an option of another type, shape or range.
+
+    See also: :func:`margin_cosine`, which applies a margin with gradients; :func:`ltloss.extend.margin_losses`.
+
+    Source: Deng et al., ArcFace, CVPR 2019, eq. 4.
 
     Example:
         >>> import torch
@@ -77,7 +81,7 @@ class Margin(NamedTuple):
     margin_gradient: MarginGradient = "exact"
 
     def checked(self, num_classes: int, like: Tensor) -> Margin:
-        """The same with vectors (C,) as ``like`` is; an error that names the option where one is wrong."""
+        """Return the margin with vectors in the dtype of ``like``; raise an error that names an invalid option."""
         check_choice("beyond_pi", self.beyond_pi, get_args(BeyondPi))
         check_choice("margin_gradient", self.margin_gradient, get_args(MarginGradient))
         return self._replace(
@@ -87,7 +91,7 @@ class Margin(NamedTuple):
         )
 
     def in_words(self) -> str:
-        """The first option that makes it a margin, and its value; empty where there is none."""
+        """The first option that differs from no margin, with its value, for messages; empty if none does."""
         none = Margin()
         for name, given, nothing in zip(self._fields[:3], self, none, strict=False):
             if isinstance(given, Tensor) and given.dim():
@@ -98,21 +102,21 @@ class Margin(NamedTuple):
 
     @property
     def turns(self) -> bool:
-        """Whether an angle is involved at all; if not, the cosine is exact and no arccos loses digits of it."""
+        """Whether the margin acts on the angle. If not, the cosine is used as it is: arccos would cost digits."""
         return self.angle_multiplier != 1.0 or isinstance(self.angular_margin, Tensor) or self.angular_margin != 0.0
 
     def of_samples(self, classes: Tensor) -> Margin:
-        """Vectors per class, read at the class of each sample (N,)."""
+        """Return the margin of each sample (N,), given the class of each."""
         angle, cosine = (value[classes] if isinstance(value, Tensor) and value.dim() else value for value in self[:2])
         return self._replace(angular_margin=angle, cosine_margin=cosine)
 
     def to(self, dtype: torch.dtype) -> Margin:
-        """Its vectors in another dtype."""
+        """Return the margin with its vectors in another dtype."""
         angle, cosine = (value.to(dtype) if isinstance(value, Tensor) else value for value in self[:2])
         return self._replace(angular_margin=angle, cosine_margin=cosine)
 
     def value(self, cosine: Tensor) -> Tensor:
-        """cos(m1·θ + m2) − m3 of target cosines (N,), continued beyond π."""
+        """cos(m1·θ + m2) − m3 of target cosines (N,), with ``beyond_pi`` applied."""
         return (self._turned(cosine) if self.turns else cosine) - self.cosine_margin
 
     def _turned(self, cosine: Tensor) -> Tensor:
@@ -125,23 +129,23 @@ class Margin(NamedTuple):
             return phase.clamp(0.0, math.pi).cos()
         if self.beyond_pi == "cosine":
             return phase.cos()
-        # On the k-th stretch of length pi: (-1)^k cos(phase) - 2k. Continuous and falling everywhere; k = 1 is the
-        # -2 - cos(theta + m) of the text, k > 1 only occurs with a multiplier (SphereFace).
+        # For a phase in [k·pi, (k+1)·pi): (-1)^k cos(phase) - 2k, continuous and falling. k = 1 is -2 - cos(theta + m);
+        # k > 1 only occurs with an angle multiplier (SphereFace).
         stretch = torch.floor(phase / math.pi).clamp_min(0)
         return (1 - 2 * stretch.remainder(2)) * phase.cos() - 2 * stretch
 
     def slope(self, cosine: Tensor) -> Tensor:
-        """d value / d cosine = m1·sin(m1·θ + m2)/sin(θ), with what ``beyond_pi`` makes of it."""
+        """d value / d cosine = m1·sin(m1·θ + m2)/sin(θ), with ``beyond_pi`` applied."""
         if not self.turns or self.margin_gradient == "straight_through":
             return torch.ones_like(cosine)
-        # The bound as a literal: torch.compile(dynamic=True) takes globals for inputs of the graph.
+        # ANGLE_FLOOR as a literal: torch.compile(dynamic=True) would make the global an input of the graph.
         angle = arccos(cosine).clamp(2.0**-11, math.pi - 2.0**-11)
         phase = self.angle_multiplier * angle + self.angular_margin
         slope = self.angle_multiplier * phase.sin() / angle.sin()
         return self._continued(slope, phase, cosine, beyond=1.0, plain=1.0)
 
     def slope_by_angle(self, cosine: Tensor) -> Tensor:
-        """d value / d m2 = −sin(m1·θ + m2), with what ``beyond_pi`` makes of it."""
+        """d value / d m2 = −sin(m1·θ + m2), with ``beyond_pi`` applied."""
         phase = self.angle_multiplier * arccos(cosine) + self.angular_margin
         margin = torch.as_tensor(self.angular_margin)
         beyond = -margin.sin() - margin * margin.cos()
@@ -150,9 +154,9 @@ class Margin(NamedTuple):
     def _continued(
         self, slope: Tensor, phase: Tensor, cosine: Tensor, *, beyond: Tensor | float, plain: float
     ) -> Tensor:
-        """A slope of cos(phase) as that of :meth:`_turned`.
+        """Turn the slope of cos(phase) into the slope of :meth:`_turned`.
 
-        ``beyond``: of cos θ − m2·sin m2; ``plain``: of the cosine without an angular margin.
+        ``beyond``: the slope of cos θ − m2·sin m2; ``plain``: the slope of the cosine without an angular margin.
         """
         if self.beyond_pi == "arcface":
             return torch.where(phase > math.pi, beyond, slope)
@@ -166,16 +170,18 @@ class Margin(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The loss without its batch: all that goes with features, prototypes and labels, checked once.
+    """All options of a loss in one object: everything but features, prototypes and labels.
 
     Attributes:
-        margin: on the target cosine.
-        log_prior: (C,) added to the logits, or None. With gradient where it asks for one.
+        margin: the margin on the target cosine.
+        log_prior: (C,) added to the logits, or None. It gets a gradient if it requires one.
         class_weight: (C,) factor on the loss of each class, or None.
-        scale, normalize_features, label_smoothing, reduction, normalize_prototypes: see
+        scale, normalize_features, label_smoothing, reduction, normalize_prototypes, bias: see
             :func:`ltloss.functional.margin_cross_entropy`.
-        ignore_index: the label of samples that do not count. None: every label outside [0, C) says that the target is
+        ignore_index: the label of samples that do not count. None: a label outside [0, C) means that the target is
             not among these prototypes.
+
+    See also: :func:`ltloss.functional.margin_cross_entropy`, which takes the same options by name.
     """
 
     margin: Margin = Margin()
@@ -190,9 +196,9 @@ class Objective(NamedTuple):
     bias: Tensor | None = None
 
     def checked(self, num_classes: int, like: Tensor) -> Objective:
-        """The same with vectors (C,) as ``like`` is; an error that names the option where one is wrong.
+        """Return the options with vectors (C,) in the dtype of ``like``; raise an error that names an invalid option.
 
-        A bias is part of the ``log_prior`` then.
+        The result has no ``bias``: it is added to the ``log_prior``.
         """
         check_type("ignore_index", self.ignore_index, int)
         check_type("normalize_features", self.normalize_features, bool)
@@ -221,11 +227,11 @@ class Objective(NamedTuple):
 
     @property
     def with_norm(self) -> bool:
-        """Whether a length ‖x‖ multiplies the cosine; a product x·w has it in itself."""
+        """Whether ‖x‖ multiplies the cosine. A product x·w contains it already."""
         return self.normalize_prototypes and not self.normalize_features
 
     def flat(self) -> tuple[list[Tensor | None], list[float], list[bool], int | None, list[str]]:
-        """As the schema of an operator can say it, ``OBJECTIVE``."""
+        """The options as lists of plain types, as the operator schema ``OBJECTIVE`` takes them."""
         given = (*self.margin[:2], self.log_prior, self.class_weight)
         vectors = [value if isinstance(value, Tensor) else None for value in given]
         margins = [0.0 if isinstance(value, Tensor) else float(value) for value in self.margin[:3]]
@@ -234,7 +240,7 @@ class Objective(NamedTuple):
 
     @classmethod
     def named(cls, **options: Any) -> Objective:
-        """From the options by name, those of the margin too."""
+        """Build from all options by name, including those of the margin."""
         margin = Margin(**{name: options.pop(name) for name in Margin._fields if name in options})
         return cls(margin, **options)
 
@@ -254,7 +260,7 @@ class Objective(NamedTuple):
         return cls(margin, prior, weight, numbers[3], normalize[0], numbers[4], ignore_index, words[2], normalize[1])
 
 
-# Those that every member of the family has.
+# The options that every loss module has.
 OPTION_NAMES = (
     *Margin._fields,
     *(name for name in Objective._fields if name not in ("margin", "normalize_prototypes", "bias")),
@@ -277,12 +283,12 @@ class _Arccos(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         (cosine,) = ctx.saved_tensors
-        # Of differentiable operations, so that it can be differentiated again.
+        # Made of differentiable operations, so that it can be differentiated again.
         return grad_outputs[0] * (-1.0 / arccos(cosine).sin().clamp_min(math.sin(ANGLE_FLOOR)))
 
 
 def _arccos_of_operations(cosine: Tensor) -> Tensor:
-    """The same for ``torch.func``, whose transforms see through PyTorch's own operations."""
+    """:func:`arccos` built from PyTorch's own operations, which the transforms of ``torch.func`` can differentiate."""
     value = cosine.detach().clamp(-1.0, 1.0).acos()
     least = math.sin(ANGLE_FLOOR)
     steep = value.sin() < least
@@ -291,14 +297,16 @@ def _arccos_of_operations(cosine: Tensor) -> Tensor:
 
 
 def arccos(cosine: Tensor) -> Tensor:
-    """Angle in radians of a cosine, exact in value, with a gradient that stays finite at ±1.
+    """Angle in radians of a cosine: exact value, and a gradient that stays finite at ±1.
 
     Args:
-        cosine: any shape; values a rounding error outside [-1, 1] are taken as ±1, NaN stays NaN.
+        cosine: any shape. Values outside [-1, 1] are taken as ±1; NaN stays NaN.
 
     Returns:
         Angles in [0, π], same shape and dtype. The slope is bounded by 2048 (see ``ANGLE_FLOOR``). Differentiable any
         number of times.
+
+    See also: ``torch.acos``, whose gradient at ±1 is infinite.
 
     Example:
         >>> import torch
@@ -334,15 +342,20 @@ class _MarginCosine(torch.autograd.Function):
 
 
 def margin_cosine(cosine: Tensor, **margin: Any) -> Tensor:
-    """The target cosine after its margin: cos(m1·θ + m2) − m3, per sample.
+    """The target cosine after its margin, cos(m1·θ + m2) − m3, per sample.
 
     Args:
         cosine: (N,) target cosines.
-        margin: see :class:`Margin`; vectors are (N,), already gathered per sample.
+        margin: the fields of :class:`Margin` as keywords. Vectors are (N,), one value per sample.
 
     Returns:
-        (N,) cosines after the margin, in the dtype of ``cosine``. Differentiable any number of times, by margins (N,)
-        too.
+        (N,) cosines after the margin, in the dtype of ``cosine``. Differentiable any number of times, with respect to
+        margins (N,) too.
+
+    Raises:
+        ValueError, TypeError: a margin of another type, shape or range.
+
+    See also: :func:`ltloss.extend.margin_losses`, the losses of these cosines.
 
     Sources: Deng et al., ArcFace, CVPR 2019, eq. 3 and 4 (combined margin); Liu et al., SphereFace, CVPR 2017, eq. 7
     (monotone).

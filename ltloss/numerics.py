@@ -1,4 +1,4 @@
-"""Small numerics that every backend shares: dtypes of accumulation, inverse lengths, deterministic sums of rows."""
+"""Numerics that all backends share: the dtype of accumulation, inverse norms, deterministic sums of rows."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor
 
 from ltloss.float8 import ELEMENTS, FLOAT8, LARGEST, widened
 
-__all__ = ["add_rows_", "compute_dtype", "inverse_norm", "project_", "spans"]
+__all__ = ["add_rows_", "compute_dtype", "inverse_norm", "log_sum_of_others", "project_", "spans"]
 
-# Squares of numbers outside this range leave float32's, so such rows get their norm in float64.
+# Squares of numbers outside this range overflow or underflow in float32, so the norm of such a row is taken in float64.
 _TRUSTED_NORM = (1e-15, 1e15)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where an input has it, float32 otherwise: half precision is never accumulated in."""
+    """The dtype of sums: float64 if an input is float64, else float32. Nothing is accumulated in half precision."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def spans(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of consecutive pieces of at most ``size``, as equal in length as they can be.
+    """Yield (start, stop) of consecutive pieces of at most ``size``, as equal in length as possible.
 
-    A ragged last piece of one row would be multiplied by another routine (gemv), whose sums round differently: equal
-    prototypes would then not have equal cosines.
+    A last piece of one row would be multiplied by another routine (gemv), whose sums round differently. Equal
+    prototypes would then have different cosines.
     """
     pieces = -(-total // size)
     for piece in range(pieces):
@@ -32,9 +32,10 @@ def spans(total: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def add_rows_(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """``target[index[i]] += rows[i]``, in place, the same bits each time also where indices repeat.
+    """Do ``target[index[i]] += rows[i]`` in place, bitwise reproducible even where indices repeat.
 
-    On a CPU index_put_(accumulate=True) adds float32 with atomics from several threads; on a GPU index_add_ does.
+    Each device has one operation that is not: index_put_(accumulate=True) on a CPU and index_add_ on a GPU add float32
+    with atomics, in any order.
     """
     if target.device.type == "cpu":
         return target.index_add_(0, index, rows)
@@ -42,14 +43,14 @@ def add_rows_(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 
 def inverse_norm(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """1/‖v‖ of every row, and 0 for a zero row, which makes its direction 0.
+    """1/‖v‖ of every row, and 0 for a zero row, so that its direction is 0.
 
     Args:
         vectors: (K, D), any floating dtype.
-        dtype: of the result and of the sum of squares.
+        dtype: dtype of the result and of the sum of squares.
 
     Returns:
-        (K,). Rows whose squares leave float32's range are computed in float64.
+        (K,). Rows whose squares overflow or underflow in float32 are computed in float64.
     """
     if vectors.dtype == FLOAT8:
         return _inverse_norm_of_float8(vectors, dtype)
@@ -61,14 +62,14 @@ def inverse_norm(vectors: Tensor, dtype: torch.dtype) -> Tensor:
             if bool(suspicious.any()):
                 exact = torch.linalg.vector_norm(vectors[suspicious], dim=1, dtype=torch.float64)
                 inverse[suspicious] = _reciprocal(exact, dtype)
-        else:  # no look at the data: that would synchronise with the host
+        else:  # for all rows: picking the suspicious ones would synchronise with the host
             exact = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
             inverse = torch.where(suspicious, _reciprocal(exact, dtype), inverse)
     return inverse
 
 
 def _inverse_norm_of_float8(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """A piece at a time; no square leaves float32's range."""
+    """:func:`inverse_norm` of float8 rows, converted block by block. Their squares fit float32."""
     inverse = torch.empty(vectors.shape[0], dtype=dtype, device=vectors.device)
     for start, stop in spans(vectors.shape[0], max(1, ELEMENTS // max(1, vectors.shape[1]))):
         wide = widened(vectors[start:stop])
@@ -79,10 +80,19 @@ def _inverse_norm_of_float8(vectors: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _reciprocal(norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """1/norm in ``dtype``; 0 where it would overflow there: so short a row counts as zero."""
+    """1/norm in ``dtype``; 0 where that would overflow: so short a row counts as zero."""
     return torch.where(norm < torch.finfo(dtype).tiny, 0.0, norm.reciprocal()).to(dtype)
 
 
 def project_(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """Through v̂ = v/‖v‖: dv = (dv̂ − (dv̂·v̂) v̂)/‖v‖, in place; 0 for a zero row."""
+    """Backpropagate through v̂ = v/‖v‖ in place: dv = (dv̂ − (dv̂·v̂) v̂)/‖v‖; 0 for a zero row."""
     return grad.addcmul_(unit, torch.linalg.vecdot(grad, unit)[:, None], value=-1).mul_(inverse[:, None])
+
+
+def log_sum_of_others(logsumexp: Tensor, logits: Tensor) -> Tensor:
+    """r (N, k), for each target over all other classes, from r without the k targets (N,) and their logits (N, k)."""
+    k = logits.shape[1]
+    each = torch.cat([logits, logsumexp[:, None]], 1)[:, None].expand(-1, k, -1)
+    each = each.masked_fill(torch.eye(k, k + 1, dtype=torch.bool, device=logits.device), -torch.inf)
+    nothing = (each == -torch.inf).all(2)
+    return torch.logsumexp(each.masked_fill(nothing[..., None], 0.0), 2).masked_fill(nothing, -torch.inf)

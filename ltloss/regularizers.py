@@ -1,6 +1,6 @@
-"""The two regularisers on N- and C-vectors: the mean angle (L2) and the functions g(‖x‖) of L3.
+"""The regularisers of source A on vectors: the mean angle of L2 and the functions g(‖x‖) of L3.
 
-Every backend shares them, the reference too: they are one formula each.
+Each is one formula, which all backends and the reference share.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["FeatureNormKind", "mean_angle", "norm_penalty"]
 
 FeatureNormKind = Literal["inverse", "magface", "ring", "hinge", "neglog"]
 
-_SHORTEST = 1e-6  # 1/r and log r need a length; below this, the penalty is constant
+_SHORTEST = 1e-6  # lower bound of the length, for 1/r and log r; below it the penalty is constant
 
 _KINDS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "inverse": lambda r, _: 1 / r,
@@ -36,9 +36,9 @@ def norm_penalty(
     radius: float,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`ltloss.functional.feature_norm_penalty`; the mean is over the ``counted`` (N,) samples, or all."""
+    """:func:`ltloss.functional.feature_norm_penalty`, averaged over the ``counted`` (N,) samples, or over all."""
     if counted is not None:
-        features = features.masked_fill(~counted[:, None], 0.0)  # what is ignored may hold NaN
+        features = features.masked_fill(~counted[:, None], 0.0)  # ignored rows may hold NaN
     length = torch.linalg.vector_norm(features, dim=1, dtype=compute_dtype(features)).clamp_min(_SHORTEST)
     if callable(kind):
         values = kind(length)
@@ -54,12 +54,10 @@ def norm_penalty(
 
 
 def mean_angle(cosine: Tensor, weights: Tensor) -> Tensor:
-    """Minus the mean angle of cosines (R,) with weights (R,) >= 0; 0 where no weight is positive.
-
-    What both minimum-angle terms end with: least where the prototypes are far apart.
+    """Minus the weighted mean angle, −Σ ω_i·arccos(cos_i)/Σ ω_i, of cosines (R,) with weights (R,) >= 0.
 
     Returns:
-        A scalar in radians, in the dtype of `cosine`.
+        A scalar in radians, in the dtype of ``cosine``; 0 if all weights are 0.
 
     Example:
         >>> import torch

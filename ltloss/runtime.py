@@ -1,4 +1,4 @@
-"""Which implementation runs, how much memory it may take, whether labels on a GPU are checked: all our switches."""
+"""The switches of this package: which backend runs, how much memory it may use, whether labels on a GPU are checked."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ _backend: Backend = _checked(os.environ.get("LTLOSS_BACKEND", "auto"), f"{_VARIA
 
 
 def current_backend() -> Backend:
-    """The backend in force (see :class:`use_backend`).
+    """Return the name of the backend in force.
+
+    See also: :class:`use_backend`, which sets it.
 
     Example:
         >>> import ltloss
@@ -49,15 +51,20 @@ def current_backend() -> Backend:
 
 
 class use_backend(AbstractContextManager["use_backend"]):
-    """Force one implementation, from now on or inside a ``with`` block.
+    """Choose the backend, from now on or inside a ``with`` block.
 
     Args:
-        name: ``"auto"`` takes the kernels for tensors on a GPU that they serve (half precision and float32, compute
-            capability 8.0 on, Triton installed), and chunked PyTorch otherwise; ``"torch"`` chunked PyTorch everywhere;
-            ``"reference"`` the dense one of :mod:`ltloss.reference` (needs N×C memory);
-            ``"triton"`` the GPU kernels, and raises where they cannot run.
+        name: ``"auto"`` runs the Triton kernels where they can (float16, bfloat16 or float32 tensors on a GPU of
+            compute capability 8.0 or newer, Triton installed) and chunked PyTorch elsewhere. ``"torch"`` runs chunked
+            PyTorch everywhere. ``"reference"`` runs the dense :mod:`ltloss.reference`, which needs N×C memory.
+            ``"triton"`` runs the kernels, and raises BackendError where they cannot run.
 
-    The environment variable ``LTLOSS_BACKEND`` sets the initial value. The switch is global to the process.
+    The environment variable ``LTLOSS_BACKEND`` sets the initial value. The switch applies to the whole process.
+
+    Raises:
+        ValueError: an unknown name.
+
+    See also: :func:`current_backend`; :class:`use_workspace`, which limits the memory.
 
     Example:
         >>> import ltloss
@@ -97,7 +104,9 @@ _keep_exponentials = False
 
 
 def current_workspace() -> int:
-    """How many bytes a step may take beside the gradients (see :class:`use_workspace`).
+    """Return the limit of the workspace, in bytes.
+
+    See also: :class:`use_workspace`, which sets it.
 
     Example:
         >>> import ltloss
@@ -108,7 +117,9 @@ def current_workspace() -> int:
 
 
 def current_keep_exponentials() -> bool:
-    """Whether exponentials are kept for the backward (see :class:`use_workspace`).
+    """Return whether exponentials are kept for the backward.
+
+    See also: :class:`use_workspace`, which sets it.
 
     Example:
         >>> import ltloss
@@ -119,19 +130,25 @@ def current_keep_exponentials() -> bool:
 
 
 class use_workspace(AbstractContextManager["use_workspace"]):
-    """Limit the memory of the kernels' backward, or spend memory on time. From now on, or inside a ``with`` block.
+    """Limit the workspace of the backward, or trade memory for time. From now on, or inside a ``with`` block.
 
     Args:
-        limit: bytes beside the gradients. A batch whose float32 gradient alone takes more is still computed, in the
-            smallest slabs.
+        limit: bytes that the kernels' backward may use in addition to the gradients. If the float32 gradient of a
+            batch alone exceeds it, the batch is still computed, in the smallest slabs.
         keep_exponentials: keep exp(logit) of every sample and class from the forward to the backward, in bfloat16:
-            2·N·C bytes on a rank of N rows and C classes. The backward reads them instead of multiplying for the
-            logits again: a step takes 3 products of N·C·D instead of 4. The loss keeps its bits. The gradient of every
-            logit but the target's is rounded, to 2^-8 of itself. Nothing is kept, and gradients keep their bits, where
-            it does not fit into ``limit``, and in float64. What is kept and the backward's slabs, which the kernels
-            hold beside it, are each within ``limit``. When it pays: docs/performance.md.
+            2·N·C bytes on a rank with N rows and C classes. The backward then does not recompute the logits: a step
+            takes 3 products of N·C·D instead of 4. The loss is bitwise the same. The gradient of every logit except
+            the target's is rounded, relative error 2^-8. Nothing is kept, and nothing is rounded, where the
+            exponentials exceed ``limit`` or in float64. The exponentials and the slabs of the kernels' backward each
+            stay within ``limit``. docs/performance.md says when it pays.
 
-    The environment variable ``LTLOSS_WORKSPACE_MIB`` sets the initial limit, 256 without it. Global to the process.
+    The environment variable ``LTLOSS_WORKSPACE_MIB`` sets the initial limit in MiB; the default is 256. The switch
+    applies to the whole process.
+
+    Raises:
+        ValueError: a limit that is not a positive integer.
+
+    See also: :func:`current_workspace`, :func:`current_keep_exponentials`; :class:`use_backend`.
 
     Example:
         >>> import ltloss
@@ -160,7 +177,9 @@ _debug = os.environ.get("LTLOSS_DEBUG", "0") not in ("", "0")
 
 
 def current_debug() -> bool:
-    """Whether labels on a GPU are checked (see :func:`set_debug`).
+    """Return whether labels on a GPU are checked.
+
+    See also: :func:`set_debug` and :func:`debug_labels`, which set it.
 
     Example:
         >>> import ltloss
@@ -172,13 +191,15 @@ def current_debug() -> bool:
 
 
 def set_debug(on: bool) -> None:
-    """Check labels on a GPU too from now on, at the price of one host synchronisation a call, or no longer.
+    """Turn the check of labels on a GPU on or off. It costs one host synchronisation per call.
 
-    Labels on the CPU are always checked. The environment variable ``LTLOSS_DEBUG=1`` turns it on at import. Global to
-    the process. :func:`debug_labels` limits it to a block.
+    Labels on the CPU are always checked. The environment variable ``LTLOSS_DEBUG=1`` turns the check on at import. The
+    switch applies to the whole process.
 
     Args:
         on: whether to check them.
+
+    See also: :func:`debug_labels`, for a ``with`` block; :func:`current_debug`.
 
     Example:
         >>> import ltloss
@@ -192,10 +213,15 @@ def set_debug(on: bool) -> None:
 
 @contextmanager
 def debug_labels(on: bool = True) -> Iterator[None]:
-    """``set_debug(on)`` inside a ``with`` block, and what was before after it.
+    """Set the check of labels on a GPU inside a ``with`` block, and restore it afterwards.
 
     Args:
-        on: whether to check labels on a GPU.
+        on: whether to check them.
+
+    Returns:
+        A context manager.
+
+    See also: :func:`set_debug`, for the whole process.
 
     Example:
         >>> import ltloss
@@ -211,11 +237,12 @@ def debug_labels(on: bool = True) -> Iterator[None]:
 
 
 class _Debug:
-    """``ltloss.debug`` of version 0.1: a switch, a context manager and a flag."""
+    """``ltloss.debug`` of version 0.1: a function, a context manager and a flag in one."""
 
     def __call__(self, on: bool = True) -> ExitStack:
         warn_deprecated(
-            "ltloss.debug is ltloss.set_debug now, and ltloss.debug_labels for a block; it ends with version 0.3"
+            "ltloss.debug is deprecated and goes with version 0.3; use ltloss.set_debug, or ltloss.debug_labels for a "
+            "block"
         )
         scope = ExitStack()
         scope.callback(set_debug, _debug)
@@ -223,7 +250,7 @@ class _Debug:
         return scope
 
     def __bool__(self) -> bool:
-        warn_deprecated("bool(ltloss.debug) is ltloss.current_debug() now; it ends with version 0.3")
+        warn_deprecated("bool(ltloss.debug) is deprecated and goes with version 0.3; use ltloss.current_debug()")
         return _debug
 
 

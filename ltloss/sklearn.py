@@ -30,7 +30,10 @@ _DTYPES = (np.float32, np.float64, np.float16)  # taken as they are; anything el
 
 
 class TopClasses(NamedTuple):
-    """The k best classes of each sample, best first: their labels and their probabilities, (N, k) each."""
+    """The k best classes of each sample, best first: their labels and their probabilities, (N, k) each.
+
+    See also: :meth:`LongTailClassifier.top_k`, which returns it.
+    """
 
     label: Array
     probability: Array
@@ -91,6 +94,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     ``partial_fit`` makes one pass at a constant rate over the samples it is given. Space and start are those of its
     first call, which has to name all ``classes``; one that comes later starts at its mean then. It has no validation
     part: ``"auto"`` and ``"cosine"`` take the middle one of ``scales``.
+
+    See also: :class:`ltloss.LogitAdjustedLoss` and :class:`ltloss.LinearSoftmaxLoss`, the losses that it trains.
 
     Sources: Ren et al., Balanced meta-softmax, NeurIPS 2020, eq. 4; Menon et al., Logit adjustment, ICLR 2021, eq. 10;
     Guo et al., On calibration of modern neural networks, ICML 2017. Whitening within classes: Fisher's discriminant.

@@ -1,4 +1,4 @@
-"""Samples that belong to several classes in part, as mixup makes them: their losses in one pass over the prototypes."""
+"""Soft labels: samples with several weighted classes, as mixup makes them, in one pass over the prototypes."""
 
 from __future__ import annotations
 
@@ -33,26 +33,30 @@ def soft_label_cross_entropy(
     reduction: Reduction = "mean",
     **options: Any,
 ) -> Tensor:
-    r"""The weighted mean of the losses of a sample for each of its classes, Σ_j q_ij·ℓ(x_i, y_ij), in one pass.
+    r"""Margin cross-entropy with several weighted labels per sample, Σ_j q_ij·ℓ(x_i, y_ij).
 
-    ℓ is :func:`ltloss.functional.margin_cross_entropy`: its margin lies on the class y_ij alone. Without a margin this
-    is the cross-entropy with soft targets, log Σ_c exp(l_c) − Σ_j q_ij·l_{y_ij}.
+    ℓ is :func:`ltloss.functional.margin_cross_entropy`, whose margin acts on class y_ij alone. Without a margin, and
+    with Σ_j q_ij = 1, this is the cross-entropy with soft targets, log Σ_c exp(l_c) − Σ_j q_ij·l_{y_ij}.
 
     Args:
         features: (N, D).
         prototypes: (C, D), or (C, K, D).
-        labels: (N, k) integers in [0, C), k up to 8. A sample whose first label is ``ignore_index`` does not count;
-            later ones that are ``ignore_index`` are none.
-        label_weight: (N, k) q >= 0, without gradient. The rows sum to 1 in mixup; another sum weights the sample.
-        class_weight, label_smoothing, reduction: as in ``margin_cross_entropy``; ``"mean"`` divides by the summed
-            weights, those of labels times those of classes.
-        options: the other options of ``margin_cross_entropy``, its margins too.
+        labels: (N, k) integers in [0, C), k ≤ 8. A sample is ignored if its first label is ``ignore_index``; later
+            labels that are ``ignore_index`` are dropped.
+        label_weight: (N, k) q >= 0, without gradient. In mixup each row sums to 1; any other sum weights the sample.
+        class_weight, label_smoothing, reduction: as in ``margin_cross_entropy``. ``"mean"`` divides by the sum of the
+            label weights times the class weights.
+        options: the other options of ``margin_cross_entropy``, including its margins.
 
     Returns:
         A scalar, or (N,) for ``"none"``.
 
     Raises:
-        ValueError, TypeError, IndexError: arguments that do not fit together, or values out of range.
+        ValueError, TypeError: arguments that do not fit together, or values out of range.
+        IndexError: a label outside [0, C) that is not ``ignore_index``, with its position.
+
+    See also: :func:`ltloss.functional.margin_cross_entropy`, for one label per sample; ``forward`` of
+    :class:`ltloss.CombinedMarginLoss`, which takes ``label_weight``.
 
     Source: Zhang et al., mixup: beyond empirical risk minimization, ICLR 2018.
 
@@ -67,19 +71,21 @@ def soft_label_cross_entropy(
     _check_weight(labels, label_weight)
     unknown = sorted(options.keys() - _OPTIONS)
     if unknown:
-        raise TypeError(f"soft_label_cross_entropy has no option {unknown[0]}; it has {', '.join(sorted(_OPTIONS))}")
+        raise TypeError(f"soft_label_cross_entropy has no option {unknown[0]!r}; it has {', '.join(sorted(_OPTIONS))}")
     margin = {name: options.pop(name) for name in Margin._fields if name in options}
     options = {"scale": 30.0, "with_logit_sum": label_smoothing > 0.0, **options}
     stats = logsumexp_stats(features, prototypes, labels, **options)
     losses = margin_losses(stats, **margin, label_smoothing=label_smoothing)
-    # What a sample says again of a class counts where it was said first.
+    # The weight of a repeated class is added to its first place.
     again = (labels[:, :, None] == labels[:, None, :]).to(label_weight.dtype)
     weight = (again * label_weight[:, None, :]).sum(2)
     return reduce_losses(losses, stats.labels, class_weight=class_weight, sample_weight=weight, reduction=reduction)
 
 
 def takes_soft_labels(loss: Any) -> bool:
-    """Whether ``forward`` of a loss module takes ``label_weight``.
+    """Return whether ``forward`` of a loss module takes ``label_weight``.
+
+    See also: :func:`soft_label_cross_entropy`.
 
     Example:
         >>> from ltloss import AdaFaceLoss, ArcFaceLoss
@@ -97,10 +103,10 @@ def _takes_soft_labels(kind: Any) -> bool:
 
 def _check_weight(labels: Tensor, label_weight: Tensor) -> None:
     if labels.dim() != 2:
-        raise ValueError(f"labels must have the shape (N, k), k classes of a sample; got {tuple(labels.shape)}")
+        raise ValueError(f"labels must have shape (N, k), k classes per sample; got {tuple(labels.shape)}")
     if not isinstance(label_weight, Tensor) or label_weight.shape != labels.shape:
         given = tuple(label_weight.shape) if isinstance(label_weight, Tensor) else type(label_weight).__name__
-        raise ValueError(f"label_weight must be a tensor of the shape of labels, {tuple(labels.shape)}; got {given}")
+        raise ValueError(f"label_weight must be a tensor shaped like labels, {tuple(labels.shape)}; got {given}")
     if label_weight.requires_grad:
         raise ValueError("label_weight is treated as a constant and gets no gradient; pass label_weight.detach()")
     check_same_device(labels=labels, label_weight=label_weight)

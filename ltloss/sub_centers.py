@@ -1,7 +1,7 @@
-"""Which of a class's sub-centres a sample belongs to, and which samples belong to none of those that count.
+"""Sub-centres: find the sub-centre of each sample, and the samples that do not belong to the main one of their class.
 
-With K prototypes a class, clean samples gather around one of them and wrong or hard ones around the others. Training
-starts with K of 3, say; then the outliers are left out, and a model with one prototype a class is trained on the rest.
+With K prototypes per class, clean samples gather around one of them, and mislabelled or hard ones around the others.
+Train with K = 3, say. Then remove the outliers and train a model with one prototype per class on the rest.
 
 Source: Deng et al., Sub-center ArcFace: boosting face recognition by large-scale noisy web faces, ECCV 2020, section
 3.3.
@@ -24,7 +24,7 @@ __all__ = ["dominant", "nearest_of_target", "outliers"]
 def nearest_of_target(
     features: Tensor, prototypes: Tensor, labels: Tensor, *, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """The sub-centre of its own class that each sample is nearest to.
+    """Find the nearest sub-centre of each sample within its own class, argmax_k cos(x_i, w_{y_i,k}).
 
     Args:
         features: (N, D).
@@ -33,11 +33,16 @@ def nearest_of_target(
         ignore_index: label of samples that do not count.
 
     Returns:
-        ``(index, cosine)``: (N,) int64 in [0, K), of equally near ones the lowest, -1 for samples that do not count;
-        and (N, K) the cosines to all of them, 0 for those samples.
+        ``(index, cosine)``: the index (N,) int64 in [0, K), the lowest of equally near ones, and the cosines (N, K) to
+        all sub-centres of the class. Samples that do not count have index -1 and cosines 0.
 
     Raises:
-        ValueError, TypeError, IndexError: tensors that do not fit together, prototypes spread over ranks.
+        ValueError, TypeError: tensors that do not fit together, prototypes spread over ranks.
+        IndexError: a label outside [0, C) that is not ``ignore_index``, with its position.
+
+    See also: :func:`dominant`, which counts these indices; :func:`outliers`, which uses both.
+
+    Source: Deng et al., Sub-center ArcFace, ECCV 2020, section 3.3.
 
     Example:
         >>> import torch
@@ -49,7 +54,7 @@ def nearest_of_target(
     check_supervised(features, prototypes, labels)
     if is_sharded(prototypes):
         raise ValueError(
-            f"prototypes {tuple(prototypes.shape)} must be in one piece; got them spread over ranks: take "
+            f"prototypes {tuple(prototypes.shape)} must be whole on this rank; got a DTensor spread over ranks. Use "
             "ltloss.distributed.in_one_piece of the module"
         )
     labels = checked_labels(labels, prototypes.shape[0], ignore_index, "labels").to(torch.int64)
@@ -60,15 +65,19 @@ def nearest_of_target(
 
 @torch.no_grad()
 def dominant(index: Tensor, labels: Tensor, num_classes: int, sub_centers: int) -> Tensor:
-    """The sub-centre of each class that most of its samples are nearest to.
+    """Find the dominant sub-centre of each class, the one that most of its samples are nearest to.
 
     Args:
-        index: (N,) of :func:`nearest_of_target`, -1 where a sample does not count.
+        index: (N,) from :func:`nearest_of_target`, -1 where a sample does not count.
         labels: (N,).
         num_classes, sub_centers: C and K.
 
     Returns:
-        (C,) int64; of equally frequent ones the lowest, 0 for a class without samples.
+        (C,) int64, the lowest of equally frequent ones; 0 for a class without samples.
+
+    See also: :func:`nearest_of_target`; :func:`outliers`.
+
+    Source: Deng et al., Sub-center ArcFace, ECCV 2020, section 3.3.
 
     Example:
         >>> import torch
@@ -89,21 +98,25 @@ def outliers(
     max_angle: float | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Samples that do not belong to the dominant sub-centre of their class.
+    """Mark the samples that do not belong to the dominant sub-centre of their class.
 
     Args:
-        features: (N, D), of the whole training set: which sub-centre is dominant is counted here.
+        features: (N, D) of the whole training set, from which the dominant sub-centres are counted.
         prototypes: (C, K, D).
         labels: (N,) integers in [0, C), or ``ignore_index``.
-        max_angle: in radians. None: those whose nearest sub-centre is another one. A number: those whose angle to the
-            dominant sub-centre exceeds it; the paper takes 75 degrees, ``math.radians(75)``.
-        ignore_index: label of samples that are no outliers, and count for no sub-centre.
+        max_angle: in radians. None: outliers are the samples whose nearest sub-centre is not the dominant one. A
+            number: the samples whose angle to the dominant sub-centre exceeds it. The paper uses 75 degrees,
+            ``math.radians(75)``.
+        ignore_index: label of samples that do not count; they are never outliers.
 
     Returns:
         (N,) bool.
 
     Raises:
-        ValueError, TypeError, IndexError: tensors that do not fit together, an angle outside [0, π].
+        ValueError, TypeError: tensors that do not fit together, an angle outside [0, π].
+        IndexError: a label outside [0, C) that is not ``ignore_index``, with its position.
+
+    See also: :func:`nearest_of_target`; :func:`dominant`.
 
     Source: Deng et al., Sub-center ArcFace, ECCV 2020, section 3.3.
 

@@ -1,6 +1,6 @@
-"""The one list of the losses of the family, the problems that laws are checked on, and the laws for a loss of yours.
+"""Checks for a loss module of your own, and the list of losses and problems that the tests of this package use.
 
-:func:`check_loss` is for everyone. The rest serves the tests of this package.
+:func:`check_loss` is public. The rest serves the tests of this package.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Options = Callable[[int], dict[str, Any]]  # number of classes -> keyword argume
 
 
 def long_tail_counts(num_classes: int) -> Tensor:
-    """Exponentially falling counts from 200 to 2, the usual long-tailed benchmark."""
+    """Class counts that fall exponentially from 200 to 2, as in the usual long-tailed benchmarks."""
     position = torch.arange(num_classes, dtype=torch.float64) / max(1, num_classes - 1)
     return (200.0 * 0.01**position).round().long()
 
@@ -90,7 +90,7 @@ FAMILY: dict[str, Options] = {
     },
 }
 
-# Their gradient is by definition not the derivative of their value.
+# Losses whose gradient, by definition, is not the derivative of their value.
 NOT_A_DERIVATIVE = {"arcface_straight_through", "AdaFaceLoss"}
 
 MODULES: dict[str, Callable[..., ltloss.PrototypeHead]] = {
@@ -121,7 +121,7 @@ MODULES: dict[str, Callable[..., ltloss.PrototypeHead]] = {
 }
 
 
-# Their prototypes have lengths that count.
+# Losses in which the length of a prototype matters.
 WITH_LENGTHS: dict[str, Callable[..., ltloss.PrototypeHead]] = {
     "LinearSoftmaxLoss": lambda c, d, **options: ltloss.LinearSoftmaxLoss(c, d, log_prior=_prior(c), **options)
 }
@@ -145,7 +145,7 @@ class Problem(NamedTuple):
     labels: Tensor
 
     def leaves(self, dtype: torch.dtype | None = None) -> Problem:
-        """A copy whose features and prototypes ask for gradients."""
+        """Return a copy whose features and prototypes require gradients."""
         features, prototypes = (
             tensor.detach().to(dtype or tensor.dtype).clone().requires_grad_() for tensor in self[:2]
         )
@@ -155,7 +155,7 @@ class Problem(NamedTuple):
 def problem(
     n: int = 7, c: int = 9, d: int = 5, *, dtype: torch.dtype = torch.float64, ignored: bool = True, seed: int = 0
 ) -> Problem:
-    """Random features and prototypes of differing lengths; the second label is ignored where there are several."""
+    """Make random features and prototypes of differing lengths. With n > 1 the second label is ignored."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(rows: int) -> Tensor:
@@ -176,7 +176,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(given: Problem, upstream: Tensor | None = None, *, loss: Any = None, **options: Any) -> Outcome:
-    """Loss and both gradients. Per-sample losses get an upstream gradient that differs in size and sign."""
+    """Compute the loss and both gradients. Per-sample losses get an upstream gradient that varies in size and sign."""
     leaves = given.leaves()
     value = (loss or functional.margin_cross_entropy)(*leaves, **options)
     if upstream is None:
@@ -188,7 +188,7 @@ def outcome(given: Problem, upstream: Tensor | None = None, *, loss: Any = None,
 
 
 def relative_error(actual: Tensor, exact: Tensor, smallest_size: float = 0.0) -> float:
-    """Largest deviation, relative to the largest entry of the exact tensor, or to ``smallest_size`` if that is more."""
+    """Largest deviation, relative to the largest entry of ``exact`` or to ``smallest_size``, whichever is larger."""
     assert actual.shape == exact.shape
     if exact.numel() == 0:
         return 0.0
@@ -206,21 +206,23 @@ def assert_same(actual: Outcome, exact: Outcome, tolerance: float, smallest_size
 
 
 def check_loss(build: Callable[[int, int], nn.Module]) -> None:
-    """Check a loss module against the laws that every loss of this package keeps.
+    """Check that a loss module keeps the laws that every loss of this package keeps.
 
-    A module is called with features (N, D) and labels (N,), and has its prototypes (C, D) in ``weight``. The laws:
+    The module is called with features (N, D) and labels (N,), and holds its prototypes (C, D) in ``weight``. The laws:
 
-    * a step that is repeated gives the same bits;
-    * its gradients are the derivatives of its value (finite differences, in float64);
-    * a row labelled -100 neither changes the loss nor gets a gradient, also where it holds NaN;
-    * bfloat16 costs no more than a few roundings of the logits;
-    * an empty batch gives a finite loss and finite gradients.
+    * A repeated step gives the same bits.
+    * The gradients are the derivatives of the loss (finite differences in float64).
+    * A row with the label -100 neither changes the loss nor gets a gradient, even if it holds NaN.
+    * bfloat16 changes the result by no more than a few roundings of the logits.
+    * An empty batch gives a finite loss and finite gradients.
 
     Args:
-        build: (C, D) -> the module, with reduction "mean" and without randomness.
+        build: called with C and D, returns the module, with reduction "mean" and without randomness.
 
     Raises:
-        AssertionError: the law that does not hold.
+        AssertionError: a law does not hold; the message says which.
+
+    See also: :mod:`ltloss.extend`, to write a loss.
 
     Example:
         >>> from ltloss import ArcFaceLoss
@@ -234,7 +236,7 @@ def check_loss(build: Callable[[int, int], nn.Module]) -> None:
 
 
 def _step(module: nn.Module, features: Tensor, labels: Tensor) -> Outcome:
-    """From the state that the module has, and back to it."""
+    """Compute one step, then restore the state of the module."""
     state = {name: value.clone() for name, value in module.state_dict().items()}
     leaf = features.detach().clone().requires_grad_()
     module.zero_grad()
@@ -298,13 +300,13 @@ def _empty_batch(module: nn.Module, given: Problem) -> None:
 
 @contextmanager
 def watching(mode: Any) -> Iterator[Any]:
-    """Let a TorchDispatchMode see into our operators, which otherwise hide what they are made of."""
+    """Let a TorchDispatchMode see the PyTorch operations inside our operators."""
     with _Inside(mode), mode:
         yield mode
 
 
 class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs our operators as the functions that they are, under the mode that watches."""
+    """Runs the implementation of our operators directly, under the watching mode."""
 
     def __init__(self, mode: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -319,7 +321,7 @@ class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def copied_prototypes(seed: int) -> tuple[Tensor, Tensor, int, int]:
-    """Prototypes (C, D) of a random shape with one exact copy, a query near it, and the two indices, lower first."""
+    """Make random prototypes (C, D) of which two are equal, a query near those, and their indices, lower first."""
     generator = torch.Generator().manual_seed(seed)
     c = int(torch.randint(3, 1400, (1,), generator=generator))
     d = int(torch.randint(16, 300, (1,), generator=generator))  # wide enough for the query to be nearest to the two
@@ -331,17 +333,17 @@ def copied_prototypes(seed: int) -> tuple[Tensor, Tensor, int, int]:
 
 
 def signs(c: int, seed: int = 0) -> Tensor:
-    """Vectors of 16 entries ±1: their norm is 4, and their cosines exact in any order of summation. Ties abound.
+    """Make vectors of 16 entries ±1. Their norm is 4, their cosines are exact in any order of summation, ties abound.
 
-    Of general vectors only bitwise equal copies are told apart by class index (``chunked.equal_rows``): a product
-    sums differently at its edges, so cosines that are equal in exact arithmetic need not be so in floating point.
+    For general vectors the rule "the lowest index wins" holds for bitwise equal copies only (``chunked.equal_rows``).
+    A matrix product sums differently at its edges, so cosines that are equal in exact arithmetic may differ.
     """
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(2, (c, 16), generator=generator) * 2 - 1).float()
 
 
 def lowest_nearest(prototypes: Tensor) -> tuple[list[int], list[float]]:
-    """In integers, one row at a time."""
+    """Find the nearest prototype of each by integer arithmetic, one row at a time: indices and cosines."""
     index, cosine = [], []
     for i, row in enumerate((prototypes.long() @ prototypes.long().t()).tolist()):
         row[i] = -99

@@ -46,6 +46,9 @@ class ArcFace:
     Raises:
         ValueError, TypeError: a scale that is not positive, a margin beyond π.
 
+    See also: :class:`ltloss.ArcFaceLoss`, which holds the prototypes too; :class:`PartialFC_V2`, which takes this
+    object.
+
     Example:
         >>> from ltloss.interop.insightface import ArcFace, PartialFC_V2
         >>> head = PartialFC_V2(ArcFace(s=64.0, margin=0.5), embedding_size=16, num_classes=100)
@@ -75,6 +78,9 @@ class CosFace:
     Raises:
         ValueError, TypeError: a scale that is not positive, a margin that is no number.
 
+    See also: :class:`ltloss.CosFaceLoss`, which holds the prototypes too; :class:`PartialFC_V2`, which takes this
+    object.
+
     Example:
         >>> from ltloss.interop.insightface import CosFace, PartialFC_V2
         >>> head = PartialFC_V2(CosFace(s=64.0, m=0.4), embedding_size=16, num_classes=100)
@@ -103,6 +109,9 @@ class CombinedMarginLoss:
 
     Raises:
         ValueError, TypeError: other margins, of which InsightFace drops m1 and m2 or computes nothing.
+
+    See also: :class:`ltloss.CombinedMarginLoss`, which holds the prototypes too; :class:`PartialFC_V2`, which takes
+    this object.
 
     Example:
         >>> from ltloss.interop.insightface import CombinedMarginLoss, PartialFC_V2
@@ -168,6 +177,9 @@ class PartialFC_V2(nn.Module):
 
     Raises:
         ValueError, TypeError: another margin, sizes that are no whole numbers from 1, a rate outside (0, 1].
+
+    See also: :func:`ltloss.distributed.parallelize`, for any loss of this package; :func:`import_insightface`, to load
+    its checkpoints.
 
     Source: An et al., Killing two birds with one stone: efficient and robust training of face recognition CNNs by
     partial FC, CVPR 2022.
@@ -268,6 +280,8 @@ def import_insightface(head: PrototypeHead | PartialFC_V2, files: str | Path | S
         FileNotFoundError: no such files, or that of a rank is missing.
         ValueError: files of several kinds or of one rank; a damaged file or one that holds code; different D; together
             not the head's shape. Nothing was changed then.
+
+    See also: :func:`ltloss.interop.import_pytorch_metric_learning`; :func:`ltloss.interop.import_safetensors`.
 
     Example:
         >>> import torch

@@ -60,6 +60,8 @@ class ArcFaceLoss(ClassificationLoss):
     Raises:
         ValueError, TypeError: sizes that are no whole numbers from 1, a margin or scale out of range, another distance.
 
+    See also: :class:`ltloss.ArcFaceLoss`, the loss without that library.
+
     Source: Deng et al., ArcFace, CVPR 2019, eq. 3.
 
     Example:
@@ -107,6 +109,8 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
 
     Raises:
         ValueError, TypeError: as :class:`ArcFaceLoss`, and a ``sub_centers`` out of range.
+
+    See also: :class:`ltloss.ArcFaceLoss` with ``sub_centers``; :func:`ltloss.sub_centers.outliers`.
 
     Source: Deng et al., Sub-center ArcFace, ECCV 2020.
 
@@ -180,6 +184,11 @@ class CosFaceLoss(ClassificationLoss):
         scale: s.
         options: as of :class:`ArcFaceLoss`.
 
+    Raises:
+        ValueError, TypeError: a margin, scale or size of another type or out of range.
+
+    See also: :class:`ltloss.CosFaceLoss`, the loss without that library.
+
     Source: Wang et al., CosFace, CVPR 2018, eq. 4.
 
     Example:
@@ -215,6 +224,11 @@ class NormalizedSoftmaxLoss(ClassificationLoss):
         temperature: T.
         options: as of :class:`ArcFaceLoss`. ``distance=DotProductSimilarity(normalize_embeddings=False)`` keeps the
             length of the embedding: logits ‖x‖·cos θ_c / T.
+
+    Raises:
+        ValueError, TypeError: a temperature or size of another type or out of range.
+
+    See also: :class:`ltloss.CosineSoftmaxLoss`, the loss without that library.
 
     Source: Zhai and Wu, Classification is a strong baseline for deep metric learning, BMVC 2019.
 
@@ -254,6 +268,11 @@ class SphereFaceLoss(ClassificationLoss):
         scale: s.
         options: as of :class:`ArcFaceLoss`.
 
+    Raises:
+        ValueError, TypeError: a margin, scale or size of another type or out of range.
+
+    See also: :class:`ltloss.CombinedMarginLoss` with ``angle_multiplier``, the loss without that library.
+
     Source: Liu et al., SphereFace, CVPR 2017, eq. 7.
 
     Example:
@@ -284,6 +303,8 @@ class LargeMarginSoftmaxLoss(SphereFaceLoss):
     """``pytorch_metric_learning.losses.LargeMarginSoftmaxLoss``: :class:`SphereFaceLoss` times the prototype's length.
 
     Logits s·x·w_c, and s·‖x‖·‖w_y‖·ψ(θ_y) for the target.
+
+    See also: :class:`SphereFaceLoss`, with normalised prototypes.
 
     Source: Liu et al., Large-margin softmax, ICML 2016, eq. 4 to 6.
 
@@ -320,6 +341,8 @@ def import_pytorch_metric_learning(head: PrototypeHead, loss: nn.Module | Mappin
 
     Raises:
         ValueError: no ``W`` there, or of another shape.
+
+    See also: :func:`ltloss.interop.import_insightface`; :func:`ltloss.interop.import_safetensors`.
 
     Example:
         >>> import torch

@@ -43,7 +43,10 @@ def export_safetensors(head: PrototypeHead, path: str | Path) -> None:
         path: of the file, which either keeps its former content or gets all of the new one.
 
     Raises:
-        OSError: rank 0 cannot write (elsewhere :class:`DistributedError`).
+        OSError: rank 0 cannot write (elsewhere :class:`ltloss.distributed.DistributedError`).
+
+    See also: :func:`import_safetensors`, which reads the file; :func:`ltloss.export.export_head`, for a model that runs
+    without this package.
 
     Example:
         >>> from ltloss import ArcFaceLoss
@@ -102,6 +105,8 @@ def import_safetensors(head: PrototypeHead, path: str | Path) -> None:
     Raises:
         ImportError: the safetensors package is not installed.
         ValueError: the file is damaged, or a tensor is missing or has another shape; nothing was changed then.
+
+    See also: :func:`export_safetensors`, which writes the file.
 
     Example:
         >>> from ltloss import ArcFaceLoss, CosFaceLoss

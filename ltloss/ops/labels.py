@@ -9,9 +9,9 @@ from ltloss._validation import check_label_range
 from ltloss.ops._dispatch import define
 from ltloss.runtime import current_debug
 
-__all__ = ["NOTHING", "OPERATOR", "checked_labels"]
+__all__ = ["NOTHING", "OPERATOR", "checked_labels", "each_once"]
 
-# An index vector has nothing to ignore.
+# ``ignore_index`` of a vector of class indices, in which nothing is ignored.
 NOTHING = -(1 << 62)
 
 
@@ -25,7 +25,7 @@ def _check(labels: Tensor, num_classes: int, ignore_index: int, name: str) -> No
         check_label_range(labels, num_classes, ignore_index, name)
 
 
-# torch.compile cannot look into a check that depends on the data.
+# An operator, because torch.compile cannot trace a check that depends on the data.
 OPERATOR = define(
     "checked_labels(Tensor labels, int num_classes, int ignore_index, str name) -> Tensor",
     lambda labels, num_classes, ignore_index, name: torch.empty_like(labels),
@@ -34,7 +34,7 @@ OPERATOR = define(
 
 
 def checked_labels(labels: Tensor, num_classes: int, ignore_index: int, name: str) -> Tensor:
-    """Labels (N,) as they are; on the CPU (on a GPU under ``ltloss.debug_labels``) their range is checked.
+    """Return the labels (N,) unchanged, after a check of their range on the CPU (on a GPU under ``debug_labels``).
 
     Raises:
         IndexError: a label that is neither in [0, C) nor ``ignore_index``, naming the argument ``name``.
@@ -44,3 +44,10 @@ def checked_labels(labels: Tensor, num_classes: int, ignore_index: int, name: st
         return checked
     _check(labels, num_classes, ignore_index, name)
     return labels
+
+
+def each_once(labels: Tensor, ignore_index: int) -> Tensor:
+    """Replace labels (N, k) that repeat a class, and all labels of an ignored sample, by ``ignore_index``."""
+    again = labels[:, :, None] == labels[:, None, :]
+    again = again.tril(-1).any(2) | (labels[:, :1] == ignore_index)
+    return labels.masked_fill(again, ignore_index)

@@ -35,6 +35,8 @@ def test_counts_from_labels_refuses() -> None:
         counts_from_labels([0, 5], 3)
     with refused("labels", "torch.float32", error=TypeError):
         counts_from_labels(torch.tensor([0.0, 1.0]), 3)
+    with refused("num_classes", "2.5"):
+        counts_from_labels([0, 1], 2.5)  # type: ignore[arg-type]
 
 
 def test_margins() -> None:
