@@ -1,7 +1,8 @@
-"""Optimizers that move the prototypes inside the backward, a slab of classes at a time: no gradient (C, D) exists.
+"""Optimizers that update the prototypes inside the backward, a slab of classes at a time: no gradient (C, D) exists.
 
-For a head of a million classes the gradient, and the optimizer's passes over it, cost more memory and often more time
-than the loss. Each of these equals the optimizer of ``torch.optim`` on the stored gradient, to float32 rounding.
+With a million classes the gradient, and the passes of the optimizer over it, cost more memory and often more time than
+the loss. Up to float32 rounding each equals an optimizer on the stored gradient: ``torch.optim.SGD``,
+``torch.optim.AdamW`` and row-wise Adagrad.
 
 Example:
     >>> import torch

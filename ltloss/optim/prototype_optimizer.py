@@ -1,4 +1,4 @@
-"""What the optimizers of prototypes have in common: the update of a slab inside the backward, and what it refuses."""
+"""The base class of the prototype optimizers: the update of a slab inside the backward, and the cases it refuses."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class UpdateOptions(TypedDict, total=False):
 
 
 class PrototypeOptimizer(torch.optim.Optimizer):
-    """The update of a loss module's prototypes inside the backward, a slab of classes at a time.
+    """Base class: updates the prototypes of a loss module inside the backward, a slab of classes at a time.
 
-    A subclass states its state by name and the arithmetic of some rows. See :class:`ltloss.optim.PrototypeSGD`.
+    A subclass names its state and defines the update of some rows. See :class:`ltloss.optim.PrototypeSGD`.
     """
 
     _step_supports_amp_scaling = True  # a GradScaler's scale is divided out here, see ``grad_scaler``
@@ -58,7 +58,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         _check_free(module)
         weight = module.weight
         if weight.is_meta:
-            raise ValueError("module must have memory, for its state is made here; got a weight on device 'meta'")
+            raise ValueError("module must not be on device 'meta', because the state is allocated here; got it there")
         check_dtypes(weight.dtype, state_dtype, rounding)
         if max_class_norm is not None:
             check_number("max_class_norm", max_class_norm, above=0.0)
@@ -108,7 +108,10 @@ class PrototypeOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The one group of the prototypes; any other parameter belongs to an optimizer of its own."""
         if self.param_groups:
-            raise ValueError(f"{type(self).__name__} moves the prototypes of one loss module; give it nothing else")
+            raise ValueError(
+                f"{type(self).__name__} updates the prototypes of one loss module; give other parameters to an "
+                "optimizer of their own"
+            )
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -161,10 +164,10 @@ class PrototypeOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def replaced(self) -> None:
-        """After prototypes were written by hand: forget what Kahan's rounding cut off the former ones.
+        """Reset the Kahan compensation after the prototypes were overwritten. Loading and importing call it.
 
-        Loading and importing call it. What ``load_state_dict`` brought stays until the next step: it belongs to the
-        prototypes that are loaded after it.
+        A compensation from ``load_state_dict`` is kept until the next step: it belongs to the prototypes that are
+        loaded afterwards.
         """
         compensation = self.state[self.weight].get("compensation")
         if compensation is not None and self._loaded != self._moves:
@@ -174,8 +177,8 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         """The prototypes without a gradient, for a pass that ends in the update."""
         if prototypes is not self.weight:
             raise ValueError(
-                f"these are not the prototypes that {type(self).__name__} was made for: make it after parallelize and "
-                "whatever else replaces loss_fn.weight; after add_classes call take_over"
+                f"these are not the prototypes that {type(self).__name__} was made for; make it after parallelize and "
+                "anything else that replaces loss_fn.weight, and call take_over after add_classes"
             )
         wrapper: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
         if wrapper is not None:
@@ -189,21 +192,21 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         return prototypes.detach()
 
     def _run(self, function: Any, *arguments: Any) -> Any:
-        """``function.apply``, with a leaf besides whose gradient is asked for where the prototypes are trained."""
+        """Call ``function.apply`` with an extra leaf, whose gradient is requested when the prototypes are trained."""
         return function.apply(*arguments, self, self._anchor)
 
     def watch(self, node: Any) -> None:
-        """Remember a forward pass; its node is gone with its graph."""
+        """Remember a forward pass, weakly: the node is freed with its graph."""
         node.moves = self._moves
         self._passes.add(node)
 
     def _joined(self, loss: Tensor) -> Tensor:
-        """The prototypes for a further term of ``loss``; its gradient joins before the update."""
+        """Return the prototypes for a further term of ``loss``. Its gradient is added before the update."""
         weight = self.weight
         if hasattr(weight, "device_mesh"):
             raise ValueError(
-                f"{type(self).__name__} takes no further term on prototypes that are spread over ranks: its gradient "
-                "crosses them. Leave the term out (min_angle_weight=0)"
+                f"{type(self).__name__} allows no further term on prototypes that are spread over ranks, because its "
+                "gradient crosses ranks; leave the term out (min_angle_weight=0)"
             )
         plain = weight.detach() if self._exponent is None else decoded(weight.detach(), self._exponent)
         return _Joined.apply(plain, loss, self)  # type: ignore[no-any-return,no-untyped-call]
@@ -213,12 +216,12 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         self._gradient = gradient if self._gradient is None else self._gradient + gradient
 
     def begin(self, node: Any, upstream: Tensor, shard: Any) -> TakeGradient | PrototypeUpdate | None:
-        """What takes the gradients (rows, D) of classes [start, stop).
+        """Start the update: return the callable that takes the gradients (rows, D) of classes [start, stop).
 
-        None where they are not finite, or where only other gradients were asked for (``torch.autograd.grad``). Where
-        kernels can move the prototypes themselves, what they need for it: then nothing waits for the device.
-        ``upstream``: everything that multiplies the gradients of the samples. Raises RuntimeError, before anything has
-        moved, where the update cannot be done as asked for.
+        Returns None if the gradients are not finite, or if only others are requested (``torch.autograd.grad``).
+        If the kernels can update the prototypes themselves, returns what they need; the host then does not wait for the
+        device. ``upstream``: all factors of the gradients of the samples. Raises RuntimeError, before anything has
+        changed, if the update is not possible.
         """
         joined, self._gradient = self._gradient, None
         if not _runs(self._anchor):
@@ -249,7 +252,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         return Moving(own, exponent, state, compensation, step, rounding, group["seed"], first_class, most)
 
     def _in_kernels(self, moving: Moving, finite: Tensor) -> PrototypeUpdate | None:
-        """The update as the kernels do it, or None where memory is laid out as they cannot take it."""
+        """Return the update for the kernels, or None if they do not support the memory layout."""
         from ltloss_kernels import PrototypeUpdate
 
         own, lr = moving.weight, self.param_groups[0]["lr"]
@@ -293,14 +296,20 @@ class PrototypeOptimizer(torch.optim.Optimizer):
             )
         if weight.grad is not None or _runs(weight):
             raise RuntimeError(
-                f"another term of the loss has a gradient for the prototypes, which {name} would leave out: take "
-                "optimizer.joined(loss) for them in that term, or use torch.optim"
+                f"another term of the loss has a gradient for the prototypes, which {name} would leave out; compute "
+                "that term from optimizer.joined(loss) instead of the weight, or use torch.optim"
             )
 
     # What a training loop calls
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Close the step. The prototypes have moved in the backward.
+        """End the step. The prototypes were updated in the backward.
+
+        Args:
+            closure: as in ``torch.optim``: called first, returns the loss.
+
+        Returns:
+            The result of ``closure``, or None.
 
         Raises:
             RuntimeError: no backward came since the last call.
@@ -324,11 +333,11 @@ class PrototypeOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many backwards left everything as it was, because a gradient was NaN or infinite."""
+        """The number of backwards that changed nothing, because a gradient was NaN or infinite."""
         return int(self._skipped)
 
     def release(self) -> None:
-        """Give the prototypes back: from now on the backward makes their gradient again."""
+        """Detach from the module: its backward computes the gradient of the prototypes again."""
         module = self._module()
         if module is not None and module.fused_update is self:
             module.fused_update = None
@@ -378,10 +387,10 @@ def _check_free(module: PrototypeHead) -> None:
         raise TypeError(f"module must be a loss module of ltloss; got {type(module).__name__}")
     if module.fused_update is not None:
         raise ValueError(
-            f"module has a {type(module.fused_update).__name__} already; call its release() before another is made"
+            f"module already has a {type(module.fused_update).__name__}; call its release() before making another"
         )
     if module.weight.dim() > 2:
         raise ValueError(
-            "module must have one prototype a class, (C, D), to be moved inside the backward; got sub-centres "
-            f"{tuple(module.weight.shape)}: take an optimizer of torch.optim"
+            "module must have one prototype per class, (C, D), to be updated inside the backward; got sub-centres "
+            f"{tuple(module.weight.shape)}; use an optimizer of torch.optim"
         )

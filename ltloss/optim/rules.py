@@ -30,14 +30,15 @@ class PrototypeSGD(PrototypeOptimizer):
         module: the loss module, after :func:`ltloss.distributed.parallelize` if that is used.
         lr: η, in units of prototype length over gradient.
         momentum: μ.
-        dampening, weight_decay, nesterov: as in ``torch.optim.SGD``.
-        state_dtype: of the state, ``torch.float32`` or ``torch.bfloat16`` (rounded stochastically). None: float32.
-        rounding: how bfloat16 prototypes are written, which must be chosen: ``"stochastic"`` (the mean of many writes
-            is the float32 value), ``"kahan"`` (keeps what was cut off, 2 bytes an entry), or ``"nearest"``, which loses
-            every update below half a unit of the last place.
-        seed: of the stochastic rounding; it is in the ``state_dict``.
-        max_class_norm: shorten the gradient of each class to this norm, or None. A norm over all classes would need
-            the whole gradient first.
+        dampening, weight_decay, nesterov: λ is the weight decay; as in ``torch.optim.SGD``.
+        state_dtype: dtype of the state, ``torch.float32`` or ``torch.bfloat16`` (rounded stochastically). None:
+            float32.
+        rounding: how bfloat16 or float8 prototypes are rounded; required for them. ``"stochastic"``: the mean of many
+            writes is the float32 value. ``"kahan"`` (bfloat16 only): the rounding error is kept, 2 bytes per entry.
+            ``"nearest"``: every update below half a unit in the last place is lost.
+        seed: seed of the stochastic rounding; it is in the ``state_dict``.
+        max_class_norm: clip the gradient of each class (D,) to this norm; None: no clipping. Clipping by the norm over
+            all classes would need the whole gradient first.
         grad_scaler: the ``torch.amp.GradScaler`` that scales the loss; its scale is divided out.
 
     Attributes:
@@ -46,8 +47,11 @@ class PrototypeSGD(PrototypeOptimizer):
     Raises:
         TypeError, ValueError: settings of another type or out of range, a module whose dtype needs ``rounding``.
         RuntimeError: from ``backward``, before anything moved: a second backward before ``step()`` (accumulation), two
-            losses in one backward, another term with a gradient for the prototypes (see :meth:`joined`). From
+            losses in one backward, another term with a gradient for the prototypes (see ``joined(loss)``). From
             ``step()``: no backward came.
+
+    See also: :class:`PrototypeAdamW`; :class:`PrototypeAdagrad`, with the least state;
+    :class:`ltloss.distributed.SampledSGD`, which takes a stored gradient.
 
     Example:
         >>> import torch
@@ -92,7 +96,7 @@ class PrototypeSGD(PrototypeOptimizer):
         return "nesterov" if group["nesterov"] else "sgd", settings
 
     def move(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Tensor) -> None:
-        """One step of SGD."""
+        """Update prototypes (rows, D) and their state in place by one step of SGD."""
         (group,) = self.param_groups
         buffer = state.get("momentum_buffer")
         torch._fused_sgd_(
@@ -126,6 +130,8 @@ class PrototypeAdamW(PrototypeOptimizer):
 
     Raises:
         TypeError, ValueError, RuntimeError: as :class:`PrototypeSGD`.
+
+    See also: :class:`PrototypeSGD`; :class:`PrototypeAdagrad`, with the least state.
 
     Source: Loshchilov and Hutter, Decoupled weight decay regularization, ICLR 2019, algorithm 2.
 
@@ -165,7 +171,7 @@ class PrototypeAdamW(PrototypeOptimizer):
         return "adamw", (1.0 - first, 1.0 - second, group["eps"], group["weight_decay"])
 
     def move(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Tensor) -> None:
-        """One step of AdamW."""
+        """Update prototypes (rows, D) and their state in place by one step of AdamW."""
         (group,) = self.param_groups
         kept = weight, state["exp_avg"], state["exp_avg_sq"]
         if self._sampled:
@@ -191,7 +197,7 @@ class PrototypeAdamW(PrototypeOptimizer):
 
 
 class PrototypeAdagrad(PrototypeOptimizer):
-    """Row-wise Adagrad of a loss module's prototypes inside the backward: four bytes of state a class.
+    """Row-wise Adagrad of a loss module's prototypes inside the backward: four bytes of state per class.
 
     With g ← g + λ·w: a_c ← a_c + ‖g_c‖²/D, w_c ← w_c − η·g_c/(√a_c + ε). How it is used: :class:`PrototypeSGD`.
 
@@ -200,11 +206,13 @@ class PrototypeAdagrad(PrototypeOptimizer):
         lr: η.
         eps: ε.
         weight_decay: λ.
-        initial_accumulator_value: a_c before the first step.
+        initial_accumulator_value: a_c before the first step; the state a is (C,).
         options: see :class:`PrototypeSGD`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :class:`PrototypeSGD`.
+
+    See also: :class:`PrototypeSGD`; :class:`PrototypeAdamW`.
 
     Sources: Duchi et al., Adaptive subgradient methods, JMLR 2011; the row-wise form: Gupta et al., Training
     recommender systems at scale, KDD 2021.
@@ -246,7 +254,7 @@ class PrototypeAdagrad(PrototypeOptimizer):
         return state
 
     def move(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], step: Tensor) -> None:
-        """One step of Adagrad."""
+        """Update prototypes (rows, D) and their state in place by one step of Adagrad."""
         (group,) = self.param_groups
         if group["weight_decay"]:
             gradient.add_(weight, alpha=group["weight_decay"])
