@@ -48,6 +48,8 @@ def save_checkpoint(
     Raises:
         FileExistsError: there is something at ``path``. On all ranks, like any failed write.
 
+    See also: :func:`load_checkpoint`, which reads it on any number of ranks.
+
     Example:
         >>> import torch
         >>> from ltloss import ArcFaceLoss
@@ -105,6 +107,8 @@ def load_checkpoint(
             state; nothing was changed then.
 
     Warns where a head was saved under other hyper-parameters (scale, margins, ...), which it keeps.
+
+    See also: :func:`save_checkpoint`, which writes it.
 
     Example: see :func:`save_checkpoint`.
 

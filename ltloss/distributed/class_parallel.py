@@ -54,16 +54,16 @@ def parallelize(
         module: any loss module of this package, the same on all ranks (the weight of rank 0 counts). Built with
             ``device="meta"`` its weight never exists in one piece: each rank draws its own prototypes, which are the
             same whatever the number of ranks.
-        mesh: ``(class,)`` or ``(data, class)``, for instance of :func:`class_mesh`; None for one process that
-            initialised nothing.
+        mesh: ``(class,)`` or ``(data, class)``, for instance of :func:`ltloss.distributed.class_mesh`; None for one
+            process that initialised nothing.
         capacity: rows that no rank's batch ever exceeds. None allows any lengths and reads a few integers of each
             step's message on the host.
         averaged_backbone: True where DDP or FSDP divides the gradients of the backbone by the number of ranks: those
             of the features are multiplied by it, so that the backbone gets the gradient of the global batch.
         sample_rate: below 1, each training step takes the batch's own classes and random others up to this fraction of
-            each rank's classes, and only their prototypes get gradients, which :class:`SampledSGD` and
-            :class:`SampledAdamW` use. ``eval()`` computes with all classes. A loss of your own takes ``shard=None`` in
-            its ``forward`` and hands it to ``logsumexp_stats`` or ``margin_cross_entropy``.
+            each rank's classes, and only their prototypes get gradients, which :class:`ltloss.distributed.SampledSGD`
+            and :class:`ltloss.distributed.SampledAdamW` use. ``eval()`` computes with all classes. A loss of your own
+            takes ``shard=None`` in its ``forward`` and hands it to ``logsumexp_stats`` or ``margin_cross_entropy``.
         sample_seed: with the step it decides which classes are drawn.
         unbiased: correct the logits of drawn classes by −log of the probability that they were drawn.
         hard_negatives: of each class of the batch so many nearest other classes, by the cosine of their prototypes, are
@@ -81,6 +81,9 @@ def parallelize(
     Raises:
         ValueError, TypeError: bad arguments.
         DistributedError: the ranks have different modules.
+
+    See also: :func:`ltloss.distributed.class_mesh`, which makes the mesh; :func:`in_one_piece`, the way back;
+    :func:`ltloss.distributed.save_checkpoint`.
 
     Example:
         >>> from ltloss import ArcFaceLoss
@@ -121,6 +124,8 @@ def in_one_piece(module: Module) -> Module:
     Returns:
         An ordinary module with copies of the prototypes and centres as they are now, and with the same constants. Each
         rank uses it alone: ``logits`` of any number of batches sends nothing.
+
+    See also: :func:`parallelize`, which spreads the classes.
 
     Example:
         >>> from ltloss import ArcFaceLoss
@@ -243,11 +248,13 @@ def _block_of_first_rank(tensor: Tensor, layout: Layout) -> Tensor:
 
 
 class ClassParallel(PrototypeHead):
-    """What :func:`parallelize` adds to a module: the batch is gathered before, and ``predict`` asks all ranks.
+    """The methods that :func:`parallelize` adds to a module: the batch is gathered, and all ranks predict together.
 
     Attributes:
         layout: which rank has which classes.
         sampler: draws the classes of a step where ``sample_rate`` < 1, else None. Its ``step`` belongs to a checkpoint.
+
+    See also: :func:`parallelize`, which makes it.
 
     Example:
         >>> from ltloss import CosFaceLoss
@@ -275,7 +282,7 @@ class ClassParallel(PrototypeHead):
         self.queries = BatchGather(layout)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Loss of the global batch for this rank's features (n, D) and labels (n,)."""
+        """Compute the loss of the global batch from this rank's features (n, D) and labels (n,). All ranks call it."""
         ignore_index: int = getattr(self, "ignore_index", -100)
         batch = gather_supervised(self.batch, features, self.weight, labels, ignore_index)
         options = {"shard": ClassShard(self.layout)} if self.takes_shard else {}  # the others ask the DTensor
@@ -287,10 +294,11 @@ class ClassParallel(PrototypeHead):
         return _OwnLosses.apply(loss, batch.own, batch.real, self.layout)  # type: ignore[no-any-return, no-untyped-call]
 
     def logits(self, features: Tensor) -> Tensor:
-        """As of one process, (n, C) of this rank's features; all ranks call it. Gathers the whole weight each time.
+        """Compute the dense logits (n, C) of this rank's features (n, D). All ranks call it.
 
-        For few classes, and for many calls those of :func:`in_one_piece`. The gradient of the weight is that of the
-        sum over the ranks of what each computes from its logits; a bias gets that of this rank's.
+        Each call gathers the whole weight, so use it for few classes; for many calls use the module of
+        :func:`in_one_piece`. The gradient of the weight is that of the sum over ranks of what each computes from its
+        logits; a bias gets the gradient of this rank only.
         """
         from torch.distributed.tensor import Partial
 
@@ -305,7 +313,10 @@ class ClassParallel(PrototypeHead):
 
     @torch.no_grad()
     def predict(self, features: Tensor, k: int = 1) -> TopK:
-        """The k classes with the largest cosine for this rank's features (n, D); all ranks call it, with the same k."""
+        """Find the k classes with the largest cosine to this rank's features (n, D). All ranks call it with one k.
+
+        Returns ``TopK(cosine, index)``, (n, k) each.
+        """
         return top_k(features, self.weight, k, self.queries, **self._logit_options())
 
     @torch.no_grad()

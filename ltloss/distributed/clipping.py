@@ -35,6 +35,8 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
         ValueError, TypeError: ``max_norm`` is no positive number.
         DistributedError: another rank is gone.
 
+    See also: ``torch.nn.utils.clip_grad_norm_``, for parameters that are not spread over ranks.
+
     Example:
         >>> import torch
         >>> from ltloss import ArcFaceLoss

@@ -22,16 +22,21 @@ __all__ = ["Layout", "blocks", "class_mesh", "copy_rows", "gathered", "local", "
 
 
 def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh | None:
-    """The mesh over all ranks of this job, or None where ``torch.distributed`` was not initialised.
+    """Make the device mesh over all ranks of this job.
 
     Args:
-        data: how many groups share the batch between them, each with all classes; 1 gives the mesh ``("class",)``,
-            more a mesh ``("data", "class")``.
+        data: the number of groups that share the batch, each with all classes. 1 gives the mesh ``("class",)``, more
+            the mesh ``("data", "class")``.
         device_type: ``"cuda"`` or ``"cpu"``; None follows the backend of the default group.
+
+    Returns:
+        The mesh, or None if ``torch.distributed`` is not initialised.
 
     Raises:
         ValueError: ``data`` does not divide the number of ranks.
         DistributedError: torchrun started several ranks, and ``torch.distributed`` was not initialised.
+
+    See also: :func:`ltloss.distributed.parallelize`, which takes the mesh.
 
     Example:
         >>> from ltloss.distributed import class_mesh

@@ -24,18 +24,24 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
-    """A head with ``count`` more classes at the end: the old rows (and centres) as they are, the new ones drawn anew.
+    """Return a head with ``count`` more classes at the end.
 
-    A bias of new classes is 0.
+    The rows of the old classes, (C, D), and their centres are copied. Those of the new classes are drawn, and their
+    bias is 0. All ranks call it alike.
 
     Args:
-        head: sharded or not; it stays as it is. All ranks call it alike. An optimizer of :mod:`ltloss.optim` goes on
-            with the larger one after ``optimizer.take_over(larger)``; others do not know the new weight.
+        head: sharded or not; it is not changed. An optimizer of :mod:`ltloss.optim` continues with the larger head
+            after ``optimizer.take_over(larger)``; any other optimizer must be made again.
         count: how many, >= 1.
-        per_class: the new (C + count,) value of every margin, prior, weight or count that is a vector.
+        per_class: for every margin, prior, weight or count that is a vector, its new value (C + count,).
+
+    Returns:
+        The larger head.
 
     Raises:
         ValueError: a vector is missing, or has another length.
+
+    See also: :meth:`ltloss.optim.PrototypeSGD.take_over`, to keep the optimizer.
 
     Example:
         >>> from ltloss import ArcFaceLoss

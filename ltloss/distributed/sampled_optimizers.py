@@ -71,6 +71,8 @@ class SampledSGD(_SampledOptimizer):
         TypeError: ``module`` is no loss module.
         ValueError: a setting that is negative or not finite.
 
+    See also: :class:`SampledAdamW`; :class:`ltloss.optim.PrototypeSGD`, which updates inside the backward.
+
     Example:
         >>> import torch
         >>> from ltloss import CosFaceLoss
@@ -107,6 +109,8 @@ class SampledAdamW(_SampledOptimizer):
     Raises:
         TypeError: ``module`` is no loss module.
         ValueError: a setting that is negative or not finite, a beta outside [0, 1].
+
+    See also: :class:`SampledSGD`; :class:`ltloss.optim.PrototypeAdamW`, which updates inside the backward.
 
     Example:
         >>> from ltloss import CosFaceLoss
