@@ -18,7 +18,7 @@ _ERRORS = re.compile(r"^ +[A-Z]\w+(?:, [A-Z]\w+)+(?=: )", re.MULTILINE)
 _ATTRIBUTES = re.compile(r"^Attributes:\n(?:    .*\n?)+", re.MULTILINE)
 _NAMES = re.compile(r"^    (\w+(?:, \w+)*)(?=:)", re.MULTILINE)
 _RETURNS = re.compile(r"(?<=^Returns:\n)( +)", re.MULTILINE)
-_SOURCE = re.compile(r"^(Sources?): ", re.MULTILINE)
+_SOURCE = re.compile(r"^(Sources?|See also): ", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):

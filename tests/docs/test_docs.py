@@ -64,6 +64,87 @@ def test_every_public_name_has_an_example(name: str, thing: Any) -> None:
     assert ">>>" in thing.__doc__, f"{name} has no example"
 
 
+# Their first line says what they return.
+RETURNS_IN_ONE_LINE = {name for name in ltloss.runtime.__all__ if name.startswith("current_")} | {"takes_soft_labels"}
+
+
+def parameters_of(thing: Any) -> list[inspect.Parameter]:
+    found = inspect.signature(thing).parameters.values()
+    return [one for one in found if one.name not in ("args", "kwargs")]
+
+
+# Their docstrings name the object or the function that has the same options.
+REFERS = {"ClassParallel", "LargeMarginSoftmaxLoss", "PrototypeSGD"}
+
+
+def source_of(thing: Any) -> str:
+    """Empty where Python wrote it, as the constructor of a dataclass."""
+    try:
+        return inspect.getsource(thing)
+    except OSError:
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "thing"), list(public_objects()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_public_name_says_what_a_reader_asks(name: str, thing: Any) -> None:
+    """Each argument, the shapes of tensors, the result, the errors, and what else there is."""
+    said, short = thing.__doc__, name.rpartition(".")[2]
+    parameters = [] if issubclass(thing if inspect.isclass(thing) else int, Exception) else parameters_of(thing)
+    missing = [one.name for one in parameters if not re.search(rf"\b{one.name}\b", said)]
+    assert not missing or short in REFERS, "arguments without a word"
+    if any("Tensor" in str(one.annotation) for one in parameters):
+        assert re.search(r"\([A-Z][^)]*,[^)]*\)|any shape", said), "no shape of a tensor"
+    if inspect.isfunction(thing) and str(inspect.signature(thing).return_annotation) != "None":
+        assert "Returns:" in said or short in RETURNS_IN_ONE_LINE
+    body = vars(thing).get("__init__") if inspect.isclass(thing) else thing
+    if body is not None and re.search(r"raise |check_\w+\(", source_of(body)):
+        assert "Raises:" in said
+    assert "See also: " in said
+
+
+ROLE = re.compile(r":(?:func|class|mod|meth|attr|data|obj|exc):`~?([\w.]+)`")
+
+
+def documented(module: types.ModuleType) -> Iterator[tuple[Any, str]]:
+    """What a module defines, with its docstring, and the class that each method is in."""
+    yield module, module.__doc__ or ""
+    for thing in vars(module).values():
+        if getattr(thing, "__module__", None) == module.__name__ and isinstance(thing, type | types.FunctionType):
+            yield thing, thing.__doc__ or ""
+            for method in vars(thing).values() if isinstance(thing, type) else ():
+                yield thing, getattr(method, "__doc__", None) or ""
+
+
+def resolves(name: str, module: types.ModuleType, owner: Any) -> bool:
+    for start in (owner, module):
+        found = start
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is not None:
+            return True
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_names_in_docstrings_exist(name: str) -> None:
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name in NEEDS_EXTRAS:
+            pytest.skip(f"needs {error.name}")
+        raise
+    unknown = [
+        one for owner, said in documented(module) for one in ROLE.findall(said) if not resolves(one, module, owner)
+    ]
+    assert not unknown
+
+
 @pytest.mark.parametrize("name", [name for name in module_names() if not name.startswith("ltloss.training")])
 def test_everything_says_what_it_is(name: str) -> None:
     module = importlib.import_module(name)
