@@ -1,1 +1,1 @@
-"""The ``ltloss`` command."""
+"""The command line: one module per command, and what they share."""

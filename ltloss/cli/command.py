@@ -1,7 +1,7 @@
 """The ``ltloss`` command: train, compare, evaluate, predict, embed, export, report, tune, plan, doctor.
 
-Everything but the standard library is imported inside ``reported``, so that a missing package, a wrong environment
-variable and an early Ctrl-C are reported like any other mistake: one line on stderr and exit code 2, 130 for Ctrl-C.
+Third-party packages are imported inside ``reported``. A missing package, an invalid environment variable and an early
+Ctrl-C are thus reported like any other mistake: one line on stderr and exit code 2, or 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LESS_MEMORY = {
     "embed": "use a smaller --batch-size",
     "tune": "use smaller --samples, --classes or --embedding-size",
 }
-# On a CPU torch raises a plain RuntimeError, which only these words tell from others.
+# On a CPU torch raises a plain RuntimeError, which can be recognised by these words only.
 _NO_MEMORY = ("allocate memory", "not enough memory", "storage size calculation overflow")
 _PIPE_CLOSED = 141  # what a shell shows for a program that SIGPIPE ended
 
@@ -58,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def reported(command: Callable[[], int | None], options: argparse.Namespace | None = None) -> int:
-    """The exit code of a command: its own (None counts as 0), 2 after a mistake, 130 after Ctrl-C, each in one line.
+    """Run a command and return its exit code: its own (None counts as 0), 2 after a mistake, 130 after Ctrl-C.
 
-    ``options``, which ``command`` may fill, are those of the command line: they decide what the line advises.
+    A mistake and Ctrl-C are reported in one line. ``options``, which ``command`` may fill, determine its advice.
     """
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, ValueError):  # not a text file of its own, or closed
+        with suppress(AttributeError, ValueError):  # replaced by an object without reconfigure, or closed
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = command() or 0
@@ -86,7 +86,7 @@ def reported(command: Callable[[], int | None], options: argparse.Namespace | No
 
 
 def _explain(error: Exception, command: str) -> str | None:
-    """One line for what the user can put right; None for a defect of ltloss, whose traceback is wanted."""
+    """Describe in one line an error that the user can fix. None for a defect of ltloss, which keeps its traceback."""
     text = " ".join(str(error).split())
     if isinstance(error, LtlossError):
         return text
@@ -105,7 +105,7 @@ def _explain(error: Exception, command: str) -> str | None:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (MemoryError, OverflowError)):  # the latter: a size beyond every memory
+    if isinstance(error, (MemoryError, OverflowError)):  # OverflowError: a size that no memory can have
         return True
     torch: Any = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
@@ -126,7 +126,7 @@ def _what_is_kept(options: argparse.Namespace | None) -> str:
 
 
 def _discard(stream: TextIO) -> None:
-    """Let the interpreter's last flush of a stream that cannot be written succeed."""
+    """Redirect a stream that cannot be written to the null device, so that the flush at exit does not fail."""
     with suppress(OSError, ValueError):
         stream.flush()
         return
@@ -137,7 +137,7 @@ def _discard(stream: TextIO) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argparse, with its errors as ours: one line; an option has one spelling, its whole name."""
+    """ArgumentParser whose errors are one line, and whose options cannot be abbreviated."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**{**given, "allow_abbrev": False})
@@ -147,7 +147,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+    """Build the parser of all commands and their options."""
     from ltloss.training.run.fused_settings import FUSED_SETTINGS
     from ltloss.training.run.settings import OF_A_RUN
 
@@ -172,10 +172,10 @@ def build_parser() -> argparse.ArgumentParser:
     about = "Time the kernels' tiles on this GPU and keep the fastest in the user's cache for later runs."
     _add_tune(add("tune", _tune, "find the fastest kernel tiles for this GPU", about))
     about = (
-        "What a training step of a head takes when its classes are spread over devices. Computes only. Exit code 1 "
-        "where it does not fit."
+        "Estimate memory, traffic and time of a training step with the classes spread over devices. Nothing is run on "
+        "a device. Exit code 1 if it does not fit."
     )
-    _add_plan(add("plan", _plan, "memory, traffic and time of a head spread over devices", about))
+    _add_plan(add("plan", _plan, "estimate memory, traffic and time of a head spread over devices", about))
     add("doctor", _doctor, "show what this machine offers ltloss")
     return parser
 
@@ -226,12 +226,12 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     devices = "h200, or FILE.json that benchmarks.scaling wrote (default: h200)"
     plan.add_argument("--device", default="h200", help=devices)
     plan.add_argument("--loss", default="long-tail", help="the loss, any but softmax (default: long-tail)")
-    plan.add_argument("--dtype", default="bfloat16", help="of the features (default: bfloat16)")
+    plan.add_argument("--dtype", default="bfloat16", help="dtype of the features (default: bfloat16)")
     optimizers = "sgd (with momentum), adamw or, with --fused-update, row-wise adagrad (default: sgd)"
     plan.add_argument("--optimizer", default="sgd", help=optimizers)
-    fused = "move the prototypes inside the backward, as ltloss.optim does: no gradient of them in memory"
+    fused = "update the prototypes inside the backward, as ltloss.optim does: their gradient is never in memory"
     plan.add_argument("--fused-update", action="store_true", help=fused)
-    kept = "of the {}; with --fused-update also {} (default: float32)"
+    kept = "dtype of the {}; with --fused-update also {} (default: float32)"
     narrow = kept.format("prototypes", "bfloat16 or float8_e4m3fn")
     plan.add_argument("--prototype-dtype", default="float32", help=narrow)
     plan.add_argument("--state-dtype", default="float32", help=kept.format("optimizer's state", "bfloat16"))
@@ -239,13 +239,13 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         "keep the exponentials of the forward for the backward, as use_workspace(keep_exponentials=True) does"
     )
     plan.add_argument("--keep-exponentials", action="store_true", help=exponentials)
-    fraction = "fraction of the classes (default: 1)"
+    fraction = "fraction of the classes that a step draws (default: 1)"
     plan.add_argument("--sample-rate", type=float, default=1.0, metavar="X", help=fraction)
     plan.add_argument("--json", action="store_true", help="for machine reading")
 
 
 def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
-    """One option per setting; only those given end up in the namespace, so that a file can hold the others."""
+    """Add one option per setting. The namespace holds only the options given, so that a file can set the others."""
     from ltloss.training.run.settings import SETTINGS, setting_type
     from ltloss.training.stored_keys import FORMER_SETTINGS
 
@@ -318,10 +318,10 @@ def _tune(options: argparse.Namespace) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError("tune needs a CUDA device, and there is none here; without it the project's own tiles are used")
+        raise UserError("tune needs a CUDA device, and this machine has none; kernels use the built-in tiles untuned")
     shape = (options.samples, options.classes, options.embedding_size)
     if min(shape) < 1:
-        raise UserError(f"samples, classes and embedding size must be at least 1; got {shape}")
+        raise UserError(f"--samples, --classes and --embedding-size must be at least 1; got {shape}")
     from ltloss.tools.tune_tiles import tune
 
     return tune(shape, getattr(torch, options.dtype))

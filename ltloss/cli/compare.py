@@ -1,4 +1,4 @@
-"""The options of ``ltloss compare``, and what it does with them."""
+"""``ltloss compare``: its options, and the call that they make."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from ltloss.cli.values import named_values, names, path, picked, settings_given
 
 _DESCRIPTION = (
-    "Train methods with several seeds into a folder; run again, it continues where it was. With a recipe, a CPU that "
-    "computes in bfloat16 trains in it, unless --no-amp."
+    "Train several methods with several seeds into a folder. Run the same command again to continue. With a recipe, a "
+    "CPU with bfloat16 instructions trains in bfloat16, unless --no-amp."
 )
 
 
@@ -23,10 +23,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
-    """Add what ``compare`` has beside the settings of a training."""
+    """Add the options of ``compare`` besides the settings of a training."""
     parser.description = _DESCRIPTION
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="the folder of results to write")
-    listed = "methods, separated by commas; all for every one of them"
+    listed = "methods, separated by commas, or all"
     parser.add_argument("--losses", type=names, required=True, metavar="NAMES", help=listed)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each method (default: 3)")
     add_recipe(parser)
@@ -55,8 +55,8 @@ class _ListMethods(argparse.Action):
 
 
 def run_compare(options: argparse.Namespace) -> int:
-    """Do what the command line says, and print the table."""
-    import matplotlib.figure  # noqa: F401  needed after hours of training, and missed before them
+    """Run the comparison and print its table."""
+    import matplotlib.figure  # noqa: F401  needed after hours of training; if missing, fail now
 
     from ltloss.training.comparison.grid import compare
     from ltloss.training.comparison.methods import METHODS

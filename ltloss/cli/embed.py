@@ -1,4 +1,4 @@
-"""The options of ``ltloss embed``, and what it does with them."""
+"""``ltloss embed``: its options, and the call that they make."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EMBED = (
 
 
 def add_embed(parser: argparse.ArgumentParser) -> None:
-    """Add its options."""
+    """Add the options of ``embed``."""
     what = parser.add_mutually_exclusive_group(required=True)
     images = "images, with labels where they lie in class folders"
     what.add_argument("--images", type=path, metavar="FOLDER", help=images)
@@ -32,11 +32,11 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="(default: 64)")
     parser.add_argument("--device", help=setting_help("device"))
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that decode images (default: 4)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def run_embed(options: argparse.Namespace) -> int:
-    """Do what the command line says, and name the file."""
+    """Write the features and print the name of the file."""
     from ltloss.training.model.backbones import PretrainedBackbone
     from ltloss.training.model.classifier import Classifier, choose_device
     from ltloss.training.predict.embed import Network, data_to_embed, embed, images_to_embed
@@ -48,7 +48,7 @@ def run_embed(options: argparse.Namespace) -> int:
         for name in ("weights", "image_size"):
             if (value := getattr(options, name)) is not None:
                 flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} {value} goes with --backbone, a run has its own; leave it out")
+                raise UserError(f"{flag} {value} goes with --backbone, but --run has its own; leave it out")
         network: Network = (classifier := Classifier.load(options.run, options.device))
         shape = classifier.config.image_shape
     else:

@@ -1,4 +1,4 @@
-"""The options of ``ltloss export``, and what it does with them."""
+"""``ltloss export``: its options, and the call that they make."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ EXPORT = (
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
-    """Add its options."""
+    """Add the options of ``export``."""
     parser.add_argument("run", type=path, metavar="RUN")
     parser.add_argument("--to", choices=("onnx", "torch"), required=True, help="the format")
     written = "the file to write, .onnx or .pt2 (default: RUN/model.onnx, RUN/model.pt2)"
     parser.add_argument("--out", type=path, metavar="FILE", help=written)
     taken = "what the file takes: uint8 images of the run's size, or embeddings (default: what the run takes)"
     parser.add_argument("--input", choices=("images", "embeddings"), help=taken)
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="best classes of a sample (default: 5)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="best classes per sample (default: 5)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def run_export(options: argparse.Namespace) -> int:
-    """Do what the command line says, and name the file."""
+    """Write the model and print the name of the file."""
     from ltloss.training.predict.export import export_run
 
     print(f"wrote {export_run(options.run, **picked(options, 'out', 'to', 'input', 'top', 'overwrite'))}")

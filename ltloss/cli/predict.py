@@ -1,4 +1,4 @@
-"""The options of ``ltloss predict``, and what it does with them."""
+"""``ltloss predict``: its options, and the call that they make."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from ltloss.errors import UserError
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
-    """Add its options."""
+    """Add the options of ``predict``."""
     parser.add_argument("run", type=path, metavar="RUN")
     what = parser.add_mutually_exclusive_group(required=True)
     images = "images to classify, searched recursively"
     what.add_argument("--images", type=path, metavar="FOLDER", help=images)
-    features = "embeddings to classify, of a run of embeddings; as for train, labels need not be there"
+    features = "embeddings to classify, for a run of embeddings; files as for train, labels optional"
     what.add_argument("--data", type=path, metavar="FEATURES", help=features)
     parser.add_argument("--out", type=path, required=True, help="folder for the results")
     parser.add_argument("--sort-into", type=path, metavar="FOLDER", help="also copy each image to FOLDER/<class>/")
     replace = "replace the results of an earlier prediction in --out"
     parser.add_argument("--overwrite", action="store_true", help=replace)
-    parser.add_argument("--top", type=int, default=2, metavar="K", help="classes a sample in the table (default: 2)")
+    parser.add_argument(
+        "--top", type=int, default=2, metavar="K", help="best classes per sample in the table (default: 2)"
+    )
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
     parser.add_argument("--device", help=setting_help("device"))
 
 
 def run_predict(options: argparse.Namespace) -> int:
-    """Do what the command line says, and print what was done."""
+    """Write the predictions and print a summary."""
     need("PIL", "safetensors", "tqdm")
     from ltloss.training.predict.predict import predict_embeddings, predict_folder
 

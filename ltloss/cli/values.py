@@ -1,4 +1,4 @@
-"""What the values of options on the command line mean."""
+"""Parsers of option values, and helpers that the commands share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ltloss._deprecation import warn_deprecated
 
 
 def path(text: str) -> Path:
-    """A path that a file can have; an empty one would mean the folder that the command runs in."""
+    """Parse a path. An empty one is refused, because it would mean the current folder."""
     if "\0" in text:
         raise argparse.ArgumentTypeError("a path holds a NUL byte, which no file name can")
     if not text:
@@ -22,17 +22,17 @@ def path(text: str) -> Path:
 
 
 def count(text: str) -> int:
-    """A count such as 8192, 100k, 1.5M or 2B."""
+    """Parse a count such as 8192, 100k, 1.5M or 2B."""
     factor = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}.get(text[-1:].lower(), 1)
     with suppress(ValueError, OverflowError):
         number = float(text[:-1] if factor > 1 else text) * factor
         if number == int(number):
             return int(number)
-    raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number such as 8192, 100k, 1.5M or 2B")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a count; give a whole number such as 8192, 100k, 1.5M or 2B")
 
 
 def add_renamed(parser: argparse._ActionsContainer, name: str, former: str, **about: Any) -> None:
-    """Add an option that has a former name, which --help does not show; it works for one version more, and warns."""
+    """Add an option with a former name, which works for one more version with a warning. --help does not show it."""
     parser.add_argument(name, former, action=_Renamed, **about).option_strings = [name]
 
 
@@ -43,12 +43,12 @@ class _Renamed(argparse.Action):
         """Keep the value."""
         (name,) = self.option_strings
         if option_string != name:
-            warn_deprecated(f"{option_string} is {name} now; the former name ends with version 0.3")
+            warn_deprecated(f"{option_string} is {name} now; the former name goes with version 0.3")
         setattr(namespace, self.dest, values)
 
 
 def named_value(text: str) -> tuple[str, Any]:
-    """NAME=VALUE as an option of a loss and its value."""
+    """Parse NAME=VALUE, an option of a loss."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
@@ -56,7 +56,7 @@ def named_value(text: str) -> tuple[str, Any]:
 
 
 def named_values(text: str) -> tuple[str, list[Any]]:
-    """NAME=VALUE,VALUE as a name and its values."""
+    """Parse NAME=VALUE,VALUE into the name and its values."""
     name, _, values = text.partition("=")
     if not name or not values:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,VALUE")
@@ -64,7 +64,7 @@ def named_values(text: str) -> tuple[str, list[Any]]:
 
 
 def names(text: str) -> list[str]:
-    """The names in a list separated by commas."""
+    """Parse names separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
@@ -76,12 +76,12 @@ def _value(text: str) -> Any:
 
 
 def picked(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Options by name, as the keyword arguments of what a command calls."""
+    """Return the named options as keyword arguments."""
     return {name: getattr(options, name) for name in names}
 
 
 def settings_given(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a training that the command line holds."""
+    """Return the settings of a training that the command line gives."""
     from ltloss.training.run.settings import SETTINGS
 
     given = {name: value for name, value in vars(options).items() if name in SETTINGS}
@@ -89,13 +89,13 @@ def settings_given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def setting_help(name: str) -> str:
-    """What --help says of a setting of a run."""
+    """Return the help text of a setting of a run."""
     from ltloss.training.run.settings import SETTINGS
 
     return str(SETTINGS[name].metadata["help"])
 
 
 def need(*modules: str) -> None:
-    """ImportError now, rather than after hours of work."""
+    """Import modules that are needed later, so that a missing one raises ImportError before hours of work."""
     for module in modules:
         importlib.import_module(module)

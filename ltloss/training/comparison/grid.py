@@ -42,7 +42,7 @@ from ltloss.training.run.settings import OF_A_RUN, SETTINGS, Settings
 from ltloss.training.stored_keys import FORMER_SETTINGS, stored
 
 MANIFEST = "compare.json"
-# What the grid itself decides, or has no use for: each of its trainings is one process.
+# Settings that the comparison itself determines, or cannot use: each of its trainings is one process.
 NOT_GIVEN = {
     "loss": "it has --losses",
     "seed": "it has --seeds",
@@ -67,35 +67,37 @@ def compare(
     jobs: int = 1,
     quiet: bool = False,
 ) -> Comparison:
-    """Train every method with every seed; write results.csv, comparison.html and, where tuned, tuning.csv into ``out``.
+    """Train every method with every seed and compare them: what ``ltloss compare`` does.
 
-    Each training leaves one file, so a comparison that was killed continues where it was when it is called again, and
-    methods or seeds that are added later join those that are there.
+    The folder ``out`` receives results.csv, comparison.html and, with ``tune``, tuning.csv. Each finished training is
+    one file. A call with the same ``out`` therefore continues a comparison that was killed, or adds methods and seeds.
 
     Args:
         out: folder for the results; a new one, or that of an earlier comparison.
-        given: settings as for ``ltloss train``, at least ``data``; they override the recipe and the methods, and are
-            not tuned. Options of losses (``scale``, ``margin``, ``tau``, ``loss_options``) hold for the losses that
+        given: settings as for ``ltloss train``, at least ``data``. They override the recipe and the methods, and are
+            not tuned. Options of losses (``scale``, ``margin``, ``tau``, ``loss_options``) apply to the losses that
             have them.
         methods: names in ``ltloss.training.comparison.methods.METHODS``.
         recipe: a name in ``ltloss.training.comparison.recipes.RECIPES``, or None for the defaults of ``ltloss train``.
-        seeds: trainings of each method, with the seeds 0, 1, ...; all on the same images.
-        vary: name of a setting or of an option of the losses -> values. Every combination becomes a variant of every
-            method, on top of its chosen values.
-        tune: choose from each method's search space by the balanced accuracy of the last epoch on a validation split,
-            with a climb along each axis (``ltloss.training.comparison.climb.next_points``).
-        tune_seeds: trainings of each trial, whose mean decides.
-        validation_per_class: images of each class that are held out of the training file before the long tail is cut;
-            None for a fifth of the smallest class. The test split is not read before tuning is over.
-        jobs: trainings side by side, in processes of one thread each. More than one needs
+        seeds: the number of trainings of each method, with seeds 0, 1, ..., on the same images.
+        vary: maps a setting or an option of the losses to values. Every combination becomes a variant of every method,
+            on top of its chosen values.
+        tune: choose values from each method's search space by the balanced accuracy of the last epoch on a validation
+            split, climbing along each axis (``ltloss.training.comparison.climb.next_points``).
+        tune_seeds: the number of trainings of each trial; their mean decides.
+        validation_per_class: images of each class to hold out of the training file before the long tail is cut. None:
+            a fifth of the smallest class. The test split is not read before tuning is finished.
+        jobs: the number of parallel trainings, in processes of one thread each. More than one needs
             ``if __name__ == "__main__":`` in a script.
-        quiet: no progress bar.
+        quiet: show no progress bar.
 
     Returns:
         The results; ``print(comparison.to_text())`` shows the table.
 
     Raises:
-        UserError: before anything is trained, where settings, methods, data or ``out`` cannot be used.
+        UserError: settings, methods, data or ``out`` cannot be used. Raised before anything is trained.
+
+    See also: :class:`ltloss.sklearn.LongTailClassifier`, which tunes a classifier over embeddings.
 
     Example:
         >>> from ltloss.training import compare
@@ -257,9 +259,9 @@ class ComparisonSpec:
 
 
 def check_whole_number(name: str, value: Any) -> None:
-    """UserError unless ``value`` is None or a whole number from 1."""
+    """Raise UserError unless ``value`` is None or an integer >= 1."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise UserError(f"{name} must be a whole number from 1, is {value!r}; correct it")
+        raise UserError(f"{name} must be an integer >= 1; got {value!r}")
 
 
 def _loss_options(given: Mapping[str, Any]) -> dict[str, Any]:

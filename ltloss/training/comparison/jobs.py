@@ -250,5 +250,5 @@ def validate_job(job: Job) -> Job:
     for name, value in job.second_stage.items():
         whole = name == "crt_epochs"
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value >= whole:
-            raise UserError(f"{name} must be {'a whole number from 1' if whole else 'a number from 0'}, is {value!r}")
+            raise UserError(f"{name} must be {'an integer >= 1' if whole else 'a number >= 0'}; got {value!r}")
     return job

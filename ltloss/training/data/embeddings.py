@@ -164,7 +164,7 @@ def _part(path: Path, arrays: Arrays, part: str) -> ArrayEmbeddings:
     array = _array(path, arrays, key)
     if array.ndim != 2 or array.dtype not in (np.float16, np.float32, np.float64):
         raise UserError(
-            f"{path}: {key} must be float16, float32 or float64 of shape (N, D), is {array.dtype} of shape "
+            f"{path}: {key} must be float16, float32 or float64 of shape (N, D), but is {array.dtype} of shape "
             f"{array.shape}; convert it"
         )
     if not array.size:
@@ -189,7 +189,7 @@ def _check_finite(path: Path, key: str, source: ArrayEmbeddings) -> None:
         if not finite.all():
             row, column = np.argwhere(~finite)[0]
             raise UserError(
-                f"{path}: {key}[{start + row}] holds {block[row, column]}, finite float32 numbers were expected; "
+                f"{path}: {key}[{start + row}] holds {block[row, column]}, which is not a finite float32 number; "
                 "remove the row"
             )
         start += len(block)

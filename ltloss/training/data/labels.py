@@ -15,7 +15,7 @@ def whole_labels(path: Path, key: str, labels: np.ndarray) -> np.ndarray:
     """Labels (N,) int64; UserError that names ``key`` for another shape or type."""
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UserError(
-            f"{path}: {key} must be integers of shape (N,), is {labels.dtype} of shape {labels.shape}; convert it"
+            f"{path}: {key} must be integers of shape (N,), but is {labels.dtype} of shape {labels.shape}; convert it"
         )
     if labels.size and int(labels.max()) > np.iinfo(np.int64).max:
         raise UserError(f"{path}: {key} goes up to {labels.max()}, beyond every number of classes; {_RENUMBER}")
@@ -27,7 +27,7 @@ def names_of_classes(path: Path, key: str, labels: np.ndarray, given: np.ndarray
     if given is not None:
         if given.ndim != 1 or given.dtype.kind != "U" or len(set(given.tolist())) != len(given):
             raise UserError(
-                f"{path}: class_names must be a list of different strings, is {given.dtype} of shape {given.shape}"
+                f"{path}: class_names must be a list of different strings, but is {given.dtype} of shape {given.shape}"
             )
         names = tuple(str(name) for name in given)
     else:

@@ -80,7 +80,7 @@ def _read(path: Path) -> tuple[list[str], np.ndarray, list[str] | None]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(repr(error).split())}); give a list of images") from error
     if not names:
-        raise UserError(f"{path} holds no image; lines of PATH LABEL were expected")
+        raise UserError(f"{path} holds no image; give a file with lines of PATH LABEL")
     return names, np.array(labels, dtype=np.int64), given
 
 
@@ -91,7 +91,7 @@ def _of_lines(path: Path, text: str) -> tuple[list[str], list[int], None]:
         if not line.strip():
             continue
         if not name or not label.isdecimal() or len(label) > 18:
-            raise UserError(f"{path}, line {number} is {line[:80]!r}, PATH LABEL was expected; correct it")
+            raise UserError(f"{path}, line {number} must be PATH LABEL; got {line[:80]!r}")
         names.append(name.strip())
         labels.append(int(label))
     return names, labels, None

@@ -52,11 +52,11 @@ def _part(
     images, labels = _array(path, archive, f"x_{part}"), _labels(path, archive, f"y_{part}")
     if images.dtype != np.uint8:
         raise UserError(
-            f"{path}: x_{part} must be uint8 (0..255), or embeddings (N, D) of floats, is {images.dtype} of shape "
+            f"{path}: x_{part} must be uint8 (0..255), or embeddings (N, D) of floats, but is {images.dtype} of shape "
             f"{images.shape}; convert it"
         )
     if not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))):
-        raise UserError(f"{path}: x_{part} must be (N, H, W) or (N, H, W, 1 or 3), is {images.shape}; transpose it")
+        raise UserError(f"{path}: x_{part} must be (N, H, W) or (N, H, W, 1 or 3), but is {images.shape}; transpose it")
     if len(images) != len(labels):
         raise UserError(f"{path}: x_{part} has {len(images)} images and y_{part} {len(labels)} labels; make them equal")
     if not images.size:

@@ -76,7 +76,7 @@ def absolute(spec: str, flag: str = "--data") -> str:
     except RuntimeError:
         raise UserError(f"{flag} {spec} begins with ~ and a user who is unknown here; write the path in full") from None
     except ValueError:
-        raise UserError(f"{flag} {spec!r}: a path holds a NUL byte, which no file name can; correct it") from None
+        raise UserError(f"{flag} {spec!r} holds a NUL byte, which no path can; remove it") from None
 
 
 def has_own_splits(spec: str) -> bool:

@@ -87,11 +87,11 @@ def export_run(
 def refuse_output(path: Path, suffix: str, overwrite: bool) -> None:
     """UserError before any work where the file could not be written in the end."""
     if path.suffix != suffix:
-        raise UserError(f"--out {path} does not end in {suffix}; correct it")
+        raise UserError(f"--out {path} must end in {suffix}; give another name")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; give a file")
     if path.exists() and not overwrite:
-        raise UserError(f"--out {path} is there already; give --overwrite to replace it, or another --out")
+        raise UserError(f"--out {path} already exists; give --overwrite to replace it, or another --out")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--out {path}: {path.parent} is no folder that can be written to; make it, or give another")
 

@@ -1,4 +1,4 @@
-"""What ``--fused-update`` keeps prototypes and their state in, how they are rounded, and what goes together."""
+"""The settings of ``--fused-update``: dtypes of prototypes and state, their rounding, and which settings exclude it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FUSED_SETTINGS", "PROTOTYPE_DTYPES", "ROUNDINGS", "STATE_DTYPES", "check_fused", "rounding_in_force"]
 
-# A dtype, by the word of `ltloss plan` and of torch, and how it can be rounded to; the first is the default.
+# Each dtype, named as in torch, with its ways of rounding; the first is the default.
 PROTOTYPE_DTYPES: dict[str, tuple[str, ...]] = {
     "float32": (),
     "bfloat16": ("stochastic", "kahan", "nearest"),
@@ -23,7 +23,7 @@ FUSED_SETTINGS = ("fused_update", "prototype_dtype", "state_dtype", "rounding")
 
 
 def check_fused(settings: Settings) -> None:
-    """UserError where these settings do not go together, or not with the others."""
+    """Raise UserError if these settings contradict each other or the other settings."""
     if not settings.fused_update:
         for name in FUSED_SETTINGS[1:]:
             if getattr(settings, name) not in (None, "float32"):
@@ -39,22 +39,22 @@ def check_fused(settings: Settings) -> None:
         )
     if (centers := settings.all_loss_options.get("sub_centers", 1)) != 1:
         raise UserError(
-            f"--fused-update moves one prototype a class, and --loss-option sub_centers={centers} has more; leave one "
-            "of them out"
+            f"--fused-update updates one prototype per class, and --loss-option sub_centers={centers} has more; leave "
+            "one of them out"
         )
     if settings.mixup:
         raise UserError(
-            "--fused-update needs one loss a step, and --mixup computes two, the second with prototypes that would "
-            "have moved; leave one of them out"
+            "--fused-update needs one loss per step, and --mixup computes two, the second from prototypes that would "
+            "have changed; leave one of them out"
         )
     if settings.clip_norm is not None:
         raise UserError(
-            "--fused-update moves prototypes before the gradients are all there, and --clip-norm needs the norm of all "
+            "--fused-update updates prototypes before all gradients are known, and --clip-norm needs the norm of all "
             "of them; leave one of them out"
         )
     if settings.accumulate != 1:
         raise UserError(
-            "--fused-update moves the prototypes in every backward, and --accumulate needs several backwards a step; "
+            "--fused-update updates the prototypes in every backward, and --accumulate needs several per step; "
             "leave one of them out, or take a larger --batch-size"
         )
     if settings.state_dtype != "float32" and settings.optimizer == "sgd" and not settings.momentum:
@@ -67,7 +67,7 @@ def check_fused(settings: Settings) -> None:
     if settings.rounding is not None and settings.rounding not in _ways(settings):
         kept = f"--prototype-dtype {settings.prototype_dtype} and --state-dtype {settings.state_dtype}"
         choice = f"take {' or '.join(_ways(settings))}" if _ways(settings) else "leave it out"
-        raise UserError(f"--rounding {settings.rounding} has nothing to do with {kept}; {choice}")
+        raise UserError(f"--rounding {settings.rounding} is not possible with {kept}; {choice}")
 
 
 def rounding_in_force(settings: Settings) -> str | None:

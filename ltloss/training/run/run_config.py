@@ -1,4 +1,4 @@
-"""RUN/config.json, and the settings in a file of the user's."""
+"""RUN/config.json, and settings files that a user writes."""
 
 from __future__ import annotations
 
@@ -164,9 +164,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"--config {path} cannot be read ({_in_one_line(error)}); correct the file") from error
     if not isinstance(values, dict):
-        raise UserError(
-            f"--config {path} must hold names with values, holds a {type(values).__name__}; correct the file"
-        )
+        raise UserError(f"--config {path} must hold names and values; got a {type(values).__name__}; correct the file")
     if "versions" in values:  # the config.json of a run
         values = _of_a_run(values)
     settings = {name.replace("-", "_"): value for name, value in values.items() if name not in _FACTS}
@@ -180,4 +178,4 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     try:
         return {name: checked(name, value) for name, value in settings.items()}
     except OverflowError as error:
-        raise UserError(f"--config {path} holds a number beyond every range ({error}); correct the file") from error
+        raise UserError(f"--config {path} holds a number that is too large ({error}); correct the file") from error

@@ -25,11 +25,11 @@ HEADS = ("linear", "mlp")
 
 AUGMENTATIONS = ("none", "crop", "crop-flip", "randaugment")
 
-# --lr and --weight-decay where they are not given. SGD's decay is part of the gradient, AdamW's acts beside it.
+# Defaults of --lr and --weight-decay. SGD's decay is part of the gradient; AdamW's is decoupled from it.
 OPTIMIZERS = {"sgd": {"lr": 0.05, "weight_decay": 5e-4}, "adamw": {"lr": 0.002, "weight_decay": 0.05}}
 
 
-_Allowed = tuple[str, Callable[[Any], bool]]  # in words, and what tells
+_Allowed = tuple[str, Callable[[Any], bool]]  # the range in words, and the test of a value
 
 
 def valid_schedule(text: str) -> bool:
@@ -76,7 +76,7 @@ def _by_optimizer(name: str) -> str:
 @renamed_fields(**FORMER_SETTINGS)
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses about a run. Raises UserError for a value out of range or of the wrong type."""
+    """The settings of a run. Raises UserError for a value out of range or of the wrong type."""
 
     data: str = _option(
         "",
@@ -94,7 +94,7 @@ class Settings:
     )
     imbalance: float = _option(1.0, "long tail: largest class / smallest class", _at_least(1))
     epochs: int = _option(30, "epochs", _at_least(1))
-    batch_size: int = _option(64, "samples a batch, give or take one", _at_least(2))
+    batch_size: int = _option(64, "samples per batch, give or take one", _at_least(2))
     optimizer: str = _option("sgd", "sgd with momentum, or adamw", choices=tuple(OPTIMIZERS))
     lr: float = _option(None, f"peak learning rate (default: {_by_optimizer('lr')})", _POSITIVE)
     weight_decay: float = _option(
@@ -102,21 +102,25 @@ class Settings:
     )
     decay_all: bool = _option(False, "let weight decay act on biases and norms too")
     momentum: float = _option(0.9, "momentum of SGD", _FRACTION)
-    fused_update: bool = _option(False, "move the prototypes inside the backward, without their gradient in memory")
-    prototype_dtype: str = _option("float32", "of the prototypes, with --fused-update", choices=tuple(PROTOTYPE_DTYPES))
-    state_dtype: str = _option("float32", "of their state, with --fused-update", choices=tuple(STATE_DTYPES))
-    rounding: str | None = _option(None, "how what is not float32 is written (default: stochastic)", choices=ROUNDINGS)
+    fused_update: bool = _option(False, "update the prototypes inside the backward: their gradient is never in memory")
+    prototype_dtype: str = _option(
+        "float32", "dtype of the prototypes, with --fused-update", choices=tuple(PROTOTYPE_DTYPES)
+    )
+    state_dtype: str = _option("float32", "dtype of their state, with --fused-update", choices=tuple(STATE_DTYPES))
+    rounding: str | None = _option(
+        None, "how prototypes and state below float32 are rounded (default: stochastic)", choices=ROUNDINGS
+    )
     clip_norm: float | None = _option(
-        None, "shorten the gradients of a step to this norm, all together (default: do not)", _POSITIVE
+        None, "clip the gradients of a step to this norm, over all parameters (default: no clipping)", _POSITIVE
     )
     accumulate: int = _option(1, "batches whose gradients make one step", _at_least(1))
     ema: float = _option(
-        0.0, "measure, keep and use a moving average of the weights, of this decay (0.999; 0: do not)", _FRACTION
+        0.0, "measure and keep a moving average of the weights, with this decay, say 0.999; 0: none", _FRACTION
     )
-    warmup: float = _option(0.05, "fraction of the steps in which the learning rate rises to --lr", _FRACTION)
+    warmup: float = _option(0.05, "fraction of the steps over which the learning rate rises to --lr", _FRACTION)
     schedule: str = _option(
         "cosine",
-        "after the warm-up: cosine, to 0, or steps as WHEN:FACTOR,... (WHEN an epoch, or a fraction of them below 1)",
+        "learning rate after the warm-up: cosine (to 0), or WHEN:FACTOR,... (WHEN: an epoch, or below 1 a fraction)",
         _SCHEDULE,
     )
     scale: float | None = _option(
@@ -132,7 +136,7 @@ class Settings:
         _at_least(0),
     )
     beta: float = _option(0.9999, "beta of those weights", _FRACTION)
-    mixup: float = _option(0.0, "mix pairs of images, fractions from Beta(X, X); 0: do not", _at_least(0))
+    mixup: float = _option(0.0, "mix pairs of images, with fractions from Beta(X, X); 0: no mixup", _at_least(0))
     loss_options: dict[str, Any] = field(
         default_factory=dict,
         metadata={
@@ -151,10 +155,10 @@ class Settings:
         "crop", "random shift by --crop-pad, and flip; randaugment: two of its operations first", choices=AUGMENTATIONS
     )
     crop_pad: int | None = _option(None, "largest shift in pixels (default: an eighth of the side)", _at_least(0))
-    limit_per_class: int | None = _option(None, "use at most N training images a class", _at_least(1))
+    limit_per_class: int | None = _option(None, "use at most N training images per class", _at_least(1))
     limit_test: int | None = _option(None, "use at most N test images", _at_least(1))
     validation_fraction: float = _option(
-        0.0, "of each class's training images, held out and measured after every epoch", _FRACTION
+        0.0, "fraction of each class's training images to hold out and measure after every epoch", _FRACTION
     )
     early_stopping: int | None = _option(
         None, "end after N epochs without a better validation, and keep the best one's weights", _at_least(1)
@@ -165,7 +169,7 @@ class Settings:
     data_seed: int | None = _option(
         None, "decides the long tail and the split of the data (default: --seed)", _at_least(0)
     )
-    evaluate_every: int = _option(1, "epochs between looks at the test split", _at_least(1))
+    evaluate_every: int = _option(1, "measure the test split every N epochs", _at_least(1))
     device: str | None = _option(None, "cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     amp: bool | None = _option(None, "train in bfloat16 autocast (default: on a GPU)")
     parallel: str = _option(
@@ -174,7 +178,7 @@ class Settings:
         choices=PARALLEL,
     )
     tensorboard: bool = _option(False, "write the numbers of metrics.csv for TensorBoard too, in RUN/tensorboard")
-    workers: int = _option(4, "threads that decode images of a folder, and that RandAugment has", _at_least(1))
+    workers: int = _option(4, "threads that decode images of a folder and run RandAugment", _at_least(1))
 
     def __post_init__(self) -> None:
         """Check types and ranges, so that no Settings object holds what a run cannot use."""
@@ -187,7 +191,7 @@ class Settings:
             raise UserError(f"--momentum {self.momentum:g} is for SGD, --optimizer is {self.optimizer}; leave it out")
         if self.early_stopping is not None and not self.validation_fraction:
             raise UserError(
-                "--early-stopping needs images to decide on that are no test images; add --validation-fraction 0.1"
+                "--early-stopping needs held-out images that are not the test images; add --validation-fraction 0.1"
             )
         _ = self.thresholds  # which refuses limits that overlap
         check_fused(self)
@@ -210,9 +214,9 @@ class Settings:
 
 
 SETTINGS = {item.name: item for item in fields(Settings)}
-# A resumed run and its data may move (the images are compared); everything else is part of what its losses mean.
+# A resumed run and its data may move (the images are compared). Every other setting would change its results.
 MAY_CHANGE_ON_RESUME = ("data", "image_root", "device", "workers", "tensorboard")
-# What belongs to a run by itself: a comparison holds images out on its own, and its trainings have no folders.
+# Settings that a comparison does not take: it holds images out itself, and its trainings have no run folder.
 OF_A_RUN = ("validation_fraction", "early_stopping", "tensorboard")
 
 
@@ -223,26 +227,26 @@ def setting_type(name: str) -> type:
 
 
 def checked(name: str, value: Any) -> Any:
-    """The value of the setting ``name`` as it is kept; UserError for another type or range."""
+    """Return the value of a setting as it is stored. UserError for another type or a value out of range."""
     item, expected_type = SETTINGS[name], setting_type(name)
     if value is None and item.default is None:
         return None
     if expected_type is float and type(value) is int:
         value = float(value)
     if type(value) is not expected_type:
-        raise UserError(f"{name} must be of type {expected_type.__name__}, is {value!r}; correct it")
+        raise UserError(f"{name} must be of type {expected_type.__name__}; got {value!r}")
     if isinstance(value, int) and abs(value) >= 1 << 63:
-        raise UserError(f"{name} must have at most 64 bits, is {value}; correct it")
+        raise UserError(f"{name} must have at most 64 bits; got {value}")
     choices, allowed = item.metadata["choices"], item.metadata["allowed"]
     if choices and value not in choices:
         raise UserError(f"{name} {value!r} is unknown; {nearest(str(value), choices)}")
     if allowed and not allowed[1](value):
-        raise UserError(f"{name} must be {allowed[0]}, is {value}; correct it")
+        raise UserError(f"{name} must be {allowed[0]}; got {value}")
     return value
 
 
 def changed_settings(stored: Settings, given: Mapping[str, Any]) -> list[str]:
-    """What keeps a run from being resumed with ``given``: 'name (run: a, now: b)' for each; epochs may grow."""
+    """List the settings that prevent a resume with ``given``, as 'name (run: a, now: b)'. Epochs may grow."""
     differences = []
     for name, value in given.items():
         old, value = getattr(stored, name), checked(name, value)
