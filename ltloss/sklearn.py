@@ -150,7 +150,19 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> LongTailClassifier:
-        """Fit to X (N, D) in float16, float32 or float64, which may be memory-mapped, and labels y (N,) of any type."""
+        """Fit the classifier.
+
+        Args:
+            X: embeddings (N, D), float16, float32 or float64; may be memory-mapped.
+            y: labels (N,) of any type.
+            sample_weight: (N,), or None for equal weights.
+
+        Returns:
+            The classifier itself.
+
+        Raises:
+            ValueError, TypeError: data or a parameter that cannot be used.
+        """
         with self._whole_or_not_at_all():
             options, former = self._options(), self._fitted() if self.warm_start and hasattr(self, "loss_") else None
             X, y, weights = self._checked(X, y, sample_weight, reset=former is None)
@@ -166,7 +178,10 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> LongTailClassifier:
-        """One pass over more samples; the first call names all ``classes`` to come, unless ``fit`` was before."""
+        """Train one pass over more samples, X (N, D) and y (N,), with ``sample_weight`` (N,) or None.
+
+        The first call must name all ``classes`` to come, unless ``fit`` was called before. Returns the classifier.
+        """
         with self._whole_or_not_at_all():
             options = self._options()
             first = _check_partial_fit_first_call(self, classes)
@@ -186,21 +201,27 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def decision_function(self, X: Any) -> Array:
-        """Calibrated logits with the log prior of ``class_prior``: (N, C), or (N,) of two classes, second − first."""
+        """Calibrated logits of X (N, D), with the log prior of ``class_prior``: (N, C).
+
+        With two classes (N,), the logit of the second minus that of the first.
+        """
         logits = self._by_blocks(X, lambda classifier, z: classifier.logits(z))
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def predict_proba(self, X: Any) -> Array:
-        """Probabilities (N, C), float32, made block by block."""
+        """Probabilities of the classes for X (N, D): (N, C) float32, computed block by block."""
         return self._by_blocks(X, lambda classifier, z: classifier.logits(z).softmax(1))
 
     def predict(self, X: Any) -> Array:
-        """The most probable label of each sample, (N,), without N×C."""
+        """The most probable label (N,) of each sample of X (N, D), without the N×C logits."""
         index = self._by_blocks(X, lambda classifier, z: classifier.best(z)[:, 0])
         return np.asarray(self.classes_[index])
 
     def top_k(self, X: Any, k: int = 5) -> TopClasses:
-        """The k most probable labels and their probabilities, (N, k) each, best first, without N×C."""
+        """The k most probable labels of each sample of X (N, D), without the N×C logits.
+
+        Returns ``TopClasses(label, probability)``, (N, k) each, best first. Raises ValueError for a k outside [1, C].
+        """
         check_is_fitted(self, "prototypes_")
         if check_count("k", k) > len(self.classes_):
             raise ValueError(f"k must be at most the number of classes, {len(self.classes_)}; got {k}")
@@ -236,7 +257,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     @classmethod
     def load(cls, path: str | Path) -> LongTailClassifier:
-        """A classifier from a file of :meth:`save`; ValueError where it is none or damaged."""
+        """Read a classifier from ``path``, a file of :meth:`save`. Raises ValueError for a damaged or other file."""
         arrays, about = files.read(Path(path))
         weight = about["class_weight"]
         loaded = cls(**about["params"], class_weight=dict(weight) if isinstance(weight, list) else weight)
@@ -245,7 +266,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     @contextmanager
     def _whole_or_not_at_all(self) -> Iterator[None]:
-        """An error leaves the attributes as they were; what an optimizer has moved is taken from them anew."""
+        """Restore all attributes after an error. What an optimizer has changed is then read from them again."""
         before = {name: value for name, value in vars(self).items() if name != "_training"}
         training = vars(self).get("_training")
         try:
@@ -305,7 +326,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return Task(X, part, torch.from_numpy(factors).float(), torch.Generator().manual_seed(int(seed)))
 
     def _learn(self, found: Fitted) -> None:
-        """Put what was fitted into the attributes."""
+        """Store the result of a fit in the attributes."""
         self.loss_, self.n_iter_, self.temperature_ = found.candidate.name, found.passes, found.temperature
         self.validation_score_, self.calibration_error_ = found.score, found.error
         self.validation_scores_ = found.scores or {}
@@ -329,7 +350,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         )
 
     def _by_blocks(self, X: Any, function: Callable[[Classifier, Tensor], Tensor]) -> Array:
-        """The function of (classifier, features) over blocks of X, put together."""
+        """Apply a function of (classifier, features) to X block by block, and concatenate the results."""
         check_is_fitted(self, "prototypes_")
         X = validate_data(self, X, dtype=_DTYPES, reset=False)
         device, found = self._device(), self._fitted()

@@ -1,7 +1,7 @@
-"""A batch against another of the same length, in tiles: both directions of the N×N logits from one product.
+"""In-batch losses in tiles: both directions of the N×N logits of two batches from one product.
 
-Row i of one batch belongs to row i of the other, so a tile serves the softmax of its rows and that of its columns
-alike. Two passes of :mod:`ltloss.chunked.logsumexp` would multiply twice as often.
+A tile serves the softmax over its rows and the one over its columns. Two passes of :mod:`ltloss.chunked.logsumexp`
+would take twice the products.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ltloss.numerics import compute_dtype, inverse_norm, project_, spans
 
 __all__ = ["logsumexp", "logsumexp_gradients", "sigmoid_loss"]
 
-# Gets a tile of the logits with its rows and columns, and may leave in it the gradient of the loss by these logits.
+# Called with a tile of logits, its rows and its columns. It may overwrite the tile with the gradient of these logits.
 Visit = Callable[[Tensor, slice, slice], None]
 
 

@@ -1,9 +1,9 @@
-"""The operations in chunked PyTorch: bounded memory, any device, no Triton.
+"""The PyTorch backend: bounded memory, any device, no Triton.
 
-Classes are taken a chunk at a time, so that the logits of a chunk stay in the cache: they are written, reduced and
-forgotten. The backward computes them again. Per chunk that is one matrix product forwards and three backwards;
-everything else touches only data that is already in the cache, which is why four products run faster here than the
-three of a dense implementation that streams its N×C logits through memory several times.
+Classes are processed in chunks, so that the logits of a chunk stay in the cache: they are written, reduced and dropped.
+The backward recomputes them. That is one matrix product per chunk forward and three backward. The rest touches only
+data in the cache, so these four products are faster than the three of a dense implementation, which streams its N×C
+logits through memory several times.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ SMALLEST_EXPONENT = {torch.float32: -80.0, torch.float64: -700.0}
 
 
 def exponentials_bytes(features: Tensor, prototypes: Tensor) -> int:
-    """What :func:`new_exponentials` takes of memory."""
+    """The bytes that :func:`new_exponentials` allocates."""
     entries, chunks = _exponentials(features, prototypes)
     return 2 * entries + 4 * chunks * features.shape[0]
 
 
 def new_exponentials(features: Tensor, prototypes: Tensor, fake: bool = False) -> Exponentials:
-    """What :func:`partials` fills for :func:`gradients`. Float32 only."""
+    """Allocate the exponentials that :func:`partials` fills and :func:`gradients` reads. Float32 only."""
     entries, chunks = _exponentials(features, prototypes)
     if fake or features.device.type != "cpu":
         values = features.new_empty(entries, dtype=torch.bfloat16)
@@ -80,11 +80,11 @@ def partials(
     polynomial: Tensor | None = None,
     kept: Exponentials | None = None,
 ) -> Partials:
-    """One pass of features (N, D) over prototypes (C, D) or (C, K, D): one split, in natural units.
+    """One pass of features (N, D) over prototypes (C, D) or (C, K, D): one split, natural logarithms.
 
-    Labels (N,) or (N, k): those of samples that are not counted equal ``ignore_index``; None takes every label outside
-    [0, C) for "the target is not among these prototypes". ``threshold`` (N,) and ``polynomial`` (3,): those of a
-    :class:`ltloss.extend.Bend`, in units of logits. ``kept`` is filled for :func:`gradients`.
+    Labels (N,) or (N, k) equal ``ignore_index`` for ignored samples. With ``ignore_index=None`` a label outside [0, C)
+    means that the target is not among these prototypes. ``threshold`` (N,) and ``polynomial`` (3,) are a
+    :class:`ltloss.extend.Bend` in units of logits. ``kept`` is filled for :func:`gradients`.
     """
     dtype = compute_dtype(features, prototypes)
     n, c, d = features.shape[0], prototypes.shape[0], features.shape[1]
@@ -134,7 +134,7 @@ def accumulate_exp(tile: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
 
 
 def margin_loss(partials: Partials, labels: Tensor, objective: Objective, num_classes: int) -> MarginLoss:
-    """Margin, loss and coefficients: work on N-vectors, in float64, which costs nothing there.
+    """Margin, loss and coefficients, on vectors (N,), in float64, whose cost is negligible here.
 
     With ℓ = s, or s·‖x‖ where features keep their length, z' = ℓ·margin(cos_y), z = z' + b_y and p = σ(r − z):
 
@@ -204,11 +204,11 @@ class SampleGradients(NamedTuple):
 
     @classmethod
     def of(cls, r: Tensor, a: Tensor, target: Tensor) -> SampleGradients:
-        """|a|·exp(l - r) in one exponential: the coefficient goes into the exponent and its sign onto u and d.
+        """Fold |a| into the exponent, |a|·exp(l - r) = exp(l - shift), and its sign into u and d.
 
-        That spares one pass over every tile. Where there is nothing to send back (a = 0, or no other class at all) the
-        shift is +inf. For a large scale, rounding r - log|a| would be the largest error of all; it is the same for a
-        whole row, and goes with the sign.
+        That saves one pass over every tile. Without a gradient (a = 0, or no other class) the shift is +inf. For a
+        large scale the rounding of r - log|a| would be the largest error. It is equal for a whole row, so ``factor``
+        corrects it.
         """
         nothing = (a == 0) | (r == -math.inf)
         log_a = a.abs().log()
@@ -239,12 +239,12 @@ def gradients(
     take: TakeGradient | None = None,
     kept: Exponentials | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of features (N, D) and prototypes, each in its dtype, and what reaches each class (C,) through
-    r, Σ_i a_i·exp(l_ic - r_i) over the samples of other classes; (0,) where ``needs`` is False.
+    """Gradients of features (N, D) and of prototypes, each in its dtype, and the gradient (C,) that flows through r.
 
-    ``coefficients`` as :func:`margin_loss` makes them, ``grad_loss`` a scalar or (N,); ``smooth``: row 3 counts.
-    ``take`` gets the gradients of the prototypes, some classes at a time, after the last look at them. With
-    what :func:`partials` kept, the logits are not computed again.
+    The last is Σ_i a_i·exp(l_ic - r_i) over the samples of other classes. Each is (0,) where ``needs`` is False.
+    ``coefficients`` come from :func:`margin_loss`; ``grad_loss`` is a scalar or (N,); ``smooth``: use row 3. ``take``
+    receives the gradients of the prototypes chunk by chunk, after these were read for the last time. With ``kept``,
+    the logits are not recomputed.
     """
     dtype = compute_dtype(features, prototypes)
     n, c, d = features.shape[0], prototypes.shape[0], features.shape[1]

@@ -1,4 +1,4 @@
-"""What the tiles of a pass need of each sample: its label, its feature as an operand, its target's logit."""
+"""The per-sample inputs of a pass: labels, scaled features and target cosines."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def target_labels(labels: Tensor, num_classes: int, ignore_index: int | None) ->
 
 
 def counted(vectors: Tensor, labels: Tensor, ignore_index: int | None) -> Tensor:
-    """Rows that are ignored may hold anything, NaN too: they are taken as zero."""
+    """Return the vectors with ignored rows set to zero: they may hold anything, even NaN."""
     return vectors if ignore_index is None else vectors.masked_fill((columns(labels)[0] == NOT_HERE)[:, None], 0.0)
 
 

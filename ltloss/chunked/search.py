@@ -57,7 +57,7 @@ class Best:
         self.index = torch.full((rows,), -1, dtype=torch.int64, device=like.device)
 
     def update(self, rows: slice, tile: Tensor, dim: int, offset: int) -> None:
-        """Take in a tile whose dimension ``dim`` runs over the classes from ``offset`` on."""
+        """Update with a tile whose dimension ``dim`` runs over the classes from ``offset`` on."""
         candidate = tile.amax(dim)
         best = self.cosine[rows]
         better = (candidate > best) | (candidate.isnan() & ~best.isnan())

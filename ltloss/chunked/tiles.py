@@ -1,4 +1,4 @@
-"""A tile of logits: how large it is, how it is made, its target entries, and what is kept of it for the backward."""
+"""Tiles of logits: their size, their computation, their target entries, and what the backward keeps of them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def block_sizes(rows: int, classes: int, width: int, device: torch.device) -> Bl
 
 
 class Exponentials(NamedTuple):
-    """exp(logit - shift) of every tile in two bytes, so that the backward need not multiply for the logits again.
+    """exp(logit - shift) of every tile in bfloat16, so that the backward need not recompute the logits.
 
-    The shift is the largest logit of the row so far. A bfloat16 has the range of a float32, so every entry is
-    right to 2^-8 of itself, however far it lies below the largest: also of a class that is far from all samples.
+    The shift is the largest logit of the row so far. bfloat16 has the range of float32, so every entry has a relative
+    error of 2^-8 at most, even for classes that are far from all samples.
     """
 
     values: Tensor  # (N·C,) bfloat16, one tile after the other
@@ -52,7 +52,7 @@ class Exponentials(NamedTuple):
         return values.view(-1, width), self.shifts[chunk, rows]
 
 
-# bytes: glibc maps what is larger anew each time, and gives it back when it is freed.
+# In bytes. Larger blocks glibc maps anew each time, and returns to the system when they are freed.
 _KEPT_BY_ALLOCATOR = 31 << 20
 
 

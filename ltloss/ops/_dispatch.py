@@ -1,8 +1,8 @@
-"""How an operator is made, and which backend runs it.
+"""Registration of operators, and the choice of the backend.
 
-An operator has one schema and one implementation per backend, each registered with PyTorch under its own name
-(``ltloss::top_k_torch``, ``ltloss::top_k_triton``), so that the backend that was chosen in the forward is the one whose
-gradient runs in the backward, and ``torch.compile`` sees through both.
+An operator has one schema and one implementation per backend. Each implementation is registered with PyTorch under a
+name of its own (``ltloss::top_k_torch``, ``ltloss::top_k_triton``). The backward therefore runs the backend that the
+forward chose, and ``torch.compile`` can trace both.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ _HAS_TRITON = _has_triton()
 
 
 def _not_served(features: Tensor, prototypes: Tensor) -> str:
-    """Why the kernels cannot take these tensors; empty where they can."""
+    """The reason why the kernels cannot take these tensors; empty if they can."""
     if not _HAS_TRITON:
         return "Triton is not installed"
     # Prototypes are searched among prototypes; features in float8 are refused before.
     if prototypes.dtype not in (*_KERNEL_DTYPES, FLOAT8) or features.dtype not in (*_KERNEL_DTYPES, prototypes.dtype):
         return (
-            "the kernels take half precision and float32, prototypes also in float8_e4m3fn, not "
+            "the kernels take float16, bfloat16 and float32, and float8_e4m3fn for prototypes, not "
             f"{features.dtype} with {prototypes.dtype}"
         )
     if features.shape[1] > _WIDEST_KERNEL:
@@ -68,12 +68,12 @@ def _not_served(features: Tensor, prototypes: Tensor) -> str:
         if properties.major < 8:
             return "the kernels need a GPU of compute capability 8.0 or higher"
         if prototypes.dtype == FLOAT8 and (properties.major, properties.minor) < _FLOAT8_FROM:
-            return "they need a GPU of compute capability 8.9 or higher for float8 prototypes"
+            return "the kernels need a GPU of compute capability 8.9 or higher for float8 prototypes"
     return ""
 
 
 def _not_runnable(device: torch.device) -> str:
-    """Why the kernels cannot run on this device; empty where they can, and where a compiler asks."""
+    """The reason why the kernels cannot run on this device; empty if they can, and while compiling."""
     if device.type == "cuda" or torch.compiler.is_compiling():
         return ""
     running = importlib.import_module("ltloss_kernels.running")
@@ -81,15 +81,15 @@ def _not_runnable(device: torch.device) -> str:
 
 
 def choose_backend(features: Tensor, prototypes: Tensor, *, sharded: bool = False, updated: bool = False) -> Chosen:
-    """The backend for these tensors: the kernels where they serve them, chunked PyTorch otherwise.
+    """Choose the backend for these tensors: the kernels where they can run, chunked PyTorch otherwise.
 
     Raises:
-        BackendError: a backend was asked for (:class:`ltloss.use_backend`) that cannot serve them.
-        TypeError: a gradient would be asked of float8 prototypes.
+        BackendError: the backend of :class:`ltloss.use_backend` cannot handle them.
+        TypeError: float8 prototypes would need a gradient.
     """
     if prototypes.dtype == FLOAT8 and prototypes.requires_grad and torch.is_grad_enabled():
         raise TypeError(
-            "prototypes in float8 cannot hold a gradient: make an optimizer of ltloss.optim for the loss module, or "
+            "prototypes in float8 cannot hold a gradient; give the loss module to an optimizer of ltloss.optim, or "
             "compute under torch.no_grad()"
         )
     backend = current_backend()
@@ -101,26 +101,26 @@ def choose_backend(features: Tensor, prototypes: Tensor, *, sharded: bool = Fals
             )
         if updated:
             raise BackendError(
-                "backend 'reference' leaves gradients to autograd, and cannot move prototypes inside the backward. Use "
-                "'auto', 'torch' or 'triton', or an optimizer of torch.optim"
+                "backend 'reference' leaves gradients to autograd and cannot update prototypes inside the backward. "
+                "Use 'auto', 'torch' or 'triton', or an optimizer of torch.optim"
             )
         return "reference"
     if backend == "triton":
         reason = _not_served(features, prototypes) or _not_runnable(features.device)
         if reason:
-            raise BackendError(f"backend 'triton' was asked for, but {reason}; use 'auto' or 'torch'")
+            raise BackendError(f"backend 'triton' was requested, but {reason}; use 'auto' or 'torch'")
         return "triton"
     kernels = backend == "auto" and features.device.type == "cuda" and not _not_served(features, prototypes)
     return "triton" if kernels else "torch"
 
 
 def is_sharded(prototypes: Tensor) -> bool:
-    """Whether the classes are spread over ranks: then :mod:`ltloss.distributed` searches among them."""
+    """Whether the classes are spread over ranks, so that :mod:`ltloss.distributed` must search them."""
     return hasattr(prototypes, "device_mesh")
 
 
 def at_hand(prototypes: Tensor, shard: Any = None) -> tuple[Tensor, Any]:
-    """The prototypes and None; or those multiplied here and their ``Shard``: the given one, or that of a DTensor."""
+    """Return the prototypes that this rank multiplies and their ``Shard``: the given one, a DTensor's, or None."""
     if shard is None and is_sharded(prototypes):
         shard = distributed("logsumexp").ClassShard.of(prototypes)
     return (prototypes, None) if shard is None else (shard.take(prototypes), shard)
@@ -186,7 +186,7 @@ def _register(name: str, signature: str, fake: Callable[..., Any], implementatio
 
 
 def no_gradient(operators: Mapping[str, Any]) -> None:
-    """Let an attempt to differentiate these operators end in words."""
+    """Make an attempt to differentiate these operators raise a clear error."""
     for operator in operators.values():
         torch.library.register_autograd(operator, functools.partial(_refuse, operator.name()))
 

@@ -1,7 +1,7 @@
-"""The operators of the in-batch contrastive losses: a batch against another, whose row i belongs to its row i.
+"""The operators of the in-batch contrastive losses, for two batches whose rows i belong together.
 
-Chunked PyTorch on every device. On the kernels :func:`ltloss.contrastive.info_nce` takes the pass over prototypes, once
-in each direction.
+They run in chunked PyTorch on every device. With the kernels, :func:`ltloss.contrastive.info_nce` runs the pass over
+prototypes instead, once in each direction.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ no_gradient(OPERATORS["in_batch_logsumexp_gradients"])
 
 
 class _LogSumExp(torch.autograd.Function):
-    """Both directions of the logits: they are computed again in the backward."""
+    """The log-sum-exps of both directions. The backward recomputes the logits."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
@@ -77,7 +77,7 @@ class _LogSumExp(torch.autograd.Function):
 
 
 class _SigmoidLoss(torch.autograd.Function):
-    """The gradients are there after the forward, in float32 or float64; the backward multiplies them."""
+    """The forward also computes the gradients, in float32 or float64; the backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

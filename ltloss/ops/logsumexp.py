@@ -1,4 +1,4 @@
-"""The wide pass over the prototypes: two numbers per sample, and the gradients that follow from them.
+"""The pass over all prototypes: two numbers per sample, and the gradients that follow from them.
 
 A backend is a module with ``partials``, ``logsumexp``, ``margin_loss``, ``coefficients`` and ``gradients``.
 """
@@ -42,7 +42,7 @@ BACKENDS: dict[str, Callable[[], Any]] = {"torch": lambda: chunked, "triton": _k
 
 
 def _empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """An operator returns tensors only: nothing is (0,)."""
+    """Replace None by an empty tensor (0,), because an operator returns tensors only."""
     return like.new_empty(0) if tensor is None else tensor
 
 
@@ -90,9 +90,9 @@ def define_keeping(
     fake: Callable[..., tuple[Tensor, ...]],
     make: Callable[[Callable[[], Any], bool], Callable[..., Any]],
 ) -> dict[str, Any]:
-    """An operator that returns :data:`KEPT` besides, of which each backend has its own form.
+    """Define an operator that also returns ``KEPT``, whose shapes differ by backend.
 
-    ``make(backend, True)`` is its implementation, ``fake`` that of the operator which keeps nothing.
+    ``make(backend, True)`` is its implementation; ``fake`` is the fake of the operator that keeps nothing.
     """
 
     def of(backend: Callable[[], Any]) -> Callable[..., tuple[Tensor, ...]]:
@@ -132,7 +132,7 @@ def _fake_gradients(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *re
     )
 
 
-# What the gradients of a backend are given besides, that no schema lists.
+# Further arguments of the gradients of a backend, which the schema does not list.
 _OPTIONS: dict[str, dict[str, Any]] = {"torch": {}, "triton": {"limit": current_workspace}}
 
 
@@ -175,12 +175,12 @@ OPERATORS = {
 
 
 def may_keep() -> bool:
-    """Whether a loss computed here may keep its exponentials: not where no backward will come."""
+    """Whether a loss may keep its exponentials: the option is on, and gradients are enabled."""
     return current_keep_exponentials() and torch.is_grad_enabled()
 
 
 def keeps(ctx: Any, features: Tensor, prototypes: Tensor, backend: str) -> bool:
-    """Whether a step that may does keep its exponentials for the backward: there is one, and they fit."""
+    """Whether a step that may keep its exponentials does: a backward will need them, and they fit the workspace."""
     return (
         any(ctx.needs_input_grad)
         and prototypes.dim() == 2
@@ -218,8 +218,10 @@ def gathered_stats(
     keep: bool,
     bend: Bend = NO_BEND,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, list[Tensor]]:
-    """Of all ranks logsumexp (S, N), logit_sum (S, N), target_cosine as the labels, norm (N,); ``class_scale``; what is
-    kept.
+    """Run the local pass and gather the results of all ranks.
+
+    Returns ``(logsumexp (S, N), logit_sum (S, N), target_cosine shaped as the labels, norm (N,))``, then
+    ``class_scale`` and the kept exponentials of this rank.
     """
     with_norm = objective.with_norm
     kept: list[Tensor] = []
@@ -256,7 +258,7 @@ def gathered_stats(
 def remember(
     ctx: Any, backend: str, shard: Shard | None, update: Update | None, num_classes: int | None = None
 ) -> None:
-    """Hold for :func:`propagate` what is no tensor; ``num_classes``: as for :func:`_of_prior`."""
+    """Store on ``ctx`` what :func:`propagate` needs besides tensors; ``num_classes`` as in :func:`_of_prior`."""
     ctx.backend, ctx.shard, ctx.update, ctx.num_classes = backend, shard, update, num_classes
     if update is not None:
         update.watch(ctx)
@@ -265,11 +267,11 @@ def remember(
 def propagate(
     ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...] | None = None, bend: Bend = NO_BEND
 ) -> tuple[Tensor | None, ...]:
-    """The backward of the wide pass: dX, dW and that of the prior, summed over the ranks of a shard, and None for what
-    comes after them.
+    """The backward of the pass over all prototypes: the gradients of features, prototypes and prior, then Nones.
 
-    ``saved``, by default what the forward saved: features, prototypes, labels and prior of this rank's work, then
-    coefficients, ``class_scale``, 1/Σ weights and the largest coefficient; and what :func:`keeps` decided to keep.
+    They are summed over the ranks of a shard. ``saved`` defaults to what the forward saved: features, prototypes,
+    labels and prior of this rank, then coefficients, ``class_scale``, 1/Σ weights and the largest coefficient, then
+    the exponentials if :func:`keeps` said so.
     """
     features, prototypes, labels, prior, coefficients, *rest = ctx.saved_tensors if saved is None else saved
     rest, kept = rest[:3], rest[3:]
@@ -279,7 +281,7 @@ def propagate(
         rows = shard.rows(samples)
         coefficients = coefficients[:, rows].contiguous()
         _, _, *normalize, _ = ctx.options
-        if normalize == [False, True] and not shard.is_first:  # the length of a feature belongs to no class: once
+        if normalize == [False, True] and not shard.is_first:  # the length of a feature is no rank's: count it once
             coefficients[4] = 0.0
         grad_loss = grad_loss[rows] if grad_loss.dim() else grad_loss
     if prototypes.shape[0]:
@@ -305,11 +307,11 @@ def propagate(
 
 
 def _of_prior(through_r: Tensor, labels: Tensor, coefficients: Tensor, num_classes: int | None) -> Tensor:
-    """The gradient of the prior (K,) of the classes at hand, from what reaches each of them through r.
+    """The gradient (K,) of the prior of this rank's classes, from ``through_r``, the part that flows through r.
 
-    With ``num_classes``, of all ranks, the logit of the target and the sum of all logits hold the prior too. A constant
-    on all of a sample's logits changes no loss: so what the target gets is minus what all others get, whatever the
-    slope of its margin.
+    If ``num_classes`` (of all ranks) is given, the target logit and the sum of all logits contain the prior too. A
+    constant added to all logits of a sample does not change its loss. The target therefore gets minus what all others
+    get, whatever the slope of its margin.
     """
     if num_classes is None or not len(through_r):
         return through_r
@@ -323,10 +325,13 @@ _SLAB_WITHOUT_SAMPLES = 1 << 14
 
 
 def _updating(backend: str, take: TakeGradient | PrototypeUpdate, kept: Sequence[Tensor]) -> Callable[..., _Gradients]:
-    """The gradients of the features, while those of the prototypes go to ``take``. No operator: it moves its input."""
+    """Make a function that returns the gradients of the features and passes those of the prototypes to ``take``.
+
+    It is not an operator, because it changes its input.
+    """
 
     def run(grad_loss: Tensor, features: Tensor, prototypes: Tensor, *rest: Any) -> _Gradients:
-        if callable(take) and not features.shape[0]:  # weights decay and momentum runs on
+        if callable(take) and not features.shape[0]:  # an empty batch: weight decay and momentum still act
             dtype = compute_dtype(features, prototypes)
             for start, stop in spans(prototypes.shape[0], _SLAB_WITHOUT_SAMPLES):
                 take(start, stop, torch.zeros_like(prototypes[start:stop], dtype=dtype))

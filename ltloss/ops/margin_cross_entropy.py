@@ -1,9 +1,9 @@
-"""The margin softmax cross-entropy: one algebra for every backend, every device and every number of ranks.
+"""The margin cross-entropy operator: the same three steps for every backend, device and number of ranks.
 
     features, prototypes ─► partials ─► margin_loss ─► loss, coefficients ─► gradients ─► dX, dW, db
 
-The wide pass leaves partial sums over splits of the classes (``ltloss._types.Partials``). What a margin does happens on
-N-vectors between the two wide passes.
+The pass over all prototypes leaves partial sums over splits of the classes (``ltloss._types.Partials``). The margin
+acts on vectors (N,), between that pass and the gradients.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ OPERATORS = {
 
 
 class MarginCrossEntropy(torch.autograd.Function):
-    """The one loss: whole on one device, or local partials, one all-gather and one reduce-scatter over a shard."""
+    """The loss on one device, or over a shard with local partials, one all-gather and one reduce-scatter."""
 
     once = True
 

@@ -1,4 +1,4 @@
-"""What the wide pass asks of a shard of the classes, and of an update inside the backward."""
+"""The interfaces that the pass over all prototypes needs of a shard of the classes and of a fused update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Shard", "Update"]
 
 
 class Shard(Protocol):
-    """Which of the classes the prototypes at hand are, and how the other ranks hear of them."""
+    """The classes that this rank multiplies, and the collectives that combine the results of all ranks."""
 
     @property
     def index(self) -> Tensor | None:
@@ -51,7 +51,7 @@ class Shard(Protocol):
 
 
 class Update(Protocol):
-    """Moves the prototypes inside the backward, a slab of classes at a time: see :mod:`ltloss.optim`."""
+    """An optimizer that updates the prototypes inside the backward, slab by slab: see :mod:`ltloss.optim`."""
 
     def reads(self, prototypes: Tensor) -> Tensor:
         """The prototypes without a gradient, for a pass that ends in the update."""
@@ -63,7 +63,7 @@ class Update(Protocol):
         """The prototypes (C, D) for a further term of ``loss``, whose gradient joins before the update."""
 
     def replaced(self) -> None:
-        """The prototypes were written over: what is kept of their former values no longer belongs to them."""
+        """Called after the prototypes were overwritten: state that belongs to their former values is reset."""
 
     def watch(self, node: Any) -> None:
         """Remember a forward pass, the node of an autograd Function."""

@@ -1,6 +1,6 @@
-"""The searches among prototypes: the nearest other one of each class, and the k nearest of each feature.
+"""The searches among prototypes: the nearest other prototype of each class, and the k nearest of each feature.
 
-With sub-centres (C, K, D) they are made of the same searches among all C·K.
+With sub-centres (C, K, D) they search all C·K rows.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ no_gradient(_TOP_K)
 
 
 class _Nearest(torch.autograd.Function):
-    """The gradient of a cosine goes along the found pair only, to both of its ends."""
+    """The gradient of a cosine flows to the two prototypes of the pair found, and to no other."""
 
     once = True
 
@@ -127,7 +127,7 @@ def top_k_in_one_piece(features: Tensor, prototypes: Tensor, k: int) -> TopK:
 
 
 def top_k_of_products(features: Tensor, prototypes: Tensor, k: int, bias: Tensor | None) -> TopK:
-    """Of x·w + b instead of cosines, on checked arguments."""
+    """:func:`ltloss.functional.top_k` by x·w + b instead of the cosine, on checked arguments."""
     if is_sharded(prototypes):
         found: TopK = distributed("top_k").top_k(features, prototypes, k, normalize_prototypes=False, bias=bias)
         return found
@@ -154,7 +154,7 @@ def min_angle(
 
 
 def rows_for(k: int, classes: int, centers: int) -> int:
-    """So many best rows are of k classes at least."""
+    """How many of the best rows are sure to contain k classes."""
     return min(centers * (k - 1) + 1, classes * centers)
 
 
