@@ -258,10 +258,13 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     @classmethod
     def load(cls, path: str | Path) -> LongTailClassifier:
         """Read a classifier from ``path``, a file of :meth:`save`. Raises ValueError for a damaged or other file."""
-        arrays, about = files.read(Path(path))
-        weight = about["class_weight"]
-        loaded = cls(**about["params"], class_weight=dict(weight) if isinstance(weight, list) else weight)
-        loaded.__dict__.update(arrays, **about["values"])
+        with files.explained(Path(path)):
+            arrays, about = files.read(Path(path))
+            weight = about["class_weight"]
+            loaded = cls(**about["params"], class_weight=dict(weight) if isinstance(weight, list) else weight)
+            check_choice("class_prior", loaded.class_prior, ("uniform", "counts"))
+            loaded._device()
+            loaded.__dict__.update(arrays, **about["values"])
         return loaded
 
     @contextmanager

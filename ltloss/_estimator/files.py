@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ltloss._estimator.space import Array
+from ltloss._estimator.heads import Candidate
+from ltloss._estimator.space import WIDEST, Array
 from ltloss._files import write_file
 
-__all__ = ["read", "write"]
+__all__ = ["explained", "read", "write"]
 
 _FORMAT = "ltloss.sklearn.LongTailClassifier 1"
 
@@ -36,15 +38,54 @@ def write(path: Path, arrays: Mapping[str, Array], values: Mapping[str, Any]) ->
     write_file(path, content.getvalue())
 
 
-def read(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Arrays and values of a file of :func:`write`; ValueError where it is none or damaged."""
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """ValueError where what is inside meets a damaged or foreign file; a file that cannot be opened stays OSError."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        yield
+    except Exception as error:  # whatever the bytes make of the readers
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is no saved LongTailClassifier of this version, or damaged ({reason})") from error
+
+
+def read(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Arrays and values of a file of :func:`write`, to be used inside of :func:`explained`."""
+    with path.open("rb") as stream:
+        if stream.read(2) != b"PK":  # NumPy would take it for a pickle, and say how to run what is in it
+            raise ValueError("it is no .npz file")
+        stream.seek(0)
+        with np.load(stream, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
-        about = json.loads(str(found.pop("_json")))
-        if about["format"] != _FORMAT:
-            raise ValueError(f"its format is {about['format']!r}")
-        objects = {name: np.array(items, dtype=object) for name, items in about["objects"].items()}
-        return {**found, **objects}, about["values"]
-    except (ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no saved LongTailClassifier of this version, or damaged ({error})") from error
+    about = json.loads(str(found.pop("_json")))
+    if about["format"] != _FORMAT:
+        raise ValueError(f"its format is {about['format']!r}")
+    arrays = {**found, **{name: np.array(items, dtype=object) for name, items in about["objects"].items()}}
+    _check(arrays, about["values"]["values"])
+    return arrays, about["values"]
+
+
+def _check(arrays: Mapping[str, Array], values: Mapping[str, Any]) -> None:
+    """Raise where what was fitted does not fit together: it would fail, or predict nonsense, when it is used."""
+    strange = [name for name in (*arrays, *values) if not name.endswith("_")]
+    if strange:
+        raise ValueError(f"it holds {strange[0]}")
+    classes, width = arrays["prototypes_"].shape
+    shapes: dict[str, tuple[int, ...]] = {
+        "classes_": (classes,),
+        "class_counts_": (classes,),
+        "intercept_": (classes,),
+        "mean_": (width,),
+    }
+    shapes |= {"prototypes_": (classes, width), "whitening_": (width, width) if width <= WIDEST else (width,)}
+    for name, shape in shapes.items():
+        array = arrays[name]
+        if array.shape != shape or (name != "classes_" and array.dtype != np.float32):
+            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, float32 of shape {shape} was expected")
+    Candidate.named(values["loss_"])
+    if values["n_features_in_"] != width:
+        raise ValueError(f"n_features_in_ is {values['n_features_in_']}, mean_ has {width}")
+    temperature = values["temperature_"]
+    if not (isinstance(temperature, float | int) and temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature_ is {temperature}")

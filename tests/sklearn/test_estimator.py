@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -71,8 +72,8 @@ def test_copies_predict_alike(tmp_path: Path) -> None:
     assert not hasattr(clone(found), "loss_")
     joblib.dump(found, tmp_path / "found.joblib")
     mapped = joblib.load(tmp_path / "found.joblib", mmap_mode="r")  # its arrays are read-only
-    for copy in (pickle.loads(pickle.dumps(found)), mapped):
-        assert np.array_equal(copy.predict_proba(X), found.predict_proba(X))
+    for copied in (pickle.loads(pickle.dumps(found)), mapped):
+        assert np.array_equal(copied.predict_proba(X), found.predict_proba(X))
 
 
 @pytest.mark.parametrize("loss", ["auto", "cosine", "linear"])
@@ -128,9 +129,16 @@ def test_only_what_was_saved_is_loaded(tmp_path: Path) -> None:
     np.savez(path, prototypes_=X)
     with refused(str(path), "LongTailClassifier"):
         LongTailClassifier.load(path)
+    fitted = quick().fit(X, y)
+    for name, wrong in (("mean_", fitted.mean_[:3]), ("intercept_", fitted.intercept_.astype(np.float64))):
+        other = copy.copy(fitted)
+        setattr(other, name, wrong)
+        other.save(path)
+        with refused(str(path), name):
+            LongTailClassifier.load(path)
     former = path.read_bytes()
     with pytest.raises(OSError):
-        quick().fit(X, y).save(path / "below a file.npz")
+        fitted.save(path / "below a file.npz")
     assert path.read_bytes() == former
     assert [file.name for file in tmp_path.iterdir()] == ["found.npz"]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -18,10 +20,11 @@ from ltloss.errors import UserError
 
 Arrays = Mapping[str, Callable[[], np.ndarray]]  # each array is read when it is asked for
 
-# Damaged and foreign files; RuntimeError is that of an encrypted archive, MemoryError that of a size that is absurd.
+# Damaged and foreign files; RuntimeError is that of an encrypted archive, MemoryError that of a size that is absurd,
+# TokenError that of NumPy where a header ends too soon.
 DAMAGE = (
     *(ValueError, OSError, EOFError, RuntimeError, MemoryError, OverflowError, SyntaxError, KeyError, TypeError),
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
 )
 _SAFETENSORS_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1"}
 _LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
@@ -46,10 +49,11 @@ def npz_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype] | None
 
 def npy_arrays(path: Path) -> Arrays:
     """A matrix in FILE.npy as ``x``; the labels in FILE.labels.npy or FILE.labels.txt, one a line, as ``y``."""
-    found: dict[str, Callable[[], np.ndarray]] = {"x": lambda: np.load(path, mmap_mode="r", allow_pickle=False)}
+    # Not numpy.load, which also takes an .npz, and what it does not know for a pickle.
+    found: dict[str, Callable[[], np.ndarray]] = {"x": lambda: np.lib.format.open_memmap(path, mode="r")}
     array, text = path.with_suffix(".labels.npy"), path.with_suffix(".labels.txt")
     if array.is_file():
-        found["y"] = lambda: np.load(array, allow_pickle=False)
+        found["y"] = lambda: _npy(array)
     elif text.is_file():
         found["y"] = lambda: _text_labels(text)
     return found
@@ -62,7 +66,9 @@ def safetensors_arrays(path: Path) -> Arrays:
         if length > min(_LONGEST_HEADER, path.stat().st_size):
             raise ValueError("it is no safetensors file")
         header = json.loads(file.read(length))
-    texts = header.pop("__metadata__", {})
+    texts = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(texts, dict):
+        raise ValueError("it is no safetensors file")
     found: dict[str, Callable[[], np.ndarray]] = {
         name: partial(_safetensors_member, path, 8 + length, name, about) for name, about in header.items()
     }
@@ -109,13 +115,21 @@ def _npy_header(file: object) -> tuple[tuple[int, ...], bool, np.dtype]:
     return shape, fortran, dtype
 
 
+def _npy(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+    return array
+
+
 def _npz_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
     if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
         with path.open("rb") as file:
             file.seek(info.header_offset + 26)
-            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+            start = file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
             shape, fortran, dtype = _npy_header(file)
-            if len(shape) == 2 and all(shape) and not dtype.hasobject:
+            # A shape that goes on into the next member is left to numpy, which says so.
+            whole = file.tell() - start + dtype.itemsize * math.prod(shape) == info.file_size
+            if whole and len(shape) == 2 and all(shape) and not dtype.hasobject:
                 return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
     with np.load(path, allow_pickle=False) as archive:
         array: np.ndarray = archive[info.filename.removesuffix(".npy")]
@@ -129,8 +143,9 @@ def _safetensors_member(path: Path, start: int, name: str, about: Mapping[str, l
     if kind not in _SAFETENSORS_DTYPES:
         raise UserError(f"{path}: {name} is {kind}, which numpy does not know; write it as float32 or float16")
     dtype = np.dtype(_SAFETENSORS_DTYPES[kind])
-    if last - first != dtype.itemsize * int(np.prod(shape)):
-        raise ValueError(f"{name} of shape {shape} does not fill its {last - first} bytes")
+    whole = all(type(number) is int and number >= 0 for number in (*shape, first, last))
+    if not whole or last - first != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{name} of shape {shape} does not fill the bytes from {first} to {last}")
     return np.memmap(path, dtype, "r", start + first, shape) if last > first else np.empty(shape, dtype)
 
 

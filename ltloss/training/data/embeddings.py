@@ -200,7 +200,7 @@ def _labelled(path: Path, arrays: Arrays, part: str) -> ArrayEmbeddings:
     first = "_train" if part else ""
     training = _array(path, arrays, f"y{first}")
     given = arrays["class_names"]() if "class_names" in arrays else None
-    if training.dtype.kind == "U" and training.ndim == 1:
+    if training.dtype.kind == "U" and training.ndim == 1 and (given is None or given.ndim == 1):
         class_names = tuple(np.unique(training).tolist() if given is None else given.tolist())
         training = numbered(path, f"y{first}", training, class_names)
         given = np.array(class_names)

@@ -6,7 +6,6 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+    except Exception as error:  # whatever the bytes make of the readers
         reason = " ".join(str(error).split())[:200]
+        if isinstance(error, pickle.UnpicklingError):  # of which PyTorch writes a page, and how to run what is in it
+            reason = "it is damaged, or holds more than tensors and plain values"
         raise UserError(f"{path} cannot be read ({reason}); give a .safetensors or a state dict of torch") from error
     for name in ("state_dict", "model"):
         found = found.get(name, found) if isinstance(found, Mapping) else found

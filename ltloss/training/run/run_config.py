@@ -158,7 +158,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"--config {path} does not exist; give a TOML or JSON file") from None
     except (ValueError, OSError, RecursionError) as error:
@@ -167,15 +167,25 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path} must hold names and values; got a {type(values).__name__}; correct the file")
     if "versions" in values:  # the config.json of a run
         values = _of_a_run(values)
-    settings = {name.replace("-", "_"): value for name, value in values.items() if name not in _FACTS}
+    given = [(name.replace("-", "_"), value) for name, value in values.items() if name not in _FACTS]
     try:
-        settings = renamed_keys(settings, FORMER_SETTINGS)
-    except TypeError as error:
+        settings = renamed_keys(_once(given), FORMER_SETTINGS)
+    except (TypeError, ValueError) as error:
         raise UserError(f"--config {path}: {error}") from error
     for name in settings:
         if name not in SETTINGS:
             raise UserError(f"--config {path}: unknown setting {name}; {nearest(name, SETTINGS)}")
     try:
         return {name: checked(name, value) for name, value in settings.items()}
-    except OverflowError as error:
+    except (OverflowError, ValueError) as error:  # the latter: of TOML, too long for Python to write it in an error
         raise UserError(f"--config {path} holds a number that is too large ({error}); correct the file") from error
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """ValueError where a name is given twice, of which one value would be lost."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
+    return dict(pairs)

@@ -203,6 +203,36 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
             embeddings(path)
 
 
+def test_a_shape_that_goes_on_into_the_next_member_is_refused(tmp_path: Path) -> None:
+    path = write_embeddings(tmp_path / "f.npz")
+    content, former = path.read_bytes(), b"'shape': (60, 6)"
+    assert content.count(former) == 1
+    path.write_bytes(content.replace(former, b"'shape': (62, 6)"))
+    with refused(str(path), error=UserError):
+        load_rows(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b'{"__metadata__": []}',
+        b'{"x": {"dtype": "U8", "shape": [1, 4], "data_offsets": [-4, 0]}}',
+        b'{"x": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 0]}}',
+    ],
+)
+def test_headers_of_safetensors_that_cannot_be(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "f.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    with refused(str(tmp_path / "f.safetensors"), error=UserError):
+        load_rows(tmp_path / "f.safetensors")
+
+
+def test_an_npz_that_is_called_npy_is_refused(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "f.npz").rename(tmp_path / "f.npy")
+    with refused(str(tmp_path / "f.npy"), error=UserError):
+        load_rows(tmp_path / "f.npy")
+
+
 def test_tensors_that_numpy_does_not_know(tmp_path: Path) -> None:
     save_file = pytest.importorskip("safetensors.torch").save_file
     save_file({"x": torch.zeros(2, 3, dtype=torch.bfloat16), "y": torch.arange(2)}, tmp_path / "b.safetensors")

@@ -85,3 +85,10 @@ def test_members_that_are_no_arrays_are_reported(tmp_path: Path) -> None:
         for name in arrays():
             archive.writestr(name, "text")
     refuses(tmp_path / "data.npz", "y_train")
+
+
+def test_a_header_that_ends_too_soon_is_reported(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
+        for name in arrays():
+            archive.writestr(f"{name}.npy", b"\x93NUMPY\1\0\1\0{")
+    refuses(tmp_path / "data.npz")

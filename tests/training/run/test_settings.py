@@ -172,3 +172,19 @@ def test_no_loss_takes_what_the_run_decides(loss: str) -> None:
     for option in ("num_classes", "class_counts", "device", "reduction", "self"):
         with refused(loss, option, error=UserError):
             loss_arguments(loss, {option: 1})
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "fact"),
+    [
+        ("twice.json", '{"epochs": 1, "epochs": 2}', "epochs"),
+        ("twice.toml", "batch-size = 2\nbatch_size = 3", "batch_size"),
+        ("type.toml", "epochs = 'many'", "epochs"),
+        ("range.json", '{"lr": -1}', "lr"),
+        ("long.toml", f"epochs = 0x{'f' * 5000}", "4300"),  # digits that Python writes
+    ],
+)
+def test_what_a_file_cannot_say_names_the_file(file: str, text: str, fact: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(text)
+    with refused(f"--config {tmp_path / file}", fact, error=UserError):
+        read_settings_file(tmp_path / file)
