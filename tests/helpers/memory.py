@@ -1,8 +1,11 @@
-"""What an operation allocates, seen from inside: a mode that PyTorch asks before every operator."""
+"""What an operation allocates, seen from inside by a mode that PyTorch asks before every operator, and what stays."""
 
 from __future__ import annotations
 
-from typing import Any
+import gc
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,3 +30,23 @@ class LargestTensor(TorchDispatchMode):
                 # The memory behind it, not the view: an expanded tensor has many elements and little memory.
                 self.largest = max(self.largest, leaf.untyped_storage().nbytes() // leaf.element_size())
         return result
+
+
+class Held(NamedTuple):
+    """What this process holds: tensors, open files, and bytes of memory in use; Linux alone tells the latter two."""
+
+    tensors: int
+    files: int
+    resident: int
+
+    @classmethod
+    def now(cls) -> Held:
+        """After what is in cycles has gone."""
+        gc.collect()
+        tensors = sum(issubclass(type(item), Tensor) for item in gc.get_objects())
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return cls(tensors, len(os.listdir("/proc/self/fd")), pages * os.sysconf("SC_PAGE_SIZE"))
+
+    def since(self, before: Held) -> Held:
+        """What was added."""
+        return Held(*(now - then for now, then in zip(self, before, strict=True)))
