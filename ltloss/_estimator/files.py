@@ -83,6 +83,8 @@ def _check(arrays: Mapping[str, Array], values: Mapping[str, Any]) -> None:
         array = arrays[name]
         if array.shape != shape or (name != "classes_" and array.dtype != np.float32):
             raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, float32 of shape {shape} was expected")
+        if name != "classes_" and not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or infinity")
     Candidate.named(values["loss_"])
     if values["n_features_in_"] != width:
         raise ValueError(f"n_features_in_ is {values['n_features_in_']}, mean_ has {width}")
