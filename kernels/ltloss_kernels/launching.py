@@ -2,7 +2,7 @@
 
 Triton looks at every argument of a launch, makes a key of types, alignments and some values, and looks up the kernel
 that was compiled for it. In a training step all of that is the same each time, and on a small head it takes longer than
-the kernel: see "Host time" in ``docs/performance.md``.
+the kernel: see "Host time" in ``docs/performance-kernels.md``.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class Blocks(NamedTuple):
 def block_sizes(rows: int, classes: int, width: int, device: torch.device) -> Blocks:
     """Choose the tile: both it and the normalised prototypes beside it hold at most ``budget`` elements.
 
-    4 MiB each on a CPU (measured, see docs/performance.md: 2 to 16 MiB are within a tenth of each other, 1 and 32 MiB
-    slower); 64 MiB on a GPU, where each launch has to pay for itself.
+    4 MiB each on a CPU (measured, see docs/performance-record.md: 2 to 16 MiB are within a tenth of each other, 1 and
+    32 MiB slower); 64 MiB on a GPU, where each launch has to pay for itself.
     """
     budget = 1 << (20 if device.type == "cpu" else 24)
     row_block = max(1, min(rows, 1024))

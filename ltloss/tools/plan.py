@@ -66,7 +66,7 @@ DEVICES = {
             "network": "NVIDIA DGX H200 datasheet: one 400 Gb/s ConnectX-7 per GPU",
             "product, copy": "bfloat16 torch.mm and a large copy on one H200",
             "latency": "assumed",
-            "forward_share, backward_share": "goals of the kernels (docs/performance.md), not measured",
+            "forward_share, backward_share": "goals of the kernels (docs/performance-kernels.md), not measured",
         },
     ),
 }
