@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-compile compile-launches lint bench kernel-report docs hub gpu clean
+.PHONY: help demo test test-fast test-compile compile-launches lint bench pictures kernel-report docs hub gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1|/' | column -t -s '|'
@@ -40,9 +40,13 @@ lint: $(VENV)/.installed  ## ruff and mypy --strict
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/.installed  ## measure loss and whole step against the peers, write benchmarks/results/*.csv, docs/step.svg
+bench: $(VENV)/.installed  ## measure loss and whole step against the peers, write benchmarks/results/*.csv and what shows them
 	@$(BIN)/python -m benchmarks.loss_cpu
 	@$(BIN)/python -m benchmarks.step
+	@$(BIN)/python -m benchmarks.pictures
+
+pictures: $(VENV)/.installed  ## renew tables and picture of README.md and docs from benchmarks/results, without measuring
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.pictures
 
 kernel-report: $(VENV)/.installed  ## compile every kernel for sm_80, sm_90 and sm_100 (no GPU needed), write the table
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.kernel_report --documentation docs/kernels.md

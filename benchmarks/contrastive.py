@@ -2,8 +2,7 @@
 
 Forward and backward in float32, features of width 256 that both ask for a gradient (a queue does not), and a scale that
 is learned. Every case is checked against float64, then timed in fresh processes, in turns. Memory is what one step
-takes above what the process held before it, gradients included. Written to ``results/contrastive-cpu.csv`` and the
-table of ``docs/performance.md``.
+takes above what the process held before it, gradients included. Written to ``results/contrastive-cpu.csv``.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as torch_functional
 
-from benchmarks.evidence.pages import markdown_table, renewed
+from benchmarks.evidence.pages import markdown_table
 from benchmarks.peers import TOLERANCE, Shape, errors_of
 from benchmarks.step.measure import MIB, Found, Goal, Row, Work, in_turns, limit_memory, verdict
 from benchmarks.timing import RESULTS, paired_ratio, peak_extra_bytes, stamp, write_rows
 from ltloss import contrastive, reference
-from ltloss._files import write_file
 
 BATCHES = (1024, 4096, 8192, 16384)
 WIDTH = 256
@@ -35,7 +33,6 @@ CHECKED = 1100  # passes the edge of a tile
 LABELS = 100
 FIRST_SCALE, LAST_SCALE = 1 / 0.07, 100.0  # where CLIP's begins, and where it is held
 GOALS = {("info_nce: ltloss", 8192): Goal(0.6, 0.1)}
-DOCUMENTATION = Path(__file__).parents[1] / "docs" / "performance.md"
 
 
 @dataclass
@@ -200,13 +197,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Check, measure, show, write the rows and renew the table."""
+    """Check, measure, show and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each case (default 3)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process (default 3)")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="batch sizes")
     parser.add_argument("--output", type=Path, default=RESULTS / "contrastive-cpu.csv", help="CSV to write")
-    parser.add_argument("--documentation", type=Path, default=DOCUMENTATION, help="page to renew")
     arguments = parser.parse_args()
     common, errors = stamp(), errors_of({name: partial(check, case) for name, case in CASES.items()}, "open_clip_torch")
     works = [Work(name, Shape(n, n, WIDTH)) for n in arguments.batches for name in errors]
@@ -215,9 +211,7 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{name} {row[name]}" for name in measured[0] if row.get(name)), flush=True)
     write_rows(rows, arguments.output)
-    page = renewed(arguments.documentation.read_text(encoding="utf-8"), "contrastive", table(rows))
-    write_file(arguments.documentation, page.encode())
-    print(f"wrote {arguments.output} and {arguments.documentation}")
+    print(f"wrote {arguments.output}; `python -m benchmarks.pictures` shows it")
 
 
 if __name__ == "__main__":

@@ -238,6 +238,17 @@ def table(data: str, rows: Sequence[dict[str, str]]) -> str:
     return markdown_table(lines)
 
 
+def rendered(page: str, rows: Sequence[dict[str, str]]) -> str:
+    """The page with its tables: what was trained, the searches, the steps."""
+    for data in SETTINGS:
+        page = renewed(page, f"hard negatives: {data}", table(data, rows))
+    for name, path in (("searches", SEARCHES), ("steps", STEPS)):
+        found = list(read_rows(path))
+        lines = [list(found[0]), *(list(row.values()) for row in found)]
+        page = renewed(page, f"hard negatives: {name}", markdown_table(lines))
+    return page
+
+
 def main() -> None:
     """Count, time, train what the table lacks, and renew the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -257,14 +268,7 @@ def main() -> None:
                     rows.append({name: str(value) for name, value in future.result().items()})
                     write_rows(rows, TABLE)
                     print(*rows[-1].values(), flush=True)
-    page = PAGE.read_text(encoding="utf-8")
-    for data in SETTINGS:
-        page = renewed(page, f"hard negatives: {data}", table(data, rows))
-    for name, path in (("searches", SEARCHES), ("steps", STEPS)):
-        found = list(read_rows(path))
-        lines = [list(found[0]), *(list(row.values()) for row in found)]
-        page = renewed(page, f"hard negatives: {name}", markdown_table(lines))
-    PAGE.write_text(page, encoding="utf-8")
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

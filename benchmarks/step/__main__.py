@@ -1,8 +1,8 @@
 """``python -m benchmarks.step``: the whole training step, optimizer included, in time and memory of the process.
 
-Written to ``results/step-cpu.csv``, with its picture and the tables of ``docs/performance.md``. Ratios are to the loss
-with torch's optimizer of the same family, from medians of the same round; memory is that of the whole process, torch
-itself included.
+Written to ``results/step-cpu.csv``; ``python -m benchmarks.pictures`` makes tables and a picture of it. Ratios are to
+the loss with torch's optimizer of the same family, from medians of the same round; memory is that of the whole process,
+torch itself included.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from benchmarks.evidence.pages import renewed
 from benchmarks.peers import Shape, errors_of
 from benchmarks.step.cases import CASES, Case
 from benchmarks.step.checks import check
 from benchmarks.step.measure import MIB, Row, Work, compared, idle_bytes, in_turns, judged, row
-from benchmarks.step.picture import SERIES, draw
-from benchmarks.step.tables import many_classes_table, whole_step_table
+from benchmarks.step.picture import SERIES
 from benchmarks.timing import RESULTS, read_rows, stamp, write_rows
-from ltloss._files import write_file
 
 SHAPE = Shape(256, 1_000_000, 128)
 OVER_CLASSES = (10_000, 30_000, 100_000, 300_000)  # and the million of SHAPE
@@ -30,7 +27,6 @@ LINEAR = [Shape(256, classes, 64) for classes in (1_000_000, 3_000_000, 10_000_0
 LINEAR_WITHIN = 0.15  # of their median
 # Within these GiB ten million classes train.
 TEN_MILLION = {"PrototypeSGD": 6.0, "PrototypeAdagrad, bfloat16": 3.0, "PrototypeAdagrad, float8": 3.0}
-DOCUMENTATION = Path(__file__).parents[2] / "docs" / "performance.md"
 
 
 def checked(cases: Sequence[Case]) -> dict[str, str]:
@@ -84,14 +80,6 @@ def _show(rows: Sequence[Row]) -> None:
         print("  ".join(parts), flush=True)
 
 
-def document(rows: Sequence[Row], page: Path) -> None:
-    """Renew the tables of the page, and the picture beside it."""
-    text = renewed(page.read_text(encoding="utf-8"), "whole step", whole_step_table(rows))
-    text = renewed(text, "many classes", many_classes_table(rows))
-    write_file(page, text.encode())
-    write_file(page.with_name("step.svg"), draw(rows).encode())
-
-
 PARTS = ("whole step", "over classes", "many classes")
 
 
@@ -105,13 +93,12 @@ def measured(part: str, names: Sequence[str], rounds: int, steps: int, idle: int
 
 
 def main() -> None:
-    """Check, measure, show, write the rows and draw them."""
+    """Check, measure, show and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", choices=PARTS, help="one part; rows of the others stay as they are")
     parser.add_argument("--rounds", type=int, default=2, help="fresh processes of each case (default 2)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each process (default 5)")
     parser.add_argument("--output", type=Path, default=RESULTS / "step-cpu.csv", help="CSV to write")
-    parser.add_argument("--documentation", type=Path, default=DOCUMENTATION, help="page to renew, step.svg beside it")
     arguments = parser.parse_args()
     common, errors, idle = stamp(), checked(list(CASES.values())), idle_bytes()
     print(f"{common['device']}, {common['threads']} threads, load {common['load']}, idle process {idle / MIB:.0f} MiB")
@@ -122,8 +109,7 @@ def main() -> None:
         rows[part] = [{**common, **entry, "relative_error": errors[entry["optimizer"]]} for entry in found]
         _show(rows[part])
         write_rows([*chain(*rows.values())], arguments.output)  # after each part: the whole takes most of an hour
-    document([*chain(*rows.values())], arguments.documentation)
-    print(f"wrote {arguments.output}, {arguments.documentation} and its step.svg")
+    print(f"wrote {arguments.output}; `python -m benchmarks.pictures` shows it")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 # Case: colour, dashes, what the reader calls it.
 SERIES: dict[str, tuple[str, Any, str]] = {
-    "torch AdamW": ("#5a646b", (0, (4, 1.5)), "loss + torch AdamW"),
-    "torch AdamW, fused": ("#c2500a", (0, (1, 1.2)), "loss + torch AdamW, fused"),
-    "PrototypeAdamW": ("#0072b2", "-", "PrototypeAdamW, float32"),
-    "PrototypeAdamW, bfloat16": ("#00795a", (0, (6, 1.5, 1, 1.5)), "PrototypeAdamW, bfloat16"),
+    "dense + torch AdamW": ("#8a5a00", (0, (1, 1.2)), "the dense formula, torch AdamW"),
+    "pytorch-metric-learning + torch AdamW": ("#b3367a", (0, (3, 1.2, 1, 1.2)), "pytorch-metric-learning, torch AdamW"),
+    "torch AdamW": ("#5a646b", (0, (4, 1.5)), "ltloss, torch AdamW"),
+    "PrototypeAdamW": ("#0072b2", "-", "ltloss, PrototypeAdamW"),
+    "PrototypeAdamW, bfloat16": ("#00795a", (0, (6, 1.5, 1, 1.5)), "ltloss, PrototypeAdamW in bfloat16"),
 }
 _LARGE = {"font.size": 11, "axes.titlesize": 12, "legend.fontsize": 10.5, "lines.linewidth": 2.2}
 _APART = 0.075  # of the height: figures at the ends of lines do not touch

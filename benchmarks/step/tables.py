@@ -5,9 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.evidence.pages import markdown_table
+from benchmarks.evidence.pages import markdown_table, renewed
 
 _HEAD = ["", "time / today's", "/ torch, fused", "peak MiB", "memory / today's", "goals"]
+
+
+# What the README shows of the whole step, as its reader knows it.
+_HEADLINE = {
+    "PrototypeAdamW": "**ltloss, [prototypes that move inside the backward](docs/optim.md)**",
+    "PrototypeAdamW, bfloat16": "the same in bfloat16",
+    "torch AdamW": "ltloss and `torch.optim.AdamW`",
+    "linear_cross_entropy + torch AdamW": "`F.linear_cross_entropy` and AdamW (no margin, no normalisation)",
+    "pytorch-metric-learning + torch AdamW": "pytorch-metric-learning `ArcFaceLoss` and AdamW",
+    "dense + torch AdamW": "the dense formula and AdamW",
+}
+
+
+def headline_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Time and memory of ours and of the peers, a line each."""
+    found = {one["optimizer"]: one for one in rows if one["case"] == "whole step"}
+    ours = found["PrototypeAdamW"]
+    at = "{N} samples, {C:,} classes, D = {D}, {threads} cores of {device}".format(**{**ours, "C": int(ours["C"])})
+    lines = [[f"whole training step with AdamW: {at}", "seconds", "ours / theirs", "process, GiB"]]
+    for name, called in _HEADLINE.items():
+        one = found[name]
+        ratio = "" if one is ours else f"{float(ours['time_ratio']) / float(one['time_ratio']):.2f}"
+        lines.append([called, f"{float(one['median_ms']) / 1e3:.1f}", ratio, f"{float(one['peak_mib']) / 1024:.1f}"])
+    return markdown_table(lines)
+
+
+def with_tables(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page of performance with both of its tables of steps."""
+    return renewed(renewed(page, "whole step", whole_step_table(rows)), "many classes", many_classes_table(rows))
 
 
 def whole_step_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -27,5 +56,5 @@ def many_classes_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for one in rows:
         if one["case"] == "many classes":
             cells = ("ns_per_class", "peak_mib", "note", "goal")
-            lines.append([one["optimizer"], f"{one['C']:,}", *(str(one.get(cell, "")) for cell in cells)])
+            lines.append([one["optimizer"], f"{int(one['C']):,}", *(str(one.get(cell, "")) for cell in cells)])
     return markdown_table(lines)

@@ -162,10 +162,3 @@ def test_the_estimators_stand_in_the_table_with_one_thread() -> None:
         '| `LongTailClassifier()`, "auto" | its own | cosine-32 | 47.00 ± 1.41 | 3.00 ± 0.00 | – | 2.00 ± 0.00 |'
         in shown
     )
-
-
-def test_the_committed_page_is_the_one_of_the_committed_rows() -> None:
-    page = classifiers.PAGE.read_text(encoding="utf-8")
-    assert classifiers.rendered(page, read_rows(classifiers.TABLE), read_rows(classifiers.ESTIMATOR)) == page, (
-        "python -m benchmarks.evidence.classifiers --render"
-    )

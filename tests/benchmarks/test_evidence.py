@@ -30,13 +30,6 @@ pytestmark = pytest.mark.slow
 PAGE = evidence.PAGE
 
 
-def test_the_committed_page_is_the_one_of_the_committed_results() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    readme = evidence.CHOOSING.read_text(encoding="utf-8")
-    assert with_studies(page) == page, "python -m benchmarks.evidence --render, and commit the result"
-    assert start_here(readme) == readme, "python -m benchmarks.evidence --render, and commit the result"
-
-
 def test_every_advice_rests_on_two_rows_of_a_study_that_was_run() -> None:
     shown = start_here(evidence.CHOOSING.read_text(encoding="utf-8"))
     assert "not measured yet" not in shown

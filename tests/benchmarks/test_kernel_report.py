@@ -347,14 +347,12 @@ def test_the_main_kernels_stay_as_small_as_they_are(rows: list[Row], kernel: str
 
 
 @pytest.mark.compile
-def test_the_committed_report_covers_every_kernel_and_is_the_table_in_the_documentation(rows: list[Row]) -> None:
+def test_the_committed_report_covers_every_kernel(rows: list[Row]) -> None:
     with (ROOT / "benchmarks" / "results" / "kernel_report.csv").open(newline="") as file:
         committed = list(csv.DictReader(file))
     names = {(row["kernel"], row["architecture"], row["tile"], row["warps"], row["stages"]) for row in committed}
     now = {(row["kernel"], row["architecture"], row["tile"], row["warps"], row["stages"]) for row in rows}
     assert now <= names, "make kernel-report, and commit the result"
-    page = (ROOT / "docs" / "kernels.md").read_text()
-    assert with_table(page, committed) == page, "docs/kernels.md shows another report; make kernel-report renews it"
 
 
 def test_a_kernel_that_does_not_compile_is_in_the_table() -> None:

@@ -25,11 +25,10 @@ from benchmarks.evidence.scales import (
     compared,
     of_modules,
     regrets,
-    rendered,
     train,
     trials,
 )
-from benchmarks.timing import read_rows, write_rows
+from benchmarks.timing import write_rows
 
 
 def row(
@@ -138,8 +137,3 @@ def test_a_training_of_each_kind(scale: str, tmp_path: Path) -> None:
     # Three classes that lie apart are sure at scale 16: a probability held below that lowers it, likelihood raises it.
     assert (last < first < 16.0) if scale in HELD else (first > 16.0)
     assert (last == pytest.approx(first)) == (scale == "first pass")
-
-
-def test_the_committed_page_is_the_one_of_the_committed_rows() -> None:
-    page = scales.PAGE.read_text(encoding="utf-8")
-    assert rendered(page, read_rows(scales.TABLE)) == page, "python -m benchmarks.evidence.scales --render"

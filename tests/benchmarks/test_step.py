@@ -16,6 +16,7 @@ from benchmarks.step.cases import CASES, Goal, Training
 from benchmarks.step.checks import check, check_way
 from benchmarks.step.measure import GIB, Found, Row, Work, compared, take_steps, verdict
 from benchmarks.step.picture import SERIES, draw
+from benchmarks.step.tables import headline_table, with_tables
 from benchmarks.timing import read_rows, write_rows
 
 SMALL = Shape(8, 40, 16)
@@ -86,7 +87,6 @@ def test_one_part_leaves_the_rows_of_the_others(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(step, "checked", lambda cases: {"PrototypeSGD": "1e-7"})
     monkeypatch.setattr(step, "idle_bytes", lambda: 1 << 20)
     monkeypatch.setattr(step, "measured", lambda part, *rest: [told(part, "new")])
-    monkeypatch.setattr(step, "document", lambda rows, page: None)
     path = tmp_path / "rows.csv"
     write_rows([told(part, "old") for part in ("many classes", "whole step")], path)
     monkeypatch.setattr("sys.argv", ["step", "--only", "many classes", "--output", str(path)])
@@ -128,17 +128,26 @@ def _row(kind: str, name: str, classes: int, factor: int) -> dict[str, Any]:
     return {"case": kind, "N": 8, "C": classes, "D": 4, "optimizer": name, **measured}
 
 
-def test_the_page_and_its_picture_show_every_case(tmp_path: Path) -> None:
+def test_the_pages_and_the_picture_show_every_case() -> None:
     rows = [_row("over classes", name, classes, 2) for name in SERIES for classes in (1000, 4000)]
     rows += [_row("whole step", name, 9000, factor) for factor, name in enumerate(CASES, 1)]
     rows += [_row("many classes", name, 10_000_000, 3) for name in step.TEN_MILLION]
-    page = tmp_path / "performance.md"
-    page.write_text(step.DOCUMENTATION.read_text(encoding="utf-8"), encoding="utf-8")
-    step.document(rows, page)
-    text = page.read_text(encoding="utf-8")
+    places = "".join(f"<!-- {name} --><!-- end of {name} -->\n" for name in ("whole step", "many classes"))
+    text = with_tables(places, rows)
     assert all(f"| {name} |" in text for name in CASES)
     assert "| 10,000,000 | 7.0 |" in text
-    svg = (tmp_path / "step.svg").read_text(encoding="utf-8")
+    svg = draw(rows)
     assert ElementTree.fromstring(svg).tag.endswith("svg")
     assert all(label in svg for _, _, label in SERIES.values())
     assert draw(rows) == svg
+
+
+def test_the_readme_compares_ours_with_theirs() -> None:
+    about = {"time_ratio": "2.0", "threads": "2", "device": "a CPU"}
+    rows = [{**_row("whole step", name, 9000, 1), **about} for name in CASES]
+    (ours,) = (row for row in rows if row["optimizer"] == "PrototypeAdamW")
+    ours |= {"time_ratio": "0.5", "median_ms": "4250.8", "peak_mib": "1878"}
+    lines = headline_table(rows).splitlines()
+    assert "8 samples, 9,000 classes, D = 4, 2 cores of a CPU" in lines[0]
+    assert lines[2].endswith("| 4.3 |  | 1.8 |")
+    assert all(line.endswith("| 9.0 | 0.25 | 1.0 |") for line in lines[3:])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks.evidence import toponyms
 from benchmarks.evidence.toponyms import table, trained
-from benchmarks.timing import read_rows
 
 
 def test_a_row_holds_what_the_example_printed_and_who_measured() -> None:
@@ -26,10 +23,3 @@ def test_a_line_for_each_training() -> None:
     shown = table([row, {**row, "head": "hard"}])
     assert "| 27,695 | fused | all | 59.2 | 75.0 | 65.3 | 57.8 | 47.9 | 1,234 | 900 |" in shown
     assert "| 27,695 | hard | 0.1 | 59.2 |" in shown
-
-
-def test_the_committed_page_is_the_one_of_the_committed_rows() -> None:
-    page: Path = toponyms.PAGE
-    text = page.read_text(encoding="utf-8")
-    expected = toponyms.renewed(text, "toponyms", table(read_rows(toponyms.TABLE)))
-    assert expected == text, "python -m benchmarks.evidence.toponyms --render"
