@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+EXTRAS := train parquet sklearn export tensorboard lightning bench docs dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-compile compile-launches lint bench pictures kernel-report docs hub gpu clean
+.PHONY: help demo test test-fast test-compile compile-launches lint bench pictures kernel-report docs lock hub gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1|/' | column -t -s '|'
@@ -17,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; PyTorch is a large download) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
-	@$(PIP) -e '.[train,parquet,sklearn,export,tensorboard,lightning,bench,docs,dev]'
+	@$(PIP) -e '.[$(shell echo $(EXTRAS) | tr ' ' ,)]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## train five losses on long-tailed digits, print the table, classify the test images
@@ -54,6 +55,11 @@ kernel-report: $(VENV)/.installed  ## compile every kernel for sm_80, sm_90 and 
 docs: $(VENV)/.installed  ## write the site to build/site, to be read from disk
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Open build/site/index.html"
+
+lock: $(VENV)/.installed  ## renew requirements.lock: the versions of constraints.txt and all that they need, with hashes
+	@$(PIP) uv
+	@$(BIN)/uv pip compile pyproject.toml $(addprefix --extra=,$(EXTRAS)) --constraint constraints.txt --output-file requirements.lock \
+	  --universal --python-version 3.10 --generate-hashes --no-annotate --custom-compile-command 'make lock' --quiet
 
 hub: $(VENV)/.installed  ## write the loss head as a kernel for the Hugging Face hub, load it from its folder, check its values
 	@$(PIP) -e '.[hub]'
