@@ -7,7 +7,7 @@ EXTRAS := train parquet sklearn export tensorboard lightning bench docs dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-compile compile-launches lint bench pictures kernel-report docs lock hub gpu clean
+.PHONY: help demo test test-fast test-compile compile-launches lint bench pictures kernel-report tutorial docs lock hub gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1|/' | column -t -s '|'
@@ -51,6 +51,9 @@ pictures: $(VENV)/.installed  ## renew tables and picture of README.md and docs 
 
 kernel-report: $(VENV)/.installed  ## compile every kernel for sm_80, sm_90 and sm_100 (no GPU needed), write the table
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.kernel_report --documentation docs/kernels.md
+
+tutorial: $(VENV)/.installed  ## run docs/tutorial.ipynb, store what it prints
+	@$(BIN)/python docs/hooks/notebook.py
 
 docs: $(VENV)/.installed  ## write the site to build/site, to be read from disk
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

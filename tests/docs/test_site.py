@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import re
 import subprocess
@@ -11,10 +11,10 @@ import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 from helpers.browser import document, needs_chromium, render
+from helpers.hooks import hook
 
 import ltloss
 
@@ -75,6 +75,7 @@ def test_it_needs_no_network_and_has_every_public_name(site: Path) -> None:
     shown = {line.partition(" ")[0] for line in inventory.splitlines()}
     missing = [name for name in public_names() if name not in shown]
     assert not missing, "add them to a page of docs/api"
+    assert "accuracy in %" in (site / "tutorial.html").read_text(encoding="utf-8")
 
 
 def test_what_a_page_fetches_is_found(tmp_path: Path) -> None:
@@ -103,22 +104,12 @@ def test_the_search_works_from_disk(site: Path, tmp_path: Path) -> None:
     assert 'href="' + (site / "optim.html").as_uri() in found
 
 
-def hooks(name: str) -> Any:
-    pytest.importorskip("material")
-    spec = importlib.util.spec_from_file_location(f"hooks_{name}", ROOT / "docs" / "hooks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def on_a_page(text: str, repository: str | None = None) -> str:
     config = SimpleNamespace(
         docs_dir=str(ROOT / "docs"), config_file_path=str(ROOT / "mkdocs.yml"), extra={"repository": repository}
     )
     place = SimpleNamespace(file=SimpleNamespace(src_uri="a/page.md"))
-    return str(hooks("pages").on_page_markdown(text, page=place, config=config, files=None))
+    return str(hook("pages").on_page_markdown(text, page=place, config=config, files=None))
 
 
 @pytest.mark.parametrize(
