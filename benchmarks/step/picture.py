@@ -20,7 +20,7 @@ SERIES: dict[str, tuple[str, Any, str]] = {
     "PrototypeAdamW, bfloat16": ("#00795a", (0, (6, 1.5, 1, 1.5)), "ltloss, PrototypeAdamW in bfloat16"),
 }
 _LARGE = {"font.size": 11, "axes.titlesize": 12, "legend.fontsize": 10.5, "lines.linewidth": 2.2}
-_APART = 0.075  # of the height: figures at the ends of lines do not touch
+_APART = 0.095  # of the height: figures at the ends of lines do not touch
 
 
 def _points(rows: Sequence[dict[str, Any]], column: str, unit: float) -> dict[str, list[tuple[float, float]]]:
