@@ -7,7 +7,7 @@ EXTRAS := train parquet sklearn export tensorboard lightning bench docs dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-compile compile-launches lint bench pictures kernel-report tutorial docs lock hub gpu clean
+.PHONY: help demo test test-fast test-compile compile-launches lint bench pictures kernel-report tutorial docs package lock hub gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1|/' | column -t -s '|'
@@ -58,6 +58,10 @@ tutorial: $(VENV)/.installed  ## run docs/tutorial.ipynb, store what it prints
 docs: $(VENV)/.installed  ## write the site to build/site, to be read from disk
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Open build/site/index.html"
+
+package: $(VENV)/.installed  ## build wheel and sdist, run README and examples from them in empty environments
+	@$(PIP) build
+	@$(BIN)/python .ci/clean_environment.py
 
 lock: $(VENV)/.installed  ## renew requirements.lock: the versions of constraints.txt and all that they need, with hashes
 	@$(PIP) uv
