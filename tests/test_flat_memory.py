@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,9 @@ def test_what_is_kept_shows(tmp_path: Path) -> None:
     kept: list[Any] = []
 
     def keep(loss: Tensor) -> None:
-        kept.extend([loss, b"x" * (4 * MOST // STEPS)])
+        fresh = mmap.mmap(-1, 4 * MOST // STEPS)  # bytes would take what an earlier test gave back to the heap
+        fresh.write(b"x" * len(fresh))
+        kept.extend([loss, fresh])
         if len(kept) == 2:
             kept.append((tmp_path / "file").open("w"))
 
