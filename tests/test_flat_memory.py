@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import world
 from helpers.memory import Held
-from hypothesis import settings
+from helpers.profiles import nightly
 from torch import Tensor, nn
 
 import ltloss
@@ -26,10 +26,8 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell what is held"),
 ]
 
-NIGHTLY = settings.default.max_examples > 200  # type: ignore[union-attr]
-STEPS, FIRST = (
-    (10_000, 1_000) if NIGHTLY else (300, 200)
-)  # the first make caches, and the heap, as large as they will be
+# The first steps make caches, and the heap, as large as they will be.
+STEPS, FIRST = (10_000, 1_000) if nightly() else (300, 200)
 CLASSES, DIM, SAMPLES = 24, 8, 4
 MOST = 2 << 20  # bytes that the heap may move by: 210 a step of 10,000
 
@@ -85,7 +83,7 @@ def test_one_process(make: Callable[[], _Parts]) -> None:
     assert not _grows(added), added
 
 
-@pytest.mark.skipif(not NIGHTLY, reason="two minutes: the nightly profile has it")
+@pytest.mark.skipif(not nightly(), reason="two minutes: the nightly profile has it")
 @pytest.mark.parametrize("make", [_spread, _sampled])
 def test_two_ranks(make: Callable[[], _Parts]) -> None:
     found = world.run(_added, 2, make)

@@ -21,6 +21,7 @@ import pytest
 import torch
 from helpers.damaged import STEPS, Damage, Step, Trap, npy, of_archive, of_bytes, of_json, of_safetensors
 from helpers.embeddings import quick, tail
+from helpers.profiles import cases
 from helpers.small_run import make_run
 from helpers.toys import CLASS_NAMES, toy_embeddings, toy_images, write_embeddings
 from hypothesis import given, settings
@@ -255,7 +256,6 @@ READERS = [
 
 
 Written = Callable[[Reader], tuple[Path, bytes]]
-CASES = settings.default.max_examples  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_what_is_whole_is_read(reader: Reader, written: Written) -> None:
 
 
 @every_reader
-@settings(max_examples=50 if CASES == 200 else CASES)
+@settings(max_examples=cases(50))
 @given(steps=STEPS, deep=st.booleans())
 def test_what_is_damaged_is_read_rightly_or_refused_by_its_name(
     reader: Reader, written: Written, steps: list[Step], deep: bool

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.evidence.heads import METHODS, OTHERS, Method, adjusted, judged, of_means, trained
+from benchmarks.evidence.heads import ALL, METHODS, adjusted, judged, of_means, trained
 from benchmarks.evidence.pages import markdown_table, renewed
 from benchmarks.evidence.problems import shares
 from benchmarks.evidence.spaces import IMAGES, NETWORKS, SPACES, data, features
@@ -63,7 +63,7 @@ class Study:
 
     def tune(self, space: str, name: str) -> None:
         """The climb; of a linear layer each trial also tries what taking the prior off afterwards brings."""
-        method, given, how = _method(name), data(self.folder, space, "validation"), SPACES[space]
+        method, given, how = ALL[name], data(self.folder, space, "validation"), SPACES[space]
         axes = {axis: how.fewer.get(axis, values) for axis, values in method.space.items()}
         while points := next_points(axes, self._known(space, name)):
             for values in points:
@@ -125,10 +125,6 @@ class Study:
             found = shares(right, torch.bincount(samples.labels)[samples.test_labels], samples.groups)
             values = {"loss": classifier.loss_}
             self._add(self.rows, TABLE, space, "auto", values=values, seed=seed, **found, seconds=seconds)
-
-
-def _method(name: str) -> Method:
-    return METHODS[name] if name in METHODS else OTHERS[name]
 
 
 def _estimators(rows: Sequence[Mapping[str, str]]) -> Iterator[list[str]]:
@@ -201,7 +197,7 @@ def main() -> None:
     """Train what the tables lack, and renew the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="where the data files lie")
-    parser.add_argument("--method", action="append", choices=(*METHODS, *OTHERS), help="which (default: all)")
+    parser.add_argument("--method", action="append", choices=tuple(ALL), help="which (default: all)")
     parser.add_argument("--space", choices=tuple(SPACES), default="whitened")
     parser.add_argument("--tune", action="store_true", help="only tune: nothing is read of the test samples")
     parser.add_argument("--others", action="store_true", help="more losses; they are only tuned")
@@ -215,7 +211,7 @@ def main() -> None:
             study.means(space)
         if space in NETWORKS and not options.tune:
             study.auto(space)
-        for name in options.method or (*METHODS, *(OTHERS if options.others else ())):
+        for name in options.method or (ALL if options.others else METHODS):
             study.tune(space, name)
             if name in METHODS and not options.tune:
                 study.measure(space, name)

@@ -70,6 +70,7 @@ OTHERS = {
     "long-tail": Method("long-tail loss", _MARGIN, LongTailLoss.from_counts),
     "cosine-space": Method("cosine-space loss", _MARGIN, partial(_without_counts, CosineSpaceLoss)),
 }
+ALL = {**METHODS, **OTHERS}
 
 
 class _Multiplied(nn.Module):

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.evidence.problems import DATA, NETWORK_RATE, Data, descend, for_validation, start_at_means, whitened
-from ltloss import CosineSoftmaxLoss
+from benchmarks.evidence.heads import METHODS, trained
+from benchmarks.evidence.problems import DATA, Data, for_validation, whitened
 
 _RATE = 0.16  # of the prototypes of the network that is trained before, divided by √D
 
@@ -76,13 +76,11 @@ NETWORKS = tuple(name for name, space in SPACES.items() if space.before is not N
 def features(folder: Path, name: str, split: str) -> Data:
     """The samples of a space as they are; with ``split`` "validation", training samples in the place of the test's."""
     space = SPACES[name]
-    load = for_validation if split == "validation" else _whole
-    data = load(space.problem, folder, **space.options)
+    if split == "validation":
+        data = for_validation(space.problem, folder, **space.options)
+    else:
+        data = DATA[space.problem](folder, **space.options)
     return data if space.before is None else frozen(data, space.before)
-
-
-def _whole(problem: str, folder: Path, **options: Any) -> Data:
-    return DATA[problem](folder, **options)
 
 
 @cache
@@ -99,17 +97,7 @@ def data(folder: Path, name: str, split: str) -> Data:
 
 def frozen(data: Data, before: Before) -> Data:
     """The features that a network gives to the samples after it was trained on them, seed 0."""
-    torch.manual_seed(0)
-    network = data.network()
-    width = network(data.train[:2]).shape[1]
-    head = CosineSoftmaxLoss(int(data.labels.max()) + 1, width)
-    start_at_means(head, network, data.train, data.labels)
-    optimizers = [
-        torch.optim.AdamW(head.parameters(), lr=_RATE / width**0.5, fused=True),
-        torch.optim.AdamW(network.parameters(), lr=NETWORK_RATE, fused=True),
-    ]
-    steps = before.passes * (len(data.labels) // before.batch)
-    descend(network, head, data, optimizers, batch=before.batch, steps=steps, seed=0)
+    network, _ = trained(METHODS["cosine"], {"lr": _RATE}, data, *before, seed=0)
     network.eval()
     with torch.no_grad():
         train, test = (torch.cat([network(part) for part in x.split(512)]) for x in (data.train, data.test))

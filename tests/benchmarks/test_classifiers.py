@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.evidence import classifiers
 from benchmarks.evidence.classifiers import Study, by_problem, table
-from benchmarks.evidence.heads import METHODS, OTHERS, adjusted, class_means, judged, of_means, trained
+from benchmarks.evidence.heads import ALL, METHODS, adjusted, class_means, judged, of_means, trained
 from benchmarks.evidence.problems import Data, Groups
 from benchmarks.evidence.spaces import Before, Space, frozen
 from benchmarks.timing import read_rows
@@ -36,9 +36,9 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Study:
     return Study(tmp_path, [], [])
 
 
-@pytest.mark.parametrize("name", [*METHODS, *OTHERS])
+@pytest.mark.parametrize("name", ALL)
 def test_every_method_learns(name: str, study: Study) -> None:
-    method = {**METHODS, **OTHERS}[name]
+    method = ALL[name]
     network, head = trained(method, {axis: values[0] for axis, values in method.space.items()}, toy(), 64, 2, 0)
     assert judged(network, head, toy())["accuracy"] == 1.0
 

@@ -26,15 +26,20 @@ def module_names() -> list[str]:
     return ["ltloss", *(name for name in found if not name.endswith("__main__"))]
 
 
-@pytest.mark.parametrize("name", module_names())
-def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # an example may write files
+def imported(name: str) -> types.ModuleType:
+    """A module of the package; the test is skipped where an extra that it needs is not installed."""
     try:
-        module = importlib.import_module(name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name in NEEDS_EXTRAS:
             pytest.skip(f"needs {error.name}")
         raise
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # an example may write files
+    module = imported(name)
     if name == "ltloss.interop.safetensors":
         pytest.importorskip("safetensors")  # imported on use
     with torch.random.fork_rng():
@@ -133,12 +138,7 @@ def resolves(name: str, module: types.ModuleType, owner: Any) -> bool:
 
 @pytest.mark.parametrize("name", module_names())
 def test_names_in_docstrings_exist(name: str) -> None:
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name in NEEDS_EXTRAS:
-            pytest.skip(f"needs {error.name}")
-        raise
+    module = imported(name)
     unknown = [
         one for owner, said in documented(module) for one in ROLE.findall(said) if not resolves(one, module, owner)
     ]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from helpers import profiles
 from helpers.kernel_problems import DEVICE, tiny_tiles
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -122,14 +123,13 @@ def law(holds: Callable[[Case], None]) -> Callable[..., None]:
     @pytest.mark.parametrize("backend", MARKED)
     @pytest.mark.usefixtures("tiny_blocks")
     def test(backend: Backend) -> None:
-        usual = settings.get_current_profile_name() == "default"
         with ExitStack() as stack:
             if backend.name == "triton":
                 pytest.importorskip("triton")
                 stack.enter_context(tiny_tiles())
                 stack.enter_context(np.errstate(all="ignore"))
             stack.enter_context(ltloss.use_backend(backend.name))
-            few = settings(max_examples=backend.cases if usual else settings.default.max_examples)
+            few = settings(max_examples=profiles.cases(backend.cases))
             few(given(cases(backend))(holds))()
 
     return test
