@@ -34,7 +34,7 @@ ALONGSIDE = ("LICENSE", "NOTICE")
 
 
 def module_file(module: str) -> Path | None:
-    """The file of a module of ours; None for what is none."""
+    """The file of a module of ours; None if the name is no module."""
     package, *parts = module.split(".")
     place = SOURCES[package].joinpath(*parts)
     candidates = (place / "__init__.py", place.with_suffix(".py"))
@@ -42,7 +42,7 @@ def module_file(module: str) -> Path | None:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """What a file imports of ours, inside functions too; what only a type checker reads does not count."""
+    """Modules of ours that a file imports, inside functions too; imports under ``TYPE_CHECKING`` do not count."""
     pending = [tree]
     while pending:
         node = pending.pop()
@@ -61,7 +61,7 @@ def _ours(module: object) -> bool:
 
 
 def needed() -> dict[Path, Path]:
-    """Every file of the package: where it goes, and where it is."""
+    """Every file of the package: its place in the package -> where it is now."""
     files = {file.relative_to(HERE / "package"): file for file in sorted((HERE / "package").rglob("*.py"))}
     pending = [name for file in files.values() for name in imports(ast.parse(file.read_text()))]
     kernels = SOURCES["ltloss_kernels"]
@@ -79,10 +79,10 @@ def needed() -> dict[Path, Path]:
 
 
 def relative(source: str, place: Path) -> str:
-    """A file of the package with every import of ours made relative, and nothing else changed.
+    """The text of a file of the package with every import of ours made relative, and nothing else changed.
 
     Raises:
-        ValueError: an import that has no relative form: ``import ltloss``, or one of a submodule in dots.
+        ValueError: an import has no relative form, as ``import ltloss`` or ``import ltloss.functional``.
     """
     lines = [line.encode() for line in source.splitlines(keepends=True)]  # ast counts columns in bytes
     dots = b"." * len(place.parts)
@@ -110,12 +110,12 @@ def relative(source: str, place: Path) -> str:
 
 
 def _inside(module: str) -> str:
-    """The name of a module below the package: ``ltloss`` is the package itself."""
+    """The name of a module relative to the package; empty for ``ltloss``, which is the package itself."""
     return "" if module == "ltloss" else module.removeprefix("ltloss.")
 
 
 def build(folder: Path) -> dict[str, Path]:
-    """Write everything; return the package of each backend."""
+    """Write everything; return the folder of each backend's package."""
     general: dict[str, Any] = tomllib.loads((HERE / "build.toml").read_text())["general"]
     files = {place: relative(file.read_text(), place).encode() for place, file in needed().items()}
     files |= {Path(name): (ROOT / name).read_bytes() for name in ALONGSIDE}
@@ -145,7 +145,7 @@ def _digest(text: bytes) -> str:
 
 
 def main(folder: Path) -> int:
-    """Build, say what is there, and check it in a process of its own: in PyTorch, and with the kernels."""
+    """Build, print what was built, and check it in separate processes: in PyTorch, and with the kernels."""
     for package in build(folder).values():
         described = json.loads((package / "metadata.json").read_text())
         print(f"{package}: {len(described['digest']['files'])} files, operators in torch.ops.{described['id']}")

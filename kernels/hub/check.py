@@ -1,9 +1,9 @@
-"""Load a folder that ``build.py`` wrote, where ltloss cannot be imported, and hold what it computes against float64.
+"""Load a folder that ``build.py`` wrote, where ltloss cannot be imported, and compare its results with float64.
 
     python kernels/hub/check.py FOLDER [torch|triton]
 
-``kernels.get_local_kernel`` loads it where that package is installed; else Python, by the folder inside that older
-versions of that package take. Our kernels run on the GPU, or in Triton's interpreter where there is none.
+``kernels.get_local_kernel`` loads it where that package is installed. Else Python's import does, from the inner folder
+that older versions of that package use. Our kernels run on the GPU, or in Triton's interpreter where there is none.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ OURS = ("ltloss", "ltloss_kernels")
 
 
 class Refusing:
-    """A finder that finds none of our packages, wherever they are installed."""
+    """An import finder that refuses our packages, wherever they are installed."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        """None for others, so that Python looks on."""
+        """None for other packages, so that Python asks the next finder; ModuleNotFoundError for ours."""
         if name.partition(".")[0] in OURS:
             raise ModuleNotFoundError(f"{name} is not to be imported here")
         return None
 
 
 def load(folder: Path) -> tuple[ModuleType, str]:
-    """The package, and who loaded it."""
+    """The package, and the name of what loaded it."""
     try:
         loader = f"kernels {version('kernels')}"
     except PackageNotFoundError:
@@ -69,7 +69,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def check(hub: ModuleType, device: str) -> dict[str, float]:
-    """The errors of what a batch gives; AssertionError where an index is wrong."""
+    """Errors of losses, gradients and searches by name; AssertionError where an index is wrong."""
     # By hand: the logits are 2·(1 − 0.5) and 2·0, the loss is log(1 + e^-1).
     rows, labels = torch.tensor([[1.0, 0.0], [0.0, 2.0]], device=device), torch.tensor([0, 1], device=device)
     loss = hub.margin_cross_entropy(rows, rows, labels, scale=2.0, cosine_margin=0.5)
@@ -106,7 +106,7 @@ def check(hub: ModuleType, device: str) -> dict[str, float]:
 
 
 def kernelized(hub: ModuleType, folder: Path, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of a module after ``kernels`` has put our layer in the place of its forward, and before."""
+    """The loss of a module after ``kernels`` replaced its forward by our layer's, and the loss before."""
     import kernels
 
     layer = hub.layers.CombinedMarginLoss
@@ -134,7 +134,7 @@ def kernelized(hub: ModuleType, folder: Path, features: Tensor, labels: Tensor) 
 
 
 def main(folder: Path, backend: str = "torch") -> int:
-    """Print the errors; 1 if one is larger than float32 explains."""
+    """Print the errors; return 1 if one exceeds 1e-5, which float32 rounding does not explain."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if backend == "triton" and device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"

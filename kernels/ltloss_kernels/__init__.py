@@ -1,6 +1,6 @@
-"""Triton kernels for large-class margin softmax: tensors in, tensors out. What is listed here is all that is public.
+"""Triton kernels for large-class margin softmax: tensors in, tensors out. ``__all__`` lists every public name.
 
-Imported on first use, so that ``ltloss_kernels.config`` can be read where there is no Triton.
+Submodules are imported on first use, so that ``ltloss_kernels.config`` can be read where Triton is not installed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _FILES = (
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # All files at once: afterwards no import of a file hides the function of the same name, margin_loss.
+    # All files at once: a later import of the file margin_loss would hide the function of that name.
     files = [importlib.import_module(f"{__name__}.{file}") for file in _FILES]
     globals().update({each: vars(file)[each] for file in files for each in file.__all__ if each in __all__})
     return globals()[name]

@@ -1,4 +1,4 @@
-"""What a backward holds and launches: memory for a slab of dZ at a time, its tiles, the products, the projections."""
+"""Memory and launches of a backward pass: a slab of dZ at a time, its tiles, and the projections."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from ltloss_kernels.running import recording
 
 __all__ = ["BackwardPass", "Slab"]
 
-# Class tiles that are worked on together; their prototypes and a block of features stay in the second-level cache.
+# Class tiles of a group of programs: their prototypes and a block of features stay in the second-level cache.
 _GROUP = 8
 
 
 class Slab(NamedTuple):
-    """Some of the classes, for whose dZ there is memory at a time."""
+    """Consecutive classes; there is memory for the dZ of one slab."""
 
     first: int
     prototypes: Tensor
     operand: Tensor  # of the products: the prototypes, or memory for their copy
     factor: Tensor  # s·log2 e over the length of the operand's rows
-    copy_factor: Tensor | None  # the same, where a copy has yet to be made
-    sum: Tensor | None  # float32, of the gradient before the projection
-    grad: Tensor | None  # where it goes; the prototypes themselves where they move
+    copy_factor: Tensor | None  # ``factor``, if the copy has yet to be made
+    sum: Tensor | None  # the gradient in float32, before the projection
+    grad: Tensor | None  # the gradient; the kept prototypes themselves, where an update moves them
 
 
 class BackwardPass:
-    """The pass; C classes are taken a slab at a time, N samples ``plan.rows`` at a time."""
+    """One backward pass: a slab of classes at a time, and of it ``plan.rows`` samples at a time."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class BackwardPass:
         self.upstream, self.upstream_stride = upstream, upstream.stride(0) if upstream.dim() else 0
         self.coefficients, self.class_scale, self.smooth = coefficients, class_scale, smooth
         self.inverse_weight_sum = inverse_weight_sum
-        float16_slab = self.dtype == torch.float16  # then it is multiplied by a power of two, see slab_scale
+        float16_slab = self.dtype == torch.float16  # then dZ is multiplied by a power of two, see slab_scale
         if float16_slab and not self.normalize_prototypes:  # s/‖w̃‖ may be as much as s times the largest entry
             largest = torch.linalg.vector_norm(self.prototypes, torch.inf, dtype=torch.float32)
             max_coefficient = max_coefficient * largest.clamp_min(1.0)
@@ -105,7 +105,7 @@ class BackwardPass:
         self.max_upstream = (upstream.abs().amax() if upstream.dim() else upstream) if float16_slab else None
 
     def take_kept(self, kept: Exponentials) -> None:
-        """Make the tiles from these exponentials. No tile may reach over two of the forward: they differ in shifts."""
+        """Make dZ from these exponentials. No tile may span two tiles of the forward: their shifts differ."""
         self.kept, self.fold = kept, False
         if self.feature_copy == "unit" and self.normalize_prototypes and self.prior is None:
             shift = fixed_shift(self.scale, self.prototypes.shape[0])
@@ -123,10 +123,10 @@ class BackwardPass:
         by_slab: bool = False,
         update: PrototypeUpdate | None = None,
     ) -> None:
-        """The gradients, and in ``limit`` bytes beside them what they are made from.
+        """Allocate the gradients, and everything else within ``limit`` bytes beside them.
 
-        ``by_slab``: those of the prototypes, in float32, have memory for one slab only, which counts as well.
-        ``update``: they go into the prototypes, and have no memory.
+        ``by_slab``: the prototypes' gradient is float32 and has memory for one slab, which counts towards ``limit``.
+        ``update``: the prototypes' gradient has no memory, because it goes straight into the prototypes.
         """
         self.tile = tiles.summing(self.arch, self.tile, need_prior, self.polynomial is not None)
         self.projecting_tile = self._tile_for_prototypes(update)
@@ -186,10 +186,10 @@ class BackwardPass:
         self.updating.launch_numbers(self.launch)
 
     def _tile_for_prototypes(self, update: PrototypeUpdate | None) -> tiles.Tile | None:
-        """Of the product that ends in what becomes of the prototypes; None where the library's does not.
+        """Tile of the kernel that multiplies and projects the prototypes' gradient; None: a library product serves.
 
-        Its projection needs the products of a tile, which kept exponentials are there to save. Where prototypes keep
-        their length there is none, and the library's product is all.
+        That kernel needs the products x·w of each tile, which kept exponentials are there to save. Where prototypes
+        keep their length there is no projection, and the library's product is all.
         """
         alone = self.normalize_prototypes and self.in_place and self.kept is None and self.sub_centers == 1
         if not alone or (update is not None and update.needs_rows):
@@ -198,7 +198,7 @@ class BackwardPass:
         return tiles.prototype_gradient_tile(self.arch, self.dtype, self.precision, samples, updated)
 
     def slabs(self) -> Iterator[Slab]:
-        """The classes, some at a time; every slab has the same memory."""
+        """All slabs in order of their classes; they share their memory."""
         for first in range(0, self.classes, self.plan.classes):
             stop = min(first + self.plan.classes, self.classes)
             here = slice(self.sub_centers * first, self.sub_centers * stop)
@@ -213,7 +213,7 @@ class BackwardPass:
             yield Slab(first, prototypes, operand, factor, copy_factor, wide, grad)
 
     def launch_samples(self) -> None:
-        """Features as an operand (N, D), clean labels (N,), and the gradients of each sample (4, N)."""
+        """Write the features' operand (N, D), labels (k, N) with -1 for none, and sample gradients (3 + k, N)."""
         (samples, width), copy = self.features.shape, self.unit
         tile = tiles.row_tile(width)
         self.launch(sample_gradient_kernel, (ceil_div(samples, tile.rows),))(
@@ -253,7 +253,7 @@ class BackwardPass:
         )
 
     def launch_tiles(self, rows: slice, slab: Slab) -> list[Tensor]:
-        """dZ (n, c) of some samples and a slab, of each sub-centre, in memory that the next call takes again."""
+        """Return dZ (n, c) of these samples and this slab for each sub-centre, in memory that the next call reuses."""
         features, label = part(self.unit, rows), part(self._label, rows, 1)
         sample_gradients = part(self._sample_gradients, rows, 1)
         prototypes, tile = beside_each_other(slab.operand, self.sub_centers), self.tile
@@ -311,7 +311,7 @@ class BackwardPass:
         return [part(slab_part, slice(k * columns, k * columns + classes), 1) for k in range(self.sub_centers)]
 
     def launch_prototypes(self, dz: Tensor, slab: Slab) -> None:
-        """The gradients of a slab of prototypes from dZ (N, c), in one launch."""
+        """Multiply and project the gradient of a slab of prototypes from dZ (N, c), or update them, in one launch."""
         tile, (samples, classes), width = self.projecting_tile, dz.shape, self.unit.shape[1]
         assert tile is not None
         self.launch(prototype_gradient_kernel, (ceil_div(classes, tile.classes) * ceil_div(width, tile.depth),))(
@@ -344,7 +344,7 @@ class BackwardPass:
         )
 
     def launch_projection(self, slab: Slab) -> None:
-        """Finish the gradients of a slab of prototypes, and with the last slab those of all features, in one launch."""
+        """Project the gradient of a slab of prototypes, or update them; with the last slab project that of features."""
         prototypes, prototype_sum = slab.prototypes, slab.sum
         updating = self.updating if prototype_sum is not None else NO_UPDATE
         last = self.sub_centers * slab.first + len(prototypes) == len(self.prototypes)

@@ -1,4 +1,4 @@
-"""The forward on the host: slabs of prototypes, chunks of samples, and the launches that leave partial sums."""
+"""Host side of the forward: slabs of classes, chunks of samples, and the launches that leave partial sums."""
 
 from __future__ import annotations
 
@@ -32,41 +32,41 @@ __all__ = ["LOG2E", "ForwardPass", "Partials", "fixed_shift", "logsumexp", "of_r
 
 # exp() of a float32 overflows above 88.7 and is flushed to zero below -87.3.
 _LARGEST_EXPONENT, _SMALLEST_EXPONENT = 87.0, -86.0
-# Logits are counted in units of log 2 throughout the tiles.
+# Tiles hold logits in units of log 2: exp(l) = 2^(l·log2 e).
 LOG2E: float = elementary.LOG2E.value
 
 
 def fixed_shift(scale: float, classes: int) -> float | None:
-    """A shift with which Σ exp(l - shift) neither overflows nor loses a term, for |l| ≤ ``scale``; None if none has."""
+    """A shift for which Σ exp(l - shift) neither overflows nor loses a term if |l| ≤ ``scale``; None without one."""
     shift = max(0.0, scale + math.log(classes) - _LARGEST_EXPONENT)
     return shift if -scale - shift >= _SMALLEST_EXPONENT else None
 
 
 class Partials(NamedTuple):
-    """What one pass over the prototypes leaves of N samples: sums over S parts of the classes, all float32.
+    """Partial sums over S splits of the classes for N samples, all float32.
 
-    With m the maximum of a part, or the shift: Σ_{c≠y} exp(l_c) = Σ_S sum·2^m. Those of several shards of the classes
-    concatenate along S. Where their shifts differ, or only some have a maximum, a maximum that is everywhere the shift
-    replaces it first.
+    With m = ``max`` of a split, or ``shift`` where that is None: Σ_{c≠y} exp(l_c) = Σ_splits sum·2^m. Partials of
+    shards of the classes concatenate along S. Where their shifts differ, or only some have a ``max``, each first gets a
+    ``max`` that is its shift everywhere.
     """
 
-    sum: Tensor  # (S, N): Σ 2^(l·log2 e - m) over the other classes of each part
-    max: Tensor | None  # (S, N) in units of log 2, -inf for a part without other classes; None: the shift serves
+    sum: Tensor  # (S, N): Σ 2^(l·log2 e - m) over the other classes of each split
+    max: Tensor | None  # (S, N) in units of log 2, -inf for a split without other classes; None: ``shift`` serves
     shift: float  # in units of log 2
-    logit_sum: Tensor | None  # (S, N): Σ s·cos over all classes of each part, if asked for
-    target_cosine: Tensor  # (N,)
-    norm: Tensor | None  # (N,): ‖x‖, where features keep their length
-    class_scale: Tensor  # (C,): s·log2 e/‖w‖, for the backward; 0 for a zero row; s·log2 e where lengths are kept
+    logit_sum: Tensor | None  # (S, N): Σ s·cos over all classes of each split, without prior, if asked for
+    target_cosine: Tensor  # (N,) or (N, k); x̂·w or x·w where lengths are kept
+    norm: Tensor | None  # (N,): ‖x‖, where features keep their length and prototypes do not; else None
+    class_scale: Tensor  # (C,) or (C, K): s·log2 e/‖w‖, 0 for a zero row; s·log2 e where prototypes keep their length
 
 
 def of_ranks(logsumexp: Tensor) -> Partials:
-    """Log-sum-exps (S, N) of parts of the classes, as partial sums."""
+    """Log-sum-exps (S, N) of shards as partial sums; ``target_cosine`` and ``class_scale`` are left to be replaced."""
     maximum = logsumexp / math.log(2.0)
     return Partials(torch.ones_like(maximum), maximum, 0.0, None, maximum[0], None, maximum[0])
 
 
 def logsumexp(partials: Partials) -> Tensor:
-    """log Σ exp over the other classes, (N,) in float64; -inf where there is no other."""
+    """log Σ_{c≠y} exp(l_c), (N,) in float64; -inf where there is no other class."""
     total = partials.sum.double()
     maximum = torch.full_like(total, partials.shift) if partials.max is None else partials.max.double()
     largest = maximum.amax(0)
@@ -88,21 +88,21 @@ def partials(
     polynomial: Tensor | None = None,
     kept: Exponentials | None = None,
 ) -> Partials:
-    """One pass of features over prototypes: l_c = s·cos_c + log_prior_c, summed over all classes but the target.
+    """One pass of features over prototypes: exp(l_c) with l_c = s·cos_c + log_prior_c, summed over the other classes.
 
     Args:
         features: (N, D); any half or float32 dtype, any strides.
         prototypes: (C, D), likewise, or float8; or (C, K, D), K sub-centres a class.
-        labels: (N,) or, for k targets of a sample, (N, k) integers, any strides. The target cosines are (N, k) then.
+        labels: (N,) integers, or (N, k) for k targets of a sample; any strides.
         log_prior: (C,) or None, in natural units.
         scale: s > 0; the logits are s·cos, times ‖x‖ unless ``normalize_features``, and times ‖w‖ unless
             ``normalize_prototypes``.
         with_logit_sum: also sum the logits of all classes.
         ignore_index: the label of samples that do not count; the target cosine of any other label outside [0, C) is
-            NaN. With None such a label means that there is no target here, and its cosine is 0.
-        threshold, polynomial: (N,) and (3,) or None: a logit l of another class beyond the threshold of its sample
-            becomes p0 + p1·l + p2·l², before the prior is added.
-        kept: of ``new_exponentials``, is filled for ``gradients``.
+            NaN. None: such a label has no target here, as on a shard without its class, and its cosine is 0.
+        threshold, polynomial: (N,) and (3,) or None, in natural units: a logit l of another class above the threshold
+            of its sample becomes p0 + p1·l + p2·l², before the prior is added.
+        kept: from ``new_exponentials``; filled for ``gradients``.
     """
     if features.shape[0] == 0:
         with_norm = normalize_prototypes and not normalize_features
@@ -128,7 +128,7 @@ def partials(
             chunk = run.chunk(start)
             for index in range(run.slabs):
                 slab = run.slab(index)
-                # Norms are computed with the first chunk, or with each copy; or by the tiles themselves.
+                # Norms come with the first chunk, or with each copy, unless the tiles compute them.
                 if not run.norms_in_tiles and (start == 0 or not run.in_place):
                     row_norms(
                         slab.prototypes,
@@ -161,15 +161,15 @@ def _of_no_samples(
 
 
 class _Chunk(NamedTuple):
-    """Some of the samples."""
+    """Consecutive samples."""
 
     rows: slice
-    copy: Tensor | None  # (n, D) of unit length, or readable in place; None: the features are read where they are
+    copy: Tensor | None  # (n, D), of unit length or as they are; None: the features are read in place
     label: Tensor  # (k, n) int32
 
 
 class _Slab(NamedTuple):
-    """Some of the classes; the last slab's vectors are padded to whole tiles."""
+    """Consecutive classes; the last slab's vectors are padded to whole tiles."""
 
     first: int
     prototypes: Tensor
@@ -181,7 +181,7 @@ class _Slab(NamedTuple):
 
 
 class ForwardPass:
-    """The pass; N samples are taken ``plan.rows`` at a time, each chunk over all slabs of ``plan.classes``."""
+    """One forward pass: chunks of ``plan.rows`` samples, each over all slabs of ``plan.classes`` classes."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class ForwardPass:
         tile = tiles.forward_tile(arch, self.dtype, self.precision, samples, width)
         self.tile = tiles.of_sub_centers(tile, sub_centers)
         self.described = tiles.has_copy_engine(arch)
-        # Few samples: rows of float32 are rounded on their way to a bfloat16 product, which has the range for them.
+        # Few samples: tiles read float32 prototypes in place and round them to bfloat16, which has their range.
         read_as = prototypes.dtype if self.dtype == torch.bfloat16 else self.dtype
         few = (
             threshold is None
@@ -280,7 +280,7 @@ class ForwardPass:
         features = part(self.features, rows)
         (count, width), device = features.shape, features.device
         copied = self.normalize or not readable_in_place(features, self.dtype)
-        # Otherwise a launch of row_norms clears them on its way.
+        # In other cases a launch of row_norms clears the flags.
         if start > 0 and self.in_place and self.flags is not None:
             self.flags.zero_()
         return _Chunk(
@@ -290,12 +290,12 @@ class ForwardPass:
         )
 
     def slab(self, index: int) -> _Slab:
-        """The classes of a slab; every slab has the same memory for its copy."""
+        """Slab number ``index``; all slabs share the memory for a copy."""
         first = index * self.plan.classes
         stop = min(first + self.plan.classes, self.classes)
         here = slice(first * self.sub_centers, stop * self.sub_centers)
         padded = slice(here.start, self._factor.shape[0] if stop == self.classes else here.stop)
-        several = self.sub_centers > 1  # then the prior is not one of each row, and was scaled before
+        several = self.sub_centers > 1  # then the prior has one entry for K rows, and was scaled before
         return _Slab(
             first,
             part(self.prototypes, here),
@@ -307,7 +307,7 @@ class ForwardPass:
         )
 
     def launch_samples(self, chunk: _Chunk) -> None:
-        """Copies, norms and target cosines of the samples, and the flags of the tiles that hold a target."""
+        """Write copies, norms, labels and target cosines of the samples, and flag the tiles that hold a target."""
         rows, copy, label = chunk
         features, labels, target_cosine = part(self.features, rows), part(self.labels, rows), self.result.target_cosine
         (count, width), classes, tile = features.shape, self.classes, tiles.row_tile(features.shape[1])
@@ -348,7 +348,7 @@ class ForwardPass:
         )
 
     def launch_tiles(self, chunk: _Chunk, slab: _Slab) -> None:
-        """The wide part: partial sums of a chunk over a slab."""
+        """Write the partial sums of a chunk over a slab."""
         tile, splits, partials, rows = self.tile, self.plan.splits, self.result, chunk.rows
         features = part(self.features, rows) if chunk.copy is None else chunk.copy
         prototypes = slab.prototypes if slab.copy is None else slab.copy

@@ -1,4 +1,4 @@
-"""The backward on the host: for each slab of classes dZ, two products on it, and the projections."""
+"""Host side of the backward: for each slab of classes dZ, two products with it, and the projections."""
 
 from __future__ import annotations
 
@@ -45,29 +45,30 @@ def gradients(
     *,
     limit: Callable[[], int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for features (N, D) and prototypes (C, D), and what reaches each class (C,) through r.
+    """Gradients of features (N, D), of prototypes as they are shaped, and of the prior through r, (C,).
 
-    The last is Σ_i a_i·exp(l_ic - r_i) over the samples of other classes, float32, for the gradient of the prior.
+    The last is Σ_i a_i·exp(l_ic - r_i) over the samples of other classes, float32: the part of the prior's gradient
+    that flows through the log-sum-exps r.
 
     Args:
         grad_loss: upstream gradient, a scalar or (N,) of any stride.
         features, prototypes, labels, log_prior, scale, normalize_*: as for ``partials``.
-        coefficients: (4 or 5, N) of ``margin_loss``; with labels (N, k) the d_target of the later ones behind them.
-        class_scale: (C,) s·log2 e/‖w‖, of the partials.
+        coefficients: (4 or 5, N) of ``margin_loss``; with labels (N, k), k - 1 more rows: d_target of the later labels.
+        class_scale: (C,) or (C, K), as ``partials`` returned it.
         inverse_weight_sum: scalar that multiplies the upstream gradient, or None.
         max_coefficient: scalar, the largest |coefficient|; read for float16 only.
         smooth: whether row 3 of the coefficients is used.
         ignore_index: rows with this label may hold anything, also NaN; None: all rows count.
         threshold, polynomial: as for ``partials``.
         needs: which of the three are computed.
-        take: gets the gradients (stop - start, D) float32 of the prototypes [start, stop), slab by slab, in memory that
-            the next slab takes again; after it was called the prototypes of the slab may have changed.
-        update: moves the prototypes where their gradients are made, instead of ``take``; there must be samples.
-        kept: what ``partials`` kept; then the logits are not computed again, and a fixed shift is that of the forward.
-        limit: says how many bytes of memory may be taken beside the gradients, see ``backward_plan``.
+        take: called as ``take(start, stop, gradient)``, slab by slab, with the float32 gradient of the prototypes
+            [start, stop). It may change these prototypes. The next slab reuses the memory of the gradient.
+        update: moves the prototypes where their gradient is made; then give no ``take``, and at least one sample.
+        kept: the exponentials that ``partials`` filled; the logits are then not computed again.
+        limit: returns how many bytes may be taken beside the gradients, see ``backward_plan``.
 
     Returns:
-        Each gradient in the dtype of its tensor; (0,) where it is not needed.
+        The three gradients, the first two in the dtype of their tensor; (0,) for one that is not needed.
     """
     if features.shape[0] == 0:
         nothing, zero = torch.empty_like(features), torch.zeros_like(prototypes)
@@ -130,12 +131,12 @@ def _spans(total: int, size: int) -> Iterator[slice]:
 
 
 def _of_center(matrix: Tensor, k: int, sub_centers: int) -> Tensor:
-    """The k-th row of each class of (c·K, D)."""
+    """Sub-centre k of each class, (c, D), from rows (c·K, D)."""
     return matrix if sub_centers == 1 else matrix[k::sub_centers]
 
 
 def _add_to_features(target: Tensor, dz: Tensor, prototypes: Tensor, *, overwrite: bool) -> None:
-    """The product of dZ (n, c) and prototypes (c, D), onto the sum for the features."""
+    """target (n, D) += dZ (n, c) @ prototypes (c, D), or = with ``overwrite``."""
     if choices.tried("parts of K"):
         (rows, classes), slots = dz.shape, tiles.multiprocessors(dz.device)
         parts = parts_of_product(rows, target.shape[1], classes, slots)

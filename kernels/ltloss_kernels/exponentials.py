@@ -1,4 +1,4 @@
-"""The exponentials of a forward in two bytes each, kept so that its backward need not multiply for the logits again."""
+"""The exponentials of a forward in two bytes each, kept so that the backward need not compute the logits again."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from ltloss_kernels.running import interpreting
 
 __all__ = ["Exponentials", "exponentials_bytes", "new_exponentials"]
 
-_UNIT = 8  # entries of 16 bytes, which the copy engine wants rows to start at
+_UNIT = 8  # entries in 16 bytes: rows start at multiples of this, as the copy engine needs
 
 
 class Exponentials(NamedTuple):
     """2^(l·log2 e - m) of every sample and class but the target, whose entry is 0.
 
-    m is the fixed shift of the pass, or the largest logit of the row so far in the split. A bfloat16 has the range of
-    a float32: every entry is right to 2^-8 of itself.
+    m is the fixed shift of the pass, or the running maximum of the row in its split. A bfloat16 has the range of a
+    float32, so every entry has a relative error of at most 2^-8.
     """
 
-    values: Tensor  # (N, C) bfloat16, rows filled up to whole 16 bytes
-    shifts: Tensor  # (class tiles of the forward, N) float32: m in units of log 2, where it is no fixed shift
+    values: Tensor  # (N, C rounded up to a multiple of 8) bfloat16
+    shifts: Tensor  # (class tiles of the forward, N) float32: m in units of log 2; unused with a fixed shift
 
     def rows(self, rows: slice) -> Exponentials:
-        """Those of some samples."""
+        """The exponentials of these samples."""
         return Exponentials(part(self.values, rows), part(self.shifts, rows, 1))
 
     @property
     def tile_classes(self) -> int:
-        """How many classes share a shift: a power of two, and all of them if there is one tile."""
+        """How many classes share a shift: the smallest power of two with which all classes fit the tiles."""
         (tiles_there, _), (_, classes), size = self.shifts.shape, self.values.shape, 1
         while ceil_div(classes, size) > tiles_there:
             size *= 2
@@ -42,13 +42,13 @@ class Exponentials(NamedTuple):
 
 
 def exponentials_bytes(features: Tensor, prototypes: Tensor) -> int:
-    """What :func:`new_exponentials` takes of memory."""
+    """Bytes that :func:`new_exponentials` allocates."""
     (samples, classes), (class_tiles, _) = _shapes(features, prototypes)
     return samples * (2 * classes + 4 * class_tiles)
 
 
 def new_exponentials(features: Tensor, prototypes: Tensor, fake: bool = False) -> Exponentials:
-    """What ``partials`` fills for ``gradients``; uninitialised. ``fake`` is for backends that see a difference."""
+    """Uninitialised memory that ``partials`` fills and ``gradients`` reads. ``fake`` matters to other backends only."""
     values, shifts = _shapes(features, prototypes)
     return Exponentials(
         features.new_empty(values, dtype=torch.bfloat16), features.new_empty(shifts, dtype=torch.float32)

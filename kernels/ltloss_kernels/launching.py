@@ -1,8 +1,8 @@
-"""Launches that repeat: the compiled kernel of a launch is kept, and the next one like it goes to it directly.
+"""Launches that repeat: the compiled kernel of a launch is kept, and the next equal launch calls it directly.
 
 Triton looks at every argument of a launch, makes a key of types, alignments and some values, and looks up the kernel
-that was compiled for it. In a training step all of that is the same each time, and on a small head it takes longer than
-the kernel: see "Host time" in ``docs/performance-kernels.md``.
+that was compiled for that key. In a training step the key is the same each time, and on a small head the look-up takes
+longer than the kernel: see "Host time" in ``docs/performance-kernels.md``.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ __all__ = ["Launch", "Launches", "forget", "layout", "through_triton"]
 _MOST_KEYS = 512  # batches of ever new sizes must not fill the memory
 
 Launch = Callable[..., Any]
-_kept: dict[Hashable, dict[int, tuple[Any, Launch]]] = {}  # of each key by number: a kernel, and its launch
+_kept: dict[Hashable, dict[int, tuple[Any, Launch]]] = {}  # key -> number of the launch -> the kernel and its launch
 
 
 def through_triton(kernel: Any, grid: tuple[int, ...]) -> Launch:
-    """``kernel[grid]``: for what is rare, or costs the device more than the host."""
+    """``kernel[grid]``: for launches that are rare, or that cost the device more than the host."""
     launch: Launch = kernel[grid]
     return launch
 
 
 def layout(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """All that Triton can specialise a kernel for in these tensors: dtypes, sizes, strides, alignments, the device."""
+    """All that Triton can specialise a kernel for: dtype, shape, strides, alignment and device of each tensor."""
     return tuple(
         None if one is None else (one.dtype, one.shape, one.stride(), one.data_ptr() % 16, one.device)
         for one in tensors
@@ -37,7 +37,7 @@ def layout(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def forget() -> None:
-    """Let go of every launch that was kept."""
+    """Drop every kept launch."""
     _kept.clear()
 
 
@@ -47,9 +47,9 @@ _UNKNOWN: tuple[Any, Launch] = (None, through_triton)
 class Launches:
     """The launches of one call of an entry point, in their order.
 
-    ``key`` decides all of them, up to the addresses of tensors and the values of floats: the :func:`layout` of what the
-    caller gave, and every number and choice that grids, sizes and constants are made from. Memory that the entry point
-    takes itself is aligned alike each time.
+    ``key`` must determine all of them but for the addresses of tensors and the values of floats. It holds the
+    :func:`layout` of the caller's tensors, and every number and choice from which grids, sizes and constants follow.
+    Memory that the entry point allocates itself has the same alignment each time.
     """
 
     def __init__(self, *key: Hashable) -> None:
@@ -59,7 +59,7 @@ class Launches:
         self._count = 0
 
     def __call__(self, kernel: Any, grid: tuple[int, ...]) -> Launch:
-        """``kernel[grid]``, by the compiled kernel where it is known; constants go by name."""
+        """``kernel[grid]``, through the kept kernel if there is one; pass constants by name."""
         number, self._count = self._count, self._count + 1
         known, launch = self._launches.get(number, _UNKNOWN)
         if known is kernel:

@@ -1,6 +1,6 @@
-"""The epilogue on the host: from partial sums to losses, the reduced loss, and the coefficients of the backward.
+"""Host side of the epilogue: from partial sums to losses, the reduced loss, and the coefficients of the backward.
 
-One launch on N-vectors, or two for many samples, whichever device or shard the partial sums come from.
+It takes one launch on N-vectors, or two for many samples, whichever shards the partial sums come from.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PerClass = Tensor | float
 def margin_loss(
     partials: Partials, labels: Tensor, objective: Any, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss of N samples and what the backward needs of each; the formulas are with ``margin_loss_kernel``.
+    """Loss of N samples, and the coefficients of each for the backward; ``margin_loss_kernel`` has the formulas.
 
     Args:
         partials: of all classes: from one pass, or from passes over shards of the classes, concatenated along S.
@@ -39,8 +39,12 @@ def margin_loss(
         num_classes: C, of all shards.
 
     Returns:
-        The loss, a scalar or (N,) float32; coefficients (4, N), or (5, N) where features keep their length;
-        1/Σ weight for "mean", else 1; and the largest coefficient, both scalars.
+        The loss, a scalar or (N,) float32; coefficients (4, N), or (5, N) where partials have a norm; 1/Σ weight for
+        "mean", else 1, a scalar; and the largest |coefficient| of rows 1 and 2, a scalar.
+
+    Raises:
+        ValueError: label smoothing without a ``logit_sum`` in the partials.
+        RuntimeError: kernels cannot run on the device of the labels.
     """
     samples, margin, smoothing = labels.shape[0], objective.margin, objective.label_smoothing
     if smoothing > 0.0 and partials.logit_sum is None:
@@ -119,9 +123,9 @@ def margin_loss(
 
 
 def coefficients(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (4 or 5, N) with their shift in natural units -> as ``gradients`` takes them, and the largest.
+    """Coefficients (4 or 5, N) whose shift is in natural units, as ``gradients`` takes them, and the largest of them.
 
-    The shift in units of log 2 is rounded for a whole row; what that loses goes into the coefficient.
+    Row 0, the shift, becomes float32 in units of log 2. What this rounding loses goes into row 1, d_lse.
     """
     exact = rows[0].double() / math.log(2.0)
     shift = exact.float()
@@ -133,5 +137,5 @@ def coefficients(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _per_class(values: PerClass) -> tuple[Tensor | None, float]:
-    """A vector and nothing, or no vector and a number."""
+    """(vector, 0) for a tensor, (None, number) for a number."""
     return (vector(values), 0.0) if isinstance(values, Tensor) else (None, float(values))

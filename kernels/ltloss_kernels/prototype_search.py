@@ -1,4 +1,4 @@
-"""Searches among prototypes on the host: nearest prototype, its gradient, and the k best classes."""
+"""Host side of the searches among prototypes: nearest prototype, its gradient, and the k best classes."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ __all__ = [
     "top_k",
 ]
 
-# Tiles of the triangle that are taken together; see triangle_tile.
+# The side, in tiles, of a square of tiles that run together; see triangle_tile.
 GROUP = 16
 PAIRS_PER_PROGRAM = 1024
 # Rows of a subset that are gathered at a time.
 MOST_ROWS = 16384
-# Entries of the gradient that one program adds up; of a class with more, another takes them. Whole steps of any width.
+# Entries of a chunk of the gradient, see search_backward. A multiple of the entries that a program loads at a time.
 CHUNK = 256
 
 
 def _operand(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where the product of ``vectors`` (K, D) is read from: themselves, or memory of their own for a scaled copy."""
+    """The operand of a product for ``vectors`` (K, D): the vectors, or uninitialised memory for a scaled copy."""
     if readable_in_place(vectors, dtype):
         return vectors
     return padded_matrix(vectors.shape[0], vectors.shape[1], dtype, vectors.device)
@@ -76,11 +76,11 @@ class _Classes:
         return {"DESCRIBED": self.described, "PRECISION": self.precision, **self.tile.constants}
 
     def no_keys(self, rows: int) -> Tensor:
-        """(rows,) keys below all others."""
+        """Keys (rows,) that are less than all others."""
         return torch.full((rows,), LOWEST_KEY, dtype=torch.int64, device=self.device)
 
     def best_tiles_of_all(self) -> Tensor:
-        """For every prototype the key of the tile with its nearest other one, (C,): each unordered pair once."""
+        """Keys (C,) of the tiles that hold each prototype's nearest other one; each unordered pair is computed once."""
         best = self.no_keys(self.count)
         squares = ceil_div(self.tiles, GROUP)
         nearest_prototype_kernel[(GROUP * GROUP * (squares + 1), ceil_div(squares, 2))](
@@ -102,8 +102,10 @@ class _Classes:
         return best
 
     def best_tiles(self, rows: Tensor, own: Tensor | None, best: Tensor) -> None:
-        """Keys of rows (n, D): of the best tile, leaving out the class ``own`` (n,), for best (n,) of lowest keys;
-        of every tile for best (n, tiles)."""
+        """Write keys of rows (n, D), leaving out the class ``own`` (n,) of each, unless that is None.
+
+        best (n,), which must hold the lowest keys: the best tile of each row. best (n, tiles): every tile.
+        """
         row_blocks = ceil_div(rows.shape[0], self.tile.rows)
         splits = splits_for(row_blocks, self.tiles, 2 * tiles.multiprocessors(self.device))
         best_tile_kernel[(row_blocks, splits)](
@@ -128,7 +130,7 @@ class _Classes:
         )
 
     def _arranged(self, best: Tensor) -> Tensor:
-        """The pairs with keys ``best`` (pairs,) in the order of their tiles, (pairs,) int32."""
+        """Numbers (pairs,) int32 of the pairs with keys ``best`` (pairs,), sorted by tile."""
         order = torch.empty(best.shape, dtype=torch.int32, device=self.device)
         counts = torch.zeros(self.tiles, dtype=torch.int32, device=self.device)
         grid = (ceil_div(best.numel(), PAIRS_PER_PROGRAM),)
@@ -140,7 +142,7 @@ class _Classes:
     def candidates(
         self, rows: Tensor, best: Tensor, own: Tensor | None, per_row: int, index: Tensor | None, keys: Tensor | None
     ) -> None:
-        """The second pass over pairs (row, tile), tiles in ``best`` (pairs,).
+        """The second pass over (row, tile) pairs; the keys ``best`` (pairs,) hold the tiles.
 
         Writes the nearest class to ``index`` (pairs,), or the keys of all classes of the tile to ``keys``
         (pairs, classes of a tile). See :func:`tile_candidates_kernel` for ``rows`` and ``own``.
@@ -170,7 +172,7 @@ class _Classes:
         )
 
     def cosines(self, rows: Tensor, own: Tensor | None, per_row: int, index: Tensor, cosine: Tensor) -> None:
-        """Cosines of the original rows with the classes ``index``, in float32; both contiguous, (pairs,) or (n, k)."""
+        """Write the cosines of the original rows with the classes ``index``; both contiguous, (pairs,) or (n, k)."""
         tile = tiles.row_tile(self.width)
         pair_cosine_kernel[(ceil_div(index.numel(), tile.rows),)](
             # inputs
@@ -194,15 +196,18 @@ class _Classes:
 
 
 def nearest_prototype(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool) -> tuple[Tensor, Tensor]:
-    """The largest cosine of each prototype to any other one, and its lowest index.
+    """The largest cosine of each prototype to another one, and the index of that one, the lowest of equal ones.
 
     Args:
         prototypes: (C, D); any half, float32 or float8 dtype, any strides.
-        rows: (R,) int64 in [0, C), or None for all.
+        rows: (R,) int64 in [0, C), or None for all (R = C).
         allow_tf32: False keeps float32 products float32, whatever ``torch.set_float32_matmul_precision`` allows.
 
     Returns:
-        Cosines (R,) float32 and indices (R,) int64; -1 and -1 where there is no other.
+        Cosines (R,) float32 and indices (R,) int64; both -1 if C = 1.
+
+    Raises:
+        RuntimeError: kernels cannot run on the device of the prototypes.
     """
     count = prototypes.shape[0] if rows is None else rows.shape[0]
     if prototypes.shape[0] == 1 or count == 0:
@@ -228,7 +233,7 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool)
 
 
 def _gathered(matrix: Tensor, rows: Tensor) -> Tensor:
-    """The given rows of a matrix, readable in place."""
+    """A copy of these rows of a matrix, readable in place."""
     gathered = matrix.index_select(0, rows)
     if readable_in_place(gathered, matrix.dtype):
         return gathered
@@ -239,17 +244,20 @@ def _gathered(matrix: Tensor, rows: Tensor) -> Tensor:
 def top_k(features: Tensor, prototypes: Tensor, k: int, *, limit: Callable[[], int]) -> tuple[Tensor, Tensor]:
     """The k classes with the largest cosine to each feature, best first, equal cosines in class order.
 
-    The k best tiles of a row hold its k best classes: were one of them in another tile, k tiles would each have a class
-    that is better, or equal and lower.
+    The k best tiles of a row hold its k best classes. Were one of them in another tile, each of the k tiles would have
+    a class that is better, or equal and lower.
 
     Args:
         features: (N, D), prototypes: (C, D) with C >= k; any half or float32 dtype, any strides. Prototypes also in
             float8, and then features too.
         k: at least 1.
-        limit: says how many bytes may be kept of a chunk of the features.
+        limit: returns how many bytes the keys of a chunk of the features may take.
 
     Returns:
         Cosines (N, k) float32 and indices (N, k) int64.
+
+    Raises:
+        RuntimeError: kernels cannot run on the device of the features.
     """
     if features.shape[0] == 0:
         return features.new_empty((0, k), dtype=torch.float32), features.new_empty((0, k), dtype=torch.int64)
@@ -273,7 +281,7 @@ def top_k(features: Tensor, prototypes: Tensor, k: int, *, limit: Callable[[], i
 def _top_of_chunk(
     classes: _Classes, features: Tensor, dtype: torch.dtype, k: int, tiles_per_row: int
 ) -> tuple[Tensor, Tensor]:
-    """Indices and cosines (n, k) of some features (n, D)."""
+    """Indices and cosines (n, k) of the best classes of some features (n, D)."""
     count, device = features.shape[0], features.device
     rows = _operand(features, dtype)
     if rows is not features:
@@ -285,7 +293,7 @@ def _top_of_chunk(
     del keys
     candidates = torch.empty(count * tiles_per_row, classes.tile.classes, dtype=torch.int64, device=device)
     classes.candidates(rows, best, None, tiles_per_row, None, candidates)
-    # No two keys of a row are equal, so neither is any choice or order left open.
+    # No two keys of a row are equal, so the choice and its order are unique.
     index = LAST_NUMBER - (candidates.view(count, -1).topk(k, dim=1).values & LAST_NUMBER)
     del candidates
     cosine = torch.empty(count, k, dtype=torch.float32, device=device)
@@ -297,19 +305,22 @@ def _top_of_chunk(
 
 
 def nearest_prototype_gradient(grad_cosine: Tensor, prototypes: Tensor, own: Tensor | None, near: Tensor) -> Tensor:
-    """Gradient for the prototypes.
+    """Gradient of the cosines of :func:`nearest_prototype` for the prototypes.
 
-    Beside the result it keeps the sorted ends of the pairs, and partial sums for classes in many of them: one row for
-    every CHUNK ends, (2·R // CHUNK, D) float32 whatever the pairs are, a 128th of (R, D).
+    Beside the result it allocates the sorted ends of the pairs, and partial sums: a row for every CHUNK ends,
+    (2·R // CHUNK, D) float32, which is a 128th of (R, D).
 
     Args:
-        grad_cosine: (R,) any strides.
+        grad_cosine: (R,), the upstream gradient, any stride.
         prototypes: (C, D); any half or float32 dtype, any strides.
         own: (R,) int64, or None for all classes in order (R = C).
         near: (R,) int64, the nearest prototype of each.
 
     Returns:
         (C, D) in the dtype of ``prototypes``.
+
+    Raises:
+        RuntimeError: kernels cannot run on the device of the prototypes.
     """
     if prototypes.shape[0] == 1 or near.numel() == 0:
         return torch.zeros(prototypes.shape, dtype=prototypes.dtype, device=prototypes.device)

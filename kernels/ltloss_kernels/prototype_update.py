@@ -1,4 +1,4 @@
-"""What the last kernels of a backward need to move the prototypes instead of writing their gradient."""
+"""Arguments with which the last kernels of a backward update the prototypes instead of writing their gradient."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from ltloss_kernels.launching import Launches, layout
 
 __all__ = ["NO_UPDATE", "PrototypeUpdate", "Updating"]
 
-_NUMBERS = 16  # of the vector that update_numbers_kernel writes
+_NUMBERS = 16  # entries of the vector that update_numbers_kernel writes
 
 
 class PrototypeUpdate(NamedTuple):
-    """One step of an optimizer, as tensors and numbers.
+    """One step of an optimizer, as tensors and numbers. All tensors are contiguous.
 
     Attributes:
         rule: the formula, see ``ltloss_kernels.device.prototype_update``.
-        settings: of the rule, at most four: μ, dampening, λ ("sgd", "nesterov"), 1 - β1, 1 - β2, ε, λ ("adamw"), or
-            ε, λ ("adagrad").
-        lr: η; as a tensor on the device it is read when the kernels run, also in a CUDA graph.
-        weight: (C, D) float32, bfloat16 or float8, contiguous as all others: the prototypes, where they are kept.
-        state: (C, D), or (C,) for "adagrad", in the order of their random streams; float32 or bfloat16.
-        compensation: (C, D) bfloat16, what the rounding of the weight cut off, or None.
-        rounding: "stochastic" or "nearest", of whatever is bfloat16 or float8; "kahan" with a compensation.
-        seed: of the stochastic rounding, with the number of the step.
-        first_class: the number of the first class of ``weight`` among all.
-        finite: a bool on the device. False: nothing is written but ``skipped``.
-        step, skipped: scalars on the device, float32 and int64, of which one counts this step.
-        max_class_norm: the most that the gradient of a class may be long, or None.
+        settings: numbers of the rule: (μ, dampening, λ) for "sgd" and "nesterov", (1 - β1, 1 - β2, ε, λ) for "adamw",
+            (ε, λ) for "adagrad".
+        lr: η; a tensor on the device is read when the kernels run, also on replay of a CUDA graph.
+        weight: (C, D) float32, bfloat16 or float8: the prototypes, updated in place.
+        state: none to two tensors, (C, D) each, or (C,) for "adagrad"; float32 or bfloat16. For "adamw" the averages
+            of the gradients, then those of their squares.
+        compensation: (C, D) bfloat16, what the rounding of the weight cut off; None without it.
+        rounding: "stochastic" or "nearest", for everything in bfloat16 or float8; "kahan" with a compensation, where
+            the state is rounded stochastically.
+        seed: of the stochastic rounding, which also depends on the number of the step.
+        first_class: the number that ``weight[0]`` has among the classes of all shards.
+        finite: bool scalar on the device; if False, the step writes nothing but ``skipped``.
+        step, skipped: float32 and int64 scalars on the device: how many steps were done, and skipped. The kernels
+            count this one.
+        max_class_norm: the longest that the gradient of a class may be, or None.
         loss_scale: float32 scalar on the device that the gradients are divided by, or None.
         exponent: (C,) int8 for a float8 weight, else None: prototype c is 2^exponent_c · weight_c.
     """
@@ -55,12 +58,12 @@ class PrototypeUpdate(NamedTuple):
 
     @property
     def needs_rows(self) -> bool:
-        """Whether a class moves by more of its gradient than each column's own, or is written as a whole."""
+        """Whether the update needs whole rows of the gradient: for Adagrad, clipping by class, and float8."""
         return self.rule == "adagrad" or self.max_class_norm is not None or self.exponent is not None
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All that decides which kernels are launched, see :class:`ltloss_kernels.launching.Launches`."""
+        """Everything that decides which kernels are launched, see :class:`ltloss_kernels.launching.Launches`."""
         lr = self.lr if isinstance(self.lr, Tensor) else None
         kept = self.weight, self.exponent, *self.state, self.compensation
         tensors = lr, *kept, self.finite, self.step, self.skipped, self.loss_scale
@@ -68,7 +71,7 @@ class PrototypeUpdate(NamedTuple):
 
 
 class Updating:
-    """What the launches of one backward are given for the update; without one, nothing."""
+    """Arguments that the launches of one backward take for the update; None or empty without an update."""
 
     def __init__(self, update: PrototypeUpdate | None) -> None:
         self.update, self.numbers = update, None
@@ -79,7 +82,7 @@ class Updating:
             self.constants = {"RULE": update.rule, "ROUNDING": update.rounding, "CLIP": clip}
 
     def launch_numbers(self, launch: Launches) -> None:
-        """The numbers of this step, and its count."""
+        """Write the numbers of this step on the device, and count it."""
         update = self.update
         if update is None:
             return
@@ -111,11 +114,11 @@ class Updating:
         return tuple(part(one, here) for one in (*state, self.update.compensation))
 
     def exponents(self, first: int, count: int) -> Tensor | None:
-        """Those of ``count`` classes from ``first`` on, where the weight is float8."""
+        """Exponents of ``count`` classes from ``first`` on; None unless the weight is float8."""
         return None if self.update is None else part(self.update.exponent, slice(first, first + count))
 
     def place(self, first: int) -> tuple[int, int]:
-        """The seed, and the number of a slab's first class among all."""
+        """The seed, and the number of a slab's first class among the classes of all shards."""
         return (0, 0) if self.update is None else (self.update.seed, self.update.first_class + first)
 
 

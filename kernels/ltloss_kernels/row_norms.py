@@ -1,4 +1,4 @@
-"""Norms and scaled copies of whole rows on the host, for every pass."""
+"""Host side of the norms and scaled copies of whole rows, for every pass."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def row_norms(
     flags: Tensor | None = None,
     launch: Launch = through_triton,
 ) -> None:
-    """Launch :func:`row_norm_kernel`.
+    """Launch :func:`row_norm_kernel`. At least ``factor`` or ``copy`` must be given.
 
     Args:
         vectors: (K, D) any floating dtype, any strides.
-        factor: (P,) float32, P >= K: receives ``factor_scale``/‖v‖.
-        copy, copy_factor: (K, D), columns next to each other, receives the rows times a power of two each; (P,) float32
-            receives ``factor_scale`` over their lengths. Both or neither, and at least these or ``factor``.
-        normalize: False takes every row of ``vectors`` for one of length 1.
-        prior, prior_out: (K,) and (P,) float32; the second receives prior·log2 e. Both or neither.
-        flags: (F,) int8, cleared.
+        factor: (P,) float32, P >= K: receives ``factor_scale``/‖v‖, 0 beyond K.
+        copy: (K, D), columns next to each other: receives each row times a power of two.
+        copy_factor: (P,) float32, given with ``copy``: receives ``factor_scale`` over the lengths of the copied rows.
+        normalize: False takes every row of ``vectors`` as one of length 1.
+        prior, prior_out: (K,) and (P,) float32, both or neither; the second receives prior·log2 e, -inf beyond K.
+        flags: int8, set to 0.
         launch: the launches that this one belongs to.
     """
     copy_stride = 0 if copy is None else copy.stride(0)

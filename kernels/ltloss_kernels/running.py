@@ -20,7 +20,7 @@ RUNNABLE = (
 
 
 def interpreting() -> bool:
-    """Whether the kernels run in Triton's interpreter; settled when they were decorated, by TRITON_INTERPRET."""
+    """Whether the kernels run in Triton's interpreter; TRITON_INTERPRET decides it when they are first imported."""
     return not isinstance(row_norm_kernel, triton.JITFunction)
 
 
@@ -30,15 +30,15 @@ def runnable(device: torch.device) -> bool:
 
 
 def recording(device: torch.device) -> bool:
-    """Whether launches go into a CUDA graph now, where they cost the host nothing."""
+    """Whether launches are being captured in a CUDA graph, which replays them at no cost to the host."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Launch on the device of this tensor inside the block.
+    """Within the block, launch on the device of this tensor.
 
     Raises:
-        RuntimeError: kernels cannot run there.
+        RuntimeError: kernels cannot run on that device.
     """
     if not runnable(tensor.device):
         raise RuntimeError(f"the tensors are on {tensor.device}, and {RUNNABLE}")
@@ -46,5 +46,5 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """As it is; float32 for bfloat16 in the interpreter, which multiplies bfloat16 wrongly."""
+    """The tensor; in the interpreter float32 in place of bfloat16, which it multiplies wrongly."""
     return tensor.float() if tensor.dtype == torch.bfloat16 and interpreting() else tensor

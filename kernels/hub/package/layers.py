@@ -1,4 +1,4 @@
-"""Layers for ``kernels.kernelize``: a ``forward`` and no state, which is that of the module whose place it takes."""
+"""Layers for ``kernels.kernelize``: they have a ``forward`` only, and use the state of the module they replace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["AMSoftmaxLoss", "CombinedMarginLoss"]
 class CombinedMarginLoss(nn.Module):
     """Mean cross-entropy of s·(cos(θ_y + m2) − m3) for the target class and s·cos θ_c for the others.
 
-    The module has ``weight`` (C, D), ``scale`` s, and the margins ``angular_margin`` m2 in radians and
+    The replaced module must have ``weight`` (C, D), ``scale`` s, and the margins ``angular_margin`` m2 in radians and
     ``cosine_margin`` m3, each a number or (C,). ArcFace has m3 = 0, CosFace m2 = 0.
 
     Source: Deng et al., ArcFace, CVPR 2019, eq. 4.
@@ -40,7 +40,8 @@ class CombinedMarginLoss(nn.Module):
 class AMSoftmaxLoss(nn.Module):
     """Mean cross-entropy of s·(cos θ_y − m) for the target class and s·cos θ_c for the others.
 
-    For ``AMSoftmaxLoss`` of the x-vector heads of transformers, which has ``weight`` (D, C), ``scale`` s, ``margin`` m.
+    It replaces ``AMSoftmaxLoss`` of the x-vector heads of transformers, which has ``weight`` (D, C), ``scale`` s and
+    ``margin`` m.
 
     Source: Wang et al., Additive margin softmax, 2018.
     """

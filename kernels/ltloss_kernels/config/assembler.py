@@ -1,4 +1,4 @@
-"""The assembler (ptxas) of what Triton compiles: which one serves, and which have been trouble."""
+"""The assembler (ptxas) behind Triton's compiler: which one is used, and which versions are known to be wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SOUND_ON_HOPPER = (13, 1)
 
 
 class Assembler(NamedTuple):
-    """A program and its version, for instance "12.8"."""
+    """The path of a ptxas program, and its version, for instance "12.8"."""
 
     path: str
     version: str
@@ -23,12 +23,12 @@ def variable(arch: int) -> str:
 
 
 def assembler(arch: int) -> Assembler | None:
-    """The one that Triton takes for this compute capability; None without Triton or without an assembler."""
+    """The assembler that Triton uses for this compute capability; None without Triton or without an assembler."""
     return _found("ptxas_blackwell" if arch >= _BLACKWELL else "ptxas")
 
 
 def assemblers() -> list[Assembler]:
-    """All that come with Triton, one of each version."""
+    """All assemblers that come with Triton, one of each version."""
     found = [one for name in ("ptxas", "ptxas_blackwell") if (one := _found(name)) is not None]
     return list({one.version: one for one in found}.values())
 
@@ -44,7 +44,7 @@ def _found(name: str) -> Assembler | None:
 
 
 def risk(arch: int, version: str) -> str:
-    """What is known against this version on this compute capability, and what helps; empty where nothing is."""
+    """A warning about this version on this compute capability, with a remedy; empty if nothing is known against it."""
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if arch != _HOPPER or numbers >= _SOUND_ON_HOPPER:
         return ""

@@ -1,4 +1,7 @@
-"""Ways to work that no GPU has measured yet: off, unless tried (``python -m benchmarks.loss_gpu --stage tiles``)."""
+"""Options of the kernels that no GPU has measured yet.
+
+All are off unless tried, as ``python -m benchmarks.loss_gpu --stage tiles`` does.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from typing import Literal, get_args
 
 __all__ = ["NAMES", "Choice", "tried", "trying"]
 
-# one wave: slabs of the backward for which the product for the prototypes is just under whole waves of its tiles.
-# parts of K: the product for few features over parts of the classes at a time, so that it has more tiles than 4 or 8.
-# slabs of the cache: for few samples slabs that stay in it. Always so in a CUDA graph, where launches cost the host
-# nothing; a step at (256, 1M, 512) has some 60 slabs.
+# one wave: slabs of the backward for which the tiles of the product dZᵀ·X fill just under a whole number of waves.
+# parts of K: for few samples, the product dZ·W is cut along the classes, so that it has more tiles than 4 or 8.
+# slabs of the cache: for few samples, slabs stay in the second-level cache. A CUDA graph always has them, because
+# launches cost the host nothing there; a step at (256, 1M, 512) has some 60 slabs.
 Choice = Literal["one wave", "parts of K", "slabs of the cache"]
 NAMES: tuple[Choice, ...] = get_args(Choice)
 _tried: set[str] = set()
@@ -19,7 +22,7 @@ _tried: set[str] = set()
 
 @contextmanager
 def trying(name: Choice) -> Iterator[None]:
-    """Within the block the choice is on."""
+    """Turn the choice on within the block."""
     _tried.add(name)
     try:
         yield

@@ -1,4 +1,4 @@
-"""How much is done at a time: a memory limit becomes slabs, row chunks and splits."""
+"""How the work is divided: a memory limit becomes slabs of classes, chunks of samples and splits."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ __all__ = [
     "splits_for",
 ]
 
-# Up to so many samples a pass takes as long as the prototypes take to be read: they are read once, whatever it costs.
+# Up to this many samples a pass is bound by reading the prototypes, so it reads them only once.
 FEW_SAMPLES = 512
-# The forward promises less: what it holds beside its results stays in the second-level cache.
+# Bytes that the forward holds beside its results: few enough to stay in the second-level cache.
 _FORWARD_BYTES = 8 << 20
-# Bytes of unit features held at a time. Smaller chunks of samples read all prototypes once more each, so a chunk never
-# falls below the number of rows on the next line.
+# Bytes of unit features held at a time. Every further chunk of samples reads all prototypes once more, so a chunk has
+# at least _LEAST_ROWS rows.
 _FEATURE_BYTES = 6 << 20
 _LEAST_ROWS = 512
-# Copied prototypes in the forward: large enough for a full wave of tiles, small enough to be read back from the cache.
+# Bytes of copied prototypes in the forward: enough for a full wave of tiles, few enough to be read back from the cache.
 _COPY_BYTES = 32 << 20
-# However small the limit or long the batch, a slab holds this many classes: below, launches take longer than products.
+# A slab has at least this many classes, however small the limit: with fewer, launches take longer than products.
 _LEAST_CLASSES = 1024
 _MOST_ROWS = 32768
 
 
 class ForwardPlan(NamedTuple):
-    """``rows`` samples at a time; ``classes`` of a slab; ``splits`` of a slab's tiles over the multiprocessors."""
+    """``rows`` samples of a chunk; ``classes`` of a slab; ``splits`` into which a slab's class tiles are divided."""
 
     rows: int
     classes: int
@@ -62,10 +62,10 @@ def _round_up(value: int, unit: int) -> int:
 
 
 def splits_for(row_blocks: int, class_tiles: int, slots: int) -> int:
-    """Into how many ranges to split the class tiles, so that all ``slots`` finish at about the same time.
+    """The number of ranges of class tiles with which all ``slots`` finish at about the same time.
 
-    The time is ⌈programs/slots⌉ waves of ⌈tiles/splits⌉ tiles, and one tile's time to start each; of equally good
-    choices the fewest splits.
+    The modelled time is ⌈programs/slots⌉ waves, each of ⌈tiles/splits⌉ tiles plus one tile's time to start. Of equal
+    choices the fewest splits win.
     """
     candidates = {max(1, min(class_tiles, wave * slots // row_blocks)) for wave in range(1, 5)}
 
@@ -85,12 +85,21 @@ def forward_plan(
     copy_itemsize: int,
     feature_itemsize: int,
 ) -> ForwardPlan:
-    """Choose the forward's chunks; an itemsize, of the copies of either operand, is 0 where it is read in place."""
+    """Choose chunks, slabs and splits of the forward.
+
+    Args:
+        samples, classes: N and C.
+        width: columns of a class: D, or K·D with K sub-centres.
+        tile_rows, tile_classes: rows and classes of a tile.
+        slots: how many programs run at a time.
+        copy_itemsize: bytes of an entry of the copied prototypes; 0 where they are read in place.
+        feature_itemsize: bytes of an entry of the unit features; 0 where features are not normalised.
+    """
     class_tiles = ceil_div(classes, tile_classes)
-    # One flag per tile, and the partial sums, are all that grows with both N and C.
+    # Only the flags, one per tile, and the partial sums grow with both N and C.
     rows = min(samples, _round_down(_FORWARD_BYTES // class_tiles * tile_rows, tile_rows))
     if feature_itemsize:
-        # Copied prototypes are copied again for every chunk: then fewer chunks are worth more memory.
+        # Prototypes that are copied are copied again for every chunk, so fewer chunks are worth more memory.
         bytes_for_features = _COPY_BYTES if copy_itemsize else _FEATURE_BYTES
         fits = max(_LEAST_ROWS, bytes_for_features // (width * feature_itemsize))
         chunks = ceil_div(samples, fits)  # of equal size: a short last one would leave the GPU half empty
@@ -120,10 +129,10 @@ def backward_plan(
         samples, classes: N and C.
         per_sample, per_class: bytes held beside the slab for each sample (of all N) and each class (of a slab).
         itemsize: bytes of an entry of dZ.
-        tile_classes: slabs are a multiple of it.
-        limit: bytes for everything together; kept unless the batch alone takes more.
-        reread, cache: bytes of each class that are read again beside its dZ, which for few samples stay in ``cache``
-            (0: no matter).
+        tile_classes: the classes of a slab are a multiple of it.
+        limit: bytes for everything together; kept unless the batch and the smallest slab take more.
+        reread: bytes of each class that are read again beside its dZ.
+        cache: for few samples, a slab's dZ and what is read again take at most so many bytes; 0: no such bound.
     """
     rows = min(samples, _MOST_ROWS)
     left = limit - samples * per_sample
@@ -137,29 +146,30 @@ def backward_plan(
 
 
 def slab_columns(classes: int, tile_classes: int, sub_centers: int) -> int:
-    """Columns of each sub-centre in a slab of dZ: whole tiles where those of another one are behind them."""
+    """Columns that each sub-centre has in a slab of dZ: padded to whole tiles where there are several sub-centres."""
     return classes if sub_centers == 1 else _round_up(classes, tile_classes)
 
 
 def in_waves(classes: int, width: int, slots: int) -> int:
-    """At most so many classes, of which a library product (classes, N)·(N, width) makes just under whole waves.
+    """The most classes, up to ``classes``, for which a library product (classes, N)·(N, width) fills whole waves.
 
-    In tiles of 128 by 256, one on each of ``slots`` multiprocessors: 8448 classes of width 512 are one wave of 132.
+    Assumes tiles of 128 by 256, one on each of ``slots`` multiprocessors: 8448 classes of width 512 are one wave of
+    132.
     """
     rows = slots // ceil_div(width, 256) * 128
     return classes if rows == 0 or classes < rows else classes // rows * rows
 
 
 def parts_of_product(rows: int, width: int, depth: int, slots: int) -> int:
-    """Into how many parts of ``depth`` a product with a result (rows, width) is cut, so that all ``slots`` have a tile.
+    """The number of parts of K = ``depth`` with which a product with result (rows, width) has a tile for all ``slots``.
 
-    A library's tiles are some 128 by 256; a part of fewer than 1024 would be read faster than it is started.
+    Assumes library tiles of 128 by 256. A part is at least 1024 long: a shorter one is read faster than it is started.
     """
     tiles = ceil_div(rows, 128) * ceil_div(width, 256)
     return max(1, min(slots // tiles, depth // 1024))
 
 
 def search_rows(rows: int, tiles: int, candidates: int, limit: int) -> int:
-    """Rows of a search for several classes at a time: 8 bytes for each tile, or for each candidate, and its choice."""
+    """Rows of a top-k search at a time, so that their keys (8 bytes a tile or candidate) fit ``limit`` bytes."""
     per_row = 3 * 8 * max(tiles, candidates)  # the keys, and twice as much while the largest are picked
     return max(1, min(rows, limit // per_row))

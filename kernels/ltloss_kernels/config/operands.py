@@ -1,8 +1,8 @@
-"""What the matrix unit is fed: the caller's rows where they can be read in place, copies of them otherwise.
+"""The operands of the matrix products: the caller's rows where they can be read in place, copies of them otherwise.
 
-The copy engine (TMA) reads rows that are contiguous and start at multiples of 16 bytes. Anything else is copied, and so
-is anything of another dtype: features whole, prototypes slab by slab. Without the engine 16 bytes are read at a time,
-also where a row ends in the middle of them: the kernels that write copies fill the rest with zeros.
+The copy engine (TMA) reads rows that are contiguous and start at multiples of 16 bytes. Rows of another layout or dtype
+are copied: features whole, prototypes slab by slab. Without the engine the kernels read 16 bytes at a time, also where
+a row ends in the middle of them. The kernels that write copies therefore fill the rest of a row with zeros.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ _FLOAT8 = torch.float8_e4m3fn  # of prototypes; times a power of two its numbers
 
 
 def product_dtype(features: torch.dtype, prototypes: torch.dtype) -> torch.dtype:
-    """The dtype of the matrix products: the features' half precision, or float32 if they are or the halves differ.
+    """The dtype of the matrix products.
 
-    Between prototypes in float8, whose scaled copies float16 holds exactly, it is that.
+    Features in half precision decide it where the prototypes have the same dtype, float32 or float8. Products among
+    float8 prototypes run in float16, which holds their scaled copies exactly. All others run in float32.
     """
     if features == prototypes == _FLOAT8:
         return torch.float16
@@ -47,7 +48,7 @@ def product_dtype(features: torch.dtype, prototypes: torch.dtype) -> torch.dtype
 
 
 def readable_in_place(matrix: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the rows of ``matrix`` (K, D) can be read as they are, for a product in ``dtype``; never in float8."""
+    """Whether kernels can read the rows of ``matrix`` (K, D) as they are, for a product in ``dtype``; never float8."""
     row_bytes = matrix.stride(0) * matrix.element_size()
     return (
         matrix.dtype == dtype != _FLOAT8
@@ -58,7 +59,7 @@ def readable_in_place(matrix: Tensor, dtype: torch.dtype) -> bool:
         and matrix.data_ptr() % 16 == 0
         and (
             matrix.shape[1] * matrix.element_size() % 16 == 0
-            or tiles.has_copy_engine(tiles.architecture(matrix.device))  # it leaves out what is between rows
+            or tiles.has_copy_engine(tiles.architecture(matrix.device))  # which reads nothing between rows
         )
     )
 
@@ -72,14 +73,14 @@ def padded_matrix(rows: int, width: int, dtype: torch.dtype, device: torch.devic
 
 
 def part(values: _Given, rows: slice, dim: int = 0) -> _Given:
-    """Some of the rows (or columns). All of them, or None, as they are: a view takes the host half a launch's time."""
+    """The slice ``rows`` of an axis. All of it, or None, is returned as given: a view costs the host half a launch."""
     if values is None or rows.stop - rows.start == values.shape[dim]:
         return values
     return values.narrow(dim, rows.start, rows.stop - rows.start)
 
 
 def beside_each_other(matrix: Tensor, rows: int) -> Tensor:
-    """A matrix (C·K, D) whose ``rows`` K of a class become one, as far apart as they were: (C, (K-1)·stride + D)."""
+    """A view of a matrix (C·K, D) in which the K = ``rows`` rows of a class are one row: (C, (K - 1)·stride + D)."""
     if rows == 1:
         return matrix
     (count, width), stride = matrix.shape, matrix.stride(0)
@@ -87,23 +88,23 @@ def beside_each_other(matrix: Tensor, rows: int) -> Tensor:
 
 
 def block_source(matrix: Tensor, rows: int, columns: int, described: bool) -> TensorDescriptor | Tensor:
-    """``matrix`` as the kernels take it: described for the copy engine in blocks of rows by columns, or itself."""
+    """``matrix`` as the kernels take it: a descriptor with blocks of rows by columns for the copy engine, or itself."""
     if not described:
         return matrix
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
 def vector(values: Tensor | None) -> Tensor | None:
-    """(C,) as the kernels read it: float32, entries next to each other."""
+    """A vector as the kernels read it: float32 and contiguous. None stays None."""
     return None if values is None else values.to(torch.float32).contiguous()
 
 
 @contextmanager
 def _wide_sums() -> Iterator[None]:
-    """Within the block, the library adds up half-precision products in float32.
+    """Within the block, library products of half-precision factors accumulate in float32.
 
-    It refuses products of halves with a float32 result under ``allow_fp16_accumulation``, which asks for the contrary,
-    and under TunableOp, which does not know them.
+    PyTorch refuses such products with a float32 result under ``allow_fp16_accumulation``, which asks for the contrary,
+    and under TunableOp, which does not know them. Both are off within the block.
     """
     matmul, tunable = torch.backends.cuda.matmul, torch.cuda.tunable
     narrow = getattr(matmul, "allow_fp16_accumulation", False)  # from PyTorch 2.7 on
@@ -122,7 +123,7 @@ def _wide_sums() -> Iterator[None]:
 
 
 def multiply_add(target: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
-    """target += left @ right (or =), float32 results of any dtype of factors, by the library's matrix product."""
+    """target += left @ right, or = with ``overwrite``, by the library; float32 target, factors of any dtype."""
     if left.dtype == torch.float32:
         torch.mm(left, right, out=target) if overwrite else target.addmm_(left, right)
     elif left.device.type != "cuda":  # the interpreter: a CPU has no product with a wider result
@@ -132,7 +133,7 @@ def multiply_add(target: Tensor, left: Tensor, right: Tensor, *, overwrite: bool
 
 
 def multiply_add_in_parts(target: Tensor, left: Tensor, right: Tensor, parts: int, *, overwrite: bool) -> None:
-    """:func:`multiply_add` as ``parts`` products over parts of K, added in order: more tiles for a small target."""
+    """:func:`multiply_add` as ``parts`` products over parts of K, added in order. A small target gets more tiles so."""
     depth = left.shape[1] // parts
     whole = slice(0, parts * depth)
     factors = (
@@ -151,7 +152,7 @@ def multiply_add_in_parts(target: Tensor, left: Tensor, right: Tensor, parts: in
 
 
 def multiply_add_halves(target: Tensor, left: Tensor, right: Tensor, overwrite: bool) -> None:
-    """:func:`multiply_add` for half-precision factors on a GPU: the library adds in float32, whatever is set."""
+    """:func:`multiply_add` for half-precision factors on a GPU, accumulated in float32 whatever is set."""
     with _wide_sums():
         if overwrite:
             torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=target)

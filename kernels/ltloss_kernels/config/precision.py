@@ -1,8 +1,7 @@
 """How float32 products are formed: PyTorch's settings, read and set. Needs no Triton.
 
-PyTorch has two interfaces, ``torch.set_float32_matmul_precision`` and the newer ``fp32_precision`` of each backend. Its
-old question, ``torch.get_float32_matmul_precision``, raises where the two were mixed; the settings themselves can
-always be read.
+PyTorch has two interfaces: ``torch.set_float32_matmul_precision``, and the newer ``fp32_precision`` of each backend.
+``torch.get_float32_matmul_precision`` raises where the two were mixed; ``fp32_precision`` can always be read.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ _SETTINGS = {"highest": ("ieee", "ieee"), "high": ("tf32", "tf32"), "medium": ("
 
 @functools.cache
 def _backends() -> tuple[Any, ...]:
-    """What holds a ``fp32_precision`` for matrix products; nothing before PyTorch 2.9."""
+    """The backends that have a ``fp32_precision`` for matrix products; none before PyTorch 2.9."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
     return backends if all(hasattr(backend, "fp32_precision") for backend in backends) else ()
 
 
 def product_precision() -> str:
-    """Of float32 products on a GPU: "tf32" where PyTorch may round the factors to 10 bits, "ieee" otherwise.
+    """Precision of float32 products on a GPU: "tf32" where PyTorch may round factors to 10 bits, "ieee" otherwise.
 
     Example:
         >>> from ltloss_kernels.config.precision import product_precision
@@ -42,7 +41,7 @@ def product_precision() -> str:
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Within the block, float32 products as ``torch.set_float32_matmul_precision(precision)`` asks.
+    """Within the block, compute float32 products as ``torch.set_float32_matmul_precision(precision)`` asks.
 
     Args:
         precision: "highest", "high" or "medium".
@@ -56,7 +55,7 @@ def float32_products(precision: str) -> Iterator[None]:
     before = [backend.fp32_precision for backend in backends]
     try:
         legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # mixed: then the old interface could be set, but not set back
+    except RuntimeError:  # the two were mixed: the old interface could be set, but not restored
         legacy = None
     if legacy is not None:
         torch.set_float32_matmul_precision(precision)

@@ -1,8 +1,9 @@
-"""Tiles that were measured on this machine, in a file of the user's: read when it is there, written by ``ltloss tune``.
+"""Tiles that were measured on this machine: a file that ``ltloss tune`` writes and the kernels read.
 
-The file is ``$LTLOSS_TILES`` (set but empty: none), or ``ltloss/tiles.json`` in ``$XDG_CACHE_HOME`` or ``~/.cache``: a
-JSON object with one entry per kernel, architecture, dtype and precision. An entry that was measured with another
-version of Triton is not used: the fastest tile differs between versions.
+The file is ``$LTLOSS_TILES``, or ``ltloss/tiles.json`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. If ``$LTLOSS_TILES`` is
+set but empty, no file is used. The file is a JSON object with one entry per kernel, architecture, dtype and precision.
+An entry that was measured with another version of Triton is not used, because the fastest tile differs between
+versions.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ def cache_file() -> Path | None:
 
 
 def entry_name(kernel: str, arch: int, dtype: object, precision: str) -> str:
-    """For instance ``forward/90/bfloat16/ieee``; the precision only matters for float32."""
+    """The key of an entry, for instance ``forward/90/bfloat16/ieee``; the precision only matters for float32."""
     name = str(dtype).removeprefix("torch.")
     return f"{kernel}/{arch}/{name}/{precision if name == 'float32' else 'ieee'}"
 
 
 @functools.cache
 def triton_version() -> str:
-    """Of the installed Triton, without importing it; empty without one. Read once: it takes half a millisecond."""
+    """The version of Triton, found without importing it; empty without one. Cached: it takes half a millisecond."""
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -84,7 +85,7 @@ def tuned_tile(kernel: str, arch: int, dtype: object, precision: str) -> tuple[i
 
 @functools.cache
 def _looked_up(kernel: str, arch: int, dtype: object, precision: str, *variables: str | None) -> tuple[int, ...] | None:
-    """Once per state of the environment: paths and names take longer than a launch."""
+    """:func:`tuned_tile` from the file, cached per environment: making paths and names takes longer than a launch."""
     file = cache_file()
     entry = None if file is None else stored(file).get(entry_name(kernel, arch, dtype, precision))
     if not isinstance(entry, dict) or entry.get("triton") != triton_version():

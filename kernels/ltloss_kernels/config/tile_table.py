@@ -40,8 +40,8 @@ __all__ = [
 # Compute capabilities that the ahead-of-time report compiles for: A100, H100/H200, B200.
 ARCHITECTURES = (80, 90, 100)
 
-# Samples that one program of the margin loss takes: the first number that holds all, which saves the launch that adds
-# programs up; else the first.
+# Samples of one program of the margin loss: the first number that holds all samples, which saves the launch that adds
+# the programs' sums; if none does, the first.
 SAMPLE_ROWS = (128, 256)
 
 
@@ -56,7 +56,7 @@ class Tile(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        """What a launch of a kernel on such tiles is given."""
+        """The constants that a launch of a kernel on such tiles takes."""
         rows, classes, depth, warps, stages = self
         blocks = {"BLOCK_ROWS": rows, "BLOCK_CLASSES": classes, "BLOCK_DEPTH": depth}
         return {**blocks, "num_warps": warps, "num_stages": stages}
@@ -77,13 +77,16 @@ _FORWARD_HALF = {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100
 # The staging of the result for the store (32 KB) reuses the pipeline buffers, so three stages still leave room for two.
 _GRADIENT_HALF = {80: Tile(128, 64, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100: Tile(128, 128, 64, 8, 3)}
 _TF32 = {80: Tile(128, 128, 16, 8, 4), 90: Tile(128, 128, 32, 8, 3), 100: Tile(128, 128, 32, 8, 3)}
-# With four warps two blocks of the gradient fit a Hopper multiprocessor, with eight one: the store's staging is in it.
+# With four warps two blocks of the gradient fit a Hopper multiprocessor, with eight only one: the staging of the store
+# takes shared memory too.
 _GRADIENT_TF32 = {**_TF32, 90: Tile(128, 128, 32, 4, 3)}
-# Few samples, for which memory is read once and what counts is loads in flight; with 64 or fewer, half of a tile of 128
-# rows would be padding. The gradient's tile also sums over its rows then, and with 128 rows registers spill for it.
+# The most samples that count as few. Their passes are bound by memory, so what counts is loads in flight; with 64 or
+# fewer, half of a tile of 128 rows would be padding. The gradient's tile then also sums over its rows, for which
+# registers spill with 128 rows.
 _MOST_FEW = {"forward": 64, "gradient": FEW_SAMPLES}
-# All columns at once: the row block is loaded once and stays, which halves what is read through the cache.
-_NARROW = range(65, 129)  # below, tiles of 64 columns do the same
+# Widths whose columns fit one tile: the row block is loaded once and stays, which halves what is read through the
+# cache.
+_NARROW = range(65, 129)  # for less than 65, tiles of 64 columns do the same
 _FORWARD_NARROW = {**_FORWARD_HALF, 90: Tile(128, 128, 128, 4, 2)}
 _FORWARD_FEW = {80: Tile(64, 128, 32, 4, 4), 90: Tile(64, 128, 64, 4, 4), 100: Tile(64, 64, 64, 4, 4)}
 _FORWARD_SOME = {**_FORWARD_HALF}  # up to FEW_SAMPLES
@@ -99,9 +102,11 @@ _HALF = {
 # The product for the prototypes with their projection: samples at a time, classes by columns of the result.
 _PROTOTYPES_HALF = {80: Tile(32, 64, 128, 8, 3), 90: Tile(64, 128, 128, 8, 3), 100: Tile(64, 128, 128, 8, 3)}
 _PROTOTYPES_FLOAT32 = Tile(16, 64, 64, 8, 3)
-# The same where it ends in their update: with state in registers too, larger tiles spill or leave room for one block.
+# The same product where it also updates the prototypes. The optimizer's state is in registers too, so larger tiles
+# spill, or leave room for one block only.
 _UPDATE_HALF = {80: Tile(32, 64, 64, 8, 3), 90: Tile(64, 64, 64, 8, 3), 100: Tile(64, 64, 64, 8, 3)}
-# Exact float32 products run on the ordinary units, fed from shared memory: smaller tiles, no tensor core.
+# Exact float32 products run on the ordinary units and not on tensor cores. They are fed from shared memory, so tiles
+# are smaller.
 _FLOAT32 = {80: Tile(64, 64, 16, 8, 3), 90: Tile(64, 64, 16, 8, 3), 100: Tile(64, 64, 16, 8, 3)}
 # The nearest prototype takes square tiles. Four warps on Hopper: the maxima over columns go through shared memory once
 # per warp.
@@ -112,7 +117,7 @@ _CANDIDATE_ROWS = 64
 
 
 def architecture(device: torch.device) -> int:
-    """90 for compute capability 9.0; the newest known one at or below the device's. 90 without a GPU (interpreter)."""
+    """The newest known compute capability at or below the device's: 90 for 9.0. 90 without a GPU (interpreter)."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -132,7 +137,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def size_name(kernel: str, dtype: torch.dtype, samples: int, width: int) -> str:
-    """Of "forward" or "gradient": itself, or followed by a size with tiles of its own: "_few", "_some", "_narrow"."""
+    """The name of a tile: "forward" or "gradient", with "_few", "_some" or "_narrow" for a size with its own tile."""
     if dtype == torch.float32:
         return kernel
     if samples <= _MOST_FEW[kernel]:
@@ -159,17 +164,17 @@ def forward_tile(arch: int, dtype: torch.dtype, precision: str, samples: int, wi
 
 
 def keeping(arch: int, tile: Tile) -> Tile:
-    """This tile of the forward where its exponentials are stored as well.
+    """The forward's ``tile`` where its exponentials are stored as well.
 
-    They are staged in shared memory, in place of a stage of operands: so two blocks still fit a multiprocessor.
+    They are staged in shared memory in place of a stage of operands, so that two blocks still fit a multiprocessor.
     """
-    if tile.rows * tile.classes == 64 * 64 and tile.warps == 8:  # exact float32, where registers spill for it
+    if tile.rows * tile.classes == 64 * 64 and tile.warps == 8:  # exact float32, whose registers would spill
         return tile._replace(rows=32)
     return tile._replace(depth=min(tile.depth, 64), stages=min(tile.stages, 2)) if has_copy_engine(arch) else tile
 
 
 def of_kept(tile: Tile, dtype: torch.dtype) -> Tile:
-    """This tile of the gradient where it is made of kept exponentials; in float32 the way to wide stores spills."""
+    """The gradient's ``tile`` where it is made from kept exponentials: smaller in float32, where registers spill."""
     return tile._replace(rows=min(tile.rows, 64), classes=min(tile.classes, 64)) if dtype == torch.float32 else tile
 
 
@@ -177,9 +182,9 @@ _SMALLER = {(128, 128): (64, 128), (64, 128): (64, 64)}
 
 
 def summing(arch: int, tile: Tile, sums: bool, bent: bool) -> Tile:
-    """This tile of the gradient where it sums over rows for a prior that learns, or bends logits: larger ones spill.
+    """The gradient's ``tile`` where it also sums over rows for a prior that learns (``sums``), or bends logits.
 
-    The sums do so on sm_100 only.
+    Registers spill with larger tiles; for the sums on sm_100 only.
     """
     if not (bent or (sums and arch >= 100)) or tile[:2] not in _SMALLER:
         return tile
@@ -188,7 +193,7 @@ def summing(arch: int, tile: Tile, sums: bool, bent: bool) -> Tile:
 
 
 def of_sub_centers(tile: Tile, centers: int) -> Tile:
-    """This tile where the largest of several products is taken, for which registers hold two or three tiles."""
+    """``tile`` for so many sub-centres: smaller, because the largest of several products takes two or three tiles."""
     if centers == 1:
         return tile
     return tile._replace(rows=min(tile.rows, 64), classes=min(tile.classes, 64 if centers <= 4 else 32))
@@ -202,12 +207,13 @@ def gradient_tile(arch: int, dtype: torch.dtype, precision: str, samples: int, w
 def prototype_gradient_tile(
     arch: int, dtype: torch.dtype, precision: str, samples: int, updated: bool = False
 ) -> Tile | None:
-    """Tile of the product that ends in the prototypes' gradient: ``rows`` samples, ``classes``, ``depth`` columns.
+    """Tile of the kernel that multiplies and projects the prototypes' gradient, or None where a library product serves.
 
-    ``updated``: that ends in their update.
+    Its ``rows`` are samples at a time; a program makes ``classes`` by ``depth`` columns of the gradient. ``updated``:
+    the kernel also updates the prototypes.
 
-    None where a library product and the projection after it do as well: for many samples, where the float32 product in
-    between is little beside the rest, and in TF32, whose matrix instructions take no transposed operand.
+    The library serves for many samples, where storing and reading the float32 product costs little beside the rest, and
+    in TF32, whose matrix instructions take no transposed operand.
     """
     if samples > FEW_SAMPLES or (dtype == torch.float32 and precision == "tf32"):
         return None
@@ -217,24 +223,24 @@ def prototype_gradient_tile(
 
 
 def sample_rows(samples: int) -> int:
-    """Samples that one program of the margin loss takes, a power of two."""
+    """Samples of one program of the margin loss, a power of two."""
     return next((rows for rows in SAMPLE_ROWS if samples <= rows), SAMPLE_ROWS[0])
 
 
 def row_block_stays(arch: int, tile: Tile, width: int) -> bool:
-    """Whether the forward loads a row block once for all class tiles; on sm_100 the second block would not fit then."""
+    """Whether the forward loads a row block once for all class tiles; not on sm_100, where only one block would fit."""
     return width <= tile.depth and arch < 100
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Half of the second-level cache, whose two halves may hold the same; of an H100 (50 MiB) without a GPU."""
+    """Half of the second-level cache in bytes, as its two halves may hold the same; half of an H100's without a GPU."""
     if device.type != "cuda":
         return 25 << 20
     return int(torch.cuda.get_device_properties(device).L2_cache_size) // 2
 
 
 def norms_in_tiles(arch: int, dtype: torch.dtype, precision: str, samples: int) -> bool:
-    """Whether the forward's tiles find the lengths of the prototypes themselves, which saves a pass over them.
+    """Whether the forward's tiles compute the lengths of the prototypes, which saves a pass over them.
 
     It pays while reading the prototypes takes longer than the products: not in exact float32, nor for many samples. On
     sm_100 registers spill for it in tiles of 128 rows.
@@ -247,22 +253,22 @@ def norms_in_tiles(arch: int, dtype: torch.dtype, precision: str, samples: int) 
 
 
 def search_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
-    """Tile of the searches' first pass, square; arguments as for :func:`forward_tile`."""
+    """Square tile of the searches' first pass; arguments as for :func:`forward_tile`."""
     if dtype != torch.float32:
         return _SEARCH_HALF[arch]
     return (_SEARCH_TF32 if precision == "tf32" else _SEARCH_FLOAT32)[arch]
 
 
 def candidate_tile(arch: int, dtype: torch.dtype, precision: str) -> Tile:
-    """Tile of their second pass: ``rows`` gathered rows by the ``classes`` of a tile of the first."""
+    """Tile of the searches' second pass: ``rows`` gathered rows by the ``classes`` of a tile of the first pass."""
     tile = search_tile(arch, dtype, precision)
     return Tile(min(_CANDIDATE_ROWS, tile.rows), tile.classes, tile.depth, 8, min(3, tile.stages))
 
 
 def row_tile(width: int, *strides: int) -> RowTile:
-    """Whole rows for the kernels whose work is per row: some 2048 elements a program, one row at least.
+    """Tile of the kernels that work on whole rows: about 2048 elements a program, and at least one row.
 
-    ``strides`` of the matrices whose rows are read; without any, nothing is known of where rows begin.
+    ``strides``: of the matrices whose rows are read. Without any, rows may begin anywhere, and ``unit`` is 1.
     """
     padded = max(16, 1 << (width - 1).bit_length())
     unit = math.gcd(16, width, *strides) if strides else 1

@@ -1,8 +1,8 @@
-"""Functions of one float32 that the hardware only has in a rough version, and exact scaling by powers of two.
+"""Elementary functions of a float32, more accurate than the hardware's, and exact scaling by powers of two.
 
-The GPU's own ``log``, ``cos`` and friends are good to some 1e-6 absolute; a loss near zero or an angle near zero would
-be mostly error. Each function here is good to a few units in the last place and costs nothing next to a matrix product:
-they are only applied to N-vectors.
+The GPU's own ``log``, ``cos`` and others are good to some 1e-6 absolute, so a loss or an angle near zero would be
+mostly error. Each function here is good to a few units in the last place. They are only applied to N-vectors, which
+costs nothing next to a matrix product.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -20,7 +20,7 @@ ANGLE_FLOOR = tl.constexpr(2.0**-11)  # slopes of arccos are taken no closer to 
 
 @triton.jit
 def multiple(value, UNIT: tl.constexpr):
-    """``value``, a multiple of UNIT: then the compiler knows it too, and loads as many entries of a row at once."""
+    """``value``, which must be a multiple of UNIT: the compiler then knows it and loads UNIT entries at once."""
     return tl.cast(value, tl.int64) // UNIT * UNIT
 
 
@@ -98,7 +98,7 @@ def log(value):
 
 @triton.jit
 def exp_of_negative(value):
-    """exp(value) for value <= 0, without the rounding error of the exponent in 2^(value·log2 e)."""
+    """exp(value) for value <= 0: 2^(value·log2 e), corrected for the rounding error of its exponent."""
     product = value * LOG2E
     # log2 e in two parts, the first with 12 bits: its product with the leading 12 bits of value is exact.
     leading = (value.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
@@ -112,7 +112,7 @@ def exp_of_negative(value):
 
 @triton.jit
 def arccos(cosine):
-    """Angle in [0, π] of a cosine; values outside [-1, 1] are taken as ±1, NaN stays NaN. (Coefficients: fdlibm.)"""
+    """The angle in [0, π] of a cosine; values outside [-1, 1] count as ±1, NaN stays NaN. (Coefficients: fdlibm.)"""
     clamped = tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine))
     size = tl.abs(clamped)
     outer = size > 0.5
@@ -126,7 +126,10 @@ def arccos(cosine):
 
 @triton.jit
 def sine_cosine(angle):
-    """(sin, cos) of an angle of at most some hundreds: π/2 is taken off in three parts. (Coefficients: Cephes.)"""
+    """(sin, cos) of an angle of up to some hundred radians.
+
+    Multiples of π/2 are subtracted in three parts. (Coefficients: Cephes.)
+    """
     quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
     rest = ((angle - quarter * 1.5703125) - quarter * 4.837512969970703125e-4) - quarter * 7.549789954891882e-08
     z = rest * rest

@@ -1,12 +1,14 @@
-"""Backward: the gradient of the logits tile by tile into a slab, and the way back through the norms.
+"""Backward: the gradient of each sample's coefficients, and the gradient of the logits tile by tile into a slab dZ.
 
-With G_ic = ∂L/∂l_ic, X̂ the features as the matrix unit gets them (unit rows, or as they are where their length counts)
-and W̃ the prototypes (as they are, or scaled by powers of two), a tile is dZ_ic = G_ic·s/‖w̃_c‖. Then dZ·W̃ and dZᵀ·X̂
-are the gradients for x̂ and w̃ up to the projection onto the tangent space, and no normalised prototypes exist.
+    dZ_ic = G_ic·s/‖w̃_c‖,   G_ic = ∂L/∂l_ic
 
-In float16 the slab is multiplied by a power of two that brings its largest possible entry to 2^13, and prototypes are
-always copies with a largest entry in [1, 2) per row; so nothing overflows, and only what is 2^-37 of the largest
-coefficient of the batch is lost.
+X̂ are the features as the product reads them: unit rows, or the rows as they are where their length counts. W̃ are the
+prototypes as the product reads them: as they are, or scaled by powers of two. dZ·W̃ and dZᵀ·X̂ are then the gradients
+of x̂ and w̃, before their projection onto the tangent space, which ``projection`` does. No normalised prototypes exist.
+
+In float16 the slab is multiplied by a power of two that brings its largest possible entry into [2^12, 2^13), and
+prototypes are always copies whose rows have their largest entry in [1, 2). So nothing overflows, and only entries below
+about 2^-37 of the largest possible one are lost.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -32,7 +34,7 @@ __all__ = ["gradient_tile_kernel", "sample_gradient_kernel", "slab_scale"]
 
 @triton.jit
 def slab_scale(max_coefficient_ptr, max_upstream_ptr, inverse_weight_sum_ptr, scale):
-    """The power of two on a float16 slab, from the largest coefficient, upstream gradient and scale."""
+    """The power of two that a float16 slab is multiplied by, from the largest coefficient, upstream and scale."""
     bound = tl.load(max_coefficient_ptr) * tl.abs(tl.load(max_upstream_ptr)) * scale
     if inverse_weight_sum_ptr is not None:
         bound *= tl.load(inverse_weight_sum_ptr)
@@ -75,22 +77,25 @@ def sample_gradient_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """What the tiles of dZ need of each sample, with the upstream gradient in it.
+    """The operand, labels and coefficients of each sample for the tiles of dZ, with the upstream gradient applied.
 
-    features (samples, width), labels (samples,): any dtype and strides; coefficients (>= 4, samples) as
-    margin_loss_kernel writes them; upstream (samples,), stride 0 for a scalar. Scalars or None: inverse_weight_sum, a
-    factor of the upstream gradient; max_coefficient and max_upstream, the largest of each, for a float16 slab.
-    copy (samples, width) in the dtype of the product: unit rows if COPY is "unit", the rows as they are if "plain",
-    and zeros from there to copy_stride; zero for the label ``ignore_index`` (unless None), since 0·NaN in a product
-    would reach every class.
-    With TARGETS labels a sample labels are (samples, TARGETS), and the coefficients of the later ones stand in the rows
-    from ``more_targets`` on.
-    label (TARGETS, samples) int32: the class, or -1. sample_gradients (3 + TARGETS, samples): shift, d_lse, d_target,
-    d_all and the d_target of later labels, all but the first times upstream·ln 2 (since the scale of the tiles brings
-    log2 e) and the scale of a float16 slab.
-    factor: a scalar that divides these two out again, or None.
-    FOLD puts the size of d_lse into the shift, which saves the tiles a multiplication per element and costs some 1e-5
-    of a row's accuracy: nothing to a slab in half precision. Its sign stays in d_lse.
+    Inputs:
+        features (samples, width), labels (samples, TARGETS): any dtype and strides.
+        coefficients (>= 4, samples) as margin_loss_kernel writes them. The d_target of labels after the first are in
+            the rows from ``more_targets`` on.
+        upstream (samples,), stride 0 for a scalar. inverse_weight_sum: a scalar factor of it, or None.
+        max_coefficient, max_upstream: scalars, the largest of each, for a float16 slab; else None.
+    Outputs:
+        copy (samples, width) in the dtype of the product: unit rows if COPY is "unit", the rows as they are if "plain";
+            zeros from ``width`` to copy_stride. A row with the label ``ignore_index`` (unless None) is 0, since 0·NaN
+            in a product would reach every class.
+        label (TARGETS, samples) int32: the class, or -1.
+        sample_gradients (3 + TARGETS, samples): shift, d_lse, d_target, d_all, and d_target of the later labels. All
+            but the shift are multiplied by the upstream gradient, by ln 2 (since the scale of the tiles brings log2 e)
+            and by the power of two of a float16 slab.
+        factor: a scalar that divides ln 2 and that power out again, or None.
+    FOLD puts |d_lse| into the shift and leaves its sign in d_lse. This saves the tiles a multiplication per element and
+    costs a row some 1e-5 of its accuracy, which is nothing to a slab in half precision.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < samples
@@ -152,7 +157,7 @@ def sample_gradient_kernel(
 
 @triton.jit
 def exponential_gradient(logit, d_lse, FOLD: tl.constexpr):
-    """2^l·d_lse of a tile (R, C); with FOLD the size of d_lse is in the exponent already, and only its sign is left."""
+    """2^l·d_lse of a tile (R, C); with FOLD |d_lse| is in l already, and only its sign is applied."""
     gradient = tl.exp2(logit)
     if not FOLD:
         gradient *= d_lse[:, None]
@@ -166,9 +171,9 @@ def store_of_centers(
     slab, gradient, nearest, logit_scale_ptr, row, column, samples, classes, class_tiles, stride,
     DESCRIBED: tl.constexpr, SUB_CENTERS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of logits (R, C) times the scale of each of SUB_CENTERS, where that is the nearest.
+    """Store dZ of each sub-centre in its part of the slab: gradient (R, C) times its scale where it is nearest, else 0.
 
-    Each has its part of the slab, of whole tiles, 0 beyond the classes.
+    Each part has whole tiles, 0 beyond the classes.
     """
     here, columns = column + tl.arange(0, BLOCK_CLASSES), class_tiles * BLOCK_CLASSES
     for k in tl.static_range(SUB_CENTERS):
@@ -182,7 +187,7 @@ def store_of_centers(
 
 @triton.jit
 def load_kept_shift(shift_ptr, shift, rows, inside, column, stride, KEPT_CLASSES: tl.constexpr):
-    """What was taken off the exponents of some rows (R,) in the tile of KEPT_CLASSES that holds this column."""
+    """The shift of some rows (R,) in the tile of KEPT_CLASSES that holds this column; or ``shift`` for all."""
     if shift_ptr is not None:
         at = shift_ptr + (column // KEPT_CLASSES).to(tl.int64) * stride + rows
         shift = tl.load(at, mask=inside, other=0.0)
@@ -204,9 +209,11 @@ def kept_gradient(
     BLOCK_CLASSES: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """2^(l·log2 e - shift)·d_lse of a tile (R, C) from its exponentials, relative to ``kept_shift``, (R,) or a number.
+    """2^(l·log2 e - shift)·d_lse of a tile (R, C) from its kept 2^(l·log2 e - kept_shift).
 
-    Factor by factor: together the two may leave the range of float32. What an ignored row kept may be NaN.
+    kept_shift: (R,) or a number.
+    The factors are applied one by one, as their product may leave the range of float32. Exponentials of an ignored row
+    may be NaN; its gradient is 0.
     """
     gradient = load_block(
         kept, row, column, samples, classes, stride, BLOCK_ROWS, BLOCK_CLASSES, DESCRIBED
@@ -263,24 +270,29 @@ def gradient_tile_kernel(
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    """One tile of dZ: 2^(l·log2 e - shift)·d_lse + d_all, d_target in the column of the label, all times s/‖w̃_c‖.
+    """One tile of dZ: 2^(l·log2 e - shift)·d_lse + d_all, or d_target in the column of a label, all times s/‖w̃_c‖.
 
-    features: (samples, width); prototypes: a slab (classes, width), whose first class is the ``first_class``-th of all;
-    both, and the result, are descriptors if DESCRIBED. logit_scale_log2 (classes,) s·log2 e/‖w̃‖; prior (classes,) in
-    natural units or None; label (TARGETS, samples), rows ``label_stride`` apart, and sample_gradients (3 + TARGETS,
-    samples), rows ``sample_gradients_stride`` apart: see sample_gradient_kernel, also for FOLD. slab: (samples,
-    classes). along (row blocks, classes) or None: of each
-    block the sum of dZ_ic·(x̂_i·w̃_c), which adds up to g·w̃_c with g = dZᵀX̂: for prototype_gradient_kernel.
-    through_r (row blocks, classes) or None: of each block the sum of 2^(l·log2 e - shift)·d_lse over other classes'
-    samples, the gradient of the prior.
-    threshold (samples,) and polynomial (3,), or None: see :func:`bent`.
-    kept (samples, all classes) or None: the exponentials of the forward, so that there is no product, nor features,
-    prototypes and prior; they are relative to kept_shift_ptr (tiles of KEPT_CLASSES, samples), whose rows are
-    kept_shift_stride apart, or to the number kept_shift. Then FOLD is off and along is None.
-    With more than one of SUB_CENTERS a row of the prototypes holds those of a class beside each other, logit_scale_log2
-    has as many entries for it, and the slab as many parts of class_tiles · BLOCK_CLASSES columns, 0 beyond the classes:
-    the k-th holds what goes to the k-th sub-centre, where that is the nearest. Then kept and along are None.
-    Class tiles are taken in groups, so that the programs at work at one time share feature rows and prototypes.
+    Programs take GROUP class tiles together, so that those at work at one time share feature rows and prototypes.
+
+    Inputs:
+        features (samples, width), prototypes (classes, width), descriptors if DESCRIBED. The prototypes are a slab
+            whose first class is number ``first_class`` of all.
+        logit_scale_log2 (classes,): s·log2 e/‖w̃‖. prior (classes,): in natural units, or None.
+        label (TARGETS, samples), rows ``label_stride`` apart; sample_gradients (3 + TARGETS, samples), rows
+            ``sample_gradients_stride`` apart: see sample_gradient_kernel, also for FOLD.
+        threshold (samples,) and polynomial (3,), or None: see :func:`bent`.
+        kept (samples, all classes) or None, a descriptor if DESCRIBED: the exponentials of the forward, relative to
+            kept_shift_ptr (tiles of KEPT_CLASSES, samples), whose rows are kept_shift_stride apart, or to the number
+            kept_shift. Features, prototypes, prior and along are then None, and FOLD is off.
+    Outputs:
+        slab (samples, classes), a descriptor if DESCRIBED.
+        along (row blocks, classes) or None: the sum of dZ_ic·(x̂_i·w̃_c) over each row block. These add up to g·w̃_c
+            with g = dZᵀX̂, for prototype_gradient_kernel.
+        through_r (row blocks, classes) or None: the sum of 2^(l·log2 e - shift)·d_lse over the samples of each row
+            block with other labels, for the gradient of the prior.
+    With several SUB_CENTERS a row of the prototypes holds the sub-centres of a class beside each other, and
+    logit_scale_log2 has an entry for each. Part k of the slab, class_tiles · BLOCK_CLASSES columns, holds dZ of
+    sub-centre k: 0 where another is nearest, and beyond the classes. Then kept and along are None.
     """
     program = tl.program_id(0)
     row_blocks = tl.cdiv(samples, BLOCK_ROWS)

@@ -1,8 +1,11 @@
 """Forward: partial sums of the log-sum-exp of the cosine logits over the other classes, and the target cosine.
 
-With l_ic = s·cos_ic + b_c, in units of log 2 throughout the tiles: l·log2 e = (x̂_i·w_c)·(s·log2 e/‖w_c‖) + b_c·log2 e.
-Unit features are a small copy, rounded as plain PyTorch would round them; prototypes go into the product as they are,
-and their lengths enter behind it, in float32: one multiply-add per element.
+The logits are l_ic = s·cos_ic + b_c. The tiles hold them in units of log 2:
+
+    l·log2 e = (x̂_i·w_c)·(s·log2 e/‖w_c‖) + b_c·log2 e
+
+Unit features are a small copy, rounded as plain PyTorch would round them. Prototypes go into the product as they are.
+Their lengths are applied to the product in float32, with one multiply-add per element.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -26,7 +29,7 @@ __all__ = [
 
 @triton.jit
 def prior_log2(prior_ptr, classes_here, classes, RAW: tl.constexpr):
-    """b·log2 e of some classes, which the vector holds unless it is RAW; anything beyond the classes."""
+    """b·log2 e of some classes; arbitrary beyond the classes. The vector holds b if RAW, else b·log2 e."""
     if RAW:
         prior = tl.load(prior_ptr + classes_here, mask=classes_here < classes, other=0.0) * LOG2E
     else:
@@ -36,7 +39,7 @@ def prior_log2(prior_ptr, classes_here, classes, RAW: tl.constexpr):
 
 @triton.jit
 def load_thresholds(threshold_ptr, rows, inside):
-    """Those of some rows (R,), in units of log 2; or None."""
+    """The thresholds of some rows (R,), in units of log 2; None if there are none."""
     thresholds = None
     if threshold_ptr is not None:
         thresholds = tl.load(threshold_ptr + rows, mask=inside, other=0.0) * LOG2E
@@ -45,10 +48,10 @@ def load_thresholds(threshold_ptr, rows, inside):
 
 @triton.jit
 def bent(logit, threshold, polynomial_ptr):
-    """What becomes of logits (R, C) beyond the threshold (R,) of their row, and the slope of that; 1 below.
+    """Logits (R, C) with p0 + p1·l + p2·l² for each l above the threshold (R,) of its row, and the derivative.
 
-    p0 + p1·l + p2·l² with the polynomial (3,) in natural units, all else in those of log 2. Without thresholds nothing
-    changes.
+    The derivative is 1 up to the threshold. The polynomial (3,) is in natural units, everything else in units of log 2.
+    Without thresholds the logits stay as they are.
     """
     slope = 1.0
     if threshold is not None:
@@ -62,14 +65,14 @@ def bent(logit, threshold, polynomial_ptr):
 
 @triton.jit
 def store_unless_none(target_ptr, cell, values, inside):
-    """What was asked for."""
+    """Store ``values``, unless the target is None."""
     if target_ptr is not None:
         tl.store(target_ptr + cell, values, mask=inside)
 
 
 @triton.jit
 def keep_tile(kept, exponentials, block, column, samples, classes, stride, DESCRIBED: tl.constexpr):
-    """A tile (R, C) into the matrix of all of them, unless that is None."""
+    """Store a tile (R, C) of exponentials in the matrix ``kept``, unless that is None."""
     if kept is not None:
         ROWS: tl.constexpr = exponentials.shape[0]
         COLUMNS: tl.constexpr = exponentials.shape[1]
@@ -80,7 +83,7 @@ def keep_tile(kept, exponentials, block, column, samples, classes, stride, DESCR
 
 @triton.jit
 def load_scales(logit_scale_ptr, at, known):
-    """Those of some prototypes (C,); 0 where they are not ``known``, unless that is None and all are."""
+    """The scales of some prototypes (C,), 0 where the mask ``known`` is False. None: all are known."""
     return tl.load(logit_scale_ptr + at) if known is None else tl.load(logit_scale_ptr + at, mask=known, other=0.0)
 
 
@@ -90,10 +93,14 @@ def tile_logits(
     prototypes_stride, resident, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, SUB_CENTERS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Logits (R, C) of a tile in units of log 2; x·w (R, C) and scale (C,) of the last sub-centre; which is nearest.
+    """The logits of a tile. Returns (logit, product, scale, nearest):
 
-    A row of the prototypes holds the SUB_CENTERS of a class beside each other, and logit_scale as many entries for it.
-    The logit is the largest of theirs, the nearest (R, C) of equal ones the lowest; of a single one the number 0.
+        logit (R, C)    the largest of the sub-centres' logits, in units of log 2
+        product (R, C)  x·w of the last sub-centre
+        scale (C,)      s·log2 e/‖w‖ of the last sub-centre
+        nearest (R, C)  the sub-centre of the largest logit, the lowest of equal ones; the number 0 for a single one
+
+    A row of ``prototypes`` holds the SUB_CENTERS of a class beside each other, and logit_scale SUB_CENTERS entries.
     """
     for k in tl.static_range(SUB_CENTERS):
         product, _ = tile_product(
@@ -116,14 +123,14 @@ def tile_logits(
 
 @triton.jit
 def add_exponentials(total, largest, logit, ONLINE: tl.constexpr):
-    """Σ 2^l of each row of a tile (R, C), onto a total (R,); if ONLINE relative to the running maximum (R,).
+    """Add Σ 2^l of each row of a tile (R, C) to ``total`` (R,), relative to the running maximum (R,) if ONLINE.
 
-    Returns the total, the maximum, the exponentials (R, C), and what was taken off their exponents (R,).
+    Returns the total, the maximum, the exponentials (R, C), and the base (R,) that was subtracted from the exponents.
     """
     base = largest
     if ONLINE:
         new = tl.maximum(largest, tl.max(logit, 1))
-        base = tl.where(new == float("-inf"), 0.0, new)  # no other class yet: -inf - -inf would be NaN
+        base = tl.where(new == float("-inf"), 0.0, new)  # no other class so far: -inf minus -inf would be NaN
         total = total * tl.exp2(largest - base)
         exponentials = tl.exp2(logit - base[:, None])
         total += tl.sum(exponentials, 1)
@@ -190,23 +197,30 @@ def cosine_logsumexp_kernel(
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    """Partial sums over the other classes of exp(l - shift): one row block by one range of class tiles per program.
+    """Partial sums of exp(l - shift) over the other classes: one row block by one range of class tiles per program.
 
-    features: (samples, width); prototypes: a slab of the classes, (slab_classes, width), whose first tile is the
-    ``first_tile``-th of all; both are descriptors if DESCRIBED. label (TARGETS, samples); flags (row blocks,
-    class_tiles); logit_scale_log2 s·log2 e/‖w‖ and prior b·log2 e (class_tiles · BLOCK_CLASSES,), 0 and -inf beyond the
-    classes.
-    With NORMS the tiles find the lengths themselves, so that prototypes are read once: logit_scale_log2 (classes,) is
-    an output, factor_scale/‖w‖; prior (classes,) is in natural units; there are no flags, each tile looks for labels.
-    RESIDENT: BLOCK_DEPTH covers all columns, and the row block is loaded once. With more than one of SUB_CENTERS a row
-    of the prototypes holds those of a class beside each other, and logit_scale_log2 as many entries for it.
-    threshold (samples,) and polynomial (3,), or None: see :func:`bent`.
-    partial_sum (splits, samples): Σ 2^(l·log2 e - shift). The shift, in units of log 2, is the argument, or the running
-    maximum of each row, which partial_max (splits, samples) returns unless it is None. partial_logit (splits, samples)
-    or None: Σ s·cos over all classes of the range. Rows of the three are ``partial_stride`` apart.
-    kept (samples, classes filled up to 16 bytes) or None: the summed exponentials themselves, 0 for the target; a
-    descriptor if DESCRIBED. With a running maximum kept_shift (class_tiles, samples), rows of the whole batch apart:
-    what each tile took off the exponents of its row.
+    The shift is the argument ``shift``, or the running maximum of each row where partial_max is not None; both are in
+    units of log 2.
+
+    Inputs:
+        features (samples, width), a descriptor if DESCRIBED.
+        prototypes (slab_classes, width), a descriptor if DESCRIBED: a slab whose first tile is number ``first_tile`` of
+            all. With several SUB_CENTERS a row holds the sub-centres of a class beside each other.
+        logit_scale_log2 (class_tiles · BLOCK_CLASSES · SUB_CENTERS,): s·log2 e/‖w‖, 0 beyond the classes.
+        prior (class_tiles · BLOCK_CLASSES,) or None: b·log2 e, -inf beyond the classes.
+        label (TARGETS, samples): the class, or -1. flags (row blocks, class_tiles): see sample_kernel.
+        threshold (samples,) and polynomial (3,), or None: see :func:`bent`.
+    Outputs; all but partial_sum may be None:
+        partial_sum (splits, samples): Σ 2^(l·log2 e - shift). partial_max (splits, samples): the running maximum.
+        partial_logit (splits, samples): Σ s·cos over all classes of the range, without prior. Rows of these three are
+            ``partial_stride`` apart.
+        kept (samples, classes padded to 16 bytes), a descriptor if DESCRIBED: the summed exponentials, 0 for the
+            target.
+        kept_shift (class_tiles, samples), rows ``partial_stride`` apart: with a running maximum, the shift of each tile
+            and row.
+    NORMS: the tiles compute the lengths, so that prototypes are read once. logit_scale_log2 (classes,) is then an
+    output, factor_scale/‖w‖; prior (classes,) is in natural units; flags is None, and each tile looks for labels.
+    RESIDENT: BLOCK_DEPTH covers all columns, and the row block is loaded once.
     """
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -275,7 +289,7 @@ def cosine_logsumexp_kernel(
 
 @triton.jit
 def load_splits(partial_ptr, start, rows, inside, samples, splits, other, SPLITS: tl.constexpr):
-    """(SPLITS, R) of some rows, from the split ``start`` on; ``other`` beyond the splits and the rows."""
+    """Partials (SPLITS, R) of some rows, from the split ``start`` on; ``other`` beyond the splits and the rows."""
     split = start + tl.arange(0, SPLITS)
     cells = split.to(tl.int64)[:, None] * samples + rows[None, :]
     return tl.load(partial_ptr + cells, mask=(split < splits)[:, None] & inside[None, :], other=other)
@@ -283,9 +297,9 @@ def load_splits(partial_ptr, start, rows, inside, samples, splits, other, SPLITS
 
 @triton.jit
 def combine_splits(partial_sum_ptr, partial_max_ptr, rows, inside, samples, splits, shift, SPLITS: tl.constexpr = 16):
-    """Add the splits of some rows: (base, total, log total) with Σ_{c≠y} exp(l) = 2^base·total; always in one order.
+    """Add the splits of some rows in a fixed order: (base, total, log total) with Σ_{c≠y} exp(l) = 2^base·total.
 
-    SPLITS are loaded at a time: one after the other would take a microsecond for every three.
+    SPLITS splits are loaded at a time; loaded one by one, every three would take a microsecond.
     """
     total = tl.zeros(rows.shape, tl.float32)
     base = tl.full(rows.shape, 1.0, tl.float32) * shift
@@ -306,7 +320,7 @@ def combine_splits(partial_sum_ptr, partial_max_ptr, rows, inside, samples, spli
 
 @triton.jit
 def add_splits(partial_ptr, rows, inside, samples, splits, SPLITS: tl.constexpr = 16):
-    """Σ over the splits of some rows, always in one order."""
+    """Σ over the splits of some rows, in a fixed order."""
     total = tl.zeros(rows.shape, tl.float32)
     for start in range(0, splits, SPLITS):
         total += tl.sum(load_splits(partial_ptr, start, rows, inside, samples, splits, 0.0, SPLITS), 0)

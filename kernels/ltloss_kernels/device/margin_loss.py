@@ -1,4 +1,4 @@
-"""The epilogue on N-vectors: margin, loss, the coefficients of the backward, and the reduction."""
+"""The epilogue on N-vectors: margin, loss, coefficients for the backward, and the reduction."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
@@ -14,11 +14,18 @@ __all__ = ["margin_cosine", "margin_loss_kernel", "reduce_kernel"]
 
 @triton.jit
 def margin_cosine(cosine, multiplier, angular, BEYOND_PI: tl.constexpr, EXACT_GRADIENT: tl.constexpr):
-    """cos(m1·θ + m2), continued beyond π, and its slope d/dcos: (value, slope), as in ``ltloss.margins``.
+    """(value, slope): cos(phase) with phase = m1·θ + m2, continued beyond π, and its derivative for cos θ.
 
-    BEYOND_PI "monotone": (-1)^k cos(phase) - 2k on the k-th stretch of length π; "arcface": cos θ - m2·sin m2 beyond π;
-    "cosine": as it is; "clip": the phase is kept in [0, π]; "easy": a margin only where cos θ > 0. The slope is
-    m1·sin(m1·θ + m2)/sin θ, with θ kept ANGLE_FLOOR away from 0 and π, or 1 unless EXACT_GRADIENT.
+    As in ``ltloss.margins``. BEYOND_PI says how the value goes on where the phase exceeds π:
+
+        "monotone"  (-1)^k·cos(phase) - 2k on the k-th stretch of length π
+        "arcface"   cos θ - m2·sin m2
+        "cosine"    cos(phase)
+        "clip"      cos of the phase clipped to [0, π]
+        "easy"      cos(phase), but the margin applies only where cos θ > 0; elsewhere the value is cos θ
+
+    The slope is m1·sin(phase)/sin θ (with the same continuation), with θ kept ANGLE_FLOOR away from 0 and π; it is 1
+    unless EXACT_GRADIENT.
     """
     theta = arccos(cosine)
     phase = multiplier * theta + angular
@@ -62,7 +69,7 @@ def margin_cosine(cosine, multiplier, angular, BEYOND_PI: tl.constexpr, EXACT_GR
 
 @triton.jit
 def per_class(vector_ptr, number, classes_of_rows, known):
-    """The entry of each row's class in a vector (classes,), or the same number for all if that is None."""
+    """The entry of each row's class in a vector (classes,), 0 where not ``known``; ``number`` if the vector is None."""
     values = tl.full(classes_of_rows.shape, 1.0, tl.float32) * number
     if vector_ptr is not None:
         values = tl.load(vector_ptr + classes_of_rows, mask=known, other=0.0).to(tl.float32)
@@ -111,28 +118,35 @@ def margin_loss_kernel(
     MEAN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """From the partial sums to weighted losses and to everything that the backward needs of a sample.
+    """From partial sums to weighted losses, their sums, and the coefficients of the backward; ROWS samples per program.
 
-    With ℓ = s, or s·‖x‖ where there is a norm, margin z' = ℓ·(cos(m1·θ + m2) - m3), target logit z = z' + b_y and
-    p = σ(r - z), the probability of all other classes:
+    r is the log-sum-exp over the other classes, s' the scale: s, or s·‖x‖ where there is a norm. t = s'·cos θ is the
+    target logit without margin and prior, z' = s'·(cos(m1·θ + m2) - m3), and z = z' + b_y. ε is the label smoothing,
+    and p = σ(r - z) the probability of all other classes together:
 
-        loss = softplus(r - z) + ε·(z - mean),   mean = (Σ_c l_c - t + z')/C   (ε: label smoothing)
+        loss = softplus(r - z) + ε·(z - mean),   mean = (Σ_c l_c - t + z')/C
         ∂loss/∂r = p,   ∂loss/∂z' = -p + ε - ε/C,   ∂loss/∂(Σ_c l_c) = -ε/C,   ∂loss/∂t = ∂loss/∂z'·slope + ε/C
 
-    partial_* (splits, samples), the maximum and the sum of logits or None (then without ε); target_cosine, norm
-    (samples,); labels (samples,) any integers: ``ignore_index`` (an integer or None) does not count, and outside
-    [0, classes) nothing is read. angle (m2), cosine (m3), prior, weight: (classes,), or None, where the number
-    angle_margin, cosine_margin, 0 or class_weight is everyone's; angle_margin None: there is no angle. prior_sum: a
-    scalar.
-    loss (samples,): times the weight of the class, 0 where ignored. block_sums (3, blocks): Σ loss, Σ weight and the
-    largest coefficient of each program's rows; or None for a single program, which then does what reduce_kernel does:
-    reduced, inverse_weight_sum, max_coefficient. coefficients (5, samples), times the weight too:
+    Inputs:
+        partial_sum, partial_max, partial_logit (splits, samples), see cosine_logsumexp_kernel. partial_max is None
+            where ``shift`` serves, and partial_logit where ε = 0.
+        target_cosine, norm (samples,); norm may be None.
+        labels (samples,): any integers. ``ignore_index`` (or None) does not count; nothing is read for a label outside
+            [0, classes).
+        angle (m2), cosine (m3), prior (b), weight (classes,); for one that is None the number angle_margin,
+            cosine_margin, 0 or class_weight holds for all classes. If angle_margin is None, no angle is computed.
+        prior_sum: a scalar, Σ_c b_c, for ε > 0; or None.
+    Outputs:
+        loss (samples,): times the weight of the class; 0 where ignored.
+        block_sums (3, blocks): Σ loss, Σ weight and the largest coefficient of each program. None for a single program,
+            which then writes the scalars reduced, inverse_weight_sum and max_coefficient itself: see store_reduced.
+        coefficients (4, samples), or (5, samples) with a norm, all but the shift times the weight of the class:
 
-        0  shift     log-sum-exp over the other classes, in units of log 2, rounded to float32
-        1  d_lse     ∂loss/∂r, corrected for the rounding of row 0: d_lse·2^(l·log2 e - shift) is right
-        2  d_target  the whole gradient at the target logit
-        3  d_all     what label smoothing gives every class
-        4  d_norm    ∂loss/∂‖x‖ (only where there is a norm)
+            0  shift     r in units of log 2, rounded to float32
+            1  d_lse     ∂loss/∂r, corrected for the rounding of row 0, so that d_lse·2^(l·log2 e - shift) is right
+            2  d_target  the whole gradient of the target logit t
+            3  d_all     what label smoothing adds to the gradient of every other logit
+            4  d_norm    the part of ∂loss/∂‖x‖ that does not flow through the logits
     """
     program = tl.program_id(0)
     rows = program * ROWS + tl.arange(0, ROWS)
@@ -205,7 +219,10 @@ def margin_loss_kernel(
 def store_reduced(
     loss_ptr, inverse_weight_sum_ptr, max_coefficient_ptr, loss_sum, weight_sum, largest, MEAN: tl.constexpr
 ):
-    """The three scalars of a batch: loss; 1/Σ weights if MEAN (1 for a mean over nothing), else 1; largest."""
+    """Store the scalars of a batch: the reduced loss; 1/Σ weights if MEAN (1 if that sum is 0), else 1; the largest.
+
+    The reduced loss is the mean if MEAN, else the sum.
+    """
     divisor = tl.where((weight_sum == 0.0) | (not MEAN), 1.0, weight_sum)
     tl.store(loss_ptr, tl.div_rn(loss_sum, divisor))
     tl.store(inverse_weight_sum_ptr, 1.0 / divisor)
@@ -226,9 +243,9 @@ def reduce_kernel(
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The reduced loss, added up in one order by one program.
+    """Add the blocks' sums in a fixed order, by one program, and store the scalars of store_reduced.
 
-    block_sums (3, blocks): losses, weights and the largest coefficients. The scalars: see store_reduced.
+    block_sums (3, blocks): Σ loss, Σ weight and the largest coefficient of each block.
     """
     loss = tl.zeros((BLOCK,), tl.float32)
     weight = tl.zeros((BLOCK,), tl.float32)

@@ -1,6 +1,6 @@
-"""The end of the backward: from sums over the tiles of dZ to the gradients of the rows, or to the moved prototypes.
+"""The end of the backward: from products with dZ to the gradients of the rows, or to updated prototypes.
 
-A row enters the logits by its direction, so its gradient lies in the tangent space: (g - (g·v̂) v̂)/‖v‖.
+A normalised row v enters the logits by its direction, so its gradient lies in the tangent space: (g - (g·v̂) v̂)/‖v‖.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -54,13 +54,20 @@ def prototype_gradient_kernel(
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    """The gradient of a slab of prototypes where the product is made: g - (g·ŵ) ŵ with g = dZᵀX̂, one tile per program.
+    """The gradient g - (g·ŵ) ŵ of a slab of prototypes, with the product g = dZᵀX̂ made here; one tile per program.
 
-    slab: dZ (samples, classes); features: X̂ (samples, width); prototypes: (classes, width); descriptors if DESCRIBED.
-    logit_scale_log2 (classes,) and along (row_blocks, classes): see gradient_tile_kernel; inverse_factor_scale brings
-    the first to 1/‖w‖. grad_prototypes (classes, width), columns next to each other. For prototypes that went into the
-    product as they are, BLOCK_CLASSES by BLOCK_DEPTH entries at a time; the samples are added BLOCK_ROWS at a time.
-    numbers, or None: then grad_prototypes is where the prototypes are kept, and they move (see update_rows).
+    A tile has BLOCK_CLASSES by BLOCK_DEPTH entries of the gradient; samples are added BLOCK_ROWS at a time. The
+    prototypes must have gone into the logits as they are, not as copies.
+
+    Inputs:
+        slab: dZ (samples, classes), features: X̂ (samples, width), prototypes (classes, width); descriptors if
+            DESCRIBED.
+        logit_scale_log2 (classes,) and along (row_blocks, classes): see gradient_tile_kernel.
+            inverse_factor_scale·logit_scale_log2 is 1/‖w‖.
+        numbers: of update_numbers_kernel, or None for no update.
+    Outputs:
+        grad_prototypes (classes, width), columns next to each other. With ``numbers`` it is the kept prototypes, which
+            update_rows moves by the gradient, along with the states and the compensation.
     """
     column_tiles = tl.cdiv(width, BLOCK_DEPTH)
     row = tl.program_id(0) // column_tiles * BLOCK_CLASSES
@@ -107,12 +114,17 @@ def projected_rows(
     UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """From g, the gradient for the rows that went into the product, to the gradient for the rows v themselves.
+    """The gradient of the rows v from g, the gradient of the rows that went into the product.
 
-    (g - (g·v̂) v̂)/S, times d(row of the product)/dv: 1 if COPY is "none", 2^p if "scaled", 1/‖v‖ if "unit". If it is
-    "plain", the length counts: g/S + along·v̂, and nothing for a zero row; without DIRECTION the logits are linear in
-    the rows, and it is g/S. UNIT divides width and the strides of rows.
-    Returns the gradient and v, both (rows, WIDTH) and 0 beyond ``width``.
+    S is the power of two on a float16 slab, whose inverse is inverse_slab_scale. By COPY, what the product read:
+
+        "none"    v itself:         (g - (g·v̂) v̂)/S
+        "scaled"  2^p·v:            (g - (g·v̂) v̂)/S·2^p
+        "unit"    v̂:                (g - (g·v̂) v̂)/S/‖v‖
+        "plain"   v, whose length counts in the logits: g/S + along·v̂, and 0 for a zero row
+
+    Without DIRECTION the logits are linear in v: the projection and along are left out. UNIT divides width and the
+    strides of rows. Returns the gradient and v, both (rows, WIDTH) and 0 beyond ``width``.
     """
     width, row_stride = multiple(width, UNIT), multiple(row_stride, UNIT)
     gradient_stride = multiple(gradient_stride, UNIT)
@@ -140,7 +152,7 @@ def projected_rows(
 
 @triton.jit
 def store_rows(out_ptr, values, rows, inside, width, UNIT: tl.constexpr):
-    """Whole rows (R, WIDTH) to a matrix (·, width) without gaps; UNIT divides width."""
+    """Store whole rows (R, WIDTH) in a contiguous matrix (·, width); UNIT divides width."""
     width = multiple(width, UNIT)
     columns = tl.arange(0, values.shape[1])
     out = out_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
@@ -197,16 +209,22 @@ def projection_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The gradients of the raw rows: the first ``feature_blocks`` programs take the features, the others a slab.
+    """The gradients of the original rows: the first ``feature_blocks`` programs take features, the others prototypes.
 
-    feature_gradient (samples, width) and prototype_gradient (classes, width) float32: the two products, or None for one
-    that is not needed. features, prototypes: the original rows, any dtype and strides, in the same order; labels
-    (samples,): rows labelled ``ignore_index`` count as zero (unless None). d_norm (samples,) ∂L/∂‖x‖, or None; upstream
-    (samples,), stride 0 for a scalar; inverse_weight_sum, max_coefficient, max_upstream: as for
-    sample_gradient_kernel. *_COPY, UNIT: see projected_rows. Without NORMALIZE_PROTOTYPES the logits are products with
-    the prototypes as they are.
-    grad_features, grad_prototypes: as large as the rows, their columns next to each other; may be the input itself.
-    numbers, or None: then grad_prototypes is where the prototypes are kept, and they move (see update_rows).
+    Inputs:
+        feature_gradient (samples, width), prototype_gradient (classes, width), float32: dZ·W̃ and dZᵀ·X̂; None for one
+            that is not needed.
+        features (samples, width), prototypes (classes, width): the original rows, any dtype and strides.
+        labels (samples,): features with the label ``ignore_index`` (unless None) count as zero.
+        d_norm (samples,): row 4 of the coefficients, or None. upstream (samples,), stride 0 for a scalar.
+        inverse_weight_sum, max_coefficient, max_upstream: as for sample_gradient_kernel.
+        numbers: of update_numbers_kernel, or None for no update.
+    Outputs:
+        grad_features (samples, width), grad_prototypes (classes, width): contiguous; may be the gradients given above.
+            With ``numbers`` grad_prototypes is the kept prototypes, which update_rows moves, along with the states, the
+            compensation and the exponents.
+    FEATURE_COPY, PROTOTYPE_COPY, UNIT: see projected_rows. Without NORMALIZE_PROTOTYPES the lengths of the prototypes
+    count in the logits.
     """
     program = tl.program_id(0)
     inverse_slab_scale = 1.0

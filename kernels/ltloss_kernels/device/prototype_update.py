@@ -1,16 +1,19 @@
-"""What an optimizer does to prototypes where their gradient is made: its rules, and rounding of float32 to less.
+"""The optimizers' rules that update prototypes where their gradient is made, and rounding of float32 to fewer bits.
 
-All arithmetic is float32, on tiles (R, columns) of whole or partial rows. The numbers of a step lie in a vector on
-the device, which :func:`update_numbers_kernel` writes: a CUDA graph replays with new ones, and a step whose gradients
-are not finite writes nothing, without the host.
+All arithmetic is float32, on tiles (R, columns) of whole or partial rows. The numbers of a step are a vector on the
+device, which :func:`update_numbers_kernel` writes:
 
     numbers   0           1     2               3               4 ...
               finite      step  1/loss scale    max_class_norm  those of the rule
 
-What is kept passes through the second-level cache once, and is marked to leave it first: dZ and the sums stay.
+So a CUDA graph replays with new numbers, and a step whose gradients are not finite writes nothing, without the host.
 
-Random bits are Philox4x64-10: key (seed, step), counter 1 + class·⌈D/16⌉ + column // 16 in the first word, the stream
-in the third; a block of 256 bits is 16 bits for each of 16 columns.
+Weight, state and compensation pass through the second-level cache once. They are marked to leave it first, so that dZ
+and the sums stay.
+
+Random bits come from Philox4x64-10. The key is (seed, step), the first word of the counter 1 + class·⌈D/16⌉ +
+column // 16, and the third word the stream: 0 for the weight, 1 and 2 for the states. A block of 256 bits gives 16 bits
+to each of 16 columns.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -54,11 +57,12 @@ def update_numbers_kernel(
     # constants
     RULE: tl.constexpr,
 ):
-    """The numbers of this step, and its count: one program.
+    """Write the numbers of this step, and count it; one program.
 
-    finite: whether the step is done; then step (a float32) counts it, else skipped (int64) does. loss_scale: float32 of
-    a GradScaler, or None. lr: the number, or where it is (any floating dtype) unless None. The settings of the rule are
-    μ, dampening, λ ("sgd", "nesterov"), 1 - β1, 1 - β2, ε, λ ("adamw"), or ε, λ ("adagrad").
+    finite: a bool; if True, step (float32) increases by 1, else skipped (int64). loss_scale: float32 of a GradScaler,
+    or None. lr_ptr: a scalar of any floating dtype on the device, or None for the number ``lr``. first to fourth are
+    the settings of the rule: (μ, dampening, λ) for "sgd" and "nesterov", (1 - β1, 1 - β2, ε, λ) for "adamw", (ε, λ) for
+    "adagrad".
     """
     finite = tl.load(finite_ptr).to(tl.int32)
     step = tl.load(step_ptr) + finite.to(tl.float32)
@@ -89,7 +93,7 @@ def update_numbers_kernel(
         tl.store(numbers_ptr + 4, lr)
         tl.store(numbers_ptr + 5, second)
         tl.store(numbers_ptr + 6, first)
-    else:  # the momentum starts as the first gradient
+    else:  # the first step sets the momentum buffer to the gradient, undampened, as torch does
         tl.store(numbers_ptr + 4, lr)
         tl.store(numbers_ptr + 5, third)
         tl.store(numbers_ptr + 6, tl.where(step == 1.0, 0.0, first))
@@ -108,7 +112,7 @@ def random_words(counter, seed, step, STREAM: tl.constexpr):
 
 @triton.jit
 def random_numbers(counter, seed, step, STREAM: tl.constexpr, COLUMNS: tl.constexpr):
-    """(R, COLUMNS) int32 in [0, 2^16): the blocks of row r begin with ``counter[r]``, one for each 16 columns."""
+    """(R, COLUMNS) int32 in [0, 2^16): row r takes a block for each 16 columns, from ``counter[r]`` on."""
     BLOCKS: tl.constexpr = COLUMNS // 16
     words = random_words(counter[:, None] + tl.arange(0, BLOCKS)[None, :], seed, step, STREAM)
     four = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))
@@ -119,14 +123,14 @@ def random_numbers(counter, seed, step, STREAM: tl.constexpr, COLUMNS: tl.conste
 
 @triton.jit
 def cut_off(values, numbers, BITS: tl.constexpr = 16):
-    """Float32 with the last BITS bits cut off, after ``numbers`` of so many bits were added to them."""
+    """Float32 with its last BITS bits cleared, after the BITS-bit ``numbers`` were added to them."""
     cut = ((values.to(tl.int32, bitcast=True) + numbers) & -(1 << BITS)).to(tl.float32, bitcast=True)
     return tl.where(values == values, cut, values)  # a NaN would run over
 
 
 @triton.jit
 def nearest(values, BITS: tl.constexpr = 16):
-    """Float32 without the last BITS bits, to the nearest, ties to even. (The interpreter's own cast cuts off.)"""
+    """Float32 rounded to the nearest without its last BITS bits, ties to even. (The interpreter's cast truncates.)"""
     return cut_off(values, (1 << (BITS - 1)) - 1 + ((values.to(tl.int32, bitcast=True) >> BITS) & 1), BITS)
 
 
@@ -139,9 +143,9 @@ def with_sign_of(size, values):
 
 @triton.jit
 def rounded_to_float8(values, numbers):
-    """Float32 of at most 448 as float8 has it, stochastically: see ``ltloss.optim.rounding.round_stochastically``.
+    """Float32 up to 448 rounded stochastically to float8: see ``ltloss.optim.rounding.round_stochastically``.
 
-    Below the smallest normal number, 2^-6, the unit is that of [2^-6, 2^-5): such values are moved there and back.
+    Below the smallest normal number, 2^-6, float8 has the spacing of [2^-6, 2^-5): values are moved there and back.
     """
     small = tl.full(values.shape, 2.0**-6, tl.float32)
     moved = tl.where(tl.abs(values) < small, with_sign_of(small, values), 0.0)
@@ -150,9 +154,9 @@ def rounded_to_float8(values, numbers):
 
 @triton.jit
 def nearest_float8(values):
-    """Float32 of at most 448 rounded to the nearest that float8 has, ties to even.
+    """Float32 up to 448 rounded to the nearest float8, ties to even.
 
-    Below 2^-6 that is a multiple of 2^-9, the unit of [2^14, 2^15): one addition rounds to it.
+    Below 2^-6 these are the multiples of 2^-9, the spacing of float32 in [2^14, 2^15): one addition rounds to it.
     """
     small = (tl.abs(values) + 16384.0) - 16384.0
     return tl.where(tl.abs(values) < 2.0**-6, with_sign_of(small, values), nearest(values, 20))
@@ -166,9 +170,10 @@ def power_of_two(exponent):
 
 @triton.jit
 def scaled_down(values, mask):
-    """The smallest exponents (R,) with max|row| < 448·2^exponent, and rows (R, D) times 2^-exponent.
+    """The smallest exponents (R,) with max|row| < 448·2^exponent, and the rows (R, D) times 2^-exponent.
 
-    Exponents from -126 on; 0 for a row that vanishes even so. A row with an infinity or a NaN becomes NaN.
+    Exponents are at least -126, and 0 for a row that is zero or too small for that. A row with an infinity or a NaN
+    becomes NaN.
     """
     size = tl.where(values == values, tl.abs(values), float("inf"))
     largest = tl.max(tl.where(mask, size, 0.0), 1)
@@ -181,7 +186,7 @@ def scaled_down(values, mask):
 
 @triton.jit
 def keep(pointers, values, mask, counter, seed, step, STREAM: tl.constexpr, ROUNDING: tl.constexpr):
-    """Write values (R, columns) in the dtype in which they are kept."""
+    """Store values (R, columns), rounded to the dtype of the target."""
     if pointers.dtype.element_ty == tl.bfloat16:
         if ROUNDING == "stochastic":
             values = cut_off(values, random_numbers(counter, seed, step, STREAM, values.shape[1]))
@@ -197,7 +202,7 @@ def keep(pointers, values, mask, counter, seed, step, STREAM: tl.constexpr, ROUN
 
 @triton.jit
 def read(pointers, mask):
-    """What is kept, in float32."""
+    """Load kept values as float32."""
     return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
 
@@ -228,7 +233,7 @@ def adamw(g, w, averages, squares, mask, numbers_ptr, counter, seed, step, ROUND
 
 @triton.jit
 def adagrad(g, w, sums, classes, inside, width, numbers_ptr, seed, step, ROUNDING: tl.constexpr):
-    """With g + λ·w: a_c ← a_c + ‖g_c‖²/D, w ← w - η·g/(√a_c + ε), of whole rows. Returns w."""
+    """g ← g + λ·w, a_c ← a_c + ‖g_c‖²/D, w ← w - η·g/(√a_c + ε), for whole rows. Returns w."""
     g += tl.load(numbers_ptr + 5) * w
     a = tl.load(sums, mask=inside, other=0.0).to(tl.float32)
     a += tl.sum(g * g, 1) / width.to(tl.float32)
@@ -263,12 +268,13 @@ def update_rows(
     ROUNDING: tl.constexpr,
     CLIP: tl.constexpr,
 ):
-    """Move a tile w (R, columns) of prototypes by its gradient g; both are 0 beyond ``width``.
+    """Update a tile w (R, columns) of prototypes by its gradient g, and store it; both are 0 beyond ``width``.
 
-    rows (R,): of the slab whose first class is ``first_class``; columns from ``column`` on, a multiple of 16.
-    weight, first, second (width of a row apart) and compensation: the slab as it is kept, its state and what the
-    rounding cut off, or None; first is (classes,) for "adagrad". exponent (classes,) int8 of a float8 weight, or None:
-    g and w are without it. For "adagrad", CLIP and float8 rows are whole.
+    rows (R,): rows of a slab whose first class is number ``first_class`` of all. The tile's columns begin at
+    ``column``, a multiple of 16. For "adagrad", CLIP and float8 the tile must have whole rows.
+    weight (classes, width): the kept prototypes. first, second (classes, width): the states, or None; first is
+    (classes,) for "adagrad". compensation (classes, width): what rounding cut off the weight, or None.
+    exponent (classes,) int8 of a float8 weight, or None; given g and w are those of the weight without the exponent.
     ROUNDING of bfloat16 and float8: "stochastic", "nearest", or "kahan", where the state is rounded stochastically.
     """
     COLUMNS: tl.constexpr = g.shape[1]

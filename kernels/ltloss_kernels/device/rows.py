@@ -1,4 +1,4 @@
-"""Norms of whole rows, and copies of rows for the matrix unit where the rows themselves cannot be fed to it."""
+"""Norms of whole rows, and copies of rows that the matrix products cannot read in place."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
@@ -37,16 +37,19 @@ def row_norm_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """factor_scale/‖v‖ of every row, and whatever else has to be done once per row before the tiles are computed.
+    """factor_scale/‖v‖ of every row, and other work once per row before the tiles; one program per ROWS rows.
 
-    vectors (count, width) any dtype and strides; prior (count,) float32. An output that is None is left out:
-    factor (padded,) float32: factor_scale/‖v‖; 0 for zero rows and beyond ``count``.
-    copy (count, width) in the dtype of the product: each row times a power of two, so that neither the cast nor the
-    products leave the range, and zeros from there to copy_stride; copy_factor (padded,) float32: factor_scale over the
-    length of that row. Without NORMALIZE rows of the vectors count as of length 1: the factor is factor_scale.
-    prior_out (padded,) prior·log2 e, -inf beyond ``count``.
-    flags (flag_count,) set to 0. One program per ROWS rows; the flags are shared out evenly. UNIT divides width and the
-    strides of rows.
+    Inputs:
+        vectors (count, width): any dtype and strides. UNIT divides width and the strides of rows.
+        prior (count,) float32, or None.
+    Outputs, each of which may be None:
+        factor (padded,) float32: factor_scale/‖v‖; 0 for zero rows and beyond ``count``.
+        copy (count, width) in the dtype of the product: each row times a power of two, so that neither the cast nor
+            the products leave the range; zeros from ``width`` to copy_stride.
+        copy_factor (padded,) float32: factor_scale over the length of the copied row.
+        prior_out (padded,): prior·log2 e, -inf beyond ``count``.
+        flags (flag_count,) int8: set to 0; the programs share them evenly.
+    Without NORMALIZE each row of the vectors counts as of length 1: its factor is factor_scale.
     """
     program = tl.program_id(0)
     width, copy_stride = multiple(width, UNIT), multiple(copy_stride, UNIT)

@@ -1,4 +1,4 @@
-"""What the forward's tiles and the margin need of each sample: its copy, its length, its targets and their cosines."""
+"""The data of each sample for the forward's tiles and the margin: its copy, length, targets and target cosines."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
@@ -16,9 +16,10 @@ def target_cosines(
     x, x_power, x_inverse, prototypes_ptr, target, columns, cells, row_stride, column_stride,
     NORMALIZE_FEATURES: tl.constexpr, NORMALIZE_PROTOTYPES: tl.constexpr, SUB_CENTERS: tl.constexpr,
 ):  # fmt: skip
-    """The largest x̂·ŵ of the SUB_CENTERS from row ``target`` (R,) on, with x as :func:`scaled_rows` leaves it.
+    """The largest x̂·ŵ (R,) over the SUB_CENTERS prototypes from row ``target`` (R,) on.
 
-    Without NORMALIZE_PROTOTYPES x̂·w, or x·w.
+    x, x_power and x_inverse are as :func:`scaled_rows` returns them. Without NORMALIZE_PROTOTYPES the result is x̂·w,
+    or x·w if NORMALIZE_FEATURES is off as well.
     """
     cosine = tl.full(target.shape, float("-inf"), tl.float32)
     for k in tl.static_range(SUB_CENTERS):
@@ -70,19 +71,21 @@ def sample_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """What the tiles and the margin need of each sample.
+    """Copy, length, labels and target cosines of each sample, and the flags of the tiles that hold a target.
 
-    features (samples, width), prototypes (classes · SUB_CENTERS, width), labels (samples, TARGETS): any dtype, strides.
-    norm (samples,) ‖x‖, or None where it is in the rows, or features are normalised.
-    copy (samples, width), in the dtype of the product: unit rows if NORMALIZE_FEATURES, else the rows as they are, and
-    zeros from there to copy_stride; or None.
-    Without NORMALIZE_PROTOTYPES the target's cosine is x̂·w, or x·w, instead.
-    target_cosine (TARGETS, samples), rows target_stride apart: from the original rows, rounded to float32 once, of the
-    nearest sub-centre; 0 for the label ``ignore_index``, NaN for a label outside [0, classes). Without an
-    ``ignore_index`` (None) such a label means that there is no target here: 0.
-    label (TARGETS, samples) int32: the class, or -1.
-    flags (row blocks, class_tiles) int8, cleared before: 1 where a tile holds the target of one of its rows, and in the
-    last column if that tile reaches beyond the classes (RAGGED). Several rows may write the same 1. Or None.
+    Inputs, of any dtype and strides:
+        features (samples, width), prototypes (classes · SUB_CENTERS, width), labels (samples, TARGETS).
+    Outputs; copy, norm and flags may be None:
+        copy (samples, width) in the dtype of the product: unit rows if NORMALIZE_FEATURES, else the rows as they are;
+            zeros from ``width`` to copy_stride.
+        norm (samples,): ‖x‖.
+        target_cosine (TARGETS, samples), rows target_stride apart: x̂·ŵ of the target's nearest sub-centre, from the
+            original rows, rounded to float32 once; see target_cosines for lengths that are kept. 0 for the label
+            ``ignore_index``, NaN for another label outside [0, classes). If ``ignore_index`` is None, a label outside
+            has no target here, and the cosine is 0.
+        label (TARGETS, samples) int32: the class, or -1.
+        flags (row blocks, class_tiles) int8, cleared before: 1 where a tile holds the target of one of its rows; if
+            RAGGED also in the last column, whose tile reaches beyond the classes. Several rows may write the same 1.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)

@@ -1,10 +1,10 @@
-"""Backward of the nearest prototype: along the found pairs only, O(R·D), every sum in one order.
+"""Backward of the nearest prototype: along the found pairs only, O(R·D), every sum in a fixed order.
 
-Entry p < pairs stands for the own end of pair p, pairs + p for the other one. The entries, sorted by the class at their
-end, are a list in which each class has a stretch. One program adds a stretch up, unless it holds a whole chunk: the
-chunks of a class start at its first entry, and each is added up by a program of its own. What is left at the end of a
-stretch is shorter than a chunk. So no program adds more than one chunk, one partial sum for each chunk of its class,
-and a rest, however many classes share one neighbour.
+A pair has two ends: entry p < pairs is the own end of pair p, and entry pairs + p its other end. The entries are sorted
+by the class at their end, so each class has a stretch of the list. CHUNK entries are a chunk; the chunks of a class
+start at its first entry. chunk_sum_kernel adds each chunk up in a program of its own. nearest_gradient_kernel has a
+program for each class, which adds the class's chunk sums and the rest of its stretch, less than a chunk. So no program
+has much more work than the others, however many classes share one neighbour.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -36,7 +36,7 @@ def _add_partners(
     ENTRIES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """total (1, WIDTH) + Σ grad·ŵ_partner over the entries from ``first`` to ``end``, ENTRIES at a time."""
+    """total (1, WIDTH) + Σ grad·ŵ_partner over the entries [first, end), ENTRIES at a time."""
     columns = tl.arange(0, WIDTH)
     cells = (columns < width)[None, :]
     column_offsets = columns.to(tl.int64)[None, :] * column_stride
@@ -84,11 +84,12 @@ def chunk_sum_kernel(
 ):
     """Σ grad·ŵ_partner over the chunk that starts in a window of CHUNK places of the list; one window per program.
 
-    No two chunks start in one window, and the class of a chunk that does has the last place of it. A class whose
-    stretch starts at ``first`` so has its chunks in the windows first // CHUNK and following.
+    At most one chunk starts in a window, and the last place of the window then belongs to the chunk's class. So a class
+    whose stretch starts at ``first`` has its chunks in the windows first // CHUNK, first // CHUNK + 1, ...
 
-    ends (2·pairs,) int64: the class at each entry's end, ascending. partial (2·pairs // CHUNK, width) float32: what is
-    of no chunk stays as it is. The others as for :func:`nearest_gradient_kernel`.
+    ends (2·pairs,) int64: the class at each entry's end, ascending. partial (2·pairs // CHUNK, width) float32: receives
+    the sum of each window's chunk; a window without a chunk is not written. The other arguments are those of
+    :func:`nearest_gradient_kernel`.
     """
     window = tl.program_id(0).to(tl.int64)
     target = tl.load(ends_ptr + window * CHUNK + CHUNK - 1)
@@ -141,9 +142,10 @@ def nearest_gradient_kernel(
 ):
     """dw_c = (g − (g·ŵ_c) ŵ_c)/‖w_c‖ with g = Σ grad·ŵ_partner over the pairs that c is in; one class per program.
 
-    prototypes (classes, width): any dtype and strides. Pair p is (own_p, near_p), both (pairs,) int64, own_p = p if
-    own is None; grad_cosine (pairs,), strided. order (2·pairs,) int64 are the entries sorted by the class at their end,
-    starts (classes + 1,) int64 where each class begins; partial (2·pairs // CHUNK, width) float32 the sums of chunks.
+    prototypes (classes, width): any dtype and strides. Pair p is (own[p], near[p]), both (pairs,) int64; own[p] is p if
+    own is None. grad_cosine (pairs,): any stride.
+    order (2·pairs,) int64: the entries, sorted by the class at their end. starts (classes + 1,) int64: where the
+    stretch of each class begins. partial (2·pairs // CHUNK, width) float32: from chunk_sum_kernel.
     grad (classes, width): columns next to each other.
     """
     target = tl.program_id(0).to(tl.int64)

@@ -1,9 +1,9 @@
-"""Searching without the matrix of cosines, first pass: the best tile of classes for every row.
+"""Search without the matrix of cosines, first pass: the best tile of classes for every row.
 
-For one row the order of its cosines is the order of v_c = (x·w_c)/‖w_c‖, so its own length does not enter. What is kept
-of a tile is one 64-bit key per row: the bits of the largest v, made to compare like integers, above the inverted number
-of the tile. The largest key belongs to the largest v and, among equal ones, to the lowest tile. The maximum of integers
-does not depend on their order, so the result has the same bits each time. The second pass
+The cosines of one row have the order of v_c = (x·w_c)/‖w_c‖, so the length of x is not needed. A tile leaves one 64-bit
+key per row: the upper half is the largest v as bits that compare like an integer, the lower half the largest number
+minus that of the tile. The largest key belongs to the largest v and, among equal ones, to the lowest tile. The maximum
+of integers does not depend on their order, so the result has the same bits each time. The second pass
 (:mod:`ltloss_kernels.device.search_second_pass`) finds the class within the tile.
 """
 
@@ -25,9 +25,9 @@ __all__ = [
     "order_key",
 ]
 
-# Below the key of every value; a row that keeps it has no candidate at all.
+# Less than the key of every value; a row that keeps it has no candidate.
 LOWEST_KEY = -(1 << 63)
-# The largest number that fits a key, whose lower half is this minus the number.
+# The largest number that a key can hold; the lower half of a key is this minus the number.
 LAST_NUMBER = 0x7FFFFFFF
 
 _LAST = tl.constexpr(LAST_NUMBER)
@@ -41,13 +41,13 @@ def _larger(a, b):
 
 @triton.jit
 def largest(values, AXIS: tl.constexpr):
-    """Maximum along an axis, NaN where there is one (``tl.max`` would drop it), at the same price."""
+    """Maximum along an axis; NaN if any value is (``tl.max`` would drop it), at the same cost."""
     return tl.reduce(values, AXIS, _larger)
 
 
 @triton.jit
 def order_key(value, number):
-    """A key (int64) that is larger for a larger float32, NaN being the largest, then for a smaller number >= 0."""
+    """An int64 key: larger for a larger float32, NaN being the largest; of equal ones, larger for a smaller number."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 = +0: both zeros are equal
     ordered = tl.where(value == value, bits ^ ((bits >> 31) & _LAST), _LAST)
     return (ordered.to(tl.int64) << 32) + _LAST - number
@@ -61,11 +61,11 @@ def number_of(key):
 
 @triton.jit
 def triangle_tile(tiles, GROUP: tl.constexpr):
-    """(row block, tile) of this program; every tile on or above the diagonal of (tiles, tiles) belongs to one program.
+    """(row block, tile) of this program: each tile on or above the diagonal of (tiles, tiles) belongs to one program.
 
-    GROUP x GROUP tiles form a square: programs that work at one time share rows and columns in the second-level cache.
-    The squares of the triangle are folded into a rectangle: of G rows of squares number y has G - y and number G-1-y
-    has y + 1, G + 1 together. Programs without a tile of their own get a row block beyond their tile.
+    GROUP x GROUP tiles form a square, so that programs at work at one time share rows and columns in the second-level
+    cache. The squares of the triangle are folded into a rectangle: of G rows of squares, row y has G - y and row
+    G - 1 - y has y + 1, together G + 1. A program without a tile gets a row block greater than its tile.
     """
     squares = tl.cdiv(tiles, GROUP)
     inside = tl.program_id(0) % (GROUP * GROUP)
@@ -99,14 +99,14 @@ def nearest_prototype_kernel(
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    """For every prototype the tile that holds its nearest other one: one square tile of the triangle per program.
+    """For every prototype the tile that holds its nearest other one; one square tile of the triangle per program.
 
-    rows_source, prototypes (classes, width): the same matrix, descriptors if DESCRIBED. inverse_norm (tiles ·
-    BLOCK_CLASSES,) float32: 1/‖w‖ of the rows of that matrix, 0 beyond the classes.
-    best (classes,) int64: the largest :func:`order_key` of each class, LOWEST_KEY before.
+    rows_source, prototypes (classes, width): the same matrix, descriptors if DESCRIBED. inverse_norm
+    (tiles · BLOCK_CLASSES,) float32: 1/‖w‖ of the rows of that matrix, 0 beyond the classes.
+    best (classes,) int64: receives the largest :func:`order_key` of each class; must hold LOWEST_KEY before.
 
-    A tile off the diagonal serves its rows and its columns. Both use the formula (w_i·w_j)·(1/‖w_j‖) for candidate j,
-    so that no result depends on which side of the diagonal a pair is on.
+    A tile off the diagonal serves both its rows and its columns. Both compute (w_i·w_j)·(1/‖w_j‖) for candidate j, so
+    that no result depends on the side of the diagonal on which a pair is.
     """
     block, tile = triangle_tile(tiles, GROUP)
     if block <= tile:
@@ -116,7 +116,7 @@ def nearest_prototype_kernel(
         )  # fmt: skip
         rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         here = tile * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
-        # The columns first: their products are not needed afterwards, which spares registers.
+        # The columns first: their scaled products are then dead, which saves registers.
         mirrored = largest(product * tl.load(inverse_norm_ptr + rows)[:, None], 0)
         tl.atomic_max(
             best_ptr + here, order_key(mirrored, block), mask=(here < classes) & (block < tile), sem="relaxed"
@@ -153,13 +153,13 @@ def best_tile_kernel(
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    """For any rows, the largest (x_i·w_c)/‖w_c‖ of every tile, or the best tile: a row block by a range of tiles.
+    """For any rows, the best tile by the largest (x_i·w_c)/‖w_c‖; a row block by a range of tiles per program.
 
-    rows_source (count, width), prototypes (classes, width): descriptors if DESCRIBED. inverse_norm (tiles ·
-    BLOCK_CLASSES,) float32: 1/‖w‖ of the rows of ``prototypes`` as they are given. own (count,) int64: a class that
-    each row leaves out, or None.
-    best (count,) int64: the largest :func:`order_key` of a row, LOWEST_KEY before; if EVERY_TILE (count, tiles): the
-    key of every tile.
+    rows_source (count, width), prototypes (classes, width): descriptors if DESCRIBED. inverse_norm
+    (tiles · BLOCK_CLASSES,) float32: 1/‖w‖ of the rows of ``prototypes`` as they are given. own (count,) int64: the
+    class that each row leaves out, or None.
+    best (count,) int64: receives the largest :func:`order_key` of each row; must hold LOWEST_KEY before. If EVERY_TILE,
+    best (count, tiles) receives the key of every tile.
     """
     block, split = tl.program_id(0), tl.program_id(1)
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

@@ -1,8 +1,8 @@
-"""Searching, second pass: which classes of the found tiles, and their cosines from the original rows.
+"""Search, second pass: the best classes within the tiles found, and their cosines from the original rows.
 
-The first pass leaves (row, tile) pairs. Pairs are put in the order of their tiles, so that one program multiplies a
-block of rows, gathered, with the few tiles that they ask for: the second pass reads each row and each tile about once.
-The order within a tile is that of arrival. It changes no result: what a pair gets depends on its own row only.
+The first pass leaves (row, tile) pairs. They are sorted by tile, so that one program multiplies a block of gathered
+rows with few tiles, and the second pass reads each row and each tile about once. The order within a tile is that of
+arrival, which changes no result: what a pair gets depends on its own row only.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -21,7 +21,7 @@ _NO_TILE = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit(do_not_specialize=["pairs"])
 def count_tiles_kernel(best_ptr, counts_ptr, pairs, BLOCK: tl.constexpr):
-    """How many pairs ask for each tile: best (pairs,) int64 keys; counts (tiles,) int32, 0 before."""
+    """Count the pairs of each tile: best (pairs,) int64 keys; counts (tiles,) int32, which must be 0 before."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < pairs
     tile = number_of(tl.load(best_ptr + pair, mask=inside, other=0))
@@ -30,9 +30,9 @@ def count_tiles_kernel(best_ptr, counts_ptr, pairs, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pairs"])
 def arrange_pairs_kernel(best_ptr, next_ptr, order_ptr, pairs, BLOCK: tl.constexpr):
-    """Pairs in the order of their tiles: best (pairs,) int64 keys; order (pairs,) int32.
+    """Sort the pairs by tile: best (pairs,) int64 keys; order (pairs,) int32 receives the numbers of the pairs.
 
-    next (tiles,) int32: where the first pair of each tile goes; afterwards, where a further one would.
+    next (tiles,) int32: the place of the first pair of each tile; afterwards, the place behind its last.
     """
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < pairs
@@ -66,14 +66,17 @@ def tile_candidates_kernel(
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    """Multiply the rows of some pairs with the classes of their tiles.
+    """Multiply the row of each pair with the classes of its tile; BLOCK_ROWS pairs per program.
 
-    rows (any, width), prototypes (classes, width): columns next to each other; inverse_norm (classes,) float32: 1/‖w‖
-    of the rows of ``prototypes``. best (pairs,) int64: keys with the tile; order (pairs,) int32.
-    With an index (pairs,) int64: the row of a pair is a prototype, number own (pairs,) int64 (if not None) or the pair
-    itself, which is left out; index receives the nearest class of the tile, the lowest where several are. Without:
-    ``pairs_per_row`` pairs follow each other for each row, and candidates (pairs, BLOCK_CLASSES) int64 receives the
-    :func:`order_key` of every class; beyond the classes that of -inf.
+    rows (any, width), prototypes (classes, width): columns next to each other. inverse_norm (classes,) float32: 1/‖w‖
+    of the rows of ``prototypes``. best (pairs,) int64: keys that hold the tile. order (pairs,) int32: see
+    arrange_pairs_kernel.
+
+    With index (pairs,) int64, the row of a pair is a prototype: number own (pairs,) int64, or the number of the pair if
+    own is None. That class is left out, and index receives the nearest class of the tile, the lowest of equal ones.
+
+    If index is None, pair p has row p // pairs_per_row, and candidates (pairs, BLOCK_CLASSES) int64 receives the
+    :func:`order_key` of every class, that of -inf beyond the classes.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = at < pairs
@@ -133,10 +136,10 @@ def pair_cosine_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The cosine of every pair in float32 from the original rows, in [-1, 1]; NaN where a row holds NaN or infinity.
+    """The cosine of every pair from the original rows, in [-1, 1]; NaN where a row holds NaN or infinity.
 
-    left (any, width), right (classes, width): any dtype and strides. The left row of a pair is own (pairs,) int64 (if
-    not None) or the pair's number divided by ``pairs_per_row``; the right one index (pairs,) int64.
+    left (any, width), right (classes, width): any dtype and strides. Pair p has left row own[p], own (pairs,) int64, or
+    p // pairs_per_row if own is None; its right row is index[p], index (pairs,) int64.
     cosine (pairs,) float32.
     """
     pair = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

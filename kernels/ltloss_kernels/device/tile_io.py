@@ -10,7 +10,7 @@ from ltloss_kernels.device.elementary import TINY, power_of_two_below
 
 __all__ = ["holds_a_label", "inverse_lengths", "load_block", "store_block", "tile_product"]
 
-# Between these a sum of squares in float32 has lost nothing.
+# A float32 sum of squares between these has neither overflowed nor lost a term that matters to underflow.
 LEAST_SQUARES = tl.constexpr(2.0**-80)
 MOST_SQUARES = tl.constexpr(2.0**120)
 
@@ -25,9 +25,9 @@ def holds_a_label(label, column, COLUMNS: tl.constexpr):
 def addresses(
     matrix, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr
 ):
-    """Pointers to a block (ROWS, COLUMNS), and which of them are inside the matrix, its rows filled up to whole UNITs.
+    """Pointers to a block (ROWS, COLUMNS), and a mask of those inside the matrix, whose rows are padded to whole UNITs.
 
-    Rows are ``stride`` apart, a multiple of UNIT: so the compiler moves as many entries at once.
+    Rows are ``stride`` apart, a multiple of UNIT, so that the compiler moves UNIT entries at once.
     """
     at_row = row + tl.arange(0, ROWS)
     at_column = tl.arange(0, COLUMNS)
@@ -39,10 +39,11 @@ def addresses(
 def load_block(
     source, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIBED: tl.constexpr
 ):
-    """The block (ROWS, COLUMNS) at (row, column) of a matrix (rows, columns), 0 beyond it.
+    """The block (ROWS, COLUMNS) at (row, column) of a matrix (rows, columns), 0 beyond the matrix.
 
-    ``source`` is a descriptor with that block shape if DESCRIBED, which knows the sizes itself; else a pointer to rows
-    that are ``stride`` apart, columns next to each other, and filled up to whole 16 bytes, which are read too.
+    If DESCRIBED, ``source`` is a descriptor of that block shape, which knows the sizes of the matrix. Else it is a
+    pointer to rows that are ``stride`` apart, with columns next to each other. These rows are padded to whole 16 bytes,
+    and the padding is read too.
     """
     if DESCRIBED:
         block = source.load([row, column])
@@ -67,10 +68,10 @@ def store_block(
     DESCRIBED: tl.constexpr,
     FILLED: tl.constexpr,
 ):
-    """Write a block to where :func:`load_block` would read it; what lies beyond the matrix is left out.
+    """Write a block to where :func:`load_block` would read it; entries beyond the matrix are dropped.
 
-    FILLED: rows are filled up to whole 16 bytes, and anything may be written there. Not used for float32, which would
-    take 12 registers more on sm_80: one block instead of two.
+    FILLED: rows are padded to whole 16 bytes, and anything may be written to the padding. This is not used for float32:
+    it would take 12 more registers on sm_80, and one block would fit a multiprocessor instead of two.
     """
     if DESCRIBED:
         target.store([row, column], block.to(target.dtype))
@@ -82,7 +83,10 @@ def store_block(
 
 @triton.jit
 def multiplied(x, w, product, squares, PRECISION: tl.constexpr, SQUARES: tl.constexpr):
-    """x·w added to a product, and w·w to the squares if SQUARES; w in the dtype of x, which has the range for it."""
+    """Add x·wᵀ to a product, and w·w of each row of w to the squares if SQUARES.
+
+    w is cast to the dtype of x, which has the range for it.
+    """
     product = tl.dot(x, w.to(x.dtype).T, product, input_precision=PRECISION)
     if SQUARES:
         wide = w.to(tl.float32)
@@ -110,11 +114,11 @@ def tile_product(
     resident=None,
     first_column=0,
 ):
-    """x·w of one row block (of ``count`` rows) and one class tile, and w·w of each class if SQUARES, in float32.
+    """x·wᵀ of row block ``block`` and class tile ``tile``, and w·w of each class if SQUARES, both float32.
 
-    w has ``width`` columns from ``first_column`` on. ``resident``: the row block with all its columns, if BLOCK_DEPTH
-    covers them and it was loaded before; or None.
-    Returns (BLOCK_ROWS, BLOCK_CLASSES) and (BLOCK_CLASSES,), zeros without SQUARES.
+    The matrices have ``count`` and ``classes`` rows; w has ``width`` columns from ``first_column`` on. ``resident`` is
+    the row block, if it was loaded before and BLOCK_DEPTH covers all its columns; else None.
+    Returns (BLOCK_ROWS, BLOCK_CLASSES) and (BLOCK_CLASSES,); the latter is 0 without SQUARES.
     """
     tl.assume(width > 0)  # else a flattened loop around it has a second body, for products of no columns
     product = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
@@ -151,7 +155,7 @@ def inverse_lengths(
 ):
     """1/‖w‖ of each class of a tile from its w·w, both (BLOCK_CLASSES,); 0 for a zero row and beyond the classes.
 
-    Where a sum of squares left the range of float32, the tile is read again and its rows are scaled first.
+    Where a sum of squares is too small or too large for float32, the tile is read again and its rows are scaled first.
     """
     one = tl.full(squares.shape, 1.0, tl.float32)
     known = tile * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES) < classes

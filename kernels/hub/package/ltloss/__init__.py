@@ -1,4 +1,4 @@
-"""The same package, for versions of ``kernels`` that look for it one folder down."""
+"""The package of the folder above, for versions of ``kernels`` that look for it here."""
 
 import importlib.util
 import json
