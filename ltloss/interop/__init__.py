@@ -1,8 +1,10 @@
-"""Prototypes to and from the files of others; and their losses over ours, in the modules that have their names.
+"""Prototypes to and from the files of other libraries.
 
-Those are :mod:`ltloss.interop.pytorch_metric_learning` and :mod:`ltloss.interop.insightface`.
+The modules :mod:`ltloss.interop.pytorch_metric_learning` and :mod:`ltloss.interop.insightface` also offer the losses of
+these libraries under their own names, computed by ltloss.
 
-No function here puts all classes into one memory: each rank reads its own block, and blocks are written one by one.
+No function here holds all classes in the memory of one rank: each rank reads its own block, and blocks are written one
+by one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows that were read, into the block of this rank."""
+"""Copy prototypes that were read into the block of this rank."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _AXES = {2: "(C, D)", 3: "(C, K, D)"}
 
 
 def fill(head: PrototypeHead, found: tuple[int, ...], origin: str, rows: Tensor) -> None:
-    """Take this rank's ``rows`` of prototypes of the shape ``found``; ValueError where the head has another."""
+    """Copy this rank's ``rows`` of prototypes of shape ``found`` into the head; ValueError if its shape differs."""
     check_shape(found, tuple(head.weight.shape), origin)
     write_prototypes(head, rows)
 
 
 def check_shape(found: tuple[int, ...], wanted: tuple[int, ...], origin: str) -> None:
-    """Raise ValueError where what was found in a file has not the shape of the head's prototypes."""
+    """Raise ValueError unless the shape ``found`` in a file is that of the head's prototypes."""
     if found != wanted:
         raise ValueError(f"{origin} holds prototypes {found} {_AXES[len(found)]}; the head has {wanted}")
 
 
 def write_prototypes(head: PrototypeHead, rows: Tensor) -> None:
-    """This rank's prototypes become ``rows``, to the nearest that the head can hold."""
+    """Set this rank's prototypes to ``rows``, rounded to the nearest values that the head can hold."""
     exponent = None if head.weight_exponent is None else local(head.weight_exponent)
     write_rows(local(head.weight), exponent, 0, rows)
     if head.fused_update is not None:

@@ -1,4 +1,4 @@
-"""What the losses of pytorch-metric-learning have in common: their options, distances, miners and reducers."""
+"""The base of the losses of pytorch-metric-learning: their options, distances, miners and reducers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _OF_ALL = {"MultipleReducers", "DoNothingReducer"}  # reducers that take all par
 
 
 def found_cosines(distance: Any, width: int) -> tuple[bool, bool]:
-    """Whether a distance computes cosines to unit prototypes, and whether those times the length of the embedding.
+    """Whether a distance to unit prototypes is the cosine, and whether it is the cosine times the embedding's length.
 
-    By what it returns, which holds for distances of anyone.
+    The distance is tried on a few rows of ``width`` columns, so distances of any origin are recognised.
     """
     rows = torch.arange(1.0, 5.0 * width + 1.0, dtype=torch.float64, device="cpu").sin().view(5, width)
     queries, prototypes = rows[:2], direction(rows[2:])
@@ -33,7 +33,7 @@ def found_cosines(distance: Any, width: int) -> tuple[bool, bool]:
 
 
 def unknown_distance(distance: Any, expected: str) -> ValueError:
-    """That of a distance which is none of those a loss computes."""
+    """The error for a distance that a loss does not compute."""
     options = [
         f"{name}={getattr(distance, name)}" for name in ("normalize_embeddings", "p", "power") if name in vars(distance)
     ]
@@ -43,7 +43,7 @@ def unknown_distance(distance: Any, expected: str) -> ValueError:
 
 
 def miner_weights(indices_tuple: Sequence[Tensor] | None, losses: Tensor) -> Tensor | float:
-    """(N,) how often a miner names each sample, divided by how often it names the most frequent one; 1 without one."""
+    """Weights (N,): how often a miner names each sample, divided by the largest such number; 1 without a miner."""
     if indices_tuple is None or all(len(indices) == 0 for indices in indices_tuple):
         return 1.0
     chosen = torch.cat(tuple(indices_tuple)).to(losses.device)
@@ -52,7 +52,7 @@ def miner_weights(indices_tuple: Sequence[Tensor] | None, losses: Tensor) -> Ten
 
 
 class SharedOptions(TypedDict, total=False):
-    """What each of the losses takes besides its own numbers, as in pytorch-metric-learning."""
+    """Options that every loss takes besides its own numbers, as in pytorch-metric-learning."""
 
     weight_init_func: Callable[[Tensor], Any] | None
     weight_regularizer: Callable[[Tensor], Any] | None
@@ -65,7 +65,7 @@ class SharedOptions(TypedDict, total=False):
 
 
 class ClassificationLoss(nn.Module):
-    """What the losses have in common: ``W``, weights of a miner, regularisers and the reducer."""
+    """Base of the losses: ``W``, the weights of a miner, regularisers and the reducer."""
 
     def __init__(
         self,
@@ -90,26 +90,26 @@ class ClassificationLoss(nn.Module):
         self.weight_regularizer, self.weight_reg_weight = weight_regularizer, weight_reg_weight
         self.embedding_regularizer, self.embedding_reg_weight = embedding_regularizer, embedding_reg_weight
         self.reducer = reducer
-        # (D, C) by name and shape, but stored as (C, D): what is computed with is a view, and so is its gradient.
+        # W is (D, C) but stored as (C, D), so that the prototypes and their gradient are views of it.
         self.W = nn.Parameter(torch.empty(self.num_classes, self.embedding_size).t())
-        drawn = torch.empty(self.W.shape)  # in the order of W, so that a seed draws what it draws there
+        drawn = torch.empty(self.W.shape)  # in the order of W, so that a seed gives the numbers of the original
         with torch.no_grad():
             (weight_init_func or nn.init.normal_)(drawn)
             self.W.copy_(drawn)
 
     @property
     def weight(self) -> Tensor:
-        """The prototypes (C, D), contiguous, in the memory of ``W``: for :mod:`ltloss.functional`."""
+        """The prototypes (C, D) for :mod:`ltloss.functional`: contiguous, a view of ``W``."""
         return self.W.t()
 
     def _normalizes(self, distance: Callable[..., Tensor] | None) -> bool:
-        """Whether the embeddings are normalised; ValueError for a distance that is none of ours."""
+        """Whether the embeddings are normalised; ValueError for a distance that the loss does not compute."""
         if distance is None or found_cosines(distance, self.embedding_size)[0]:
             return True
         raise unknown_distance(distance, "the cosines, as CosineSimilarity() does")
 
     def _options(self) -> dict[str, Any]:
-        """Of :func:`ltloss.functional.margin_cross_entropy`."""
+        """The options of this loss for :func:`ltloss.functional.margin_cross_entropy`."""
         raise NotImplementedError
 
     def forward(
@@ -124,11 +124,14 @@ class ClassificationLoss(nn.Module):
 
         Args:
             embeddings: (N, D).
-            labels: (N,) integers in [0, C); -100 has loss 0 and counts in the mean, as in ``F.cross_entropy`` without
-                reduction.
-            indices_tuple: of a miner. A sample's loss is multiplied by how often it stands there, divided by how often
-                the most frequent does.
-            ref_emb, ref_labels: None, as prototypes are what embeddings are compared with.
+            labels: (N,) integers in [0, C). A label of -100 gives loss 0, which counts in the mean, as the losses of
+                ``F.cross_entropy(..., reduction="none")`` do.
+            indices_tuple: the result of a miner. The loss of a sample is multiplied by the number of times it occurs
+                there, divided by that of the most frequent sample.
+            ref_emb, ref_labels: must be None, because embeddings are compared with prototypes.
+
+        Returns:
+            A scalar; with a reducer, the sum of its results.
 
         Raises:
             ValueError, TypeError, IndexError: no labels, ``ref_emb``, tensors that do not fit together.
@@ -137,7 +140,7 @@ class ClassificationLoss(nn.Module):
             raise ValueError(f"labels must be a tensor ({embeddings.shape[0]},) of classes; got None")
         if ref_emb is not None and (ref_emb is not embeddings or ref_labels is not labels):
             raise ValueError("ref_emb and ref_labels must be None: embeddings are compared with prototypes")
-        if self.W.device != embeddings.device:  # in place, so that an optimizer over W stays one
+        if self.W.device != embeddings.device:  # in place, so that an optimizer keeps its parameter
             self.W.data = self.W.data.to(embeddings.device)
         labels = labels.to(embeddings.device)
         losses = self._losses(embeddings, labels)
@@ -156,11 +159,11 @@ class ClassificationLoss(nn.Module):
         return self._reduced(found, embeddings, labels)
 
     def _losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """(N,), not weighted."""
+        """Losses (N,) before the weights of a miner."""
         return F.margin_cross_entropy(embeddings, self.weight, labels, reduction="none", **self._options())
 
     def _reduced(self, found: dict[str, dict[str, Any]], embeddings: Tensor, labels: Tensor) -> Any:
-        """The sum of what the reducer makes of each part; of a reducer of all parts, what that returns."""
+        """The sum of the reducer's results for each part; a reducer that takes all parts is called once."""
         if self.reducer is None:
             losses = found.pop("loss")["losses"]
             mean = losses.sum() / max(len(losses), 1)
@@ -171,12 +174,12 @@ class ClassificationLoss(nn.Module):
         return sum(others, start=first)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Logits without margin (N, C), dense; with many classes take ``ltloss.functional.top_k(x, loss.weight)``."""
+        """Dense logits (N, C) without margin. For many classes use ``ltloss.functional.top_k(x, loss.weight, k)``."""
         options = self._options()
         normalize_features = options.get("normalize_features", True)
         return cosine_logits(embeddings, self.weight, options["scale"], normalize_features)
 
     def extra_repr(self) -> str:
-        """Shape and what is computed."""
+        """Shape and options."""
         options = "".join(f", {name}={value}" for name, value in self._options().items())
         return f"{self.num_classes}, {self.embedding_size}{options}"

@@ -1,8 +1,7 @@
-"""InsightFace's margins and its PartialFC over ltloss; and the class centres that it saves, one file a rank.
+"""InsightFace's margins and PartialFC computed by ltloss, and a reader for the class centres that InsightFace saves.
 
-``from ltloss.interop.insightface import CombinedMarginLoss, PartialFC_V2`` in the place of the imports of
-``recognition/arcface_torch/train_v2.py`` is all that changes there. Nothing of InsightFace is needed.
-``docs/coming-from.md`` says what differs.
+In ``recognition/arcface_torch/train_v2.py`` only the imports change, to ``from ltloss.interop.insightface import
+CombinedMarginLoss, PartialFC_V2``. InsightFace itself is not needed. ``docs/coming-from.md`` says what differs.
 """
 
 from __future__ import annotations
@@ -31,20 +30,22 @@ from ltloss.losses.prototype_head import PrototypeHead
 
 __all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2", "import_insightface"]
 
-# N is the rank. From the newest arcface_torch to the oldest.
+# Names of the files that hold class centres, N being the rank, from the newest arcface_torch to the oldest.
 _KINDS = ("checkpoint_gpu_N.pt", "softmax_fc_gpu_N.pt", "rank_N_softmax_weight.pt")
 
 
 @dataclasses.dataclass(frozen=True)
 class ArcFace:
-    """The target logit s·cos(θ + margin), as it is beyond π too; the gradient takes d cos(θ + margin) / d cos θ as 1.
+    """ArcFace as InsightFace computes it: the target logit is s·cos(θ + margin), also where θ + margin exceeds π.
+
+    The gradient takes d cos(θ + margin) / d cos θ as 1.
 
     Args:
-        s: scale.
-        margin: in radians.
+        s: scale, positive.
+        margin: in radians, in [-π, π].
 
     Raises:
-        ValueError, TypeError: a scale that is not positive, a margin beyond π.
+        ValueError, TypeError: a scale or a margin out of range, or no number.
 
     See also: :class:`ltloss.ArcFaceLoss`, which holds the prototypes too; :class:`PartialFC_V2`, which takes this
     object.
@@ -62,18 +63,18 @@ class ArcFace:
         check_number("margin", self.margin, at_least=-math.pi, at_most=math.pi)
 
     def options(self) -> dict[str, Any]:
-        """Of :func:`ltloss.functional.margin_cross_entropy`."""
+        """The options for :func:`ltloss.functional.margin_cross_entropy`."""
         straight = {"beyond_pi": "cosine", "margin_gradient": "straight_through"}
         return {"scale": self.s, "angular_margin": self.margin, **straight}
 
 
 @dataclasses.dataclass(frozen=True)
 class CosFace:
-    """The target logit s·(cos θ − m).
+    """CosFace: the target logit is s·(cos θ − m).
 
     Args:
-        s: scale.
-        m: a cosine.
+        s: scale, positive.
+        m: margin, subtracted from the cosine.
 
     Raises:
         ValueError, TypeError: a scale that is not positive, a margin that is no number.
@@ -94,21 +95,21 @@ class CosFace:
         check_number("m", self.m)
 
     def options(self) -> dict[str, Any]:
-        """Of :func:`ltloss.functional.margin_cross_entropy`."""
+        """The options for :func:`ltloss.functional.margin_cross_entropy`."""
         return {"scale": self.s, "cosine_margin": self.m}
 
 
 @dataclasses.dataclass(frozen=True)
 class CombinedMarginLoss:
-    """:class:`ArcFace` with margin m2 where m1 = 1 and m3 = 0; :class:`CosFace` with m3 where m1 = 1 and m2 = 0.
+    """:class:`ArcFace` with margin m2 for margins (1, m2, 0); :class:`CosFace` with margin m3 for margins (1, 0, m3).
 
     Args:
-        s: scale.
+        s: scale, positive.
         m1, m2, m3: the margins, m2 in radians.
-        interclass_filtering_threshold: other classes with a larger cosine count as if it were 0; 0 for no filter.
+        interclass_filtering_threshold: the cosine of another class above it counts as 0; 0 turns the filter off.
 
     Raises:
-        ValueError, TypeError: other margins, of which InsightFace drops m1 and m2 or computes nothing.
+        ValueError, TypeError: margins of another form, which InsightFace does not compute, or values out of range.
 
     See also: :class:`ltloss.CombinedMarginLoss`, which holds the prototypes too; :class:`PartialFC_V2`, which takes
     this object.
@@ -139,12 +140,12 @@ class CombinedMarginLoss:
         return CosFace(self.s, self.m3) if self.m3 > 0.0 else ArcFace(self.s, self.m2)
 
     def options(self) -> dict[str, Any]:
-        """Of :func:`ltloss.functional.margin_cross_entropy`."""
+        """The options for :func:`ltloss.functional.margin_cross_entropy`."""
         return self._margin().options()
 
 
 class _FirstRanksHoldMore(Layout):
-    """Consecutive blocks as InsightFace cuts them: of C = 10 on four ranks 3, 3, 2 and 2 (a DTensor: 3, 3, 3, 1)."""
+    """InsightFace's blocks of consecutive classes: 10 classes on four ranks are 3, 3, 2, 2 (a DTensor: 3, 3, 3, 1)."""
 
     def span(self, class_rank: int | None = None) -> tuple[int, int]:
         """(start, stop) of the classes of a class rank, by default this one."""
@@ -157,23 +158,22 @@ class _FirstRanksHoldMore(Layout):
 class PartialFC_V2(nn.Module):
     """``PartialFC_V2`` of ``arcface_torch``: the class centres spread over the ranks, without N×C logits.
 
-    In one process that initialised nothing it holds all classes. Under ``torch.distributed`` every rank builds and
-    calls it.
+    Without ``torch.distributed`` it holds all classes. With it, every rank builds and calls the module.
 
     Args:
         margin_loss: :class:`CombinedMarginLoss`, :class:`ArcFace` or :class:`CosFace` of this module.
         embedding_size: D.
         num_classes: C.
-        sample_rate: below 1, a training step takes the batch's own classes and random others up to this fraction of
-            each rank's classes, without a correction of the logits.
-        fp16: hand embeddings on in float16, in which their gradient comes back: scale the loss.
+        sample_rate: below 1, a training step uses the classes of the batch and random others, up to this fraction of
+            each rank's classes. The logits are not corrected for it.
+        fp16: pass embeddings on in float16. Their gradient is float16 too, so scale the loss.
 
     Attributes:
-        weight: (num_local, D) float32 parameter, the centres of this rank's classes, ordinary and the only entry of the
-            state_dict: what InsightFace saves as ``state_dict_softmax_fc`` on this rank of as many is loaded, with the
-            state of the optimizer, and the other way round. From another number of ranks
-            :func:`import_insightface` reads the centres.
-        num_local, class_start: how many classes this rank has, and its first one.
+        weight: (num_local, D) float32 parameter, the centres of this rank's classes. It is an ordinary tensor and the
+            only entry of the state_dict. On the same number of ranks, it loads what InsightFace saves as
+            ``state_dict_softmax_fc``, with the state of the optimizer, and InsightFace loads what it saves. For
+            another number of ranks :func:`import_insightface` reads the centres.
+        num_local, class_start: how many classes this rank has, and the first of them.
 
     Raises:
         ValueError, TypeError: another margin, sizes that are no whole numbers from 1, a rate outside (0, 1].
@@ -226,21 +226,21 @@ class PartialFC_V2(nn.Module):
 
     def _arrange(self, layout: Layout) -> None:
         self.layout = layout
-        # DDP divides the gradients of the backbone by the number of ranks; those of the embeddings make up for it.
+        # DDP divides the backbone's gradients by the number of ranks. Those of the embeddings are multiplied by it.
         self.batch = BatchGather(layout, gradient_factor=float(layout.ranks))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the centres anew, from N(0, 0.01²), each rank its own also where all have one seed."""
+        """Draw the centres anew from N(0, 0.01²). Each rank draws different numbers, also where all have one seed."""
         layout = self.layout
         seed = comm.broadcast(torch.randint(1 << 62, (1,)).to(layout.device), 0, layout.group)
         drawn = torch.empty(self.weight.shape)
         self.weight.copy_(drawn.normal_(std=0.01, generator=seeded(int(seed), layout.rank)))
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
-        """Loss of the global batch for this rank's embeddings (n, D) and labels (n,) or (n, 1), a scalar.
+        """Loss of the global batch, a scalar, from this rank's embeddings (n, D) and labels (n,) or (n, 1).
 
-        The gradient of the embeddings is that of the loss, times the number of ranks by which DDP will divide.
+        The gradient of the embeddings is multiplied by the number of ranks, by which DDP divides it again.
         """
         if self.layout.mesh is None and self.layout.device != self.weight.device:  # the module was moved
             self._arrange(dataclasses.replace(self.layout, device=self.weight.device))
@@ -272,14 +272,14 @@ def import_insightface(head: PrototypeHead | PartialFC_V2, files: str | Path | S
     Args:
         head: sharded or not, over any number of ranks; or a :class:`PartialFC_V2`.
         files: a folder with ``checkpoint_gpu_N.pt``, ``softmax_fc_gpu_N.pt`` or ``rank_N_softmax_weight.pt``; or one
-            file, or several. Files of these names are put in the order of N, files of other names stay in the order
-            given. Each holds the tensor ``weight`` (classes of rank N, D) or is that tensor. They are read one at a
-            time with ``weights_only=True``; those of PyTorch before 1.6 too.
+            file, or several. Files of these names are sorted by N, files of other names stay in the order given. Each
+            holds the tensor ``weight`` (classes of rank N, D) or is that tensor. Files are read one at a time with
+            ``weights_only=True``; PyTorch before 1.6 may have written them.
 
     Raises:
-        FileNotFoundError: no such files, or that of a rank is missing.
-        ValueError: files of several kinds or of one rank; a damaged file or one that holds code; different D; together
-            not the head's shape. Nothing was changed then.
+        FileNotFoundError: no such files, or the file of a rank is missing.
+        ValueError: files of several kinds, or two of one rank; a file that is damaged or holds code; files with
+            different D; centres that together do not have the head's shape. The head is then unchanged.
 
     See also: :func:`ltloss.interop.import_pytorch_metric_learning`; :func:`ltloss.interop.import_safetensors`.
 
@@ -302,7 +302,7 @@ def import_insightface(head: PrototypeHead | PartialFC_V2, files: str | Path | S
         width = width or shard.shape[1]
         if shard.shape[1] != width:
             raise ValueError(f"{paths[0]} holds prototypes with D = {width}, {path} with D = {shard.shape[1]}")
-        rows.append(shard[max(start - first, 0) : max(stop - first, 0)].clone())  # the rest of the file is let go
+        rows.append(shard[max(start - first, 0) : max(stop - first, 0)].clone())  # so that the file can be released
         first += shard.shape[0]
     origin = f"{paths[0]} to {paths[-1].name}" if len(paths) > 1 else str(paths[0])
     if isinstance(head, PartialFC_V2):
@@ -321,7 +321,7 @@ def _rank(path: Path) -> int:
 
 
 def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files in the order of their ranks."""
+    """The files, sorted by rank if their names have one."""
     if isinstance(files, str | os.PathLike):
         given = Path(files)
         if not given.is_dir():

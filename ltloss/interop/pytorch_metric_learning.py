@@ -1,8 +1,8 @@
-"""pytorch-metric-learning's classification losses, without the N×C logits; and the prototypes of its own.
+"""pytorch-metric-learning's classification losses without the N×C logits, and a reader for its prototypes.
 
-``from ltloss.interop.pytorch_metric_learning import ArcFaceLoss`` in the place of ``from
-pytorch_metric_learning.losses import ArcFaceLoss`` is all that changes: arguments, parameter, loss and gradients are
-the same. The package itself is not needed. ``docs/coming-from.md`` says what differs.
+Replace ``from pytorch_metric_learning.losses import ArcFaceLoss`` by ``from ltloss.interop.pytorch_metric_learning
+import ArcFaceLoss``. Arguments, parameter, loss and gradients stay the same. The library itself is not needed.
+``docs/coming-from.md`` says what differs.
 """
 
 from __future__ import annotations
@@ -40,22 +40,23 @@ __all__ = [
 class ArcFaceLoss(ClassificationLoss):
     """``pytorch_metric_learning.losses.ArcFaceLoss``: logits s·cos θ_c, and s·cos(θ_y + m) for the target.
 
-    Beyond θ + m = π the target's is s·(cos θ − m·sin m).
+    Beyond θ + m = π the target logit is s·(cos θ − m·sin m).
 
     Args:
         num_classes: C.
         embedding_size: D.
-        margin: m in degrees.
-        scale: s.
-        options: ``weight_init_func`` takes ``W`` and fills it, a normal distribution by default. ``weight_regularizer``
-            takes the prototypes (C, D), ``embedding_regularizer`` the embeddings (N, D); times ``weight_reg_weight``
-            and ``embedding_reg_weight`` they are added. ``reducer`` is called with ``{"loss": {"losses": (N,),
-            "indices": (N,), "reduction_type": "element"}}``, embeddings and labels, and once for each regulariser. Of
-            distances only the cosine.
+        margin: m in degrees, in [-180, 180].
+        scale: s > 0.
+        options: as in that library. ``weight_init_func`` takes ``W`` (D, C) and fills it; by default from a normal
+            distribution. ``weight_regularizer`` takes the prototypes (C, D) and ``embedding_regularizer`` the
+            embeddings (N, D); their results, times ``weight_reg_weight`` and ``embedding_reg_weight``, are added to the
+            loss. ``reducer`` is called with ``{"loss": {"losses": (N,), "indices": (N,), "reduction_type":
+            "element"}}``, embeddings and labels, and again for each regulariser. ``distance`` must compute cosines.
+            ``collect_stats`` must not be True.
 
     Attributes:
-        W: (D, C) parameter. It lies in memory as (C, D), so ``W`` is not contiguous and ``weight``, its transpose, is.
-        margin: in radians, as there; ``margin`` and ``scale`` may be set later.
+        W: (D, C) parameter. It is stored as (C, D): ``W`` is not contiguous, its transpose ``weight`` is.
+        margin: m in radians, as in that library. ``margin`` and ``scale`` may be set later.
 
     Raises:
         ValueError, TypeError: sizes that are no whole numbers from 1, a margin or scale out of range, another distance.
@@ -92,9 +93,9 @@ class ArcFaceLoss(ClassificationLoss):
 
 
 class SubCenterArcFaceLoss(ArcFaceLoss):
-    """``pytorch_metric_learning.losses.SubCenterArcFaceLoss``: :class:`ArcFaceLoss` of the nearest of K prototypes.
+    """``pytorch_metric_learning.losses.SubCenterArcFaceLoss``: :class:`ArcFaceLoss` with K prototypes a class.
 
-    cos θ_c is the largest of the cosines to the K sub-centres of class c; the gradient goes to that one.
+    cos θ_c is the largest cosine to the K sub-centres of class c; the gradient goes to that sub-centre.
 
     Args:
         num_classes: C.
@@ -102,10 +103,10 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
         margin: m in degrees.
         scale: s.
         sub_centers: K, 1 to 8.
-        options: as of :class:`ArcFaceLoss`; regularisers of the weight take all prototypes (C·K, D).
+        options: as for :class:`ArcFaceLoss`; ``weight_regularizer`` takes all prototypes (C·K, D).
 
     Attributes:
-        W: (D, C·K) parameter, sub-centre k of class c in column c·K + k, in memory as (C·K, D).
+        W: (D, C·K) parameter, stored as (C·K, D). Column c·K + k is sub-centre k of class c.
 
     Raises:
         ValueError, TypeError: as :class:`ArcFaceLoss`, and a ``sub_centers`` out of range.
@@ -141,24 +142,26 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
 
     @property
     def weight(self) -> Tensor:
-        """The prototypes (C, K, D), contiguous, in the memory of ``W``: for :mod:`ltloss.functional`."""
+        """The prototypes (C, K, D) for :mod:`ltloss.functional`: contiguous, a view of ``W``."""
         return self.W.t().reshape(self.num_classes, self.sub_centers, self.embedding_size)
 
     @torch.no_grad()
     def get_outliers(
         self, embeddings: Tensor, labels: Tensor, threshold: float = 75, return_dominant_centers: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Samples whose angle to the dominant sub-centre of their class exceeds ``threshold``, and those sub-centres.
+        """Samples whose angle to the dominant sub-centre of their class exceeds ``threshold``, and these sub-centres.
+
+        The dominant sub-centre of a class is the one that is nearest to most of its samples.
 
         Args:
             embeddings: (N, D), of the whole training set.
             labels: (N,).
             threshold: in degrees.
-            return_dominant_centers: either gives both, as there.
+            return_dominant_centers: without effect, as in that library: both are returned.
 
         Returns:
-            ``(outliers, dominant_centers)``: indices of samples, class by class, and (D, C); of a class without samples
-            its first sub-centre.
+            ``(outliers, dominant_centers)``: indices of samples, ordered by class, and (D, C). For a class without
+            samples it is the first sub-centre.
 
         Raises:
             ValueError, TypeError, IndexError: tensors that do not fit together.
@@ -180,9 +183,9 @@ class CosFaceLoss(ClassificationLoss):
     Args:
         num_classes: C.
         embedding_size: D.
-        margin: m, a cosine.
-        scale: s.
-        options: as of :class:`ArcFaceLoss`.
+        margin: m, subtracted from the cosine.
+        scale: s > 0.
+        options: as for :class:`ArcFaceLoss`.
 
     Raises:
         ValueError, TypeError: a margin, scale or size of another type or out of range.
@@ -221,8 +224,8 @@ class NormalizedSoftmaxLoss(ClassificationLoss):
     Args:
         num_classes: C.
         embedding_size: D.
-        temperature: T.
-        options: as of :class:`ArcFaceLoss`. ``distance=DotProductSimilarity(normalize_embeddings=False)`` keeps the
+        temperature: T > 0.
+        options: as for :class:`ArcFaceLoss`. ``distance=DotProductSimilarity(normalize_embeddings=False)`` keeps the
             length of the embedding: logits ‖x‖·cos θ_c / T.
 
     Raises:
@@ -259,14 +262,14 @@ class NormalizedSoftmaxLoss(ClassificationLoss):
 class SphereFaceLoss(ClassificationLoss):
     """``pytorch_metric_learning.losses.SphereFaceLoss``: logits s·‖x‖·cos θ_c, and s·‖x‖·ψ(θ_y) for the target.
 
-    ψ(θ) = (−1)^k·cos(m·θ) − 2k on the k-th stretch [kπ/m, (k+1)π/m]: it falls everywhere.
+    ψ(θ) = (−1)^k·cos(m·θ) − 2k for θ in [kπ/m, (k+1)π/m], k = 0, 1, ...: ψ decreases everywhere.
 
     Args:
         num_classes: C.
         embedding_size: D.
-        margin: m >= 1; its whole part counts.
-        scale: s.
-        options: as of :class:`ArcFaceLoss`.
+        margin: m >= 1, rounded down to an integer.
+        scale: s > 0.
+        options: as for :class:`ArcFaceLoss`.
 
     Raises:
         ValueError, TypeError: a margin, scale or size of another type or out of range.
@@ -323,20 +326,20 @@ class LargeMarginSoftmaxLoss(SphereFaceLoss):
         counted = embeddings.masked_fill(stats.labels[:, None] < 0, 0.0)
         pairs, dtype = (counted, self.weight[stats.labels.clamp_min(0)]), stats.target_logit.dtype
         x, w = (torch.linalg.vector_norm(rows, dim=1, dtype=dtype) for rows in pairs)
-        # Only the target needs its cosine: the logit divided by what multiplies it.
+        # Only the target needs a cosine: its logit divided by s·‖x‖·‖w‖.
         stats = stats._replace(logit_scale=self.scale * x * w, normalize_prototypes=True)
         return margin_losses(stats, angle_multiplier=self.margin)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Logits without margin (N, C), dense."""
+        """Dense logits (N, C) without margin."""
         return self.scale * products(embeddings, self.weight)
 
 
 def import_pytorch_metric_learning(head: PrototypeHead, loss: nn.Module | Mapping[str, Tensor] | Tensor) -> None:
-    """Fill a head with the ``W`` of a pytorch-metric-learning loss, which stands transposed, (D, C).
+    """Fill a head with the prototypes ``W`` (D, C) of a pytorch-metric-learning loss.
 
     Args:
-        head: sharded or not. With K sub-centres W is (D, C·K), as of ``SubCenterArcFaceLoss``.
+        head: sharded or not. For a head with K sub-centres W is (D, C·K), as in ``SubCenterArcFaceLoss``.
         loss: the loss, its state_dict, or ``W`` itself; the same on all ranks.
 
     Raises:

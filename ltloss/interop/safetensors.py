@@ -1,4 +1,4 @@
-"""A head as one safetensors file."""
+"""Write a head into one safetensors file, and read it."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def export_safetensors(head: PrototypeHead, path: str | Path) -> None:
 
     Args:
         head: sharded or not.
-        path: of the file, which either keeps its former content or gets all of the new one.
+        path: the file to write. It either keeps its former content or gets all of the new one.
 
     Raises:
-        OSError: rank 0 cannot write (elsewhere :class:`ltloss.distributed.DistributedError`).
+        OSError: rank 0 cannot write; the other ranks raise :class:`ltloss.distributed.DistributedError`.
 
     See also: :func:`import_safetensors`, which reads the file; :func:`ltloss.export.export_head`, for a model that runs
     without this package.
@@ -58,7 +58,7 @@ def export_safetensors(head: PrototypeHead, path: str | Path) -> None:
         True
     """
     layout, state = Layout.of(head.weight), head.state_dict()
-    rows = (block for tensor in state.values() for block in blocks(tensor))  # the ranks send them to each other
+    rows = (block for tensor in state.values() for block in blocks(tensor))  # each block is a collective of all ranks
     error: Exception | None = None
     try:
         if layout.rank == 0:
@@ -66,7 +66,7 @@ def export_safetensors(head: PrototypeHead, path: str | Path) -> None:
             write_file(Path(path), chain([_safetensors_header(state, head.described())], content))
     except OSError as failure:
         error = failure
-    for _ in rows:  # on the other ranks, and after an error: all take part
+    for _ in rows:  # other ranks, and rank 0 after an error, must take part in the blocks that are left
         pass
     all_gather_metadata([], error, layout.group, layout.device)
 
@@ -76,7 +76,7 @@ def _bytes(block: Tensor) -> memoryview:
 
 
 def _safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    # Not of the library: that writes only what is whole in memory.
+    # The library's own writer needs all tensors whole in memory.
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, tensor in tensors.items():
@@ -94,17 +94,17 @@ def _rows(weight: Tensor, exponent: Tensor | None) -> Tensor:
 
 
 def import_safetensors(head: PrototypeHead, path: str | Path) -> None:
-    """Fill a head with the tensors of a safetensors file, each rank reading its own classes.
+    """Fill a head with the tensors of a safetensors file; each rank reads its own classes.
 
-    Prototypes in float8 are read into a head of any dtype, and any prototypes into a float8 head.
+    Float8 prototypes can be read into a head of any dtype, and prototypes of any dtype into a float8 head.
 
     Args:
-        head: sharded or not; every tensor of its state_dict must be in the file, in the same shape.
-        path: of the file.
+        head: sharded or not. Every tensor of its state_dict must be in the file, in the same shape.
+        path: the file to read.
 
     Raises:
         ImportError: the safetensors package is not installed.
-        ValueError: the file is damaged, or a tensor is missing or has another shape; nothing was changed then.
+        ValueError: the file is damaged, or a tensor is missing or has another shape. The head is then unchanged.
 
     See also: :func:`export_safetensors`, which writes the file.
 
