@@ -1,1 +1,1 @@
-"""What :mod:`ltloss.sklearn` is made of: a space, losses to choose from, training, calibration."""
+"""The parts of :mod:`ltloss.sklearn`: the feature space, losses to choose from, training, calibration, files."""

@@ -1,4 +1,4 @@
-"""The validation part: which rows it holds, the share that is right there, the temperature, the calibration error."""
+"""The validation part: its rows, the accuracy on it, the temperature that is fitted on it, the calibration error."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from ltloss.numerics import spans
 
 __all__ = ["block_rows", "calibration_error", "share_right", "temperature", "validation_mask"]
 
-_BLOCK = 1 << 22  # logits, or features, that exist at once
-_MOST = 20_000  # rows of a validation part
-_MOST_LOGITS = 1 << 27  # of the rows that the temperature is fitted on
+_BLOCK = 1 << 22  # numbers in a block of logits or features
+_MOST = 20_000  # rows of a validation part, about
+_MOST_LOGITS = 1 << 27  # logits that the temperature is fitted on
 _BINS = 15
-_ROUNDS = 12
+_ROUNDS = 12  # Newton steps at most
 
 
 def block_rows(classifier: Classifier) -> int:
-    """Rows whose features and dense logits are made at once."""
+    """How many rows make a block of features and dense logits."""
     return max(1, _BLOCK // max(classifier.prototypes.shape))
 
 
 def validation_mask(labels: Tensor, classes: int, fraction: float, generator: torch.Generator) -> Tensor:
-    """True (N,) for the rows held out: of each class that fraction, rounded up or down by lot, never its last row."""
+    """A mask (N,), True for the rows held out: ``fraction`` of each class, rounded up or down at random.
+
+    A class always keeps one row. At least one row is held out.
+    """
     counts = torch.bincount(labels, minlength=classes)
     most = int(counts.max())
     if most < 2:
@@ -49,14 +52,14 @@ def validation_mask(labels: Tensor, classes: int, fraction: float, generator: to
 
 
 def _blocks(batches: Batches, part: Part, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Features, labels and weights by blocks, on the device."""
+    """Features, labels and weights of a part in blocks, on the device."""
     for start, stop in spans(len(part.rows), rows):
         block = part.take(slice(start, stop))
         yield batches[block.rows], block.labels.to(batches.device), block.weights.to(batches.device)
 
 
 def share_right(classifier: Classifier, batches: Batches, part: Part) -> float:
-    """Weighted fraction of the rows of a part whose first class is right."""
+    """Weighted top-1 accuracy on a part."""
     right = 0.0
     for z, labels, weights in _blocks(batches, part, 4096):
         right += float(((classifier.best(z)[:, 0] == labels) * weights).sum())
@@ -64,9 +67,10 @@ def share_right(classifier: Classifier, batches: Batches, part: Part) -> float:
 
 
 def temperature(classifier: Classifier, offset: Tensor, batches: Batches, part: Part) -> float:
-    """T of softmax(logits/T + offset (C,)) with the least weighted negative log-likelihood, by Newton's method in 1/T.
+    """The temperature T that minimises the weighted negative log-likelihood of softmax(logits/T + offset), offset (C,).
 
-    The likelihood is concave in 1/T: its slope is Σ w (l_y − E[l]), its curvature −Σ w Var[l].
+    Newton's method in 1/T, in which the log-likelihood is concave: its slope is Σ w·(l_y − E[l]), its curvature
+    −Σ w·Var[l]. A large part is cut to its first rows. T lies in [0.02, 50].
 
     Source: Guo et al., On calibration of modern neural networks, ICML 2017, section 4.2.
     """
@@ -91,7 +95,7 @@ def temperature(classifier: Classifier, offset: Tensor, batches: Batches, part: 
 
 
 def calibration_error(classifier: Classifier, batches: Batches, part: Part) -> float:
-    """Expected calibration error: Σ_bins |share right − mean confidence| · weight, 15 bins of the largest probability.
+    """Expected calibration error: Σ_bins (weight of the bin)·|accuracy − mean confidence|, 15 bins of the confidence.
 
     Source: Guo et al., ICML 2017, eq. 3.
     """

@@ -22,14 +22,14 @@ _FORMAT = "ltloss.sklearn.LongTailClassifier 1"
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy as one of Python."""
+    """A NumPy scalar as a Python number; TypeError for anything else, which only a pickle could hold."""
     if not isinstance(value, np.generic):
         raise TypeError(f"{type(value).__name__} {value!r} cannot be saved without pickle")
     return value.item()
 
 
 def write(path: Path, arrays: Mapping[str, Array], values: Mapping[str, Any]) -> None:
-    """Write arrays and values; the file holds either its former content or all of this."""
+    """Write arrays and values; the file keeps its former content or gets all of the new one."""
     listed = {name: array.tolist() for name, array in arrays.items() if array.dtype == object}
     text = json.dumps({"format": _FORMAT, "objects": listed, "values": values}, default=_plain)
     whole = {name: array for name, array in arrays.items() if name not in listed}
@@ -40,7 +40,7 @@ def write(path: Path, arrays: Mapping[str, Array], values: Mapping[str, Any]) ->
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """ValueError where what is inside meets a damaged or foreign file; a file that cannot be opened stays OSError."""
+    """Turn errors within the block into a ValueError about ``path``; a file that cannot be opened stays an OSError."""
     try:
         yield
     except Exception as error:  # whatever the bytes make of the readers
@@ -51,9 +51,9 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def read(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Arrays and values of a file of :func:`write`, to be used inside of :func:`explained`."""
+    """Arrays and values of a file that :func:`write` made; call it within :func:`explained`."""
     with path.open("rb") as stream:
-        if stream.read(2) != b"PK":  # NumPy would take it for a pickle, and say how to run what is in it
+        if stream.read(2) != b"PK":  # NumPy would take it for a pickle, and its error would tell how to run it
             raise ValueError("it is no .npz file")
         stream.seek(0)
         with np.load(stream, allow_pickle=False) as file:
@@ -67,7 +67,7 @@ def read(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def _check(arrays: Mapping[str, Array], values: Mapping[str, Any]) -> None:
-    """Raise where what was fitted does not fit together: it would fail, or predict nonsense, when it is used."""
+    """Raise an error where the fitted values contradict each other: they would fail, or predict nonsense, in use."""
     strange = [name for name in (*arrays, *values) if not name.endswith("_")]
     if strange:
         raise ValueError(f"it holds {strange[0]}")

@@ -1,4 +1,4 @@
-"""A whole fit: hold out, find the space, choose a loss, train, calibrate. And a pass over samples that came later."""
+"""A whole fit: hold out, find the space, choose a loss, train, calibrate. Also one more pass for ``partial_fit``."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from ltloss._estimator.training import Training, progress
 
 __all__ = ["Fitted", "Options", "Task", "fit", "fit_more"]
 
-_PASSES, _LEAST_STEPS = 4, 100  # of max_iter=None
-_TRIAL, _LEAST_TRIAL = 0.1, 50  # steps of each candidate while one is chosen: a share of all, but so many
+_PASSES, _LEAST_STEPS = 4, 100  # with max_iter=None: passes, but at least so many steps
+_TRIAL, _LEAST_TRIAL = 0.1, 50  # steps of a candidate's trial: this share of all steps, but at least so many
 
 
 class Options(NamedTuple):
-    """What a fit is told; see the arguments of the estimator."""
+    """Options of a fit; see the arguments of the estimator."""
 
     candidates: tuple[Candidate, ...]
     uniform: bool
     max_iter: int | None
     batch_size: int
     lr: float
-    patience: int | None  # passes without gain; None: no early stopping
-    fraction: float | None  # held out
+    patience: int | None  # passes without a better score before training stops; None: no early stopping
+    fraction: float | None  # of each class to hold out; None: no validation part
     refit: bool
     device: torch.device
     verbose: bool
 
     def steps(self, rows: int) -> int:
-        """Of a training on so many rows."""
+        """Steps of a training on ``rows`` rows."""
         each = -(-rows // self.batch_size)
         return max(_PASSES * each, _LEAST_STEPS) if self.max_iter is None else self.max_iter * each
 
 
 class Task(NamedTuple):
-    """What is to be learned: all rows with their sample weights, and a factor (C,) on the loss of each class."""
+    """The data of a fit: all rows with their sample weights, and a factor (C,) on the loss of each class."""
 
     X: Array
     every: Part
@@ -48,13 +48,13 @@ class Task(NamedTuple):
     generator: torch.Generator
 
     def weighted(self, part: Part) -> Part:
-        """Rows with the weights of their classes, of mean 1."""
+        """The part with its weights multiplied by those of the classes, and scaled to mean 1."""
         weights = part.weights * self.class_weight[part.labels]
         return part._replace(weights=weights / weights.mean())
 
 
 class Fitted(NamedTuple):
-    """What a fit found; all tensors are on the CPU."""
+    """The result of a fit; all tensors are on the CPU."""
 
     space: Space
     candidate: Candidate
@@ -62,19 +62,19 @@ class Fitted(NamedTuple):
     counts: Tensor  # (C,) summed sample weights
     passes: int
     temperature: float = 1.0
-    score: float | None = None  # of the validation part
-    error: float | None = None  # its calibration error
-    scores: dict[str, float] | None = None  # of the candidates, where there was a choice
+    score: float | None = None  # accuracy on the validation part
+    error: float | None = None  # calibration error on the validation part
+    scores: dict[str, float] | None = None  # accuracy of each candidate in its trial, where there was a choice
 
 
 def fit(task: Task, options: Options, former: Fitted | None = None) -> Fitted:
-    """Fit anew, or go on from ``former`` with its space and its loss."""
+    """Fit anew, or continue from ``former`` with its space and its loss."""
     counts = task.every.mass(len(task.class_weight))
     part, held = task.every, None
     if options.fraction is not None:
         mask = validation_mask(part.labels, len(counts), options.fraction, task.generator)
         part, held = part.take(~mask), task.weighted(part.take(mask))
-        if options.uniform:  # each class counts alike, the held out ones of each stand for all of it
+        if options.uniform:  # all classes count alike: the held-out rows of a class stand for the class
             held = held._replace(weights=held.weights / counts[held.labels])
     scores = None
     if former is None:
@@ -100,7 +100,7 @@ def fit(task: Task, options: Options, former: Fitted | None = None) -> Fitted:
 
 
 class _Work:
-    """The parts of one fit on the device."""
+    """The trainings of one fit on its device, and their scores on the validation part."""
 
     def __init__(
         self, task: Task, options: Options, space: Space, part: Part, held: Part | None, offset: Tensor
@@ -125,13 +125,13 @@ class _Work:
         return share_right(classifier.expecting(self._offset, 1.0), self._batches, self._held)
 
     def tried(self, candidate: Candidate, means: Tensor) -> float:
-        """What a candidate reaches on the validation part in a short training."""
+        """Accuracy of a candidate on the validation part after a short training."""
         training = self._training(candidate, candidate.of_means(means))
         self._run(training, max(int(_TRIAL * self._steps), min(self._steps, _LEAST_TRIAL)))
         return self._score(training.classifier())
 
     def trained(self, candidate: Candidate, start: Classifier) -> tuple[Classifier, int]:
-        """The classifier after all steps, or the best one of early stopping, and the passes that it took."""
+        """The classifier after all steps, or the best one with early stopping, and how many passes it was trained."""
         training, patience = self._training(candidate, start), self._options.patience
         if patience is None:
             passes = self._run(training, self._steps)
@@ -151,7 +151,7 @@ class _Work:
         return kept, passes - since
 
     def calibrated(self, fitted: Fitted, held: Part) -> Fitted:
-        """With temperature, score and calibration error on the part that was held out."""
+        """``fitted`` with temperature, score and calibration error from the held-out part."""
         found = temperature(fitted.classifier, self._offset, self._batches, held)
         classifier = fitted.classifier.expecting(self._offset, found)
         error = calibration_error(classifier, self._batches, held)
@@ -159,7 +159,11 @@ class _Work:
 
 
 def fit_more(task: Task, options: Options, former: Fitted | None, training: Training | None) -> tuple[Fitted, Training]:
-    """One pass at a constant rate over all rows of the task, from ``former`` on; without one the space is of these."""
+    """One pass at a constant learning rate over all rows of the task, continuing from ``former``.
+
+    Without ``former`` the space comes from these rows, and the loss is the middle candidate. ``training`` is that of
+    the call before, or None. Classes that appear for the first time start at their means.
+    """
     classes, device = len(task.class_weight), options.device
     mass = task.every.mass(classes)
     if former is None:

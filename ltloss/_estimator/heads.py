@@ -1,4 +1,4 @@
-"""The losses that the estimator chooses from, where they start, and what is left of them to predict with."""
+"""The losses that the estimator chooses from, their initial prototypes, and the classifier that they leave."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from ltloss.reference import direction
 
 __all__ = ["Candidate", "Classifier", "log_prior", "offset_of"]
 
-_UNSEEN = -1e30  # logit of a class without samples: its probability is 0
-_SURE = 32.0  # how sharp the start of a linear layer is
-_GAIN = 16.0  # features of a linear layer are multiplied by it: how far one step of AdamW moves its logits
+_UNSEEN = -1e30  # offset of a class without samples: its probability is 0
+_SURE = 32.0  # scale of a linear layer's initial logits
+_GAIN = 16.0  # factor on the features of a linear layer; it sets how far one step of AdamW moves the logits
 
 
 def log_prior(counts: Tensor) -> Tensor:
-    """log π (C,) for training; a class without samples so far counts as the rarest one."""
+    """log π (C,) for training; a class without samples counts as the rarest class with some."""
     return log_prior_from_counts(counts.clamp(min=float(counts[counts > 0].min())))
 
 
 def offset_of(counts: Tensor, uniform: bool) -> Tensor:
-    """What prediction adds to the logits (C,): nothing, or log π; a class without samples gets no probability."""
+    """The offset (C,) that prediction adds to the logits: 0 if ``uniform``, else log π.
+
+    A class without samples gets an offset that makes its probability 0.
+    """
     return torch.where(counts > 0, 0.0 if uniform else log_prior(counts), _UNSEEN)
 
 
 class Classifier(NamedTuple):
-    """Logits (z·prototype_c + intercept_c)/temperature of features z, which ``unit`` divides by their lengths first."""
+    """A linear classifier: logits (z·prototype_c + intercept_c)/temperature; with ``unit`` z is normalised first."""
 
     prototypes: Tensor  # (C, D)
     intercept: Tensor  # (C,)
@@ -46,12 +49,12 @@ class Classifier(NamedTuple):
         return torch.addmm(self.intercept, self._features(z), self.prototypes.T).div_(self.temperature)
 
     def best(self, z: Tensor, k: int = 1) -> Tensor:
-        """The classes (n, k) of the k largest logits, best first, without n×C."""
+        """The classes (n, k) of the k largest logits, best first, without storing n×C logits."""
         options: Any = {"normalize_prototypes": False, "bias": self.intercept}
         return F.top_k(self._features(z), self.prototypes, k, **options).index
 
     def expecting(self, offset: Tensor, temperature: float) -> Classifier:
-        """With the logits divided by a temperature, and ``offset`` (C,) added then."""
+        """The classifier whose logits are divided by ``temperature``, after which ``offset`` (C,) is added."""
         return self._replace(intercept=self.intercept + temperature * offset, temperature=temperature)
 
     def to(self, device: torch.device) -> Classifier:
@@ -60,33 +63,36 @@ class Classifier(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A loss to try: softmax of a linear layer, or with a ``scale`` of s·cos; with a log prior in training."""
+    """A loss to try, with the log prior: softmax of a linear layer if ``scale`` is None, else of s·cos."""
 
     scale: float | None
 
     @classmethod
     def named(cls, name: str) -> Candidate:
-        """The inverse of :attr:`name`."""
+        """The candidate with that :attr:`name`."""
         return cls(None if name == "linear" else float(name.removeprefix("cosine-")))
 
     @property
     def name(self) -> str:
-        """ "linear", or "cosine-" and the scale."""
+        """The name: "linear", or for instance "cosine-16"."""
         return "linear" if self.scale is None else f"cosine-{str(float(self.scale)).removesuffix('.0')}"
 
     @property
     def gain(self) -> float:
-        """What features are multiplied by in training."""
+        """Factor on the features in training."""
         return _GAIN if self.scale is None else 1.0
 
     def of_means(self, means: Tensor) -> Classifier:
-        """The classifier by the nearest class mean: in distance (linear discriminant analysis), or in angle."""
-        if self.scale is None:  # s of a cosine, for of the features D is many times too sure
+        """The nearest-mean classifier of means (C, D): by distance for the linear layer, by angle for a cosine.
+
+        By distance it is linear discriminant analysis.
+        """
+        if self.scale is None:  # the exact factor would be D, which makes the probabilities far too sharp
             return Classifier(_SURE * means, -0.5 * _SURE * means.square().sum(1), False)
         return Classifier(self.scale * direction(means), means.new_zeros(len(means)), True)
 
     def head(self, shape: tuple[int, int], counts: Tensor, device: torch.device) -> CombinedMarginLoss:
-        """The loss module for C classes of D features, without values yet."""
+        """The loss module for ``shape`` = (C, D), with uninitialised prototypes."""
         head: CombinedMarginLoss
         options: dict[str, Any] = {"log_prior": log_prior(counts), "reduction": "none", "device": "meta"}
         with torch.random.fork_rng(devices=[]):  # the bias is drawn also where the weight has no memory
@@ -98,7 +104,10 @@ class Candidate(NamedTuple):
 
     @torch.no_grad()
     def place(self, head: CombinedMarginLoss, start: Classifier, which: Tensor, generator: torch.Generator) -> None:
-        """Put the prototypes of the classes ``which`` (C,) at ``start``; one of length 0 gets a drawn direction."""
+        """Set the prototypes of the classes in the mask ``which`` (C,) to those of ``start``.
+
+        For a cosine, a prototype of length 0 gets a random direction instead.
+        """
         if isinstance(head, LinearSoftmaxLoss) and head.bias is not None:
             head.weight[which] = start.prototypes[which].to(head.weight) / self.gain
             head.bias[which] = start.intercept[which].to(head.bias)
@@ -109,7 +118,7 @@ class Candidate(NamedTuple):
         head.weight[which] = rows.to(head.weight)
 
     def classifier(self, head: CombinedMarginLoss) -> Classifier:
-        """What the head has learned, in memory of its own; the prior stays behind."""
+        """The classifier that the head has learned, as a copy, without the log prior."""
         weight = head.weight.detach()
         if isinstance(head, LinearSoftmaxLoss) and head.bias is not None:
             return Classifier(self.gain * weight, head.bias.detach().clone(), False)

@@ -1,4 +1,4 @@
-"""Features centred and whitened by their covariance within the classes, a block of rows at a time."""
+"""The feature space: features centred, and whitened by their covariance within classes, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = ["WIDEST", "Batches", "Part", "Space", "class_means", "of_class_means"
 
 Array = np.ndarray[Any, Any]
 
-_BLOCK = 1 << 20  # numbers of X that are converted at once
-WIDEST = 4096  # features; wider ones are divided by their deviations and not turned
+_BLOCK = 1 << 20  # numbers of X that are converted at a time
+WIDEST = 4096  # features up to which the whitening is a matrix; more are only divided by their standard deviations
 _LEAST_SHRINKAGE = 0.01
-_LEAST_VARIANCE = 1e-3  # of a feature within the classes, as a part of all its variance
+_LEAST_VARIANCE = 1e-3  # least variance of a feature within classes, as a fraction of its total variance
 
 
 class Part(NamedTuple):
-    """Some rows of X: where they are, their labels and their weights (n,), all torch tensors on the CPU."""
+    """Some rows of X: their indices, labels and weights, (n,) each, on the CPU."""
 
     rows: Tensor
     labels: Tensor
     weights: Tensor
 
     def take(self, chosen: Tensor | slice) -> Part:
-        """The rows that a mask, positions or a slice point at."""
+        """The rows that a mask, indices or a slice select."""
         return Part(*(values[chosen] for values in self))
 
     def mass(self, classes: int) -> Tensor:
@@ -39,9 +39,9 @@ class Part(NamedTuple):
 
 
 class Space(NamedTuple):
-    """x -> (x − mean)·whitening: the covariance within the classes becomes I/D, so a length is about 1.
+    """x -> (x − mean)·whitening. The covariance within classes becomes I/D, so that rows have a length of about 1.
 
-    ``whitening`` is upper triangular (D, D), or (D,) for more than 4096 features.
+    ``mean`` is (D,). ``whitening`` is upper triangular (D, D), or a diagonal (D,) for more than 4096 features.
     """
 
     mean: Tensor
@@ -58,7 +58,7 @@ class Space(NamedTuple):
 
 
 def rows_of(X: Array, index: Tensor | slice) -> Tensor:
-    """Rows of X as a float32 tensor of its own; X may be read-only, on disk, or of another floating dtype."""
+    """A float32 copy of rows of X, which may be read-only, memory-mapped, or of another floating dtype."""
     with np.errstate(over="ignore"):
         rows = np.array(X[index if isinstance(index, slice) else index.numpy()], dtype=np.float32)
     if X.dtype == np.float64 and not np.isfinite(rows).all():
@@ -68,18 +68,18 @@ def rows_of(X: Array, index: Tensor | slice) -> Tensor:
 
 @dataclass(frozen=True)
 class Batches:
-    """Rows of X in a space, made when they are asked for: a whole copy of X does not exist."""
+    """Rows of X mapped to a space on demand, so that X is never copied whole."""
 
     X: Array
     space: Space
     device: torch.device
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """The rows at these positions, (n, D) on the device."""
+        """The mapped rows at these indices, (n, D) on the device."""
         return self.space(rows_of(self.X, index).to(self.device))
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
-        """All of X in blocks of at most so many rows."""
+        """All of X in blocks of at most ``rows`` rows, each with its slice."""
         for start, stop in spans(len(self.X), rows):
             yield slice(start, stop), self[start:stop]
 
@@ -101,8 +101,9 @@ def class_means(X: Array, part: Part, classes: int, space: Space) -> Tensor:
 def of_class_means(X: Array, part: Part, classes: int) -> tuple[Space, Tensor]:
     """The space of these rows, and the weighted mean (C, D) of each class in it.
 
-    With S the covariance within the classes and d its diagonal, the whitening W is that of (1 − a)·S + a·diag(d), whose
-    inverse is D·W·Wᵀ. a = D/(D + n − C), at least 0.01: few samples a class tell little of how features go together.
+    S is the covariance within the classes and d its diagonal. The whitening W is that of the shrunken covariance
+    (1 − a)·S + a·diag(d), whose inverse is D·W·Wᵀ. The shrinkage is a = D/(D + n − C), at least 0.01, because few
+    samples per class say little about correlations.
     """
     width, total = X.shape[1], part.weights.sum()
     mean = torch.zeros(width, dtype=torch.float64)
@@ -128,7 +129,7 @@ def of_class_means(X: Array, part: Part, classes: int) -> tuple[Space, Tensor]:
 
 
 def _whitening(within: Tensor, variance: Tensor, shrinkage: float) -> Tensor:
-    """W with W·Wᵀ = the inverse of the shrunken covariance, divided by D; without turns where that is a diagonal."""
+    """W with D·W·Wᵀ = the inverse of the shrunken covariance; the diagonal of W (D,) where ``within`` is a diagonal."""
     diagonal = torch.maximum(within.diagonal() if within.dim() == 2 else within, _LEAST_VARIANCE * variance)
     deviation = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
     scale: Tensor = 1 / (deviation * len(deviation) ** 0.5)

@@ -1,4 +1,4 @@
-"""The loop: AdamW over minibatches drawn from one generator, so the same seed gives the same classifier."""
+"""The training loop: AdamW over minibatches drawn by one generator, so that a seed always gives the same classifier."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ltloss.runtime import use_workspace
 
 __all__ = ["Training", "progress"]
 
-_KEPT = 1 << 24  # bytes of exponentials that the forward may leave to the backward
+_KEPT = 1 << 24  # bytes of exponentials that the forward may keep for the backward
 
 
 def progress(steps: int, verbose: bool, what: str) -> AbstractContextManager[Any]:
-    """A tqdm bar of that many steps, or None."""
+    """A tqdm bar of ``steps`` steps as a context manager; it gives None unless ``verbose``."""
     if not verbose:
         return nullcontext()
     try:
@@ -33,7 +33,7 @@ def progress(steps: int, verbose: bool, what: str) -> AbstractContextManager[Any
 
 
 class Training:
-    """A loss of the candidate, its prototypes at ``start``, and AdamW; ``counts`` (C,) make the log prior."""
+    """The candidate's loss with prototypes set to ``start`` and the log prior of ``counts`` (C,), and its AdamW."""
 
     def __init__(
         self, candidate: Candidate, start: Classifier, counts: Tensor, lr: float, generator: torch.Generator
@@ -42,7 +42,7 @@ class Training:
         self.candidate = candidate
         self.head = candidate.head((classes, width), counts, start.prototypes.device)
         candidate.place(self.head, start, torch.ones(classes, dtype=torch.bool), generator)
-        # A coordinate of a unit vector is about 1/√D: so a step turns a prototype as far whatever D is.
+        # A coordinate of a unit vector is about 1/√D, so this step turns a prototype by the same angle for every D.
         self._lr = lr / width**0.5
         self._optimizer = torch.optim.AdamW(self.head.parameters(), lr=self._lr, fused=True)
 
@@ -58,9 +58,9 @@ class Training:
         after_pass: Callable[[], bool] | None = None,
         bar: Any = None,
     ) -> int:
-        """Train; returns the passes over ``part``, ended or not.
+        """Train for ``steps`` steps, and return the number of passes over ``part``, the last one maybe incomplete.
 
-        ``annealed``: the rate falls to 0 along a cosine. ``after_pass`` says whether to stop there.
+        ``annealed``: the learning rate falls to 0 along a cosine. ``after_pass`` returns True to stop training.
         """
         step = passes = 0
         while step < steps:
@@ -94,10 +94,10 @@ class Training:
         return float(loss.detach())
 
     def meet(self, start: Classifier, new: Tensor, counts: Tensor, generator: torch.Generator) -> None:
-        """Put the prototypes of the classes ``new`` (C,) at ``start``; from now on ``counts`` make the log prior."""
+        """Set the prototypes of the classes in the mask ``new`` (C,) to ``start``, and the log prior to ``counts``."""
         self.candidate.place(self.head, start, new, generator)
         self.head.log_prior = log_prior(counts)
 
     def classifier(self) -> Classifier:
-        """What is learned so far, in memory of its own."""
+        """A copy of what is learned so far."""
         return self.candidate.classifier(self.head)
