@@ -1,1 +1,1 @@
-"""What ``ltloss doctor``, ``ltloss tune`` and ``ltloss plan`` run."""
+"""The commands ``ltloss doctor``, ``ltloss tune`` and ``ltloss plan``."""

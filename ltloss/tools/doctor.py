@@ -1,6 +1,6 @@
-"""What this installation has, which implementation runs on which device, and whether the loss computes what it should.
+"""Report the installation, which implementation runs on which device, and whether the loss is right there.
 
-``python -m ltloss.tools.doctor`` and ``ltloss doctor`` print it. Needs nothing beyond the core's own requirements.
+``ltloss doctor`` and ``python -m ltloss.tools.doctor`` print the report. It needs only the core's requirements.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OPTIONAL = (  # distribution, what it is for, how to get it
     ("timm", "--backbone timm:NAME", "pip install timm"),
 )
 
-# The check's float32 results against float64: some hundred roundings of 6e-8 each. A wrong formula is off by far more.
+# Largest relative error of float32 against float64: some hundred roundings of 6e-8. A wrong formula is off by far more.
 _TOLERANCE = 2e-5
 
 
@@ -78,7 +78,7 @@ def _devices() -> Iterator[Row]:
 
 
 def _assemblers() -> Iterator[Row]:
-    """Of the GPUs that are here; without one, of Hopper."""
+    """The assembler of each GPU's architecture here; without a GPU, that of Hopper."""
     devices = range(torch.cuda.device_count())
     found = {10 * major + minor for major, minor in (torch.cuda.get_device_capability(device) for device in devices)}
     for arch in sorted(found) or [90]:
@@ -114,7 +114,7 @@ def _relative_error(value: Tensor, expected: Tensor) -> float:
 def self_check(device: torch.device | str) -> dict[str, float]:
     """Errors of the margin loss, its gradients and the nearest-prototype search on ``device`` against float64.
 
-    Each is relative to the largest value of the reference.
+    Each error is the largest difference, divided by the largest magnitude in the reference.
     """
     generator = torch.Generator().manual_seed(0)
     samples, classes, size = 96, 1500, 64
@@ -152,7 +152,7 @@ def _print_section(title: str, rows: Iterator[Row]) -> None:
 def _check_rows(device: str, failures: list[str]) -> Iterator[Row]:
     try:
         errors = self_check(device)
-    except Exception as broken:  # whatever breaks here is the finding that this command is run for
+    except Exception as broken:  # any failure is a finding of this report
         failures.append(device)
         yield "failed", f"{type(broken).__name__}: {' '.join(str(broken).split())}"
         return
@@ -163,7 +163,7 @@ def _check_rows(device: str, failures: list[str]) -> Iterator[Row]:
 
 
 def main() -> int:
-    """Print the findings; return 0, or 2 when the loss does not compute what the reference does."""
+    """Print the report; return 0, or 2 if the loss differs from the reference on a device."""
     print("ltloss doctor")
     _print_section("Versions", _versions())
     _print_section("Devices", _devices())

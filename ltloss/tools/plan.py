@@ -1,7 +1,7 @@
-"""What training a head takes, class-parallel or on one device: memory, bytes on the wire, seconds a step.
+"""Estimate what training a head takes, class-parallel or on one device: memory, bytes sent, seconds per step.
 
-Arithmetic on stored rates, no device touched. ``docs/distributed.md`` says what is sent, ``benchmarks/scaling.py``
-compares the plan with runs.
+The estimate is arithmetic on stored rates and uses no device. ``docs/distributed.md`` says what is sent, and
+``benchmarks/scaling.py`` compares the estimate with runs.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ __all__ = ["DEVICES", "Device", "HeadConfig", "Plan", "make_plan", "read_device"
 
 GIB = 1 << 30
 
-# Bytes of an element; statistics and gradients are float32.
+# Bytes of an element. Statistics and the gradient of the prototypes are float32.
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # of features
-KEPT_WIDTHS = {  # of prototypes and state
+KEPT_WIDTHS = {  # of prototypes, and of the optimizer's state
     "prototype_dtype": {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1},
     "state_dtype": {"float32": 4, "bfloat16": 2},
 }
-# What an optimizer keeps: tensors of the prototypes' shape, and numbers of each class.
+# State of an optimizer: how many tensors of the prototypes' shape, and how many numbers per class.
 OPTIMIZERS = {"sgd": (1, 0), "adamw": (2, 0), "adagrad": (0, 1)}
-WORKSPACE = 256 << 20  # of the backward
-TILE_CLASSES = 128  # that share a shift of the kept exponentials, in the kernels
+WORKSPACE = 256 << 20  # bytes, of the backward
+TILE_CLASSES = 128  # classes that share a shift of the kept exponentials in the kernels
 
 
 @dataclass(frozen=True)
 class Device:
-    """Rates of one device. Bytes and operations per second; ``sources`` says where each number is from."""
+    """Memory and rates of one device; ``sources`` says where each number is from."""
 
     name: str
-    memory: float
-    product: float  # operations of a large matrix product in the dtype of the features
-    copy: float  # bytes read and written
-    link: float  # bytes sent per device, to devices of the same node
-    network: float  # bytes sent per device, to other nodes
-    per_node: int
-    latency: float  # seconds of a collective of no bytes, between two ranks; more ranks, more rounds
-    forward_share: float  # of ``product``, at 2·N·C·D operations
-    backward_share: float  # of ``product``, at 6·N·C·D operations
-    together: int | None = None  # ranks of one machine share its cores: from so many on each gets less; None: never
-    shared: float = 1.0  # what is left of ``product`` and ``copy`` when all cores work
+    memory: float  # bytes
+    product: float  # operations per second of a large matrix product in the dtype of the features
+    copy: float  # bytes per second, read and written
+    link: float  # bytes per second that a device sends to devices of the same node
+    network: float  # bytes per second that a device sends to other nodes
+    per_node: int  # devices of a node
+    latency: float  # seconds of an empty collective between two ranks; more ranks take ⌈log2 ranks⌉ times as long
+    forward_share: float  # fraction of ``product`` that the forward reaches, counted as 2·N·C·D operations
+    backward_share: float  # fraction of ``product`` that the backward reaches, counted as 6·N·C·D operations
+    together: int | None = None  # cores that the ranks of one machine share; None: every rank has a device
+    shared: float = 1.0  # fraction of ``product`` and ``copy`` that a core keeps when all cores work
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -74,17 +74,17 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """A head and how it is to be trained. ``batch`` counts the samples of all ranks together."""
+    """A head, and how it is to be trained."""
 
     classes: int
     embedding_size: int
-    batch: int
-    gpus: int
-    data: int = 1
-    dtype: str = "bfloat16"
+    batch: int  # samples of all ranks together
+    gpus: int  # devices, one for each rank
+    data: int = 1  # data-parallel groups; the ranks of a group share the classes
+    dtype: str = "bfloat16"  # of the features
     optimizer: str = "sgd"
-    sample_rate: float = 1.0
-    loss: str = "long-tail"  # by the name that `ltloss train --loss` takes
+    sample_rate: float = 1.0  # fraction of its classes that a rank uses in a step
+    loss: str = "long-tail"  # a name that `ltloss train --loss` takes
     fused_update: bool = False  # an optimizer of ltloss.optim instead of torch.optim
     prototype_dtype: str = "float32"
     state_dtype: str = "float32"
@@ -119,16 +119,16 @@ class HeadConfig:
 
     @property
     def used_classes(self) -> int:
-        """Of these, the ones in a step."""
+        """Classes of one rank that a step uses."""
         return min(self.own_classes, max(1, round(self.own_classes * self.sample_rate)))
 
     def prototypes(self, classes: int) -> float:
-        """Bytes of so many prototypes; in float8 each has an exponent."""
+        """Bytes of the prototypes of ``classes`` classes; in float8 each also has an exponent of one byte."""
         width = KEPT_WIDTHS["prototype_dtype"][self.prototype_dtype]
         return float(classes * (width * self.embedding_size + (width == 1)))
 
     def state(self, classes: int) -> float:
-        """Bytes of what the optimizer keeps about so many classes."""
+        """Bytes of the optimizer's state for ``classes`` classes."""
         matrices, numbers = OPTIMIZERS[self.optimizer]
         if self.optimizer == "adamw" and self.sample_rate < 1.0:
             numbers += 1  # how often a class was drawn
@@ -138,7 +138,9 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer, by part: bytes of memory, bytes sent per rank and step, seconds. ``advice`` if it does not fit."""
+    """The estimate by parts: ``memory`` in bytes per device, ``wire`` in bytes sent per rank and step, ``seconds`` per
+    step. ``advice`` names changes with which it would fit, if it does not.
+    """
 
     problem: HeadConfig
     device: Device
@@ -149,16 +151,16 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the memory suffices, a tenth left for the rest (the backbone's share is not counted)."""
+        """Whether the head takes at most 90 % of the device's memory; the backbone is not counted."""
         return sum(self.memory.values()) <= 0.9 * self.device.memory
 
     def to_json(self) -> str:
-        """Everything for machine reading."""
+        """The whole plan as JSON."""
         content: dict[str, Any] = asdict(self)
         return json.dumps({**content, "fits": self.fits}, indent=2)
 
     def to_text(self) -> str:
-        """Everything for reading."""
+        """The whole plan as text."""
         p = self.problem
         lines = [
             f"{p.classes:,} classes x {p.embedding_size}, {p.batch:,} samples a step, {p.gpus} x {self.device.name}"
@@ -180,10 +182,10 @@ def _table(title: str, parts: Mapping[str, float], show: Any) -> list[str]:
 
 
 def read_device(name: str) -> Device:
-    """A stored device by name, or one whose rates ``benchmarks/scaling.py`` measured and wrote into a JSON file.
+    """A device by its name in ``DEVICES``, or from a JSON file of rates that ``benchmarks/scaling.py`` wrote.
 
     Raises:
-        ValueError: neither, or the file holds something else.
+        ValueError: an unknown name, or a file that cannot be read as rates.
     """
     if name in DEVICES:
         return DEVICES[name]
@@ -196,7 +198,7 @@ def read_device(name: str) -> Device:
 
 
 def make_plan(problem: HeadConfig, device: Device) -> Plan:
-    """Memory, traffic and time of one training step of the head.
+    """Estimate memory, traffic and time of one training step of the head.
 
     Example:
         >>> from ltloss.tools.plan import DEVICES, HeadConfig, make_plan
@@ -212,7 +214,7 @@ def make_plan(problem: HeadConfig, device: Device) -> Plan:
 def _memory(p: HeadConfig) -> dict[str, float]:
     width = WIDTHS[p.dtype]
     own, used = (float(classes * p.embedding_size) for classes in (p.own_classes, p.used_classes))
-    gradient = 0.0 if p.fused_update else 4.0  # then it has a slab of the workspace
+    gradient = 0.0 if p.fused_update else 4.0  # with a fused update, a slab in the workspace is enough
     return {
         f"prototypes ({p.prototype_dtype})": p.prototypes(p.own_classes),
         "their gradient": gradient * own,
@@ -233,21 +235,21 @@ def _memory(p: HeadConfig) -> dict[str, float]:
 
 
 def _kept(p: HeadConfig) -> float:
-    """Bytes of the exponentials between forward and backward: two each, and a shift for every row and class tile."""
+    """Bytes of the kept exponentials: two for each, and four for the shift of each row and class tile."""
     if not p.keep_exponentials:
         return 0.0
     return p.batch / p.data * (2.0 * p.used_classes + 4.0 * math.ceil(p.used_classes / TILE_CLASSES))
 
 
 def _buffers(p: HeadConfig, *, centres: bool) -> float:
-    """Bytes of what the loss keeps on every rank, or of the ``centres`` that each keeps for its classes."""
+    """Bytes of the loss's buffers that every rank holds whole, or of the class ``centres``, which are sharded."""
     classes = p.own_classes if centres else p.classes
     found = (size * classes**c * p.embedding_size**d for size, c, d, own in _shapes(p.loss) if own == centres)
     return float(sum(found))
 
 
 def _minimum_angle(p: HeadConfig) -> float:
-    """Bytes of that term where a fused update takes it: its gradient (C, D), and float8 prototypes made wide."""
+    """Bytes of the minimum-angle term with a fused update: its gradient (C, D), and decoded float8 prototypes."""
     if not p.fused_update or p.gpus > 1 or p.sample_rate < 1.0 or not getattr(_module(p.loss), "min_angle_weight", 0):
         return 0.0
     width = KEPT_WIDTHS["prototype_dtype"][p.prototype_dtype]
@@ -256,7 +258,7 @@ def _minimum_angle(p: HeadConfig) -> float:
 
 @cache
 def _shapes(loss: str) -> tuple[tuple[int, int, int, bool], ...]:
-    """Every buffer of a loss: bytes without the axes C and D, how many of each, whether it is of class centres."""
+    """For each buffer: bytes without the axes C and D, how many axes C and D it has, whether it is of class centres."""
     from ltloss.losses.class_centers import ClassCenters
 
     module = _module(loss)
@@ -275,7 +277,7 @@ def _shapes(loss: str) -> tuple[tuple[int, int, int, bool], ...]:
 
 @cache
 def _module(loss: str) -> Any:
-    """A loss by its name, with two sizes that nothing else has."""
+    """A loss by its name, with 5 classes and embedding size 7, which no other axis of its buffers has."""
     import torch
 
     from ltloss.training.model.registry import build_loss
@@ -285,7 +287,7 @@ def _module(loss: str) -> Any:
 
 
 def _wire(p: HeadConfig) -> dict[str, float]:
-    """What a rank sends if every collective sends as little as it can (a ring)."""
+    """Bytes that a rank sends in a step if every collective sends as little as it can (a ring)."""
     ranks, width = p.gpus, WIDTHS[p.dtype]
     own_rows, group_rows = p.batch / ranks, p.batch / p.data
     within = (p.class_ranks - 1) / p.class_ranks
@@ -308,32 +310,32 @@ def _seconds(p: HeadConfig, device: Device) -> dict[str, float]:
     return {
         "forward pass": crowd * products / (device.product * device.forward_share),
         "backward pass": crowd * _backward_products(p) * products / (device.product * device.backward_share)
-        + crowd * 2.0 * _kept(p) / device.copy,  # written by the forward, and read
+        + crowd * 2.0 * _kept(p) / device.copy,  # the forward writes them, the backward reads them
         "optimizer": crowd * _touched(p) / device.copy,
         "messages": turns * (sum(_wire(p).values()) / rate + messages * rounds * device.latency),
     }
 
 
 def _backward_products(p: HeadConfig) -> float:
-    """Of 2·N·C·D operations each: for the logits again unless their exponentials are kept, and for both gradients."""
+    """Products of the backward, 2·N·C·D operations each: two for gradients, and one for logits that are not kept."""
     return 2.0 if p.keep_exponentials else 3.0
 
 
 def _touched(p: HeadConfig) -> float:
-    """Bytes that the optimizer reads or writes: prototypes and state both; a gradient in memory, which it reads."""
+    """Bytes that the optimizer moves: it reads and writes prototypes and state, and reads a gradient in memory."""
     entries = p.used_classes * p.embedding_size
     gradient = 0.0 if p.fused_update else 4.0 * entries
     return 2.0 * (p.prototypes(p.used_classes) + p.state(p.used_classes)) + gradient
 
 
 def _slabs(p: HeadConfig) -> int:
-    """In how many messages the data groups add the gradient of the prototypes, at least."""
+    """The least number of messages in which the data groups add up the gradient of the prototypes."""
     a_class = p.batch / p.data * WIDTHS[p.dtype] + 4.0 * p.embedding_size
     return math.ceil(p.used_classes * a_class / WORKSPACE) if p.fused_update else 1
 
 
 def _advice(p: HeadConfig, device: Device) -> tuple[str, ...]:
-    """Single changes with which it would fit."""
+    """Single changes with which the head would fit."""
 
     def fits(changed: HeadConfig) -> bool:
         return sum(_memory(changed).values()) <= 0.9 * device.memory

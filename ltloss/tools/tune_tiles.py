@@ -1,7 +1,7 @@
-"""Which tile is fastest on this GPU: times the candidates, and keeps the winners where later runs find them.
+"""Find the fastest tile on this GPU: time the candidates, and store the winners where later runs find them.
 
-Never done in a training step. ``ltloss tune`` asks for it, and ``python -m benchmarks.loss_gpu --tune``
-shows the ranking.
+A training step never does this. ``ltloss tune`` does, and ``python -m benchmarks.loss_gpu --stage tiles`` shows the
+ranking.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["CANDIDATES", "Kernel", "Timing", "candidates", "rank", "remember", "
 
 Kernel = Literal["forward", "gradient"]
 
-# For half precision; operands of four bytes take half the depth. What does not fit the device fails and is left out.
+# For half precision; float32 operands take half the depth. A tile that does not fit the device fails and ranks last.
 CANDIDATES = (
     tiles.Tile(128, 128, 64, 4, 3),
     tiles.Tile(128, 128, 64, 4, 2),
@@ -44,18 +44,18 @@ CANDIDATES = (
 
 
 class Timing(NamedTuple):
-    """A tile and its median time; ``problem`` says why it has none (the time is then infinite)."""
+    """A tile and its median time. ``problem`` says why there is no time, which is then infinite."""
 
     tile: tiles.Tile
     milliseconds: float
     problem: str = ""
-    today: bool = False  # what is used now
+    today: bool = False  # whether this tile is the one in use
 
 
 def candidates(
     kernel: Kernel, arch: int, dtype: torch.dtype, precision: str, samples: int, width: int
 ) -> list[tiles.Tile]:
-    """What is used now, first, and everything else that is tried."""
+    """The tiles to time: the one in use first, then the candidates."""
     choose = tiles.forward_tile if kernel == "forward" else tiles.gradient_tile
     shrink = 2 if dtype == torch.float32 else 1
     tried = (tile._replace(depth=tile.depth // shrink) for tile in CANDIDATES)
@@ -71,7 +71,10 @@ def rank(
     device: str = "cuda",
     repeats: int = 20,
 ) -> list[Timing]:
-    """Time every candidate on random inputs, fastest first; those that fail or compute something else come last."""
+    """Time every candidate on random inputs, fastest first; tiles that fail or give a wrong result come last.
+
+    A "forward" is timed alone, a "gradient" with its forward.
+    """
     generator = torch.Generator(device).manual_seed(0)
     features = torch.randn(samples, embedding_size, generator=generator, device=device, dtype=dtype).requires_grad_()
     prototypes = torch.randn(classes, embedding_size, generator=generator, device=device, dtype=dtype).requires_grad_()
@@ -101,7 +104,7 @@ def _time(
     with tile_cache.trying(kernel, tile):
         try:
             found = run()
-        except Exception as error:  # out of shared memory, not compilable, ...: not a candidate on this device
+        except Exception as error:  # for instance too much shared memory: not possible on this device
             return Timing(tile, float("inf"), f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
         for one, other in zip(found, expected, strict=True):
             if not float((one.double() - other.double()).norm()) <= 1e-2 * float(other.double().norm()):
@@ -125,7 +128,7 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def remember(kernel: Kernel, fastest: Timing, dtype: torch.dtype, shape: tuple[int, int, int], file: Path) -> None:
-    """Store a winner in the file where ``ltloss_kernels.config.tile_table`` looks first."""
+    """Store a winner in the file that ``ltloss_kernels.config.tile_table`` reads first; ``shape`` is (N, C, D)."""
     arch = tiles.architecture(torch.device("cuda"))
     entry = {
         "tile": list(fastest.tile),
@@ -139,7 +142,7 @@ def remember(kernel: Kernel, fastest: Timing, dtype: torch.dtype, shape: tuple[i
 
 
 def tune(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 20) -> int:
-    """What ``ltloss tune`` does: rank, show, remember. Returns the exit code."""
+    """Run ``ltloss tune`` at ``shape`` (N, C, D): rank, print and store. Returns the exit code."""
     file = tile_cache.cache_file()
     if file is None:
         print("LTLOSS_TILES is empty, which switches tuned tiles off: nothing to do")
@@ -169,7 +172,7 @@ def table_line(kernel: Kernel, fastest: Timing, dtype: torch.dtype, samples: int
 
 
 def show(kernel: Kernel, shape: tuple[int, int, int], ranking: list[Timing]) -> str:
-    """A ranking, for reading."""
+    """A ranking as text."""
     lines = [f"{kernel} at {'x'.join(str(size) for size in shape)}: rows x classes x depth, warps, stages"]
     for timing in ranking:
         rows, classes, depth, warps, stages = timing.tile
