@@ -83,7 +83,7 @@ class ClassificationLoss(nn.Module):
     ) -> None:
         super().__init__()
         if collect_stats:
-            raise ValueError("collect_stats must be None or False, for no statistics are kept here; got True")
+            raise ValueError(f"collect_stats must be None or False, as no statistics are kept; got {collect_stats!r}")
         self.num_classes = check_count("num_classes", num_classes)
         self.embedding_size = check_count("embedding_size", embedding_size)
         self.distance, self._normalized = distance, self._normalizes(distance)

@@ -356,8 +356,10 @@ def import_pytorch_metric_learning(head: PrototypeHead, loss: nn.Module | Mappin
     given = loss.state_dict() if isinstance(loss, nn.Module) else loss
     matrix = given.get("W") if isinstance(given, Mapping) else given
     if not isinstance(matrix, Tensor) or matrix.dim() != 2:
+        found = tuple(matrix.shape) if isinstance(matrix, Tensor) else "none"
         raise ValueError(
-            "loss must be or hold a tensor W (D, C), as pytorch-metric-learning's classification losses do"
+            "loss must be or hold a tensor W (D, C), as pytorch-metric-learning's classification losses do; got "
+            f"{found}"
         )
     rows = matrix.t()
     if head.sub_centers > 1 and len(rows) % head.sub_centers == 0:

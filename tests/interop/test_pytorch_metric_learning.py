@@ -42,8 +42,8 @@ def test_a_matrix() -> None:
         import_pytorch_metric_learning(head, {"W": weight})
     with refused("(22, 6)", "(11, 3, 6)"):
         import_pytorch_metric_learning(ltloss.ArcFaceLoss(CLASSES, DIM, sub_centers=3), torch.randn(DIM, 22))
-    for given in ({}, torch.nn.Linear(2, 2), torch.randn(DIM)):
-        with refused("loss", "W"):
+    for given, found in (({}, "none"), (torch.nn.Linear(2, 2), "none"), (torch.randn(DIM), f"({DIM},)")):
+        with refused("loss", "W", f"got {found}"):
             import_pytorch_metric_learning(head, given)
 
 
