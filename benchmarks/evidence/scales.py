@@ -33,7 +33,7 @@ from benchmarks.evidence.problems import (
     start_at_means,
     whitened,
 )
-from benchmarks.evidence.spaces import SPACES
+from benchmarks.evidence.spaces import EVERY, SPACES, TRAININGS
 from benchmarks.timing import RESULTS, read_rows, write_rows
 from ltloss import LogitAdjustedLoss, default_scale
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
@@ -66,7 +66,7 @@ class Setting(NamedTuple):
 
     name: str
     batch: int
-    epochs: int
+    passes: int
     classes: int
     load: Callable[[Path], Data]
     frozen: bool = False
@@ -81,12 +81,14 @@ def _fewer(folder: Path) -> Data:
 
 
 SETTINGS = {
-    "icons": Setting("icons, frozen features", 512, 4, 1655, partial(for_validation, "icons"), True),
-    "icons, whitened": Setting("icons, frozen features, whitened", 512, 4, 1655, _whitened, True),
+    "icons": Setting("icons, frozen features", *TRAININGS["icons"], 1655, partial(for_validation, "icons"), True),
+    "icons, whitened": Setting("icons, frozen features, whitened", *TRAININGS["icons"], 1655, _whitened, True),
     "icons, few": Setting("104 of the icons' classes, frozen features", 128, 10, 104, _fewer, True),
-    "toponyms": Setting("toponyms, one town of seven", 512, 3, 3957, partial(for_validation, "toponyms", every=7)),
-    "fashion": Setting("Fashion-MNIST-LT", 128, 5, 10, partial(for_validation, "fashion")),
-    "icons40": Setting("icons, 20 x 20 pixels", 256, 2, 1655, partial(for_validation, "icons40")),
+    "toponyms": Setting(
+        *("toponyms, one town of seven", *TRAININGS["toponyms"], 3957), partial(for_validation, "toponyms", **EVERY)
+    ),
+    "fashion": Setting("Fashion-MNIST-LT", *TRAININGS["fashion"], 10, partial(for_validation, "fashion")),
+    "icons40": Setting("icons, 20 x 20 pixels", *TRAININGS["icons40"], 1655, partial(for_validation, "icons40")),
 }
 CLASSES = {
     **{data: (setting.name, setting.classes, setting.frozen) for data, setting in SETTINGS.items()},
@@ -166,7 +168,7 @@ def train(trial: Trial, folder: Path) -> dict[str, Any]:
         start_at_means(head, network, data.train, data.labels)
     each = len(data.labels) // setting.batch
     optimizers = _optimizers(trial, head, network, width)
-    steps = setting.epochs * each
+    steps = setting.passes * each
     start, after_first = time.perf_counter(), math.nan
 
     def before(step: int) -> None:
@@ -288,11 +290,9 @@ def tuned() -> list[Tuned]:
         for data, path in (("omniglot", OMNIGLOT), ("fashion", FASHION))
     ]
     rows = read_rows(CLASSIFIERS)
-    for space, classes, default in (
-        ("20 x 20 pixels", 1655, default_scale(1655)),
-        ("toponyms", 3957, default_scale(3957)),
-        ("whitened", 1655, FROZEN_SCALE),
-    ):
+    for space in ("20 x 20 pixels", "toponyms", "whitened"):
+        classes = CLASSES[SPACES[space].problem][1]
+        default = default_scale(classes) if SPACES[space].learns else FROZEN_SCALE
         trials = [(row["method"], row["values"], row["accuracy"]) for row in rows if row["space"] == space]
         found.append(Tuned(f"{SPACES[space].title}, {classes:,} classes", default, trials))
     return found

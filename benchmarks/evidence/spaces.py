@@ -21,17 +21,27 @@ from benchmarks.evidence.problems import DATA, Data, for_validation, whitened
 _RATE = 0.16  # of the prototypes of the network that is trained before, divided by √D
 
 
-class Before(NamedTuple):
-    """How the network is trained whose features are frozen."""
+class Training(NamedTuple):
+    """How long a network is trained together with its prototypes, or prototypes over the features of a file."""
 
     batch: int
     passes: int
 
 
+TRAININGS = {
+    "omniglot": Training(128, 20),
+    "fashion": Training(128, 5),
+    "icons": Training(512, 4),
+    "icons40": Training(256, 2),
+    "toponyms": Training(512, 3),  # of EVERY town
+}
+EVERY = {"every": 7}
+
+
 class Space(NamedTuple):
     """What a classifier gets, and how it is trained.
 
-    ``before``: the network whose features these are; ``learns``: the network learns with the classifier;
+    ``before``: of the network whose features these are; ``learns``: the network learns with the classifier;
     ``fewer``: shorter lists of values to tune, where a training is long; ``options``: of the problem.
     """
 
@@ -40,7 +50,7 @@ class Space(NamedTuple):
     batch: int
     passes: int
     trial: int = 0  # passes while values are tuned; 0: as many
-    before: Before | None = None
+    before: Training | None = None
     learns: bool = False
     whiten: bool = True
     fewer: Mapping[str, Sequence[float]] = MappingProxyType({})
@@ -48,25 +58,26 @@ class Space(NamedTuple):
 
 
 _RATES = {"lr": (0.08, 0.16, 0.32)}
-_EVERY = {"every": 7}
 SPACES = {
-    "whitened": Space("icons, whitened", "icons", 512, 4, 2),
-    "as they are": Space("icons, as they are", "icons", 512, 4, 2, whiten=False),
+    "whitened": Space("icons, whitened", "icons", *TRAININGS["icons"], trial=2),
+    "as they are": Space("icons, as they are", "icons", *TRAININGS["icons"], trial=2, whiten=False),
     "20 x 20 pixels": Space(
-        *("icons, 20 x 20 pixels", "icons40", 256, 2),
+        *("icons, 20 x 20 pixels", "icons40", *TRAININGS["icons40"]),
         learns=True,
         fewer={**_RATES, "scale": (16.0, 32.0), "weight_decay": (0.01, 0.1)},
     ),
     "toponyms": Space(
-        *("toponyms, one town of seven", "toponyms", 512, 3),
+        *("toponyms, one town of seven", "toponyms", *TRAININGS["toponyms"]),
         learns=True,
         fewer={**_RATES, "scale": (8.0, 16.0, 32.0)},
-        options=_EVERY,
+        options=EVERY,
     ),
-    "omniglot network": Space("Omniglot-LT", "omniglot", 256, 20, before=Before(128, 20)),
-    "fashion network": Space("Fashion-MNIST-LT", "fashion", 128, 4, before=Before(128, 5)),
-    "icons40 network": Space("icons, 20 x 20 pixels", "icons40", 512, 4, before=Before(256, 2)),
-    "toponyms network": Space("toponyms, one town of seven", "toponyms", 512, 4, before=Before(512, 3), options=_EVERY),
+    "omniglot network": Space("Omniglot-LT", "omniglot", 256, 20, before=TRAININGS["omniglot"]),
+    "fashion network": Space("Fashion-MNIST-LT", "fashion", 128, 4, before=TRAININGS["fashion"]),
+    "icons40 network": Space("icons, 20 x 20 pixels", "icons40", 512, 4, before=TRAININGS["icons40"]),
+    "toponyms network": Space(
+        *("toponyms, one town of seven", "toponyms", 512, 4), before=TRAININGS["toponyms"], options=EVERY
+    ),
 }
 IMAGES = "20 x 20 pixels"
 NETWORKS = tuple(name for name, space in SPACES.items() if space.before is not None)
@@ -95,7 +106,7 @@ def data(folder: Path, name: str, split: str) -> Data:
     return found._replace(train=found.train / length, test=found.test / length)
 
 
-def frozen(data: Data, before: Before) -> Data:
+def frozen(data: Data, before: Training) -> Data:
     """The features that a network gives to the samples after it was trained on them, seed 0."""
     network, _ = trained(METHODS["cosine"], {"lr": _RATE}, data, *before, seed=0)
     network.eval()

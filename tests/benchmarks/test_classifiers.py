@@ -13,7 +13,7 @@ from benchmarks.evidence import classifiers
 from benchmarks.evidence.classifiers import Study, by_problem, table
 from benchmarks.evidence.heads import ALL, METHODS, adjusted, class_means, judged, of_means, trained
 from benchmarks.evidence.problems import Data, Groups
-from benchmarks.evidence.spaces import Before, Space, frozen
+from benchmarks.evidence.spaces import Space, Training, frozen
 from benchmarks.timing import read_rows
 from ltloss import LinearSoftmaxLoss
 
@@ -117,14 +117,14 @@ def test_the_estimator_is_trained_beside_them(study: Study, monkeypatch: pytest.
 
 def test_a_frozen_network_gives_features_that_its_training_made() -> None:
     data = toy()._replace(network=lambda: nn.Linear(3, 8), augment="none")
-    found = frozen(data, Before(32, 3))
+    found = frozen(data, Training(32, 3))
     assert found.train.shape == (444, 8)
     assert found.test.shape == (3, 8)
     assert not found.train.requires_grad
     assert list(found.network().parameters()) == []
-    untrained = frozen(data, Before(32, 0))
+    untrained = frozen(data, Training(32, 0))
     assert judged_by_means(found) >= judged_by_means(untrained)
-    assert torch.equal(frozen(data, Before(32, 3)).train, found.train)
+    assert torch.equal(frozen(data, Training(32, 3)).train, found.train)
 
 
 def judged_by_means(data: Data) -> float:
