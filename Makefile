@@ -50,7 +50,8 @@ pictures: $(VENV)/.installed  ## renew tables and picture of README.md and docs 
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.pictures
 
 kernel-report: $(VENV)/.installed  ## compile every kernel for sm_80, sm_90 and sm_100 (no GPU needed), write the table
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.kernel_report --documentation docs/kernels.md
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.kernel_report
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.pictures
 
 tutorial: $(VENV)/.installed  ## run docs/tutorial.ipynb, store what it prints
 	@$(BIN)/python docs/hooks/notebook.py

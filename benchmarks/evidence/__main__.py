@@ -2,8 +2,8 @@
 
 A study is a list of `ltloss compare` command lines, which the documentation shows as they are. The results of every
 training are kept in --out, so an interrupted study continues; when it is done its rows go to
-``results/evidence_<study>.csv`` (and ``..._tuning.csv``). The page, and the advice in ``docs/choosing.md``, are made
-from these.
+``results/evidence_<study>.csv`` (and ``..._tuning.csv``). `make pictures` makes the page, and the advice in
+``docs/choosing.md``, from these.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from ltloss.cli.command import main as ltloss
 from ltloss.training.comparison.methods import RENAMED, method
 from ltloss.training.comparison.tables import by_method, percents, summary
 
-PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
-CHOOSING = Path(__file__).parents[2] / "docs" / "choosing.md"
 _MAIN = "ce,balanced,post-hoc,tau-norm,logit-adjusted,ldam-drw,arcface,long-tail,long-tail-prior"
 _BEST = "logit-adjusted,ldam-drw,long-tail-prior"
 _EVERY = (
@@ -301,24 +299,17 @@ def start_here(page: str, results: Path = RESULTS) -> str:
 
 
 def main() -> None:
-    """Run studies, write their CSV files, and renew the page."""
+    """Run studies and write their CSV files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, help="where fashion_mnist.npz and omniglot28.npz lie")
+    parser.add_argument("--data-dir", type=Path, required=True, help="where fashion_mnist.npz and omniglot28.npz lie")
     parser.add_argument(
         "--study", action="append", choices=tuple(STUDIES), help="which (default: all; may be repeated)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="kept results (default: runs/evidence)")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side (default: 2)")
-    parser.add_argument("--render", action="store_true", help="only renew docs/evidence.md from the CSV files")
     options = parser.parse_args()
-    if not options.render:
-        if options.data_dir is None:
-            parser.error("--data-dir is missing; give the folder of the data files, or --render")
-        for name in options.study or STUDIES:
-            run(name, STUDIES[name], options.data_dir, options.out, options.jobs)
-    PAGE.write_text(with_studies(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    CHOOSING.write_text(start_here(CHOOSING.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"renewed {PAGE} and the table in {CHOOSING}")
+    for name in options.study or STUDIES:
+        run(name, STUDIES[name], options.data_dir, options.out, options.jobs)
 
 
 if __name__ == "__main__":

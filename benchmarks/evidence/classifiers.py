@@ -6,7 +6,7 @@ passes a trial, and trained for four passes with three seeds. The estimator and 
 from ``benchmarks/estimator.py``. ``--space`` takes another of ``spaces.py``: the same icons as images with a network
 that learns with the head, or features of a network that was trained on a problem and frozen; there the estimator is
 trained too. ``--tune`` only tunes, ``--others`` takes more losses. Rows go to ``results/evidence_classifiers.csv`` and
-``..._tuning.csv`` as they are done; what is there is not trained again.
+``..._tuning.csv`` as they are done; what is there is not trained again. `make pictures` shows them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from ltloss.training.comparison.tables import percents
 TABLE = RESULTS / "evidence_classifiers.csv"
 TUNING = RESULTS / "evidence_classifiers_tuning.csv"
 ESTIMATOR = RESULTS / "estimator.csv"
-PAGE = Path(__file__).parents[2] / "docs" / "evidence-embeddings.md"
 _SEEDS = (0, 1, 2)
 _GROUPS = ("accuracy", "many", "medium", "few")
 MEANS = "nearest class mean, by cosine"
@@ -194,28 +193,24 @@ def by_problem(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def main() -> None:
-    """Train what the tables lack, and renew the page."""
+    """Train what the tables lack."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="where the data files lie")
     parser.add_argument("--method", action="append", choices=tuple(ALL), help="which (default: all)")
     parser.add_argument("--space", choices=tuple(SPACES), default="whitened")
     parser.add_argument("--tune", action="store_true", help="only tune: nothing is read of the test samples")
     parser.add_argument("--others", action="store_true", help="more losses; they are only tuned")
-    parser.add_argument("--render", action="store_true", help="only renew the page from the CSV files")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows, tried = list(read_rows(TABLE)), list(read_rows(TUNING))
-    if not options.render:
-        study, space = Study(options.data_dir, rows, tried), options.space
-        if not SPACES[space].learns and not options.tune:
-            study.means(space)
-        if space in NETWORKS and not options.tune:
-            study.auto(space)
-        for name in options.method or (ALL if options.others else METHODS):
-            study.tune(space, name)
-            if name in METHODS and not options.tune:
-                study.measure(space, name)
-    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), rows, read_rows(ESTIMATOR)), encoding="utf-8")
+    study, space = Study(options.data_dir, list(read_rows(TABLE)), list(read_rows(TUNING))), options.space
+    if not SPACES[space].learns and not options.tune:
+        study.means(space)
+    if space in NETWORKS and not options.tune:
+        study.auto(space)
+    for name in options.method or (ALL if options.others else METHODS):
+        study.tune(space, name)
+        if name in METHODS and not options.tune:
+            study.measure(space, name)
 
 
 if __name__ == "__main__":

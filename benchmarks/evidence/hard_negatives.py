@@ -4,7 +4,8 @@ Omniglot-LT (omniglot28.npz in DIR, 1,623 classes, imbalance 15, a small CNN) an
 27,695 towns by their names and country, hashed n-grams, one pass). Every way to sample tries the same learning rates on
 validation samples taken out of the training split, and trains three seeds with the best and with that of its rival;
 all classes take that of the uniform sample. Prototypes start at the class means of the untrained network. Rows go to
-``results/evidence_hard_negatives.csv`` as they are done; what is there is not trained again.
+``results/evidence_hard_negatives.csv`` as they are done; what is there is not trained again. `make pictures` shows
+them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from ltloss.training.data.batches import augment
 TABLE = RESULTS / "evidence_hard_negatives.csv"
 SEARCHES = RESULTS / "evidence_hard_negatives_searches.csv"
 STEPS = RESULTS / "evidence_hard_negatives_steps.csv"
-PAGE = Path(__file__).parents[2] / "docs" / "evidence-more.md"
 _KEY = ("data", "method", "rate", "lr", "seed", "split")
 _SEEDS = (0, 1, 2)
 
@@ -250,15 +250,14 @@ def rendered(page: str, rows: Sequence[dict[str, str]]) -> str:
 
 
 def main() -> None:
-    """Count, time, train what the table lacks, and renew the page."""
+    """Count, time, and train what the table lacks."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="where omniglot28.npz lies")
     parser.add_argument("--data", action="append", choices=tuple(SETTINGS), help="which (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side (default: 2)")
-    parser.add_argument("--render", action="store_true", help="only renew docs/evidence-more.md from the CSV file")
     options = parser.parse_args()
     rows = list(read_rows(TABLE))
-    for data in () if options.render else options.data or SETTINGS:
+    for data in options.data or SETTINGS:
         for measure, path in ((searches, SEARCHES), (steps, STEPS)):
             others = [row for row in read_rows(path) if row["data"] != data]
             write_rows([*others, *measure(data, options.data_dir)], path)
@@ -268,7 +267,6 @@ def main() -> None:
                     rows.append({name: str(value) for name, value in future.result().items()})
                     write_rows(rows, TABLE)
                     print(*rows[-1].values(), flush=True)
-    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Each problem is trained at fixed scales, with prototypes drawn or at the class means of the network's features, at two
 learning rates, one seed; and with scales that the data give: learned with the rest, or learned during the first pass
 alone, while every sample is new. All are judged on samples held out of the training split, the test samples are not
-read. Rows go to ``results/evidence_scales.csv`` as they are done; what is there is not trained again.
+read. Rows go to ``results/evidence_scales.csv`` as they are done; what is there is not trained again. `make pictures`
+shows them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ TABLE = RESULTS / "evidence_scales.csv"
 LIKELY = RESULTS / "evidence_scales_likely.csv"
 OMNIGLOT, FASHION = (RESULTS / f"evidence_{name}_tuning.csv" for name in ("omniglot", "fashion"))
 CLASSIFIERS = RESULTS / "evidence_classifiers_tuning.csv"
-PAGE = Path(__file__).parents[2] / "docs" / "evidence-embeddings.md"
 FIXED = ("8", "16", "32", "64")
 LEARNED = ("learned", "first pass")
 MOVING = {
@@ -343,28 +343,27 @@ def likely_scale(data: Data, most: int = 4000) -> float:
 
 
 def main() -> None:
-    """Train what the table lacks, and renew the page."""
+    """Train what the table lacks."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="where the .npz files lie")
     parser.add_argument("--data", action="append", choices=tuple(SETTINGS), help="which (default: all)")
     parser.add_argument("--scale", action="append", choices=(*FIXED, *LEARNED, *HELD), help="which (default: all)")
     parser.add_argument("--most", type=int, help="no more trainings than that")
     parser.add_argument("--likely", action="store_true", help="only find the scales that are most likely at the start")
-    parser.add_argument("--render", action="store_true", help="only renew the page from the CSV file")
     options = parser.parse_args()
     if options.likely:
         torch.set_num_threads(1)
         found = {data: likely_scale(_data(data, options.data_dir)) for data in SETTINGS}
         write_rows([{"data": data, "scale": f"{scale:.1f}"} for data, scale in found.items()], LIKELY)
+        return
     rows = list(read_rows(TABLE))
     done = {tuple(row[name] for name in _KEY) for row in rows}
     data, scales = options.data or SETTINGS, options.scale or (*FIXED, *LEARNED, *HELD)
     wanted = [t for t in trials() if t.data in data and t.scale in scales and t.key() not in done]
-    for trial in () if options.render or options.likely else wanted[: options.most]:
+    for trial in wanted[: options.most]:
         rows.append({name: str(value) for name, value in train(trial, options.data_dir).items()})
         write_rows(rows, TABLE)
         print(*rows[-1].values(), flush=True)
-    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

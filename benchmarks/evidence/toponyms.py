@@ -2,22 +2,20 @@
 
 Each training has a process of its own, one after the other, and one thread. ``--all`` takes the 150,091 places instead
 of the 27,695 towns; with every class in each step that takes hours. Rows go to ``results/evidence_toponyms.csv`` as
-they are done; what is there is not trained again.
+they are done; what is there is not trained again. `make pictures` shows them.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.pages import markdown_table, renewed
+from benchmarks.evidence.pages import markdown_table
 from benchmarks.timing import RESULTS, fresh_processes, read_rows, stamp, write_rows
 from examples import toponyms
 
 TABLE = RESULTS / "evidence_toponyms.csv"
-PAGE = Path(__file__).parents[2] / "docs" / "evidence-embeddings.md"
 _FIGURES = ("all", "top-5", "10 names or more", "4 to 9", "fewer than 4", "training seconds", "peak memory, MiB")
 
 
@@ -41,16 +39,15 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def main() -> None:
-    """Train what the table lacks, and renew the page."""
+    """Train what the table lacks."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--head", action="append", choices=tuple(toponyms.HEADS), help="which (default: every head)")
     parser.add_argument("--all", action="store_true", help="150,091 places")
     parser.add_argument("--rate", default="0.1", help="share of the classes of uniform and hard (default: 0.1)")
     parser.add_argument("--limit", help="only so many of the places")
-    parser.add_argument("--render", action="store_true", help="only renew the page from the CSV file")
     options = parser.parse_args()
     rows = list(read_rows(TABLE))
-    for head in () if options.render else options.head or toponyms.HEADS:
+    for head in options.head or toponyms.HEADS:
         places = f"{options.limit or ''} {'places' if options.all else 'towns'}".strip()
         key = {"places": places, "head": head, "rate": options.rate}
         if any(all(row[name] == text for name, text in key.items()) for row in rows):
@@ -61,7 +58,6 @@ def main() -> None:
             rows.append({**key, **pool.submit(trained, arguments).result()})
         write_rows(rows, TABLE)
         print(*rows[-1].values(), flush=True)
-    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), "toponyms", table(rows)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--architecture", action="append", choices=list(ARCHITECTURES), help="(default: all)")
     parser.add_argument("--layouts", action="store_true", help="many layouts of the inputs instead; not disassembled")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--documentation", type=Path, metavar="FILE", help="renew the marked table in this page")
     parser.add_argument("--output", type=Path, default=RESULTS / "kernel_report.csv", help="CSV to write")
     options = parser.parse_args(arguments)
     if why := missing_tools():
@@ -89,8 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(plain_table(rows))
     who = {name: value for name, value in stamp().items() if name in ("date", "commit")}
     write_rows([{**row, **who, **tool_versions()} for row in rows], options.output)
-    if options.documentation:
-        options.documentation.write_text(with_table(options.documentation.read_text(), rows))
     failed = [row for row in rows if row["error"]]
     print(f"wrote {options.output}: {len(rows)} kernels, {len(failed)} of them do not compile")
     return 1 if failed else 0

@@ -22,16 +22,15 @@ from benchmarks.evidence.__main__ import (
     with_studies,
 )
 from benchmarks.evidence.pages import markdown_table, renewed
+from benchmarks.pictures import ROOT
 from ltloss import LongTailLoss
 from ltloss.training.model.registry import build_loss
 
 pytestmark = pytest.mark.slow
 
-PAGE = evidence.PAGE
-
 
 def test_every_advice_rests_on_two_rows_of_a_study_that_was_run() -> None:
-    shown = start_here(evidence.CHOOSING.read_text(encoding="utf-8"))
+    shown = start_here((ROOT / "docs" / "choosing.md").read_text(encoding="utf-8"))
     assert "not measured yet" not in shown
     for advice in START_HERE:
         rows = read_rows(evidence.RESULTS / f"evidence_{advice.study}.csv")
