@@ -148,8 +148,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands and their options."""
-    from ltloss.training.run.fused_settings import FUSED_SETTINGS
-    from ltloss.training.run.settings import OF_A_RUN
+    from ltloss.training.run.settings import FUSED_SETTINGS, OF_A_RUN
 
     parser = _Parser(prog="ltloss", description="Train and use image classifiers on long-tailed data.")
     parser.add_argument("--version", action="version", version=f"ltloss {ltloss.__version__}")

@@ -34,11 +34,10 @@ from ltloss.training.data.sources import ACCEPTED, absolute_paths
 from ltloss.training.model.classifier import choose_device
 from ltloss.training.model.registry import takes_option
 from ltloss.training.pages.comparison import write_page
-from ltloss.training.run.fused_settings import FUSED_SETTINGS
 from ltloss.training.run.lock import owned, refuse_if_written
 from ltloss.training.run.prepare import apply_limits, check_applies, load_split
 from ltloss.training.run.run_folder import refuse_foreign_files
-from ltloss.training.run.settings import OF_A_RUN, SETTINGS, Settings
+from ltloss.training.run.settings import FUSED_SETTINGS, OF_A_RUN, SETTINGS, Settings
 from ltloss.training.stored_keys import FORMER_SETTINGS, stored
 
 MANIFEST = "compare.json"

@@ -28,9 +28,8 @@ from ltloss.training.data.splits import keep_per_class
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.model.classifier import Classifier, choose_device
 from ltloss.training.run.checkpoint import read_tensors, to_bytes
-from ltloss.training.run.fused_settings import FUSED_SETTINGS
 from ltloss.training.run.prepare import TrainingData, apply_limits, load_split, prepare_data, run_config
-from ltloss.training.run.settings import OF_A_RUN, Settings
+from ltloss.training.run.settings import FUSED_SETTINGS, OF_A_RUN, Settings
 from ltloss.training.run.trainer import Trainer
 from ltloss.training.stored_keys import stored
 

@@ -11,7 +11,6 @@ from ltloss.errors import UserError
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.optim import PrototypeAdamW, PrototypeSGD
 from ltloss.runtime import current_backend
-from ltloss.training.run.fused_settings import rounding_in_force
 from ltloss.training.seeds import derived_seed
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def build_optimizers(network: nn.Module, settings: Settings) -> list[torch.optim
     made = [whole(groups, **given)] if groups else []
     if head is not None:
         given |= {"weight_decay": decay, "state_dtype": getattr(torch, settings.state_dtype)}
-        given |= {"rounding": rounding_in_force(settings), "seed": derived_seed(settings.seed, "rounding")}
+        given |= {"rounding": settings.rounding_in_force, "seed": derived_seed(settings.seed, "rounding")}
         made.append(in_backward(head, **given))
     return made
 

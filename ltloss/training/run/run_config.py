@@ -14,7 +14,6 @@ from ltloss._deprecation import renamed_keys
 from ltloss.errors import UserError, nearest
 from ltloss.losses.defaults import FORMER_OPTIONS
 from ltloss.training.model.registry import options_in_force
-from ltloss.training.run.fused_settings import rounding_in_force
 from ltloss.training.run.settings import SETTINGS, Settings, checked, positive
 from ltloss.training.stored_keys import FORMER_SETTINGS, named_as_now, stored
 
@@ -70,7 +69,7 @@ class RunConfig:
         kept = {name: value for name, value in settings.loss_options.items() if name not in FORMER_OPTIONS}
         if settings.amp is None:
             common["amp"] = amp
-        common |= {"rounding": rounding_in_force(settings), "embedding_size": self.embedding_size}
+        common |= {"rounding": settings.rounding_in_force, "embedding_size": self.embedding_size}
         return replace(self, settings=replace(settings, **common, loss_options={**kept, **added}))
 
     def to_json(self) -> str:

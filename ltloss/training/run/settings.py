@@ -12,18 +12,22 @@ from ltloss.errors import UserError, nearest
 from ltloss.losses.defaults import RENAMED_OPTIONS
 from ltloss.training.measure.class_groups import Thresholds
 from ltloss.training.model.registry import LOSSES
-from ltloss.training.run.fused_settings import (
-    PROTOTYPE_DTYPES,
-    ROUNDINGS,
-    STATE_DTYPES,
-    check_fused,
-)
 from ltloss.training.stored_keys import FORMER_SETTINGS
 
 PARALLEL = ("none", "class")
 HEADS = ("linear", "mlp")
 
 AUGMENTATIONS = ("none", "crop", "crop-flip", "randaugment")
+
+# Of --fused-update: each dtype, named as in torch, with its ways of rounding; the first is the default.
+PROTOTYPE_DTYPES: dict[str, tuple[str, ...]] = {
+    "float32": (),
+    "bfloat16": ("stochastic", "kahan", "nearest"),
+    "float8_e4m3fn": ("stochastic", "nearest"),
+}
+STATE_DTYPES: dict[str, tuple[str, ...]] = {"float32": (), "bfloat16": ("stochastic", "nearest")}
+ROUNDINGS = tuple(dict.fromkeys(way for ways in PROTOTYPE_DTYPES.values() for way in ways))
+FUSED_SETTINGS = ("fused_update", "prototype_dtype", "state_dtype", "rounding")
 
 # Defaults of --lr and --weight-decay. SGD's decay is part of the gradient; AdamW's is decoupled from it.
 OPTIMIZERS = {"sgd": {"lr": 0.05, "weight_decay": 5e-4}, "adamw": {"lr": 0.002, "weight_decay": 0.05}}
@@ -194,7 +198,7 @@ class Settings:
                 "--early-stopping needs held-out images that are not the test images; add --validation-fraction 0.1"
             )
         _ = self.thresholds  # which refuses limits that overlap
-        check_fused(self)
+        _check_fused(self)
 
     @property
     def thresholds(self) -> Thresholds:
@@ -207,10 +211,68 @@ class Settings:
         return self.seed if self.data_seed is None else self.data_seed
 
     @property
+    def roundings(self) -> tuple[str, ...]:
+        """The ways in which prototypes and their state can be rounded, the default first; () where both are float32."""
+        return PROTOTYPE_DTYPES[self.prototype_dtype] or STATE_DTYPES[self.state_dtype]
+
+    @property
+    def rounding_in_force(self) -> str | None:
+        """How prototypes and state are rounded; None where both are float32."""
+        return self.rounding or next(iter(self.roundings), None)
+
+    @property
     def all_loss_options(self) -> dict[str, Any]:
         """``loss_options`` with scale, margin and tau, where they were given."""
         common = {"scale": self.scale, "margin": self.margin, "tau": self.tau}
         return {**{name: value for name, value in common.items() if value is not None}, **self.loss_options}
+
+
+def _check_fused(settings: Settings) -> None:
+    """Raise UserError if the settings of --fused-update contradict each other or the other settings."""
+    if not settings.fused_update:
+        for name in FUSED_SETTINGS[1:]:
+            if getattr(settings, name) not in (None, "float32"):
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"{flag} {getattr(settings, name)} needs --fused-update, whose optimizer rounds so that no step is "
+                    f"lost; add that, or leave {flag} out"
+                )
+        return
+    if settings.loss == "softmax":
+        raise UserError(
+            f"--fused-update moves prototypes, and --loss {settings.loss} has none; leave it out, or take another loss"
+        )
+    if (centers := settings.all_loss_options.get("sub_centers", 1)) != 1:
+        raise UserError(
+            f"--fused-update updates one prototype per class, and --loss-option sub_centers={centers} has more; leave "
+            "one of them out"
+        )
+    if settings.mixup:
+        raise UserError(
+            "--fused-update needs one loss per step, and --mixup computes two, the second from prototypes that would "
+            "have changed; leave one of them out"
+        )
+    if settings.clip_norm is not None:
+        raise UserError(
+            "--fused-update updates prototypes before all gradients are known, and --clip-norm needs the norm of all "
+            "of them; leave one of them out"
+        )
+    if settings.accumulate != 1:
+        raise UserError(
+            "--fused-update updates the prototypes in every backward, and --accumulate needs several per step; "
+            "leave one of them out, or take a larger --batch-size"
+        )
+    if settings.state_dtype != "float32" and settings.optimizer == "sgd" and not settings.momentum:
+        raise UserError(f"--state-dtype {settings.state_dtype}: with --momentum 0 there is no state; leave it out")
+    if settings.ema and settings.prototype_dtype != "float32":
+        raise UserError(
+            f"--ema averages in the dtype of the prototypes, and in --prototype-dtype {settings.prototype_dtype} its "
+            "small steps would be rounded away; leave one of them out"
+        )
+    if settings.rounding is not None and settings.rounding not in settings.roundings:
+        kept = f"--prototype-dtype {settings.prototype_dtype} and --state-dtype {settings.state_dtype}"
+        choice = f"take {' or '.join(settings.roundings)}" if settings.roundings else "leave it out"
+        raise UserError(f"--rounding {settings.rounding} is not possible with {kept}; {choice}")
 
 
 SETTINGS = {item.name: item for item in fields(Settings)}

@@ -18,10 +18,9 @@ from ltloss.float8 import decoded
 from ltloss.optim import PrototypeSGD
 from ltloss.testing import relative_error
 from ltloss.tools.plan import KEPT_WIDTHS
-from ltloss.training.run.fused_settings import PROTOTYPE_DTYPES, STATE_DTYPES
 from ltloss.training.run.prepare import prepare_data
 from ltloss.training.run.run_config import RunConfig
-from ltloss.training.run.settings import Settings
+from ltloss.training.run.settings import PROTOTYPE_DTYPES, STATE_DTYPES, Settings
 from ltloss.training.run.trainer import Trainer, train
 
 pytestmark = pytest.mark.slow
