@@ -10,7 +10,8 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +23,22 @@ Arrays = Mapping[str, Callable[[], np.ndarray]]  # each array is read when it is
 
 # Damaged and foreign files; RuntimeError is that of an encrypted archive, MemoryError that of a size that is absurd,
 # TokenError that of NumPy where a header ends too soon.
-DAMAGE = (
+_DAMAGE = (
     *(ValueError, OSError, EOFError, RuntimeError, MemoryError, OverflowError, SyntaxError, KeyError, TypeError),
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
 )
+MAGIC = b"\x93NUMPY"  # the first bytes of one array
 _SAFETENSORS_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1"}
 _LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """UserError where what is inside meets a damaged file."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); write it anew") from error
 
 
 def npz_arrays(path: Path) -> Arrays:
@@ -43,7 +54,7 @@ def npz_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype] | None
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
             shape, _, dtype = _npy_header(member)
             return shape, dtype
-    except DAMAGE:
+    except _DAMAGE:
         return None
 
 
@@ -126,11 +137,13 @@ def _npz_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
         with path.open("rb") as file:
             file.seek(info.header_offset + 26)
             start = file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-            shape, fortran, dtype = _npy_header(file)
-            # A shape that goes on into the next member is left to numpy, which says so.
-            whole = file.tell() - start + dtype.itemsize * math.prod(shape) == info.file_size
-            if whole and len(shape) == 2 and all(shape) and not dtype.hasobject:
-                return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+            if file.read(len(MAGIC)) == MAGIC:
+                file.seek(start)
+                shape, fortran, dtype = _npy_header(file)
+                # A shape that goes on into the next member is left to numpy, which says so.
+                whole = file.tell() - start + dtype.itemsize * math.prod(shape) == info.file_size
+                if whole and len(shape) == 2 and all(shape) and not dtype.hasobject:
+                    return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
     with np.load(path, allow_pickle=False) as archive:
         array: np.ndarray = archive[info.filename.removesuffix(".npy")]
     if not isinstance(array, np.ndarray):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ltloss.errors import UserError
 from ltloss.numerics import spans
-from ltloss.training.data.arrays import DAMAGE, READERS, Arrays, npz_header
+from ltloss.training.data.arrays import READERS, Arrays, explained, npz_header
 from ltloss.training.data.images import ImageSource, Split
 from ltloss.training.data.labels import names_of_classes, numbered, whole_labels
 from ltloss.training.data.splits import split_indices
@@ -140,15 +139,6 @@ def load_rows(path: Path) -> ArrayEmbeddings:
         arrays = READERS[path.suffix](path)
         parts = [_part(path, arrays, part) for part in (("_train", "_test") if "x_train" in arrays else ("",))]
         return parts[0] if len(parts) == 1 else _joined(path, *parts)
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """UserError where what is inside meets a damaged file."""
-    try:
-        yield
-    except DAMAGE as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); write it anew") from error
 
 
 def _array(path: Path, arrays: Arrays, key: str) -> np.ndarray:

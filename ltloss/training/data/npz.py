@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from ltloss.errors import UserError
-from ltloss.training.data.arrays import DAMAGE
+from ltloss.training.data.arrays import MAGIC, Arrays, explained, npz_arrays
 from ltloss.training.data.images import ArrayImages, Split
 from ltloss.training.data.labels import check_range, names_of_classes, whole_labels
 
@@ -20,36 +19,25 @@ def load_npz(path: Path, split: Split) -> ArrayImages:
 
     Raises UserError naming the key that is missing or of the wrong shape, type or range. Nothing is unpickled.
     """
-    try:
+    with explained(path):
         with path.open("rb") as stream:
-            start = stream.read(6)
-        if start == b"\x93NUMPY":
-            raise UserError(f"{path} holds one array; give an .npz with {', '.join(_KEYS)}")
-        if not start.startswith(b"PK"):  # NumPy would take it for a pickle, and say how to run what is in it
-            raise zipfile.BadZipFile("it is no .npz file")
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in _KEYS if key not in archive.files]
-            if missing:
-                raise UserError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(_KEYS)}")
-            splits = ("train", "test") if split == "all" else (split,)
-            class_names = _class_names(path, archive)
-            parts = [_part(path, archive, part, class_names) for part in splits]
-    except DAMAGE as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); write it with numpy.savez") from error
+            if stream.read(len(MAGIC)) == MAGIC:
+                raise UserError(f"{path} holds one array; give an .npz with {', '.join(_KEYS)}")
+        arrays = npz_arrays(path)
+        missing = [key for key in _KEYS if key not in arrays]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(_KEYS)}")
+        splits = ("train", "test") if split == "all" else (split,)
+        given = arrays["class_names"]() if "class_names" in arrays else None
+        class_names = names_of_classes(path, "y_train", whole_labels(path, "y_train", arrays["y_train"]()), given)
+        parts = [_part(path, arrays, part, class_names) for part in splits]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     names = [f"{part}/{i:05d}" for part, (_, y) in zip(splits, parts, strict=True) for i in range(len(y))]
     return ArrayImages(images, labels, class_names, names)
 
 
-def _class_names(path: Path, archive: np.lib.npyio.NpzFile) -> tuple[str, ...]:
-    given = _array(path, archive, "class_names") if "class_names" in archive.files else None
-    return names_of_classes(path, "y_train", _labels(path, archive, "y_train"), given)
-
-
-def _part(
-    path: Path, archive: np.lib.npyio.NpzFile, part: str, class_names: tuple[str, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = _array(path, archive, f"x_{part}"), _labels(path, archive, f"y_{part}")
+def _part(path: Path, arrays: Arrays, part: str, class_names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = arrays[f"x_{part}"](), whole_labels(path, f"y_{part}", arrays[f"y_{part}"]())
     if images.dtype != np.uint8:
         raise UserError(
             f"{path}: x_{part} must be uint8 (0..255), or embeddings (N, D) of floats, but is {images.dtype} of shape "
@@ -63,14 +51,3 @@ def _part(
         raise UserError(f"{path}: x_{part} is empty, of shape {images.shape}; it needs images")
     check_range(path, f"y_{part}", labels, len(class_names))
     return images, labels
-
-
-def _labels(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
-    return whole_labels(path, key, _array(path, archive, key))
-
-
-def _array(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
-    array = archive[key]
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path}: {key} is a file of another kind, not an array; write it with numpy.savez")
-    return array
