@@ -29,6 +29,14 @@ def _group_by_label(labels: Tensor) -> tuple[Tensor, Tensor]:
     return group, torch.empty_like(first).scatter_(0, order, first)
 
 
+def check_update(update: str, momentum: float, prefix: str = "") -> None:
+    """Raise the errors of :class:`ClassCenters`; ``prefix``: what precedes the names of its arguments elsewhere."""
+    check_choice(f"{prefix}update", update, get_args(CenterUpdate))
+    check_number(f"{prefix}momentum", momentum, at_least=0.0)
+    if momentum >= 1.0:
+        raise ValueError(f"{prefix}momentum must be < 1, for at 1 the centres never move; got {momentum}")
+
+
 def check_not_inside_ddp() -> None:
     """Raise RuntimeError inside DistributedDataParallel, which would copy rank 0's centres to all ranks."""
     wrapper: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
@@ -88,10 +96,7 @@ class ClassCenters(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        check_choice("update", update, get_args(CenterUpdate))
-        check_number("momentum", momentum, at_least=0.0)
-        if momentum >= 1.0:
-            raise ValueError(f"momentum must be < 1, for at 1 the centres never move; got {momentum}")
+        check_update(update, momentum)
         self.update_rule, self.momentum = update, momentum
         self.register_buffer("centers", torch.zeros(num_classes, embedding_size, device=device))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64, device=device))

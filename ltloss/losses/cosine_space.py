@@ -10,7 +10,7 @@ from torch import Tensor
 from ltloss._deprecation import renamed_fields
 from ltloss._validation import check_choice, check_number
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
-from ltloss.losses.class_centers import CenterUpdate, ClassCenters, check_not_inside_ddp
+from ltloss.losses.class_centers import CenterUpdate, ClassCenters, check_not_inside_ddp, check_update
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.ops.logsumexp import Shard
 
@@ -116,6 +116,7 @@ class CosineSpaceLoss(PrototypeHead):
         check_number("start_step", start_step, at_least=0)
         check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
         check_choice("truncate", truncate, ("batch", "sample"))
+        check_update(center_update, center_momentum, "center_")
         self.epsilon, self.start_step, self.truncate = epsilon, start_step, truncate
         self.inter_weight, self.intra_weight, self.ce_weight = inter_weight, intra_weight, ce_weight
         self.strict = strict  # after the weights, because from here on setting one checks their order
