@@ -61,6 +61,16 @@ def _other_optimizer(run: Path) -> None:
     safetensors.torch.save_file(tensors, path)
 
 
+def _other_dtype(part: str, dtype: torch.dtype) -> Callable[[Path], object]:
+    def spoil(run: Path) -> None:
+        path = run / f"checkpoints/epoch-0002/{part}.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        tensors["loss.weight"] = tensors["loss.weight"].to(dtype)
+        safetensors.torch.save_file(tensors, path)
+
+    return spoil
+
+
 def _state(text: str) -> Callable[[Path], object]:
     return lambda run: (run / "checkpoints/epoch-0002/state.json").write_text(text)
 
@@ -74,6 +84,8 @@ def _config(text: str) -> Callable[[Path], object]:
     [
         (_other_shape, ("epoch-0002", "loss.weight", "(5, 8)", "(3, 8)")),
         (_other_optimizer, ("optimizer.safetensors", "loss.weight")),
+        (_other_dtype("model", torch.int32), ("model.safetensors", "loss.weight", "int32", "float32")),
+        (_other_dtype("optimizer", torch.float16), ("optimizer.safetensors", "loss.weight", "float16", "float32")),
         (lambda run: (run / "checkpoints/epoch-0002/state.json").unlink(), ("epoch-0002",)),
         (_state("[]"), ("epoch-0002", "history")),
         (_state("{}"), ("epoch-0002", "history")),

@@ -82,10 +82,13 @@ class Classifier(nn.Module):
 
 
 def check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """UserError that names the first tensor read from ``path`` which is missing, unknown or of another shape."""
+    """UserError that names the first tensor of ``path`` which is missing, unknown or of another shape or dtype."""
+
+    def kind(tensor: Tensor | None) -> str:
+        return "missing" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
     for name in [*wanted, *stored]:
-        there = tuple(stored[name].shape) if name in stored else "missing"
-        here = tuple(wanted[name].shape) if name in wanted else "missing"
+        there, here = kind(stored.get(name)), kind(wanted.get(name))
         if there != here:
             raise UserError(
                 f"{path}: tensor {name} is {there} there and {here} in the model that config.json describes; "
