@@ -21,6 +21,7 @@ from ltloss.cli.export import EXPORT, add_export, run_export
 from ltloss.cli.predict import add_predict, run_predict
 from ltloss.cli.values import (
     add_renamed,
+    add_run,
     count,
     named_value,
     need,
@@ -42,6 +43,7 @@ _LESS_MEMORY = {
 }
 # On a CPU torch raises a plain RuntimeError, which can be recognised by these words only.
 _NO_MEMORY = ("allocate memory", "not enough memory", "storage size calculation overflow")
+_METAVARS = {"loss": "NAME", "image_root": "FOLDER", "backbone": "NAME", "init_from": "RUN"}  # others by their type
 _PIPE_CLOSED = 141  # what a shell shows for a program that SIGPIPE ended
 
 
@@ -189,7 +191,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
-    evaluate.add_argument("run", type=path, metavar="RUN")
+    add_run(evaluate)
     whole = "as for train (default: the run's own); other data without train/test parts is measured whole"
     evaluate.add_argument("--data", metavar="DATA", help=whole)
     splits = "test and train: the images the run used; all: every image (default: test)"
@@ -203,7 +205,7 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
 
 
 def _add_report(report: argparse.ArgumentParser) -> None:
-    report.add_argument("run", type=path, metavar="RUN")
+    add_run(report)
     about = "how the map of features is made; auto: by UMAP where umap-learn is installed (default: auto)"
     report.add_argument("--map", choices=("auto", "umap", "pca"), default="auto", help=about)
 
@@ -264,7 +266,7 @@ def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
             group.add_argument("--loss-option", action="append", type=named_value, metavar="NAME=VALUE", **common)
             continue
         common |= {"type": kind, "choices": item.metadata["choices"]}
-        metavar = "N" if kind is int else "X" if kind is float else None
+        metavar = _METAVARS.get(name, "N" if kind is int else "X" if kind is float else None)
         if name in former:
             add_renamed(group, flag, "--" + former[name].replace("_", "-"), metavar=metavar, **common)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ltloss.cli.values import path, picked
+from ltloss.cli.values import add_run, path, picked
 
 EXPORT = (
     "Write the newest checkpoint of a run as one file that needs no ltloss: ONNX, or a program of torch.export (.pt2). "
@@ -14,7 +14,7 @@ EXPORT = (
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``export``."""
-    parser.add_argument("run", type=path, metavar="RUN")
+    add_run(parser)
     parser.add_argument("--to", choices=("onnx", "torch"), required=True, help="the format")
     written = "the file to write, .onnx or .pt2 (default: RUN/model.onnx, RUN/model.pt2)"
     parser.add_argument("--out", type=path, metavar="FILE", help=written)

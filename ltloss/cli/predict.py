@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from ltloss.cli.values import need, path, picked, setting_help
+from ltloss.cli.values import add_run, need, path, picked, setting_help
 from ltloss.errors import UserError
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``predict``."""
-    parser.add_argument("run", type=path, metavar="RUN")
+    add_run(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     images = "images to classify, searched recursively"
     what.add_argument("--images", type=path, metavar="FOLDER", help=images)

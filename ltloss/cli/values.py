@@ -31,6 +31,11 @@ def count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a count; give a whole number such as 8192, 100k, 1.5M or 2B")
 
 
+def add_run(parser: argparse._ActionsContainer) -> None:
+    """Add RUN, the run folder that a command reads."""
+    parser.add_argument("run", type=path, metavar="RUN", help="the folder that `ltloss train --out` wrote")
+
+
 def add_renamed(parser: argparse._ActionsContainer, name: str, former: str, **about: Any) -> None:
     """Add an option with a former name, which works for one more version with a warning. --help does not show it."""
     parser.add_argument(name, former, action=_Renamed, **about).option_strings = [name]

@@ -140,6 +140,18 @@ def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture
     assert "(default: 0.05)" in shown
 
 
+@pytest.mark.parametrize("command", [["train"], ["evaluate"], ["predict"], ["export"], ["report"], ["plan"], []])
+def test_help_fits_a_terminal(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert "  RUN" not in lines, "it says nothing about RUN"
+
+
 def test_the_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--version"])

@@ -88,7 +88,7 @@ class Settings:
         "json), FILE.npz with x_train, y_train, x_test, y_test, or embeddings in .npz, .npy, .safetensors or .parquet",
     )
     image_root: str | None = _option(None, "where the paths of a list of images begin (default: the list's folder)")
-    loss: str = _option("long-tail", "the loss", choices=tuple(LOSSES))
+    loss: str = _option("long-tail", f"the loss: {', '.join(LOSSES)}", choices=tuple(LOSSES))
     backbone: str = _option("small-cnn", "small-cnn, resnet32, or a timm model as timm:NAME")
     init_from: str | None = _option(
         None, "a run, or a file of weights (.safetensors, .pt), whose backbone is where the training starts"
