@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltloss._transforms import transforming
 from ltloss.float8 import FLOAT8
 from ltloss.runtime import current_backend
 
@@ -19,7 +20,9 @@ __all__ = [
     "check_choice",
     "check_classes",
     "check_count",
+    "check_dense",
     "check_features",
+    "check_head_dtype",
     "check_k",
     "check_label_range",
     "check_labels",
@@ -30,6 +33,7 @@ __all__ = [
     "check_offset",
     "check_pair",
     "check_per_class",
+    "check_positive",
     "check_prior",
     "check_prototypes",
     "check_same_device",
@@ -117,10 +121,20 @@ def check_count(name: str, given: Any) -> int:
 
 
 def check_type(name: str, given: Any, expected: type[int] | type[bool]) -> None:
-    """Raise TypeError unless ``given`` is of the ``expected`` type, int (which no bool is) or bool."""
+    """Raise TypeError unless ``given`` is of the ``expected`` type, int (of 64 bits, and no bool) or bool."""
     if not isinstance(given, expected) or (expected is int and isinstance(given, bool)):
         what = "an integer" if expected is int else "True or False (bool)"
         raise TypeError(f"{name} must be {what}; got {type(given).__name__} {given!r}")
+    if not -(1 << 63) <= given < 1 << 63:
+        raise ValueError(f"{name} must be an integer of 64 bits; got {given}")
+
+
+def check_dense(name: str, given: Tensor, *, integers: bool = True) -> None:
+    """Raise TypeError unless a tensor is dense and of floating-point numbers, or, with ``integers``, of those."""
+    whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    if given.layout != torch.strided or not (given.is_floating_point() or (integers and whole)):
+        what = "numbers" if integers else "floating-point numbers"
+        raise TypeError(f"{name} must be a dense tensor of {what}; got {given.dtype}, {given.layout}")
 
 
 def _check_matrix(
@@ -151,6 +165,13 @@ def check_prototypes(prototypes: Any) -> None:
         raise ValueError(f"prototypes must hold at least one class (C, D); got {tuple(prototypes.shape)}")
     if prototypes.dim() == 3:
         check_sub_centers(prototypes.shape[1], prototypes.dtype)
+
+
+def check_head_dtype(dtype: Any) -> None:
+    """A dtype that prototypes may have; None stands for PyTorch's default."""
+    if dtype not in (None, *_DTYPES, FLOAT8):
+        known = ", ".join(str(one) for one in (*_DTYPES, FLOAT8))
+        raise TypeError(f"dtype of prototypes must be one of {known}; got {dtype!r}")
 
 
 def check_sub_centers(given: Any, dtype: torch.dtype | None = None) -> int:
@@ -238,6 +259,8 @@ def check_labels(features: Tensor, labels: Any, features_name: str = "features",
     """Raise unless labels are integers (N,), one for each row of features (N, D), on the same device."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor (N,); got {type(labels).__name__}")
+    if labels.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, of the layout torch.strided; got {labels.layout}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} must have an integer dtype; got {labels.dtype}")
     if labels.shape != features.shape[:1]:
@@ -257,6 +280,7 @@ def check_per_class(
     refused, because it would never receive one.
     """
     if isinstance(given, Tensor):
+        check_dense(name, given)
         if given.requires_grad and not learnable:
             raise ValueError(f"{name} is treated as a constant and gets no gradient; pass {name}.detach()")
         if given.shape not in ((), (num_classes,)):
@@ -307,6 +331,17 @@ def check_values(name: str, given: Tensor) -> None:
         raise ValueError(f"{name} must {expected}, and not NaN; got {values[first]:g} for class {first}")
 
 
+def check_positive(name: str, given: Tensor, counted: Tensor) -> None:
+    """Raise ValueError unless the values (N,) of the counted samples are finite and > 0, where they are readable."""
+    if not _readable(given) or transforming():
+        return
+    values = given.detach()
+    bad = counted & ~((values > 0.0) & values.isfinite())
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0, 0])
+        raise ValueError(f"{name} must be finite and > 0.0; got {float(values[first]):g} for sample {first}")
+
+
 def check_prior(log_prior: Tensor | None, labels: Tensor, ignore_index: int) -> None:
     """Raise ValueError if a sample belongs to a class whose log prior is -inf, where the values can be read."""
     if log_prior is None or not log_prior.dim() or not _readable(log_prior):
@@ -325,7 +360,7 @@ def check_classes(classes: Any, prototypes: Tensor) -> None:
     """Raise unless ``classes`` are integers (R,) on the prototypes' device. ``checked_labels`` checks their range."""
     if not isinstance(classes, Tensor):
         raise TypeError(f"classes must be a torch.Tensor (R,) of class indices; got {type(classes).__name__}")
-    if classes.dim() != 1 or classes.is_floating_point() or classes.dtype == torch.bool:
+    if classes.dim() != 1 or classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
         raise ValueError(
             f"classes must be integer class indices of shape (R,); got {classes.dtype} {tuple(classes.shape)}"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltloss._deprecation import renamed_keywords
-from ltloss._validation import check_choice, check_count, check_number
+from ltloss._validation import check_choice, check_count, check_dense, check_number, check_type
 from ltloss.ops.labels import checked_labels
 
 __all__ = [
@@ -52,8 +52,14 @@ def counts_from_labels(labels: Counts, num_classes: int, *, ignore_index: int = 
         tensor([1, 0, 2])
     """
     num_classes = check_count("num_classes", num_classes)
-    vector = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels).flatten()
-    if vector.is_floating_point():
+    check_type("ignore_index", ignore_index, int)
+    array = labels if isinstance(labels, Tensor) else np.asarray(labels)
+    if isinstance(array, np.ndarray) and not array.size:
+        array = array.astype(np.int64)  # an empty list has no dtype of its own
+    if isinstance(array, np.ndarray) and array.dtype.kind not in "iu":
+        raise TypeError(f"labels must have an integer dtype; got {type(labels).__name__} of {array.dtype}")
+    vector = torch.as_tensor(array).flatten()
+    if vector.is_floating_point() or vector.is_complex() or vector.dtype == torch.bool:
         raise TypeError(f"labels must have an integer dtype; got {vector.dtype}")
     checked = checked_labels(vector, num_classes, ignore_index, "labels").to(torch.int64)
     return torch.bincount(checked[checked != ignore_index], minlength=num_classes)
@@ -69,6 +75,7 @@ def checked_counts(class_counts: Counts) -> Tensor:
                 f"{type(class_counts).__name__} of {array.dtype}"
             )
         class_counts = torch.as_tensor(array, device="cpu")  # also where the default device is meta
+    check_dense("class_counts", class_counts)
     if class_counts.is_meta:
         raise ValueError("class_counts must hold values; got a tensor on the meta device")
     counts = class_counts.detach().to(torch.float64)
@@ -215,7 +222,12 @@ def inverse_frequency_weights(class_counts: Counts, count_exponent: float = 1.0)
     """
     count_exponent = check_number("count_exponent", count_exponent)
     weights = checked_counts(class_counts) ** -count_exponent
-    return (weights / weights.mean()).float()
+    weights = (weights / weights.mean()).float()
+    if not bool(weights.isfinite().all()):
+        raise ValueError(
+            f"count_exponent must give finite weights; got {count_exponent:g}, which gives {_abridged(weights)}"
+        )
+    return weights
 
 
 @dataclass(frozen=True)
@@ -244,7 +256,11 @@ class DeferredWeights:
     start_epoch: int
 
     def __post_init__(self) -> None:
+        check_type("start_epoch", self.start_epoch, int)
         check_number("start_epoch", self.start_epoch, at_least=0)
+        if not isinstance(self.weights, Tensor) or self.weights.dim() != 1:
+            given = tuple(self.weights.shape) if isinstance(self.weights, Tensor) else type(self.weights).__name__
+            raise TypeError(f"weights must be a tensor (C,); got {given}")
 
     def __call__(self, epoch: int) -> Tensor | None:
         """Class weights (C,) for an epoch, or None before ``start_epoch``."""

@@ -73,6 +73,11 @@ class InferenceHead(nn.Module):
     def __init__(self, head: nn.Module, k: int = 1) -> None:
         super().__init__()
         given: Any = head
+        for name in ("weight", "logits"):
+            if not hasattr(given, name):
+                raise TypeError(
+                    f"head must have prototypes `weight` and `logits(features)`; {type(head).__name__} has no {name}"
+                )
         if is_sharded(given.weight):
             raise ValueError(
                 f"head must be whole; got a {type(head).__name__} whose classes are spread over ranks: "

@@ -19,10 +19,12 @@ from torch.nn import functional as F
 from ltloss._types import Reduction
 from ltloss._validation import (
     check_choice,
+    check_dense,
     check_lengths,
     check_no_margin,
     check_number,
     check_offset,
+    check_positive,
     check_prior,
     check_same_device,
     check_scale,
@@ -160,6 +162,9 @@ def logsumexp_stats(
     check_supervised(features, prototypes, labels, several=True)
     check_type("ignore_index", ignore_index, int)
     check_type("normalize_features", normalize_features, bool)
+    check_type("with_logit_sum", with_logit_sum, bool)
+    if bend is not None and not callable(bend):
+        raise TypeError(f"bend must be a function of target cosines and labels; got {type(bend).__name__} {bend!r}")
     check_lengths(prototypes, normalize_prototypes)
     num_classes, dtype = prototypes.shape[0], compute_dtype(features, prototypes)
     log_prior = check_offset(log_prior, bias, num_classes, features.new_empty(0, dtype=dtype))
@@ -171,6 +176,7 @@ def logsumexp_stats(
     logit_scale: Tensor | float
     scale = plain_number(scale)
     if isinstance(scale, Tensor):
+        check_dense("scale", scale, integers=False)
         check_same_device(features=features, scale=scale)
         scale = scale if scale.dim() else scale.expand(counted.shape)
         if scale.shape != counted.shape or not normalize_features:
@@ -178,6 +184,7 @@ def logsumexp_stats(
                 "scale must be a number, or with normalize_features=True a tensor () or, for a scale per sample, "
                 f"{tuple(counted.shape)}; got {tuple(scale.shape)} and normalize_features={normalize_features}"
             )
+        check_positive("scale", scale, counted)
         logit_scale = scale.to(dtype)
         features = direction(features.masked_fill(~counted[:, None], 0.0).to(dtype)) * logit_scale[:, None]
         objective = Objective(scale=1.0, normalize_features=False)
@@ -202,7 +209,11 @@ def logsumexp_stats(
                 f"{normalize_prototypes=} and {with_logit_sum=}"
             )
         cosine = ops.target_cosines(features, here, counting, shard)
-        bent = bend(cosine, counting).of_logits(scale, cosine)
+        given = bend(cosine, counting)
+        if not isinstance(given, Bend) or given.threshold.shape != cosine.shape:
+            shown = tuple(given.threshold.shape) if isinstance(given, Bend) else type(given).__name__
+            raise ValueError(f"bend must return a Bend with a threshold {tuple(cosine.shape)}; got {shown}")
+        bent = given.of_logits(scale, cosine)
     r, target, logit_sum = ops.logsumexp_stats(features, here, labels, objective, with_logit_sum, shard, update, bent)
     labels = counting
     if logit_sum is not None and log_prior is not None:
@@ -218,6 +229,7 @@ def _added(name: str, per_sample: Tensor | None, margin: Tensor | float, stats: 
     if not isinstance(per_sample, Tensor) or per_sample.shape != stats.labels.shape:
         shown = tuple(per_sample.shape) if isinstance(per_sample, Tensor) else type(per_sample).__name__
         raise ValueError(f"{name} must be a tensor {tuple(stats.labels.shape)}, one per sample; got {shown}")
+    check_dense(name, per_sample)
     return margin + per_sample.to(stats.logsumexp.dtype)
 
 
@@ -370,7 +382,7 @@ def reduce_losses(
         A scalar, or (N,) for ``"none"``. A mean over no sample is 0 with zero gradients.
 
     Raises:
-        ValueError: an unknown reduction, a ``sample_weight`` of another shape.
+        ValueError, IndexError: an unknown reduction, a ``sample_weight`` of another shape, a label without class weight.
 
     See also: :func:`margin_losses`, which makes the losses.
 
@@ -381,9 +393,13 @@ def reduce_losses(
         tensor(2.)
     """
     check_choice("reduction", reduction, get_args(Reduction))
+    if losses.shape != labels.shape:
+        raise ValueError(f"labels must have the shape of losses, {tuple(losses.shape)}; got {tuple(labels.shape)}")
     counted = labels >= 0
     weights = counted.to(losses.dtype)
     if class_weight is not None:
+        if not torch.compiler.is_compiling():  # an index beyond the last would read the last
+            checked_labels(labels.clamp_min(-1), class_weight.shape[0], -1, "labels")
         weights = weights * class_weight[labels.clamp(0, class_weight.shape[0] - 1)].to(losses.dtype)
     if sample_weight is not None:
         if sample_weight.shape != losses.shape:

@@ -16,6 +16,7 @@ from ltloss._transforms import apply_of, transforming
 from ltloss._types import Reduction
 from ltloss._validation import (
     check_choice,
+    check_dense,
     check_no_margin,
     check_number,
     check_offset,
@@ -366,6 +367,11 @@ def margin_cosine(cosine: Tensor, **margin: Any) -> Tensor:
         >>> margin_cosine(torch.tensor([0.5]), cosine_margin=0.2)
         tensor([0.3000])
     """
+    if not isinstance(cosine, Tensor):
+        raise TypeError(f"cosine must be a torch.Tensor (N,); got {type(cosine).__name__}")
+    check_dense("cosine", cosine, integers=False)
+    if cosine.dim() != 1:
+        raise ValueError(f"cosine must have the shape (N,); got {tuple(cosine.shape)}")
     given = Margin(**margin)
     angular, subtracted = (one.detach() if isinstance(one, Tensor) else one for one in given[:2])
     checked = given._replace(angular_margin=angular, cosine_margin=subtracted).checked(cosine.shape[0], cosine)

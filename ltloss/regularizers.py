@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ltloss._validation import check_choice
+from ltloss._validation import check_choice, check_dense
 from ltloss.margins import arccos
 from ltloss.numerics import compute_dtype
 
@@ -45,6 +45,7 @@ def norm_penalty(
         if not isinstance(values, Tensor) or values.shape != length.shape:
             given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"kind must map lengths {tuple(length.shape)} to a tensor of the same shape; got {given}")
+        check_dense("kind of lengths", values, integers=False)
     else:
         check_choice("kind", kind, get_args(FeatureNormKind))
         values = _KINDS[kind](length, radius)

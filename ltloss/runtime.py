@@ -93,6 +93,12 @@ def _checked_bytes(given: int, origin: str, error: type[ValueError] = ValueError
     return given
 
 
+def _checked_bool(name: str, given: bool) -> bool:
+    if not isinstance(given, bool):  # "no" would be true
+        raise TypeError(f"{name} must be True or False (bool); got {type(given).__name__} {given!r}")
+    return given
+
+
 def _workspace_of_environment() -> int:
     given = os.environ.get("LTLOSS_WORKSPACE_MIB", "256")
     mib = int(given) if given.isdecimal() else 0
@@ -164,7 +170,7 @@ class use_workspace(AbstractContextManager["use_workspace"]):
         global _workspace, _keep_exponentials
         self._previous = _workspace, _keep_exponentials
         limit = _checked_bytes(limit, "limit")
-        _workspace, _keep_exponentials = limit, bool(keep_exponentials)
+        _workspace, _keep_exponentials = limit, _checked_bool("keep_exponentials", keep_exponentials)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -208,7 +214,7 @@ def set_debug(on: bool) -> None:
         False
     """
     global _debug
-    _debug = bool(on)
+    _debug = _checked_bool("on", on)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ltloss._estimator.calibration import block_rows
 from ltloss._estimator.fitting import Fitted, Options, Task, fit, fit_more
 from ltloss._estimator.heads import Candidate, Classifier, offset_of
 from ltloss._estimator.space import Array, Batches, Part, Space
-from ltloss._validation import check_choice, check_count, check_number
+from ltloss._validation import check_choice, check_count, check_number, check_type
 
 __all__ = ["LongTailClassifier", "TopClasses"]
 
@@ -283,6 +283,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _options(self) -> Options:
         check_choice("loss", self.loss, ("auto", "linear", "cosine"))
         check_choice("class_prior", self.class_prior, ("uniform", "counts"))
+        for name in ("early_stopping", "refit", "warm_start"):
+            check_type(name, getattr(self, name), bool)
         scales = [check_number("scales", scale, above=0.0) for scale in self.scales] if self.loss != "linear" else []
         linear = [] if self.loss == "cosine" else [Candidate(None)]
         candidates = (*linear, *map(Candidate, scales))
@@ -296,15 +298,16 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 "validation_fraction=None leaves nothing to choose a loss with or to stop by; give a fraction, or one "
                 f"loss with one scale and early_stopping=False; got loss={self.loss!r}, scales={self.scales!r}"
             )
+        patience = check_count("n_iter_no_change", self.n_iter_no_change)
         return Options(
             candidates,
             self.class_prior == "uniform",
             None if self.max_iter is None else check_count("max_iter", self.max_iter),
             check_count("batch_size", self.batch_size),
             check_number("lr", self.lr, above=0.0),
-            check_count("n_iter_no_change", self.n_iter_no_change) if self.early_stopping else None,
+            patience if self.early_stopping else None,
             fraction,
-            bool(self.refit),
+            self.refit,
             self._device(),
             bool(self.verbose),
         )
@@ -325,6 +328,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         used = np.flatnonzero(weights > 0)
         part = Part(*map(torch.from_numpy, (used, labels[used], weights[used].astype(np.float32))))
         factors = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
+        if not bool(np.isfinite(factors).all()) or factors.min() < 0.0:
+            raise ValueError(f"class_weight must be finite and not negative; got {self.class_weight!r}")
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         return Task(X, part, torch.from_numpy(factors).float(), torch.Generator().manual_seed(int(seed)))
 

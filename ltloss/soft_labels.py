@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ltloss._types import Reduction
-from ltloss._validation import check_same_device, check_supervised
+from ltloss._validation import check_dense, check_number, check_per_class, check_same_device, check_supervised
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.functional import margin_cross_entropy
 from ltloss.margins import Margin
@@ -73,12 +73,16 @@ def soft_label_cross_entropy(
     if unknown:
         raise TypeError(f"soft_label_cross_entropy has no option {unknown[0]!r}; it has {', '.join(sorted(_OPTIONS))}")
     margin = {name: options.pop(name) for name in Margin._fields if name in options}
+    label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
     options = {"scale": 30.0, "with_logit_sum": label_smoothing > 0.0, **options}
     stats = logsumexp_stats(features, prototypes, labels, **options)
     losses = margin_losses(stats, **margin, label_smoothing=label_smoothing)
     # The weight of a repeated class is added to its first place.
     again = (labels[:, :, None] == labels[:, None, :]).to(label_weight.dtype)
     weight = (again * label_weight[:, None, :]).sum(2)
+    if class_weight is not None:
+        checked = check_per_class("class_weight", class_weight, stats.num_classes, stats.logsumexp)
+        class_weight = torch.as_tensor(checked, dtype=losses.dtype, device=losses.device).expand(stats.num_classes)
     return reduce_losses(losses, stats.labels, class_weight=class_weight, sample_weight=weight, reduction=reduction)
 
 
@@ -109,6 +113,7 @@ def _check_weight(labels: Tensor, label_weight: Tensor) -> None:
         raise ValueError(f"label_weight must be a tensor shaped like labels, {tuple(labels.shape)}; got {given}")
     if label_weight.requires_grad:
         raise ValueError("label_weight is treated as a constant and gets no gradient; pass label_weight.detach()")
+    check_dense("label_weight", label_weight)
     check_same_device(labels=labels, label_weight=label_weight)
     if (label_weight.device.type == "cpu" or current_debug()) and not torch.compiler.is_compiling():
         bad = ~((label_weight >= 0) & label_weight.isfinite())

@@ -12,7 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ltloss._validation import check_number, check_supervised
+from ltloss._validation import (
+    check_count,
+    check_label_range,
+    check_labels,
+    check_number,
+    check_sub_centers,
+    check_supervised,
+    check_type,
+)
 from ltloss.chunked.samples import cosines_of_target
 from ltloss.ops._dispatch import is_sharded
 from ltloss.ops.labels import checked_labels
@@ -52,6 +60,7 @@ def nearest_of_target(
         tensor([1, 0])
     """
     check_supervised(features, prototypes, labels)
+    check_type("ignore_index", ignore_index, int)
     if is_sharded(prototypes):
         raise ValueError(
             f"prototypes {tuple(prototypes.shape)} must be whole on this rank; got a DTensor spread over ranks. Use "
@@ -79,13 +88,24 @@ def dominant(index: Tensor, labels: Tensor, num_classes: int, sub_centers: int) 
 
     Source: Deng et al., Sub-center ArcFace, ECCV 2020, section 3.3.
 
+    Raises:
+        ValueError, TypeError, IndexError: an index outside [-1, K), a label of a counted sample outside [0, C).
+
     Example:
         >>> import torch
         >>> from ltloss.sub_centers import dominant
         >>> dominant(torch.tensor([1, 1, 0, 2]), torch.tensor([0, 0, 0, 1]), num_classes=2, sub_centers=3)
         tensor([1, 2])
     """
+    classes, several = check_count("num_classes", num_classes), check_sub_centers(sub_centers)
+    for name, given in (("index", index), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor (N,); got {type(given).__name__}")
+    check_labels(labels, index, "labels", "index")
+    check_labels(index, labels, "index")
     counted = index >= 0
+    check_label_range(index, several, -1, "index")
+    check_label_range(labels[counted], classes, -1, "labels of counted samples")
     place = labels[counted].to(torch.int64) * sub_centers + index[counted]
     return torch.bincount(place, minlength=num_classes * sub_centers).view(num_classes, sub_centers).argmax(1)
 

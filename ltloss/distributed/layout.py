@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ltloss._validation import check_count
 from ltloss.distributed import collectives as comm
 from ltloss.errors import DistributedError
 from ltloss.float8 import FLOAT8
@@ -33,7 +34,7 @@ def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh |
         The mesh, or None if ``torch.distributed`` is not initialised.
 
     Raises:
-        ValueError: ``data`` does not divide the number of ranks.
+        ValueError: ``data`` is no whole number from 1, or does not divide the number of ranks.
         DistributedError: torchrun started several ranks, and ``torch.distributed`` was not initialised.
 
     See also: :func:`ltloss.distributed.parallelize`, which takes the mesh.
@@ -43,6 +44,7 @@ def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh |
         >>> class_mesh() is None  # a single process that initialised nothing
         True
     """
+    check_count("data", data)
     if not (dist.is_available() and dist.is_initialized()):
         started = os.environ.get("WORLD_SIZE", "1") if dist.is_available() and dist.is_torchelastic_launched() else "1"
         if started != "1":  # each rank would train alone, with all classes
@@ -53,7 +55,7 @@ def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh |
     from torch.distributed.device_mesh import init_device_mesh
 
     ranks = dist.get_world_size()
-    if data < 1 or ranks % data:
+    if ranks % data:
         raise ValueError(f"data must divide the number of ranks, {ranks}; got {data}")
     if device_type is None:
         device_type = "cuda" if "nccl" in dist.get_backend() else "cpu"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ltloss._validation import check_choice, check_number
+from ltloss._validation import check_choice, check_count, check_number
 from ltloss.numerics import add_rows_, compute_dtype
 from ltloss.reference import direction
 
@@ -96,6 +96,8 @@ class ClassCenters(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        num_classes = check_count("num_classes", num_classes)
+        embedding_size = check_count("embedding_size", embedding_size)
         check_update(update, momentum)
         self.update_rule, self.momentum = update, momentum
         self.register_buffer("centers", torch.zeros(num_classes, embedding_size, device=device))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ltloss._deprecation import renamed_fields
-from ltloss._validation import check_choice, check_number
+from ltloss._validation import check_choice, check_number, check_supervised, check_type
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.losses.class_centers import CenterUpdate, ClassCenters, check_not_inside_ddp, check_update
 from ltloss.losses.prototype_head import PrototypeHead
@@ -113,7 +113,10 @@ class CosineSpaceLoss(PrototypeHead):
             check_number(name, value, at_least=0.0)
         self.margin = margin
         check_number("epsilon", epsilon, at_least=0.0)
+        check_type("start_step", start_step, int)
         check_number("start_step", start_step, at_least=0)
+        check_type("ignore_index", ignore_index, int)
+        check_type("strict", strict, bool)
         check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
         check_choice("truncate", truncate, ("batch", "sample"))
         check_update(center_update, center_momentum, "center_")
@@ -161,6 +164,7 @@ class CosineSpaceLoss(PrototypeHead):
         """
         if self.training:
             check_not_inside_ddp()
+        check_supervised(features, self.weight, labels)
         inter, cross_entropy = self._cross_entropies(features, labels, shard)
         labels = labels.to(torch.int64)
         labels = labels.masked_fill(labels == self.ignore_index, -1)

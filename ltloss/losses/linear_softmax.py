@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ltloss._types import Reduction
-from ltloss._validation import check_type
+from ltloss._validation import check_pair, check_type
 from ltloss.float8 import FLOAT8
 from ltloss.losses.margin_losses import CombinedMarginLoss
 from ltloss.reference import products
@@ -107,6 +107,7 @@ class LinearSoftmaxLoss(CombinedMarginLoss):
         Returns:
             (N, C), dense. For large C use :meth:`predict`.
         """
+        check_pair(features, self.weight)
         return self._dense_logits(features, self.weight)
 
     def _logit_options(self) -> dict[str, Any]:

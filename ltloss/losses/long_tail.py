@@ -149,6 +149,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         for name, value in (
             ("tau", tau),
             ("min_angle_weight", min_angle_weight),
+            ("min_angle_power", min_angle_power),
             ("feature_norm_weight", feature_norm_weight),
         ):
             check_number(name, value, at_least=0.0)

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from ltloss import functional as F
 from ltloss._types import TopK
-from ltloss._validation import check_count, check_per_class, check_scale, check_sub_centers, check_values, plain_number
+from ltloss._validation import (
+    check_count,
+    check_head_dtype,
+    check_pair,
+    check_per_class,
+    check_scale,
+    check_sub_centers,
+    check_values,
+    plain_number,
+)
 from ltloss.float8 import FLOAT8, decoded, write_rows
 from ltloss.losses.defaults import default_scale
 from ltloss.numerics import spans
@@ -98,6 +107,7 @@ class PrototypeHead(nn.Module):
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.scale, self.normalize_features = scale, normalize_features
         self.sub_centers = check_sub_centers(sub_centers, dtype)
+        check_head_dtype(dtype)
         shape = (num_classes, embedding_size) if sub_centers == 1 else (num_classes, self.sub_centers, embedding_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         exponent = torch.zeros(num_classes, device=device, dtype=torch.int8) if dtype == FLOAT8 else None
@@ -184,6 +194,7 @@ class PrototypeHead(nn.Module):
         Returns:
             (N, C), dense. For large C use :meth:`predict`.
         """
+        check_pair(features, self.weight)
         return self._dense_logits(features, self.weight)
 
     def _logit_options(self) -> dict[str, Any]:

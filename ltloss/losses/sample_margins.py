@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ltloss._validation import check_choice, check_number, check_type
+from ltloss._validation import check_choice, check_number, check_supervised, check_type
 from ltloss.extend import Bend, LogSumExpStats, logsumexp_stats, margin_losses, reduce_losses
 from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions
 from ltloss.margins import Margin
@@ -31,6 +31,7 @@ class SampleMarginLoss(CombinedMarginLoss):
         self, features: Tensor, labels: Tensor, *, shard: Shard | None = None
     ) -> Tensor:
         """Compute the loss of features (N, D) with labels (N,): a scalar, or (N,) for ``reduction="none"``."""
+        check_supervised(features, self.weight, labels)
         stats = logsumexp_stats(
             features,
             self.weight,
@@ -196,7 +197,7 @@ class MagFaceLoss(SampleMarginLoss):
         self.min_length = float(check_number("min_length", min_length, above=0.0))
         self.max_length = float(check_number("max_length", max_length, above=self.min_length))
         self.min_margin = float(check_number("min_margin", min_margin, at_least=0.0, at_most=3.1))
-        self.max_margin = float(check_number("max_margin", max_margin, at_least=0.0, at_most=3.1))
+        self.max_margin = float(check_number("max_margin", max_margin, at_least=self.min_margin, at_most=3.1))
         self.penalty_weight = float(check_number("penalty_weight", penalty_weight, at_least=0.0))
 
     def _of_samples(self, features: Tensor, stats: LogSumExpStats) -> tuple[dict[str, Any], Tensor | float]:

@@ -39,6 +39,8 @@ def checked_labels(labels: Tensor, num_classes: int, ignore_index: int, name: st
     Raises:
         IndexError: a label that is neither in [0, C) nor ``ignore_index``, naming the argument ``name``.
     """
+    if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # PyTorch compares none of them
+        labels = labels.to(torch.int64)
     if torch.compiler.is_compiling():
         checked: Tensor = OPERATOR(labels, num_classes, ignore_index, name)
         return checked

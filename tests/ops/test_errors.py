@@ -20,7 +20,6 @@ from ltloss.functional import (
     nearest_prototype,
     top_k,
 )
-from ltloss.margins import margin_cosine
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -177,63 +176,3 @@ def test_modules_refuse_bad_options_when_they_are_made(what: str, device: str) -
     options, error, facts = OPTIONS[what]
     with refused(*facts, error=error):
         ltloss.CombinedMarginLoss(4, 5, **options, device=device)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "facts"),
-    [
-        (lambda: cosine_logsumexp(X, W, Y, scale=0.0), ValueError, ("scale", "0.0", "0.0")),
-        (lambda: cosine_logsumexp(X, W, Y, scale=1, log_prior=W[0, :3]), ValueError, ("log_prior", "(4,)", "(3,)")),
-        (lambda: top_k(X, W, 0), ValueError, ("k", "4", "0")),
-        (lambda: top_k(X, W, 5), ValueError, ("k", "4", "5")),
-        (lambda: top_k(X, W, 1.0), ValueError, ("k", "1.0")),
-        (lambda: top_k(X, W, True), ValueError, ("k", "True")),
-        (lambda: nearest_prototype(W, [0]), TypeError, ("classes", "torch.Tensor", "(R,)", "list")),
-        (lambda: nearest_prototype(W, torch.ones(2)), ValueError, ("classes", "(R,)", "torch.float32")),
-        (lambda: nearest_prototype(W, torch.ones(2).bool()), ValueError, ("classes", "torch.bool")),
-        (lambda: nearest_prototype(W, Y[None]), ValueError, ("classes", "(R,)", "(1, 3)")),
-        (lambda: nearest_prototype(W, Y.to(META)), ValueError, ("prototypes", "cpu", "classes", "meta")),
-        (lambda: min_angle_regularizer(W, classes=[0]), TypeError, ("classes", "torch.Tensor", "(R,)", "list")),
-        (lambda: min_angle_regularizer(W, torch.ones(3)), ValueError, ("class_counts", "(4,)", "(3,)")),
-        (lambda: min_angle_regularizer(W, [1, 1, 1, 1]), ValueError, ("class_counts", "(4,)", "list")),
-        (lambda: min_angle_regularizer(W, torch.ones(4, device=META)), ValueError, ("class_counts", "meta")),
-        (lambda: min_angle_regularizer(W, count_exponent=-1.0), ValueError, ("count_exponent", "0.0", "-1.0")),
-        (lambda: feature_norm_penalty(X, "cube"), ValueError, ("kind", "inverse", "magface", "ring", "'cube'")),
-        (lambda: feature_norm_penalty(X, lambda r: r.sum()), ValueError, ("kind", "(3,)", "()")),
-        (lambda: feature_norm_penalty(X, lambda r: 1.0), ValueError, ("kind", "(3,)", "float")),
-        (lambda: feature_norm_penalty(X, radius=0.0), ValueError, ("radius", "0.0", "0.0")),
-        (lambda: margin_cosine(X[0], beyond_pi="x"), ValueError, ("beyond_pi", "monotone", "arcface", "'x'")),
-        (lambda: margin_cosine(X[0], margin_gradient="x"), ValueError, ("margin_gradient", "exact", "'x'")),
-        (lambda: ltloss.ArcFaceLoss(0, 5), ValueError, ("num_classes", "1", "0")),
-        (lambda: ltloss.ArcFaceLoss(4, 5.0), ValueError, ("embedding_size", "5.0")),
-        (lambda: ltloss.ArcFaceLoss(4, True), ValueError, ("embedding_size", "True")),
-        (lambda: ltloss.ArcFaceLoss(np.float64(4), 5), ValueError, ("num_classes", "4.0")),
-        (lambda: ltloss.ArcFaceLoss(4, 5, margin=torch.ones(3)), ValueError, ("angular_margin", "(4,)", "(3,)")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5, epsilon=-1.0), ValueError, ("epsilon", "0.0", "-1.0")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5, start_step=-1), ValueError, ("start_step", "0", "-1")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5, truncate="all"), ValueError, ("truncate", "batch", "sample", "'all'")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5, center_update="sum"), ValueError, ("center_update", "mean", "'sum'")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5, center_momentum=1.0), ValueError, ("center_momentum", "1", "1.0")),
-        (lambda: ltloss.ClassCenters(4, 5, update="sum"), ValueError, ("update", "mean", "ema", "'sum'")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5, margin="a"), TypeError, ("margin", "str", "'a'")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5, ce_weight=-1.0), ValueError, ("ce_weight", "0.0", "-1.0")),
-        (lambda: ltloss.ClassCenters(4, 5, momentum=1.0), ValueError, ("momentum", "1", "1.0")),
-        (lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, feature_norm="x"), ValueError, ("feature_norm", "'x'")),
-        (
-            lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, min_angle_classes="x"),
-            ValueError,
-            ("min_angle_classes", "'x'"),
-        ),
-        (lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, min_angle_weight=-1), ValueError, ("min_angle_weight",)),
-        (lambda: ltloss.LongTailLoss.from_counts([2, 1], 5, margin=-1.0), ValueError, ("margin", "0.0", "-1.0")),
-        (lambda: ltloss.ArcFaceLoss(4, 5).set_class_weight([1.0] * 4), TypeError, ("class_weight", "(4,)", "list")),
-        (lambda: ltloss.ArcFaceLoss(4, 5)(X, 7 * Y), IndexError, ("labels", "[0, 4)", "7", "1")),
-        (lambda: ltloss.ArcFaceLoss(4, 6)(X, Y), ValueError, ("features", "prototypes", "(3, 5)", "(4, 6)")),
-        (lambda: ltloss.ArcFaceLoss(4, 5).predict(X, k=9), ValueError, ("k", "4", "9")),
-        (lambda: ltloss.CosineSpaceLoss(4, 6)(X, Y), ValueError, ("features", "prototypes", "(3, 5)", "(4, 6)")),
-        (lambda: ltloss.CosineSpaceLoss(4, 5)(X, 7 * Y), IndexError, ("labels", "[0, 4)", "7", "1")),
-    ],
-)  # fmt: skip
-def test_the_other_arguments(call: Callable[[], Any], error: type[Exception], facts: tuple[str, ...]) -> None:
-    with refused(*facts, error=error):
-        call()

@@ -13,7 +13,7 @@ from torch import Tensor
 import ltloss
 from ltloss.errors import BackendError
 from ltloss.functional import min_angle_regularizer
-from ltloss.optim import PrototypeAdagrad, PrototypeAdamW, PrototypeSGD
+from ltloss.optim import PrototypeAdamW, PrototypeSGD
 from ltloss.testing import problem
 
 FEATURES, _, LABELS = problem(dtype=torch.float32)
@@ -149,31 +149,6 @@ def test_one_optimizer_a_head_and_one_head_an_optimizer() -> None:
         PrototypeAdamW(module)
     with refused("PrototypeSGD"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
-
-
-@pytest.mark.parametrize(
-    ("make", "facts", "error"),
-    [
-        (lambda m: PrototypeSGD(torch.nn.Linear(2, 2)), ("module", "Linear"), TypeError),
-        (lambda m: PrototypeSGD(m, lr=-1.0), ("lr", "-1.0"), ValueError),
-        (lambda m: PrototypeSGD(m, momentum=float("nan")), ("momentum", "nan"), ValueError),
-        (lambda m: PrototypeSGD(m, nesterov=True), ("nesterov", "momentum"), ValueError),
-        (lambda m: PrototypeAdamW(m, betas=(0.9, 1.5)), ("betas", "1.5"), ValueError),
-        (lambda m: PrototypeAdamW(m, eps=-1e-8), ("eps",), ValueError),
-        (lambda m: PrototypeAdagrad(m, initial_accumulator_value=-1.0), ("initial_accumulator_value",), ValueError),
-        (lambda m: PrototypeSGD(m, rounding="up"), ("rounding", "stochastic", "'up'"), ValueError),
-        (lambda m: PrototypeSGD(m, rounding="kahan"), ("kahan", "torch.float32"), ValueError),
-        (lambda m: PrototypeSGD(m.bfloat16()), ("rounding", "stochastic", "kahan", "nearest"), ValueError),
-        (lambda m: PrototypeSGD(m.half()), ("float32", "bfloat16", "torch.float16"), ValueError),
-        (lambda m: PrototypeSGD(m, state_dtype=torch.float16), ("state_dtype", "torch.float16"), ValueError),
-        (lambda m: PrototypeSGD(m, seed=-1), ("seed", "-1"), ValueError),
-        (lambda m: PrototypeSGD(m, max_class_norm=0.0), ("max_class_norm",), ValueError),
-        (lambda m: PrototypeSGD(ltloss.CosFaceLoss(3, 2, device="meta")), ("module", "meta"), ValueError),
-    ],
-)
-def test_settings(make: Callable[[Any], Any], facts: tuple[str, ...], error: type[Exception]) -> None:
-    with refused(*facts, error=error):
-        make(ltloss.CosFaceLoss(9, 5))
 
 
 def test_a_state_of_another_head_is_refused_and_changes_nothing() -> None:
