@@ -33,17 +33,18 @@ __all__ = [
     "check_offset",
     "check_pair",
     "check_per_class",
-    "check_positive",
     "check_prior",
     "check_prototypes",
     "check_same_device",
     "check_scalar",
     "check_scale",
+    "check_scales",
     "check_sub_centers",
     "check_supervised",
     "check_type",
     "check_values",
     "plain_number",
+    "shown",
 ]
 
 
@@ -120,12 +121,17 @@ def check_count(name: str, given: Any) -> int:
     return int(given)
 
 
+def shown(given: Any) -> str:
+    """Return the shape of a tensor, or the type of anything else, for a message."""
+    return str(tuple(given.shape)) if isinstance(given, Tensor) else type(given).__name__
+
+
 def check_type(name: str, given: Any, expected: type[int] | type[bool]) -> None:
     """Raise TypeError unless ``given`` is of the ``expected`` type, int (of 64 bits, and no bool) or bool."""
     if not isinstance(given, expected) or (expected is int and isinstance(given, bool)):
         what = "an integer" if expected is int else "True or False (bool)"
         raise TypeError(f"{name} must be {what}; got {type(given).__name__} {given!r}")
-    if not -(1 << 63) <= given < 1 << 63:
+    if expected is int and not -(1 << 63) <= given < 1 << 63:
         raise ValueError(f"{name} must be an integer of 64 bits; got {given}")
 
 
@@ -331,15 +337,23 @@ def check_values(name: str, given: Tensor) -> None:
         raise ValueError(f"{name} must {expected}, and not NaN; got {values[first]:g} for class {first}")
 
 
-def check_positive(name: str, given: Tensor, counted: Tensor) -> None:
-    """Raise ValueError unless the values (N,) of the counted samples are finite and > 0, where they are readable."""
-    if not _readable(given) or transforming():
-        return
-    values = given.detach()
-    bad = counted & ~((values > 0.0) & values.isfinite())
-    if bool(bad.any()):
-        first = int(bad.nonzero()[0, 0])
-        raise ValueError(f"{name} must be finite and > 0.0; got {float(values[first]):g} for sample {first}")
+def check_scales(scale: Tensor, counted: Tensor, like: Tensor, normalize_features: bool) -> Tensor:
+    """Return a tensor as scale, () or (N,), in the shape of ``counted``; raise unless those that count are > 0."""
+    check_dense("scale", scale, integers=False)
+    check_same_device(features=like, scale=scale)
+    scale = scale if scale.dim() else scale.expand(counted.shape)
+    if scale.shape != counted.shape or not normalize_features:
+        raise ValueError(
+            "scale must be a number, or with normalize_features=True a tensor () or, for a scale per sample, "
+            f"{tuple(counted.shape)}; got {tuple(scale.shape)} and normalize_features={normalize_features}"
+        )
+    if _readable(scale) and not transforming():
+        values = scale.detach()
+        bad = counted & ~((values > 0.0) & values.isfinite())
+        if bool(bad.any()):
+            first = int(bad.nonzero()[0, 0])
+            raise ValueError(f"scale must be finite and > 0.0; got {float(values[first]):g} for sample {first}")
+    return scale
 
 
 def check_prior(log_prior: Tensor | None, labels: Tensor, ignore_index: int) -> None:

@@ -24,13 +24,13 @@ from ltloss._validation import (
     check_no_margin,
     check_number,
     check_offset,
-    check_positive,
     check_prior,
-    check_same_device,
     check_scale,
+    check_scales,
     check_supervised,
     check_type,
     plain_number,
+    shown,
 )
 from ltloss.margins import Margin, Objective, margin_cosine
 from ltloss.numerics import compute_dtype, log_sum_of_others
@@ -163,8 +163,6 @@ def logsumexp_stats(
     check_type("ignore_index", ignore_index, int)
     check_type("normalize_features", normalize_features, bool)
     check_type("with_logit_sum", with_logit_sum, bool)
-    if bend is not None and not callable(bend):
-        raise TypeError(f"bend must be a function of target cosines and labels; got {type(bend).__name__} {bend!r}")
     check_lengths(prototypes, normalize_prototypes)
     num_classes, dtype = prototypes.shape[0], compute_dtype(features, prototypes)
     log_prior = check_offset(log_prior, bias, num_classes, features.new_empty(0, dtype=dtype))
@@ -176,15 +174,7 @@ def logsumexp_stats(
     logit_scale: Tensor | float
     scale = plain_number(scale)
     if isinstance(scale, Tensor):
-        check_dense("scale", scale, integers=False)
-        check_same_device(features=features, scale=scale)
-        scale = scale if scale.dim() else scale.expand(counted.shape)
-        if scale.shape != counted.shape or not normalize_features:
-            raise ValueError(
-                "scale must be a number, or with normalize_features=True a tensor () or, for a scale per sample, "
-                f"{tuple(counted.shape)}; got {tuple(scale.shape)} and normalize_features={normalize_features}"
-            )
-        check_positive("scale", scale, counted)
+        scale = check_scales(scale, counted, features, normalize_features)
         logit_scale = scale.to(dtype)
         features = direction(features.masked_fill(~counted[:, None], 0.0).to(dtype)) * logit_scale[:, None]
         objective = Objective(scale=1.0, normalize_features=False)
@@ -201,25 +191,24 @@ def logsumexp_stats(
     counting = torch.where(each_counted, labels, -1)
     bent = ops.NO_BEND
     if bend is not None:
-        if isinstance(scale, Tensor) or with_logit_sum or labels.dim() > 1 or not all(objective.normalize):
+        alone = not (isinstance(scale, Tensor) or with_logit_sum or labels.dim() > 1)
+        if not (callable(bend) and alone and all(objective.normalize)):
             raise ValueError(
-                "bend, a function of the other classes' cosines, needs a number as scale, normalised features and "
-                "prototypes, one label per sample, and with_logit_sum=False (no label smoothing); got "
-                f"labels {tuple(labels.shape)}, {type(scale).__name__} as scale, {normalize_features=}, "
-                f"{normalize_prototypes=} and {with_logit_sum=}"
+                "bend must be a function, with a number as scale, normalised features and prototypes, one label per "
+                f"sample and with_logit_sum=False (no label smoothing); got {type(bend).__name__}, {type(scale).__name__} as "
+                f"scale, labels {shown(labels)}, {normalize_features=}, {normalize_prototypes=} and {with_logit_sum=}"
             )
         cosine = ops.target_cosines(features, here, counting, shard)
         given = bend(cosine, counting)
-        if not isinstance(given, Bend) or given.threshold.shape != cosine.shape:
-            shown = tuple(given.threshold.shape) if isinstance(given, Bend) else type(given).__name__
-            raise ValueError(f"bend must return a Bend with a threshold {tuple(cosine.shape)}; got {shown}")
-        bent = given.of_logits(scale, cosine)
+        threshold = given.threshold if isinstance(given, Bend) else given
+        if not isinstance(given, Bend) or threshold.shape != cosine.shape:
+            raise ValueError(f"bend must return a Bend with a threshold {shown(cosine)}; got {shown(threshold)}")
+        bent = given.of_logits(objective.scale, cosine)
     r, target, logit_sum = ops.logsumexp_stats(features, here, labels, objective, with_logit_sum, shard, update, bent)
-    labels = counting
     if logit_sum is not None and log_prior is not None:
         logit_sum = logit_sum + log_prior.sum()
-    target_prior = 0.0 if log_prior is None else log_prior[labels.clamp(0, num_classes - 1)]
-    return LogSumExpStats(labels, r, target, logit_scale, target_prior, logit_sum, num_classes, normalize_prototypes)
+    target_prior = 0.0 if log_prior is None else log_prior[counting.clamp(0, num_classes - 1)]
+    return LogSumExpStats(counting, r, target, logit_scale, target_prior, logit_sum, num_classes, normalize_prototypes)
 
 
 def _added(name: str, per_sample: Tensor | None, margin: Tensor | float, stats: LogSumExpStats) -> Tensor | float:
@@ -227,8 +216,7 @@ def _added(name: str, per_sample: Tensor | None, margin: Tensor | float, stats: 
     if per_sample is None:
         return margin
     if not isinstance(per_sample, Tensor) or per_sample.shape != stats.labels.shape:
-        shown = tuple(per_sample.shape) if isinstance(per_sample, Tensor) else type(per_sample).__name__
-        raise ValueError(f"{name} must be a tensor {tuple(stats.labels.shape)}, one per sample; got {shown}")
+        raise ValueError(f"{name} must be a tensor {shown(stats.labels)}, one per sample; got {shown(per_sample)}")
     check_dense(name, per_sample)
     return margin + per_sample.to(stats.logsumexp.dtype)
 
@@ -382,7 +370,7 @@ def reduce_losses(
         A scalar, or (N,) for ``"none"``. A mean over no sample is 0 with zero gradients.
 
     Raises:
-        ValueError, IndexError: an unknown reduction, a ``sample_weight`` of another shape, a label without class weight.
+        ValueError, IndexError: an unknown reduction, weights of another shape.
 
     See also: :func:`margin_losses`, which makes the losses.
 
@@ -393,19 +381,15 @@ def reduce_losses(
         tensor(2.)
     """
     check_choice("reduction", reduction, get_args(Reduction))
-    if losses.shape != labels.shape:
-        raise ValueError(f"labels must have the shape of losses, {tuple(losses.shape)}; got {tuple(labels.shape)}")
+    for name, one in (("labels", labels), ("sample_weight", sample_weight)):
+        if one is not None and one.shape != losses.shape:
+            raise ValueError(f"{name} must have the shape of losses, {shown(losses)}; got {shown(one)}")
     counted = labels >= 0
     weights = counted.to(losses.dtype)
     if class_weight is not None:
-        if not torch.compiler.is_compiling():  # an index beyond the last would read the last
-            checked_labels(labels.clamp_min(-1), class_weight.shape[0], -1, "labels")
+        checked_labels(labels.clamp_min(-1), class_weight.shape[0], -1, "labels")  # one beyond would read the last
         weights = weights * class_weight[labels.clamp(0, class_weight.shape[0] - 1)].to(losses.dtype)
     if sample_weight is not None:
-        if sample_weight.shape != losses.shape:
-            raise ValueError(
-                f"sample_weight must have the shape {tuple(losses.shape)}; got {tuple(sample_weight.shape)}"
-            )
         weights = weights * sample_weight.to(losses.dtype)
     weighted = torch.where(counted, losses, 0.0) * weights
     if reduction == "none":

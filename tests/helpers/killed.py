@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import pytest
@@ -20,15 +21,20 @@ needs_sigkill = pytest.mark.skipif(
 )
 
 
-def exit_code(function: Callable[..., Any], *arguments: Any, killed_in: int | None = None) -> int | None:
-    """That of a new process which calls the function, and dies in its backward of that number (from 1)."""
-    process = world.processes().Process(  # type: ignore[attr-defined]
+def started(function: Callable[..., Any], *arguments: Any, killed_in: int | None = None) -> BaseProcess:
+    """A new process that calls the function, and dies in its backward of the number ``killed_in`` (from 1)."""
+    process: BaseProcess = world.processes().Process(  # type: ignore[attr-defined]
         target=_call, args=(function, arguments, killed_in)
     )
     process.start()
+    return process
+
+
+def exit_code(function: Callable[..., Any], *arguments: Any, killed_in: int | None = None) -> int | None:
+    """That of such a process, once it has ended."""
+    process = started(function, *arguments, killed_in=killed_in)
     process.join()
-    code: int | None = process.exitcode
-    return code
+    return process.exitcode
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], killed_in: int | None) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.killed import exit_code, needs_sigkill
+from helpers.killed import exit_code, needs_sigkill, started
+from helpers.profiles import nightly
 from helpers.toys import toy_settings
 
 from ltloss.cli.command import main
@@ -21,20 +20,8 @@ from tests.training.run.test_trainer import losses_of, weights_of
 
 pytestmark = pytest.mark.slow
 
-EPOCHS = 20
-
-
-def _run(arguments: list[str]) -> None:
-    torch.set_num_threads(1)
-    raise SystemExit(main(arguments))
-
-
-@pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    """New processes that need not import torch again: each is forked from one that did nothing but import."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ltloss.cli.command", "ltloss.training.run.trainer"])
-    return context
+KILLS = 50 if nightly() else 4
+EPOCHS = 8 + 4 * KILLS  # so many that no kill comes after the end
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -46,8 +33,8 @@ OPTIONS: list[dict[str, Any]] = [
 
 @needs_sigkill
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda given: "-".join(given) or "default")
-def test_killed_run_continues_bit_for_bit(
-    options: dict[str, Any], toy_npz: Path, tmp_path: Path, processes: ForkServerContext
+def test_killed_at_random_moments_it_continues_bit_for_bit(
+    options: dict[str, Any], toy_npz: Path, tmp_path: Path
 ) -> None:
     given = toy_settings(toy_npz, epochs=EPOCHS, loss="cosine-space", **options)
     train(tmp_path / "whole", given, quiet=True)
@@ -57,25 +44,27 @@ def test_killed_run_continues_bit_for_bit(
         arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
 
     moments, checkpoints = random.Random(0), tmp_path / "killed" / "checkpoints"
-    seen = []
-    for target in (0, 3, 7, 11):
-        process = processes.Process(target=_run, args=(arguments,))
-        process.start()
-        while process.is_alive() and target and not (checkpoints / f"epoch-{target:04d}").exists():
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.06))
+
+    def kept() -> int:
+        return max((int(path.name[6:10]) for path in checkpoints.glob("epoch-????")), default=0)
+
+    until_next = 0.06  # seconds from the start of a process to its first checkpoint
+    for kill in range(KILLS):
+        before, process, start = kept(), started(main, arguments), time.perf_counter()
+        if kill % 2:  # in an epoch, or while one is written
+            while process.is_alive() and kept() == before:
+                time.sleep(0.002)
+            until_next = time.perf_counter() - start
+            time.sleep(moments.uniform(0, 0.06))
+        else:  # while it starts, or reads what the one before has left
+            time.sleep(moments.uniform(0, until_next))
         process.kill()
         process.join()
         assert process.exitcode == -9, "the run ended before it could be killed; raise EPOCHS"
-        seen.append(max((int(path.name[6:10]) for path in checkpoints.glob("epoch-????")), default=0))
-    assert seen == sorted(seen)
-    assert seen[1] >= 3
-    assert seen[-1] < EPOCHS
+        assert kept() >= before + kill % 2
+    assert kept() < EPOCHS
 
-    process = processes.Process(target=_run, args=(arguments,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    assert exit_code(main, arguments) == 0
     assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
     whole, killed = (weights_of(tmp_path / name, EPOCHS) for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
