@@ -60,6 +60,8 @@ def _train(rank: int, data: Path, out: Path) -> tuple[float, float]:
         train(out / "softmax", _settings(data, 1, "softmax"), quiet=True)
     with refused("--fused-update", "min_angle_weight", error=UserError):
         train(out / "angles", {**_settings(data, 1, "long-tail"), "fused_update": True}, quiet=True)
+    with refused("--fused-update", "--mixup", "--parallel class", error=UserError):
+        train(out / "mixed", {**_settings(data, 1, "arcface"), "fused_update": True, "mixup": 0.4}, quiet=True)
     return result.history[-1]["train_loss"], result.history[-1]["train_accuracy"]
 
 

@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ltloss
 from ltloss import reference
 from ltloss.extend import logsumexp_stats
+from ltloss.optim import PrototypeSGD
+from ltloss.runtime import Backend
 from ltloss.soft_labels import soft_label_cross_entropy
-from ltloss.testing import FAMILY, Outcome, assert_same, watching
+from ltloss.testing import FAMILY, Outcome, assert_same, relative_error, watching
 
 N, C, D = 20, 70, 13
 
@@ -57,6 +59,29 @@ def test_the_kernels_against_a_pass_for_each(name: str, k: int) -> None:
     exact = _outcome(k, torch.float64, reference.soft_label_cross_entropy, **FAMILY[name](C))
     with ltloss.use_backend("triton"):
         assert_same(_outcome(k, torch.float32, **FAMILY[name](C)), exact, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"), [("torch", torch.float64, 1e-12), ("triton", torch.float32, 1e-5)]
+)
+def test_prototypes_that_move_inside_the_backward(backend: Backend, dtype: torch.dtype, tolerance: float) -> None:
+    """Three steps beside PyTorch's optimizer on the gradient of the dense formula in float64."""
+    x, w, labels, q = _given(2)
+    settings = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01}
+    exact = w.clone().requires_grad_()
+    stored = torch.optim.SGD([exact], **settings)
+    head = ltloss.ArcFaceLoss(C, D, scale=9.0, dtype=dtype)
+    head.load_state_dict({"weight": w})
+    fused = PrototypeSGD(head, **settings)
+    for _ in range(3):
+        stored.zero_grad()
+        reference.soft_label_cross_entropy(x, exact, labels, q, scale=9.0, angular_margin=0.5).backward()
+        stored.step()
+        with ltloss.use_backend(backend):
+            head(x.to(dtype).requires_grad_(), labels, label_weight=q.to(dtype)).backward()
+        fused.step()
+    assert relative_error(w, exact) > 1e-3, "it moved"
+    assert relative_error(head.weight, exact) <= tolerance
 
 
 def test_without_a_margin_it_is_pytorchs_cross_entropy_with_soft_targets() -> None:

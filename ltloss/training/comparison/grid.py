@@ -46,7 +46,7 @@ NOT_GIVEN = {
     "loss": "it has --losses",
     "seed": "it has --seeds",
     "parallel": "it has --jobs",
-    **dict.fromkeys(FUSED_SETTINGS, "softmax and mixup cannot have it"),
+    **dict.fromkeys(FUSED_SETTINGS, "softmax cannot have it"),
     **dict.fromkeys(OF_A_RUN, "its trainings are all of --epochs, and --tune holds images out"),
 }
 _Chosen = Mapping[str, Mapping[str, Any]]

@@ -11,6 +11,7 @@ from ltloss.errors import UserError
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.optim import PrototypeAdamW, PrototypeSGD
 from ltloss.runtime import current_backend
+from ltloss.soft_labels import takes_soft_labels
 from ltloss.training.seeds import derived_seed
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def build_optimizers(network: nn.Module, settings: Settings) -> list[torch.optim
     With ``settings.fused_update`` the prototypes of ``network.loss`` have an optimizer of their own, the last one.
     Raises UserError where they cannot.
     """
-    head = _fused_head(network) if settings.fused_update else None
+    head = _fused_head(network, settings) if settings.fused_update else None
     parameters = [p for p in network.parameters() if p.requires_grad and (head is None or p is not head.weight)]
     sharded = [p for p in parameters if hasattr(p, "device_mesh")]  # which torch does not update beside others
     decay = settings.weight_decay
@@ -51,13 +52,19 @@ def build_optimizers(network: nn.Module, settings: Settings) -> list[torch.optim
     return made
 
 
-def _fused_head(network: nn.Module) -> PrototypeHead:
+def _fused_head(network: nn.Module, settings: Settings) -> PrototypeHead:
     """The head, if its prototypes can move inside the backward; else UserError."""
     head = cast(PrototypeHead, network.loss)  # or the settings would have been refused
     if hasattr(head.weight, "device_mesh") and getattr(head, "min_angle_weight", False):
         raise UserError(
             "--fused-update with --parallel class cannot take the gradient of the minimum angle, which crosses the "
             "processes; add --loss-option min_angle_weight=0, or leave --fused-update out"
+        )
+    if settings.mixup and not takes_soft_labels(head):
+        which = "with --parallel class" if hasattr(head.weight, "device_mesh") else f"of --loss {settings.loss}"
+        raise UserError(
+            f"--fused-update needs one loss per step, and --mixup computes two {which}, the second from prototypes "
+            "that would have changed; leave one of them out"
         )
     if current_backend() == "reference":
         raise UserError("--fused-update needs another backend than 'reference'; unset LTLOSS_BACKEND, or leave it out")

@@ -247,11 +247,6 @@ def _check_fused(settings: Settings) -> None:
             f"--fused-update updates one prototype per class, and --loss-option sub_centers={centers} has more; leave "
             "one of them out"
         )
-    if settings.mixup:
-        raise UserError(
-            "--fused-update needs one loss per step, and --mixup computes two, the second from prototypes that would "
-            "have changed; leave one of them out"
-        )
     if settings.clip_norm is not None:
         raise UserError(
             "--fused-update updates prototypes before all gradients are known, and --clip-norm needs the norm of all "

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.slow
         {"loss": "arcface", "schedule": "2:0.1"},
         {"loss": "long-tail", "drw_start": 1.0},  # whose minimum angle joins before the update
         {"loss": "cosine-space", "momentum": 0.0, "weight_decay": 0.01},
+        {"loss": "long-tail-prior", "mixup": 0.4},  # two labels in one pass
         # A bias in front of batch normalisation has no gradient but rounding, which AdamW would make large.
         {"loss": "cosface", "optimizer": "adamw", "embedding_norm": False},
     ],
@@ -68,7 +69,8 @@ def test_no_gradient_of_the_prototypes_is_made(toy_npz: Path) -> None:
     ("given", "facts"),
     [
         ({"loss": "softmax"}, ("--loss", "softmax")),
-        ({"mixup": 0.2}, ("--mixup",)),
+        ({"mixup": 0.2, "loss": "adaface"}, ("--mixup", "--loss adaface")),
+        ({"mixup": 0.2, "loss": "cosine-space"}, ("--mixup", "--loss cosine-space")),
         ({"loss": "arcface", "loss_options": {"sub_centers": 3}}, ("--loss-option", "sub_centers=3")),
     ],
 )
