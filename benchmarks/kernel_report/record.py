@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import ltloss
+from benchmarks.kernel_report.layouts import steps
 from benchmarks.kernel_report.scenarios import scenarios
 
 __all__ = [
@@ -135,9 +136,7 @@ def recorded_kernels(arch: int) -> list[KernelCase]:
 
 
 def recorded_layouts(arch: int) -> list[KernelCase]:
-    """Every distinct specialisation of a step over the layouts of inputs that ``benchmarks.host_time`` tries."""
-    from benchmarks.host_time import problems
-
+    """Every distinct specialisation of the steps over the layouts of inputs."""
     counts: dict[str, int] = {}
 
     def name(kernel: str) -> str:
@@ -145,6 +144,6 @@ def recorded_layouts(arch: int) -> list[KernelCase]:
         return f"{kernel} layout {counts[kernel]}"
 
     with _taken_down(arch, name) as cases, ltloss.use_backend("triton"):
-        for step in problems():
+        for step in steps():
             step()
     return list(cases.values())
