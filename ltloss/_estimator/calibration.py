@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ltloss import _calibration
 from ltloss._estimator.heads import Classifier
 from ltloss._estimator.space import Batches, Part
 from ltloss.numerics import spans
@@ -16,7 +17,6 @@ __all__ = ["block_rows", "calibration_error", "share_right", "temperature", "val
 _BLOCK = 1 << 22  # numbers in a block of logits or features
 _MOST = 20_000  # rows of a validation part, about
 _MOST_LOGITS = 1 << 27  # logits that the temperature is fitted on
-_BINS = 15
 _ROUNDS = 12  # Newton steps at most
 
 
@@ -94,14 +94,10 @@ def temperature(classifier: Classifier, offset: Tensor, batches: Batches, part: 
     return 1.0 / min(max(inverse, 0.02), 50.0)
 
 
-def calibration_error(classifier: Classifier, batches: Batches, part: Part) -> float:
-    """Expected calibration error: Σ_bins (weight of the bin)·|accuracy − mean confidence|, 15 bins of the confidence.
-
-    Source: Guo et al., ICML 2017, eq. 3.
-    """
-    gap = torch.zeros(_BINS, dtype=torch.float64)
+def calibration_error(classifier: Classifier, batches: Batches, part: Part) -> float | None:
+    """Expected calibration error of the largest probabilities, weighted."""
+    sums = torch.zeros(3, _calibration.BINS, dtype=torch.float64)
     for z, labels, weights in _blocks(batches, part, block_rows(classifier)):
         confidence, found = torch.softmax(classifier.logits(z), dim=1).max(1)
-        bins = (confidence * _BINS).long().clamp(max=_BINS - 1).cpu()
-        gap.index_add_(0, bins, (((found == labels).double() - confidence.double()) * weights).cpu())
-    return float(gap.abs().sum() / part.weights.sum())
+        sums += _calibration.binned(confidence, found == labels, weights)
+    return _calibration.calibration_error(sums)

@@ -26,6 +26,7 @@ GROUND = (
     "_types",
     "_transforms",
     "_validation",
+    "_calibration",
 )
 # (who, must not import): prefixes of module names.
 FORBIDDEN = [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-_BINS = 15
+from ltloss._calibration import BINS, binned, calibration_error
 
 
 @dataclass(frozen=True)
@@ -31,29 +33,21 @@ class Calibration:
     """
 
     def __init__(self) -> None:
-        self._images = np.zeros(_BINS, dtype=np.int64)
-        self._correct = np.zeros(_BINS, dtype=np.int64)
-        self._confidence = np.zeros(_BINS)  # sums
+        self._sums = torch.zeros(3, BINS, dtype=torch.float64)
 
     def add(self, confidence: np.ndarray, correct: np.ndarray) -> None:
         """Count predictions with the probabilities ``confidence`` (B,) float64, ``correct`` (B,) bool or not."""
-        bins = np.clip(np.ceil(np.nan_to_num(confidence) * _BINS).astype(np.int64) - 1, 0, _BINS - 1)
-        self._images += np.bincount(bins, minlength=_BINS)
-        self._correct += np.bincount(bins[correct], minlength=_BINS)
-        self._confidence += np.bincount(bins, confidence, minlength=_BINS)
+        self._sums += binned(torch.from_numpy(confidence), torch.from_numpy(correct))
 
     def error(self) -> float | None:
         """Expected calibration error, Σ over bins of |number correct − sum of confidence| / N; None of no images."""
-        count = self._images.sum()
-        return float(np.abs(self._correct - self._confidence).sum() / count) if count else None
+        return calibration_error(self._sums)
 
     def bins(self) -> tuple[CalibrationBin, ...]:
         """The curve, from the least certain predictions to the most certain."""
         found = []
-        for b, (images, correct, confidence) in enumerate(
-            zip(self._images.tolist(), self._correct.tolist(), self._confidence.tolist(), strict=True)
-        ):
-            known = images > 0 and np.isfinite(confidence)
+        for b, (images, correct, confidence) in enumerate(self._sums.t().tolist()):
+            known = images > 0 and math.isfinite(confidence)
             mean, accuracy = (confidence / images, correct / images) if known else (None, None)
-            found.append(CalibrationBin(b / _BINS, (b + 1) / _BINS, images, mean, accuracy))
+            found.append(CalibrationBin(b / BINS, (b + 1) / BINS, int(images), mean, accuracy))
         return tuple(found)
