@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -19,6 +20,10 @@ __all__ = [
     "UserError",
     "VariableError",
 ]
+
+
+# Control characters, ends of lines and paragraphs, and those that turn the direction of writing.
+_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class LtlossError(Exception):
@@ -85,6 +90,11 @@ def check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+
+
+def printable(text: str) -> str:
+    """Replace line ends and what steers a terminal, which names of files and classes may hold: one line stays one."""
+    return _STEERING.sub("\ufffd", text)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -58,6 +58,14 @@ def npz_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype] | None
         return None
 
 
+def refuse_objects(path: Path, name: str, dtype: np.dtype) -> None:
+    """UserError where an array holds Python objects, as labels out of a table do: they would have to be unpickled."""
+    if dtype.hasobject:
+        raise UserError(
+            f"{path}: {name} holds Python objects; write it as numbers or, with {name}.astype(str), strings"
+        )
+
+
 def npy_arrays(path: Path) -> Arrays:
     """A matrix in FILE.npy as ``x``; the labels in FILE.labels.npy or FILE.labels.txt, one a line, as ``y``."""
     # Not numpy.load, which also takes an .npz, and what it does not know for a pickle.
@@ -128,11 +136,16 @@ def _npy_header(file: object) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 def _npy(path: Path) -> np.ndarray:
     with path.open("rb") as file:
+        refuse_objects(path, "y", _npy_header(file)[2])
+        file.seek(0)
         array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
     return array
 
 
 def _npz_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
+    name = info.filename.removesuffix(".npy")
+    if (header := npz_header(path, name)) is not None:
+        refuse_objects(path, name, header[1])
     if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
         with path.open("rb") as file:
             file.seek(info.header_offset + 26)
@@ -142,10 +155,10 @@ def _npz_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
                 shape, fortran, dtype = _npy_header(file)
                 # A shape that goes on into the next member is left to numpy, which says so.
                 whole = file.tell() - start + dtype.itemsize * math.prod(shape) == info.file_size
-                if whole and len(shape) == 2 and all(shape) and not dtype.hasobject:
+                if whole and len(shape) == 2 and all(shape):
                     return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
     with np.load(path, allow_pickle=False) as archive:
-        array: np.ndarray = archive[info.filename.removesuffix(".npy")]
+        array: np.ndarray = archive[name]
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{info.filename} is a file of another kind, not an array")
     return array

@@ -142,9 +142,11 @@ def load_rows(path: Path) -> ArrayEmbeddings:
 
 
 def _array(path: Path, arrays: Arrays, key: str) -> np.ndarray:
+    if key not in arrays and path.suffix == ".npy":
+        array, text = (path.with_suffix(f".labels{kind}").name for kind in (".npy", ".txt"))
+        raise UserError(f"{path} has no labels y; write them into {array}, or one a line into {text}, beside it")
     if key not in arrays:
-        hint = f", or labels in {path.with_suffix('.labels.npy').name}" if path.suffix == ".npy" else ""
-        raise UserError(f"{path} lacks {key}; it needs x_train, y_train, x_test, y_test, or x and y{hint}")
+        raise UserError(f"{path} lacks {key}; it needs x_train, y_train, x_test, y_test, or x and y")
     return arrays[key]()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ltloss.errors import ImageError, UserError
+from ltloss.errors import ImageError, UserError, printable
 from ltloss.training.data.decode import SUFFIXES, open_image
 from ltloss.training.data.embeddings import Source, holds_embeddings, load_embeddings, own_splits
 from ltloss.training.data.images import ArrayImages, FolderImages, Size, Split, target_shape
@@ -225,7 +225,8 @@ def _report_hidden(folder: Path) -> None:
     """Say which sub-folders are no classes because their names begin with a dot; once, for a training reads twice."""
     hidden = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith("."))
     if hidden:
-        print(f"ltloss: left out hidden folders of {folder}: {_listed(hidden)}; rename those to use", file=sys.stderr)
+        left_out = f"ltloss: left out hidden folders of {folder}: {_listed(hidden)}; rename those to use"
+        print(printable(left_out), file=sys.stderr)
 
 
 def check_same_classes(expected: Sequence[str], given: Sequence[str], expected_from: str, given_from: str) -> None:
@@ -270,7 +271,7 @@ def _checked(
     for i, (name, result) in enumerate(zip(names, results, strict=True)):
         if isinstance(result, ImageError):
             skipped.append((name, str(result)))
-            print(f"ltloss: left out {folder / name}: {result}", file=sys.stderr)
+            print(printable(f"ltloss: left out {folder / name}: {result}"), file=sys.stderr)
         else:
             kept.append(name)
             good.append(i)

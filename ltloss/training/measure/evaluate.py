@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ltloss._deprecation import renamed_keywords
 from ltloss.distributed import in_one_piece
+from ltloss.errors import printable
 from ltloss.training.data.batches import batches
 from ltloss.training.data.embeddings import Source
 from ltloss.training.data.images import Split
@@ -142,7 +143,7 @@ class Evaluation:
         part = "all images" if self.split == "all" else f"the {self.split} split"
         title = f"{self.run} ({self.config.loss}, {self.config.backbone}) on {part} of {self.data}"
         lines = [title, *(f"  {name:<30}{value:>12}" for name, value in rows), "", *self._class_lines()]
-        return "\n".join([*lines, *self._error_lines()])
+        return "\n".join(map(printable, [*lines, *self._error_lines()]))
 
     def _class_lines(self, limit: int = 50) -> list[str]:
         counts, names = self.config.class_counts, self.config.class_names

@@ -185,8 +185,21 @@ def test_what_is_refused(changes: dict[str, np.ndarray | None], facts: tuple[str
 
 def test_features_without_labels_say_where_labels_are_looked_for(tmp_path: Path) -> None:
     np.save(tmp_path / "f.npy", toy_embeddings(2)[0])
-    with refused("y", "f.labels.npy", error=UserError):
+    with refused("y", "f.labels.npy", "f.labels.txt", error=UserError):
         embeddings(tmp_path / "f.npy")
+
+
+@pytest.mark.parametrize("write", [_npz, _compressed, _npy])
+def test_labels_out_of_a_table_say_how_they_become_strings(write: Callable[..., Path], tmp_path: Path) -> None:
+    """pandas keeps strings as Python objects, which NumPy pickles."""
+    path = write(tmp_path, *toy_embeddings(5))
+    labels = path.with_suffix(".labels.npy") if path.suffix == ".npy" else path
+    if labels != path:
+        np.save(labels, NAMES.astype(object))
+    else:
+        (np.savez_compressed if write is _compressed else np.savez)(path, x=np.eye(3), y=NAMES.astype(object))
+    with refused(str(labels), "y.astype(str)", error=UserError):
+        embeddings(path)
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

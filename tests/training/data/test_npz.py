@@ -40,6 +40,11 @@ def test_unsigned_labels_work(tmp_path: Path) -> None:
     assert load_data(str(tmp_path / "data.npz"), split="all").class_names == ("0", "1", "2")
 
 
+def test_python_objects_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", **arrays(class_names=np.array(["a", "b", "c"], dtype=object)))
+    refuses(tmp_path / "data.npz", "class_names.astype(str)")
+
+
 def test_one_array_is_no_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "data.npy", np.zeros(3))
     (tmp_path / "data.npy").rename(tmp_path / "data.npz")

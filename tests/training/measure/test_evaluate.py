@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,15 @@ def test_text_and_json_name_classes_and_images(tmp_path: Path) -> None:
     assert lines[line].split() == [
         *(confusion["true"], confusion["predicted"], str(confusion["count"]), f"{100 * confusion['fraction']:.1f}")
     ]
+
+
+def test_a_class_takes_one_line_whatever_its_name_holds(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", DIGITS, shape=(1, 8, 8))
+    found = evaluate_run(tmp_path / "run")
+    names = tuple(f"{name}\n\x1b[31m" for name in found.config.class_names)
+    strange = replace(found, config=replace(found.config, class_names=names)).to_text()
+    assert len(strange.splitlines()) == len(found.to_text().splitlines())
+    assert "\x1b" not in strange
 
 
 def test_few_classes_have_no_line_about_the_top_5(toy_npz: Path, tmp_path: Path) -> None:
