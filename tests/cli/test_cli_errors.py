@@ -232,4 +232,4 @@ def test_images_too_large_for_the_memory(
 
 
 def test_options_have_no_abbreviations(capsys: pytest.CaptureFixture[str]) -> None:
-    fails([*TRAIN[:-2], "--epoch", "1"], capsys, "--epoch", "1")
+    fails([*TRAIN[:-2], "--epoch", "1"], capsys, "--epoch 1", "--epochs", "`ltloss train --help`")

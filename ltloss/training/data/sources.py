@@ -19,7 +19,10 @@ from ltloss.training.data.lists import find_lists, read_list
 from ltloss.training.data.npz import load_npz
 from ltloss.training.data.splits import split_indices
 
-ACCEPTED = "digits, a folder of class folders, a list of images, a FILE.npz, or a FILE of embeddings"
+ACCEPTED = (
+    "digits, a folder of class folders, a list of images, a FILE.npz, or embeddings in .npz, .npy, .safetensors or "
+    ".parquet"
+)
 DEFAULT_FOLDER_SIZE = 64
 DECODED_AT_ONCE = 64  # images of a folder, where their mean is taken
 LARGEST_DEFAULT_SIZE = 128  # the size of the data is only used up to here: photos would need too much memory

@@ -281,7 +281,8 @@ def predict_embeddings(
             raise UserError(f"run {run} takes images of shape {shape}; give --images FOLDER, not --data")
         source = load_rows(data)
         if source.shape != shape:
-            raise UserError(f"{data} holds embeddings of {source.shape[0]} features, run {run} takes {shape[0]}")
+            held = f"{data} holds embeddings of {source.shape[0]} features"
+            raise UserError(f"{held}, run {run} takes {shape[0]}; give other data")
         predictions = classify(classifier, source, top=max(top, 2), batch_size=batch_size)
         _write_predictions(staging / _TABLE, source, predictions, class_names, "embedding")
         record = {"run": str(run), "data": str(data), "embeddings": len(source)}

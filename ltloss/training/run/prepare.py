@@ -37,9 +37,12 @@ class TrainingData:
     validation: Source | None = None  # held out of the training split
 
 
-def prepare_data(settings: Settings) -> TrainingData:
-    """Load both splits as the settings say. The long tail and the limit per class act on the training split only."""
-    train = load_split(settings, "train")
+def prepare_data(settings: Settings, width: tuple[int, ...] | None = None) -> TrainingData:
+    """Load both splits as the settings say, embeddings (N, D) only of ``width`` (D,) if given.
+
+    The long tail and the limit per class act on the training split only.
+    """
+    train = load_split(settings, "train", width)
     check_applies(settings, train.shape)
     test = load_split(settings, "test", train.shape)
     (train, validation), test = _training_parts(train, settings), apply_limits(test, settings, "test")

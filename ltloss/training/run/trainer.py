@@ -76,7 +76,7 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
     if settings.tensorboard:
         check_tensorboard()
     with process_group(settings.parallel, choose_device(settings.device)) as (ranks, device):
-        data = prepare_data(settings)
+        data = prepare_data(settings, stored.image_shape if stored is not None and stored.of_embeddings else None)
         if stored is not None:
             check_same_data(stored, data.config, out)
         # Before the checkpoint is looked for: whoever owned the folder has written its last one.

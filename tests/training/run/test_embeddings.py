@@ -130,6 +130,11 @@ def test_changed_embeddings_cannot_be_resumed(data: Path, tmp_path: Path) -> Non
     changed = write_embeddings(tmp_path / "changed.npz", x_train=x)
     with refused(str(changed), "mean", error=UserError):
         train(tmp_path / "run", {"data": str(changed), "epochs": 2}, resume=True, quiet=True)
+    x_train, x_test = np.eye(60, 5, dtype=np.float32), np.eye(15, 5, dtype=np.float32)
+    narrow = write_embeddings(tmp_path / "narrow.npz", x_train=x_train, x_test=x_test)
+    with refused(str(narrow), "5", "6", error=UserError) as caught:
+        train(tmp_path / "run", {"data": str(narrow), "epochs": 2}, resume=True, quiet=True)
+    assert "--" not in str(caught.value), "it blames an option"
 
 
 @pytest.mark.parametrize(
