@@ -1,6 +1,6 @@
 """The classification system around the losses: data, training, evaluation, prediction, comparison.
 
-Needs the extra: ``pip install 'ltloss[train]'``.
+It needs the extra ``train``: ``pip install 'ltloss[train]'``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One seed decides everything: every random stream is derived from (seed, purpose, epoch).
+"""Random streams: every one is derived from (seed, purpose, epoch).
 
-Nothing random is carried from one epoch to the next, so a checkpoint holds no generator states and a resumed run draws
-exactly what the uninterrupted one would have drawn.
+No generator lives longer than an epoch. So a checkpoint holds no generator states, and a resumed run draws exactly what
+the uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def torch_generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
 
 @contextmanager
 def torch_seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators (initialisation, dropout) start at ``seed`` inside, and are as before after it."""
+    """Seed torch's global generators (initialisation, dropout) within the block, and restore them after it."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

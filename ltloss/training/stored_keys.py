@@ -1,4 +1,4 @@
-"""Names in files. They stay where a name in Python changes, so that each version reads what another wrote."""
+"""Names in files. They stay when a name in Python changes, so that each version reads the files of others."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _STORED = {"images": "pictures", **{now: former for former, now in FORMER_SETTIN
 
 
 def stored(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the names that they have in files."""
+    """The values, with their names in files as keys."""
     return {_STORED.get(name, name): value for name, value in values.items()}
 
 
 def named_as_now(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings from a file by the names of today."""
+    """Settings from a file, with today's names as keys."""
     return {FORMER_SETTINGS.get(name, name): value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""The search of ``ltloss compare --tune``: a climb along the axes of a small grid, the same for every method."""
+"""The search of ``ltloss compare --tune``: hill climbing along the axes of a small grid, the same for every method."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Point = Mapping[str, Any]  # name -> value
 def next_points(
     space: Mapping[str, Sequence[Any]], tried: Sequence[tuple[Point, float | None]]
 ) -> list[dict[str, Any]]:
-    """The points of a grid that the climb has to see next; none where it is over.
+    """The points of a grid that the climb needs next; empty when the climb is over.
 
-    It begins in the middle of every axis. Along one axis after the other it looks at both neighbours and goes to the
-    better one for as long as that is better than where it stands, and begins again with the first axis until no
-    neighbour along any axis is better. Values that make up for each other (a large margin, a large lr) need that.
+    The climb begins in the middle of every axis. It takes one axis after the other, and moves along it to the better
+    neighbour as long as that is better than the present point. It repeats this over all axes until no neighbour along
+    any axis is better. One round would not do, because values can make up for each other (a large margin, a large lr).
 
     Args:
-        space: name of an axis -> its values in order; the first is climbed first.
+        space: name of an axis -> its values in order; the first axis is climbed first.
         tried: points with their scores, the higher the better; None or NaN is worse than every number.
 
     Returns:
@@ -39,7 +39,7 @@ def next_points(
         return -math.inf if found is None or math.isnan(found) else found
 
     at = {name: values[(len(values) - 1) // 2] for name, values in space.items()}
-    axes, left = itertools.cycle(space), len(space)  # axes to look along without moving before it is over
+    axes, left = itertools.cycle(space), len(space)  # the climb is over after so many axes without a move
     while left:
         name = next(axes)
         while True:
@@ -58,7 +58,7 @@ def next_points(
 
 
 def edges(space: Mapping[str, Sequence[Any]], point: Point) -> dict[str, str]:
-    """The axes on which a point lies at an end of the list, where the climb could not go on: "first" or "last".
+    """The axes on which a point lies at an end, where the climb could not go on: name -> "first" or "last".
 
     An axis with a single value has no ends.
 

@@ -1,4 +1,4 @@
-"""``ltloss compare``: many methods and seeds on the same images, tuned alike, in a folder that can be continued."""
+"""``ltloss compare``: train many methods and seeds on the same images, tuned alike; an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def compare(
 
 
 def _open_folder(out: Path, plan: ComparisonSpec) -> Path:
-    """Write the manifest, remove what a killed comparison left, and return the folder."""
+    """Write the manifest, remove unfinished files of a killed comparison, and return the folder."""
     for folder in (out, out / "runs", out / "models"):
         remove_leftovers(folder)
     record = {name: getattr(plan, name) for name in ("recipe", "settings", "methods", "seeds", "vary", "tune")}
@@ -141,7 +141,7 @@ def _open_folder(out: Path, plan: ComparisonSpec) -> Path:
 
 @dataclass(frozen=True)
 class ComparisonSpec:
-    """The arguments of ``compare``, checked, and the jobs that follow from them; UserError where they cannot work."""
+    """The arguments of ``compare``, checked, and the jobs that follow from them; UserError for bad arguments."""
 
     given: Mapping[str, Any]
     methods: tuple[str, ...]
@@ -153,7 +153,7 @@ class ComparisonSpec:
     validation_per_class: int | None
 
     def __post_init__(self) -> None:
-        """Everything that can be wrong is found here, rather than after hours of training."""
+        """Check everything now, rather than fail after hours of training."""
         for name in self.given:
             if name in NOT_GIVEN:
                 raise UserError(f"{name} cannot be given to a comparison: {NOT_GIVEN[name]}; leave it out")
@@ -185,7 +185,7 @@ class ComparisonSpec:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Settings of every training but for what its method sets: the recipe, and on top of it what was given."""
+        """The settings common to all trainings: the recipe, overridden by what was given."""
         chosen = recipe_settings(self.recipe, self.given.get("optimizer", "sgd")) if self.recipe else {}
         settings = {**chosen, **self.given}
         if not settings.get("data"):
@@ -201,17 +201,17 @@ class ComparisonSpec:
 
     @cached_property
     def needed(self) -> tuple[str, ...]:
-        """The methods, and in front of them those whose networks their second stages begin with."""
+        """The methods, after those whose networks their second stages begin with."""
         bases = [method(name).base for name in self.methods if method(name).base]
         return tuple(dict.fromkeys([*bases, *self.methods]))
 
     @cached_property
     def variants(self) -> list[dict[str, Any]]:
-        """Every combination of the varied values; an empty one where nothing is varied."""
+        """Every combination of the varied values; one empty combination where nothing is varied."""
         return [dict(zip(self.vary, values, strict=True)) for values in itertools.product(*self.vary.values())]
 
     def space(self, name: str) -> dict[str, list[Any]]:
-        """The axes of a method's search space, without those that were given."""
+        """The axes of a method's search space, without settings and options that were given."""
         fixed = {*self.given, *_loss_options(self.given)}
         return {key: values for key, values in search_space(name, self.settings).items() if key not in fixed}
 
@@ -224,10 +224,10 @@ class ComparisonSpec:
         fingerprint: str,
         validation_per_class: int | None = None,
     ) -> Job:
-        """One training of a method, on the images with that checksum, with ``values`` on top of what was ``chosen``.
+        """The job of one training of method ``name``: its ``chosen`` values, overridden by ``values``.
 
-        A second stage brings the job of its first stage along. With ``validation_per_class`` only the last epoch is
-        measured, which is what a trial is judged by.
+        ``fingerprint`` is the checksum of the images. The job of a second stage holds that of its first stage. With
+        ``validation_per_class`` the job is a trial, of which only the last epoch is measured.
         """
         kind = method(name)
         values = {**chosen.get(name, {}), **values}
@@ -247,7 +247,7 @@ class ComparisonSpec:
         return {method(name).base for name in self.methods}
 
     def _method_settings(self, kind: Method) -> dict[str, Any]:
-        """Recipe, method and what was given, the later over the earlier; only the loss's own options of the last."""
+        """Recipe, method and what was given, each overriding the former; given options only if the loss has them."""
         loss, options = kind.settings["loss"], _loss_options(self.given)
         others = {
             name: value for name, value in self.settings.items() if name not in options and name != "loss_options"
@@ -264,14 +264,14 @@ def check_whole_number(name: str, value: Any) -> None:
 
 
 def _loss_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of losses among what was given."""
+    """The options of losses among the given settings."""
     common = {name: given[name] for name in ("scale", "margin", "tau") if given.get(name) is not None}
     return {**common, **given.get("loss_options", {})}
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """A plan, the folder that it fills, who computes, and the checksum of the training file."""
+    """A plan with the folder that it fills, the workers, and the checksum of the training file."""
 
     plan: ComparisonSpec
     out: Path
@@ -279,7 +279,7 @@ class _Grid:
     train: str
 
     def tune(self) -> Iterator[Trial]:
-        """Every trial, the best of each method marked; first stages before second ones. Reads no test image."""
+        """Run and yield every trial, the best of each method marked; first stages come first. Reads no test image."""
         plan = self.plan
         first = [name for name in plan.needed if method(name).second_stage is None]
         chosen: dict[str, Mapping[str, Any]] = {}
@@ -291,7 +291,7 @@ class _Grid:
                 yield from (replace(trial, chosen=True, edges=ends) if trial is best else trial for trial in found)
 
     def _climbed(self, names: Sequence[str], chosen: _Chosen) -> dict[str, list[Trial]]:
-        """The trials of each method, in the order in which they were made; all methods climb side by side."""
+        """The trials of each method, in the order in which they ran; all methods climb side by side."""
         found: dict[str, list[Trial]] = {name: [] for name in names}
         while True:
             asked = [
@@ -310,7 +310,7 @@ class _Grid:
         return [self.plan.job(name, chosen, values, seed, self.train, held_out) for seed in range(self.plan.tune_seeds)]
 
     def _judged(self, jobs: Sequence[Job]) -> tuple[float | None, float]:
-        """Mean balanced accuracy of the last epoch over the seeds, None where one diverged; and the seconds it took."""
+        """Mean balanced accuracy of the last epoch over the seeds, None if one diverged; and the summed seconds."""
         results = [self._result(job) for job in jobs]
         seconds = sum(float(result["seconds"]) for result in results)
         if any(result["failed"] for result in results):
@@ -318,7 +318,7 @@ class _Grid:
         return statistics.mean(float(result["last"]["balanced_accuracy"]) for result in results), seconds
 
     def final(self, chosen: _Chosen) -> Iterator[FinalRun]:
-        """Train on the whole training file with the chosen values, and measure the test split."""
+        """Train on the whole training file with the chosen values; yield the results on the test split."""
         plan = self.plan
         settings = Settings(**plan.settings)
         both = f"{self.train}-{fingerprint(load_split(settings, 'test'))}"
@@ -333,7 +333,7 @@ class _Grid:
             yield FinalRun(name, chosen.get(name, {}), variant, seed, self._result(job), settings.thresholds)
 
     def _run(self, jobs: Sequence[Job], what: str) -> None:
-        """First stages before the second ones, which need their networks."""
+        """Run the jobs; first stages before second stages, which need their networks."""
         bases = [job.base for job in jobs if job.base is not None]
         first = [*bases, *(job for job in jobs if job.base is None)]
         for part in (first, [job for job in jobs if job.base is not None]):

@@ -1,4 +1,4 @@
-"""One training of a comparison, as a job whose result is one file: either whole or absent."""
+"""One training of a comparison, as a job whose result is one file, which is whole or absent."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ from ltloss.training.run.settings import FUSED_SETTINGS, OF_A_RUN, Settings
 from ltloss.training.run.trainer import Trainer
 from ltloss.training.stored_keys import stored
 
-# The images themselves are part of a job's key; the groups are made from the accuracies of the classes.
+# Settings that are not part of a key. The images are in it by their checksum, and class groups are computed later from
+# the accuracies of the classes.
 _MAY_DIFFER = ("data", "image_root", "device", "workers", "many_threshold", "few_threshold", *FUSED_SETTINGS, *OF_A_RUN)
-# What came later counts where it is not as it always was, so that earlier results keep their keys.
+# Settings that came later, with their former behaviour: they are in the key only if they differ from it, so that
+# earlier results keep their keys.
 _ADDED = {"optimizer": "sgd", "clip_norm": None, "accumulate": 1, "ema": 0.0, "head": "linear", "init_from": None}
-_FORMAT = 2  # raise it where the same settings come to mean something else
+_FORMAT = 2  # increase it if the same settings come to mean something else
 
 _DATA_SETTINGS = (
     *("data", "image_root", "imbalance", "image_size", "channels"),
@@ -48,15 +50,15 @@ VALIDATION_FRACTION = 0.2
 
 @dataclass(frozen=True)
 class Job:
-    """What to train and on which images.
+    """What to train, and on which images.
 
     Attributes:
         settings: all settings of the training, as ``Settings`` takes them.
         fingerprint: checksum of the images.
-        validation_per_class: images of each class held out and measured; None measures the test split.
-        second_stage: what is done to the network of ``base`` instead of training one, by name of its setting.
-        base: the job of the first stage.
-        keep_model: whether a second stage needs the network.
+        validation_per_class: images of each class that are held out and measured; None measures the test split.
+        second_stage: settings of a second stage, by name; empty for a training.
+        base: the job of the first stage, whose network a second stage begins with.
+        keep_model: whether to store the network, because a second stage needs it.
     """
 
     settings: Mapping[str, Any]
@@ -68,7 +70,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        """A name that two jobs share if and only if they compute the same."""
+        """A name that two jobs share if and only if they compute the same result."""
         values = asdict(Settings(**self.settings))
         facts = stored({name: value for name, value in values.items() if name not in _left_out(values)})
         facts["loss_options"] = {name: _number(value) for name, value in facts["loss_options"].items()}
@@ -79,15 +81,15 @@ class Job:
         return f"{self.settings['loss']}-seed{self.settings['seed']}-{digest}"
 
     def result_file(self, out: Path) -> Path:
-        """Where its result lies."""
+        """The file of the result."""
         return out / "runs" / f"{self.key}.json"
 
     def model_file(self, out: Path) -> Path:
-        """Where its network lies, if it is kept."""
+        """The file of the network, if ``keep_model``."""
         return out / "models" / f"{self.key}.safetensors"
 
     def result(self, out: Path) -> dict[str, Any] | None:
-        """Its result, or None where it is still to be computed."""
+        """The result, or None if it has yet to be computed."""
         try:
             result = json.loads(self.result_file(out).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -99,7 +101,7 @@ class Job:
 
 
 def _left_out(values: Mapping[str, Any]) -> set[str]:
-    """Settings that are no part of a key."""
+    """Names of the settings that are not part of a key."""
     return {*_MAY_DIFFER, *(name for name, former in _ADDED.items() if values[name] == former)}
 
 
@@ -109,7 +111,7 @@ def _number(value: Any) -> Any:
 
 
 def run_job(job: Job, out: Path) -> None:
-    """Compute a job and write its result; a training that diverged is a result too."""
+    """Compute a job and write its result; that a training diverged is a result too."""
     settings = Settings(**job.settings)
     device = choose_device(settings.device)
     data = comparison_data(settings, job.validation_per_class, device)
@@ -124,7 +126,7 @@ def run_job(job: Job, out: Path) -> None:
         if job.keep_model:
             write_file(job.model_file(out), to_bytes(classifier.state_dict()))
     except DivergedError as error:
-        found["failed"] = error.what  # without the advice, which is about one run
+        found["failed"] = error.what  # without its advice, which concerns single runs
     facts = {
         "settings": stored(asdict(settings)),
         "stage_two": dict(job.second_stage),
@@ -176,7 +178,7 @@ def _second_stage(
 
 
 def prototype_angles(prototypes: Tensor) -> dict[str, float] | None:
-    """Smallest and mean angle, in degrees, of the prototypes (C, D) to their nearest other; None for one class."""
+    """Smallest and mean angle, in degrees, between prototypes (C, D) and their nearest others; None for one class."""
     if len(prototypes) < 2:
         return None
     cosine = nearest_prototype(prototypes.detach().float()).cosine.double().clamp(-1, 1)
@@ -185,10 +187,10 @@ def prototype_angles(prototypes: Tensor) -> dict[str, float] | None:
 
 
 def comparison_data(settings: Settings, validation_per_class: int | None, device: torch.device) -> TrainingData:
-    """Both splits on the device: training and test, or where a number is given training and validation.
+    """The training split, and the test split or, if ``validation_per_class`` is given, a validation split.
 
-    For a validation split so many images of every class are held out of the training file, from a class that has
-    fewer than twice as many only half of it; then the long tail is cut from the rest.
+    A validation split holds so many images of every class of the training file, but at most half of a class. The long
+    tail is cut from the rest. Images in memory are moved to the device.
     """
     facts = {name: getattr(settings, name) for name in _DATA_SETTINGS}
     data = _loaded(json.dumps({**facts, "data_seed": settings.split_seed}), validation_per_class, str(device))
@@ -211,7 +213,7 @@ def _held_out(settings: Settings, per_class: int) -> TrainingData:
     whole = load_split(settings, "train")
     validation = validation_indices(whole.labels, per_class, settings.split_seed)
     rest = whole.subset(np.setdiff1d(np.arange(len(whole)), validation))
-    # What is left may be too small for the whole imbalance: 12 images a class cannot span 15.
+    # The rest may be too small for the whole imbalance: 12 images a class allow 12 at most, not 15.
     largest = int(np.bincount(rest.labels).max())
     train = apply_limits(rest, replace(settings, imbalance=min(settings.imbalance, largest)), "train")
     return TrainingData(train, whole.subset(validation), run_config(settings, train))
@@ -226,12 +228,12 @@ def validation_indices(labels: np.ndarray, per_class: int, seed: int) -> np.ndar
 
 
 def default_validation(labels: np.ndarray) -> int:
-    """Images of every class to hold out of a training file with labels (N,): a fifth of the smallest, at least 1."""
+    """Images per class to hold out of a training file with labels (N,): a fifth of the smallest class, at least 1."""
     return max(1, round(VALIDATION_FRACTION * int(np.bincount(labels).min())))
 
 
 def fingerprint(source: Source) -> str:
-    """A checksum of labels and pixels or embeddings; of the labels and names for images in files."""
+    """A checksum of labels and pixels or embeddings; for images in files, of labels and names."""
     labels = zlib.crc32(np.ascontiguousarray(source.labels).data)
     if isinstance(source, ArrayEmbeddings):
         return f"{source.checksum(labels):08x}"
@@ -241,7 +243,7 @@ def fingerprint(source: Source) -> str:
 
 
 def validate_job(job: Job) -> Job:
-    """The job itself; UserError for settings, options of the loss or a second stage that cannot work."""
+    """Return the job; UserError if its settings, loss options or second stage are not valid."""
     from ltloss.training.model.registry import loss_arguments
 
     settings = Settings(**job.settings)

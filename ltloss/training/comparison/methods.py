@@ -1,7 +1,7 @@
-"""The methods that ``ltloss compare`` knows: what each one sets, where it is from, and what is tuned.
+"""The methods that ``ltloss compare`` knows: the settings, source and search space of each, in one table.
 
-One table. A method's settings are the published ones where they do not depend on the data; its search space is a small
-grid of the values that matter most to it, of which ``search.py`` tries some, for all methods in the same way.
+A method's settings are the published ones, unless these depend on the data. Its search space is a small grid of the
+values that matter most to it. ``climb.py`` tries some of its points, for all methods in the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Values = Mapping[str, Any]  # names of settings, or of options of the loss, with
 
 @dataclass(frozen=True)
 class Factors:
-    """Values of a search space that are multiples of the recipe's own."""
+    """Values of a search space, as multiples of the recipe's value."""
 
     values: tuple[float, ...]
 
@@ -33,12 +33,12 @@ class Method:
     """One method of a comparison.
 
     Attributes:
-        title: what it is called in tables.
+        title: its name in tables.
         source: paper, and equation or section.
-        settings: what it sets beside the recipe; names of settings, else options of the loss.
-        space: what is tuned: name -> values in order; the search begins with the middle one of the first name.
-        base: the method whose trained network a second stage begins with.
-        second_stage: what that second stage does; its own settings are in ``space``.
+        settings: values that override the recipe: settings by name, all others options of the loss.
+        space: what is tuned: name -> values in order. The search begins in the middle of every axis.
+        base: the method whose trained network a second stage begins with; empty for a training.
+        second_stage: the kind of second stage, or None.
     """
 
     title: str
@@ -154,7 +154,7 @@ def method(name: str) -> Method:
 
 
 def search_space(name: str, settings: Values) -> dict[str, list[Any]]:
-    """The values of each axis of a method's search space; factors multiply what ``settings``, the recipe's, say."""
+    """The values of each axis of a method's search space; factors multiply the value in ``settings``."""
     return {
         key: [getattr(Settings(**settings), key) * factor for factor in choice.values]
         if isinstance(choice, Factors)
@@ -164,7 +164,7 @@ def search_space(name: str, settings: Values) -> dict[str, list[Any]]:
 
 
 def with_values(settings: Values, values: Values) -> dict[str, Any]:
-    """Settings with ``values`` on top: those of settings by name, all others into the options of the loss."""
+    """Settings overridden by ``values``; names that are no settings go into the options of the loss."""
     merged = dict(settings)
     merged["loss_options"] = dict(settings.get("loss_options", {}))
     for name, value in values.items():

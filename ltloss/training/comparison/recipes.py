@@ -1,4 +1,4 @@
-"""Training recipes: settings by name, all of which can be overridden one by one."""
+"""Training recipes: named sets of settings, each of which can be overridden."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from ltloss.errors import UserError, nearest
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # The field's for CIFAR-10-LT and CIFAR-100-LT, from Cao et al., Learning imbalanced datasets with
-    # label-distribution-aware margin loss, NeurIPS 2019: 5 epochs of warm-up, steps at 160 and 180.
+    # The usual recipe for CIFAR-10-LT and CIFAR-100-LT, from Cao et al., Learning imbalanced datasets with
+    # label-distribution-aware margin loss, NeurIPS 2019: 5 epochs of warm-up, steps at epochs 160 and 180.
     "cifar-lt": {
         "backbone": "resnet32",
         "embedding_size": 64,
@@ -24,7 +24,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "augment": "crop-flip",
         "beta": 0.9999,
     },
-    # Minutes on one core, for images of 28 x 28 pixels. Characters and clothes are not mirrored.
+    # Trains in minutes on one core, on images of 28 x 28 pixels. No flips: a mirrored character is another one.
     "small": {
         "backbone": "small-cnn",
         "embedding_size": 128,
@@ -55,7 +55,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def recipe(name: str, optimizer: str = "sgd") -> dict[str, Any]:
-    """The settings of the recipe ``name``, whose rate and decay are for SGD alone; UserError for an unknown name."""
+    """The settings of the recipe ``name``; UserError for an unknown name.
+
+    Its lr and weight decay are for SGD, and are left out for another ``optimizer``.
+    """
     if name not in RECIPES:
         raise UserError(f"--recipe {name} is unknown; {nearest(name, RECIPES)}")
     foreign = () if optimizer == "sgd" else ("lr", "weight_decay")
@@ -63,7 +66,7 @@ def recipe(name: str, optimizer: str = "sgd") -> dict[str, Any]:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16 by itself, where autocast makes training two to three times faster."""
+    """Whether this CPU has bfloat16 products, with which autocast makes training two to three times faster."""
     import torch
 
     looks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # torch has no public name for these yet

@@ -1,4 +1,4 @@
-"""Second stages: what can be done to a trained network without training its backbone again."""
+"""Second stages: methods that change a trained network without training its backbone again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ltloss.training.seeds import numpy_generator
 
 
 def post_hoc_offset(class_counts: Counts, tau: float) -> Tensor:
-    """What post-hoc logit adjustment adds to the logits of a trained classifier: −τ·log π_c, (C,) float32.
+    """The offset −τ·log π_c, (C,) float32, that post-hoc logit adjustment adds to the logits of a trained classifier.
 
     Source: Menon et al., Long-tail learning via logit adjustment, ICLR 2021, eq. 9.
 
@@ -48,7 +48,7 @@ def normalize_weights(classifier: Classifier, power: float) -> None:
 
 
 def class_balanced_order(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """As many indices as labels (N,), each of a class drawn evenly and then of an image drawn evenly from it."""
+    """N indices into labels (N,): for each a class is drawn uniformly, then an image of that class uniformly."""
     sizes = np.bincount(labels)
     present = np.flatnonzero(sizes)
     by_class, first = np.argsort(labels, kind="stable"), np.cumsum(sizes) - sizes
@@ -60,10 +60,10 @@ class ClassifierRetraining(Trainer):
     """cRT: a new classifier on the frozen backbone of a trained one, with class-balanced sampling.
 
     Args:
-        config: of the first stage, with the epochs and the learning rate of the second.
+        config: of the first stage, with epochs and learning rate of the second.
         source: training images.
         device: where to train.
-        weights: the state_dict of the first stage; all but the classifier's own weights are used.
+        weights: the state_dict of the first stage; all but the weights of its classifier are used.
         measure_amp: as in ``Trainer``.
 
     Source: Kang et al., Decoupling representation and classifier, ICLR 2020, section 4.1.

@@ -1,4 +1,4 @@
-"""The results of a comparison: a row for each run, and their mean and deviation over the seeds."""
+"""The results of a comparison: a row for each run, and mean and standard deviation over the seeds."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Trial:
     """One point of a search space.
 
     Attributes:
-        method: its name.
+        method: name of the method.
         values: the point.
-        accuracy: the balanced one on the validation split; None: it diverged.
-        seconds: what its trainings took.
-        chosen: whether it is the best of its method.
-        edges: axes at whose first or last value it lies, as ``ltloss.training.comparison.climb.edges`` names them.
+        accuracy: balanced accuracy on the validation split; None if a training diverged.
+        seconds: time of its trainings.
+        chosen: whether it is the best trial of its method.
+        edges: axes at whose first or last value it lies, as ``ltloss.training.comparison.climb.edges`` returns them.
     """
 
     method: str
@@ -43,7 +43,7 @@ class Trial:
 
     @property
     def described(self) -> str:
-        """Its values, and which of them a longer list might have bettered."""
+        """The values as text, with a note on those at an end of their list."""
         known = described(self.values)
         ends = ", ".join(f"{name} the {end} of its list" for name, end in self.edges.items())
         return f"{known} ({ends})" if ends else known
@@ -64,8 +64,8 @@ class FinalRun:
     def columns(self) -> dict[str, Any]:
         """Its row of results.csv.
 
-        The best epoch is that of the highest test accuracy, the earliest of several: what many papers report, chosen
-        on the test split. A second stage without epochs has none.
+        The best epoch is the first with the highest test accuracy. It is chosen on the test split, as in many papers. A
+        second stage without epochs has none.
         """
         result, angles = self.result, self.result["angles"] or {}
         good = not result["failed"]
@@ -92,7 +92,7 @@ class FinalRun:
 
 
 def _measured(found: Mapping[str, Any] | None, result: Mapping[str, Any], thresholds: Thresholds) -> dict[str, Any]:
-    """What was measured after one epoch, with the groups that the thresholds make; empty where it was not measured."""
+    """The metrics after one epoch, with class groups by ``thresholds``; empty if nothing was measured."""
     if found is None:
         return {}
     per_class = np.array([np.nan if value is None else value for value in found["per_class"]], dtype=np.float64)
@@ -101,7 +101,7 @@ def _measured(found: Mapping[str, Any] | None, result: Mapping[str, Any], thresh
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found; ``runs`` are the rows of results.csv, ``trials`` those of tuning.csv."""
+    """The results of a comparison: ``runs`` are the rows of results.csv, ``trials`` those of tuning.csv."""
 
     out: Path
     settings: Mapping[str, Any]
@@ -140,12 +140,12 @@ def by_method(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[M
 
 
 def row_title(name: str, variant: str) -> str:
-    """What a row of the tables is called."""
+    """The title of a row of the tables."""
     return method(name).title + (f" ({variant})" if variant else "")
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The table over the seeds of rows of results.csv, a header first; percent but for angles and seconds."""
+    """The table over the seeds for rows of results.csv, a header first; in percent except angles and seconds."""
     thresholds = Thresholds(rows[0]["many_above"], rows[0]["few_below"])
     words = thresholds.describe()
     columns: list[tuple[str, str, Callable[[Sequence[float | None]], str]]] = [
@@ -167,12 +167,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def percents(fractions: Sequence[float | None]) -> str:
-    """Fractions as 'mean ± deviation' in percent with two decimals; 'none' where there is nothing to measure."""
+    """Fractions as 'mean ± standard deviation' in percent with two decimals; 'none' without values."""
     return numbers([None if fraction is None else 100 * fraction for fraction in fractions], 2)
 
 
 def numbers(values: Sequence[float | None], digits: int = 1) -> str:
-    """Numbers as 'mean ± deviation', a single one without; 'none' where there is nothing to measure."""
+    """Numbers as 'mean ± standard deviation', a single one as it is; 'none' without values."""
     known = [value for value in values if value is not None]
     if not known:
         return "none"
@@ -181,7 +181,7 @@ def numbers(values: Sequence[float | None], digits: int = 1) -> str:
 
 
 def write_tables(found: Comparison) -> None:
-    """Write results.csv and tuning.csv."""
+    """Write results.csv, and tuning.csv if there are trials."""
     write_csv(found.out / "results.csv", list(found.rows[0]), found.rows)
     if found.trials:
         rows = [

@@ -1,4 +1,4 @@
-"""Jobs side by side, in processes of one thread each; what is done already is not done again."""
+"""Run jobs in parallel, in processes of one thread each; jobs that have a result are not run again."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ltloss.errors import UserError
 from ltloss.training.comparison.jobs import Job, run_job
 from ltloss.training.run.progress import progress_bar
 
-_LOOK_EVERY = 0.5  # seconds between looks whether the comparison still runs
+_LOOK_EVERY = 0.5  # seconds between checks whether the comparison still runs
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Workers(AbstractContextManager["Workers"]):
-    """Computes jobs into the folder ``out``, ``count`` at a time: in this process where it is 1, else in processes.
+    """Runs jobs into the folder ``out``, ``count`` at a time: in this process if that is 1, else in worker processes.
 
-    Leaving the block with an error ends the processes at once; whatever they were computing is left to be done again.
+    An error in the block ends the workers at once. The jobs that they were running have no result then.
     """
 
     def __init__(self, out: Path, count: int, *, quiet: bool) -> None:
@@ -42,7 +42,7 @@ class Workers(AbstractContextManager["Workers"]):
         self._pool = ProcessPoolExecutor(count, context, _start_worker, (os.getpid(), self._stop))
 
     def run(self, jobs: Iterable[Job], what: str) -> None:
-        """Compute those of the jobs that have no result yet; each leaves one file when it is done."""
+        """Run those of the jobs that have no result yet; each writes one file when it is done."""
         for folder in ("runs", "models"):
             (self._out / folder).mkdir(exist_ok=True)
         unique = {job.key: job for job in jobs}
@@ -71,7 +71,7 @@ class Workers(AbstractContextManager["Workers"]):
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End the processes: at once after an error."""
+        """End the workers, at once after an error."""
         if exc_type is not None:
             self._stop.set()
         self._pool.shutdown(cancel_futures=True)
@@ -79,7 +79,7 @@ class Workers(AbstractContextManager["Workers"]):
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """As in a worker: the same sums in the same order, so the number of workers changes no result."""
+    """Use one thread as a worker does: sums have the same order, so the number of workers changes no result."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -89,7 +89,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _start_worker(parent: int, stop: Event) -> None:
-    """One thread, and an end at once when the comparison is interrupted or gone: its results are whole or absent."""
+    """Use one thread, and exit at once when the comparison is interrupted or gone; results are whole or absent."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 

@@ -1,4 +1,4 @@
-"""Named arrays in files of several formats, mapped from the disk where the format allows it; nothing is unpickled."""
+"""Named arrays in files of several formats, memory-mapped if the format allows it. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import numpy as np
 
 from ltloss.errors import UserError
 
-Arrays = Mapping[str, Callable[[], np.ndarray]]  # each array is read when it is asked for
+Arrays = Mapping[str, Callable[[], np.ndarray]]  # name -> function that reads the array
 
-# Damaged and foreign files; RuntimeError is that of an encrypted archive, MemoryError that of a size that is absurd,
-# TokenError that of NumPy where a header ends too soon.
+# Errors for damaged and foreign files: RuntimeError for an encrypted archive, MemoryError for an absurd size,
+# TokenError from NumPy for a header that ends too soon.
 _DAMAGE = (
     *(ValueError, OSError, EOFError, RuntimeError, MemoryError, OverflowError, SyntaxError, KeyError, TypeError),
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
@@ -34,7 +34,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """UserError where what is inside meets a damaged file."""
+    """Turn errors within the block into a UserError that ``path`` cannot be read."""
     try:
         yield
     except _DAMAGE as error:
@@ -42,14 +42,14 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def npz_arrays(path: Path) -> Arrays:
-    """The members of an .npz: a matrix that is not compressed is mapped, all else is read."""
+    """The members of an .npz; an uncompressed matrix is memory-mapped, all else is read."""
     with zipfile.ZipFile(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
     return {name: partial(_npz_member, path, info) for name, info in members.items()}
 
 
 def npz_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype] | None:
-    """Shape and dtype of a member of an .npz, or None where there is no such array."""
+    """Shape and dtype of a member of an .npz; None if there is no such array."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
             shape, _, dtype = _npy_header(member)
@@ -59,7 +59,7 @@ def npz_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype] | None
 
 
 def refuse_objects(path: Path, name: str, dtype: np.dtype) -> None:
-    """UserError where an array holds Python objects, as labels out of a table do: they would have to be unpickled."""
+    """Raise UserError if an array holds Python objects, as labels of a pandas column do: they would be unpickled."""
     if dtype.hasobject:
         raise UserError(
             f"{path}: {name} holds Python objects; write it as numbers or, with {name}.astype(str), strings"
@@ -68,7 +68,7 @@ def refuse_objects(path: Path, name: str, dtype: np.dtype) -> None:
 
 def npy_arrays(path: Path) -> Arrays:
     """A matrix in FILE.npy as ``x``; the labels in FILE.labels.npy or FILE.labels.txt, one a line, as ``y``."""
-    # Not numpy.load, which also takes an .npz, and what it does not know for a pickle.
+    # Not numpy.load, which also accepts an .npz, and takes an unknown file for a pickle.
     found: dict[str, Callable[[], np.ndarray]] = {"x": lambda: np.lib.format.open_memmap(path, mode="r")}
     array, text = path.with_suffix(".labels.npy"), path.with_suffix(".labels.txt")
     if array.is_file():
@@ -127,7 +127,7 @@ READERS: dict[str, Callable[[Path], Arrays]] = {
 
 
 def _npy_header(file: object) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran's order, and dtype; the file then stands at the first number."""
+    """Shape, whether the order is Fortran's, and dtype; the file is then at the first number."""
     version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)  # type: ignore[arg-type]
@@ -153,7 +153,7 @@ def _npz_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
             if file.read(len(MAGIC)) == MAGIC:
                 file.seek(start)
                 shape, fortran, dtype = _npy_header(file)
-                # A shape that goes on into the next member is left to numpy, which says so.
+                # A shape that reaches into the next member is left to numpy, which raises an error.
                 whole = file.tell() - start + dtype.itemsize * math.prod(shape) == info.file_size
                 if whole and len(shape) == 2 and all(shape):
                     return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")

@@ -1,4 +1,4 @@
-"""Batches of images in a seeded order, read ahead of the training by a thread, and their augmentation."""
+"""Batches of images or embeddings, read ahead by a thread, and the augmentation of images."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from ltloss.training.data.images import DeviceImages
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, channels, H, W) uint8, or embeddings (B, D) of floats, and labels (B,) int64."""
+    """Images (B, channels, H, W) uint8 or embeddings (B, D) of floats, with labels (B,) int64."""
 
     images: Tensor
     labels: Tensor
 
 
 def batch_count(samples: int, batch_size: int, ranks: int = 1) -> int:
-    """How many batches ``batches`` makes of so many samples; no part of one, which batch normalisation cannot use."""
+    """How many batches ``batches`` makes of so many samples.
+
+    Every rank has at least two samples of each batch if possible, because batch normalisation cannot use one alone.
+    """
     return max(1, min(-(-samples // batch_size), samples // (2 * ranks)))
 
 
@@ -39,11 +42,12 @@ def batches(
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[Batch]:
-    """Every sample once, in ``order`` or as they come, about batch_size at a time.
+    """Every sample once, in ``order`` or as they come, about ``batch_size`` at a time.
 
-    Batches are of equal size, give or take one, and none holds a single one unless there is no other. Up to ``ahead``
-    batches are read by a thread while the caller computes; an error there is raised here. Of several ``ranks``, each
-    gets its part of every batch."""
+    Batches are of equal size, give or take one, and have at least two samples if the source has. A thread reads up to
+    ``ahead`` batches while the caller computes; an error there is raised here. With several ``ranks``, each rank gets
+    its part of every batch.
+    """
     if order is None:
         order = np.arange(len(source))
     if not len(order):
@@ -72,10 +76,10 @@ def _read_ahead(source: Source, parts: list[np.ndarray], ahead: int) -> Iterator
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator, pad: int | None = None) -> Tensor:
-    """Augmented images (B, channels, H, W): each shifted at random, and mirrored at random for ``crop-flip``.
+    """Augmented images (B, channels, H, W): each is shifted at random, and for "crop-flip" mirrored at random.
 
-    The shift is at most ``pad`` pixels, or an eighth of the side (4 pixels of 32), black where it uncovers something.
-    ``generator`` is on the CPU, so that every device draws the same.
+    The shift is at most ``pad`` pixels, by default an eighth of the side (4 pixels of 32); uncovered pixels are black.
+    For "none", and for embeddings, nothing changes. ``generator`` is on the CPU, so that all devices get the same.
     """
     if kind == "none" or images.dim() == 2:  # embeddings
         return images

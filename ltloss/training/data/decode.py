@@ -1,4 +1,4 @@
-"""Reading one image from disk: what is accepted, what is refused and why, and the way it becomes pixels."""
+"""Read one image from disk: check it, decode it, and turn it into pixels."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
 MAX_PIXELS = 64_000_000
 
-# `open_image` has a limit of its own and says so in words; Pillow's warning would come on top, once per thread.
+# `open_image` has its own limit with its own message; Pillow's warning would be a second one, in every thread.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def open_image(path: Path) -> Image.Image:
-    """Decode an image: upright, its first frame, over white where it is transparent, mode L or RGB.
+    """Decode the first frame of an image: upright, on white where it is transparent, in mode L or RGB.
 
-    Raises ImageError for an empty, corrupt or foreign file, and for more than MAX_PIXELS pixels (before decoding).
+    Raises ImageError for an empty, damaged or foreign file, and, before decoding, for more than MAX_PIXELS pixels.
     """
     try:
         if path.stat().st_size == 0:
@@ -60,7 +60,7 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Pixels (channels, height, width) uint8: the centre at the right aspect ratio, resized with antialiasing."""
+    """Pixels (channels, height, width) uint8: the centre crop of that aspect ratio, resized with antialiasing."""
     channels, height, width = image_shape
     mode = "L" if channels == 1 else "RGB"
     if image.mode != mode:

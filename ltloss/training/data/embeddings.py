@@ -1,4 +1,4 @@
-"""Classified embeddings: rows of a matrix in memory or on the disk, from which batches alone are read."""
+"""Labelled embeddings: rows of a matrix in memory or on disk, which is read batch by batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ltloss.training.data.splits import split_indices
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_BLOCK = 1 << 20  # numbers that are converted at once
+_BLOCK = 1 << 20  # numbers that are converted at a time
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class ArrayEmbeddings:
     """Rows of a matrix of embeddings; a subset shares the matrix, so nothing is copied.
 
     Args:
-        array: (M, D) float16, float32 or float64; may be mapped from a file.
-        rows: (N,) int64, which rows these are.
+        array: (M, D) float16, float32 or float64; may be memory-mapped.
+        rows: (N,) int64, indices of the rows.
         labels: (N,) int64; -1 where unknown.
-        class_names: the C names that the labels count.
-        row_names: display names (M,) of all rows, or what is written in front of their numbers.
+        class_names: names (C,) by label.
+        row_names: display names (M,) of all rows of ``array``, or a prefix for their numbers.
     """
 
     array: np.ndarray
@@ -76,9 +76,9 @@ class ArrayEmbeddings:
             yield np.ascontiguousarray(self.array[self.rows[start:stop]])
 
     def moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation (D,) of each feature, 1 where it does not vary.
+        """Mean and standard deviation (D,) of each feature; the deviation of a constant feature is 1.
 
-        The sums are taken in float64, row by row, so every machine finds the same: a run can be resumed on another one.
+        Sums are float64 and row by row, so that every machine finds the same values and can resume the run of another.
         """
         mean = np.zeros(self.shape)
         for block in self.blocks():
@@ -89,17 +89,17 @@ class ArrayEmbeddings:
         return tuple(mean.tolist()), tuple(math.sqrt(v / len(self)) or 1.0 for v in squares.tolist())
 
     def checksum(self, start: int = 0) -> int:
-        """CRC-32 of the embeddings as they are kept, going on from ``start``."""
+        """CRC-32 of the embeddings as they are stored, continued from ``start``."""
         for block in self.blocks():
             start = zlib.crc32(block.data, start)
         return start
 
 
-Source = ImageSource | ArrayEmbeddings  # what training and evaluation consume
+Source = ImageSource | ArrayEmbeddings  # the samples that training and evaluation read
 
 
 def holds_embeddings(path: Path) -> bool:
-    """Whether a file is of a kind that holds embeddings: an .npz tells by what is in it."""
+    """Whether a file holds embeddings, by its ending; for an .npz by its arrays."""
     if path.suffix != ".npz":
         return path.suffix in READERS
     train = npz_header(path, "x_train")
@@ -110,16 +110,16 @@ def holds_embeddings(path: Path) -> bool:
 
 
 def own_splits(path: Path) -> bool:
-    """Whether a file of embeddings says itself which are for training and for the test."""
+    """Whether a file of embeddings has training and test splits of its own."""
     with explained(path):
         return "x_train" in READERS[path.suffix](path)
 
 
 def load_embeddings(path: Path, split: Split, seed: int = 0) -> ArrayEmbeddings:
-    """One split of a file of embeddings with labels; of one with ``x`` and ``y`` a seeded 20 % of each class is test.
+    """One split of a file of labelled embeddings.
 
-    Raises UserError naming the array that is missing or of the wrong shape, type or range, and the first row that is
-    not finite.
+    For a file with ``x`` and ``y`` only, a seeded 20 % of each class is the test split. Raises UserError for an array
+    that is missing or of a wrong shape, type or range, and for the first row that is not finite.
     """
     with explained(path):
         arrays = READERS[path.suffix](path)
@@ -132,7 +132,7 @@ def load_embeddings(path: Path, split: Split, seed: int = 0) -> ArrayEmbeddings:
 
 
 def load_rows(path: Path) -> ArrayEmbeddings:
-    """Every embedding of a file, labels -1, for prediction; no labels are needed. Raises UserError as above."""
+    """Every embedding of a file with label -1, for prediction. Raises UserError as :func:`load_embeddings` does."""
     if not path.is_file() or not holds_embeddings(path):
         raise UserError(f"--data {path} is no file of embeddings; give one of {', '.join(READERS)}")
     with explained(path):

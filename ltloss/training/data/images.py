@@ -1,4 +1,4 @@
-"""Classified images: in memory (arrays), on a device, or decoded on demand (files)."""
+"""Labelled images: in memory (arrays), on a device, or decoded on demand (files)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Split = Literal["train", "test", "all"]
-Size = int | tuple[int, int] | None  # pixels: the side of a square, (height, width), or that of the data
-SMALLEST_SIZE = 4  # what --image-size demands: the backbones pool images twice
+Size = int | tuple[int, int] | None  # in pixels: the side of a square, (height, width), or None for that of the data
+SMALLEST_SIZE = 4  # least side in pixels: the backbones pool images twice
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ArrayImages:
     Args:
         images: (N, H, W) or (N, H, W, 1 or 3) uint8.
         labels: (N,) int64; -1 where unknown.
-        class_names: the C names that the labels count.
+        class_names: names (C,) by label.
         names: display names of the N images.
     """
 
@@ -83,9 +83,9 @@ class ArrayImages:
 
 @dataclass(frozen=True)
 class DeviceImages(ArrayImages):
-    """Images that also lie on a device, so that no batch crosses the bus and none is assembled one by one.
+    """Images that are also on a device, so that batches are neither copied there nor assembled image by image.
 
-    ``pixels`` is a uint8 tensor (N, channels, H, W).
+    ``pixels`` is a uint8 tensor (N, channels, H, W) on the device.
     """
 
     pixels: Tensor
@@ -100,7 +100,7 @@ class DeviceImages(ArrayImages):
         return self.pixels[torch.from_numpy(indices).to(self.pixels.device)]
 
     def parts(self, parts: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels (B, channels, height, width) and labels (B,) on the device of each part; one copy for all indices."""
+        """Pixels (B, channels, height, width) and labels (B,) of each part, on the device; indices are copied once."""
         order = torch.from_numpy(np.concatenate(parts)).to(self.pixels.device)
         for indices in torch.split(order, [len(part) for part in parts]):
             yield self.pixels[indices], self.device_labels[indices]
@@ -112,7 +112,7 @@ class DeviceImages(ArrayImages):
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Images in files, decoded on demand by ``workers`` threads. ``skipped`` holds (name, reason) of those left out."""
+    """Images in files, decoded on demand by ``workers`` threads. ``skipped`` has (name, reason) of unreadable files."""
 
     folder: Path
     names: Sequence[str]  # relative to folder
@@ -149,17 +149,17 @@ class FolderImages:
         return replace(self, names=[self.names[i] for i in indices], labels=self.labels[indices])
 
 
-ImageSource = ArrayImages | FolderImages  # what has an image to show
+ImageSource = ArrayImages | FolderImages
 
 
 def on_device(source: ArrayImages, device: torch.device) -> DeviceImages:
-    """Images in memory, also as a tensor on ``device``."""
+    """Copy images in memory to a tensor on ``device``; both are kept."""
     pixels = source.batch(np.arange(len(source))).to(device)
     return DeviceImages(source.images, source.labels, source.class_names, source.names, pixels)
 
 
 def machine_memory() -> float:
-    """Bytes that this process can have: those of the machine, or of its control group; infinity where unknown."""
+    """Bytes of memory of the machine, or of this process's control group if less; infinity if unknown."""
     known: list[float] = []
     with suppress(AttributeError, ValueError, OSError):  # there is no sysconf on Windows
         known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -169,7 +169,7 @@ def machine_memory() -> float:
 
 
 def target_shape(shape: tuple[int, int, int], size: Size, channels: int | None, held: int) -> tuple[int, int, int]:
-    """(channels, height, width) of the images to use, of which ``held`` are in memory at once."""
+    """(channels, height, width) of the images to use; UserError if too small, or if ``held`` of them exceed memory."""
     height, width = (size, size) if isinstance(size, int) else size or shape[1:]
     if min(height, width) < SMALLEST_SIZE:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Labels of data files as whole numbers from 0, and the names of the classes that they count."""
+"""Labels of data files as integers from 0, and the names of their classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def whole_labels(path: Path, key: str, labels: np.ndarray) -> np.ndarray:
 
 
 def names_of_classes(path: Path, key: str, labels: np.ndarray, given: np.ndarray | None) -> tuple[str, ...]:
-    """The names given, or the numbers up to the largest training label; every class must have training samples."""
+    """The names given, or else the numbers up to the largest label; UserError for a class without training samples."""
     if given is not None:
         if given.ndim != 1 or given.dtype.kind != "U" or len(set(given.tolist())) != len(given):
             raise UserError(
@@ -51,14 +51,14 @@ def names_of_classes(path: Path, key: str, labels: np.ndarray, given: np.ndarray
 
 
 def check_range(path: Path, key: str, labels: np.ndarray, classes: int) -> None:
-    """UserError that names the first label which counts none of the classes."""
+    """Raise UserError for the first label that is not in 0..classes - 1."""
     bad = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(bad):
         raise UserError(f"{path}: {key}[{bad[0]}] is {labels[bad[0]]}, outside 0..{classes - 1}; correct the labels")
 
 
 def numbered(path: Path, key: str, labels: np.ndarray, class_names: tuple[str, ...]) -> np.ndarray:
-    """Labels (N,) int64 of labels that are numbers already, or the names of classes."""
+    """Labels (N,) int64 from labels that are numbers or names of classes."""
     if labels.dtype.kind != "U" or labels.ndim != 1:
         labels = whole_labels(path, key, labels)
         check_range(path, key, labels, len(class_names))

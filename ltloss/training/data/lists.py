@@ -1,4 +1,4 @@
-"""Lists of images as the field has them: lines of path and label (ImageNet-LT, Places-LT), iNaturalist's JSON."""
+"""Lists of images in common formats: lines of path and label (ImageNet-LT, Places-LT), iNaturalist's JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ltloss.errors import UserError
 from ltloss.training.data.images import Split
 from ltloss.training.data.labels import check_range, names_of_classes
 
-# The part of a name that takes the place of "train" in the test list's. iNaturalist's test files have no labels.
+# Words that replace "train" in the name of the test list, by preference. iNaturalist's test files have no labels.
 _TESTS = {".txt": ("test", "val"), ".json": ("val", "test")}
 
 
@@ -27,9 +27,9 @@ class ImageList:
 
 
 def find_lists(path: Path) -> dict[str, Path] | None:
-    """The lists {"train": ..., "test": ...} of a folder or a training list, or {"all": ...}; None where it is neither.
+    """The lists {"train": ..., "test": ...} of a folder or of a training list, or {"all": ...} for a single list.
 
-    UserError where a folder holds several training lists.
+    None if ``path`` is neither. UserError if a folder holds several training lists.
     """
     if path.is_file():
         if path.suffix not in _TESTS:
@@ -54,9 +54,9 @@ def _with_test(train: Path) -> dict[str, Path] | None:
 
 
 def read_list(lists: dict[str, Path], split: Split) -> ImageList:
-    """The images of a split, or of all; the classes are those of the training list.
+    """The images of a split, or of all splits; the classes are those of the training list.
 
-    UserError that names the line or the key which is not as it should be.
+    UserError names the line or the key that is wrong.
     """
     first = lists.get("train", lists.get("all"))
     assert first is not None
@@ -73,7 +73,7 @@ def read_list(lists: dict[str, Path], split: Split) -> ImageList:
 
 
 def _read(path: Path) -> tuple[list[str], np.ndarray, list[str] | None]:
-    """Names, labels, and the names of the classes where the file has them."""
+    """Names, labels, and the names of the classes if the file has them."""
     try:
         text = path.read_text(encoding="utf-8")
         names, labels, given = _of_json(path, json.loads(text)) if path.suffix == ".json" else _of_lines(path, text)
@@ -109,7 +109,7 @@ def _of_json(path: Path, content: dict[str, list[dict[str, object]]]) -> tuple[l
 
 
 def _folder_names(names: list[str], labels: np.ndarray) -> tuple[str, ...] | None:
-    """The folder of each class, where all its images lie in one that no other class has."""
+    """The folder of each class, if every class has all its images in one folder of its own; else None."""
     folders: dict[int, str] = {}
     for name, label in zip(names, labels.tolist(), strict=True):
         if folders.setdefault(label, os.path.dirname(name)) != os.path.dirname(name):

@@ -1,4 +1,4 @@
-"""Classified images from one .npz file, checked before anything uses them."""
+"""Labelled images from one .npz file, checked before use."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def load_npz(path: Path, split: Split) -> ArrayImages:
-    """The split of an .npz with x_train, y_train, x_test, y_test (images uint8, labels integers) and maybe class_names.
+    """A split of an .npz with x_train, y_train, x_test, y_test (images uint8, labels integers) and maybe class_names.
 
-    Raises UserError naming the key that is missing or of the wrong shape, type or range. Nothing is unpickled.
+    Raises UserError for a key that is missing or of a wrong shape, type or range. Nothing is unpickled.
     """
     with explained(path):
         with path.open("rb") as stream:

@@ -11,13 +11,13 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-OPERATIONS_PER_IMAGE, LEVEL = 2, 9 / 30  # n and M of Cubuk et al., as they trained ImageNet
+OPERATIONS_PER_IMAGE, LEVEL = 2, 9 / 30  # N and M of Cubuk et al. for ImageNet
 
 _Operation = Callable[[Image.Image, float], Image.Image]  # of an image and a level in [-1, 1]
 
 
 def _moved(image: Image.Image, *rows: float) -> Image.Image:
-    """Pixel (x, y) is that of (a·x + b·y + c, d·x + e·y + f) in the image; black where that lies outside."""
+    """The image whose pixel (x, y) is the original's at (a·x + b·y + c, d·x + e·y + f), black outside it."""
     return image.transform(image.size, Image.Transform.AFFINE, rows, resample=Image.Resampling.BILINEAR)
 
 
@@ -25,7 +25,8 @@ def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> _Operatio
     return lambda image, level: kind(image).enhance(1 + 0.9 * level)
 
 
-# With the ranges of the paper at level 1: 30°, 0.3 of a side a side, 150 of 331 pixels, 4 bits, half of all greys.
+# Level 1 is the end of the paper's ranges: rotation by 30°, shear by 0.3, translation by 150 of 331 pixels, 4 bits,
+# all greys inverted, enhancement by 1.9 (or 0.1).
 OPERATIONS: dict[str, _Operation] = {
     "identity": lambda image, level: image,
     "autocontrast": lambda image, level: ImageOps.autocontrast(image),
@@ -47,8 +48,8 @@ OPERATIONS: dict[str, _Operation] = {
 def rand_augment(images: Tensor, generator: torch.Generator, workers: int = 1) -> Tensor:
     """Images (B, 1 or 3, H, W) uint8 on the CPU, each after two operations drawn evenly, at level 9 of 30.
 
-    Operations that have a direction take either at random. ``generator``, on the CPU, decides everything, however many
-    threads there are.
+    Operations with a direction take it at random. The result depends only on ``generator``, which is on the CPU, not on
+    the number of threads.
 
     Source: Cubuk et al., RandAugment: practical automated data augmentation with a reduced search space, NeurIPS 2020,
     figure 2, with the 14 operations of its section 3.1.

@@ -1,4 +1,4 @@
-"""Where images and embeddings come from: the digits, files and folders."""
+"""Load images and embeddings: the digits, files and folders."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ACCEPTED = (
     ".parquet"
 )
 DEFAULT_FOLDER_SIZE = 64
-DECODED_AT_ONCE = 64  # images of a folder, where their mean is taken
-LARGEST_DEFAULT_SIZE = 128  # the size of the data is only used up to here: photos would need too much memory
+DECODED_AT_ONCE = 64  # images of a folder, when their mean is computed
+LARGEST_DEFAULT_SIZE = 128  # larger images are used at DEFAULT_FOLDER_SIZE by default, as photos need too much memory
 
 
 def load_data(
@@ -40,11 +40,11 @@ def load_data(
 ) -> Source:
     """One split of ``digits``, of a folder, of lists of images, of images in a FILE.npz or of a file of embeddings.
 
-    A folder with exactly ``train/`` and ``test/`` (or ``val/``) holds its splits there, a list of training images says
-    where its test list is; of all others without splits a seeded 20 % of each class is the test split. ``all`` is every
-    sample. ``image_root`` is the folder in which the paths of a list begin, that of the list if not given.
+    A folder with exactly ``train/`` and ``test/`` (or ``val/``) has its splits there. The test list of a training list
+    is found by its name. For data without splits, a seeded 20 % of each class is the test split. ``all`` is every
+    sample. ``image_root`` is the folder in which the paths of a list begin, by default the folder of the list.
 
-    Raises UserError for anything that cannot be used as classified images or embeddings.
+    Raises UserError for anything that cannot be used as labelled images or embeddings.
     """
     path = Path(spec)
     if spec != "digits" and (lists := find_lists(path)) is not None:
@@ -65,13 +65,13 @@ def load_data(
 
 
 def absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a run stores them, whose paths mean the same from every folder."""
+    """Settings as a run stores them, with absolute paths."""
     paths = {name: settings[name] for name in ("data", "image_root", "init_from") if settings.get(name)}
     return {**settings, **{name: absolute(path, f"--{name.replace('_', '-')}") for name, path in paths.items()}}
 
 
 def absolute(spec: str, flag: str = "--data") -> str:
-    """The data as a run stores it, which means the same from every folder; ``digits`` stays."""
+    """The data as a run stores it, an absolute path; ``digits`` stays."""
     if spec == "digits":
         return spec
     try:
@@ -83,7 +83,7 @@ def absolute(spec: str, flag: str = "--data") -> str:
 
 
 def has_own_splits(spec: str) -> bool:
-    """Whether the data says itself which images are for training and for the test; else ``load_data`` draws them."""
+    """Whether the data has training and test splits of its own; else ``load_data`` draws them."""
     path = Path(spec)
     if spec == "digits":
         return False
@@ -95,7 +95,7 @@ def has_own_splits(spec: str) -> bool:
 
 
 def load_images(folder: Path, image_shape: tuple[int, int, int], *, workers: int = 4) -> FolderImages:
-    """Every image below a folder, labels -1, for prediction; files that cannot be read are in ``skipped``."""
+    """Every image below a folder with label -1, for prediction; files that cannot be read are in ``skipped``."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a folder of images")
     names = [str(path.relative_to(folder)) for path in _images_below(folder)]
@@ -155,7 +155,7 @@ def _readable(
     channels: int | None,
     workers: int,
 ) -> FolderImages:
-    """The images that can be read, at their common shape or the one that is wanted."""
+    """The readable images, at the wanted shape or at their common one."""
 
     def choose_shape(found: set[tuple[int, int, int]]) -> tuple[int, int, int]:
         grey = all(shape[0] == 1 for shape in found)
@@ -182,7 +182,7 @@ def _readable(
 
 
 def _split_folders(folder: Path) -> dict[str, str] | None:
-    """The folder's own splits {"train": ..., "test": ...}, where it has exactly two sub-folders of these names."""
+    """The folder's splits {"train": ..., "test": ...} if it has exactly two sub-folders of these names; else None."""
     present = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     for test in ("test", "val"):
         if present == {"train", test}:
@@ -191,7 +191,7 @@ def _split_folders(folder: Path) -> dict[str, str] | None:
 
 
 def _listing(folder: Path, split: Split) -> tuple[tuple[str, ...], list[str], np.ndarray]:
-    """Class names, image names relative to ``folder`` and labels, before any image is opened."""
+    """Class names, image names relative to ``folder``, and labels; no image is opened."""
     splits = _split_folders(folder)
     if splits is None:
         roots = [folder]
@@ -225,7 +225,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 @cache
 def _report_hidden(folder: Path) -> None:
-    """Say which sub-folders are no classes because their names begin with a dot; once, for a training reads twice."""
+    """Say which sub-folders are not classes because their names begin with a dot; once, as a training lists twice."""
     hidden = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith("."))
     if hidden:
         left_out = f"ltloss: left out hidden folders of {folder}: {_listed(hidden)}; rename those to use"
@@ -233,7 +233,7 @@ def _report_hidden(folder: Path) -> None:
 
 
 def check_same_classes(expected: Sequence[str], given: Sequence[str], expected_from: str, given_from: str) -> None:
-    """UserError that names the differing classes, unless both lists are equal."""
+    """Raise UserError that names the differing classes, unless both lists are equal."""
     if tuple(expected) == tuple(given):
         return
     missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
@@ -259,7 +259,7 @@ def _checked(
     choose_shape: Callable[[set[tuple[int, int, int]]], tuple[int, int, int]],
     workers: int,
 ) -> FolderImages:
-    """Decode every file once; those that fail are reported on stderr and left out, so training never meets them."""
+    """Decode every file once; files that fail are reported on stderr and left out."""
 
     def look(name: str) -> tuple[int, int, int] | ImageError:
         try:

@@ -1,4 +1,4 @@
-"""The long-tailed training subset that the literature uses, and other seeded selections of samples."""
+"""The long-tailed training subset of the literature, and other seeded selections of samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def long_tailed_counts(available: np.ndarray, imbalance: float) -> np.ndarray:
     Classes are ranked by size, equal ones by index (Cui et al. 2019, Cao et al. 2019 rank balanced data by index); a
     class never keeps more than it has.
 
-    Raises UserError where the rarest class would keep nothing.
+    Raises UserError if the rarest class would keep nothing.
     """
     order = np.argsort(-available, kind="stable")
     largest, classes = int(available[order[0]]), len(available)
@@ -44,7 +44,7 @@ def long_tailed_subset(labels: np.ndarray, imbalance: float, seed: int) -> np.nd
 def keep_per_class(labels: np.ndarray, counts: np.ndarray, seed: int, purpose: str) -> np.ndarray:
     """Sorted indices of at most counts[c] random samples of each class c; ``purpose`` names the random stream."""
     generator = numpy_generator(seed, purpose)
-    # One shuffle and one stable sort by class put every class's samples together in random order.
+    # A shuffle and a stable sort by class put the samples of each class together, in random order.
     shuffled = generator.permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     sizes = np.bincount(labels, minlength=len(counts))
@@ -55,8 +55,10 @@ def keep_per_class(labels: np.ndarray, counts: np.ndarray, seed: int, purpose: s
 def stratified_split(
     labels: np.ndarray, test_fraction: float, seed: int, purpose: str = "split"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted (train, test) indices with ``test_fraction`` of each class in test, at least one sample and at most all
-    but one; a class of one sample stays in train. ``purpose`` names the random stream."""
+    """Sorted (train, test) indices with ``test_fraction`` of each class in test, at least one and at most all but one.
+
+    A class of one sample stays in train. ``purpose`` names the random stream.
+    """
     sizes = np.bincount(labels)
     test_counts = np.round(sizes * test_fraction).clip(1, np.maximum(sizes - 1, 1))
     test = keep_per_class(labels, np.where(sizes > 1, test_counts, 0).astype(np.int64), seed, purpose)
@@ -64,7 +66,7 @@ def stratified_split(
 
 
 def split_indices(labels: np.ndarray, split: Split, seed: int) -> np.ndarray:
-    """Sorted indices of a split of labels (N,), of which a seeded 20 % of each class is the test; all of ``all``."""
+    """Sorted indices of a split of labels (N,): a seeded 20 % of each class is "test"; "all" is every index."""
     if split == "all":
         return np.arange(len(labels))
     train, test = stratified_split(labels, TEST_FRACTION, seed)

@@ -1,4 +1,4 @@
-"""How far the probability of a prediction can be believed: the calibration curve and its error."""
+"""How reliable the probability of a prediction is: the calibration curve and the calibration error."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ from ltloss._calibration import BINS, binned, calibration_error
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """The images whose prediction has a probability in (low, high]; 0 itself belongs to the first bin.
-
-    ``confidence`` is the mean of these probabilities and ``accuracy`` the fraction of correct predictions, None where
-    there is no such image, or where a probability is NaN."""
+    """The images whose prediction has a probability in (low, high]; the first bin also takes 0 and NaN."""
 
     low: float
     high: float
     images: int
-    confidence: float | None
-    accuracy: float | None
+    confidence: float | None  # the mean of the probabilities; None where there is no image, or a NaN
+    accuracy: float | None  # the fraction of correct predictions; None likewise
 
 
 class Calibration:
-    """Collects probabilities of predictions in 15 bins of equal width.
+    """Collects predictions by their probability, in 15 bins of equal width.
+
+    A probability that is NaN counts in the first bin, which then has no point on the curve.
 
     Source: Guo et al., On calibration of modern neural networks, ICML 2017: the curve is the reliability diagram of
-    section 2, the error that of eq. 3. A probability that is NaN is counted in the first bin, which then has no curve.
+    section 2, the error that of eq. 3.
     """
 
     def __init__(self) -> None:
         self._sums = torch.zeros(3, BINS, dtype=torch.float64)
 
     def add(self, confidence: np.ndarray, correct: np.ndarray) -> None:
-        """Count predictions with the probabilities ``confidence`` (B,) float64, ``correct`` (B,) bool or not."""
+        """Add predictions with probabilities ``confidence`` (B,) float64; ``correct`` (B,) bool: which are right."""
         self._sums += binned(torch.from_numpy(confidence), torch.from_numpy(correct))
 
     def error(self) -> float | None:
-        """Expected calibration error, Σ over bins of |number correct − sum of confidence| / N; None of no images."""
+        """Expected calibration error, Σ over bins of |number correct − sum of confidence| / N; None without images."""
         return calibration_error(self._sums)
 
     def bins(self) -> tuple[CalibrationBin, ...]:

@@ -1,4 +1,4 @@
-"""Classes by how many training images they have: many, medium, few."""
+"""Groups of classes by their number of training images: many, medium, few."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ltloss.errors import UserError
 @renamed_fields(many_above="many_threshold", few_below="few_threshold")
 @dataclass(frozen=True)
 class Thresholds:
-    """Which classes are 'many' (more training images than many_threshold) and 'few' (fewer than few_threshold).
+    """The limits of the groups.
 
-    Raises UserError where a class could be both.
+    Classes with more than ``many_threshold`` training images are 'many', those with fewer than ``few_threshold`` are
+    'few', and the others are 'medium'. Raises UserError if a class could be both many and few.
     """
 
     many_threshold: int = 100
     few_threshold: int = 20
 
     def __post_init__(self) -> None:
-        """Every class belongs to one group."""
+        """Check that every class belongs to one group."""
         if self.few_threshold > self.many_threshold + 1:
             raise UserError(
                 f"few_threshold {self.few_threshold} lies above many_threshold {self.many_threshold}: a class would be "
@@ -37,7 +38,7 @@ class Thresholds:
         return {"many": many, "medium": ~many & ~few, "few": few}
 
     def means(self, per_class: np.ndarray, class_counts: Sequence[int]) -> dict[str, float | None]:
-        """Means of the known accuracies (C,) of each group's classes, NaN where unknown; None for a group of none."""
+        """The mean of ``per_class`` (C,) over each group, without NaN; None for a group without known values."""
         known = np.isfinite(per_class)
         return {
             name: float(per_class[mask & known].mean()) if (mask & known).any() else None
@@ -45,7 +46,7 @@ class Thresholds:
         }
 
     def describe(self) -> dict[str, str]:
-        """The groups in words, for a table's header."""
+        """The groups in words, such as "many (>100)", for a table's header."""
         return {
             "many": f"many (>{self.many_threshold})",
             "medium": f"medium ({self.few_threshold}-{self.many_threshold})",

@@ -1,4 +1,4 @@
-"""Which classes are taken for which: counts of the pairs that occur, never a matrix of all of them."""
+"""Confusions between classes: counts of the pairs that occur, never a C×C matrix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FOLDED = 15  # of more classes it shows these, and all others together
 
 @dataclass(frozen=True)
 class Confusion:
-    """``images`` test images of class ``label`` were taken for class ``predicted``: ``fraction`` of the class."""
+    """``images`` test images of class ``label``, a ``fraction`` of that class, were predicted as ``predicted``."""
 
     label: int
     predicted: int
@@ -24,10 +24,11 @@ class Confusion:
 
 @dataclass(frozen=True)
 class ConfusionMatrix:
-    """``counts[i][j]``: images of ``classes[i]`` that were taken for ``classes[j]``.
+    """``counts[i][j]``: images of ``classes[i]`` that were predicted as ``classes[j]``.
 
-    With ``others`` one more row and column hold all other classes together; the cell where they meet counts right and
-    wrong predictions alike. The counts add up to the images of the split."""
+    With ``others`` one more row and column hold all other classes together. The cell where they meet counts right and
+    wrong predictions alike. The counts add up to the number of images in the split.
+    """
 
     classes: tuple[int, ...]
     others: bool
@@ -39,11 +40,11 @@ def class_scores(correct: np.ndarray, images: np.ndarray, predicted: np.ndarray)
 
         precision_c = correct_c / predicted_c,  F1_c = 2·correct_c / (images_c + predicted_c)
 
-    F1 is the harmonic mean of precision and recall, which is the accuracy of the class. As scikit-learn's
-    ``precision_recall_fscore_support(zero_division=0)`` has it, the precision of a class without prediction and the F1
-    of one without right prediction are 0. Where a class has neither test image nor prediction both are NaN, and it
-    counts in no mean: scikit-learn's ``labels=None``. The mean of F1 is "averaged F1" in Opitz and Burst, Macro F1 and
-    macro F1, 2019, section 2.
+    F1 is the harmonic mean of precision and recall; the recall of a class is its accuracy. The precision of a class
+    without prediction and the F1 of a class without right prediction are 0, as in scikit-learn's
+    ``precision_recall_fscore_support(zero_division=0)``. Both are NaN for a class with neither test image nor
+    prediction, which counts in no mean, as with scikit-learn's ``labels=None``. The mean of F1 is "averaged F1" in
+    Opitz and Burst, Macro F1 and macro F1, 2019, section 2.
 
     Example:
         >>> import numpy as np
@@ -60,20 +61,22 @@ def class_scores(correct: np.ndarray, images: np.ndarray, predicted: np.ndarray)
 
 
 class ConfusionCounts:
-    """Collects wrong predictions: one number an image, whatever the number of classes."""
+    """Collects wrong predictions; memory is one number for each, whatever the number of classes."""
 
     def __init__(self, classes: int) -> None:
         self._classes = classes
         self._wrong: list[np.ndarray] = []  # label · C + predicted
 
     def add(self, labels: np.ndarray, predicted: np.ndarray) -> None:
-        """Count predictions (B,) of images with labels (B,), the correct ones left out."""
+        """Add the wrong ones of the predictions (B,) for images with labels (B,)."""
         wrong = labels != predicted
         self._wrong.append(labels[wrong] * self._classes + predicted[wrong])
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Label, predicted class and images (P,) of each pair that occurs: the largest first, of equal ones the first
-        class first."""
+        """Label, predicted class and number of images, (P,) each, of the pairs that occur, largest first.
+
+        Pairs with equally many images are sorted by label, then by predicted class.
+        """
         keys = np.concatenate([np.empty(0, np.int64), *self._wrong])
         pairs, images = np.unique(keys, return_counts=True)
         order = np.argsort(-images, kind="stable")
@@ -84,13 +87,13 @@ class ConfusionCounts:
 def largest(
     pairs: tuple[np.ndarray, np.ndarray, np.ndarray], class_images: np.ndarray, limit: int
 ) -> tuple[Confusion, ...]:
-    """The first ``limit`` of ``pairs``; ``class_images`` (C,) are the test images of each class."""
+    """The first ``limit`` of ``pairs`` as confusions; ``class_images`` (C,) are the test images of each class."""
     rows = islice(zip(*(column.tolist() for column in pairs), strict=True), limit)
     return tuple(Confusion(a, b, images, images / int(class_images[a])) for a, b, images in rows)
 
 
 def classes_to_look_at(pairs: Iterable[tuple[int, int]], class_images: np.ndarray, limit: int) -> list[int]:
-    """At most ``limit`` classes: those of the first ``pairs`` side by side, then those of most test images (C,)."""
+    """At most ``limit`` classes: those of ``pairs`` in order, then those with the most test images (C,)."""
     most = np.argsort(-class_images, kind="stable")[:limit].tolist()
     return list(islice(dict.fromkeys(chain(chain.from_iterable(pairs), most)), limit))
 
@@ -98,10 +101,10 @@ def classes_to_look_at(pairs: Iterable[tuple[int, int]], class_images: np.ndarra
 def confusion_matrix(
     pairs: tuple[np.ndarray, np.ndarray, np.ndarray], correct: np.ndarray, class_images: np.ndarray
 ) -> ConfusionMatrix:
-    """The matrix of all classes, or of the 15 in the largest confusions with all others in a row and column of theirs.
+    """The matrix of all classes if there are at most 20; else of the 15 in the largest confusions, and all others.
 
     Args:
-        pairs: of :meth:`ConfusionCounts.pairs`.
+        pairs: from :meth:`ConfusionCounts.pairs`.
         correct: right predictions (C,).
         class_images: test images (C,).
     """

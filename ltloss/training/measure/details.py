@@ -1,4 +1,4 @@
-"""What a classifier's user looks at beside the metrics, and its form in evaluation.json."""
+"""Details beside the metrics: scores by class, confusions, calibration and mistakes, also as evaluation.json."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ltloss.training.measure.confusion import (
 )
 from ltloss.training.measure.metrics import BatchResult, Metrics, MetricsAccumulator, or_none
 
-_CONFUSIONS = 100  # that are kept
+_CONFUSIONS = 100  # how many are kept
 _MISTAKES = 24
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """Image number ``index`` of the split, called ``image``, was wrongly predicted with that probability."""
+    """A wrong prediction, and its probability: image number ``index`` of the split, called ``image``."""
 
     index: int
     image: str
@@ -43,11 +43,11 @@ class Details:
     Attributes:
         class_images: test images of each class, (C,).
         precision, f1: of each class, (C,), as :func:`~ltloss.training.measure.confusion.class_scores` defines them;
-            None for a class without test image and prediction.
-        confusions: the 100 largest, the largest first.
-        matrix: of few classes all, of many those in the largest confusions, and the others together.
+            None for a class with neither test image nor prediction.
+        confusions: the 100 largest confusions, largest first.
+        matrix: as :func:`~ltloss.training.measure.confusion.confusion_matrix` returns it.
         calibration: accuracy by probability, in 15 bins.
-        mistakes: the 24 wrong predictions of largest probability, that first.
+        mistakes: the 24 wrong predictions with the largest probability, largest first.
     """
 
     class_images: tuple[int, ...]
@@ -59,7 +59,7 @@ class Details:
     mistakes: tuple[Mistake, ...]
 
     def stored(self, class_names: Sequence[str]) -> dict[str, Any]:
-        """The details for JSON, classes by name."""
+        """The details as values for JSON; classes are given by name."""
         return {
             "per_class_images": dict(zip(class_names, self.class_images, strict=True)),
             "per_class_precision": dict(zip(class_names, self.precision, strict=True)),
@@ -102,7 +102,7 @@ class Details:
 
     @classmethod
     def from_stored(cls, values: Mapping[str, Any], class_names: Sequence[str]) -> Details:
-        """What :meth:`stored` gave; KeyError, TypeError, ValueError or AttributeError for anything else."""
+        """The inverse of :meth:`stored`; KeyError, TypeError, ValueError or AttributeError for other values."""
         number = {name: c for c, name in enumerate(class_names)}
         matrix = values["confusion_matrix"]
         counts = tuple(tuple(map(int, row)) for row in matrix["counts"])
@@ -142,7 +142,7 @@ def _fraction(value: float | None) -> float | None:
 
 
 class DetailsAccumulator:
-    """Collects batches of one split; ``result`` is the metrics and the details of all of them."""
+    """Collects the batches of one split; ``result`` returns their metrics and details."""
 
     def __init__(self, class_counts: Sequence[int], thresholds: Thresholds) -> None:
         self._metrics = MetricsAccumulator(class_counts, thresholds)
@@ -151,7 +151,7 @@ class DetailsAccumulator:
         self._mistakes: list[tuple[float, int, int, int]] = []  # probability, index, label, predicted
 
     def add(self, batch: BatchResult) -> None:
-        """Count one batch; batches come in the order of the split."""
+        """Add one batch; batches must come in the order of the split."""
         self._metrics.add(batch)
         self._confusion.add(batch.labels, batch.predicted)
         wrong = np.flatnonzero((batch.labels != batch.predicted) & np.isfinite(batch.confidence))
@@ -162,7 +162,7 @@ class DetailsAccumulator:
         self._seen += len(batch.labels)
 
     def result(self, names: Sequence[str]) -> tuple[Metrics, Details]:
-        """The metrics and details of everything added so far; ``names`` are those of the images of the split."""
+        """The metrics and details of all batches so far; ``names`` are the names of the split's images."""
         counts = self._metrics
         pairs = self._confusion.pairs()
         precision, f1 = class_scores(counts.correct, counts.images, counts.predicted)

@@ -29,7 +29,7 @@ from ltloss.training.run.run_config import RunConfig
 from ltloss.training.stored_keys import stored
 
 BATCH_SIZE = 512
-_LOGITS_AT_ONCE = 1 << 24  # 64 MiB of float32, however many classes there are
+_LOGITS_AT_ONCE = 1 << 24  # logits in memory: 64 MiB of float32, however many classes there are
 
 
 @torch.inference_mode()
@@ -41,9 +41,10 @@ def measure(
     amp: bool = False,
     logit_offset: Tensor | None = None,
 ) -> Metrics:
-    """Metrics of a labelled source in evaluation mode; the classifier's mode is restored.
+    """The metrics on a labelled source, measured in evaluation mode; the classifier's mode is restored afterwards.
 
-    The network computes in float32, or with ``amp`` in bfloat16 autocast. ``logit_offset`` (C,) is added to the logits.
+    The network computes in float32, or with ``amp`` under bfloat16 autocast. ``logit_offset`` (C,) is added to the
+    logits.
     """
     found = MetricsAccumulator(classifier.config.class_counts, thresholds)
     for batch in _results(classifier, source, amp, logit_offset):
@@ -53,9 +54,9 @@ def measure(
 
 @torch.inference_mode()
 def measure_in_detail(classifier: Classifier, source: Source, thresholds: Thresholds) -> tuple[Metrics, Details]:
-    """The metrics as :func:`measure` gives them, and the details, in one pass.
+    """The metrics as :func:`measure` returns them, and the details, in one pass.
 
-    Memory: one number for each wrong prediction, and some for each class.
+    It keeps one number for each wrong prediction, and some for each class.
     """
     found = DetailsAccumulator(classifier.config.class_counts, thresholds)
     for batch in _results(classifier, source):
@@ -66,7 +67,7 @@ def measure_in_detail(classifier: Classifier, source: Source, thresholds: Thresh
 def _results(
     classifier: Classifier, source: Source, amp: bool = False, logit_offset: Tensor | None = None
 ) -> Iterator[BatchResult]:
-    """What the classifier makes of the source, in its order, a few images at a time."""
+    """The results on the source in its order, a few images at a time."""
     was_training = classifier.training
     classifier.eval()
     head = in_one_piece(classifier.loss)
@@ -100,7 +101,7 @@ def _results(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of a run on one split, where it was right and wrong there, and how to show both."""
+    """The metrics and details of a run on one split, as JSON and as text."""
 
     run: Path
     data: str
@@ -111,7 +112,7 @@ class Evaluation:
     details: Details | None = None
 
     def to_json(self) -> str:
-        """Everything for machine reading; None, and what is not finite, becomes null."""
+        """Everything as JSON; None and numbers that are not finite become null."""
         values: dict[str, Any] = {
             "run": str(self.run),
             "data": self.data,
@@ -126,7 +127,7 @@ class Evaluation:
         return json.dumps(finite, indent=2)
 
     def to_text(self) -> str:
-        """A short table: the groups, the geometry, and the classes from the largest to the smallest."""
+        """Tables of the metrics, of the classes from largest to smallest, of confusions and of mistakes."""
         metrics = self.metrics
         rows = [
             ("images", str(metrics.images)),
@@ -162,7 +163,7 @@ class Evaluation:
         return lines
 
     def _error_lines(self, limit: int = 10) -> list[str]:
-        """The largest confusions and the wrong predictions of largest probability."""
+        """The largest confusions, and the wrong predictions with the largest probability."""
         if self.details is None or not self.details.confusions:
             return []
         names = self.config.class_names
@@ -192,13 +193,19 @@ def evaluate_run(
     many_threshold: int | None = None,
     few_threshold: int | None = None,
 ) -> Evaluation:
-    """Measure a run's newest checkpoint on its own data, or on other data with the same classes.
+    """Measure the checkpoint that a run uses, on the run's own data or on other data with the same classes.
 
-    Of the run's own data, ``test`` and ``train`` are the images that the run itself measured and was trained on, with
-    its long tail and limits; ``all`` is every image. Of other data that has no train and test part of its own, all
-    images are measured whatever the split, and a line on stderr says so.
+    Args:
+        run: the folder of a training run.
+        data: other data, as for ``ltloss train``; None for the run's own.
+        split: "test", "train" or "all". On the run's own data, "test" and "train" are the images that the run measured
+            and was trained on, with its long tail and limits. Other data without splits of its own is measured whole,
+            and a line on stderr says so.
+        device: such as "cuda:0"; None for a GPU where there is one.
+        many_threshold, few_threshold: limits of the class groups; None for those of the run.
 
-    Raises UserError where the classes differ (naming them), or data or run cannot be used.
+    Raises:
+        UserError: the classes differ, which the message names, or data or run cannot be used.
     """
     classifier = Classifier.load(run, device)
     config = classifier.config

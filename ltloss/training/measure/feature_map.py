@@ -1,4 +1,4 @@
-"""A map in two dimensions of what the loss sees: features of images, and prototypes of classes."""
+"""A two-dimensional map of what the loss sees: features of images, and prototypes of classes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from ltloss.errors import UserError
 
-_SAMPLE = 2000  # images over the whole split,
-_PER_CLASS = 60  # and so many of each class that is marked
-_FEWEST = 16  # points that UMAP is given
+_SAMPLE = 2000  # images spread over the whole split
+_PER_CLASS = 60  # more images of each marked class
+_FEWEST = 16  # points for which "auto" takes UMAP
 
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """Where images and prototypes lie on the map.
+    """Places of images and prototypes on the map.
 
     Attributes:
         method: "UMAP" or "PCA".
-        variance: the share of the images' variance that the two axes show, of PCA.
-        images: (N, 2) float64, with labels (N,).
-        prototypes: (P, 2) float64, with their classes (P,).
+        variance: for PCA, the fraction of the images' variance along the two axes; else None.
+        images, labels: places (N, 2) float64 and labels (N,) of the images.
+        prototypes, prototype_labels: places (P, 2) float64 and classes (P,) of the prototypes.
     """
 
     method: str
@@ -39,7 +39,7 @@ class FeatureMap:
     prototype_labels: np.ndarray
 
     def to_json(self, class_names: Sequence[str]) -> str:
-        """For machine reading: a list [x, y, class] for each image and each prototype."""
+        """The map as JSON: a list [x, y, class] for each image and each prototype."""
 
         def points(places: np.ndarray, labels: np.ndarray) -> list[list[Any]]:
             return [[*map(_short, place), class_names[c]] for place, c in zip(places.tolist(), labels, strict=True)]
@@ -54,14 +54,15 @@ class FeatureMap:
 
 
 def _short(value: float) -> float:
-    """Five digits, which is more than a map can show."""
+    """The value to five digits, more than a map can show."""
     return float(f"{value:.5g}")
 
 
 def sample_for_map(labels: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted numbers (M,) of images, and which of these (M,) are spread evenly over the ``labels`` (N,) of all.
+    """Sorted indices (M,) of images for the map, and a mask (M,) of those in the even sample.
 
-    Those are at most 2000; the others are the first 60 of each of ``classes``.
+    The even sample is up to 2000 images spread over all ``labels`` (N,). The others are the first 60 of each of
+    ``classes``.
     """
     even = np.unique(np.linspace(0, len(labels) - 1, min(_SAMPLE, len(labels))).astype(np.int64))
     numbers = np.unique(np.concatenate([even, *(np.flatnonzero(labels == c)[:_PER_CLASS] for c in classes)]))
@@ -69,11 +70,10 @@ def sample_for_map(labels: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarr
 
 
 def seen_by_the_loss(head: Any, features: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (N, D) and prototypes (P, D) as points of one space, with the classes (P,) of the prototypes.
+    """Features (N, D) and prototypes (P, D) as points of one space, and the classes (P,) of the prototypes.
 
-    The loss of a cosine classifier divides features by their length, so they are unit vectors here; where it keeps the
-    length, as a linear layer does, they stay as they are. A prototype is a direction, drawn at the mean length of the
-    features. Of sub-centres (C, K, D) each is a point.
+    Features are unit vectors if the head normalises them, as a cosine classifier does; else they keep their length. A
+    prototype is drawn in its direction, at the mean length of the features. Each sub-centre of (C, K, D) is a point.
     """
     points = features.double()
     if getattr(head, "normalize_features", False):
@@ -89,17 +89,17 @@ def seen_by_the_loss(head: Any, features: Tensor, classes: Sequence[int]) -> tup
 def feature_map(
     points: np.ndarray, labels: np.ndarray, prototypes: np.ndarray, prototype_labels: np.ndarray, method: str = "auto"
 ) -> FeatureMap:
-    """The map of points (N, D) with labels (N,) and prototypes (P, D) with their classes (P,); the same each time.
+    """The map of points (N, D) with labels (N,), and of prototypes (P, D) with their classes (P,); deterministic.
 
-    PCA: the two directions of largest variance of the points, each with the sign that makes its largest number
-    positive; the prototypes are projected on them. UMAP: of points and prototypes together, 15 neighbours, a fixed
-    seed. "auto" takes UMAP where the package ``umap-learn`` is installed. Points with a number that is not finite are
-    left out.
+    PCA takes the two directions of largest variance of the points, each with the sign that makes its largest entry
+    positive, and projects points and prototypes on them. UMAP places points and prototypes together, with 15 neighbours
+    and a fixed seed. ``method`` is "pca", "umap" or "auto", which takes UMAP where the package ``umap-learn`` is
+    installed and there are at least 16 points. Points and prototypes that are not finite are left out.
 
     Source: McInnes, Healy and Melville, UMAP: uniform manifold approximation and projection, 2018.
 
     Raises:
-        UserError: ``method`` is "umap" and cannot be had.
+        UserError: ``method`` is "umap", which is not installed.
         ValueError: no point is finite.
 
     Example:
@@ -132,7 +132,7 @@ def feature_map(
 
 
 def _principal_axes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """The mean (D,), two axes (D, 2), zero where D is 1, and the share of the variance along them."""
+    """The mean (D,), two axes (D, 2), the second 0 if D is 1, and the fraction of the variance along them."""
     middle = points.mean(0)
     around = points - middle
     values, vectors = np.linalg.eigh(around.T @ around)  # ascending

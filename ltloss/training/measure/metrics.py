@@ -1,4 +1,4 @@
-"""What is measured of a classifier: accuracy by class size, and the geometry that the losses shape."""
+"""The metrics of a classifier: accuracy by class size, calibration, and the geometry of the features."""
 
 from __future__ import annotations
 
@@ -28,20 +28,28 @@ COLUMNS = (
 @renamed_fields(pictures="images")
 @dataclass(frozen=True)
 class Metrics:
-    """Measured on one split. Fractions are in [0, 1], angles in radians; None where nothing could be measured.
+    """The metrics on one split. Fractions are in [0, 1], angles in radians; None where nothing could be measured.
 
-    ``accuracy`` (top-1) is the fraction of images classified correctly, ``top5_accuracy`` that of images whose class is
-    among the five of largest logit (all of them where there are no more than five classes). ``many``, ``medium`` and
-    ``few`` are the mean of their classes' accuracies (as ImageNet-LT reports them), over classes that have images in
-    the split, and ``balanced_accuracy`` that of all of them, as in scikit-learn's ``balanced_accuracy_score``.
-    ``macro_f1`` is the mean of F1_c = 2·TP_c / (2·TP_c + FP_c + FN_c) over the classes that have an image or a
-    prediction in the split, scikit-learn's ``f1_score(average="macro", zero_division=0)``: a class without image that
-    is predicted, and one with images that never is, count as 0 (Opitz and Burst, Macro F1 and macro F1, 2019).
-    ``calibration_error`` is the expected one of the softmax of the logits in 15 bins (Guo et al., On calibration of
-    modern neural networks, ICML 2017, eq. 3)."""
+    Attributes:
+        images: number of images in the split.
+        loss: cross-entropy of the logits without margin, in nats.
+        accuracy: fraction of images classified correctly (top-1).
+        top5_accuracy: fraction of images whose class has one of the five largest logits; 1 with at most five classes.
+        balanced_accuracy: mean accuracy of the classes that have images in the split, as scikit-learn's
+            ``balanced_accuracy_score``.
+        macro_f1: mean of F1_c = 2·TP_c / (2·TP_c + FP_c + FN_c) over the classes that have an image or a prediction in
+            the split, as scikit-learn's ``f1_score(average="macro", zero_division=0)``. A class without image that is
+            predicted, and a class with images that never is, count as 0 (Opitz and Burst, Macro F1 and macro F1, 2019).
+        many, medium, few: mean accuracy of the group's classes that have images in the split, as ImageNet-LT reports.
+        calibration_error: expected calibration error of the softmax of the logits, in 15 bins (Guo et al., On
+            calibration of modern neural networks, ICML 2017, eq. 3).
+        per_class: accuracy of each class, (C,); None for a class without images.
+        feature_norm_mean: mean length of the features.
+        own_angle_mean: mean angle between a feature and the prototype of its target class, in radians.
+    """
 
-    images: int  # in the split
-    loss: float | None  # cross-entropy of the logits without margin
+    images: int
+    loss: float | None
     accuracy: float | None
     top5_accuracy: float | None
     balanced_accuracy: float | None
@@ -52,13 +60,13 @@ class Metrics:
     calibration_error: float | None
     per_class: tuple[float | None, ...]
     feature_norm_mean: float | None
-    own_angle_mean: float | None  # between a feature and the prototype of its target class
+    own_angle_mean: float | None
 
 
 def target_angles(features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
-    """Angle (N,) in radians between each feature (N, D) and its target prototype, exact near 0 and pi.
+    """Angle (N,) in radians between each feature (N, D) and its target prototype, accurate near 0 and π.
 
-    Of prototypes (C, K, D) the nearest of the target's K counts.
+    With prototypes (C, K, D) it is the angle to the nearest of the target's K sub-centres.
     """
     w = F.normalize(prototypes[labels].float(), dim=-1)
     x = F.normalize(features, dim=1).view(-1, *[1] * (w.dim() - 2), w.shape[-1])
@@ -68,22 +76,22 @@ def target_angles(features: Tensor, prototypes: Tensor, labels: Tensor) -> Tenso
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What a classifier made of B images, arrays (B,) each."""
+    """Results of a classifier on B images, arrays (B,) each."""
 
     labels: np.ndarray  # int64
     predicted: np.ndarray  # int64
-    in_top5: np.ndarray  # bool: whether the label is among the five classes of largest logit
+    in_top5: np.ndarray  # bool: whether the label has one of the five largest logits
     confidence: np.ndarray  # float64: the probability of the predicted class
-    losses: np.ndarray  # float64
-    norms: np.ndarray  # float64
-    angles: np.ndarray  # float64, radians
+    losses: np.ndarray  # float64: cross-entropy without margin
+    norms: np.ndarray  # float64: lengths of the features
+    angles: np.ndarray  # float64: radians to the target prototype
 
 
 class MetricsAccumulator:
-    """Collects batches of one split; ``result`` is the metrics of all of them.
+    """Collects the batches of one split; ``result`` returns their metrics.
 
-    ``images``, ``correct`` and ``predicted`` (C,) int64 count, by class, its images, its right predictions, and all
-    predictions of it.
+    For each class ``images``, ``correct`` and ``predicted``, (C,) int64, count its images, the right predictions of
+    these, and the predictions of the class.
     """
 
     def __init__(self, class_counts: Sequence[int], thresholds: Thresholds) -> None:
@@ -94,7 +102,7 @@ class MetricsAccumulator:
         self._sums = np.zeros(3)  # loss, feature length, angle to the target prototype
 
     def add(self, batch: BatchResult) -> None:
-        """Count one batch."""
+        """Add one batch."""
         classes = len(self.images)
         right = batch.predicted == batch.labels
         self.images += np.bincount(batch.labels, minlength=classes)
@@ -105,7 +113,7 @@ class MetricsAccumulator:
         self._sums += [values.sum() for values in (batch.losses, batch.norms, batch.angles)]
 
     def result(self) -> Metrics:
-        """The metrics of everything added so far."""
+        """The metrics of all batches so far."""
         count = int(self.images.sum())
         present = self.images > 0
         per_class = np.divide(self.correct, self.images, out=np.full(len(present), np.nan), where=present)
@@ -127,7 +135,7 @@ class MetricsAccumulator:
 
 
 def or_none(values: np.ndarray) -> tuple[float | None, ...]:
-    """Numbers (N,), None in place of NaN."""
+    """Numbers (N,) with None in place of NaN."""
     return tuple(None if math.isnan(value) else value for value in values.tolist())
 
 

@@ -19,7 +19,7 @@ BACKBONES = ("small-cnn", "resnet32")
 
 
 def build_backbone(name: str, image_shape: tuple[int, int, int], embedding_size: int) -> nn.Module:
-    """The network ``name`` for images of image_shape (channels, height, width); UserError for an unknown name."""
+    """The network ``name`` for images of ``image_shape`` (channels, height, width); UserError for an unknown name."""
     if name == "small-cnn":
         return small_cnn(image_shape[0], embedding_size)
     if name == "resnet32":
@@ -49,7 +49,7 @@ def small_cnn(channels: int, embedding_size: int) -> nn.Sequential:
 
 
 class _ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions; the shortcut subsamples and pads channels with zeros, so it has no parameters."""
+    """Two 3 x 3 convolutions with a shortcut without parameters, which subsamples and pads channels with zeros."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class ResNet32(nn.Module):
 
 
 def _timm(name: str) -> tuple[Any, str]:
-    """The module timm and the name of its model; UserError where either is missing."""
+    """The module timm, and the name of the model in it; UserError if either is missing."""
     model_name = name.removeprefix("timm:")
     if importlib.util.find_spec("timm") is None:
         hint = "install it with `pip install timm`" if name != model_name else nearest(name, BACKBONES)
@@ -128,7 +128,7 @@ def _timm_model(name: str, image_shape: tuple[int, int, int], embedding_size: in
     """A timm model without its classifier, followed by a linear layer to the embedding; never downloads weights."""
     model = _timm_trunk(name, image_shape[1:], pretrained=False, in_chans=image_shape[0])
     try:
-        # `model.num_features` is not what every model puts out, so look.
+        # `model.num_features` is not the output width of every model, so run it.
         with torch.no_grad():
             width_out = model(torch.zeros(1, *image_shape)).shape[1]
     except (RuntimeError, AssertionError) as error:
@@ -142,14 +142,14 @@ def _cannot_take(name: str, size: tuple[int, int], error: Exception) -> UserErro
 
 
 class PretrainedBackbone(nn.Module):
-    """A pretrained timm model as it is, with the size and the normalisation of pixels that it was trained with.
+    """An unchanged pretrained timm model, with the image size and pixel normalisation of its training.
 
     Args:
         name: timm:NAME.
-        weights: a file with its weights; None asks timm for them, which downloads them if they are not there yet.
-        image_size: side in pixels; None is that of the model.
+        weights: a file with its weights; None for those of timm, which downloads them if necessary.
+        image_size: side in pixels; None for that of the model.
 
-    Raises UserError where timm, the model or its weights are missing, or it cannot take that size.
+    Raises UserError if timm, the model or its weights are missing, or the model cannot take that size.
     """
 
     mean: Tensor

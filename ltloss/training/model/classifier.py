@@ -1,4 +1,4 @@
-"""The trained thing: images or embeddings in, features and logits out."""
+"""The classifier of a run: images or embeddings in, features and logits out."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Classifier(nn.Module):
-    """Normalisation of pixels, backbone, batch normalisation of the feature, and loss head of one run.
+    """Normalisation of pixels, backbone, batch normalisation of the features, and loss head of one run.
 
-    Over embeddings: standardisation, and what ``settings.head`` names in the place of the backbone.
+    For embeddings: standardisation, and the network that ``settings.head`` names in place of the backbone.
 
-    ``features`` maps images to features; ``loss`` maps features to the loss, to logits and to the best classes.
-    ``loss.weight`` (C, D) are the class prototypes, parameters of this module like any other.
+    ``features`` maps images to features. ``loss`` maps features to the loss, to logits and to the best classes. Its
+    prototypes ``loss.weight`` (C, D) are a parameter of this module like any other.
     """
 
     loss: LossHead
@@ -42,8 +42,8 @@ class Classifier(nn.Module):
             self.backbone = build_head(settings.head, shape[0], size)
         else:
             self.backbone = build_backbone(settings.backbone, (shape[0], shape[1], shape[2]), size)
-        # As InsightFace does: without it the features of a fresh network nearly coincide in direction, and a loss that
-        # sees directions alone starts slowly or not at all.
+        # As in InsightFace. Without it the features of a new network have nearly the same direction, and a loss of
+        # directions learns slowly or not at all.
         normed = settings.embedding_norm and not isinstance(self.backbone, Whitening)
         self.norm = nn.BatchNorm1d(size) if normed else nn.Identity()
         self.loss = build_loss(
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
     def load(cls, run_dir: str | Path, device: str | torch.device | None = None) -> Classifier:
         """The classifier of a run's newest checkpoint (with early stopping the best one), in evaluation mode.
 
-        Raises UserError where run_dir is no run, has no checkpoint yet, or its checkpoint does not fit.
+        Raises UserError if ``run_dir`` is no run, has no checkpoint yet, or its checkpoint does not fit.
         """
         run = Path(run_dir)
         classifier = cls(RunConfig.read(run))
@@ -82,7 +82,7 @@ class Classifier(nn.Module):
 
 
 def check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """UserError that names the first tensor of ``path`` which is missing, unknown or of another shape or dtype."""
+    """Raise UserError for the first tensor of ``path`` that is missing, unknown or of another shape or dtype."""
 
     def kind(tensor: Tensor | None) -> str:
         return "missing" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
@@ -97,7 +97,7 @@ def check_tensors(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str,
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name, or a GPU where there is one; UserError where it cannot be used."""
+    """The device ``name``; for None a GPU if there is one, else the CPU. UserError if it cannot be used."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

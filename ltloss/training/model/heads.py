@@ -13,8 +13,8 @@ from ltloss._estimator.space import WIDEST
 def build_head(name: str, width: int, embedding_size: int) -> nn.Module:
     """The network ``name`` from embeddings (N, width) to features (N, embedding_size): linear or mlp.
 
-    ``linear`` learns nothing beside the prototypes, so the whole is a linear (or cosine) classifier. ``mlp`` has one
-    hidden layer of ``width`` with batch normalisation and ReLU.
+    ``linear`` learns nothing beside the prototypes, so the classifier is linear (or a cosine classifier). ``mlp`` has
+    one hidden layer of ``width`` units with batch normalisation and ReLU.
     """
     if name == "linear":
         return Whitening(width)
@@ -29,9 +29,9 @@ def build_head(name: str, width: int, embedding_size: int) -> nn.Module:
 
 
 class Whitening(nn.Module):
-    """x -> x·matrix, with a matrix that whitens: the covariance within the classes becomes the identity.
+    """x -> x·matrix, where the matrix makes the covariance within the classes the identity.
 
-    The start of a training computes the matrix once, (D, D), or (D,) for more than 4096 features. It
+    The matrix (D, D), or its diagonal (D,) for more than 4096 features, is computed once at the start of a training. It
     is part of the checkpoint.
     """
 

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossKind:
-    """How one name on the command line becomes a module: the class, and what it calls the common options."""
+    """How a name on the command line becomes a loss module."""
 
     class_name: str
     takes_counts: bool = False
-    tau_as_prior: bool = False  # it has no tau of its own, but takes the prior that tau gives
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    sets: Mapping[str, Any] = field(default_factory=dict)  # arguments behind the name
+    tau_as_prior: bool = False  # the class has no argument tau, but takes the log prior that tau gives
+    aliases: Mapping[str, str] = field(default_factory=dict)  # option -> argument of the class, where names differ
+    sets: Mapping[str, Any] = field(default_factory=dict)  # arguments that the name stands for
 
 
 LOSSES: dict[str, LossKind] = {
@@ -67,7 +67,7 @@ def _loss_class(name: str) -> tuple[LossKind, Any]:
 
 
 def _option_names(kind: LossKind, loss_class: Any) -> set[str]:
-    """What the constructor takes by name; ``**options`` are those that the whole family shares."""
+    """The options that the constructor takes; ``**options`` are those that all losses of the family share."""
     from ltloss.losses.margin_losses import LossOptions
 
     parameters = inspect.signature(loss_class.__init__).parameters
@@ -134,13 +134,13 @@ def build_loss(
 def options_in_force(
     name: str, class_counts: Sequence[int], embedding_size: int, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Every option of the loss ``name`` with the value that it has in ``build_loss`` with ``options``."""
+    """Every option of the loss ``name``, with the value that ``build_loss`` gives it for these ``options``."""
     import torch
 
     from ltloss.losses.margin_losses import CombinedMarginLoss
 
     kind, loss_class = _loss_class(name)
-    with torch.device("meta"):  # for its attributes alone
+    with torch.device("meta"):  # only the attributes of the module are needed
         module = build_loss(name, class_counts, embedding_size, options)
     given = loss_arguments(name, options)
     defaults: dict[str, Any] = {"tau": 0.0}  # of a loss that takes a tau as prior

@@ -1,4 +1,4 @@
-"""Plain softmax cross-entropy with a linear layer: the baseline without any cosine."""
+"""Softmax cross-entropy with a linear layer: the baseline without cosines."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-# From so many classes on the N×C logits are not stored; with fewer the dense loss is faster.
+# With so many classes or more the N×C logits are not stored; with fewer the dense loss is faster.
 _MANY = 4096
 
 
 class SoftmaxLoss(nn.Module):
-    """Cross-entropy of logits = x·wᵀ + b, with the methods of the cosine losses.
+    """Cross-entropy of the logits x·wᵀ + b, with the methods of the cosine losses.
 
     Args:
         num_classes: C.
@@ -76,7 +76,7 @@ class SoftmaxLoss(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of features (N, D) and labels (N,), weighted by class where weights were set."""
-        # PyTorch gives the smoothed part of a loss the weights of all classes, ours that of the label's alone.
+        # With label smoothing, PyTorch weights each class's part by its own weight, ours all by that of the label.
         alike = self.class_weight is None or self.label_smoothing == 0.0
         if alike and len(self.weight) >= _MANY:
             return margin_cross_entropy(

@@ -1,4 +1,4 @@
-"""Where a training starts, beside what is drawn: a backbone of another run, the class means of embeddings."""
+"""The start of a training beside random weights: the backbone of another run, the class means of embeddings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def start_from(classifier: Classifier, source: Source, *, quiet: bool = False) -> None:
     """Take the backbone that ``settings.init_from`` names, and start a linear head at the class means of ``source``.
 
-    A line on stderr says how many tensors were taken; UserError where none fits.
+    A line on stderr says how many tensors were taken. UserError if none fits.
     """
     if (named := classifier.config.settings.init_from) is not None:
         taken, left = load_fitting(classifier, read_weights(Path(named)), Path(named))
@@ -39,8 +39,8 @@ def start_from(classifier: Classifier, source: Source, *, quiet: bool = False) -
 def _start_at_means(classifier: Classifier, source: Source) -> None:
     """Whiten the embeddings of a linear head by their covariance within the classes, and start at the class means.
 
-    Features then have variance 1 within the classes. Prototypes are the directions of the means; those of several
-    sub-centres stay as they were drawn. A softmax layer starts as the estimator's: near the nearest class mean.
+    Features then have variance 1 within the classes. Prototypes become the directions of the means; sub-centres stay
+    random. A softmax layer starts as the estimator's does: as nearest-mean classifier.
     """
     if not (isinstance(source, ArrayEmbeddings) and isinstance(classifier.backbone, Whitening)):
         return

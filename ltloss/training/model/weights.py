@@ -1,4 +1,4 @@
-"""Weights of other networks: what a backbone starts with, or is."""
+"""Read the weights of other networks, for a backbone to start with or to use unchanged."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from ltloss.errors import UserError
 from ltloss.training.run.checkpoint import checkpoint_in_use
 
-# Where a network of its own has what ours has: a run of ours, its backbone alone, the timm model in it.
+# Prefixes in our classifier under which a file's tensors may fit: a whole run, a backbone, the timm model in one.
 _PREFIXES = ("", "backbone.", "backbone.trunk.")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of the checkpoint that a run uses, of a .safetensors or of a state dict that torch saved.
+    """The tensors of a run's checkpoint, of a .safetensors file, or of a state dict that torch saved.
 
-    Of the latter tensors alone are unpickled, also where they lie under ``state_dict`` or ``model``.
-    Raises UserError where there is none or it is damaged.
+    A state dict may be under the key ``state_dict`` or ``model``; only tensors and plain values are unpickled. Raises
+    UserError if there are no tensors or the file is damaged.
     """
     if path.is_dir():
         checkpoint = checkpoint_in_use(path)
@@ -52,10 +52,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_fitting(network: nn.Module, weights: Mapping[str, Tensor], source: Path) -> tuple[list[str], list[str]]:
-    """Copy the weights that fit ``network`` by name and shape, but for those of its head ``loss``.
+    """Copy the weights that fit ``network`` by name and shape, without those of its head ``loss``.
 
-    The names may be those of the network, or of its backbone alone. Returns the names that were taken, and those that
-    were not; UserError where none was.
+    The names may be those of the network, or of its backbone alone. Returns the names of the tensors that were set, and
+    of those that were not. UserError if none was.
     """
     state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("loss.")}
     fits = [

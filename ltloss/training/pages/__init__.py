@@ -1,1 +1,1 @@
-"""The HTML pages and plots that a run, a comparison and a prediction leave."""
+"""The HTML pages and plots that a run, a comparison and a prediction write."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ltloss.training.data.images import ImageSource
 
 THUMBNAIL_SIZE = 160  # pixels of the longer side
-_CRISP_BELOW = 65  # images smaller than this are enlarged without smoothing: their pixels are the content
+_CRISP_BELOW = 65  # images smaller than this are shown enlarged without smoothing, so that pixels can be seen
 
 CARDS_STYLE = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.25rem, 1fr)); gap: .75rem; margin: .75rem 0; }
@@ -37,12 +37,12 @@ CARDS_STYLE = """
 
 
 def class_label(name: str) -> str:
-    """The escaped name of a class, or words where it is empty."""
+    """The escaped name of a class; "(no name)" for an empty one."""
     return escape(name) or "(no name)"
 
 
 def percent(probability: float) -> str:
-    """A probability for people; what is not certain is never shown as 100%."""
+    """A probability in percent; less than 1 is never shown as 100%."""
     if 0.9995 <= probability < 1:
         return "> 99.9%"
     return f"{100 * probability:.1f}%"
@@ -51,10 +51,10 @@ def percent(probability: float) -> str:
 def thumbnail(image: Image.Image) -> tuple[bytes, str]:
     """A small copy of an image of mode L or RGB as (bytes, "png" or "jpeg").
 
-    Tiny images keep every pixel (PNG).
+    Tiny images keep every pixel, as PNG.
     """
     stream = io.BytesIO()
-    image.info.clear()  # no colour profile, no comment, no place where it was taken
+    image.info.clear()  # drops the colour profile, comments and the location
     if max(image.size) < _CRISP_BELOW:
         image.save(stream, "PNG", optimize=True)
         return stream.getvalue(), "png"
@@ -64,12 +64,12 @@ def thumbnail(image: Image.Image) -> tuple[bytes, str]:
 
 
 def embedded(content: bytes, kind: str) -> str:
-    """The address of a preview that lies inside the page."""
+    """The data URL of a preview inside the page."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def preview(source: ImageSource, number: int, description: str, address: Callable[[bytes, str], str] = embedded) -> str:
-    """The HTML of image ``number`` of a source; ``address`` says where its bytes lie, of which kind they are."""
+    """The HTML of image ``number`` of a source; ``address`` turns its bytes and their kind into a URL."""
     try:
         content, kind = thumbnail(source.image(number))
     except UserError as error:  # removed or damaged since it was classified
@@ -82,6 +82,6 @@ def preview(source: ImageSource, number: int, description: str, address: Callabl
 
 
 def bar(probability: float, *, low: bool = False) -> str:
-    """A probability as a bar, of the other colour where it is ``low``, and in words."""
+    """A probability as a bar and in percent; a ``low`` one has another colour."""
     kind = " low" if low else ""
     return f'<span class="bar{kind}"><i style="width:{100 * probability:.0f}%"></i></span>{percent(probability)}'

@@ -1,4 +1,4 @@
-"""The figures of the report that look into a classifier: confusions, calibration, and the map of what the loss sees."""
+"""The report's figures of a classifier: confusions, calibration, and the map of features."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from ltloss.training.pages.plots import ACCENT, CONTRAST, DASHES, INK, LINE, Plo
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Of Okabe and Ito's palette, told apart by shape as well.
+# Colours of Okabe and Ito's palette, with different shapes.
 _MARKS = (("#0072b2", "o"), ("#c2500a", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"))
-MARKED = len(_MARKS)  # classes that the map tells apart
+MARKED = len(_MARKS)  # classes that have a mark of their own on the map
 
 
 def _label(name: str, width: int = 20) -> str:
-    """A class's name for a figure: one short line, not mathematics."""
+    """A class's name for a figure: one short line, with dollar signs escaped for matplotlib."""
     line = " ".join(showable(name).split()) or "(no name)"
     return (line if len(line) <= width else line[: width - 1].rstrip() + "…").replace("$", r"\$")
 
 
 def confusion(name: str, matrix: ConfusionMatrix, class_names: Sequence[str]) -> Plot:
-    """Draw the matrix, rows true: a cell is as dark as the square root of its share of the row, and says its count."""
+    """Draw the matrix with true classes as rows. A cell shows its count; its shade is the square root of its share.
+
+    The share is that of the row.
+    """
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     counts = np.array(matrix.counts, dtype=np.int64)
@@ -86,7 +89,7 @@ def calibration(name: str, bins: Sequence[CalibrationBin]) -> Plot:
 
 
 def map_of_features(name: str, found: FeatureMap, classes: Sequence[int], class_names: Sequence[str]) -> Plot:
-    """Draw images as small points and prototypes as large ones; up to six ``classes`` in colour, the others grey."""
+    """Draw images as small points and prototypes as large ones: up to six ``classes`` in colour, the others in grey."""
 
     def scatter(places: np.ndarray, **look: Any) -> None:
         axes.scatter(places[:, 0], places[:, 1], **look)

@@ -1,4 +1,4 @@
-"""The page that a comparison leaves behind: the tables, the spread over the seeds, and what was tuned."""
+"""The page of a comparison: its tables, the spread over the seeds, and what was tuned."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _body(found: Comparison, title: str) -> Iterator[str]:
 
 
 def _figures(found: Comparison) -> Iterator[tuple[str, str]]:
-    """Words for each group and its figure, an empty one where no run has a value."""
+    """The title of each group and its figure; the figure is empty if no run has a value."""
     words = {"accuracy": "All test images", **found.thresholds.describe()}
     rows = by_method(found.rows)
     for column in ("accuracy", *GROUPS):

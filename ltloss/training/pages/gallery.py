@@ -1,4 +1,4 @@
-"""The page that shows classified images: by class, the least certain first, and the least certain of all on top."""
+"""The page of classified images by class, least certain first; a section on top shows the least certain of all."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ltloss.training.pages.html import details, escape, page, table, tiles
 if TYPE_CHECKING:
     from ltloss.training.data.images import ImageSource
 
-EMBEDDED_IMAGES = 1000  # up to here the page holds its images (some 5 MB); beyond, they lie in a folder beside it
+EMBEDDED_IMAGES = 1000  # up to so many images (some 5 MB) are inside the page; more are in a folder beside it
 UNCERTAIN_BELOW = 0.5  # a probability below this counts as uncertain
-_UNCERTAIN_SHOWN = 48  # how many of these the section on top repeats
+_UNCERTAIN_SHOWN = 48  # most images in the section on top
 
-_THREADS = 4  # decode and shrink images
+_THREADS = 4  # that decode and shrink images
 _AT_ONCE = 64  # previews in memory
 
 _STYLE = (
@@ -40,9 +40,9 @@ class Predictions:
     """The K best classes of N images, best first.
 
     Attributes:
-        index: (N, K) int64 classes in order of the cosine between feature and prototype.
-        probability: (N, K) float64, of the softmax over all classes.
-        angle: (N,) float64 degrees between the feature and the prototype of the best class, in [0, 180].
+        index: (N, K) int64 classes, by descending cosine between feature and prototype.
+        probability: (N, K) float64, from the softmax over all classes.
+        angle: (N,) float64, degrees between the feature and the prototype of the best class, in [0, 180].
     """
 
     index: np.ndarray
@@ -52,15 +52,15 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Gallery:
-    """What a gallery shows beside the images themselves.
+    """What a gallery shows beside the images.
 
     Args:
         title: the heading.
         origin: one sentence: which images, which model.
         class_names: by class index.
         skipped: (name, reason) of every image that could not be read.
-        originals: address of the folder that the names of the images are relative to (:func:`folder_address`);
-            each image then links to its file.
+        originals: URL of the folder that the names of the images are relative to (:func:`folder_address`); each image
+            then links to its file. None: no links.
     """
 
     title: str
@@ -70,7 +70,7 @@ class Gallery:
     originals: str | None = None
 
     def class_label(self, class_index: int) -> str:
-        """The escaped name of a class, or words where it is empty."""
+        """The escaped name of a class; "(no name)" for an empty one."""
         return class_label(self.class_names[class_index])
 
 
@@ -86,7 +86,7 @@ def folder_address(folder: Path, page_folder: Path) -> str:
 
 @dataclass(frozen=True)
 class _Cards:
-    """Makes the cards of images, a few at a time, and their previews: inside the page, or in ``folder`` beside it."""
+    """Makes the cards of images, a few at a time. Previews are inside the page, or in ``folder`` beside it."""
 
     predictions: Predictions
     source: ImageSource
@@ -98,7 +98,7 @@ class _Cards:
         if self.folder is None:
             return embedded(content, kind)
         file = self.folder / f"{number:06d}.{'jpg' if kind == 'jpeg' else kind}"
-        if not file.exists():  # an image of the section on top was there before
+        if not file.exists():  # the section on top may have written it before
             file.write_bytes(content)
         return f"{self.folder.name}/{file.name}"
 
@@ -108,7 +108,7 @@ class _Cards:
         return f'<a href="{escape(self.gallery.originals)}/{quote(os.fsencode(Path(name).as_posix()))}">{image}</a>'
 
     def card(self, number: int, *, with_class: bool) -> str:
-        """The HTML of image ``number``; ``with_class`` where the section's heading does not name the class."""
+        """The HTML of image ``number``; ``with_class`` adds the class, for sections whose heading does not name it."""
         label, name = self.gallery.class_label, self.source.names[number]
         index, probability = self.predictions.index[number], self.predictions.probability[number]
         predicted, likely = self.gallery.class_names[index[0]], float(probability[0])
@@ -125,7 +125,7 @@ class _Cards:
         return f'<figure class="card">{image}<figcaption>{"".join(lines)}</figcaption></figure>'
 
     def grid(self, numbers: np.ndarray, *, with_class: bool) -> Iterator[str]:
-        """Yield the cards of ``numbers`` in that order."""
+        """Yield the cards of the images ``numbers`` in that order."""
         make = partial(self.card, with_class=with_class)
         yield '<div class="cards">'
         for start in range(0, len(numbers), _AT_ONCE):
@@ -206,13 +206,13 @@ def _body(cards: _Cards) -> Iterator[str]:
 def write_gallery(path: Path, predictions: Predictions, source: ImageSource, gallery: Gallery, *, folder: str) -> None:
     """Write the page that shows every image of ``source`` under the class that was predicted for it.
 
-    Up to :data:`EMBEDDED_IMAGES` images the page is self-contained; beyond, the previews go into ``folder`` beside
-    it and a browser loads those that come into view.
+    Up to :data:`EMBEDDED_IMAGES` images the page is self-contained. For more, the previews go into ``folder`` beside
+    the page, and a browser loads those that come into view.
 
     Args:
         path: the HTML file to write.
         predictions: as :func:`ltloss.training.predict.predict.classify` returns them for ``source``.
-        source: the images; where it knows labels, wrong predictions are marked.
+        source: the images; if they have labels, wrong predictions are marked.
         gallery: title, class names, skipped images.
         folder: the name of the folder for previews, which must not exist yet.
     """

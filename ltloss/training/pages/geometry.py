@@ -1,4 +1,4 @@
-"""The parts of the report about the geometry that the loss has shaped: lengths, angles, and a map."""
+"""The parts of the report about geometry: lengths of features, angles between prototypes, and a map."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from ltloss.training.pages.html import details, table
 from ltloss.training.pages.run_files import Run
 from ltloss.training.pages.sections import ROWS, Body
 
-_ALL_PROTOTYPES = 200  # up to so many classes the map has all prototypes, else those of the marked classes
+_ALL_PROTOTYPES = 200  # classes up to which the map shows all prototypes, else only those of the marked classes
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Features (M, D) of test images with labels (M,); of the classes ``marked`` more than belong to an ``even`` (M,)
-    sample."""
+    """Features (M, D) of test images with labels (M,), with more images of the classes ``marked``.
+
+    The mask ``even`` (M,) selects a sample that is spread evenly over all test images.
+    """
 
     features: Tensor
     labels: np.ndarray
@@ -39,7 +41,7 @@ class Sampled:
 
 @torch.inference_mode()
 def sample_features(classifier: Classifier, source: Source, found: Details | None) -> Sampled | None:
-    """What the lengths and the map are drawn of. Marked are the classes of the largest confusions in ``found``."""
+    """The features for lengths and map. The marked classes are those of the largest confusions in ``found``."""
     if not len(source):
         return None
     marked = _classes_to_mark(found)
@@ -49,7 +51,7 @@ def sample_features(classifier: Classifier, source: Source, found: Details | Non
 
 
 def _classes_to_mark(found: Details | None) -> list[int]:
-    """Those of the largest confusions, then those of most test images."""
+    """The classes of the largest confusions, then those with the most test images."""
     if found is None:
         return []
     pairs = [(pair.label, pair.predicted) for pair in found.confusions]
@@ -57,7 +59,7 @@ def _classes_to_mark(found: Details | None) -> list[int]:
 
 
 def add_lengths(body: Body, sampled: Sampled) -> None:
-    """How long the features are."""
+    """Add the lengths of the features."""
     lengths = sampled.features.norm(dim=1).numpy()[sampled.even]
     finite = _only_finite(body, lengths, "Feature lengths", "test images")
     if len(finite):
@@ -66,12 +68,12 @@ def add_lengths(body: Body, sampled: Sampled) -> None:
 
 
 def add_map(body: Body, run: Run, classifier: Classifier, sampled: Sampled, method: str) -> None:
-    """Images and prototypes in two dimensions; ``method`` as that of ``feature_map``."""
+    """Add the map of images and prototypes; ``method`` as for ``feature_map``."""
     names, head, marked = run.config.class_names, in_one_piece(classifier.loss), sampled.marked
     classes = range(len(names)) if len(names) <= _ALL_PROTOTYPES else marked
     seen = seen_by_the_loss(head, sampled.features, classes)
     points, prototypes, owner = (tensor.numpy() for tensor in seen)
-    if not np.isfinite(points).all(1).any():  # the page says so of the lengths
+    if not np.isfinite(points).all(1).any():  # add_lengths has said so on the page
         return
     body.feature_map = found = feature_map(points, sampled.labels, prototypes, owner, method)
     about = (
@@ -86,7 +88,7 @@ def add_map(body: Body, run: Run, classifier: Classifier, sampled: Sampled, meth
 
 
 def _only_finite(body: Body, values: np.ndarray, title: str, what: str) -> np.ndarray:
-    """The values that can be drawn; the page says how many cannot."""
+    """The finite values; the page says how many are not."""
     finite: np.ndarray = values[np.isfinite(values)]
     if len(finite) < len(values):
         body.missing.append(
@@ -97,7 +99,7 @@ def _only_finite(body: Body, values: np.ndarray, title: str, what: str) -> np.nd
 
 
 def add_prototypes(body: Body, run: Run, classifier: Classifier) -> None:
-    """How far apart the class prototypes lie, and which lie closest."""
+    """Add the angles between nearest prototypes, and a table of the closest."""
     names = run.config.class_names
     prototypes = classifier.loss.weight.detach()
     if len(names) < 2:

@@ -1,7 +1,7 @@
-"""Self-contained HTML pages: no script, no request to anywhere, readable on a phone and in the dark.
+"""Self-contained HTML pages: no script, no request to other hosts, readable on a phone and in dark mode.
 
-Everything that came from outside (class names, file names, settings) goes through :func:`escape`. The content security
-policy of every page forbids scripts and foreign requests a second time, should an escape ever be forgotten.
+Everything that comes from outside (class names, file names, settings) goes through :func:`escape`. The content security
+policy of every page also forbids scripts and foreign requests, in case an escape is ever forgotten.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ltloss.training.pages.plots import Plot
 
-# Control characters are not allowed in HTML, not even as references. Surrogates cannot be encoded: Python puts them in
-# place of the bytes of a file name that are not UTF-8.
+# Control characters are not allowed in HTML, not even as references. Surrogates cannot be encoded: Python uses them for
+# bytes of a file name that are not UTF-8.
 _UNSHOWABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 # The two data colours are, near enough, the blue and the vermilion of Okabe and Ito's palette, and in the dark their
@@ -75,7 +75,7 @@ def showable(value: object) -> str:
 
 
 def escape(value: object) -> str:
-    """``value`` as text that is safe in HTML, inside and outside of quoted attributes, and :func:`showable`."""
+    """``value`` as :func:`showable` text that is safe in HTML, inside and outside quoted attributes."""
     return html.escape(showable(value), quote=True)
 
 
@@ -98,13 +98,13 @@ def table(
 
 
 def tiles(items: Iterable[tuple[str, str]]) -> str:
-    """The key numbers at the top of a page: (what it is, the number) each."""
+    """The key numbers at the top of a page, given as (title, number)."""
     cards = "".join(f'<div class="tile"><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>' for k, v in items)
     return f'<dl class="tiles">{cards}</dl>'
 
 
 def figure(plot: Plot, about: str) -> str:
-    """A figure for an element of class ``plots``, with ``about``, text that says what it shows."""
+    """A figure for an element of class ``plots``; the text ``about`` says what it shows."""
     return (
         f'<figure>\n<figcaption>{escape(plot.title)}<span class="about">{escape(about)}</span></figcaption>\n'
         f'<div role="img" aria-label="{escape(plot.alt)}">{plot.svg}</div></figure>'
@@ -112,12 +112,12 @@ def figure(plot: Plot, about: str) -> str:
 
 
 def details(summary: str, content: str, *, opened: bool = False) -> str:
-    """A section that folds. ``content`` is HTML, ``summary`` is text."""
+    """A section that can be folded. ``content`` is HTML, ``summary`` is text."""
     return f"<details{' open' if opened else ''}><summary>{escape(summary)}</summary>\n{content}\n</details>"
 
 
 def page(title: str, body: Iterable[str], *, style: str = "") -> Iterator[str]:
-    """Yield a page piece by piece, so that a long one is never held in memory. ``title`` is text, ``body`` HTML."""
+    """Yield a page in pieces, so that it is never whole in memory. ``title`` is text, ``body`` is HTML."""
     yield (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src 'self' data:; "

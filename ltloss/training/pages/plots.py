@@ -1,4 +1,4 @@
-"""The figures of the report, as SVG text in the font of the page around it."""
+"""The figures of the report as SVG, with text in the font of the page."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Those of a light page (`html.py`); in the dark a figure keeps its light ground.
+# Colours of a light page (`html.py`); in dark mode a figure keeps its light background.
 INK, QUIET, LINE, ACCENT, CONTRAST = "#1d2327", "#5a646b", "#d5dadd", "#0072b2", "#c2500a"
 DASHES = (0, (4, 1.5))
-_LABEL_WIDTH = 34  # characters; longer labels of rows would leave no room for the rows
-_RASTER_ABOVE = 3000  # points; as vectors they would make the page megabytes long
+_LABEL_WIDTH = 34  # characters of a row's label, before it is wrapped
+_RASTER_ABOVE = 3000  # points; more are drawn as pixels, as vectors would make the page megabytes long
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the reader's font
@@ -57,7 +57,7 @@ class Plot:
 
 @contextmanager
 def drawing(name: str, height: float = 3.1) -> Iterator[Axes]:
-    """Axes in this module's style, to be drawn on and put out by ``embed`` inside the block."""
+    """Give axes in this module's style; draw on them, and call ``embed``, within the block."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -66,7 +66,7 @@ def drawing(name: str, height: float = 3.1) -> Iterator[Axes]:
 
 
 def markup(figure: Any) -> str:
-    """A figure as SVG without prologue and date, in the reader's font."""
+    """A figure as SVG, without prologue and date, in the reader's font."""
     stream = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(stream, format="svg", dpi=150, metadata=metadata)
@@ -75,7 +75,7 @@ def markup(figure: Any) -> str:
 
 
 def embed(name: str, axes: Axes) -> str:
-    """The drawing as markup for the middle of a page: no prologue, ids of its own, the page's font and width."""
+    """The drawing as markup to put into a page: no prologue, unique ids, and the page's font and width."""
     svg = re.sub(r"<(metadata|title)>.*?</\1>\s*", "", markup(axes.figure), flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)
     return re.sub(r'<svg\b[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', svg, count=1)
@@ -84,7 +84,7 @@ def embed(name: str, axes: Axes) -> str:
 def learning_curve(
     name: str, title: str, epochs: Sequence[int], series: dict[str, list[float]], *, axis: str, percent: bool = False
 ) -> Plot:
-    """Draw up to two series over the epochs, told apart by dashes as well as by colour; NaN leaves a gap."""
+    """Draw up to two series over the epochs, which differ in colour and dashes; NaN leaves a gap."""
     from matplotlib.ticker import MaxNLocator
 
     unit = "%" if percent else ""
@@ -107,7 +107,7 @@ def learning_curve(
 
 
 def accuracy_by_count(name: str, counts: np.ndarray, accuracy: np.ndarray) -> Plot:
-    """Draw a point per class: training images (C,) against test accuracy (C,) in [0, 1], NaN where unknown."""
+    """Draw a point per class: test accuracy (C,) in [0, 1], NaN where unknown, against training images (C,)."""
     known = np.isfinite(accuracy)
     counts, percent = counts[known], 100 * accuracy[known]
     alt = (
@@ -129,7 +129,7 @@ def accuracy_by_count(name: str, counts: np.ndarray, accuracy: np.ndarray) -> Pl
 
 
 def _plain_log_ticks(axes: Axes, counts: np.ndarray) -> None:
-    """Write 10, 20, 50 rather than powers of ten; over a long range only 10, 100, 1,000."""
+    """Label the ticks 10, 20, 50, ... instead of powers of ten; over a long range only 10, 100, 1,000."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     low, high = max(int(counts.min()), 1), max(int(counts.max()), 1)
@@ -160,14 +160,14 @@ def groups(name: str, bars: Sequence[tuple[str, float | None]]) -> Plot:
 
 
 def means_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | None, float]], *, axis: str) -> Plot:
-    """Draw (label, mean, deviation) in percent, a dot with its deviation for each; ``None`` is shown as "none"."""
+    """Draw a dot with its deviation for each (label, mean, deviation) in percent, "none" for a mean of None."""
     from matplotlib.ticker import MaxNLocator
 
     texts = ["none" if mean is None else f"{mean:.1f} ± {spread:.1f}" for _, mean, spread in rows]
     words = "; ".join(f"{label}: {text}" for (label, _, _), text in zip(rows, texts, strict=True))
     # matplotlib would read a pair of dollar signs as mathematics.
     labels = [[line.replace("$", r"\$") for line in textwrap.wrap(label, _LABEL_WIDTH)] for label, _, _ in rows]
-    # A row is as high as its label has lines; it is drawn in the middle of them.
+    # The height of a row is the number of lines of its label; the dot is in the middle.
     ends = list(itertools.accumulate(map(len, labels)))
     positions = [end - len(lines) / 2 for end, lines in zip(ends, labels, strict=True)]
     known = [(mean - spread, mean + spread) for _, mean, spread in rows if mean is not None]
@@ -192,12 +192,12 @@ def means_with_spread(name: str, title: str, rows: Sequence[tuple[str, float | N
 def histogram(
     name: str, title: str, values: np.ndarray, *, axis: str, what: str, mark: tuple[float, str] | None = None
 ) -> Plot:
-    """Draw how often values occur; ``what`` names the things counted, ``mark`` is a vertical line (value, label)."""
+    """Draw a histogram of values; ``what`` names what is counted, ``mark`` is a vertical line (value, label)."""
     from matplotlib.ticker import MaxNLocator
 
     low, high, middle = float(values.min()), float(values.max()), float(np.median(values))
     alt = f"Histogram of {len(values)} {what} by {axis}: {low:.3g} to {high:.3g}, median {middle:.3g}."
-    if high - low < 1e-3 * max(abs(high), 1e-9):  # all alike: one bar of a visible width
+    if high - low < 1e-3 * max(abs(high), 1e-9):  # nearly equal values: draw one bar of visible width
         low, high = middle - max(abs(middle), 1) * 0.05, middle + max(abs(middle), 1) * 0.05
     bins = int(np.clip(np.sqrt(len(values)) * 2, 8, 60))
     with drawing(name) as axes:

@@ -1,4 +1,4 @@
-"""What the files of a run say, for its report."""
+"""Read the files of a run for its report."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Epochs = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Run:
-    """What the run's own files say."""
+    """The content of a run's files."""
 
     path: Path
     config: RunConfig
-    epochs: Epochs
-    evaluation: Mapping[str, Any] = field(default_factory=dict)  # evaluation.json, if it is of the epoch that is used
+    epochs: Epochs  # the columns of metrics.csv
+    evaluation: Mapping[str, Any] = field(default_factory=dict)  # evaluation.json, if it is of the epoch in use
 
     @property
     def stops_early(self) -> bool:
-        """Whether the epoch that is used is the best on the validation part, not the last."""
+        """Whether the epoch in use is the best on the validation part, not the last."""
         return self.config.settings.early_stopping is not None
 
     @property
@@ -42,21 +42,21 @@ class Run:
 
     @property
     def last_epoch(self) -> int:
-        """The epoch that is used."""
+        """The epoch in use, from 1; with early stopping the best one."""
         return int(self.epochs["epoch"][self._row])
 
     @property
     def which(self) -> str:
-        """That epoch in words."""
+        """The epoch in use, in words."""
         return "best validation epoch" if self.stops_early else "last epoch"
 
     @property
     def title(self) -> str:
-        """The same with its number, as a sentence begins."""
+        """The epoch in use, in words and with its number, capitalised."""
         return f"{self.which.capitalize()} ({self.last_epoch})"
 
     def last(self, name: str) -> float:
-        """The value of the epoch that is used, NaN where it was measured neither then nor at the end."""
+        """The value of a column at the epoch in use; NaN if it was measured neither then nor at the end."""
         value = self.epochs[name][self._row] if name in self.epochs else math.nan
         later = self.evaluation.get(name.removeprefix("test_"))
         return later if math.isnan(value) and isinstance(later, float) and math.isfinite(later) else value
@@ -64,11 +64,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on the test images: accuracy (C,) of each class, NaN where unknown, and where it is wrong."""
+    """Results on the test images."""
 
-    images: int
-    accuracy: np.ndarray
-    details: Details | None  # which an early run did not store
+    images: int  # number of test images
+    accuracy: np.ndarray  # of each class, (C,); NaN where unknown
+    details: Details | None  # None for a run of an early version, which stored none
 
     @classmethod
     def of(cls, metrics: Metrics, details: Details) -> Measured:
@@ -77,13 +77,13 @@ class Measured:
 
 
 def _number(text: str | None) -> float:
-    """NaN for what was not measured or is infinite: a gap in a curve."""
+    """The number; NaN, which leaves a gap in a curve, if it was not measured or is not finite."""
     value = float(text) if text else math.nan
     return value if math.isfinite(value) else math.nan
 
 
 def read_epochs(run: Path) -> Epochs:
-    """The columns of metrics.csv; UserError where it is damaged, or no epoch has finished."""
+    """The columns of metrics.csv; UserError if it is damaged, or no epoch has finished."""
     path = run / "metrics.csv"
     try:
         with path.open(encoding="utf-8", newline="") as stream:
@@ -101,7 +101,7 @@ def read_epochs(run: Path) -> Epochs:
 
 
 def read_run(path: Path) -> Run:
-    """The files of a run; UserError where it is no run, or as :func:`read_epochs` has it."""
+    """The files of a run; UserError if it is no run, and as :func:`read_epochs` raises it."""
     run = Run(path, RunConfig.read(path), read_epochs(path))
     accuracy = run.last("test_accuracy")
     try:
@@ -111,11 +111,11 @@ def read_run(path: Path) -> Run:
             replace(run, evaluation=stored) if fresh and tuple(stored["per_class"]) == run.config.class_names else run
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return run  # it can be measured again
+        return run  # the report then measures again
 
 
 def read_measured(run: Run) -> Measured | None:
-    """What evaluation.json says of the classes; None where it must be measured again."""
+    """The results in evaluation.json; None if the run must be measured again."""
     stored = run.evaluation
     try:
         accuracy = np.array(list(stored["per_class"].values()), dtype=np.float64)

@@ -1,4 +1,4 @@
-"""The page that a training run leaves behind: what was trained, how it went, and where it is weak."""
+"""The page of a training run: what was trained, how the training went, and where the classifier is weak."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ltloss.training.run.prepare import apply_limits, load_split, without_use
 from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.settings import SETTINGS
 
-# What decides a setting that has no value.
+# How settings without a value are decided.
 _LEFT_OPEN = {
     "image_root": "the folder of a list",
     "image_size": "that of the data",
@@ -51,7 +51,7 @@ def _test_images(run: Run) -> Source:
 
 
 def _add_from_checkpoint(body: Body, run: Run, device: str | None, map_method: str) -> None:
-    """All that needs the checkpoint or the test images; what cannot be had is said on the page instead."""
+    """Add everything that needs the checkpoint or the test images; the page names what is missing."""
     found, source = read_measured(run), None
     absent = "feature lengths and the map"
     if found is None or found.details is None:
@@ -113,8 +113,8 @@ def _configuration(run: Run) -> Iterator[str]:
 
 
 def _settings_in_force(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """Every setting with its value, the options of the loss as settings of their own."""
-    settings = config.in_force().settings  # which an early run did not record
+    """Every setting with its value; options of the loss are listed one by one."""
+    settings = config.in_force().settings  # an early version did not record all of them
     for name in (name for name in SETTINGS if name not in without_use(config.image_shape)):
         value = getattr(settings, name)
         if name == "loss_options":
@@ -146,7 +146,7 @@ def _header(run: Run, title: str) -> Iterator[str]:
 
 
 def _more_tiles(run: Run) -> Iterator[tuple[str, str]]:
-    """What an early run did not record is left out, and so is the top-5 accuracy among five classes."""
+    """More metrics, without those that an early version did not record, and without top-5 for at most five classes."""
     words = {"top5_accuracy": "top-5 accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
     for name, title in words.items():
         value = run.last(name)
@@ -176,18 +176,19 @@ def _page_body(run: Run, body: Body, title: str) -> Iterator[str]:
 
 
 def write_report(run_dir: str | Path, *, device: str | None = None, map_method: str = "auto") -> Path:
-    """Write ``run_dir/report.html`` from the run's metrics, newest checkpoint and test images; return its path.
+    """Write ``run_dir/report.html`` from the run's metrics, checkpoint and test images; return its path.
 
-    The map of features that is on it is also written as ``run_dir/map.json``. Where the checkpoint or the images are
-    not there any more, the page says what is missing. The same run gives the same bytes.
+    The map of features on the page is also written as ``run_dir/map.json``. If the checkpoint or the images are gone,
+    the page says what is missing. The same run gives the same bytes.
 
     Args:
         run_dir: the folder of a training run.
-        device: where to compute features, such as "cuda:0"; a GPU where there is one if not given.
-        map_method: how the map is made: "umap", "pca", or "auto", UMAP where it is installed.
+        device: where to compute features, such as "cuda:0"; None for a GPU where there is one.
+        map_method: how the map is made: "umap", "pca", or "auto", as for
+            :func:`~ltloss.training.measure.feature_map.feature_map`.
 
     Raises:
-        UserError: ``run_dir`` is no run, no epoch of it has finished, or UMAP is asked for and not installed.
+        UserError: ``run_dir`` is no run, no epoch of it has finished, or UMAP is wanted and not installed.
     """
     path = Path(run_dir)
     run, body = read_run(path), Body()

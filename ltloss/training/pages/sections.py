@@ -1,4 +1,4 @@
-"""The parts of the report that need no checkpoint: the course of the training, and what was measured at its end."""
+"""The parts of the report that need no checkpoint: the curves of the training, and the results at its end."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
     from ltloss.training.measure.details import Details, Mistake
     from ltloss.training.measure.feature_map import FeatureMap
 
-ROWS = 12  # in each of the tables of the weakest classes, the largest confusions and the closest prototypes
+ROWS = 12  # in each table: weakest classes, largest confusions, closest prototypes
 
 
 @dataclass
 class Body:
-    """The pieces of the page as they come: figures, tables in HTML, and reasons why something is not there."""
+    """The pieces of the page: figures and tables in HTML, and reasons why something is missing."""
 
     figures: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
-    wide: list[str] = field(default_factory=list)  # sections below both, as wide as the page
+    wide: list[str] = field(default_factory=list)  # sections below figures and tables, as wide as the page
     missing: list[str] = field(default_factory=list)
     feature_map: FeatureMap | None = None
 
     def add(self, plot: Plot, about: str) -> None:
-        """Add a figure with ``about``, text that says what it shows."""
+        """Add a figure; the text ``about`` says what it shows."""
         self.figures.append(figure(plot, about))
 
 
 def percent(value: float) -> str:
-    """A fraction for people, NaN as a dash."""
+    """A fraction in percent, NaN as a dash."""
     return "–" if math.isnan(value) else f"{100 * value:.1f}%"
 
 
 def add_curves(body: Body, run: Run) -> None:
-    """Loss and accuracy over the epochs."""
+    """Add loss and accuracy over the epochs."""
     epochs = [int(epoch) for epoch in run.epochs["epoch"]]
 
     def series(factor: float, **columns: str) -> dict[str, list[float]]:
@@ -64,7 +64,7 @@ def add_curves(body: Body, run: Run) -> None:
 
 
 def add_groups(body: Body, run: Run) -> None:
-    """Accuracy of the many, medium and few classes."""
+    """Add the accuracy of the many, medium and few classes."""
     words = run.config.settings.thresholds.describe()
     values = {name: run.last(name) for name in words}
     bars = [(words[name], None if math.isnan(value) else value) for name, value in values.items()]
@@ -73,7 +73,7 @@ def add_groups(body: Body, run: Run) -> None:
 
 
 def add_classes(body: Body, run: Run, found: Measured) -> None:
-    """Accuracy by class: a figure of all, and a table of the lowest."""
+    """Add the accuracy by class: a figure of all classes, and a table of the lowest."""
     counts, accuracy = np.array(run.config.class_counts), found.accuracy
     known = np.isfinite(accuracy)
     if not known.any():
@@ -95,7 +95,7 @@ def add_classes(body: Body, run: Run, found: Measured) -> None:
 
 
 def add_confusions(body: Body, run: Run, found: Details) -> None:
-    """Which classes are taken for which, as a figure and a table."""
+    """Add the confusions between classes, as a figure and a table."""
     names, matrix = run.config.class_names, found.matrix
     if not sum(map(sum, matrix.counts)):
         return
@@ -116,7 +116,7 @@ def add_confusions(body: Body, run: Run, found: Details) -> None:
 
 
 def add_calibration(body: Body, run: Run, found: Details) -> None:
-    """How far the probabilities can be believed."""
+    """Add the calibration curve."""
     if not any(one.accuracy is not None for one in found.calibration):
         return
     error = run.last("calibration_error")
@@ -126,7 +126,7 @@ def add_calibration(body: Body, run: Run, found: Details) -> None:
 
 
 def add_mistakes(body: Body, run: Run, mistakes: Sequence[Mistake], source: Source | None) -> None:
-    """The most confident errors: as previews where there are images, else as a table."""
+    """Add the most confident errors, as previews if there are images, else as a table."""
     if not mistakes:
         return
     names = run.config.class_names
@@ -142,7 +142,7 @@ def add_mistakes(body: Body, run: Run, mistakes: Sequence[Mistake], source: Sour
 
 
 def _holds(source: ImageSource, mistakes: Sequence[Mistake]) -> bool:
-    """Whether the source still has those images at their places."""
+    """Whether the source still has these images at the same indices."""
     return all(one.index < len(source) and source.names[one.index] == one.image for one in mistakes)
 
 

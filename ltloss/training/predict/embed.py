@@ -1,4 +1,4 @@
-"""Images to a file of embeddings, with a pretrained network or with a run."""
+"""Turn images into a file of embeddings, with a pretrained network or with a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Network(Protocol):
-    """What embeds: a pretrained backbone, or the classifier of a run."""
+    """A network that embeds: a pretrained backbone, or the classifier of a run."""
 
     def features(self, images: Tensor) -> Tensor:
         """Features (N, D) of images (N, channels, H, W) uint8, or of embeddings."""
@@ -36,12 +36,12 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class EmbeddingFile:
-    """What :func:`embed` wrote; ``str()`` of it is what the command line prints."""
+    """The file that :func:`embed` wrote; the command line prints ``str()`` of it."""
 
     path: Path
     samples: int
-    width: int
-    classes: int  # 0: without labels
+    width: int  # features of an embedding
+    classes: int  # 0 without labels
 
     def __str__(self) -> str:
         labels = f"labels of {self.classes:,} classes" if self.classes else "no labels: there are no class folders"
@@ -49,7 +49,10 @@ class EmbeddingFile:
 
 
 def images_to_embed(folder: Path, shape: tuple[int, ...], *, workers: int = 4) -> dict[str, Source]:
-    """The images of a folder at ``shape``: with labels where it has class folders, in its own splits if it has such."""
+    """The images of a folder at ``shape`` (channels, H, W), by the suffix of their arrays in the file.
+
+    Images in class folders have labels. A folder with splits of its own keeps them.
+    """
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder; give a folder of images")
     if sum(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir()) > 1:
@@ -60,7 +63,7 @@ def images_to_embed(folder: Path, shape: tuple[int, ...], *, workers: int = 4) -
 def data_to_embed(
     data: str, shape: tuple[int, ...], *, image_root: str | None = None, workers: int = 4
 ) -> dict[str, Source]:
-    """Data as for ``ltloss train`` at ``shape`` in their own splits, by the ending of the names in the file."""
+    """Data as for ``ltloss train`` at ``shape``, in its own splits, by the suffix of their arrays in the file."""
     settings = Settings(data=data, image_root=image_root, workers=workers)
     splits: dict[str, Split] = {"_train": "train", "_test": "test"} if has_own_splits(data) else {"": "all"}
     return {part: load_split(settings, split, shape) for part, split in splits.items()}
@@ -82,14 +85,22 @@ def embed(
     batch_size: int = 256,
     overwrite: bool = False,
 ) -> EmbeddingFile:
-    """Write what ``network`` makes of the sources into ``out``, an .npz that is not compressed, a batch at a time.
+    """Write the features of all sources into ``out``, an uncompressed .npz, a batch at a time.
 
-    A source by the name ``part`` becomes ``x{part}``, ``names{part}`` and, where its labels are known, ``y{part}``;
-    ``class_names`` are those of all. The file is whole or absent.
+    The source ``parts[part]`` becomes the arrays ``x{part}``, ``names{part}`` and, if its labels are known,
+    ``y{part}``. ``class_names`` holds for all sources. The file is whole or absent.
+
+    Args:
+        network: computes features (N, D).
+        parts: suffix of the arrays -> images or embeddings.
+        out: the file to write, which must end in ``.npz``.
+        dtype: of the features in the file.
+        batch_size: samples at a time.
+        overwrite: replace an existing file, which is refused otherwise.
 
     Raises:
-        UserError: ``out`` is there already, cannot be written to or is no .npz; a feature is not finite, or beyond
-            float16.
+        UserError: ``out`` exists, cannot be written to or has another ending; a feature is not finite, or exceeds the
+            range of float16.
     """
     check_counts(batch_size=batch_size)
     refuse_output(out, ".npz", overwrite)
@@ -111,7 +122,7 @@ def embed(
 def _write_features(
     archive: zipfile.ZipFile, name: str, network: Network, source: Source, dtype: np.dtype, batch_size: int
 ) -> int:
-    """Write the features of a source as one member, and return how many a sample has."""
+    """Write the features of a source as one member of the archive, and return their width D."""
     width = 0
     with archive.open(name, "w", force_zip64=True) as member:
         for rows in _features(network, source, dtype, batch_size):

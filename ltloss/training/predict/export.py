@@ -1,4 +1,4 @@
-"""A trained run as one file for serving: ONNX, or a program of ``torch.export``."""
+"""Export a trained run as one file for serving: ONNX, or a program of ``torch.export``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RESIZING = "the centre at the aspect ratio of image_shape, then bicubic with an
 
 
 class _Whole(nn.Module):
-    """What a classifier takes to its features, ``embeddings`` (N, D) of images, and what the head makes of them."""
+    """The whole classifier: its input to the head's outputs, and for images also ``embeddings`` (N, D)."""
 
     def __init__(self, classifier: Classifier, head: InferenceHead) -> None:
         super().__init__()
@@ -45,22 +45,22 @@ def export_run(
     top: int = 5,
     overwrite: bool = False,
 ) -> Path:
-    """Write the newest checkpoint of ``run`` as a file that needs no ltloss, and return its path.
+    """Write the checkpoint that ``run`` uses as a file that needs no ltloss, and return the file's path.
+
+    The outputs are those of :class:`ltloss.export.InferenceHead`; with images also ``embeddings`` (N, D).
 
     Args:
         run: the folder of a training run.
-        out: the file, which ends in ``.onnx`` or ``.pt2``; RUN/model.onnx or RUN/model.pt2 if not given.
+        out: the file, which must end in ``.onnx`` or ``.pt2``; None for RUN/model.onnx or RUN/model.pt2.
         to: "onnx", or "torch" for a program of ``torch.export``.
-        input: "images" (N, channels, H, W) uint8 of the run's size, which the file normalises itself, or "embeddings"
-            (N, D) float32. None: images, or of a run of embeddings those that it was trained on.
-        top: how many classes ``index``, ``cosine`` and ``probability`` have a sample, at most as many as there are.
-        overwrite: replace a file that is there, which is refused otherwise.
-
-    The outputs are those of :class:`ltloss.export.InferenceHead`; of images also ``embeddings`` (N, D).
+        input: "images" (N, channels, H, W) uint8 of the run's size, which the file normalises itself; or "embeddings"
+            (N, D) float32, which are the features if the run was trained on images. None: what it was trained on.
+        top: how many classes per sample the outputs ``index``, ``cosine`` and ``probability`` have, at most C.
+        overwrite: replace an existing file, which is refused otherwise.
 
     Raises:
-        UserError: no run, an ``out`` that is there, cannot be written to or ends otherwise, weights too large for
-            ONNX.
+        UserError: ``run`` is no run; ``out`` exists, cannot be written to or has another ending; the weights are too
+            large for ONNX.
         ImportError: onnx or onnxscript is missing.
     """
     from ltloss.training.model.classifier import Classifier
@@ -85,7 +85,7 @@ def export_run(
 
 
 def refuse_output(path: Path, suffix: str, overwrite: bool) -> None:
-    """UserError before any work where the file could not be written in the end."""
+    """Raise UserError, before any work, if the file ``path`` cannot be written."""
     if path.suffix != suffix:
         raise UserError(f"--out {path} must end in {suffix}; give another name")
     if path.is_dir():
@@ -97,7 +97,7 @@ def refuse_output(path: Path, suffix: str, overwrite: bool) -> None:
 
 
 def _metadata(config: RunConfig, input: str) -> dict[str, Any]:
-    """What one needs to feed the file and to read its answers."""
+    """Facts that a user needs to prepare the file's input and to read its outputs."""
     facts: dict[str, Any] = {
         "class_names": list(config.class_names),
         "loss": config.loss,

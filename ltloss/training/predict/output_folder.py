@@ -1,4 +1,4 @@
-"""A folder of results: complete new files take the place of complete old ones, or nothing changes."""
+"""Write a folder of results at once: complete new files replace complete old ones, or nothing changes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _STAGING = ".unfinished-"
 
 @contextmanager
 def output_folder(path: Path, manifest: str, names: Sequence[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write results into, which move to ``path`` when the block ends well; else ``path`` is as it was.
+    """Give a temporary folder; its files move to ``path`` if the block succeeds, else ``path`` stays as it was.
 
-    A manifest among the results tells former results from somebody else's files: the former are replaced where
-    ``overwrite`` allows it, the latter are refused. Files are moved one by one into the existing folder, because a
-    folder that is a mount point cannot be renamed.
+    A manifest marks a folder of former results. Former results are replaced if ``overwrite`` allows it; other files are
+    refused. Files are moved one by one into the existing folder, because a folder that is a mount point cannot be
+    renamed.
 
     Args:
         path: the folder; made when absent.
         manifest: the file name of the manifest, which the block writes.
-        names: the first-level names that results of this kind may have; a trailing ``*`` stands for any ending.
+        names: names of files and folders in ``path`` that results may have; a trailing ``*`` stands for any ending.
         overwrite: whether former results may be replaced.
 
     Raises:
@@ -34,7 +34,7 @@ def output_folder(path: Path, manifest: str, names: Sequence[str], *, overwrite:
     existed, known = path.is_dir(), (*names, manifest)
     _refuse_present_files(path, manifest, known, overwrite)
     staging = path / f"{_STAGING}{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)  # of a killed process with the same number, usual in containers
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process of the same number, common in containers
     try:
         staging.mkdir(parents=True)
     except OSError as error:
@@ -77,7 +77,7 @@ def _refuse_present_files(path: Path, manifest: str, known: Sequence[str], overw
 
 
 def _publish(staging: Path, path: Path, manifest: str, known: Sequence[str]) -> None:
-    """Move everything into place, the manifest first; remove what is outdated."""
+    """Move everything into place, the manifest first; then remove former results that were not replaced."""
     new = sorted(os.listdir(staging), key=lambda name: name != manifest)
     for name in new:
         target = path / name

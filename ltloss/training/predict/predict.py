@@ -1,4 +1,4 @@
-"""Classify images or embeddings with a trained run: a table, of images a gallery page and, if wanted, sorted copies."""
+"""Classify images or embeddings with a trained run: write a table, and for images a gallery page and sorted copies."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 _TABLE, _GALLERY, _SKIPPED, _SORTED = "predictions.csv", "gallery.html", "skipped.csv", "sorted.csv"
 _MANIFEST = "prediction.json"
 _WRITTEN = (_TABLE, _GALLERY, _SKIPPED, _SORTED, "previews-*")
-_LOGITS_AT_ONCE = 1 << 22  # elements: 16 MiB of float32, however many classes there are
+_LOGITS_AT_ONCE = 1 << 22  # logits in memory: 16 MiB of float32, however many classes there are
 
 
 @renamed_fields(pictures="images")
 @dataclass(frozen=True)
 class PredictionSummary:
-    """What a prediction did; ``str()`` of it is what the command line prints."""
+    """The results of a prediction; the command line prints ``str()`` of it."""
 
     out: Path
     table: Path
-    gallery: Path | None  # embeddings have none
-    images: int  # or embeddings, that were classified
-    classes: int
-    uncertain: int
-    skipped: int
+    gallery: Path | None  # None for embeddings
+    images: int  # images or embeddings that were classified
+    classes: int  # classes that were predicted
+    uncertain: int  # predictions with a probability below 0.5
+    skipped: int  # files that could not be read
     sorted_into: Path | None
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ def _probabilities(
 
 
 def check_finite(features: torch.Tensor, names: Sequence[str]) -> None:
-    """UserError that names the first sample with a feature that is not finite."""
+    """Raise UserError that names the first sample with a feature that is not finite."""
     finite = features.isfinite().all(1)
     if not bool(finite.all()):
         first = int((~finite).nonzero()[0, 0])
@@ -92,12 +92,12 @@ def classify(
     batch_size: int = 256,
     logits_at_once: int = _LOGITS_AT_ONCE,
 ) -> Predictions:
-    """The ``top`` best classes (at most as many as there are) of every sample of ``source``.
+    """The ``top`` best classes of every sample of ``source``, or all classes if there are fewer.
 
-    ``logits_at_once`` bounds the elements of a matrix of logits, down to those of one sample.
+    At most ``logits_at_once`` logits are in memory, but at least those of one sample.
 
     Raises:
-        UserError: the model gives a feature that is not finite, as one does whose training diverged.
+        UserError: a feature is not finite, as after a training that diverged.
     """
     k = min(top, len(classifier.config.class_names))
     classifier.eval()
@@ -139,7 +139,7 @@ def _prediction_rows(predictions: Predictions, source: Source, class_names: tupl
 
 
 def _sort(source: ImageSource, images: Path, sorter: Sorter, predictions: Predictions) -> Iterator[list[str]]:
-    """Copy every image and return the record of it."""
+    """Copy every image into the folder of its class, and yield a row (image, class, copy) for each."""
     best = predictions.index[:, 0].tolist()
     copies = sorter.sort([images / name for name in source.names], best)
     for name, index, copy in zip(source.names, best, copies, strict=True):
@@ -159,20 +159,20 @@ def _write_outputs(
     table = staging / _TABLE
     _write_predictions(table, source, predictions, class_names, "image")
     _write_table(staging / _SKIPPED, ["image", "reason"], source.skipped)
-    # A name of its own for each set of previews: an older page keeps working until the newer one has replaced it.
+    # Each set of previews has its own folder name, so an older page works until the newer one has replaced it.
     previews = "previews-" + hashlib.sha256(table.read_bytes()).hexdigest()[:12]
     write_gallery(staging / _GALLERY, predictions, source, gallery, folder=previews)
 
 
 def _labels_by_folder(names: Sequence[str], class_names: tuple[str, ...]) -> np.ndarray:
-    """Labels (N,) where all images lie in folders named like classes, as sorted data does; -1 otherwise."""
+    """Labels (N,) from the folders of the images if all of these are named like classes; else -1 for all."""
     numbers = {name: number for number, name in enumerate(class_names)}
     labels = [numbers.get(Path(name).parts[0], -1) if len(Path(name).parts) > 1 else -1 for name in names]
     return np.array(labels if -1 not in labels else [-1] * len(names), dtype=np.int64)
 
 
 def _refuse_nested(images: Path, out: Path, sort_into: Path | None) -> None:
-    """Refuse folders in which one run's output would be the next one's input, or would be replaced by it."""
+    """Refuse folders inside each other: output would become input of the next prediction, or be replaced by it."""
     inside = [("--out", out, "the images", images)]
     if sort_into is not None:
         inside += [("--sort-into", sort_into, "the images", images), ("--sort-into", sort_into, "--out", out)]
@@ -193,24 +193,32 @@ def predict_folder(
     batch_size: int = 256,
     overwrite: bool = False,
 ) -> PredictionSummary:
-    """Classify every image below ``images`` with the newest checkpoint of ``run``.
+    """Classify every image below ``images`` with the checkpoint that ``run`` uses.
 
-    Writes ``out/predictions.csv`` (image, class, probability, angle_degrees, runner_up, runner_up_probability),
-    ``out/gallery.html``, ``out/skipped.csv`` (image, reason) and ``out/prediction.json``; with ``sort_into`` also
-    copies to ``sort_into/<class>/`` and their record ``out/sorted.csv`` (image, class, copy). The files appear when all
-    of them are complete, and with ``overwrite`` then replace those of an earlier prediction. Where the images already
-    lie in folders named like the classes, the gallery marks those that were classified otherwise.
+    Writes into ``out``:
+
+        predictions.csv   image, class, probability, angle_degrees, runner_up, runner_up_probability
+        gallery.html      every image under its predicted class
+        skipped.csv       image, reason
+        prediction.json   what was classified
+        sorted.csv        image, class, copy; only with ``sort_into``
+
+    The files appear when all of them are complete. If the images lie in folders named like the classes, the gallery
+    marks those that were classified otherwise.
 
     Args:
         run: the folder of a training run.
         images: a folder with images, at any depth.
         out: the folder for the results.
-        sort_into: a folder for copies of the images by predicted class. They appear when all are complete; one that
-            an earlier prediction made is not made again, and no file is overwritten.
-        top: how many classes the table has per image, at least 1; the best and the runner-up always are there.
-        device: where to run, such as "cuda:0"; a GPU where there is one if not given.
+        sort_into: a folder for copies of the images, ``sort_into/<class>/``. The copies appear when all are complete. A
+            copy that an earlier prediction made is not made again, and no file is overwritten.
+        top: how many classes per image the table has, at least 1; the best and the runner-up are always there.
+        device: where to run, such as "cuda:0"; None for a GPU where there is one.
         batch_size: images at a time.
         overwrite: replace the results of an earlier prediction in ``out``, which is refused otherwise.
+
+    Returns:
+        Paths and counts.
 
     Raises:
         UserError: a folder is missing, has no readable image, cannot be written to, holds other files, or earlier
@@ -252,19 +260,22 @@ def predict_embeddings(
     batch_size: int = 256,
     overwrite: bool = False,
 ) -> PredictionSummary:
-    """Classify every embedding of the file ``data`` with the newest checkpoint of ``run``, which was trained on such.
+    """Classify every embedding of the file ``data`` with the checkpoint of a ``run`` that was trained on embeddings.
 
-    Writes ``out/predictions.csv``, as :func:`predict_folder` does but for its first column, ``embedding``, and
-    ``out/prediction.json``. Labels in the file are passed over.
+    Writes ``out/predictions.csv`` as :func:`predict_folder` does, with ``embedding`` as its first column, and
+    ``out/prediction.json``. Labels in the file are ignored.
 
     Args:
         run: the folder of a training run.
-        data: a file as for ``ltloss train``; labels need not be in it.
+        data: a file of embeddings as for ``ltloss train``; it needs no labels.
         out: the folder for the results.
-        top: how many classes the table has per embedding, at least 1; the best and the runner-up always are there.
-        device: where to run, such as "cuda:0"; a GPU where there is one if not given.
+        top: how many classes per embedding the table has, at least 1; the best and the runner-up are always there.
+        device: where to run, such as "cuda:0"; None for a GPU where there is one.
         batch_size: embeddings at a time.
         overwrite: replace the results of an earlier prediction in ``out``, which is refused otherwise.
+
+    Returns:
+        Paths and counts.
 
     Raises:
         UserError: the run takes images or embeddings of another length, ``data`` cannot be used, ``out`` cannot be

@@ -1,4 +1,4 @@
-"""Copy images into one folder per class: all or none, one of each, and no file is ever overwritten."""
+"""Copy images into one folder per class: all or none, no image twice, and no file is ever overwritten."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 from ltloss.errors import UserError
 from ltloss.training.run.lock import owned, refuse_if_written
 
-# Not allowed in a name on Windows (the slash: anywhere), control characters, and bytes that are not text.
+# Characters not allowed in a file name on Windows (the slash: on any system), control characters, and bytes that are
+# not text.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE | re.DOTALL)
 _NUMBERED = re.compile(r"(.+)-[0-9]+", re.DOTALL)
@@ -36,9 +37,9 @@ def _safe(name: str) -> str:
 
 
 def folder_names(class_names: Sequence[str]) -> list[str]:
-    """One folder name per class: usable on every common file system and unlike all others, even without case.
+    """One folder name per class: valid on every common file system, and unique even if case is ignored.
 
-    A class whose name is usable keeps it; of several that would share a name, later ones get ``-2``, ``-3``, ...
+    A class whose name is valid keeps it. Of several that would share a name, later ones get ``-2``, ``-3``, ...
     """
     candidates = [_safe(name) for name in class_names]
     unchanged_first = sorted(range(len(class_names)), key=lambda c: (candidates[c] != class_names[c], c))
@@ -74,12 +75,12 @@ class Sorter:
     def sort(self, images: Sequence[Path], classes: Iterable[int]) -> list[Path]:
         """Copy every image into the folder of its class and return the paths of the copies.
 
-        A file of the image's name (but for the number) and content counts as its copy, so a repeat makes no second one.
-        The others appear when all of them are complete. No file is overwritten.
+        A file with the image's content and name, up to an appended number, counts as its copy, so that a repeated call
+        makes no second one. New copies appear when all of them are complete. No file is overwritten.
 
         Raises:
             UserError: a folder cannot be made, for instance because a file has its name.
-            OSError: a copy failed; the folder is as it was.
+            OSError: a copy failed; the folder is then as it was.
         """
         wanted = [self.root / self.folders[c] / image.name for image, c in zip(images, classes, strict=True)]
         folders = {path.parent for path in wanted}
@@ -102,16 +103,16 @@ class Sorter:
                     self.root.rmdir()
 
     def _remove_leftovers(self) -> None:
-        """Remove what killed processes left; the lock of a living one says that it is at work."""
+        """Remove what killed processes left. A living process holds a lock, and its files stay."""
         for folder in self.root.glob(f"{_UNFINISHED}*"):
             with suppress(UserError):
                 refuse_if_written(folder)
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _publish(self, wanted: Sequence[Path], copies: Sequence[Path | None]) -> list[Path]:
-        """Give the copies their names: all, or none where one fails."""
+        """Move the copies to their names: all, or none if one fails."""
         made: list[Path] = []
-        last: dict[Path, int] = {}  # or the n-th file of one name would try n names
+        last: dict[Path, int] = {}  # without it the n-th file of one name would try n names
         placed = []
         try:
             for number, (path, copy) in enumerate(zip(wanted, copies, strict=True)):
@@ -131,7 +132,7 @@ class Sorter:
 
 
 class _EarlierCopies:
-    """The files of a folder by name without number, and size: what may be a copy that was made before."""
+    """The files of a folder by name without number and by size: candidates for a copy made before."""
 
     def __init__(self, folder: Path) -> None:
         self._found: dict[tuple[str, int], list[Path]] = {}
@@ -145,7 +146,7 @@ class _EarlierCopies:
                     self._found.setdefault(key, []).append(path)
 
     def take(self, image: Path) -> Path | None:
-        """A copy of ``image`` that was not taken yet, or None."""
+        """A copy of ``image`` that was not returned before, or None."""
         found = self._found.get((_cut(image.stem) + image.suffix, image.stat().st_size), [])
         for path in found:
             if path not in self._taken and filecmp.cmp(image, path, shallow=False):
@@ -156,7 +157,7 @@ class _EarlierCopies:
 
 
 def _cut(stem: str) -> str:
-    """What is left of a long name, so that there is room for a number."""
+    """The first 200 bytes of a name, so that there is room for a number."""
     return os.fsdecode(os.fsencode(stem)[:200])
 
 
@@ -168,7 +169,7 @@ def _make(folder: Path) -> None:
 
 
 def _place(staged: Path, wanted: Path, last: dict[Path, int]) -> Path:
-    """Give a file the first free name of the series; two processes cannot take the same one."""
+    """Give a file the first free name of its series; two processes cannot take the same one."""
     while True:
         number = last[wanted] = last.get(wanted, 0) + 1
         path = wanted if number == 1 else wanted.with_name(f"{_cut(wanted.stem)}-{number}{wanted.suffix}")

@@ -1,4 +1,4 @@
-"""A moving average of the weights of a training, which is what is measured, kept and used."""
+"""A moving average of the weights of a training, which then replaces the weights for measuring, storing and use."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class WeightAverage:
     """The exponential moving average a ← d·a + (1 − d)·w of a classifier's weights w, one update a step.
 
     d is min(decay, (1 + t) / (10 + t)) at step t (from 1), so that a short run does not keep its initial weights. The
-    running statistics of batch normalisation are averaged alike. The loss's own buffers (centres, counts) are means
-    already: they and whole numbers are copied.
+    running statistics of batch normalisation are averaged in the same way. Integers and the loss's own buffers
+    (centres, counts), which are means already, are copied.
 
     Source: ``tf.train.ExponentialMovingAverage`` with ``num_updates``; the idea: Polyak and Juditsky, Acceleration of
     stochastic approximation by averaging, SIAM J. Control Optim. 1992.
@@ -33,7 +33,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after step number ``step`` (from 1)."""
+        """Add the weights after step number ``step`` (from 1) to the average."""
         decay = min(self._decay, (1 + step) / (10 + step))
         now = self._trained.state_dict()
         for name, average in self.classifier.state_dict().items():

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders that are whole or absent; nothing is unpickled."""
+"""Checkpoints of a run: folders that are whole or absent. Reading them unpickles nothing."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What an epoch leaves behind. ``state`` is JSON: the epoch and the metrics of every epoch so far."""
+    """The state of a run after an epoch."""
 
-    model: dict[str, Tensor]  # what is used
+    model: dict[str, Tensor]  # the weights to use
     optimizer: dict[str, Tensor]
-    state: dict[str, Any]
-    trained: dict[str, Tensor] = field(default_factory=dict)  # what is trained, where ``model`` is an average of it
+    state: dict[str, Any]  # for JSON: the epoch, the metrics of all epochs so far, and the best epoch if it is used
+    trained: dict[str, Tensor] = field(default_factory=dict)  # the weights in training, if ``model`` is their average
 
 
 def save_checkpoint(run: Path, epoch: int, checkpoint: Checkpoint) -> Path:
-    """Write RUN/checkpoints/epoch-NNNN and drop all but the newest two, and what they say is to be used."""
+    """Write RUN/checkpoints/epoch-NNNN; remove all but the newest two and the best epochs that these name."""
     folder = run / "checkpoints"
     folder.mkdir(exist_ok=True)
     target = checkpoint_path(run, epoch)
@@ -49,7 +49,7 @@ def save_checkpoint(run: Path, epoch: int, checkpoint: Checkpoint) -> Path:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint directory; UserError where a part is missing or damaged."""
+    """Read a checkpoint folder; UserError if a part is missing or damaged."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         _check_state(state)
@@ -61,7 +61,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _check_state(state: Any) -> None:
-    """ValueError where a state lacks its history: one row an epoch, numbers (or None: not measured) by column."""
+    """Raise ValueError unless the history has a row for each epoch, with numbers (or None: not measured) by column."""
     history = state.get("history") if isinstance(state, dict) else None
     if not isinstance(history, list):
         raise ValueError("state.json lacks the history")
@@ -73,7 +73,7 @@ def _check_state(state: Any) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name; UserError where it is missing or damaged."""
+    """The tensors of a safetensors file by name; UserError if it is missing or damaged."""
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:
@@ -82,19 +82,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint directory of a run, or None."""
+    """The newest checkpoint folder of a run, or None."""
     found = _checkpoints(run)
     return found[-1] if found else None
 
 
 def checkpoint_in_use(run: Path) -> Path | None:
-    """The checkpoint that is measured and used: the newest, or with early stopping that of the best epoch so far."""
+    """The checkpoint to measure and use: the newest, or with early stopping that of the best epoch so far."""
     newest = latest_checkpoint(run)
     return None if newest is None else _used(newest)
 
 
 def _used(path: Path) -> Path:
-    """What a checkpoint says is to be used: the one of the epoch ``best`` in its state, or itself."""
+    """The checkpoint of the epoch ``best`` in this one's state; this one if there is no such entry."""
     try:
         return checkpoint_path(path.parents[1], json.loads((path / "state.json").read_text(encoding="utf-8"))["best"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # damage is reported where all is read
@@ -102,7 +102,7 @@ def _used(path: Path) -> Path:
 
 
 def checkpoint_path(run: Path, epoch: int) -> Path:
-    """Where the checkpoint of an epoch (from 1) lies."""
+    """The folder for the checkpoint of an epoch (from 1)."""
     return run / "checkpoints" / f"epoch-{epoch:04d}"
 
 
@@ -116,7 +116,7 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """The content of a safetensors file that holds the tensors."""
+    """The tensors as the content of a safetensors file."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content: bytes = safetensors.torch.save(contiguous)
     return content

@@ -1,4 +1,4 @@
-"""When a training has diverged, and what it says then."""
+"""Detect that a training has diverged, and say so."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ltloss.errors import DivergedError
 
 
 def check_finite(losses: Tensor, epoch: int, steps: int, lr: float) -> None:
-    """DivergedError where one of the losses of an epoch so far is NaN or infinite; names its step of ``steps``."""
+    """Raise DivergedError if one of an epoch's losses so far is NaN or infinite; it names the step, of ``steps``."""
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         step = int(bad[0]) + 1
@@ -16,7 +16,7 @@ def check_finite(losses: Tensor, epoch: int, steps: int, lr: float) -> None:
 
 
 def diverged(what: str, lr: float) -> DivergedError:
-    """The error that says what happened, at which learning rate, and what to do."""
+    """The error with what happened, the learning rate, and advice."""
     return DivergedError(
         f"{what} (learning rate {lr:.3g})",
         "start a new --out with a lower --lr, or with a smaller --scale where it is extreme. Earlier checkpoints are "

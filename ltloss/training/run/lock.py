@@ -1,4 +1,4 @@
-"""One process at a time writes a run folder; a second one learns who does."""
+"""A lock on a run folder: one process at a time writes it, and a second one is told which."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOCK = ".lock"
 
 
 def refuse_if_written(folder: Path) -> None:
-    """UserError where a living process owns ``folder``. Writes nothing."""
+    """Raise UserError if a living process owns ``folder``. Writes nothing."""
     with suppress(FileNotFoundError, NotADirectoryError):
         descriptor = os.open(folder / LOCK, os.O_RDONLY)
         try:
@@ -27,10 +27,10 @@ def refuse_if_written(folder: Path) -> None:
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Own ``folder`` inside the block, which makes it where it is absent; UserError where a living process owns it.
+    """Own ``folder`` within the block, and make it if it is absent; UserError if a living process owns it.
 
-    The operating system gives the lock back when its owner ends, however it ends: a lock left behind is taken over.
-    The file holds the owner's process id and host, for the one who is refused.
+    The operating system releases the lock when its owner ends in any way, so a file that was left behind locks nothing.
+    The file holds the owner's process id and host, for the message to a process that is refused.
     """
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def _acquire(path: Path, folder: Path) -> int:
         if not _locked(descriptor):
             os.close(descriptor)
             raise _being_written(folder)
-        # The owner before may have removed the file between the two calls: then this lock is on nothing.
+        # A former owner may have removed the file between open and lock: then this lock is on a removed file.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
@@ -62,7 +62,7 @@ def _acquire(path: Path, folder: Path) -> int:
 
 
 def _locked(descriptor: int) -> bool:
-    """Take the lock without waiting; True also where the system has none to give."""
+    """Take the lock without waiting, and return whether it was free; always True on Windows, which has no such lock."""
     if sys.platform == "win32":
         return True
     import fcntl

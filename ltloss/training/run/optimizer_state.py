@@ -1,4 +1,4 @@
-"""What the optimizers of a run keep, as the tensors of a checkpoint."""
+"""The state of a run's optimizers, as the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Parameters = Mapping[str, Tensor]  # by name
 
 
 def state_tensors(optimizers: Sequence[torch.optim.Optimizer], parameters: _Parameters) -> dict[str, Tensor]:
-    """The state by its names in a checkpoint: momentum has that of its parameter, all else is PARAMETER.KEY."""
+    """The state by its names in a checkpoint: PARAMETER for a momentum buffer, PARAMETER.KEY for all else."""
     return {
         _stored_name(name, key): tensor
         for name, parameter, optimizer in _moved(optimizers, parameters)
@@ -30,7 +30,7 @@ def state_tensors(optimizers: Sequence[torch.optim.Optimizer], parameters: _Para
 def load_state(
     optimizers: Sequence[torch.optim.Optimizer], parameters: _Parameters, kept: Mapping[str, Tensor], path: Path
 ) -> None:
-    """Fill the state with the tensors that were read from ``path``; UserError, naming one, where they do not fit."""
+    """Fill the state with the tensors ``kept``, read from ``path``; UserError names the first that does not fit."""
     states = [(optimizer, p, name, _state(optimizer, p)) for name, p, optimizer in _moved(optimizers, parameters)]
     wanted = {
         _stored_name(name, key): tensor
@@ -46,7 +46,7 @@ def load_state(
 
 
 def set_steps(optimizers: Sequence[torch.optim.Optimizer], steps: int) -> None:
-    """How many steps were done, where no checkpoint says it: the first step of SGD begins a momentum."""
+    """Set the number of steps of PrototypeSGD, which no checkpoint holds; its first step initialises the momentum."""
     for optimizer in optimizers:
         if isinstance(optimizer, PrototypeSGD):
             optimizer.state[optimizer.weight]["step"].fill_(steps)
@@ -55,13 +55,13 @@ def set_steps(optimizers: Sequence[torch.optim.Optimizer], steps: int) -> None:
 def _moved(
     optimizers: Sequence[torch.optim.Optimizer], parameters: _Parameters
 ) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
-    """Each parameter that learns, with its name and its optimizer."""
+    """Each parameter that an optimizer moves: its name, itself, and the optimizer."""
     owners = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     return ((name, p, owners[p]) for name, p in parameters.items() if p in owners)
 
 
 def _state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """What an optimizer keeps of a parameter; zeros where its first step is still to come."""
+    """The state of a parameter as it is before the first step: zeros, or what a fused optimizer holds."""
     if isinstance(optimizer, PrototypeOptimizer):
         return dict(optimizer.state[parameter])
     if isinstance(optimizer, torch.optim.AdamW):
@@ -79,5 +79,5 @@ def _stored_name(parameter: str, key: str) -> str:
 
 
 def _follows(optimizer: torch.optim.Optimizer, key: str) -> bool:
-    """Whether a number follows from how many epochs were done."""
+    """Whether an entry follows from the number of epochs, so that it is not stored."""
     return key == "step" and isinstance(optimizer, PrototypeSGD)

@@ -1,4 +1,4 @@
-"""The optimizers of a run: one over everything, or beside it one that moves the prototypes inside the backward."""
+"""The optimizers of a run: one over everything, or also one that updates the prototypes inside the backward."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from ltloss.training.run.settings import Settings
 
 
-_CLASSES: dict[str, tuple[Any, Any]] = {  # over the whole network, and of the prototypes inside the backward
+_CLASSES: dict[str, tuple[Any, Any]] = {  # for the whole network, and for prototypes inside the backward
     "sgd": (torch.optim.SGD, PrototypeSGD),
     "adamw": (torch.optim.AdamW, PrototypeAdamW),
 }
 
 
 def build_optimizers(network: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """One optimizer over what learns; biases and factors of normalisation layers decay only where the settings say so.
+    """One optimizer over all parameters that learn; with ``settings.fused_update`` another one, last, for prototypes.
 
-    With ``settings.fused_update`` the prototypes of ``network.loss`` have an optimizer of their own, the last one.
-    Raises UserError where they cannot.
+    Weight decay acts on biases and normalisation layers only with ``settings.decay_all``. Raises UserError if the
+    prototypes of ``network.loss`` cannot be updated inside the backward.
     """
     head = _fused_head(network, settings) if settings.fused_update else None
     parameters = [p for p in network.parameters() if p.requires_grad and (head is None or p is not head.weight)]
-    sharded = [p for p in parameters if hasattr(p, "device_mesh")]  # which torch does not update beside others
+    sharded = [p for p in parameters if hasattr(p, "device_mesh")]  # torch does not mix these with others in a group
     decay = settings.weight_decay
     groups = [
         {"params": [p for p in parameters if p.ndim > 1 and p not in set(sharded)], "weight_decay": decay},
@@ -53,8 +53,8 @@ def build_optimizers(network: nn.Module, settings: Settings) -> list[torch.optim
 
 
 def _fused_head(network: nn.Module, settings: Settings) -> PrototypeHead:
-    """The head, if its prototypes can move inside the backward; else UserError."""
-    head = cast(PrototypeHead, network.loss)  # or the settings would have been refused
+    """The head; UserError if its prototypes cannot be updated inside the backward."""
+    head = cast(PrototypeHead, network.loss)  # check_fused refuses other losses
     if hasattr(head.weight, "device_mesh") and getattr(head, "min_angle_weight", False):
         raise UserError(
             "--fused-update with --parallel class cannot take the gradient of the minimum angle, which crosses the "

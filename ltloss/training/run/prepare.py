@@ -1,4 +1,4 @@
-"""The images or embeddings of one run: loaded, limited, long-tailed, and measured for normalisation."""
+"""The images or embeddings of a run: load them, apply limits and long tail, and measure mean and deviation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DEFAULT_SIZE = SETTINGS["embedding_size"].default
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Both splits and the configuration that follows from them."""
+    """Both splits, and the configuration that follows from them."""
 
     train: Source
     test: Source
@@ -50,9 +50,10 @@ def prepare_data(settings: Settings, width: tuple[int, ...] | None = None) -> Tr
 
 
 def load_split(settings: Settings, split: Split, shape: tuple[int, ...] | None = None) -> Source:
-    """One split of the data, whole; with images of ``shape`` (channels, height, width), or as the settings say.
+    """One whole split of the data; images have ``shape`` (channels, height, width) if given, else that of the settings.
 
-    UserError where ``shape`` is (D,), and the data are no embeddings of this length, or the other way round.
+    Raises UserError if ``shape`` is (D,) and the data are not embeddings of this length, or if it is that of images and
+    the data are embeddings.
     """
     resized = shape is not None and len(shape) == 3
     source = load_data(
@@ -74,12 +75,12 @@ def _words(shape: tuple[int, ...]) -> str:
 
 
 def without_use(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """Names of the settings that samples of that shape have no use for."""
+    """Names of the settings that do not apply to samples of this shape."""
     return _OF_IMAGES if len(shape) == 1 else _OF_EMBEDDINGS
 
 
 def check_applies(settings: Settings, shape: tuple[int, ...]) -> None:
-    """UserError for a setting of images where the data are embeddings, or of embeddings where they are images."""
+    """Raise UserError for a setting of images if the data are embeddings, or of embeddings if they are images."""
     embeddings, width = len(shape) == 1, shape[0]
     for name in without_use(shape):
         if (value := getattr(settings, name)) != SETTINGS[name].default:
@@ -93,7 +94,7 @@ def check_applies(settings: Settings, shape: tuple[int, ...]) -> None:
 
 
 def run_config(settings: Settings, train: Source) -> RunConfig:
-    """The configuration of a run that is trained on all of ``train``."""
+    """The configuration of a run whose training split is ``train``."""
     if isinstance(train, ArrayEmbeddings):
         mean, std = train.moments()
         open_scale = "scale" not in settings.all_loss_options and takes_option(settings.loss, "scale")
@@ -113,7 +114,7 @@ def run_config(settings: Settings, train: Source) -> RunConfig:
 
 
 def apply_limits(source: Source, settings: Settings, split: Split) -> Source:
-    """What a run uses of a split of its data: the long tail and the limits of its settings. ``all`` is left whole."""
+    """The part of a split that a run uses, by the long tail and limits of its settings; "all" stays whole."""
     seed = settings.split_seed
     if split == "train":
         return _training_parts(source, settings)[0]
@@ -124,7 +125,7 @@ def apply_limits(source: Source, settings: Settings, split: Split) -> Source:
 
 
 def _training_parts(source: Source, settings: Settings) -> tuple[Source, Source | None]:
-    """What a run is trained on of its training split, and what it holds out of that."""
+    """The part of the training split that a run is trained on, and the part that it holds out for validation."""
     seed = settings.split_seed
     if settings.limit_per_class is not None:
         counts = np.full(len(source.class_names), settings.limit_per_class)
@@ -139,7 +140,7 @@ def _training_parts(source: Source, settings: Settings) -> tuple[Source, Source 
 
 
 def _normalisation(source: ImageSource, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of (at most 4096 random) images with pixels in [0, 1]."""
+    """Mean and standard deviation per channel, for pixels in [0, 1], of at most 4096 random images."""
     sample = numpy_generator(seed, "normalisation").permutation(len(source))[:_NORMALISATION_IMAGES]
     # Sums of integers: every machine finds the same mean, so a run can be resumed on another one.
     total, squares = torch.zeros(2, source.shape[0], dtype=torch.int64)
@@ -150,5 +151,5 @@ def _normalisation(source: ImageSource, seed: int) -> tuple[tuple[float, ...], t
     count = len(sample) * source.shape[1] * source.shape[2]
     mean = [value / count for value in total.tolist()]
     variance = [value / count - m * m for value, m in zip(squares.tolist(), mean, strict=True)]
-    # One grey level is the least that images which all look the same can vary by.
+    # A deviation of at least one grey level, in case all images look the same.
     return tuple(m / 255 for m in mean), tuple(math.sqrt(max(v, 1.0)) / 255 for v in variance)

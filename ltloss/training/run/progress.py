@@ -1,4 +1,4 @@
-"""What a command shows while somebody waits: bars on a terminal, lines elsewhere; all on stderr."""
+"""The progress that commands show on stderr: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from ltloss.training.measure.metrics import number, percent
 
 
 def progress_bar(total: int, done: int = 0, *, quiet: bool = False, what: str = "epoch", **more: Any) -> Any:
-    """A tqdm bar on stderr; silent with ``quiet``, or where stderr is no terminal."""
+    """A tqdm bar on stderr; silent with ``quiet``, or if stderr is not a terminal. ``what`` is the unit."""
     from tqdm import tqdm
 
     return tqdm(total=total, initial=done, unit=what, disable=quiet or not sys.stderr.isatty(), **more)
 
 
 class EpochProgress:
-    """Of a training: on a terminal a bar over the steps of each epoch, elsewhere a line after it; or nothing."""
+    """The progress of a training: on a terminal a bar over the steps of each epoch, elsewhere a line after each."""
 
     def __init__(self, epochs: int, *, quiet: bool = True) -> None:
         self._epochs, self._quiet = epochs, quiet
         self._bar: Any = None
 
     def begin(self, epoch: int, steps: int) -> None:
-        """Epoch number ``epoch`` (from 1) begins."""
+        """Begin epoch number ``epoch`` (from 1)."""
         title = f"epoch {epoch}/{self._epochs}"
         self._bar = progress_bar(steps, quiet=self._quiet, what="step", desc=title, dynamic_ncols=True)
 
     def step(self, loss: float | None = None) -> None:
-        """A step is done; ``loss`` where somebody looked at the losses."""
+        """Count a step; ``loss`` is shown if given."""
         self._bar.update()
         if loss is not None:
             self._bar.set_postfix(loss=number(loss))
 
     def end(self, row: Mapping[str, Any]) -> None:
-        """The epoch is measured; ``row`` is that of metrics.csv."""
+        """End the epoch, and show its ``row`` of metrics.csv."""
         shown = {"loss": number(row["train_loss"]), "test": f"{percent(row['test_accuracy'])} %"}
         if (validation := row["validation_balanced_accuracy"]) is not None:
             shown["validation"] = f"{percent(validation)} %"
@@ -47,6 +47,6 @@ class EpochProgress:
             print(f"epoch {row['epoch']}/{self._epochs}: {what}, {rate}, {seconds}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar, also that of an epoch which did not end."""
+        """Close the bar, also if its epoch did not end."""
         if self._bar is not None:
             self._bar.close()

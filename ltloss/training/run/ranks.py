@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among those of the run. Only the first one writes files."""
+    """The rank of this process among those of the run. Only the first rank writes files."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this process writes."""
+        """Whether this is the first rank, which writes files."""
         return self.rank == 0
 
     def purpose(self, name: str) -> str:
-        """The purpose of a random stream that each rank has of its own."""
+        """The purpose of a random stream that differs between ranks."""
         return name if self.count == 1 else f"{name} of rank {self.rank} of {self.count}"
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks have called this."""
         if self.count > 1:
             dist.barrier()
 
@@ -48,7 +48,7 @@ class Ranks:
 
 @contextmanager
 def process_group(parallel: str, device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
-    """The ranks of the run and this one's device; a single process without torchrun, or without ``parallel``."""
+    """Give the rank of this process and its device; a single rank without torchrun, or if ``parallel`` is "none"."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if parallel == "none" and count > 1:
         raise UserError("torchrun started several processes, but --parallel is none; add --parallel class")
@@ -72,19 +72,19 @@ def process_group(parallel: str, device: torch.device) -> Iterator[tuple[Ranks, 
 
 
 class _Features(nn.Module):
-    """The classifier without its head, as DDP wants it: parameters, and ``forward`` from images to features."""
+    """The classifier without its head, for DDP: its parameters, and ``forward`` from images to features."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.backbone, self.norm = classifier.backbone, classifier.norm
-        self._classifier = [classifier]  # in a list, which hides the head's parameters
+        self._classifier = [classifier]  # in a list, which hides the head's parameters from DDP
 
     def forward(self, images: Tensor) -> Tensor:
         return self._classifier[0].features(images)
 
 
 def wrap_distributed(classifier: Classifier, ranks: Ranks) -> nn.Module:
-    """Spread the head's classes over the ranks; return what computes features, its gradients averaged by DDP."""
+    """Spread the head's classes over the ranks; return the module for features, whose gradients DDP averages."""
     from ltloss.distributed import class_mesh, parallelize
     from ltloss.losses.prototype_head import PrototypeHead
 
@@ -107,14 +107,14 @@ def wrap_distributed(classifier: Classifier, ranks: Ranks) -> nn.Module:
 
 
 def gather_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in one piece; all ranks call this."""
+    """The tensors, sharded ones gathered whole; all ranks must call this."""
     from ltloss.distributed.layout import gathered
 
     return {name: gathered(tensor) if hasattr(tensor, "device_mesh") else tensor for name, tensor in tensors.items()}
 
 
 def copy_to_shard(target: Tensor, value: Tensor) -> None:
-    """Copy a tensor in one piece into one that may be sharded."""
+    """Copy a whole tensor into one that may be sharded."""
     from ltloss.distributed.layout import Layout, local
 
     if hasattr(target, "device_mesh"):

@@ -1,4 +1,4 @@
-"""RUN/config.json, and settings files that a user writes."""
+"""RUN/config.json, and settings files that users write."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ else:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """RUN/config.json: the settings, and what the data turned them into. Enough to rebuild the classifier."""
+    """The content of RUN/config.json: settings, and facts about the data. They suffice to rebuild the classifier."""
 
     settings: Settings
     class_names: tuple[str, ...]
@@ -47,19 +47,19 @@ class RunConfig:
 
     @property
     def of_embeddings(self) -> bool:
-        """Whether embeddings are classified, not images."""
+        """Whether the run classifies embeddings, not images."""
         return len(self.image_shape) == 1
 
     @property
     def embedding_size(self) -> int:
-        """Length of the feature vector: a linear head leaves embeddings as long as they are."""
+        """Length D of the feature vector; with a linear head, that of the embeddings."""
         linear = self.of_embeddings and self.settings.head == "linear"
         return self.image_shape[0] if linear else self.settings.embedding_size
 
     def in_force(self, *, amp: bool | None = None) -> RunConfig:
-        """The same with a value for each option of the loss, ``amp`` and ``rounding`` where they were left open.
+        """The configuration with values for all options of the loss, ``amp``, ``rounding`` and ``embedding_size``.
 
-        So a run means the same when a later version has other defaults.
+        So a run keeps its meaning if a later version has other defaults.
         """
         settings = self.settings
         known = settings.all_loss_options
@@ -79,7 +79,7 @@ class RunConfig:
 
     @classmethod
     def read(cls, run: Path) -> RunConfig:
-        """Read RUN/config.json; UserError where it is no run or the file is damaged."""
+        """Read RUN/config.json; UserError if ``run`` is no run or the file is damaged."""
         path = run / "config.json"
         if not path.is_file():
             raise UserError(
@@ -100,7 +100,7 @@ class RunConfig:
 
 
 def _of_a_run(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json holds, with the names of today: ``long-tail`` of version 0.1 had the log prior, as a rule."""
+    """The values of a config.json by today's names. In version 0.1, ``long-tail`` had the log prior by default."""
     values = named_as_now(values)
     versions, options = values.get("versions"), values.get("loss_options", {})
     if values.get("loss") != "long-tail" or not isinstance(versions, dict) or not isinstance(options, dict):
@@ -120,7 +120,7 @@ _FACTS = [item.name for item in fields(RunConfig) if item.name != "settings"]
 
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
-    """ValueError where what config.json says about the data has another type, length or range than ``RunConfig``."""
+    """Raise ValueError if a fact about the data in config.json has a wrong type, length or range."""
     names, shape = facts["class_names"], facts["image_shape"]
     channels = shape[0] if isinstance(shape, list) and shape else 0
     versions = facts["versions"]
@@ -151,9 +151,9 @@ def _in_one_line(error: Exception) -> str:
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """Settings from a TOML or JSON file; the facts in a run's own config.json are passed over.
+    """Settings from a TOML or JSON file. It may be the config.json of a run, whose facts are ignored.
 
-    Raises UserError for a file that cannot be read and for an unknown key, naming the nearest valid ones.
+    Raises UserError for a file that cannot be read and for an unknown key, with the nearest valid ones.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -183,7 +183,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """ValueError where a name is given twice, of which one value would be lost."""
+    """The pairs as a dictionary; ValueError if a name is given twice."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")

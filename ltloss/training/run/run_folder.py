@@ -20,10 +20,10 @@ from ltloss.training.stored_keys import FORMER_SETTINGS
 
 
 def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Settings, RunConfig | None]:
-    """The settings of the run to do in ``out``, and the stored configuration where it continues one. Writes nothing.
+    """The settings of the run in ``out``, and its stored configuration if it continues a run. Writes nothing.
 
-    Raises UserError where another process writes ``out``, where it holds a run and ``resume`` is false, where it holds
-    something else, or where the run has other settings.
+    Raises UserError if another process writes ``out``, if it holds a run and ``resume`` is false, if it holds other
+    files, or if the run has other settings.
     """
     refuse_if_written(out)
     given = absolute_paths(renamed_keys(given, FORMER_SETTINGS))
@@ -49,7 +49,7 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
 
 
 def check_still_new(out: Path) -> None:
-    """UserError where a run began in ``out`` since ``open_run`` found none."""
+    """Raise UserError if a run began in ``out`` since ``open_run`` found none."""
     if (out / "config.json").is_file():
         raise _holds_a_run(out)
 
@@ -66,7 +66,7 @@ def _refuse_inside_data(out: Path, data: str) -> None:
 
 
 def refuse_foreign_files(out: Path, manifest: str, what: str) -> None:
-    """UserError where ``out`` is a file, or holds files but no ``manifest``; leftovers are passed over."""
+    """Raise UserError if ``out`` is a file, or holds files but no ``manifest``; unfinished files do not count."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a folder")
     if (out / manifest).is_file() or not out.is_dir():
@@ -76,7 +76,7 @@ def refuse_foreign_files(out: Path, manifest: str, what: str) -> None:
 
 
 def check_same_data(stored: RunConfig, now: RunConfig, out: Path) -> None:
-    """UserError where the data is not what the run began with."""
+    """Raise UserError if the data differs from that with which the run began."""
     check_same_classes(stored.class_names, now.class_names, f"run {out}", now.settings.data)
     for name in ("image_shape", "class_counts", "mean", "std"):
         if getattr(stored, name) != getattr(now, name):

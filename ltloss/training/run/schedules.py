@@ -1,4 +1,4 @@
-"""What changes from epoch to epoch: the learning rate, and when class weights set in."""
+"""Schedules of a training: the learning rate, and the epoch from which class weights apply."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from ltloss.training.run.settings import Settings, schedule_steps
 
 
 def first_epoch(when: float, epochs: int) -> int:
-    """The epoch (from 0) that ``when`` means: itself, or below 1 that fraction of ``epochs``."""
+    """The epoch (from 0) that ``when`` stands for: ``when`` itself, or below 1 that fraction of ``epochs``."""
     return round(when * epochs) if when < 1 else round(when)
 
 
 def learning_rate(settings: Settings, step: int, total: int) -> float:
     """The learning rate of step number ``step`` (from 0) of ``total``.
 
-    A linear rise to settings.lr, then half a cosine to 0, or the factors of settings.schedule from their epochs on.
+    It rises linearly to settings.lr during the warm-up. Then it falls along half a cosine to 0, or is multiplied by the
+    factors of settings.schedule, each from its epoch on.
     """
     rising = math.floor(settings.warmup * total)
     if step < rising:

@@ -10,7 +10,7 @@ from ltloss.errors import UserError
 
 
 def check_tensorboard() -> None:
-    """UserError where TensorBoard is not installed."""
+    """Raise UserError if TensorBoard is not installed."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
@@ -21,9 +21,9 @@ def check_tensorboard() -> None:
 
 
 class Scalars:
-    """Writes the rows of metrics.csv, each value under the name of its column at the step of its epoch.
+    """Writes the rows of metrics.csv: each value under the name of its column, with the epoch as step.
 
-    Begins with ``history``, in place of what an earlier process wrote: a run that was killed has every epoch once.
+    It begins with ``history``, which replaces what an earlier process wrote, so a resumed run has every epoch once.
     """
 
     def __init__(self, run: Path, history: Iterable[Mapping[str, Any]]) -> None:

@@ -56,7 +56,7 @@ _CHECK_EVERY = 20  # steps between looks at the losses: each look makes a GPU wa
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a finished run leaves in memory; ``history`` holds the rows of metrics.csv."""
+    """The results of a finished run; ``history`` holds the rows of metrics.csv."""
 
     run: Path
     evaluation: Evaluation  # of the test split, with the weights that are kept
@@ -65,12 +65,12 @@ class TrainingResult:
 
 
 def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: bool = False) -> TrainingResult:
-    """Train as the settings ``given`` say, and write the run folder ``out``.
+    """Train with the settings ``given``, and write the run folder ``out``.
 
     A run that was killed at any moment and continued with ``resume`` takes the same steps as one that was not.
 
-    Raises UserError before anything is written where the settings, the data or ``out`` cannot be used, and later where
-    the loss becomes NaN or infinite.
+    Raises UserError if the settings, the data or ``out`` cannot be used, before anything is written; and later
+    DivergedError if the loss becomes NaN or infinite.
     """
     settings, stored = open_run(out, given, resume)
     if settings.tensorboard:
@@ -107,7 +107,7 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
 
 
 def _run_epochs(trainer: Trainer, test: Source, out: Path, quiet: bool) -> None:
-    """The epochs that are left, each with its checkpoint and its row of metrics."""
+    """Run the epochs that are left; write the checkpoint and the metrics after each."""
     settings = trainer.settings
     with ExitStack() as opened:
         progress = opened.enter_context(closing(EpochProgress(settings.epochs, quiet=quiet)))
@@ -173,7 +173,7 @@ class Trainer:
 
     @property
     def kept(self) -> Classifier:
-        """What is measured and used: the average of the weights if there is one, else the classifier that learns."""
+        """The classifier to measure and use: the average of the weights if there is one, else the trained one."""
         return self.classifier if self.average is None else self.average.classifier
 
     def run_epoch(self, epoch: int, test: Source, progress: EpochProgress | None = None) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class Trainer:
         return self.ranks.sum(agreed).item()
 
     def _train_epoch(self, epoch: int, progress: EpochProgress) -> tuple[float, float]:
-        """Mean loss over the steps and training accuracy, both while the weights change."""
+        """Train an epoch; return mean loss and training accuracy, both measured while the weights change."""
         settings = self.settings
         self._prepare_epoch(epoch)
         generator = torch_generator(settings.seed, self.ranks.purpose("augmentation"), epoch)
@@ -249,7 +249,7 @@ class Trainer:
         return augment(images.to(self.device), kind, generator, self.settings.crop_pad)
 
     def _step(self, images: Tensor, labels: Tensor, mixing: np.random.Generator, lr: float) -> tuple[Tensor, Tensor]:
-        """Move the weights once; the loss, a scalar, and features (B, D) of the images (B, channels, H, W)."""
+        """Take one optimizer step; return the loss, a scalar, and features (B, D) of images (B, channels, H, W)."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -262,7 +262,7 @@ class Trainer:
         return loss, features
 
     def _backward(self, images: Tensor, labels: Tensor, mixing: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """The gradients of the mean loss of a step, part by part; that loss, and the features (B, D)."""
+        """Compute the gradients of a step's mean loss, part by part; return that loss and the features (B, D)."""
         others, fraction = labels, 1.0
         if self.settings.mixup:
             images, others, fraction = mix(images, labels, self.settings.mixup, mixing)
@@ -281,7 +281,7 @@ class Trainer:
         return torch.stack(losses).sum(), torch.cat(seen)
 
     def _check_moved(self, epoch: int, lr: float) -> None:
-        """An update inside the backward leaves out a step that would end in NaN, which would hide it."""
+        """Raise DivergedError if a fused update skipped steps: it skips those whose gradients are not finite."""
         for optimizer in self.optimizers:
             if isinstance(optimizer, PrototypeOptimizer) and optimizer.skipped_steps:
                 times = f"{optimizer.skipped_steps} of {self.steps} steps"
@@ -293,11 +293,14 @@ class Trainer:
             self.classifier.loss.set_class_weight(self.class_weights(epoch - 1))  # type: ignore[operator]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Indices of the images of an epoch, in the order in which they are seen."""
+        """Indices of the images of an epoch, in training order."""
         return numpy_generator(self.settings.seed, "order", epoch).permutation(len(self.source))
 
     def _forward(self, images: Tensor, labels: Tensor, others: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-        """Loss, a scalar, and features (B, D) of images (B, channels, H, W), ``fraction`` of which shows ``labels``."""
+        """Loss, a scalar, and features (B, D) of images (B, channels, H, W).
+
+        With mixup, ``labels`` count by ``fraction`` and ``others`` by the rest.
+        """
         head, features = self.classifier.loss, self._features(images)
         if not self.settings.mixup:
             return head(features, labels), features
@@ -313,7 +316,7 @@ class Trainer:
         return features
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that the next epoch depends on, in one piece also where classes are spread over ranks."""
+        """Everything that the next epoch depends on; sharded tensors are gathered whole."""
         trained = self.classifier.state_dict()
         state: dict[str, Any] = {"epoch": len(self.history), "history": self.history}
         if self.settings.early_stopping is not None:
@@ -326,14 +329,14 @@ class Trainer:
         )
 
     def take_best(self, run: Path) -> None:
-        """Put the weights of the best epoch in place of those of the last one."""
+        """Load the weights of the best epoch."""
         self.ranks.wait()  # until the first one has written its last checkpoint
         tensors = read_tensors(checkpoint_path(run, best_epoch(self.history)) / "model.safetensors")
         for name, tensor in self.kept.state_dict().items():
             copy_to_shard(tensor, tensors[name])
 
     def restore(self, path: Path) -> None:
-        """Continue from a checkpoint directory; UserError where it is damaged or belongs to another model."""
+        """Continue from a checkpoint folder; UserError if it is damaged or belongs to another model."""
         checkpoint = load_checkpoint(path)
         models = {"model": (self.kept, checkpoint.model)}
         if self.average is not None:
@@ -360,7 +363,7 @@ def _deferred_weights(classifier: Classifier, config: RunConfig) -> DeferredWeig
 
 
 def _test_columns(metrics: Metrics | None) -> dict[str, float | None]:
-    """The columns about the test split; None in all of them where it was not measured."""
+    """The columns about the test split; all None if it was not measured."""
     columns = {"test_loss": "loss", "test_accuracy": "accuracy"}
     columns |= {name: name for name in COLUMNS if name in Metrics.__dataclass_fields__}
     return {column: None if metrics is None else getattr(metrics, name) for column, name in columns.items()}
