@@ -1,10 +1,10 @@
-"""``python -m benchmarks.bytes_moved``: bytes between a GPU's memory and its cache in a step, counted without a GPU.
+"""``python -m benchmarks.bytes_moved``: bytes that a step moves between a GPU's memory and its cache, without a GPU.
 
-The launchers run on a CPU and every launch is taken down with its operands instead of done. Then each launch goes over
-its operands once, from the first byte to the last, all at the same pace, through a model of the second-level cache: the
-least recently used lines leave first (before them what a kernel marks so), and what was written goes to memory when it
-leaves. So this is a count of what must move if the programs that work at one time share what they read; it is no
-measurement.
+The launchers run on a CPU, and every launch is recorded with its operands instead of done. Each launch then goes
+through a model of the second-level cache: it touches all its operands once, from the first byte to the last, at the
+same pace. Lines that a kernel marks leave the cache first, then the least recently used ones. A written line goes to
+memory when it leaves. The result is a count of the bytes that move if programs at work at one time share what they
+read. It is not a measurement.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from benchmarks.kernel_report.scenarios import loss_step, prototype_update
 from ltloss.margins import Margin
 
 CACHE = 50 << 20  # of an H100
-_LINE = 32 << 10  # the model's; small beside every operand that matters
-_STEPS = 64  # of a launch
+_LINE = 32 << 10  # bytes of a line in the model; small beside every operand that matters
+_STEPS = 64  # parts into which a launch divides each operand
 
 
 class Operand(NamedTuple):
@@ -40,14 +40,14 @@ class Operand(NamedTuple):
 
 
 class Traffic:
-    """A cache of ``capacity`` bytes that writes back; ``moved`` counts the bytes between it and the memory."""
+    """A write-back cache of ``capacity`` bytes; ``moved`` counts the bytes between it and the memory."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.moved = capacity // _LINE, 0
-        self._lines: OrderedDict[int, bool] = OrderedDict()  # whether each is newer than the memory
+        self._lines: OrderedDict[int, bool] = OrderedDict()  # line -> whether it is newer than the memory
 
     def launch(self, operands: list[Operand]) -> None:
-        """All operands at once, a part of each at a time."""
+        """Touch all operands of a launch, a part of each in turn."""
         for step in range(_STEPS):
             for start, size, written, streamed in operands:
                 first, end = (start + size * at // _STEPS for at in (step, step + 1))
@@ -65,13 +65,13 @@ class Traffic:
             self.moved += _LINE * self._lines.popitem(last=False)[1]
 
     def flush(self) -> None:
-        """Everything that was written, back to the memory."""
+        """Write every newer line back to the memory, and empty the cache."""
         self.moved += _LINE * sum(self._lines.values())
         self._lines.clear()
 
 
 def _bytes_of(given: Any) -> tuple[int, int] | None:
-    """Where a tensor or what a descriptor describes begins, and how long it is; a row that is read in part counts."""
+    """Address and bytes of a tensor or of a descriptor's matrix, gaps between rows included; None for other values."""
     matrix = getattr(given, "base", given)
     if not isinstance(matrix, Tensor) or matrix.numel() == 0:
         return None
@@ -80,33 +80,33 @@ def _bytes_of(given: Any) -> tuple[int, int] | None:
 
 
 def _section(kernel: Any, name: str) -> set[str]:
-    """The arguments between "# name" and the next such line in a kernel's signature."""
+    """The arguments of a kernel between the comment "# name" in its signature and the next comment."""
     section = kernel.src.partition(f"# {name}\n")[2].partition("#")[0]
     return set(re.findall(r"^\s*(\w+),", section, re.MULTILINE))
 
 
 @contextmanager
 def _taken_down(traffic: Traffic) -> Iterator[None]:
-    """Within the block launches and library products go through ``traffic`` instead of a device."""
+    """Within the block, launches and library products go through ``traffic`` instead of a device."""
     from ltloss_kernels import cosine_logsumexp_gradients, launching
     from triton.runtime.jit import JITFunction
 
     def run(self: Any, *args: Any, **constants: Any) -> None:
         updated, operands = _section(self, "updated"), []
         written = _section(self, "outputs") | updated
-        if constants.get("NORMS"):  # then the tiles find what is an input otherwise
+        if constants.get("NORMS"):  # the tiles then compute this argument, which is an input otherwise
             written.add("logit_scale_log2_ptr")
         for name, given in zip(self.arg_names, args, strict=False):
             if (found := _bytes_of(given)) is None:
                 continue
             start, size = found
-            if (self.__name__, name) == ("sample_kernel", "prototypes_ptr"):  # gathered: those of the labels
+            if (self.__name__, name) == ("sample_kernel", "prototypes_ptr"):  # only the rows of the labels are read
                 size = size // len(given) * len(args[self.arg_names.index("labels_ptr")])
-            if (self.__name__, name) == ("gradient_tile_kernel", "kept"):  # a slab's columns, as if they lay together
+            if (self.__name__, name) == ("gradient_tile_kernel", "kept"):  # a slab's columns, as if contiguous
                 whole = getattr(given, "base", given).shape[1]
                 first, count = (args[self.arg_names.index(size_name)] for size_name in ("first_class", "classes"))
                 start, size = start + size * first // whole, size * count // whole
-            moved = bool(constants.get("RULE")) and name == "grad_prototypes_ptr"  # then these are the prototypes
+            moved = bool(constants.get("RULE")) and name == "grad_prototypes_ptr"  # an update: these are the prototypes
             if name in updated:
                 operands.append(Operand(start, size, written=False, streamed=True))
             operands.append(Operand(start, size, name in written, name in updated or moved))
@@ -127,14 +127,14 @@ def _taken_down(traffic: Traffic) -> Iterator[None]:
 
 
 class Moved(NamedTuple):
-    """Bytes of one direction, and the least: each operand and each result once."""
+    """Bytes that a pass moves, and the least that it could move: each operand and each result once."""
 
     bytes: int
     least: int
 
     @property
     def ratio(self) -> float:
-        """1 is the least."""
+        """Bytes over the least; 1 is ideal."""
         return self.bytes / self.least
 
 
@@ -147,10 +147,10 @@ def step(
     rule: str | None = None,
     keep: bool = False,
 ) -> tuple[Moved, Moved]:
-    """Forward and backward of (n, c, d) with features of dtype ``x`` and prototypes of ``w``; no memory is touched.
+    """Bytes of forward and backward at (n, c, d), with features of dtype ``x`` and prototypes of ``w``.
 
-    ``rule``: of an update with float32 state in the backward, instead of the gradient of the prototypes;
-    ``keep``: exponentials, which are no part of the least.
+    ``rule``: the backward updates the prototypes by this rule, with float32 state, instead of writing their gradient.
+    ``keep``: exponentials are kept; they do not count in the least.
     """
     features, prototypes = torch.empty(n, d, dtype=x), torch.empty(c, d, dtype=w)
     update = None if rule is None else prototype_update(rule, prototypes)
@@ -171,7 +171,7 @@ def step(
 
 @contextmanager
 def as_for_many() -> Iterator[None]:
-    """Within the block few samples are worked on as many are."""
+    """Within the block, few samples use the kernels for many."""
     from ltloss_kernels.config import tile_table
 
     with ExitStack() as stack:
@@ -182,7 +182,7 @@ def as_for_many() -> Iterator[None]:
 
 @contextmanager
 def in_a_graph() -> Iterator[None]:
-    """Within the block slabs for few samples are what they are in a CUDA graph."""
+    """Within the block, few samples have the slabs that they have in a CUDA graph."""
     from ltloss_kernels.config import choices
 
     with choices.trying("slabs of the cache"):

@@ -1,8 +1,8 @@
 """``python -m benchmarks.contrastive``: in-batch contrastive losses beside the dense formula, in time and memory.
 
-Forward and backward in float32, features of width 256 that both ask for a gradient (a queue does not), and a scale that
-is learned. Every case is checked against float64, then timed in fresh processes, in turns. Memory is what one step
-takes above what the process held before it, gradients included. Written to ``results/contrastive-cpu.csv``.
+Forward and backward run in float32, on two batches of width 256 with gradients (a queue has none), with a learned
+scale. Every case is checked against float64, then timed in fresh processes, in turns. Memory is what one step takes
+above what the process held before it, gradients included. The rows go to ``results/contrastive-cpu.csv``.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from ltloss import contrastive, reference
 
 BATCHES = (1024, 4096, 8192, 16384)
 WIDTH = 256
-CHECKED = 1100  # passes the edge of a tile
+CHECKED = 1100  # samples of a check: more than one tile
 LABELS = 100
-FIRST_SCALE, LAST_SCALE = 1 / 0.07, 100.0  # where CLIP's begins, and where it is held
+FIRST_SCALE, LAST_SCALE = 1 / 0.07, 100.0  # CLIP's initial scale, and its upper bound
 GOALS = {("info_nce: ltloss", 8192): Goal(0.6, 0.1)}
 
 
 @dataclass
 class Inputs:
-    """Two batches (N, D), labels (N,) of each, scale and bias: the same numbers for every case."""
+    """Two batches (N, D), labels (N,) of each, scale and bias; the same numbers for every case."""
 
     a: Tensor
     b: Tensor
@@ -47,7 +47,7 @@ class Inputs:
 
     @classmethod
     def draw(cls, case: Case, n: int, seed: int = 0) -> Inputs:
-        """Float32; all but a queue ask for gradients."""
+        """Draw float32 inputs; all but a queue require gradients."""
         generator = torch.Generator().manual_seed(seed)
         a, b = (torch.randn(n, WIDTH, generator=generator) for _ in range(2))
         labels = torch.randint(LABELS, (2, n), generator=generator)
@@ -58,7 +58,7 @@ class Inputs:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What asks for a gradient."""
+        """The tensors that require gradients."""
         return [one for one in (self.a, self.b, *self.numbers) if one.requires_grad]
 
     def double(self) -> Inputs:
@@ -71,16 +71,16 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Case:
-    """A loss in one of its forms, at the scale where a training begins or at another."""
+    """A loss in one of its implementations, at a scale."""
 
     loss: str
     form: str
-    build: Callable[[], Callable[[Inputs], Tensor]]  # ImportError where the form is not installed
+    build: Callable[[], Callable[[Inputs], Tensor]]  # raises ImportError if the form is not installed
     scale: float = FIRST_SCALE
 
     @property
     def name(self) -> str:
-        """For reports."""
+        """The name in reports."""
         return f"{self.loss}: {self.form}"
 
 
@@ -132,7 +132,7 @@ def _drop_gradients(inputs: Inputs) -> None:
 
 
 def check(case: Case, n: int = CHECKED) -> float:
-    """Largest relative error (by norm) of loss and gradients against float64; raises if that is no rounding error."""
+    """Largest relative error (by norm) of loss and gradients against float64; raises if it is not just rounding."""
     inputs = Inputs.draw(case, n)
     exact = inputs.double()
     pairs = [(_step(case.build(), inputs), _step(_of(reference, case.loss), exact))]
@@ -148,7 +148,7 @@ def check(case: Case, n: int = CHECKED) -> float:
 
 
 def take(work: Work, steps: int, most_bytes: int | None) -> tuple[list[float], int, tuple[float, float]]:
-    """In a process of its own: seconds of each step after the first, memory of one more, and the loss."""
+    """Seconds of each step after the first, bytes of one more step, and the loss; for a process of its own."""
     limit_memory(most_bytes)
     case = CASES[work.case]
     inputs, loss = Inputs.draw(case, work.shape.n), case.build()
@@ -162,7 +162,7 @@ def take(work: Work, steps: int, most_bytes: int | None) -> tuple[list[float], i
 
 
 def rows_of(works: Sequence[Work], found: Sequence[Found]) -> list[Row]:
-    """Time and memory of each, with their ratios to the dense form of the same loss and batch."""
+    """A row with time and memory of each, and ratios to the dense form of the same loss and batch size."""
     dense = {(CASES[work.case].loss, work.shape.n): one for work, one in zip(works, found, strict=True) if _dense(work)}
     rows = []
     for work, one in zip(works, found, strict=True):
@@ -188,7 +188,7 @@ def _dense(work: Work) -> bool:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """For the page."""
+    """The table for the documentation."""
     lines = [["", "", "N", "ms", "time / dense", "MiB", "memory / dense"]]
     for row in rows:
         cells = ("median_ms", "time_ratio", "extra_mib", "memory_ratio")

@@ -3,12 +3,15 @@
     python -m benchmarks.estimator FEATURES.npz                 # ours with three seeds, theirs once
     python -m benchmarks.estimator FEATURES.npz --only ours
 
-FEATURES.npz holds x_train (N, D), y_train, x_test and y_test. Each fit has a process of its own and adds a row to
-``results/estimator.csv``: seconds of the clock and of the processor (on a shared machine the latter compare), the most
-memory beyond the data, accuracy on the test split: overall, and of classes with fewer than 20 and more than 100
-training samples. Features are given as float32. OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE are taken out of the
-environment, for they slow NumPy's products. On a shared machine set OMP_NUM_THREADS=1: threads that wait for each other
-count as work.
+FEATURES.npz holds x_train (N, D), y_train, x_test and y_test; features are used as float32. Each fit has its own
+process and adds a row to ``results/estimator.csv``:
+
+* wall-clock and processor seconds; on a shared machine compare the latter
+* peak memory beyond the data
+* accuracy on the test split: of all samples, of classes with fewer than 20 training samples, and with more than 100
+
+OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE are removed from the environment, because they slow NumPy's products. On a shared
+machine set OMP_NUM_THREADS=1, because threads that wait for each other count as work.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ PROVIDERS: Mapping[str, Callable[[int, int], Any]] = {
 
 
 def accuracies(found: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> Row:
-    """Percent right of all samples, and of those whose classes have few or many training samples."""
+    """Accuracy in percent on all samples, and on those of classes with few or many training samples."""
     right, size = found == labels, counts[labels]
     groups = {"all": size >= 0, "few": size < FEW, "many": size > MANY}
     return {name: f"{100 * right[group].mean():.2f}" if group.any() else "" for name, group in groups.items()}
@@ -70,7 +73,7 @@ def measured(name: str, data: Path, seed: int, iterations: int) -> Row:
         seconds["cpu_seconds"] = time.process_time() - processor
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what did not converge says so in n_iter
+        warnings.simplefilter("ignore")  # n_iter shows a fit that did not converge
         classifier.fit(x_train[warm], y_train[warm] % 10)
         classifier = PROVIDERS[name](seed, iterations)
         peak = peak_extra_bytes(fit, lambda: None)
@@ -91,7 +94,7 @@ def measured(name: str, data: Path, seed: int, iterations: int) -> Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and write the rows; those of another provider, data or number of threads stay."""
+    """Measure, print and write the rows; rows of other providers, data or numbers of threads stay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, default=3, help="of ours; the other one draws nothing")

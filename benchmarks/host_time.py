@@ -1,8 +1,8 @@
-"""``python -m benchmarks.host_time``: what a training step costs the host, measured on a CPU; needs no GPU.
+"""``python -m benchmarks.host_time``: the host time of a training step, measured on a CPU; needs no GPU.
 
-Triton runs as it would for a GPU, but its driver launches nothing, nothing is compiled, and the library's products are
+Triton runs as it would for a GPU, but nothing is compiled, its driver launches nothing, and the library's products are
 left out. What remains is the time until a GPU has all of its work: Python, PyTorch's dispatcher, and Triton's own path
-from a call to a launch. A driver's own time for a launch is not in it.
+from a call to a launch. The driver's time for a launch is not included.
 
 ``--check`` compares, for many layouts of the inputs, the launches that are kept (``ltloss_kernels.launching``) with
 those that Triton chooses.
@@ -30,7 +30,7 @@ _DESCRIPTOR = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [128
 
 
 class _Driver:
-    """A GPU of compute capability 9.0 that does nothing."""
+    """A Triton driver for a GPU of compute capability 9.0 that does nothing."""
 
     def __init__(self) -> None:
         self.utils = self
@@ -55,7 +55,7 @@ def _kernel_class(told: Callable[[Launch], None] | None) -> Any:
     from triton.compiler import CompiledKernel
 
     class Kernel(CompiledKernel):  # type: ignore[misc, no-any-unimported]
-        """Stands for a compiled kernel: it describes its matrices as a real one does, and ends there."""
+        """Replaces a compiled kernel: it makes the descriptors of its matrices as a real one does, and nothing else."""
 
         def __init__(self, fn: Any, key: Any, signature: dict[str, str]) -> None:
             self.key, self.function, self.packed_metadata = (fn.__name__, key), None, None
@@ -81,7 +81,7 @@ def _kernel_class(told: Callable[[Launch], None] | None) -> Any:
 
 @contextmanager
 def no_device(told: Callable[[Launch], None] | None = None) -> Iterator[None]:
-    """Within the block kernels take CPU tensors, and every launch ends before the device; ``told`` gets each."""
+    """Within the block, kernels take CPU tensors and every launch ends before the device; ``told`` receives each."""
     import triton
     from ltloss_kernels import cosine_logsumexp_gradients, launching
     from triton.runtime.jit import JITFunction
@@ -105,7 +105,7 @@ def no_device(told: Callable[[Launch], None] | None = None) -> Iterator[None]:
 
 
 def differences() -> list[str]:
-    """Where a kept launch is not the one that Triton chooses for these arguments; empty if all are."""
+    """Descriptions of the kept launches that differ from Triton's choice for the same arguments."""
     from ltloss_kernels import launching
 
     launches: list[Launch] = []
@@ -134,7 +134,10 @@ def differences() -> list[str]:
 
 
 def microseconds(n: int, c: int, d: int, *, keep: bool = True, rounds: int = 21, calls: int = 20) -> float:
-    """Median host time of a step with bfloat16 features and prototypes; ``keep`` False: every launch through Triton."""
+    """Median host time of a step with bfloat16 features and prototypes, in microseconds.
+
+    ``keep`` False: every launch goes through Triton.
+    """
     from ltloss_kernels import launching
 
     features = torch.randn(n, d, dtype=torch.bfloat16, requires_grad=True)

@@ -1,7 +1,7 @@
 """``python -m benchmarks.loss_cpu``: the loss on a CPU, measured beside the peers.
 
-Written to ``results/cpu.csv``. Ratios are ours / theirs from one interleaved run (< 1 is faster); absolute times only
-describe the machine they were taken on.
+The rows go to ``results/cpu.csv``. Ratios are ours / theirs from one interleaved run; less than 1 is faster. Absolute
+times only describe the machine on which they were measured.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def _left_out(name: str, reason: ImportError) -> None:
 
 
 def step_bytes(name: str, shape: Shape, linear: bool = False) -> int:
-    """Bytes that one forward and backward needs beyond parameters, inputs and gradients."""
+    """Bytes that one forward and backward takes beyond parameters, inputs and gradients."""
     provider = next(provider for provider in (LINEAR_ON_CPU if linear else ON_CPU) if provider.name == name)
-    # Loads libraries and starts threads. A compiled function is compiled for its shape, so it warms up at full size.
+    # The warm-up loads libraries and starts threads. A compiled function warms up at its full shape, for which it is
+    # compiled.
     warm_up = Inputs.draw(shape if provider.compiled else Shape(8, 32, shape.d))
     run_step(provider.build(warm_up), warm_up)
     inputs = warm_up if provider.compiled else Inputs.draw(shape)
@@ -75,7 +76,7 @@ def step_bytes(name: str, shape: Shape, linear: bool = False) -> int:
 
 
 def search_bytes(name: str, shape: Shape) -> int:
-    """Bytes that one nearest-prototype search needs beyond the prototypes and the result (12 bytes a class)."""
+    """Bytes that one nearest-prototype search takes beyond the prototypes and the result (12 bytes a class)."""
     kept: list[object] = []
     with torch.no_grad():
         SEARCHES[name](torch.randn(32, shape.d))
@@ -89,7 +90,7 @@ def _peak(measure: Callable[[str, Shape], int], provider: str, shape: Shape) -> 
 
 
 def training_step(shape: Shape, rounds: int, linear: bool = False) -> list[Row]:
-    """Forward and backward with per-class angular margins, or the softmax of a linear layer, beside every peer."""
+    """Forward and backward beside every peer: with angular margins per class, or softmax of a ``linear`` layer."""
     inputs = Inputs.draw(shape)
     steps: dict[str, Callable[[], Any]] = {}
     more: dict[str, Row] = {}
@@ -128,7 +129,7 @@ def _both() -> Iterator[None]:
         yield
 
 
-# What trades precision, or memory, for time.
+# Options that trade precision or memory for time.
 TRADES: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "exponentials kept": _kept,
     "products in medium": partial(_products, "medium"),
@@ -142,12 +143,12 @@ def _traded(name: str, step: Callable[[], Any]) -> Any:
 
 
 def traded_bytes(name: str, shape: Shape) -> int:
-    """Bytes of our step under that trade, as :func:`step_bytes` counts them."""
+    """Bytes of our step with this option, as :func:`step_bytes` counts them."""
     return int(_traded(name, partial(step_bytes, ON_CPU[0].name, shape)))
 
 
 def trades(shape: Shape, rounds: int) -> list[Row]:
-    """Our training step under each trade, beside the step without. ``ratio_to_default`` < 1 is faster."""
+    """Our training step with each option of ``TRADES``, beside the plain step; ``ratio_to_default`` < 1 is faster."""
     inputs, ours = Inputs.draw(shape), ON_CPU[0]
     loss, exact = ours.build(inputs), exact_step(ours.truth, inputs)
     step = partial(run_step, loss, inputs)
@@ -168,7 +169,7 @@ def trades(shape: Shape, rounds: int) -> list[Row]:
 
 
 def nearest(shape: Shape, rounds: int) -> list[Row]:
-    """The nearest prototype of every class, beside the dense product and maximum."""
+    """The nearest-prototype searches, ours beside the dense product with its maximum and others."""
     prototypes = torch.randn(shape.c, shape.d, generator=torch.Generator().manual_seed(0))
     steps: dict[str, Callable[[], Any]] = {}
     more: dict[str, Row] = {}
@@ -193,7 +194,7 @@ def _beside(
     rounds: int,
     more: Mapping[str, Row],
 ) -> list[Row]:
-    """A row for each provider: its time, ours in its terms, and the memory that ``measure`` finds."""
+    """A row for each provider: its time, the ratio of ours to it, and its memory by ``measure``."""
     seconds = interleaved(steps, rounds)
     return [
         _row(
@@ -210,7 +211,7 @@ def _beside(
 
 
 def scaling(shapes: Sequence[Shape], rounds: int) -> list[Row]:
-    """Time and memory of our training step from 10 thousand to a million classes: linear, and flat."""
+    """Time and memory of our training step over the number of classes: time should be linear, memory constant."""
     ours = ON_CPU[0]
     repeats = {shape: max(1, 100_000 // shape.c) for shape in shapes}  # short cases run long enough to be timed
     steps: dict[str, Callable[[], Any]] = {}
@@ -218,7 +219,7 @@ def scaling(shapes: Sequence[Shape], rounds: int) -> list[Row]:
     for shape in shapes:
         inputs = Inputs.draw(shape)
         loss = ours.build(inputs)
-        # The dense float64 truth of a million classes fits a few samples at a time.
+        # Of a million classes, the dense float64 reference fits only a few samples at a time.
         rows = max(1, (1 << 25) // shape.c)
         errors[shape] = f"{check_step(ours.name, loss, inputs, exact_step(ours.truth, inputs, rows)):.1e}"
         inputs.drop_gradients()
@@ -245,9 +246,9 @@ def _repeated(step: Callable[[], Any], times: int) -> None:
 
 
 def regularizer(shape: Shape, rounds: int) -> list[Row]:
-    """A training step of the long-tail loss without its minimum-angle term, with that of the batch, and with all of it.
+    """A step of the long-tail loss: without minimum-angle term, with that of the batch's classes, and of all classes.
 
-    ``share``: the part of the step that the term takes.
+    ``share``: the fraction of the step that the term takes.
     """
     torch.manual_seed(0)
     features, labels = torch.randn(shape.n, shape.d), torch.randint(shape.c, (shape.n,))
@@ -269,7 +270,7 @@ def regularizer(shape: Shape, rounds: int) -> list[Row]:
 
 
 def _arcface(function: Callable[..., Any], centers: int, inputs: Inputs) -> Any:
-    """ArcFace, of whose prototypes (K·C, D) each K in a row are one class."""
+    """ArcFace whose prototypes (K·C, D) are K = ``centers`` consecutive rows for each class."""
     prototypes = inputs.prototypes
     if centers > 1:
         prototypes = prototypes.view(-1, centers, prototypes.shape[1])
@@ -277,9 +278,9 @@ def _arcface(function: Callable[..., Any], centers: int, inputs: Inputs) -> Any:
 
 
 def sub_centers(shape: Shape, rounds: int, centers: int = 3) -> list[Row]:
-    """ArcFace with K sub-centres a class, beside ArcFace with K·C classes: as many products, and a maximum.
+    """ArcFace with K sub-centres a class, beside ArcFace with K·C classes, which has as many products and no maximum.
 
-    ``ratio_to_default``: the time beside that of the many classes; the goal is 1.1.
+    ``ratio_to_default``: time over that of K·C classes; the goal is at most 1.1.
     """
     inputs = Inputs.draw(Shape(shape.n, centers * shape.c, shape.d))
     inputs.labels %= shape.c  # classes that both have
@@ -302,7 +303,7 @@ def sub_centers(shape: Shape, rounds: int, centers: int = 3) -> list[Row]:
 
 
 def million_classes(steps: int = 3) -> list[Row]:
-    """A real optimizer step at a million classes: the loss on one batch must fall."""
+    """Training steps with torch's SGD at a million classes; raises RuntimeError unless the loss on the batch falls."""
     shape = Shape(128, 1_000_000, 128)
     torch.manual_seed(0)
     head = CosineSoftmaxLoss(shape.c, shape.d)
@@ -343,7 +344,7 @@ def _show(rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    """Run every case, show the rows as they come and write them all at the end."""
+    """Run every case, print the rows as they come, and write them at the end."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=11, help="timed repeats per provider, interleaved (default 11)")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu.csv", help="CSV to write")

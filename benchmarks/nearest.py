@@ -1,4 +1,4 @@
-"""Searches written densely, and how far what a search finds lies below the best."""
+"""Dense implementations of the searches, and the check of a search: how far its results are below the best."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Search = Callable[[Tensor], Found]
 
 
 def dense_top(features: Tensor, prototypes: Tensor, k: int, rows: int, own: bool) -> Found:
-    """Product and maximum (or the k largest) in the inputs' dtype, ``rows`` rows at a time, each (n, k).
+    """Cosines and indices (n, k) of the k best classes, from products in the inputs' dtype, ``rows`` rows at a time.
 
-    ``own``: the features are the prototypes, of which each is to find another one.
+    ``own``: the features are the prototypes, and each finds others only.
     """
     unit = torch_functional.normalize(prototypes)
     left = unit if own else torch_functional.normalize(features)
@@ -34,9 +34,10 @@ def dense_top(features: Tensor, prototypes: Tensor, k: int, rows: int, own: bool
 
 
 def shortfall(found: Found, features: Tensor, prototypes: Tensor, own: Tensor | None = None) -> float:
-    """How much the found cosines (n, k) lie below the k best, or differ from their true values; NaN for NaN.
+    """The largest error of a search: found cosines (n, k) below the k best, or different from their true values.
 
-    ``own``: the class of each row, which it may not find.
+    A NaN among the values gives NaN, a class found twice in a row gives 2. ``own``: the class that each row may not
+    find.
     """
     cosine = reference.direction(features.double()) @ reference.direction(prototypes.double()).t()
     if own is not None:
@@ -51,7 +52,7 @@ def shortfall(found: Found, features: Tensor, prototypes: Tensor, own: Tensor | 
 def check_found(
     found: Found, allowed: float, features: Tensor, prototypes: Tensor, own: Tensor | None = None, sample: int = 256
 ) -> float:
-    """The shortfall of about ``sample`` of the rows; raises where it is more than ``allowed``."""
+    """The shortfall of about ``sample`` of the rows; raises RuntimeError if it exceeds ``allowed``."""
     some = torch.arange(features.shape[0], device=features.device)[:: -(-features.shape[0] // sample)]
     cosine, index = (tensor[some].view(some.numel(), -1) for tensor in found)
     error = shortfall((cosine, index), features[some], prototypes, None if own is None else own[some])
@@ -61,7 +62,7 @@ def check_found(
 
 
 def _faiss(prototypes: Tensor) -> Found:
-    """The two best of a flat index, of which one is the prototype itself."""
+    """Nearest prototypes by a flat index: of the two best of each, the one that is not the prototype itself."""
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -77,7 +78,8 @@ def _dense(prototypes: Tensor, rows: int) -> Found:
     return dense_top(prototypes, prototypes, 1, rows, own=True)
 
 
-# For every class the largest cosine to another one, and its index; what cannot be imported says so when it is called.
+# Each gives for every class the largest cosine to another class, and its index; it raises ImportError when it is called
+# if its library is not installed.
 SEARCHES: dict[str, Search] = {
     "ltloss": ltloss_functional.nearest_prototype,
     "dense": partial(_dense, rows=1 << 40),

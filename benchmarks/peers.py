@@ -1,6 +1,6 @@
-"""Who is measured: each provider builds a training step over the same inputs, and says what is right.
+"""The providers that are measured: each builds a loss over the same inputs, and has a dense reference.
 
-A provider is timed only after its loss and gradients have been compared with the dense reference in float64.
+A provider is timed only after its loss and gradients were compared with its reference in float64.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Shape:
 
 @dataclass
 class Inputs:
-    """Features (N, D), prototypes (C, D), labels (N,), per-class margins (C,): the same numbers for every provider."""
+    """Features (N, D), prototypes (C, D), labels (N,), margins (C,) in radians; the same for every provider."""
 
     features: Tensor
     prototypes: Tensor
@@ -47,7 +47,10 @@ class Inputs:
 
     @classmethod
     def draw(cls, shape: Shape, seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Inputs:
-        """Unit-variance features, prototypes of length ≈ 1 (plain logits have unit variance), long-tail margins."""
+        """Draw features of unit variance, prototypes of length ≈ 1, and long-tail margins.
+
+        Logits without normalisation then have unit variance.
+        """
         generator = torch.Generator(device).manual_seed(seed)
         on: dict[str, Any] = {"generator": generator, "device": device}
         features = torch.randn(shape.n, shape.d, dtype=dtype, **on)
@@ -58,11 +61,11 @@ class Inputs:
 
     @property
     def gradient_bytes(self) -> int:
-        """What any training step has to leave behind: one gradient for the features and one for the prototypes."""
+        """Bytes of the gradients that every training step leaves: of the features and of the prototypes."""
         return self.features.nbytes + self.prototypes.nbytes
 
     def drop_gradients(self) -> None:
-        """Forget what the last step left behind."""
+        """Free the gradients of the last step."""
         self.features.grad = self.prototypes.grad = None
 
 
@@ -72,12 +75,15 @@ Build = Callable[[Inputs], Callable[[], Tensor]]
 
 @dataclass(frozen=True)
 class Provider:
-    """``build(inputs)`` returns the loss as a function of nothing; ``truth`` is the same loss written densely."""
+    """``build(inputs)`` returns the loss as a function without arguments; ``truth`` is the same loss, dense.
+
+    ``build`` raises ImportError if the provider is not installed.
+    """
 
     name: str
     build: Build
     truth: Objective
-    compiled: bool = False
+    compiled: bool = False  # by torch.compile, for each shape anew
     note: str = ""
 
 
@@ -98,9 +104,9 @@ def plain_truth(inputs: Inputs) -> Tensor:
 
 
 def dense_margin_loss(inputs: Inputs) -> Tensor:
-    """The loss as training scripts write it: all cosines at once, the own one exchanged, cross-entropy in float32.
+    """The loss as training scripts write it: all cosines, the target's replaced, cross-entropy in float32.
 
-    In half precision the normalised copies and the cosines are rounded to it, as under autocast.
+    For inputs in half precision, the normalised copies and the cosines are half precision too, as under autocast.
     """
     unit = torch_functional.normalize(inputs.features), torch_functional.normalize(inputs.prototypes)
     cosine = (unit[0] @ unit[1].t()).float()
@@ -127,7 +133,7 @@ def _eager(objective: Objective) -> Build:
 
 def _compiled(objective: Objective) -> Build:
     def build(inputs: Inputs) -> Callable[[], Tensor]:
-        torch.compiler.reset()  # every shape anew: after eight the compiler would give up and run it eagerly
+        torch.compiler.reset()  # for every shape: after eight recompilations the compiler would run it eagerly
         compiled = torch.compile(lambda: objective(inputs), dynamic=False)
         return lambda: compiled()
 
@@ -140,7 +146,7 @@ _BLOCK_BYTES = 256 << 20  # of the logits that the row blocks hold at a time
 class _RowBlocks(torch.autograd.Function):
     """Loss of unit features and prototypes, some rows at a time: a library product, one pass, two library products.
 
-    Gradients are made in the forward, where the logits are at hand, and scaled in the backward.
+    The forward computes the gradients, while it has the logits; the backward scales them.
     """
 
     @staticmethod
@@ -164,7 +170,7 @@ class _RowBlocks(torch.autograd.Function):
 
 
 def _softmax_pass(cosine: Tensor, labels: Tensor, margins: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The summed loss of a block over ``count``, and its gradient for the cosines in their dtype."""
+    """The summed loss of a block divided by ``count``, and its gradient for the cosines, in their dtype."""
     labels, margin = labels[:, None], Margin(margins)
     wide = cosine.float()
     target = wide.gather(1, labels)[:, 0]
@@ -212,7 +218,7 @@ def _metric_learning_arcface(inputs: Inputs) -> Callable[[], Tensor]:
     classes, width = inputs.prototypes.shape
     loss = losses.ArcFaceLoss(1, width, margin=math.degrees(SCALAR_MARGIN), scale=SCALE)
     loss.num_classes = classes
-    del loss.W  # its own weight is (D, C); ours, transposed without a copy, is the same numbers
+    del loss.W  # its weight is (D, C): our prototypes, transposed without a copy
     loss.W = inputs.prototypes.t()
     return lambda: loss(inputs.features, inputs.labels)
 
@@ -223,13 +229,13 @@ _LINEAR = Provider("linear_cross_entropy", _linear_cross_entropy, plain_truth, n
 _METRIC_LEARNING = Provider(
     "pytorch-metric-learning", _metric_learning_arcface, scalar_margin_truth, note="scalar margin"
 )
-# Ours first; what cannot be imported says so when it is built (ImportError).
 _LINEAR_CHUNKED = Provider(
     "linear_cross_entropy(options)",
     partial(_linear_cross_entropy, chunked=True),
     plain_truth,
     note=f"{_PLAIN}, chunked",
 )
+# Ours first.
 ON_CPU = (
     _OURS,
     Provider("dense", _eager(margin_truth), margin_truth, note="the reference, eager"),
@@ -238,7 +244,7 @@ ON_CPU = (
     _LINEAR_CHUNKED,
     _METRIC_LEARNING,
 )
-# The same formula without margin and lengths.
+# Softmax of a linear layer: no margin, no normalisation.
 LINEAR_ON_CPU = (Provider("ltloss", _ours_linear, plain_truth, note="linear"), _LINEAR, _LINEAR_CHUNKED)
 ON_GPU = (
     _OURS,
@@ -261,7 +267,7 @@ def run_step(loss: Callable[[], Tensor], inputs: Inputs) -> Tensor:
 
 
 class Step(NamedTuple):
-    """What a training step computes: the mean loss and both gradients."""
+    """The results of a training step: the mean loss and both gradients."""
 
     loss: Tensor
     features: Tensor
@@ -269,7 +275,7 @@ class Step(NamedTuple):
 
 
 def exact_step(truth: Objective, inputs: Inputs, rows: int | None = None) -> Step:
-    """Loss and gradients in float64, ``rows`` samples at a time where not all N×C logits fit at once."""
+    """Loss and gradients in float64; ``rows`` samples at a time, if not all N×C logits fit in memory."""
     n = inputs.features.shape[0]
     prototypes = inputs.prototypes.detach().double().requires_grad_()
     losses, grads = [], []
@@ -277,7 +283,7 @@ def exact_step(truth: Objective, inputs: Inputs, rows: int | None = None) -> Ste
         part = slice(start, start + (rows or n))
         features = inputs.features[part].detach().double().requires_grad_()
         loss = truth(Inputs(features, prototypes, inputs.labels[part], inputs.margins.double()))
-        loss = loss * (features.shape[0] / n)  # the mean over all, of which this is a part
+        loss = loss * (features.shape[0] / n)  # this part's share of the mean over all samples
         loss.backward()
         losses.append(loss.detach())
         grads.append(features.grad)
@@ -286,14 +292,14 @@ def exact_step(truth: Objective, inputs: Inputs, rows: int | None = None) -> Ste
     return Step(torch.stack(losses).sum(), torch.cat([grad for grad in grads if grad is not None]), prototypes.grad)
 
 
-# Relative errors (by norm) beyond these are mistakes. Logits of size s carry an error of s·6e-8 in float32, and s·2^-9
-# in bfloat16 where the dense providers round them; the exponential turns it into a relative one. 2e-4 leaves room for a
-# long accumulation, and none for a formula that is wrong.
+# Relative errors (by norm) beyond these are mistakes. Logits of size s have an error of s·6e-8 in float32, and of
+# s·2^-9 in bfloat16 where the dense providers round them. The exponential turns that into a relative error. 2e-4 leaves
+# room for long sums, and none for a wrong formula.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 def check_step(name: str, loss: Callable[[], Tensor], inputs: Inputs, exact: Step) -> float:
-    """Largest relative error (by norm) of loss and gradients; raises if that is no rounding error."""
+    """Largest relative error (by norm) of loss and gradients; raises RuntimeError if it exceeds the tolerance."""
     tolerance = TOLERANCE[inputs.features.dtype]
     value = run_step(loss, inputs)
     errors = []
@@ -307,7 +313,7 @@ def check_step(name: str, loss: Callable[[], Tensor], inputs: Inputs, exact: Ste
 
 
 def errors_of(checks: Mapping[str, Callable[[], float]], package: str) -> dict[str, str]:
-    """Errors of the cases that are right, by name; raises where one is wrong. What is not installed is left out."""
+    """The error of each case by name; raises if one is wrong. Cases that are not installed are left out."""
     errors = {name: _error_of(name, check, package) for name, check in checks.items()}
     return {name: f"{error:.1e}" for name, error in errors.items() if error is not None}
 

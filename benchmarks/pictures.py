@@ -1,6 +1,6 @@
-"""``python -m benchmarks.pictures``: the tables and the picture of README.md and docs, from the rows in results/.
+"""``python -m benchmarks.pictures``: renew the tables and the figure of README.md and docs from the rows in results/.
 
-Nothing is measured: the rows are those that the benchmarks and the studies wrote.
+It measures nothing: benchmarks and studies wrote the rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _embeddings(page: str) -> str:
     return renewed(page, "toponyms", toponyms.table(read_rows(toponyms.TABLE)))
 
 
-# What a file holds, from what it held.
+# File -> function from its former content to its new content.
 MADE: Mapping[str, Callable[[str], str]] = {
     "README.md": lambda page: renewed(page, "whole step", tables.headline_table(_rows("step-cpu"))),
     "docs/step.svg": lambda _: picture.draw(_rows("step-cpu")),
@@ -49,7 +49,7 @@ MADE: Mapping[str, Callable[[str], str]] = {
 
 
 def main() -> None:
-    """Write what differs, and say what."""
+    """Write the files whose content changes, and print which."""
     for name, made in MADE.items():
         before = (ROOT / name).read_text(encoding="utf-8")
         after = made(before)

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.rounding --data-dir DIR``: what prototypes in two bytes or one cost, by their rounding.
+"""``python -m benchmarks.rounding --data-dir DIR``: the accuracy that prototypes in bfloat16 or float8 lose.
 
-DIR holds ``icons_features256.npz`` (frozen embeddings, the head alone learns) and ``omniglot28.npz`` (images, a small
-network learns with it), each with x_train, y_train, x_test, y_test. Every setting is trained with three seeds and
-looked at once, after the last step. Written to ``results/rounding.csv``, where rows of other settings stay.
+DIR holds ``icons_features256.npz`` (frozen embeddings; only the head learns) and ``omniglot28.npz`` (images; a small
+network learns too), each with x_train, y_train, x_test, y_test. Every setting is trained with three seeds and measured
+once, after the last step. The rows go to ``results/rounding.csv``, where rows of other settings stay.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Task(NamedTuple):
     weight_decay: float = 0.0
 
 
-# The learning rate of the icons is the best of `--tune`, on a tenth of the training images; that of Omniglot-LT, with
-# its scale and decay, was chosen on the validation split of docs/evidence.md.
+# The learning rate of the icons is the best that `--tune` found, on a tenth of the training part. Learning rate, scale
+# and decay of Omniglot-LT were chosen on the validation split of docs/evidence.md.
 TASKS = {
     "icons (embeddings)": Task("icons_features256.npz", lr=4.0, scale=32.0, epochs=10, imbalance=1),
     "Omniglot-LT": Task("omniglot28.npz", lr=0.8, scale=8.0, epochs=20, imbalance=15, weight_decay=5e-4),
@@ -64,7 +64,7 @@ TUNED = (1.0, 4.0, 16.0, 64.0)
 
 
 class Data(NamedTuple):
-    """Inputs, images (N, H, W) uint8 or embeddings (N, D), and labels (N,)."""
+    """Images (N, H, W) uint8 or embeddings (N, D), with labels (N,)."""
 
     x_train: Tensor
     y_train: Tensor
@@ -73,7 +73,7 @@ class Data(NamedTuple):
 
 
 def load(path: Path, imbalance: float, validation: bool) -> Data:
-    """The file; with ``validation`` a tenth of its training part stands in for the test part."""
+    """Read the file; with ``validation`` a tenth of its training part replaces the test part."""
     with np.load(path) as archive:
         x, y, x_test, y_test = (archive[name] for name in Data._fields)
     if validation:
@@ -97,7 +97,7 @@ def _inputs(x: Tensor) -> Tensor:
 
 
 def accuracy(task: Task, data: Data, seed: int, way: dict[str, Any], lr: float) -> float:
-    """Percent of the test part whose class is right after the last epoch."""
+    """Test accuracy in percent after the last epoch."""
     torch.manual_seed(seed)
     counts = torch.bincount(data.y_train)
     width = data.x_train.shape[1] if data.x_train.dim() == 2 else 128
@@ -125,7 +125,7 @@ def accuracy(task: Task, data: Data, seed: int, way: dict[str, Any], lr: float) 
 
 
 def _batches(task: Task, data: Data, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every epoch in an order of its own; images shifted by up to two pixels."""
+    """Batches of all epochs, each epoch in another order; images are shifted by up to two pixels."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(task.epochs):
         for part in torch.randperm(len(data.y_train), generator=generator).split(task.batch):
@@ -134,7 +134,7 @@ def _batches(task: Task, data: Data, seed: int) -> Iterator[tuple[Tensor, Tensor
 
 
 def _factor(step: int, steps: int) -> float:
-    """Of the learning rate: a linear rise over a twentieth, then half a cosine to 0."""
+    """Factor of the learning rate: a linear rise over a twentieth of the steps, then half a cosine to 0."""
     rising = steps // 20
     return (step + 1) / rising if step < rising else 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 

@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 8 -m benchmarks.scaling --dtype bfloat16 --classes 1000000   # one GPU per rank
 
 Without torchrun it first measures this machine's rates (product, copy, gloo) and writes them for
-`ltloss plan --device benchmarks/results/scaling-rates.json`, then each case in fresh processes, and
-writes benchmarks/results/scaling.csv: seconds of a step (forward, backward, SGD with momentum), bytes sent per rank as
-PyTorch's collectives were called, the least that any method would send, and what the plan predicts.
+`ltloss plan --device benchmarks/results/scaling-rates.json`. Then it measures each case in fresh processes and writes
+benchmarks/results/scaling.csv: seconds of a step (forward, backward, SGD with momentum), bytes that a rank sends by the
+collectives that were called, the least that any method would send, and the seconds that the plan predicts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CALIBRATION = HeadConfig(30_000, DIM, BATCH, 1, dtype="float32")
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that a rank sends, by the c10d calls of a step, if each collective sends as little as it can (a ring)."""
+    """Counts the bytes that a rank sends, if each c10d collective that is called sends as little as it can (a ring)."""
 
     def __init__(self, ranks: int) -> None:
         super().__init__()
@@ -67,13 +67,16 @@ class Traffic(TorchDispatchMode):
 
 
 def least_bytes(p: HeadConfig, width: int) -> float:
-    """Every row to every rank, every gradient home, two N-vectors reduced: per rank."""
+    """The least bytes that a rank sends in a step: rows to all ranks, gradients back, and two N-vectors reduced.
+
+    ``width``: bytes of a feature's entry.
+    """
     share = (p.gpus - 1) / p.gpus
     return share * p.batch * (2 * p.embedding_size * width + 8) + 2 * share * p.batch * 8
 
 
 def step_of(p: HeadConfig, device: torch.device) -> Callable[[], None]:
-    """A training step of the head for one problem, on this rank."""
+    """A training step of the head on this rank, as a function."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     generator = torch.Generator().manual_seed(rank)
     rows = p.batch // ranks
@@ -94,7 +97,7 @@ def step_of(p: HeadConfig, device: torch.device) -> Callable[[], None]:
 
 
 def measured(p: HeadConfig, device: torch.device) -> dict[str, float]:
-    """Median seconds of a step and bytes sent by this rank in one."""
+    """Median seconds of a step, and the bytes that this rank sends in one."""
     step = step_of(p, device)
     seconds = []
     for number in range(WARM_UP + ROUNDS):
@@ -141,7 +144,7 @@ def _rank_main(rank: int, ranks: int, store: str, function: Callable[..., Any], 
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
-    """What rank 0 of so many fresh processes returns."""
+    """Run a function on ``ranks`` fresh processes with gloo, and return the result of rank 0."""
     results = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as store:
         mp.spawn(_rank_main, (ranks, store, function, args, results), nprocs=ranks)
@@ -172,7 +175,7 @@ def _gloo_rates() -> dict[str, float]:
 
 
 def _pass_rates(product: float) -> dict[str, float]:
-    """Shares of the product's rate that forward and backward reach, at a shape that no case below has."""
+    """The fractions of the product's rate that forward and backward reach, at a shape that no case has."""
     p = CALIBRATION
     features = torch.randn(p.batch, p.embedding_size, requires_grad=True)
     labels = torch.randint(p.classes, (p.batch,))
@@ -187,7 +190,7 @@ def _pass_rates(product: float) -> dict[str, float]:
 
 
 def this_machine() -> Device:
-    """The rates of one core of this machine, and of gloo between two of its processes."""
+    """Measure the rates of one core of this machine, and of gloo between two of its processes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rates = _single_rates()
@@ -209,7 +212,7 @@ def this_machine() -> Device:
 
 
 def here(most: int) -> Iterator[dict[str, Any]]:
-    """Strong and weak scaling on this machine's cores."""
+    """Rows of strong and weak scaling on this machine's cores, up to ``most`` ranks."""
     device = this_machine()
     write_file(RATES, (json.dumps(asdict(device), indent=2) + "\n").encode())
     print(f"rates of this machine: {RATES}")
@@ -221,7 +224,7 @@ def here(most: int) -> Iterator[dict[str, Any]]:
 
 
 def under_torchrun(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One case on the ranks that torchrun started; rank 0 has the rows."""
+    """Measure strong and weak scaling on the ranks that torchrun started; only rank 0 yields the rows."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:

@@ -1,4 +1,4 @@
-"""The same providers under pytest-benchmark, at a size for development: ``pytest benchmarks``."""
+"""The providers under pytest-benchmark, at a size for development: ``pytest benchmarks``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_training_step(benchmark: Any, provider: Provider) -> None:
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_nearest_prototype(benchmark: Any, name: str) -> None:
-    """All of 4000 prototypes of width 128."""
+    """The nearest of 4000 prototypes of width 128 for each of them."""
     prototypes = torch.randn(4000, 128)
     found = SEARCHES[name](prototypes)
     benchmark.extra_info["shortfall"] = check_found(found, 1e-6, prototypes, prototypes, torch.arange(4000))

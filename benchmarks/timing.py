@@ -1,4 +1,4 @@
-"""How things are measured: interleaved medians for time, a fresh process for memory, one CSV row per measurement."""
+"""Measuring: interleaved medians for time, fresh processes for memory, one CSV row per measurement."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of each step, taken in turn A B C A B C: a machine that changes speed changes it for all."""
+    """Seconds of each step, run in turn A B C A B C, so that a change in the machine's speed affects all steps."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(warm_up + rounds):
         for name, step in steps.items():
@@ -38,7 +38,7 @@ def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int, warm_up: in
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median over the rounds of ours/theirs: < 1 is faster."""
+    """Median over the rounds of ours/theirs; less than 1 is faster."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
@@ -50,10 +50,10 @@ def _status_kib(field: str) -> int:
 
 
 def peak_extra_bytes(step: Callable[[], Any], before: Callable[[], None]) -> int:
-    """How far one step drives the resident memory of this process above where it stood, in bytes (Linux).
+    """How many bytes the resident memory of this process rises during one step (Linux).
 
-    ``before`` drops what earlier steps left (gradients); freed memory goes back to the system and the kernel's
-    high-water mark is reset, so that nothing older is counted or hidden.
+    ``before`` frees what earlier steps left, such as gradients. Freed memory is then returned to the system and the
+    high-water mark of the process is reset, so that nothing older is counted, or hides what the step takes.
     """
     before()
     gc.collect()
@@ -65,12 +65,12 @@ def peak_extra_bytes(step: Callable[[], Any], before: Callable[[], None]) -> int
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has had since it began, libraries and all (Linux)."""
+    """The peak resident memory of this process since it began, libraries included (Linux)."""
     return _status_kib("VmHWM") * 1024
 
 
 def fresh_processes(most: int, environment: Mapping[str, str] | None = None) -> ProcessPoolExecutor:
-    """Processes that inherit nothing: no threads, no memory, no broken device; with these variables besides."""
+    """A pool of processes that inherit no threads, memory or device state; ``environment`` adds variables."""
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(most, spawn, initializer=_set_variables, initargs=(environment or {},))
 
@@ -90,7 +90,7 @@ def cpu_name() -> str:
 
 
 def _commit() -> str:
-    """The commit, "-dirty" where tracked files differ from it; results just renewed do not make the code another."""
+    """The commit, with "-dirty" if tracked files other than the results differ from it."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
@@ -105,7 +105,7 @@ def _commit() -> str:
 
 
 def stamp() -> dict[str, str]:
-    """Who measured: goes into every row."""
+    """Date, commit, machine and versions, for every row."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
@@ -118,7 +118,7 @@ def stamp() -> dict[str, str]:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV; none where it is not there."""
+    """The rows of a CSV file; none if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -126,7 +126,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write all rows, columns in order of first appearance, and replace the file in one step."""
+    """Write all rows, with columns in order of first appearance; the file is replaced at once."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, columns, rows)

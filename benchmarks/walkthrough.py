@@ -1,7 +1,7 @@
-"""``python -m benchmarks.walkthrough``: how far it is from a call of a loss to its kernels, in calls and files.
+"""``python -m benchmarks.walkthrough``: how many calls and files lie between a call of a loss and its kernels.
 
-Runs one training step in Triton's interpreter and looks at the Python stack of every kernel launch; then counts in the
-source how often the options of the loss are listed. Both are read from the checkout in the working directory.
+It runs one training step in Triton's interpreter and looks at the Python stack of every kernel launch. It also counts
+how often the source lists the options of the loss. Both are of the checkout in the working directory.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from pathlib import Path
 from unittest import mock
 
 ROOTS = ("ltloss", "kernels")
-# One entry per option, with the names it goes by.
+# One entry per option, with all its names.
 _NAMES = """scale angular_margin/angle cosine_margin/cosine angle_multiplier/multiplier label_smoothing ignore_index
     beyond_pi margin_gradient/gradient class_weight normalize_features reduction"""
 OPTIONS = [set(names.split("/")) for names in _NAMES.split()]
-ENOUGH = 5  # options that stand together make a list of them
+ENOUGH = 5  # options in one place that count as a list
 
 Call = tuple[str, str]  # file, relative to the checkout, and function
 
 
 def _calls(root: Path) -> list[Call]:
-    """The calls under way in the package's own files, outermost first."""
+    """The calls on the stack in the package's own files, outermost first."""
     stack = [(Path(frame.filename), frame.name) for frame in traceback.extract_stack()]
     own = [(path.relative_to(root), name) for path, name in stack if path.is_relative_to(root)]
     return [(str(path), name) for path, name in own if path.parts[0] in ROOTS]
 
 
 def launches(root: Path) -> dict[str, list[tuple[str, list[Call]]]]:
-    """Kernel and host calls of every launch of one step, of its forward and of its backward."""
+    """For forward and backward of one step: the kernel of each launch, and the host calls above it."""
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
     from triton.runtime.interpreter import GridExecutor
@@ -56,7 +56,7 @@ def launches(root: Path) -> dict[str, list[tuple[str, list[Call]]]]:
 
 
 def _listed(node: ast.AST) -> set[str]:
-    """Names that stand together in a signature, a call, or the body of a class."""
+    """The names in a signature, a call, or the body of a class."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return {one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
     if isinstance(node, ast.Call):
@@ -73,7 +73,7 @@ def _name(node: ast.AST | None) -> str:
 
 
 def option_lists(source: str) -> list[int]:
-    """Line numbers where at least ``ENOUGH`` options of the loss stand together."""
+    """Line numbers of the places that list at least ``ENOUGH`` options of the loss."""
     return [
         node.lineno  # type: ignore[attr-defined]
         for node in ast.walk(ast.parse(source))

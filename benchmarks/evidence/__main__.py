@@ -1,9 +1,9 @@
 """``python -m benchmarks.evidence --data-dir DIR``: every table of docs/evidence.md that compares methods.
 
-A study is a list of `ltloss compare` command lines, which the documentation shows as they are. The results of every
-training are kept in --out, so an interrupted study continues; when it is done its rows go to
-``results/evidence_<study>.csv`` (and ``..._tuning.csv``). `make pictures` makes the page, and the advice in
-``docs/choosing.md``, from these.
+A study is a list of `ltloss compare` command lines, which the documentation shows as they are. The result of every
+training is kept in --out, so an interrupted study continues. When it is done, its rows go to
+``results/evidence_<study>.csv`` and ``..._tuning.csv``. `make pictures` makes the page, and
+the advice in ``docs/choosing.md``, from them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _EVERY = (
     "ce,class-balanced,balanced,post-hoc,tau-norm,crt,cosine,logit-adjusted,ldam,ldam-drw,arcface,cosface,"
     "long-tail,cosine-space,long-tail-prior"
 )
-# Each line changes one thing of the margins with log prior; where a term is off there, the second --vary turns it on.
+# Each line changes one thing of the margins with log prior. If that has no effect because a term is off, a second
+# --vary turns the term on.
 _SLOW_CHANGES = (
     "margin=0,0.25,0.5,0.75",
     "margin_power=0,0.25",
@@ -56,7 +57,7 @@ _TUNED_CHANGES = (
 
 
 class Study(NamedTuple):
-    """Command lines of `ltloss compare` on one data file, but for --data, --out and --jobs."""
+    """Command lines of `ltloss compare` on one data file, without --data, --out and --jobs."""
 
     data: str  # a file in --data-dir, or digits
     name: str
@@ -66,7 +67,7 @@ class Study(NamedTuple):
 
 _VARIED = "--losses long-tail-prior --seeds 1 --vary"
 _OMNIGLOT = "--imbalance 15 --many-threshold 7 --few-threshold 4 --recipe small --evaluate-every 5"
-_TUNED = "--lr 0.8 --scale 16"  # what the search chose for them
+_TUNED = "--lr 0.8 --scale 16"  # the search chose these for long-tail-prior
 _FASHION = "--imbalance 100 --recipe small --epochs 6 --evaluate-every 3"
 
 STUDIES = {
@@ -106,14 +107,14 @@ STUDIES = {
 
 
 class Advice(NamedTuple):
-    """A line of the table of docs/choosing.md: for which situation what, and the two rows of a study that say so."""
+    """A line of the table in docs/choosing.md: a situation, what to use, and two rows of a study that support it."""
 
     situation: str
     use: str
     study: str
-    row: tuple[str, str]  # method and variant
-    against: tuple[str, str]
-    called: str  # what stands against it
+    row: tuple[str, str]  # method and variant of what to use
+    against: tuple[str, str]  # method and variant that it is compared with
+    called: str  # the name of the latter
 
 
 _PRIOR = 'tau=1, margin_normalize="max", min_angle_weight=0'
@@ -171,7 +172,7 @@ START_HERE = (
 
 
 def run(name: str, study: Study, data_dir: Path, out: Path, jobs: int) -> None:
-    """Run the commands of a study and write its CSV files; what was trained before is not trained again."""
+    """Run the commands of a study and write its CSV files; trainings that have a result are not repeated."""
     data = study.data if study.data == "digits" else str(data_dir / study.data)
     rows: list[dict[str, str]] = []
     trials: list[dict[str, str]] = []
@@ -189,12 +190,12 @@ def run(name: str, study: Study, data_dir: Path, out: Path, jobs: int) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, their methods under the names of today."""
+    """The rows of a CSV file, with today's names of the methods."""
     return [{**row, "method": RENAMED.get(row["method"], row["method"])} for row in timing.read_rows(path)]
 
 
 def section(study: Study, rows: Sequence[Mapping[str, str]], trials: Sequence[Mapping[str, str]]) -> str:
-    """What the page shows of a study: its commands, what they took, its table and the values that were chosen."""
+    """The page's section on a study: its commands, their cost, its table, and the chosen values."""
     commands = "\n".join(
         f"ltloss compare --data {study.data} {command} --out runs/{Path(study.data).stem}" for command in study.commands
     )
@@ -221,7 +222,7 @@ def section(study: Study, rows: Sequence[Mapping[str, str]], trials: Sequence[Ma
 
 
 def best_at_each_scale(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """A header, and a line for each method whose scale was tuned; "none" where none was tried, or each one diverged."""
+    """A header, and a line for each method whose scale was tuned; "none" where no trial of a scale succeeded."""
     best: dict[str, dict[float, float]] = {}
     for row in trials:
         scale = json.loads(row["values"]).get("scale")
@@ -236,9 +237,9 @@ def best_at_each_scale(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
 
 
 def with_and_without_margin(trials: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """A header, and a line for each learning rate and scale at which the log prior was tried, with margins and alone.
+    """A header, and a line for each learning rate and scale at which the log prior was tried with margins and alone.
 
-    Alone it is cosine softmax with log prior; τ is 1 and the margin 0.5. One that diverged is "none".
+    Alone it is cosine softmax with log prior. τ is 1 and the margin is 0.5. A trial that diverged is "none".
     """
     places = []
     for name, key, at in (("logit-adjusted", "tau", 1.0), ("long-tail-prior", "margin", 0.5)):
@@ -255,7 +256,7 @@ def with_and_without_margin(trials: Sequence[Mapping[str, str]]) -> list[list[st
 
 
 def _parsed(row: Mapping[str, str]) -> dict[str, Any]:
-    """A row of results.csv as `summary` takes it; an empty cell was not measured."""
+    """A row of results.csv as `summary` takes it: numbers parsed, and None for an empty cell."""
     return {name: text if name == "variant" else _value(text) for name, text in row.items()}
 
 
@@ -267,7 +268,7 @@ def _value(text: str) -> Any:
 
 
 def with_studies(page: str, results: Path = RESULTS) -> str:
-    """The page with a section for each study that has results; the others say that they were not measured."""
+    """The page with the section of each study; a study without results is "Not measured yet."."""
     for name, study in STUDIES.items():
         path = results / f"evidence_{name}.csv"
         text = "Not measured yet."
@@ -279,7 +280,7 @@ def with_studies(page: str, results: Path = RESULTS) -> str:
 
 
 def start_here(page: str, results: Path = RESULTS) -> str:
-    """The page with its table of situations, each with the two rows of a study that it rests on."""
+    """The page with its table of situations, each with the results that support it."""
     lines = [["your data", "start with", "measured (test accuracy, %)", "with these values"]]
     tables = {advice.study: results / f"evidence_{advice.study}.csv" for advice in START_HERE}
     found = {

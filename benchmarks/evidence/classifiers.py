@@ -1,12 +1,15 @@
 """``python -m benchmarks.evidence.classifiers --data-dir DIR``: classifiers over frozen features, method beside method.
 
-1,655 things, 68,617 icons as embeddings (icons_features256.npz in DIR), three test icons of each thing from icon sets
-that gave no training icon of it. Every method is tuned by the same climb on training icons that are held out, two
-passes a trial, and trained for four passes with three seeds. The estimator and scikit-learn's LogisticRegression come
-from ``benchmarks/estimator.py``. ``--space`` takes another of ``spaces.py``: the same icons as images with a network
-that learns with the head, or features of a network that was trained on a problem and frozen; there the estimator is
-trained too. ``--tune`` only tunes, ``--others`` takes more losses. Rows go to ``results/evidence_classifiers.csv`` and
-``..._tuning.csv`` as they are done; what is there is not trained again. `make pictures` shows them.
+The default problem has 1,655 classes (things) and 68,617 icons as embeddings (icons_features256.npz in DIR). The three
+test icons of a class come from icon sets without training icon of it. Every method is tuned by the same climb on
+held-out training icons, with two passes per trial, and trained for four passes with three seeds. The results of the
+estimator and of scikit-learn's LogisticRegression come from ``benchmarks/estimator.py``.
+
+``--space`` takes another space of ``spaces.py``: the same icons as images, with a network that learns with the head; or
+features of a network that was trained on a problem and frozen, where the estimator is trained here too. ``--tune`` only
+tunes, ``--others`` tunes more losses. Rows go to ``results/evidence_classifiers.csv`` and ``..._tuning.csv`` as soon as
+they are done, and are not trained again. `make pictures` shows
+them.
 """
 
 from __future__ import annotations
@@ -42,14 +45,14 @@ TAUS = (0.5, 1.0, 1.5)
 
 
 def chosen(rows: Sequence[Mapping[str, str]], space: str, method: str) -> dict[str, Any]:
-    """The values of the trial that was best on the validation samples."""
+    """The values of the trial with the best accuracy on the validation samples."""
     tried = [row for row in rows if (row["space"], row["method"]) == (space, method)]
     found: dict[str, Any] = json.loads(max(tried, key=lambda row: float(row["accuracy"]))["values"])
     return found
 
 
 class Study:
-    """Trains what the tables lack, a space and a method at a time."""
+    """Trains what the tables lack, one space and method at a time."""
 
     def __init__(self, folder: Path, rows: list[dict[str, str]], tried: list[dict[str, str]]) -> None:
         self.folder, self.rows, self.tried = folder, rows, tried
@@ -61,7 +64,7 @@ class Study:
         print(*rows[-1].values(), flush=True)
 
     def tune(self, space: str, name: str) -> None:
-        """The climb; of a linear layer each trial also tries what taking the prior off afterwards brings."""
+        """Tune by the climb. Each trial of a linear layer is also measured with the log prior subtracted afterwards."""
         method, given, how = ALL[name], data(self.folder, space, "validation"), SPACES[space]
         axes = {axis: how.fewer.get(axis, values) for axis, values in method.space.items()}
         while points := next_points(axes, self._known(space, name)):
@@ -83,7 +86,7 @@ class Study:
         ]
 
     def measure(self, space: str, name: str) -> None:
-        """Three seeds with the chosen values; what was trained with others is forgotten."""
+        """Train three seeds with the chosen values; rows of other values are dropped."""
         samples, how = data(self.folder, space, "test"), SPACES[space]
         names = (name, "post-hoc") if name == "linear" else (name,)
         wanted = {each: chosen(self.tried, space, each) for each in names}
@@ -92,7 +95,7 @@ class Study:
         self.rows[:] = [row for row in self.rows if row not in stale]
         done = {(row["method"], row["seed"]) for row in self.rows if row["space"] == space}
         for seed in _SEEDS:
-            known: dict[str, Any] = {}  # the same training, with and without the prior taken off
+            known: dict[str, Any] = {}  # trainings by their values: one serves with and without the prior subtracted
             for each, values in wanted.items():
                 if (each, str(seed)) in done:
                     continue
@@ -107,13 +110,13 @@ class Study:
                 self._add(self.rows, TABLE, space, each, values=values, seed=seed, **found, seconds=seconds)
 
     def means(self, space: str) -> None:
-        """The class means, which need no training."""
+        """Measure the class means, which need no training."""
         if not any((row["space"], row["method"]) == (space, "means") for row in self.rows):
             found = of_means(data(self.folder, space, "test"))
             self._add(self.rows, TABLE, space, "means", values={}, seed=0, **found)
 
     def auto(self, space: str) -> None:
-        """The estimator with its defaults, on the features as they are."""
+        """Train the estimator with its defaults, on the features without whitening."""
         samples = features(self.folder, space, "test")
         done = {row["seed"] for row in self.rows if (row["space"], row["method"]) == (space, "auto")}
         for seed in (seed for seed in _SEEDS if str(seed) not in done):
@@ -127,7 +130,7 @@ class Study:
 
 
 def _estimators(rows: Sequence[Mapping[str, str]]) -> Iterator[list[str]]:
-    """Lines of what benchmarks/estimator.py measured; it has no group of medium classes."""
+    """Lines with the results of benchmarks/estimator.py, which has no group of medium classes."""
     for provider, title in (
         ("ltloss LongTailClassifier", AUTO),
         ("sklearn LogisticRegression", "scikit-learn's `LogisticRegression(max_iter=100)`"),
@@ -139,7 +142,7 @@ def _estimators(rows: Sequence[Mapping[str, str]]) -> Iterator[list[str]]:
 
 
 def rendered(page: str, rows: Sequence[Mapping[str, str]], others: Sequence[Mapping[str, str]]) -> str:
-    """The page with a table for the features of a file, one for images, and those of networks that were frozen."""
+    """The page with its tables: features of a file, images, and features of frozen networks."""
 
     def of(*spaces: str) -> list[Mapping[str, str]]:
         return [row for row in rows if row["space"] in spaces]
@@ -150,7 +153,7 @@ def rendered(page: str, rows: Sequence[Mapping[str, str]], others: Sequence[Mapp
 
 
 def _found(rows: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, str, list[str]]]:
-    """Of each space and method: their names, the values, and accuracy of all samples and of the groups."""
+    """For each space and method: its names, its values, and accuracy on all samples and on the groups."""
     found: dict[tuple[str, str], list[Mapping[str, str]]] = {}
     for row in rows:
         found.setdefault((row["space"], row["method"]), []).append(row)
@@ -161,14 +164,14 @@ def _found(rows: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, str, list[s
 
 
 def table(rows: Sequence[Mapping[str, str]], others: Sequence[Mapping[str, str]] = ()) -> str:
-    """A line for each method and space, the best first."""
+    """A line for each method and space, best accuracy first."""
     lines = [*_estimators(others), *([TITLES[name], space, *cells] for space, name, cells in _found(rows))]
     lines.sort(key=lambda line: -float(line[3].split()[0]))
     return markdown_table([["method", "features", "values", "all", "many (>100)", "medium", "few (<20)"], *lines])
 
 
 def by_problem(rows: Sequence[Mapping[str, str]]) -> str:
-    """A line for each method, a column for each problem: accuracy, and of the estimator what lacks to the best line."""
+    """Accuracy, a line per method and a column per problem; the last line is the estimator's distance to the best."""
     found = {(space, name): cells[1] for space, name, cells in _found(rows)}
     spaces = [name for name in NETWORKS if any(space == name for space, _ in found)]
     lines = [

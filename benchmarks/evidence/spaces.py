@@ -1,7 +1,8 @@
-"""What the classifiers of ``benchmarks.evidence.classifiers`` get: features that stay as they are, or images.
+"""The inputs of the classifiers in ``benchmarks.evidence.classifiers``: fixed features, or images.
 
-Features are those of a file, or of a network that was trained on the problem before, with cosine softmax at its default
-scale, and then frozen. They are centred and whitened as ``LongTailClassifier`` does it.
+Features come from a file, or from a network that was trained on the problem before, with cosine softmax at its default
+scale, and then frozen. They are centred and whitened as ``LongTailClassifier`` does it, except in the space "as they
+are".
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 from benchmarks.evidence.heads import METHODS, trained
 from benchmarks.evidence.problems import DATA, Data, for_validation, whitened
 
-_RATE = 0.16  # of the prototypes of the network that is trained before, divided by √D
+_RATE = 0.16  # learning rate, times √D, of the prototypes with which a network is trained before
 
 
 class Training(NamedTuple):
@@ -39,10 +40,10 @@ EVERY = {"every": 7}
 
 
 class Space(NamedTuple):
-    """What a classifier gets, and how it is trained.
+    """The inputs of a classifier, and how it is trained.
 
-    ``before``: of the network whose features these are; ``learns``: the network learns with the classifier;
-    ``fewer``: shorter lists of values to tune, where a training is long; ``options``: of the problem.
+    ``before``: how the network was trained whose features these are. ``learns``: the network learns with the
+    classifier. ``fewer``: shorter lists of values to tune, where a training is long. ``options``: of the problem.
     """
 
     title: str
@@ -85,7 +86,7 @@ NETWORKS = tuple(name for name, space in SPACES.items() if space.before is not N
 
 @cache
 def features(folder: Path, name: str, split: str) -> Data:
-    """The samples of a space as they are; with ``split`` "validation", training samples in the place of the test's."""
+    """The samples of a space before whitening; for ``split`` "validation" the test samples are training samples."""
     space = SPACES[name]
     if split == "validation":
         data = for_validation(space.problem, folder, **space.options)
@@ -96,7 +97,7 @@ def features(folder: Path, name: str, split: str) -> Data:
 
 @cache
 def data(folder: Path, name: str, split: str) -> Data:
-    """The samples of a space as a classifier gets them: whitened, or multiplied to a mean length of 1."""
+    """The samples of a space as a classifier gets them: whitened, or scaled to a mean length of 1."""
     space, found = SPACES[name], features(folder, name, split)
     if space.learns:
         return found
@@ -107,7 +108,7 @@ def data(folder: Path, name: str, split: str) -> Data:
 
 
 def frozen(data: Data, before: Training) -> Data:
-    """The features that a network gives to the samples after it was trained on them, seed 0."""
+    """The samples as features of a network that was trained on them, with seed 0."""
     network, _ = trained(METHODS["cosine"], {"lr": _RATE}, data, *before, seed=0)
     network.eval()
     with torch.no_grad():

@@ -1,8 +1,9 @@
-"""``python -m benchmarks.evidence.toponyms``: examples/toponyms.py with each of its heads; accuracy, time and memory.
+"""``python -m benchmarks.evidence.toponyms``: accuracy, time and memory of examples/toponyms.py with each of its heads.
 
-Each training has a process of its own, one after the other, and one thread. ``--all`` takes the 150,091 places instead
-of the 27,695 towns; with every class in each step that takes hours. Rows go to ``results/evidence_toponyms.csv`` as
-they are done; what is there is not trained again. `make pictures` shows them.
+Trainings run one after the other, each in its own process with one thread. ``--all`` takes the 150,091 places instead
+of the 27,695 towns; with all classes in each step this takes hours. Rows go to ``results/evidence_toponyms.csv`` as
+soon as they are done, and are not trained again. `make pictures` shows
+them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _FIGURES = ("all", "top-5", "10 names or more", "4 to 9", "fewer than 4", "train
 
 
 def trained(arguments: Sequence[str]) -> dict[str, Any]:
-    """What the example finds with these arguments, and who measured."""
+    """The results of the example with these arguments, and the machine and versions."""
     import torch
 
     torch.set_num_threads(1)

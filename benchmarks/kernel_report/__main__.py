@@ -1,8 +1,8 @@
-"""``python -m benchmarks.kernel_report``: what the compiler makes of every kernel that is launched, seen without a GPU.
+"""``python -m benchmarks.kernel_report``: resources and instructions of every kernel that is launched, without a GPU.
 
-The launches are recorded (``benchmarks/kernel_report/record.py``), compiled ahead of time for sm_80, sm_90 and sm_100
-and disassembled with the tools in Triton's wheel. The table says what fits (registers, spills, shared memory, resident
-blocks), what the product runs on, and how many instructions the epilogue takes per accumulator element. Written to
+The launches are recorded (``benchmarks/kernel_report/record.py``), compiled ahead of time for sm_80, sm_90 and sm_100,
+and disassembled with the tools in Triton's wheel. The table has registers, spills, shared memory and resident blocks,
+the matrix instructions, and how many instructions the epilogue takes per accumulator element. It is written to
 ``results/kernel_report.csv``.
 """
 
@@ -50,7 +50,7 @@ _SHOWN = {
 
 
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The columns that matter most, a header first."""
+    """The most important columns, a header first."""
     lines = [["kernel", "arch", *_SHOWN.values()]]
     for row in rows:
         values = [row["error"]] if row["error"] else [str(row.get(name, "")) for name in _SHOWN]
@@ -66,7 +66,7 @@ def plain_table(rows: Sequence[Row]) -> str:
 
 
 def with_table(page: str, rows: Sequence[Row]) -> str:
-    """The page with its table, which stands between ``<!-- table -->`` and ``<!-- end of table -->``, renewed."""
+    """The page with a new table between ``<!-- table -->`` and ``<!-- end of table -->``."""
     return renewed(page, "table", markdown_table(_cells([row for row in rows if row["kernel"] in DOCUMENTED])))
 
 

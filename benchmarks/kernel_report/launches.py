@@ -1,8 +1,9 @@
-"""``python -m benchmarks.kernel_report.launches [TESTS]``: every launch of the tests, compiled.
+"""``python -m benchmarks.kernel_report.launches [TESTS]``: compile every launch of the tests.
 
-The tests run the kernels in Triton's interpreter, which takes what no compiler may. So each launch is written down as
-Triton would specialise it on a GPU (types, alignments, sizes that are 1, constants, warps), and the distinct ones are
-compiled in processes without the interpreter. Tiles are those of the tests, and bfloat16 products are float32 there.
+The tests run the kernels in Triton's interpreter, which accepts code that the compiler may refuse. So each launch is
+recorded as Triton would specialise it on a GPU (types, alignments, sizes that are 1, constants, warps). The distinct
+launches are then compiled in processes without the interpreter. Tiles are those of the tests, where bfloat16 products
+run in float32.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from benchmarks.kernel_report.record import KernelCase, specialiser
 from benchmarks.kernel_report.report import ARCHITECTURES, missing_tools, report
 from benchmarks.kernel_report.scenarios import FLOAT8_FROM
 
-FOLDER = "LTLOSS_LAUNCHES"  # the variable that names where processes of the tests write to
+FOLDER = "LTLOSS_LAUNCHES"  # environment variable: the folder into which processes of the tests write
 
-# All that launch kernels in the interpreter.
+# All tests that launch kernels in the interpreter.
 _TESTS = ("tests/kernels", "tests/tools/test_tune_tiles.py", "tests/benchmarks/test_loss_gpu_stages.py")
 _ROOT = Path(__file__).parents[2]
-_PACKAGE = "ltloss_kernels."  # the tests have kernels of their own, with mistakes
+_PACKAGE = "ltloss_kernels."  # others are the tests' own kernels, which have mistakes
 
 
 @contextmanager
 def written_down() -> Iterator[None]:
-    """Within the block each distinct launch of an interpreted kernel becomes a line (JSON) of this process's file.
+    """Within the block, write each distinct launch of an interpreted kernel as a line of JSON into this process's file.
 
     Nothing is written unless ``LTLOSS_LAUNCHES`` names a folder.
     """
@@ -58,7 +59,7 @@ def written_down() -> Iterator[None]:
 
 
 def _writer(write: Callable[[str], None]) -> Callable[[Any, Sequence[Any], dict[str, Any]], None]:
-    """Of an interpreted kernel, its arguments and options: what is new is written."""
+    """A function of an interpreted kernel, its arguments and options, which writes each new specialisation."""
     from triton.runtime.jit import JITFunction
 
     specialised = specialiser(90)  # tests without a GPU launch for it, see config/tile_table.py
@@ -79,7 +80,7 @@ def _writer(write: Callable[[str], None]) -> Callable[[Any, Sequence[Any], dict[
 
 
 def _line(case: KernelCase) -> str:
-    """A specialisation as JSON, in which keys are no tuples."""
+    """A specialisation as JSON; dictionaries with tuples as keys become lists of pairs."""
     values = {name: value for name, value in vars(case).items() if name not in ("name", "fn")}
     values |= {name: list(values[name].items()) for name in ("constexprs", "attrs")}
     return json.dumps({"module": case.fn.module, "kernel": case.fn.__name__, **values})
@@ -94,23 +95,23 @@ def _case(name: str, line: str) -> KernelCase:
 
 @dataclass(frozen=True)
 class Launched:
-    """What processes wrote into a folder, as :func:`benchmarks.kernel_report.report.report` takes it."""
+    """The launches written into a folder, as :func:`benchmarks.kernel_report.report.report` takes them."""
 
     folder: Path
 
     def lines(self) -> dict[str, str]:
-        """The distinct lines, by a name of each."""
+        """The distinct lines, by a name for each."""
         distinct = {line for file in self.folder.glob("*.jsonl") for line in file.read_text().splitlines()}
         return {f"{json.loads(line)['kernel']} launch {n}": line for n, line in enumerate(sorted(distinct))}
 
     def __call__(self, arch: int) -> list[KernelCase]:
-        """The same for every architecture, with the kernels of this process; those of float8 where Triton has it."""
+        """The launches with the kernels of this process; without float8 where Triton does not compile it."""
         cases = [_case(name, line) for name, line in self.lines().items()]
         return [case for case in cases if arch >= FLOAT8_FROM or not case.reads_float8]
 
 
 def run(tests: Sequence[str], folder: Path, processes: int) -> int:
-    """Run tests in the interpreter, also where there is a GPU; pytest's exit code."""
+    """Run tests in the interpreter, even if there is a GPU; return pytest's exit code."""
     paths = os.pathsep.join(map(str, (_ROOT, _ROOT / "kernels", _ROOT / "tests")))
     environment = {**os.environ, FOLDER: str(folder), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
     environment["TRITON_INTERPRET"] = "1"
@@ -120,7 +121,7 @@ def run(tests: Sequence[str], folder: Path, processes: int) -> int:
 
 
 def refusals(architecture: str, folder: Path, processes: int) -> int:
-    """Compile what was written into a folder; print what is refused, which is counted, and what uses a stack."""
+    """Compile the launches in a folder; print those refused and those that use a stack; return the number refused."""
     launched = Launched(folder)
     lines, rows = launched.lines(), report([architecture], "", processes, launched)
     refused = [row for row in rows if row["error"] or not row["blocks_per_sm"]]
@@ -135,7 +136,7 @@ def refusals(architecture: str, folder: Path, processes: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tests, compile what they launched; 1 if a test fails, nothing was launched or something is refused."""
+    """Run the tests and compile their launches; 1 if a test fails, or a launch is refused, or there are none."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "tests", nargs="*", default=_TESTS, help="as pytest takes them (default: those that launch kernels)"

@@ -1,4 +1,4 @@
-"""What the launchers ask for: the public entry points run on a CPU, and every launch is taken down instead of done."""
+"""Record launches: the public entry points run on a CPU, and every launch is recorded instead of done."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class KernelCase:
 
     @property
     def dtype(self) -> str:
-        """Of the matrix product's operands (bf16, fp16, tf32 or fp32); empty for a kernel without one."""
+        """Dtype of the matrix product's operands (bf16, fp16, tf32 or fp32); empty for a kernel without a product."""
         if "BLOCK_DEPTH" not in self.constants:
             return ""
         if self.constants["PRECISION"] == "tf32":
@@ -53,25 +53,25 @@ class KernelCase:
 
     @property
     def elements(self) -> int:
-        """Of the accumulator tile that an epilogue works on; 0 without one, or where it does not matter."""
+        """Elements of the accumulator tile that the epilogue works on; 0 for a kernel without such an epilogue."""
         if not self.dtype or self.fn.__name__.startswith(("tile_candidates", "prototype_gradient")):
             return 0
         return int(self.constants["BLOCK_ROWS"] * self.constants["BLOCK_CLASSES"])
 
     @property
     def maxima(self) -> int:
-        """Per element, what the epilogue of a search cannot do without; that of the others is an exponential."""
+        """Maxima per element that the epilogue of a search needs; 0 for other kernels, which need an exponential."""
         return {"nearest_prototype_kernel": 2, "best_tile_kernel": 1}.get(self.fn.__name__, 0)
 
     @property
     def constants(self) -> dict[str, Any]:
-        """By the names of the arguments."""
+        """The constants by the names of their arguments."""
         return {self.fn.arg_names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
 
 
 @contextmanager
 def as_on_a_gpu(arch: int) -> Iterator[None]:
-    """Within the block the launchers take CPU tensors, and work as on a GPU of compute capability ``arch``."""
+    """Within the block, the launchers take CPU tensors and work as on a GPU of compute capability ``arch``."""
     from ltloss_kernels import running
     from ltloss_kernels.config import tile_table
 
@@ -84,7 +84,10 @@ def as_on_a_gpu(arch: int) -> Iterator[None]:
 
 
 def specialiser(arch: int) -> Callable[..., KernelCase]:
-    """Of a kernel, the arguments and the options of a launch: what Triton compiles for ``arch``, without a name yet."""
+    """A function of a kernel and the arguments and options of a launch: the case that Triton compiles for ``arch``.
+
+    The case has no name yet.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -104,7 +107,7 @@ def specialiser(arch: int) -> Callable[..., KernelCase]:
 
 @contextmanager
 def _taken_down(arch: int, name: Callable[[str], str]) -> Iterator[dict[str, KernelCase]]:
-    """Within the block a launch is recorded, for a GPU of compute capability ``arch``; what it would write is left."""
+    """Within the block, launches are recorded as for a GPU of compute capability ``arch``, and not done."""
     from triton.runtime.jit import JITFunction
 
     specialised = specialiser(arch)

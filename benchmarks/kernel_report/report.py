@@ -1,4 +1,4 @@
-"""The rows of the report: each recorded kernel compiled, disassembled and described, in processes of their own."""
+"""The rows of the report: each recorded kernel is compiled, disassembled and described, in separate processes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from benchmarks.kernel_report.record import KernelCase, recorded_kernels
 from benchmarks.timing import fresh_processes
 
 Row = dict[str, Any]
-Recorded = Callable[[int], list[KernelCase]]  # what to compile for a compute capability; hashed and pickled
+Recorded = Callable[[int], list[KernelCase]]  # the cases for a compute capability; must be hashable and picklable
 WARP = 32
 
 
 class Architecture(NamedTuple):
-    """Limits of one streaming multiprocessor (SM); of shared memory in bytes.
+    """Limits of one streaming multiprocessor (SM); shared memory in bytes.
 
-    CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+    Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
     """
 
     capability: int
@@ -41,9 +41,9 @@ ARCHITECTURES = {
     "sm_100": Architecture(100, 228 << 10, 227 << 10, 512),
 }
 
-# What the driver keeps of the shared memory for itself, per block (same table, a footnote).
+# Bytes of shared memory that the driver reserves per block (a footnote to the same table).
 RESERVED_SHARED = 1024
-_REGISTER_UNIT = 256  # registers are handed out per warp, in units of this
+_REGISTER_UNIT = 256  # registers are allocated per warp, in units of this
 _SHARED_UNIT = 128
 
 
@@ -78,7 +78,7 @@ def wheel_binary(name: str) -> Path:
 
 
 def missing_tools() -> str:
-    """Why no report can be made here, or an empty string."""
+    """Why no report can be made here; empty if it can."""
     try:
         missing = [name for name in ("ptxas", "cuobjdump", "nvdisasm") if not wheel_binary(name).exists()]
     except ImportError:
@@ -87,7 +87,7 @@ def missing_tools() -> str:
 
 
 def _output(tool: str, *arguments: str) -> str:
-    """What a tool prints; only an exit code is an error, warnings on stderr are not."""
+    """The output of a tool; RuntimeError for an exit code other than 0, but not for warnings on stderr."""
     done = subprocess.run([str(wheel_binary(tool)), *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{tool} failed: {done.stderr.strip()[-500:]}")
@@ -95,7 +95,7 @@ def _output(tool: str, *arguments: str) -> str:
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions that decide what the compiler makes of a kernel."""
+    """Versions of Triton and its assemblers, which decide the machine code of a kernel."""
     import triton
 
     versions = {"triton": triton.__version__}
@@ -112,12 +112,12 @@ def _cases(architecture: str, recorded: Recorded) -> dict[str, KernelCase]:
 
 
 def kernel_names(architecture: str, pattern: str = "", recorded: Recorded = recorded_kernels) -> list[str]:
-    """Every kernel that is launched on an architecture and whose name contains the regular expression ``pattern``."""
+    """The names of the kernels launched on an architecture in which the regular expression ``pattern`` is found."""
     return [name for name in _cases(architecture, recorded) if re.search(pattern, name)]
 
 
 def report_row(architecture: str, kernel: str, recorded: Recorded = recorded_kernels) -> Row:
-    """Compile one kernel and describe it. A kernel that does not compile has a row too, with ``error`` filled."""
+    """Compile one kernel and describe it. A kernel that does not compile has a row with its ``error``."""
     case = _cases(architecture, recorded)[kernel]
     row: Row = {"architecture": architecture, "kernel": kernel, "tile": _tile_name(case.constants)}
     row |= {"warps": case.num_warps, "stages": case.num_stages, "dtype": case.dtype}
@@ -141,7 +141,7 @@ def _tile_name(constants: dict[str, Any]) -> str:
 
 
 def _describe(case: KernelCase, arch: Architecture, *, disassembled: bool) -> Row:
-    """What ptxas says of a kernel, and what its instructions do; the disassembler takes most of the report's time."""
+    """Resources and instruction counts of a kernel. ``disassembled`` False saves most of the time, and the counts."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -154,7 +154,7 @@ def _describe(case: KernelCase, arch: Architecture, *, disassembled: bool) -> Ro
         file.flush()
         name = compiled.metadata.name
         resources = sass.parse_resources(_output("cuobjdump", "--dump-resource-usage", file.name), name)
-        # Its dataflow analysis takes a quarter of its time, and changes nothing that is printed.
+        # -ndf leaves out a dataflow analysis, which takes a quarter of the time and changes nothing that is printed.
         disassembly = _output("nvdisasm", "-c", "-ndf", file.name) if disassembled else ""
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0
     blocks = resident_blocks(arch, resources.registers, shared, case.num_warps, columns)
@@ -173,7 +173,7 @@ def _describe(case: KernelCase, arch: Architecture, *, disassembled: bool) -> Ro
         **row,
         "spill_instructions": listing.count(r"STL|LDL"),
         "matrix_instructions": " ".join(listing.matrix_opcodes()),
-        # Hopper: waits that leave one product running, so that the next is issued before this one has ended.
+        # Hopper: waits that leave one product in flight, so that the next is issued before it has ended.
         "waits_in_flight": len(re.findall(r"WARPGROUP\.DEPBAR\S* gsb0, 0x1\b", disassembly)),
         "two_byte_loads": listing.count(r"LDG\S*\.U16"),
         "bulk_loads": listing.count("UTMALDG"),
@@ -185,16 +185,16 @@ def _describe(case: KernelCase, arch: Architecture, *, disassembled: bool) -> Ro
 
 
 def _per_element(case: KernelCase, listing: sass.Listing) -> Row:
-    """The epilogue's instructions per accumulator element in the common branch, for kernels with tiles."""
+    """Instructions of the epilogue per accumulator element in the common branch; empty for kernels without tiles."""
     if not case.elements:
         return {}
     per_thread = max(1, case.elements // (case.num_warps * WARP))
     needed, column = (sass.MAXIMUM, "maxima") if case.maxima else (sass.EXPONENTIAL, "exponentials")
     executed = sass.cheapest_epilogue(listing, max(1, case.maxima) * per_thread, needed)
-    if executed is None:  # no walk between two products has as many for every element
+    if executed is None:  # no path between two products has one for every element
         return {f"{column}_per_element": "fewer"}
     row: Row = {f"{column}_per_element": f"{sass.times_executed(executed, needed) / per_thread:.2f}"}
-    if case.dtype == "fp32":  # such a product runs on the same units as the epilogue, which it dwarfs
+    if case.dtype == "fp32":  # the product runs on the units of the epilogue, and has far more instructions
         return row
     row["float32_per_element"] = f"{sass.float32_operations(executed) / per_thread:.2f}"
     row["epilogue_per_element"] = f"{executed.total() / per_thread:.2f}"
@@ -204,9 +204,9 @@ def _per_element(case: KernelCase, listing: sass.Listing) -> Row:
 def report(
     architectures: Sequence[str], pattern: str, processes: int, recorded: Recorded = recorded_kernels
 ) -> list[Row]:
-    """Describe every kernel, in fresh processes that really compile: under the interpreter a kernel is no kernel.
+    """Describe every kernel, in fresh processes without the interpreter, under which nothing is compiled.
 
-    Other launches than the usual ones (``recorded``) are not disassembled, which would take most of the time.
+    Only the default ``recorded`` is disassembled, which takes most of the time.
     """
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["LTLOSS_TILES"] = ""  # the project's tiles, not those tuned on this machine

@@ -1,6 +1,6 @@
-"""Reads what ptxas made of a kernel: registers, instructions, and the cheapest walk through one tile's epilogue.
+"""Read the machine code of a kernel: registers, instructions, and the shortest path through one tile's epilogue.
 
-Works on the text of ``cuobjdump --dump-resource-usage`` and ``nvdisasm -c``; needs neither a GPU nor Triton.
+It works on the text of ``cuobjdump --dump-resource-usage`` and ``nvdisasm -c``, and needs neither a GPU nor Triton.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _CONDITION = re.compile(r"!?U?P\d")
 
 
 class Resources(NamedTuple):
-    """Per thread: registers and stack bytes (a stack is where spilled registers go). Per block: static shared bytes."""
+    """Resources of a kernel."""
 
-    registers: int
-    stack: int
-    shared: int
+    registers: int  # per thread
+    stack: int  # bytes per thread; spilled registers go there
+    shared: int  # bytes of static shared memory per block
 
 
 def parse_resources(text: str, kernel: str) -> Resources:
@@ -61,7 +61,7 @@ class Instruction:
 
     @property
     def leaves(self) -> bool:
-        """Whether the program may end here."""
+        """Whether the program can end here."""
         return self.opcode.startswith(("EXIT", "RET"))
 
 
@@ -73,7 +73,7 @@ class Listing:
     labels: dict[str, int]
 
     def count(self, pattern: str) -> int:
-        """How many opcodes the regular expression matches from their beginning."""
+        """How many opcodes begin with a match of the regular expression."""
         expression = re.compile(pattern)
         return sum(expression.match(one.opcode) is not None for one in self.instructions)
 
@@ -82,7 +82,7 @@ class Listing:
         return sorted({one.opcode for one in self.instructions if one.is_matrix})
 
     def followers(self, index: int) -> list[int]:
-        """The instructions that may be executed after one."""
+        """The indices of the instructions that can follow one."""
         one = self.instructions[index]
         found = [self.labels[one.target]] if one.target in self.labels else []
         if one.guarded or not (one.leaves or one.target):
@@ -116,7 +116,7 @@ def _instruction(found: re.Match[str]) -> Instruction:
     opcode, rest = found["opcode"], found["rest"]
     target = _TARGET.search(rest) if opcode.startswith(("BRA", "CALL")) else None
     if target and opcode.startswith("CALL") and not target.group(1).startswith(".L_"):
-        target = None  # another function, which comes back; to a label of this one, CALL is a jump
+        target = None  # a call of another function returns; CALL to a label of this function is a jump
     before = rest[: target.start()] if target else ""
     # Blackwell writes `BRA.U UP0, target`: the condition is an operand. BRA.DIV leaves only where a warp diverges.
     conditional = bool(_CONDITION.search(before)) or opcode.startswith("BRA.DIV")
@@ -124,7 +124,7 @@ def _instruction(found: re.Match[str]) -> Instruction:
 
 
 def _stretches(listing: Listing) -> dict[int, int]:
-    """Where straight code starts, and where it ends: after a branch or a matrix instruction, or before a label."""
+    """Start -> end of each straight stretch of code: it ends after a branch or matrix instruction, or at a label."""
     code = listing.instructions
     branches = ("BRA", "CALL", "EXIT", "RET")
     after = {index + 1 for index, one in enumerate(code) if one.is_matrix or one.opcode.startswith(branches)}
@@ -133,15 +133,15 @@ def _stretches(listing: Listing) -> dict[int, int]:
 
 
 def cheapest_epilogue(listing: Listing, times: int, counted: str = EXPONENTIAL) -> Counter[str] | None:
-    """What one thread executes between two tiles' products when it takes no branch that it can avoid.
+    """The instructions that one thread executes between two tiles' products on the shortest path.
 
-    Of all walks from a matrix instruction to the next one (or to the end of the program) that execute at least
-    ``times`` instructions whose opcode starts with ``counted``, the one with the fewest instructions: so the branch for
-    tiles that hold a label is left out, and so is another copy of the epilogue for another case. A kernel without
-    matrix instructions is walked from its entry to its end.
+    Of all paths from a matrix instruction to the next one (or to the end of the program) that execute at least
+    ``times`` instructions whose opcode starts with ``counted``, it is the one with the fewest instructions. So the
+    branch for tiles that hold a label is not counted, nor a second copy of the epilogue for another case. In a kernel
+    without matrix instructions the path goes from its entry to its end.
 
     Returns:
-        How often each opcode is executed, or None where no walk executes that many of the counted instructions.
+        How often each opcode is executed, or None if no path executes that many of the counted instructions.
     """
     code, stretches = listing.instructions, _stretches(listing)
     after_product = {after for index, one in enumerate(code) if one.is_matrix for after in listing.followers(index)}
@@ -167,12 +167,12 @@ def cheapest_epilogue(listing: Listing, times: int, counted: str = EXPONENTIAL) 
 
 
 def times_executed(executed: Counter[str], counted: str) -> int:
-    """How many opcodes start with ``counted``; Blackwell's maximum of three (FMNMX3) is two maxima."""
+    """How many executed opcodes start with ``counted``; Blackwell's maximum of three (FMNMX3) counts as two."""
     return sum(times * (1 + op.startswith("FMNMX3")) for op, times in executed.items() if op.startswith(counted))
 
 
 def float32_operations(executed: Counter[str]) -> int:
-    """Float32 additions, multiplications and fused ones; Blackwell's packed forms (FFMA2) do two."""
+    """The float32 additions, multiplications and fused ones executed; Blackwell's packed forms (FFMA2) count as two."""
     total = 0
     for opcode, times in executed.items():
         if found := FLOAT32.match(opcode):

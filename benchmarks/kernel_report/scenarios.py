@@ -1,4 +1,4 @@
-"""Steps and searches that between them launch every kernel in every form that a user's may have."""
+"""Steps and searches that together launch every kernel in every form that users can launch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ltloss.margins import Margin, Objective
 
 __all__ = ["FLOAT8_FROM", "RULES", "loss_step", "prototype_update", "scenarios"]
 
-# Not multiples of a tile nor of 16, more than one of each: nothing is specialised on that a step may not have.
+# Several tiles of each, and no multiples of a tile or of 16, so that Triton specialises for no accidental divisor.
 _SAMPLES, _CLASSES = 600, 2200
-_FEW_SAMPLES = (300, 60)  # read prototypes once; and in tiles of 64 rows
+_FEW_SAMPLES = (300, 60)  # prototypes are read once; with 60, in tiles of 64 rows
 _UNEVEN, _NARROW, _WIDTH, _WIDEST = 100, 128, 512, 8192
 _BYTES = 256 << 20  # of workspace
 FLOAT8 = torch.float8_e4m3fn
@@ -38,9 +38,9 @@ def loss_step(
 ) -> None:
     """Forward and backward of a margin loss by the entry points of the kernels; ``between`` is called between them.
 
-    ``update``: a ``PrototypeUpdate`` instead of the gradient of the prototypes; ``keep``: the exponentials, for the
-    backward; ``learns``: the prior has a gradient; ``bent``: the logits of other classes are a
-    function of themselves; ``several``: two labels a sample; ``limit``: bytes of workspace.
+    ``update``: a ``PrototypeUpdate`` in place of the gradient of the prototypes. ``keep``: keep the exponentials for
+    the backward. ``learns``: the prior has a gradient. ``bent``: logits of other classes above a threshold are changed
+    by a polynomial. ``several``: two labels per sample. ``limit``: bytes of workspace. ``options``: of ``Objective``.
     """
     import ltloss_kernels as kernels
 
@@ -77,7 +77,7 @@ def loss_step(
     )
 
 
-# The settings of each rule, and how many states a prototype has; one of Adagrad is a number a class.
+# The settings of each rule, and how many states it has. The state of Adagrad is one number per class.
 RULES: dict[str, tuple[tuple[float, ...], int]] = {
     "sgd": ((0.9, 0.0, 1e-4), 1),
     "nesterov": ((0.9, 0.0, 1e-4), 1),
@@ -94,7 +94,7 @@ def prototype_update(
     seed: int = 0,
     **rest: Any,
 ) -> Any:
-    """A ``PrototypeUpdate`` of these prototypes, with a state of which no memory is touched."""
+    """A ``PrototypeUpdate`` of these prototypes, with uninitialised state."""
     import ltloss_kernels as kernels
 
     settings, states = RULES[rule]
@@ -119,7 +119,7 @@ def prototype_update(
 
 
 def _updates(arch: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Few and many samples, prototypes of half and single precision and float8, wide and uneven rows."""
+    """Fused updates: few and many samples, prototypes of half and single precision and float8, wide and uneven rows."""
     half, single = torch.bfloat16, torch.float32
     some = ("sgd", "adamw")
     yield from _rules(f"bf16, N = {_FEW_SAMPLES[0]}", *_matrices(_FEW_SAMPLES[0], _WIDTH, half, half))
@@ -137,7 +137,7 @@ def _updates(arch: int) -> Iterator[tuple[str, Callable[[], None]]]:
 def _rules(
     label: str, features: torch.Tensor, prototypes: torch.Tensor, chosen: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Each rule with float32 state, and what takes most registers: everything rounded, everything asked for."""
+    """Each rule with float32 state, and the options that take most registers: rounded state, clipping, loss scale."""
     half, loss_scale = prototypes.dtype == torch.bfloat16, torch.ones(())
     variants: dict[str, tuple[str, dict[str, Any]]] = {
         "sgd": ("sgd", {}),
@@ -192,7 +192,7 @@ def _losses(features: torch.Tensor, prototypes: torch.Tensor) -> Iterator[tuple[
 
 
 def _kept() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Exponentials kept: relative to a fixed shift, and with a running maximum and all that takes registers besides."""
+    """Kept exponentials: with a fixed shift, and with a running maximum and the options that take most registers."""
     from ltloss_kernels.config.precision import float32_products
 
     half, single = torch.bfloat16, torch.float32
@@ -215,7 +215,7 @@ def _kept() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def _sub_centers() -> Iterator[tuple[str, Callable[[], None]]]:
-    """The nearest of several prototypes a class, with all that takes registers besides."""
+    """Sub-centres, with the options that take most registers."""
     from ltloss_kernels.config.precision import float32_products
 
     largest = {"log_prior": torch.linspace(0.1, 0.5, _CLASSES), "label_smoothing": 0.1, "learns": True}
@@ -240,7 +240,10 @@ def _matrices(samples: int, width: int, left: torch.dtype, right: torch.dtype) -
 
 
 def _products(arch: int) -> list[tuple[str, torch.dtype, torch.dtype, str, tuple[str, ...] | None]]:
-    """Dtypes of features and prototypes, by a label; the precision of float32 products; which losses and searches."""
+    """(label, dtype of features, dtype of prototypes, precision of float32 products, names of losses and searches).
+
+    The names are None for all.
+    """
     half, single = torch.bfloat16, torch.float32
     losses = ("fixed", "online", "bent", "two labels", "everything", "everything, learning prior")
     some = (*losses, "all", "top 5")
@@ -255,7 +258,7 @@ def _products(arch: int) -> list[tuple[str, torch.dtype, torch.dtype, str, tuple
 
 
 def scenarios(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Everything that is launched for a compute capability, by name; each to be run before the next is asked for."""
+    """Every scenario for a compute capability, by name; run each before taking the next one."""
     from ltloss_kernels.config.precision import float32_products
 
     half, products = torch.bfloat16, _products(arch)

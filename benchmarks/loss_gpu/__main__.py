@@ -1,14 +1,15 @@
-"""``python -m benchmarks.loss_gpu``: is it right on this GPU, how fast is it, and which tiles are fastest?
+"""``python -m benchmarks.loss_gpu``: is the loss right on this GPU, how fast is it, and which tiles are fastest?
 
 Three stages, each of which can be run alone (``--stage``):
 
-1. correctness: every loss against float64, compiled and not interpreted, with each assembler that Triton brings, each
-   case in a process that a crash costs nothing else; then what a GPU adds (graphs, big tensors).
-2. times: forward and backward apart, ours at every shape and then the peers, each beside a large bf16 product that
-   gives P, the rate that the GPU reaches at that moment. Also if something failed before: then the rows say what.
-3. tiles: every candidate tile, other slabs and other products; winners in the form of the tile table.
+1. correctness: every loss against float64, with compiled kernels and each assembler that Triton brings, in processes
+   whose crash costs one case only; then properties that only a GPU can break (graphs, large tensors).
+2. times: forward and backward separately, ours at every shape, then the peers. Each is beside a large bf16 product,
+   which gives P, the rate that the GPU reaches at that moment. If something failed before, it is timed all the same,
+   and the rows say what failed.
+3. tiles: every candidate tile, other slabs and other products; winners are printed as lines of the tile table.
 
-Ends within ``--minutes`` whatever happens, and writes what it has, each as soon as it is known: rows to
+It ends within ``--minutes`` whatever happens, and writes each result as soon as it is known: rows to
 ``results/<device>.csv``, ``-correctness.csv`` and ``-tiles.csv``, findings to ``.txt``. Exit codes: 0 fine, 1 something
 is wrong, 2 cannot run here, 3 stopped at the deadline.
 """
@@ -33,7 +34,7 @@ from benchmarks.peers import ON_GPU, Shape
 from benchmarks.timing import RESULTS, write_rows
 
 STAGES = ("correctness", "times", "tiles")
-# Of the time that is left when it begins.
+# The fraction of the time left at its beginning that a stage may take.
 _SHARE = {"correctness": 0.4, "times": 0.75, "tiles": 1.0}
 
 MAIN = (Shape(8192, 131_072, 512), Shape(4096, 1_000_000, 512), Shape(8192, 131_072, 4096))
@@ -45,7 +46,7 @@ OTHERS = (
 
 
 def _assemblers(device: Device) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """Versions, and the variables that choose them; the one that Triton takes by itself first."""
+    """The version of each assembler, and the variables that select it; Triton's own choice comes first."""
     if not device.is_cuda:
         yield "", {}
         return
@@ -58,7 +59,7 @@ def _assemblers(device: Device) -> Iterator[tuple[str, Mapping[str, str]]]:
 
 
 def check(bench: Bench, quick: bool) -> None:
-    """Stage 1. What fails is named in every row from now on, and times are measured all the same."""
+    """Stage 1. Every later row names what failed here; times are measured all the same."""
     rows: list[dict[str, Any]] = []
     output = None if bench.output is None else bench.output.with_name(f"{bench.output.stem}-correctness.csv")
     processes = min(8, (os.cpu_count() or 2) // 2) if bench.device.is_cuda else 0
@@ -106,7 +107,7 @@ def _shape(text: str) -> Shape:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny shapes, to try the code")
     parser.add_argument("--minutes", type=float, default=8.5, help="the run ends by then (default: 8.5)")
@@ -122,7 +123,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, measure, write; see the module's text for the exit code."""
+    """Check, measure and write; the module's docstring lists the exit codes."""
     options = parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here; --device cpu tries the code on tiny shapes", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Work in processes of their own: what breaks a device, or ends a process, costs one piece of work and no other."""
+"""Run work in separate processes, so that a broken device or a dead process costs one piece of work only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Answer", "Worker", "spread"]
 
 
 class Answer(NamedTuple):
-    """What a piece of work returned, or why it has no value."""
+    """The value that a piece of work returned, or the ``problem`` that prevented it."""
 
     value: Any
     problem: str = ""
@@ -26,16 +26,16 @@ class Answer(NamedTuple):
 def _attempt(kind: str, function: Callable[..., Any], arguments: Sequence[Any]) -> Answer:
     try:
         value = function(*arguments)
-        Device(kind).release()  # an illegal access is reported by whatever comes after it
+        Device(kind).release()  # CUDA reports an illegal access at a later call, such as this one
     except Exception as error:
         return Answer(None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     return Answer(value)
 
 
 class Worker:
-    """Does one thing after the other, in a process of its own, and in a new one after each that raised or died.
+    """Runs one function after the other in a separate process, which is replaced after a function raised or died.
 
-    ``apart`` False: in this process. ``environment``: variables that the process has besides.
+    ``apart`` False: in this process. ``environment``: more variables for the separate process.
     """
 
     def __init__(self, kind: str, *, apart: bool, environment: Mapping[str, str] | None = None) -> None:
@@ -43,7 +43,7 @@ class Worker:
         self._pool: ProcessPoolExecutor | None = None
 
     def do(self, function: Callable[..., Any], *arguments: Any) -> Answer:
-        """The answer of ``function(*arguments)``."""
+        """Run ``function(*arguments)``, and return its answer."""
         if not self._apart:
             return _attempt(self._kind, function, arguments)
         if self._pool is None:
@@ -71,7 +71,7 @@ def spread(
     processes: int,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Any, Answer]]:
-    """Each item with its answer, as soon as it is there; items for which the time does not last are left out.
+    """Yield each item with the answer of ``function`` as soon as it is known, until the deadline.
 
     ``processes`` 0: one item after the other, in this process.
     """

@@ -1,8 +1,8 @@
-"""Is what the GPU computes right? Every loss of the family, dtypes, shapes and inputs, against float64.
+"""Compare what the GPU computes with float64: every loss of the family, over dtypes, shapes and inputs.
 
-Two bounds. An error beyond ``WRONG`` times the allowed one, or a NaN, is a mistake: nothing is timed then. The allowed
-error is the project's promise: 1.5 times that of plain PyTorch, which multiplies in the same dtype, plus roundings of
-the result.
+There are two bounds. The allowed error is the project's promise: 1.5 times that of plain PyTorch, which multiplies in
+the same dtype, plus the rounding of the result. An error above it is "less accurate than promised". An error above
+``WRONG`` times the allowed one, or a NaN, is a mistake.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ltloss.testing import FAMILY, Outcome, Problem, outcome, problem
 Dtypes = tuple[torch.dtype, torch.dtype]  # of features and prototypes
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 FACTOR, WRONG = 1.5, 8.0
-# Of two equally good float32 implementations either may be the luckier; on three samples that is some dozen roundings.
+# Allowed to every result: of two equally good float32 implementations either may round more luckily, on three samples
+# by some dozen roundings.
 FLOOR = 2.0**-18
 
 SHAPES = (
@@ -51,7 +52,7 @@ DTYPES: tuple[Dtypes, ...] = (
     (BF16, FP8),  # which has no gradient dW
 )
 SCALES = (1.0, 64.0, 100.0, 512.0)
-USUAL, SMALL = 256 << 20, 1 << 20  # bytes of workspace; the small one makes slabs of 1024 classes
+USUAL, SMALL = 256 << 20, 1 << 20  # bytes of workspace; with the small one slabs have 1024 classes
 
 
 class Case(NamedTuple):
@@ -65,7 +66,7 @@ class Case(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Relative errors (2-norm) of loss, feature gradient and prototype gradient (if any), and what each was allowed."""
+    """Relative errors (2-norm) of loss, feature gradient and prototype gradient (if any), and the allowed errors."""
 
     case: str
     errors: tuple[float, ...]
@@ -73,12 +74,12 @@ class Verdict(NamedTuple):
 
     @property
     def worst(self) -> float:
-        """Largest error as a multiple of what was allowed; infinite for NaN."""
+        """The largest error as a multiple of the allowed one; infinite for NaN."""
         ratios = [error / bound for error, bound in zip(self.errors, self.allowed, strict=True)]
         return max(ratio if ratio == ratio else float("inf") for ratio in ratios)
 
     def problem(self) -> str:
-        """WRONG, or less accurate than promised, with the numbers; empty where neither."""
+        """What is wrong, or less accurate than promised, with the numbers; empty if nothing is."""
         if self.worst <= 1.0:
             return ""
         pairs = zip(("loss", "dX", "dW"), self.errors, self.allowed, strict=False)
@@ -86,13 +87,13 @@ class Verdict(NamedTuple):
         return f"{'WRONG' if self.worst > WRONG else 'less accurate than promised'}, {text}"
 
     def row(self) -> dict[str, str]:
-        """For a table."""
+        """The errors as columns of a table."""
         names = ("loss", "features", "prototypes")
         return {name: f"{error:.2e}" for name, error in zip(names, self.errors, strict=False)}
 
 
 def _inputs(n: int, c: int, d: int) -> dict[str, Problem]:
-    """The kinds of inputs on which an implementation could be worse than PyTorch."""
+    """Inputs by name on which an implementation could be less accurate than PyTorch."""
     given = problem(n, c, d)
     own = given.prototypes[given.labels.clamp_min(0)]
     trained = 3.0 * own + 0.15 * given.features
@@ -109,9 +110,9 @@ def _inputs(n: int, c: int, d: int) -> dict[str, Problem]:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """What is compared, the most telling first, in case the time runs out."""
+    """All cases, the most telling first, in case the time runs out."""
     c, d = 1000, 96
-    few, many = 200, 600  # up to 512 samples other kernels run
+    few, many = 200, 600  # up to 512 samples other kernels run than for more
     sizes = ((BF16, BF16, few), (BF16, BF16, many), (FP16, FP16, many), (FP32, FP32, many), (BF16, FP32, few))
     for x, w, n in sizes[: 2 if quick else None]:  # the last: float32 master weights under bfloat16
         for loss, options in FAMILY.items():
@@ -134,7 +135,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def _several_slabs(quick: bool) -> Iterator[Case]:
-    """More classes than a slab of the backward holds, in every pair of dtypes; one sample; many classes."""
+    """Cases with more classes than a slab of the backward, in all pairs of dtypes; one sample; many classes."""
     for dtypes in DTYPES[: 2 if quick else None]:
         for n in (130,) if quick else (130, 1, 600):
             for loss in ("long_tail",) if quick else ("long_tail", "everything"):
@@ -145,13 +146,13 @@ def _several_slabs(quick: bool) -> Iterator[Case]:
 
 
 def product_dtype(dtypes: Dtypes) -> torch.dtype:
-    """In what the product runs: the features' half precision, float32 where that or the pair does not allow it."""
+    """The dtype of the product: the features' half precision if the prototypes allow it, else float32."""
     features, prototypes = dtypes
     return features if features != FP32 and prototypes in (features, FP32, FP8) else FP32
 
 
 def plain_pytorch(dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The reference with its one matrix product, and the unit vectors that go in, in ``dtype``."""
+    """The reference with its matrix product and the unit vectors of the product in ``dtype``."""
 
     def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
         unit = reference.direction(features.to(dtype)), reference.direction(prototypes.to(dtype))
@@ -170,7 +171,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def compare(case: Case, device: str) -> Verdict:
-    """Ours and plain PyTorch, both against float64 on the same, already rounded numbers."""
+    """Compare ours and plain PyTorch with float64, on the same numbers, already rounded to the case's dtypes."""
     features, prototypes, labels = (tensor.to(device) for tensor in case.given)
     given = Problem(features.to(case.dtypes[0]), prototypes.to(case.dtypes[1]), labels)
     options = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in case.options.items()}
@@ -205,7 +206,7 @@ def _distances(found: Sequence[Tensor], exact: Outcome) -> list[float]:
 
 @dataclass
 class Summary:
-    """Counts of one run, and the sentences about what went wrong."""
+    """Counts of one run, and descriptions of what is wrong or inaccurate."""
 
     compared: int = 0
     left_out: int = 0
@@ -214,7 +215,7 @@ class Summary:
     inaccurate: list[str] = field(default_factory=list)
 
     def add(self, verdict: Verdict) -> None:
-        """Take one comparison in."""
+        """Add the verdict of one comparison."""
         self.worst = max(self.worst, verdict.worst)
         if problem := verdict.problem():
             (self.wrong if verdict.worst > WRONG else self.inaccurate).append(f"{verdict.case}: {problem}")
@@ -226,7 +227,7 @@ def _all_cases(quick: bool) -> list[Case]:
 
 
 def check_case(number: int, device: str, quick: bool) -> Verdict:
-    """Compare one of the cases."""
+    """Run the comparison of case number ``number``."""
     return compare(_all_cases(quick)[number], device)
 
 
@@ -238,10 +239,10 @@ def check_all(
     environment: Mapping[str, str] | None = None,
     tell: Callable[[str, Answer], None] = lambda name, answer: None,
 ) -> Summary:
-    """Run every case that the time allows; ``tell`` gets the answer of each at once.
+    """Run every case that the time allows; ``tell`` is called with the answer of each at once.
 
-    In ``processes`` processes, each with ``environment`` besides, for nearly all of the time is spent compiling; a case
-    that ends its process costs that case.
+    They run in ``processes`` processes with the variables ``environment``, because nearly all of the time goes to
+    compiling. A case that ends its process costs only itself.
     """
     names = [f"{case.name} {tuple(str(one).removeprefix('torch.') for one in case.dtypes)}" for case in cases(quick)]
     summary = Summary(left_out=len(names))

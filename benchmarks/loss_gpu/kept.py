@@ -1,4 +1,4 @@
-"""Forward and backward with exponentials kept in between, and without, at shapes where either may win."""
+"""Forward and backward with and without kept exponentials, at shapes where either may be faster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHAPES = (
     Shape(8192, 131_072, 512),
     Shape(8192, 131_072, 1024),
 )
-_ROOM = 256 << 20  # the usual workspace, beside what is kept
+_ROOM = 256 << 20  # bytes of the usual workspace, beside what is kept
 
 
 def _step(keep: bool, device: str, shape: Shape, dtype: torch.dtype) -> Callable[[], None]:
@@ -41,7 +41,7 @@ def _step(keep: bool, device: str, shape: Shape, dtype: torch.dtype) -> Callable
 
 @cache
 def _checked(device: str, dtype: torch.dtype) -> None:
-    """Raises where keeping changes a gradient by more than the rounding of what is kept."""
+    """Raise RuntimeError if keeping changes a gradient by more than the rounding of what is kept."""
     inputs, found = Inputs.draw(_SMALL[0], device=device, dtype=dtype), []
     for keep in (False, True):
         inputs.drop_gradients()

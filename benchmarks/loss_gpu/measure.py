@@ -1,7 +1,7 @@
-"""How a GPU is measured: CUDA events, peak memory, host time, launches, and a deadline that is kept.
+"""Measure on a GPU: times by CUDA events, peak memory, host time, launches; and deadlines.
 
 Everything also runs on the CPU (`--device cpu`), with a wall clock and without memory figures, so that the whole
-benchmark can be tested where there is no GPU.
+benchmark can be tested without a GPU.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Step = Callable[[], Any]
 
 
 class TooSlow(Exception):
-    """A provider whose repeats would not fit into the time that is left."""
+    """Raised for a provider whose repeats would take longer than the time left."""
 
 
 class Deadline:
-    """The time that the whole run may take, and what is left of it."""
+    """The time at which a run or a section must end."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -40,18 +40,18 @@ class Deadline:
         return self._end - self._clock()
 
     def share(self, part: float) -> Deadline:
-        """A deadline of its own for a section that may take ``part`` of what is left."""
+        """A deadline for a section that may take the fraction ``part`` of the time left."""
         return Deadline(max(0.0, part * self.left()), self._clock)
 
     def allow(self, seconds: float) -> None:
-        """Raise TooSlow where something that takes ``seconds`` would end too late."""
+        """Raise TooSlow if something that takes ``seconds`` would end after the deadline."""
         if seconds > self.left():
             raise TooSlow(f"too slow: would take {seconds:.1f} s, {max(0.0, self.left()):.1f} s are left")
 
 
 @contextlib.contextmanager
 def waiting_is_an_error() -> Iterator[None]:
-    """Within the block whatever waits for the device raises."""
+    """Within the block, an operation that waits for the device raises an error."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -61,9 +61,10 @@ def waiting_is_an_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ends_within(seconds: float, before_ending: Callable[[], None]) -> Iterator[None]:
-    """End the process and its workers after ``seconds``, whatever they wait for then (a compiler, the device): code 3.
+    """End the process and its workers after ``seconds``, with exit code 3.
 
-    A timer thread and not a signal: Python handles signals only between two of its own instructions.
+    It ends them even if they wait for a compiler or the device. A timer thread does this, not a signal, because Python
+    handles signals only between two of its own instructions.
     """
 
     def end() -> None:
@@ -84,7 +85,7 @@ def ends_within(seconds: float, before_ending: Callable[[], None]) -> Iterator[N
 
 
 class Phases(NamedTuple):
-    """Milliseconds of each repeat: one list per step, and one for the product that is measured between them."""
+    """Milliseconds of each repeat: a list for each step, and a list for the product that runs before them."""
 
     steps: list[list[float]]
     product: list[float]
@@ -98,11 +99,11 @@ class Device:
         self.is_cuda = kind == "cuda"
 
     def name(self) -> str:
-        """Of the GPU, or of the processor."""
+        """The name of the GPU, or of the processor."""
         return torch.cuda.get_device_name() if self.is_cuda else stamp()["device"]
 
     def stamp(self) -> dict[str, str]:
-        """Who measured, for every row."""
+        """Date, commit, device and versions, for every row."""
         try:
             import triton
 
@@ -118,7 +119,7 @@ class Device:
             torch.cuda.synchronize()
 
     def release(self) -> None:
-        """Give memory that nobody holds back to the driver, so that one provider's fragments do not hit the next."""
+        """Return unused memory to the driver, so that a provider's fragments do not affect the next one."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
@@ -152,7 +153,7 @@ class Device:
         return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
 
     def peak_bytes(self, steps: Sequence[Step]) -> list[int | None]:
-        """How far each step drives the allocated memory above where it stood before the first; None on a CPU."""
+        """How many bytes each step drives the allocated memory above its level before the first step; None on a CPU."""
         if not self.is_cuda:
             for step in steps:
                 step()
@@ -169,7 +170,7 @@ class Device:
         return peaks
 
     def host_microseconds(self, step: Step) -> float:
-        """Time until a call returns, without waiting for the device: the median of rounds that fit its queue."""
+        """Median time until a call returns, without waiting for the device; each round fits the device's queue."""
         rounds, calls = (5, 10) if self.is_cuda else (1, 1)  # interpreted, it says nothing and takes minutes
         seconds = []
         for _ in range(rounds):
@@ -182,7 +183,7 @@ class Device:
         return 1e6 * statistics.median(seconds)
 
     def launches(self, step: Step) -> int | None:
-        """How many kernels, copies and fills a step starts on the device; None where the profiler cannot say."""
+        """How many kernels, copies and fills a step starts on the device; None if the profiler cannot tell."""
         if not self.is_cuda:
             return None
         activities = [torch.profiler.ProfilerActivity.CUDA]

@@ -1,4 +1,4 @@
-"""The searches on a GPU: are they right, and who is measured: nearest prototype, best classes, and a long-tail step."""
+"""The searches on a GPU: checks of nearest prototype, top-k and minimum angle, and the cases that are timed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from benchmarks.peers import Shape
 from ltloss import LongTailLoss, functional, reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# How far the cosine of what is found may lie below the best one, in float64 on the rounded numbers: ours sums exact
-# products in float32, the peers round their cosines to half precision.
+# The largest shortfall of a found cosine, in float64 on the rounded numbers: ours sums exact products in float32, the
+# peers round their cosines to half precision.
 OURS, PEERS = 1e-5, 2.0**-7
 _ROWS = 4096  # of the peers' products at a time
 
@@ -28,7 +28,7 @@ def _draw(device: str, rows: int, width: int, dtype: torch.dtype, seed: int = 0)
 
 
 def nearest_is_right(device: Device) -> str:
-    """All rows and some, dtypes, widths that are copied, ties by copies, against float64."""
+    """Nearest prototypes against float64: all rows and some, several dtypes, widths that need copies, and ties."""
     for c, d, dtype in ((5, 3, FP32), (300, 72, BF16), (1000, 512, BF16), (777, 33, FP16), (1300, 96, FP32)):
         prototypes = _draw(device.kind, c, d, dtype)
         prototypes[c - 1] = prototypes[1]
@@ -44,7 +44,7 @@ def nearest_is_right(device: Device) -> str:
 
 
 def top_k_is_right(device: Device) -> str:
-    """Several k, dtypes and chunks, against float64."""
+    """Top-k against float64: several k, dtypes and chunks."""
     for n, c, d, k in ((1, 1, 5, 1), (7, 300, 33, 5), (200, 1000, 512, 128), (130, 5000, 64, 10)):
         for dtype in (BF16, FP32):
             features, prototypes = _draw(device.kind, n, d, dtype, 1), _draw(device.kind, c, d, dtype)
@@ -55,8 +55,8 @@ def top_k_is_right(device: Device) -> str:
 
 
 def minimum_angle_is_right(device: Device) -> str:
-    """Value and gradient of the regulariser against float64, also with one neighbour of many; the same bits twice."""
-    c, around = 2000, 1400  # so many have one nearest: several chunks of its gradient, and a rest
+    """Value and gradient of the regulariser against float64, and equal bits twice; many classes share a neighbour."""
+    c, around = 2000, 1400  # so many share a nearest one, whose gradient then has several chunks and a rest
     for dtype, tolerance in ((FP32, 1e-4), (BF16, 2.0**-7)):
         prototypes = _draw(device.kind, c, 64, dtype)
         prototypes[:around] += 3.0 * prototypes[7]
@@ -83,7 +83,7 @@ PROPERTIES: tuple[Callable[[Device], str], ...] = (nearest_is_right, top_k_is_ri
 
 
 class SearchCase(NamedTuple):
-    """Something to time: ``build(device, shape)`` checks it and returns it; ``operations`` per N·C·D."""
+    """A function to time: ``build(device, shape, dtype)`` makes and checks it; ``operations`` are per N·C·D."""
 
     phase: str
     shape: Shape
@@ -95,7 +95,7 @@ class SearchCase(NamedTuple):
 
 
 def _search(k: int | None, rows: int | None, device: str, shape: Shape, dtype: torch.dtype) -> Callable[[], Found]:
-    """The k best classes, or the nearest prototypes (None); by ours (None), or dense with so many rows at a time."""
+    """A search for the k best classes, nearest prototypes if k is None; ours if rows is None, else dense in blocks."""
     prototypes = _draw(device, shape.c, shape.d, dtype)
     features = prototypes if k is None else _draw(device, shape.n, shape.d, dtype, 1)
     own = torch.arange(shape.c, device=device) if k is None else None
@@ -135,7 +135,7 @@ def _long_tail_step(
 
 
 def search_cases(small: bool) -> Iterator[SearchCase]:
-    """Ours first. ``small``: tiny shapes, to try the code."""
+    """The cases, ours first. ``small``: tiny shapes, to try the code."""
     square, wide, step = Shape(100_000, 100_000, 512), Shape(8192, 131_072, 512), Shape(1024, 100_000, 512)
     if small:
         square, wide, step = Shape(40, 40, 16), Shape(12, 40, 16), Shape(12, 40, 16)

@@ -1,4 +1,4 @@
-"""What a GPU adds to being right: the same bits each time, no waiting for the device, graphs, very large tensors."""
+"""Properties checked beside accuracy: repeatable bits, no waiting for the device, CUDA graphs, very large tensors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _draw(device: Device, n: int, c: int, d: int, seed: int = 0) -> Inputs:
 
 
 def _differ(one: tuple[Tensor, ...], other: tuple[Tensor, ...], tolerance: float) -> str:
-    """Which of loss and gradients differ by more than ``tolerance``, relative by norm."""
+    """Which of loss and gradients differ by more than ``tolerance``, relative by norm; empty if none does."""
     texts = []
     for name, a, b in zip(("loss", "dX", "dW"), one, other, strict=True):
         distance = float((a.double() - b.double()).norm() / b.double().norm())
@@ -52,7 +52,7 @@ def repeatable(device: Device) -> str:
 
 
 def outside_label(device: Device) -> str:
-    """A label that no class has gives a NaN loss on a GPU (an error on a CPU), and leaves the other samples alone."""
+    """A label outside the classes gives a NaN loss on a GPU (an error on a CPU), and leaves other samples unchanged."""
     inputs = _draw(device, 8, 100, 32)
     inputs.labels[3] = 100
     try:
@@ -74,7 +74,7 @@ def not_contiguous(device: Device) -> str:
 
 
 def _searches(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Minimum angle over all rows and over some, its gradient, and the best classes."""
+    """The minimum angle over all rows and over some, its gradient, and the top-5 classes."""
     rows = torch.arange(0, inputs.prototypes.shape[0], 3, device=inputs.prototypes.device)
     values = [functional.min_angle_regularizer(inputs.prototypes, classes=chosen) for chosen in (None, rows)]
     gradient = torch.autograd.grad(values[0] + values[1], inputs.prototypes)[0]
@@ -97,7 +97,7 @@ def no_waiting(device: Device) -> str:
 
 
 def cuda_graph(device: Device) -> str:
-    """A captured step, replayed on other numbers, gives what running it gives."""
+    """A captured step, replayed on other inputs, gives the results of running it."""
     inputs, others = _draw(device, 64, 500, 64), _draw(device, 64, 500, 64, seed=1)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -121,7 +121,7 @@ def cuda_graph(device: Device) -> str:
 
 
 def compiled(device: Device) -> str:
-    """torch.compile of a module takes it without a graph break and gives the same loss."""
+    """torch.compile compiles a module without a graph break, and the loss is the same."""
     torch.manual_seed(0)
     head = ArcFaceLoss(500, 64).to(device.kind)
     inputs = _draw(device, 64, 500, 64)
@@ -167,7 +167,7 @@ ON_A_GPU: tuple[Property, ...] = (
 
 
 class Summary(NamedTuple):
-    """How many properties were checked, and of those that do not hold, by name, what is wrong."""
+    """How many properties were checked and left out, and for those that do not hold what is wrong, by name."""
 
     compared: int
     left_out: int
@@ -175,7 +175,7 @@ class Summary(NamedTuple):
 
 
 def properties(device: Device, quick: bool) -> list[Property]:
-    """What this device can be asked for, the most telling first."""
+    """The properties to check on this device, the most telling first."""
     return [*ANYWHERE, *(ON_A_GPU[: 2 if quick else None] if device.is_cuda else ())]
 
 
@@ -187,7 +187,7 @@ def check_all(
     apart: bool,
     environment: Mapping[str, str] | None = None,
 ) -> Summary:
-    """Check what the time allows; ``apart``: in other processes, so that this one keeps a device that works."""
+    """Check the properties until the deadline; ``apart``: in another process, so that this device keeps working."""
     wrong: dict[str, str] = {}
     compared = 0
     worker = Worker(device.kind, apart=apart, environment=environment)

@@ -1,6 +1,7 @@
-"""Stage 3: which tile is fastest at which shape, and whether other slabs and other products pay.
+"""Stage 3: the fastest tile at each shape, and whether the untried choices of the kernels are faster.
 
-Winners are written as lines of ``ltloss_kernels/config/tile_table.py`` and as rows of ``results/<device>-tiles.csv``.
+Winners are printed as lines of ``ltloss_kernels/config/tile_table.py``. All results are rows of
+``results/<device>-tiles.csv``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from benchmarks.timing import write_rows
 
 Row = dict[str, Any]
 
-# Where tiles differ most: bound by the epilogue, by both, by the product, by memory.
+# Shapes where tiles differ most: bound by the epilogue, by the product, by both, by memory.
 SHAPES = (
     Shape(8192, 131_072, 512),
     Shape(8192, 131_072, 128),
@@ -32,7 +33,7 @@ SHAPES = (
 
 
 def measure(bench: Bench, shapes: Sequence[Shape], output: Path | None) -> None:
-    """Rank every candidate for as long as the time lasts; show and write what is known after each shape."""
+    """Rank every candidate until the deadline; print and write each result as soon as it is known."""
     rows: list[Row] = []
     for shape in shapes:
         for found in (_tiles, _choices):
@@ -66,7 +67,7 @@ def _tiles(bench: Bench, shape: Shape) -> Iterator[Row]:
 
 
 def _choices(bench: Bench, shape: Shape) -> Iterator[Row]:
-    """A step with another slab or another way to multiply, beside today's, in turn."""
+    """Time a step with each of ``config.choices``, in turn with the step as it is today."""
     from ltloss_kernels.config import choices
 
     from ltloss.functional import margin_cross_entropy

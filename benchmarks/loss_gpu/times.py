@@ -1,6 +1,6 @@
 """Stage 2: forward and backward of the loss and of its peers, and the searches, each beside a large library product.
 
-Every row says which properties failed before; a provider that is wrong at the very shape is not timed.
+Every row says which properties failed in stage 1. A provider that is wrong at a shape is not timed there.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Row = dict[str, Any]
 LAUNCH_BOUND = Shape(256, 1000, 512)
 TINY = (Shape(12, 40, 16), Shape(5, 33, 8))  # for --device cpu
 
-# Operations per N·C·D: one product forwards; backwards two, and one to have the logits again (the count is the same
-# for providers that stored them, so that shares compare times).
+# Operations per N·C·D: a product for the forward; for the backward two, and one for the logits again. Providers that
+# store the logits have the same count, so that shares of P compare times.
 OPERATIONS = {"forward": 2, "backward": 6, "step": 8}
 _SEARCH_REPEATS = 10
-_FLOAT64_LOGITS = 1 << 28  # of the exact reference at a time: 2 GiB, of which it holds about a dozen
+_FLOAT64_LOGITS = 1 << 28  # logits of the exact reference at a time: 2 GiB, of which it holds about a dozen
 
 
 @dataclass
 class Bench:
-    """What every measurement needs, and where its rows go."""
+    """The device, deadline and options of all measurements, and their rows."""
 
     device: Device
     deadline: Deadline
@@ -56,18 +56,18 @@ class Bench:
         self.product_operations = 2 * size**3
 
     def product(self) -> None:
-        """The product that P is measured with."""
+        """Run the product whose rate is P."""
         torch.mm(*self._operands, out=self._result)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Show rows, keep them, and write everything so far: a run that is stopped loses nothing."""
+        """Print and keep rows, and write all rows so far, so that a run that is stopped loses nothing."""
         for row in rows:
             self.rows.append({**self.stamp, **row})
             print(_line(self.rows[-1]), flush=True)
         self.write()
 
     def tell(self, *sentences: str) -> None:
-        """Show findings and write all so far, before anything else is tried that may end the process."""
+        """Print findings, and write all findings so far, before anything else may end the process."""
         print(*sentences, sep="\n", flush=True)
         self.findings += sentences
         if self.output is not None:
@@ -102,7 +102,7 @@ def _head(shape: Shape, dtype: torch.dtype, provider: str) -> Row:
 
 
 def time_shape(bench: Bench, shape: Shape, providers: Sequence[Provider], share: float, *, host: bool = False) -> None:
-    """Check and time every provider at one shape, with at most ``share`` of the time that is left."""
+    """Check and time every provider at one shape, within the fraction ``share`` of the time left."""
     deadline = bench.deadline.share(share)
     inputs = cache(lambda: Inputs.draw(shape, device=bench.device.kind, dtype=bench.dtype))
     exact = cache(lambda truth: exact_step(truth, inputs(), max(1, _FLOAT64_LOGITS // shape.c)))
@@ -119,7 +119,7 @@ def time_shape(bench: Bench, shape: Shape, providers: Sequence[Provider], share:
         bench.add({**head, **row, "relative_error": f"{error:.1e}", "note": provider.note} for row in rows)
 
     checked: dict[Provider, tuple[Callable[[], torch.Tensor], float]] = {}
-    for provider in providers:  # first check all, then forget the exact gradients, which take memory
+    for provider in providers:  # check all first, then free the exact gradients
         _attempt(bench, _head(shape, bench.dtype, provider.name), partial(check, provider))
     exact.cache_clear()
     for provider in checked:
@@ -136,9 +136,9 @@ def _reason(failure: Exception) -> str:
 
 
 def _attempt(bench: Bench, head: Row, action: Callable[[], None]) -> None:
-    """Do it; if that fails, a row says why there are no numbers. Peers may; if ours does, it must be for lack of time.
+    """Run the action; if it fails, add a row that says why. The run has failed if ours fails for anything but time.
 
-    What is said is said outside of the except block, which would keep the failed step's tensors alive.
+    The row is added outside the except block, which would keep the failed step's tensors alive.
     """
     reason = ""
     try:
@@ -147,7 +147,7 @@ def _attempt(bench: Bench, head: Row, action: Callable[[], None]) -> None:
         reason = _reason(failure)
     try:
         bench.device.release()
-    except Exception as failure:  # an illegal access is reported by whatever comes after it
+    except Exception as failure:  # CUDA reports an illegal access at a later call, such as this one
         reason = reason or _reason(failure)
     if reason:
         bench.add([{**head, "note": reason}])
@@ -157,7 +157,7 @@ def _attempt(bench: Bench, head: Row, action: Callable[[], None]) -> None:
 def _measure(
     bench: Bench, deadline: Deadline, shape: Shape, loss: Callable[[], torch.Tensor], inputs: Inputs, *, host: bool
 ) -> list[Row]:
-    """Rows of forward, backward and both: medians of hot repeats, and the memory beyond inputs and gradients."""
+    """Rows of forward, backward and both: medians after a warm-up, and the memory beyond inputs and gradients."""
     device, state = bench.device, {}
 
     def forward() -> None:
@@ -192,7 +192,7 @@ def _measure(
 
 
 def time_search(bench: Bench, case: SearchCase, deadline: Deadline) -> None:
-    """Check and time one search, and take the memory beyond its inputs."""
+    """Check and time one case, and measure the memory that it takes beyond what it holds before."""
     head = {**_head(case.shape, case.dtype, case.provider), "phase": case.phase}
 
     def measure() -> None:
@@ -235,7 +235,7 @@ def _speed(
 
 
 def run(bench: Bench, shapes: Sequence[Shape], quick: bool, usual: bool) -> None:
-    """Ours first at every shape, then the peers, the most telling shapes first; the rest with the usual shapes."""
+    """Time ours at every shape, then the peers, the most telling shapes first; ``usual`` adds updates and searches."""
     ours = [provider for provider in bench.providers if provider.name == "ltloss"]
     peers = [provider for provider in bench.providers if provider.name != "ltloss"]
     launch_bound = LAUNCH_BOUND if bench.device.is_cuda else TINY[-1]

@@ -1,4 +1,4 @@
-"""The update inside the backward on a GPU: is it right, and the whole step beside loss and torch's fused AdamW."""
+"""The fused update on a GPU: checks of its results, and whole steps timed beside the loss with torch's fused AdamW."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _batch(device: str, shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
 def _moved(
     device: str, shape: Shape, dtype: torch.dtype, build: _Build, by_slab: bool = False, **options: Any
 ) -> list[Tensor]:
-    """Prototypes and state after some steps; ``by_slab``: the kernels hand each slab of the gradient over instead."""
+    """Prototypes and state after some steps; ``by_slab``: PyTorch updates each slab instead of the kernels."""
     head = _head(device, shape, dtype)
     optimizer = build(head if _is_ours(build) else head.parameters(), **options)
     with ExitStack() as stack:
@@ -73,7 +73,7 @@ def _farthest(ours: list[Tensor], others: list[Tensor]) -> float:
 
 
 def _rule(device: Device, build: _Build) -> str:
-    """Float32 prototypes against torch.optim, all storages against the update outside of the kernels."""
+    """Compare float32 prototypes with torch.optim, and prototypes of all dtypes with the update outside the kernels."""
     rounded = {"rounding": "stochastic", "state_dtype": BF16}
     for shape in _SHAPES:
         if build in _TORCH:
@@ -83,28 +83,28 @@ def _rule(device: Device, build: _Build) -> str:
         for dtype, options in ((FP32, {}), (BF16, rounded), (BF16, {"rounding": "kahan"}), (FP8, rounded)):
             runs = (_moved(device.kind, shape, dtype, build, by_slab, **options) for by_slab in (False, True))
             error = _farthest(*runs)
-            if not error <= (1e-4 if dtype == FP32 else 2.0**-8):  # an entry in some thousand is rounded the other way
+            if not error <= (1e-4 if dtype == FP32 else 2.0**-8):  # about one entry in a thousand rounds differently
                 return f"{shape} {dtype} {options}: off the slabs by {error:.1e}"
     return ""
 
 
 def update_by_sgd(device: Device) -> str:
-    """PrototypeSGD in the kernels."""
+    """PrototypeSGD in the kernels gives the results of torch's SGD and of the update by slabs."""
     return _rule(device, _SGD)
 
 
 def update_by_adamw(device: Device) -> str:
-    """PrototypeAdamW in the kernels."""
+    """PrototypeAdamW in the kernels gives the results of torch's AdamW and of the update by slabs."""
     return _rule(device, _ADAMW)
 
 
 def update_by_adagrad(device: Device) -> str:
-    """PrototypeAdagrad in the kernels."""
+    """PrototypeAdagrad in the kernels gives the results of the update by slabs."""
     return _rule(device, _ADAGRAD)
 
 
 def update_waits_for_nothing(device: Device) -> str:
-    """No step waits for the device, not even to learn whether its gradients are finite."""
+    """No step waits for the device, not even to find out whether its gradients are finite."""
     head = _head(device.kind, _SHAPES[0], BF16)
     optimizer = _ADAMW(head, rounding="stochastic")
     given = [_batch(device.kind, _SHAPES[0], step) for step in range(2)]
@@ -116,7 +116,7 @@ def update_waits_for_nothing(device: Device) -> str:
 
 
 def captured(head: ArcFaceLoss, optimizer: PrototypeOptimizer, features: Tensor, labels: Tensor) -> Callable[[], None]:
-    """A step as a CUDA graph; three steps are done before."""
+    """The replay of a step captured in a CUDA graph, after three steps that are not captured."""
 
     def step() -> None:
         features.grad = None
@@ -137,7 +137,7 @@ def captured(head: ArcFaceLoss, optimizer: PrototypeOptimizer, features: Tensor,
 
 
 def update_in_a_graph(device: Device) -> str:
-    """Replays count their steps and read the learning rate anew: the same bits as running them."""
+    """Replays count their steps and read the learning rate anew: they give the same bits as running the steps."""
     shape, found = _SHAPES[0], []
     for in_a_graph in (False, True):
         head, lr = _head(device.kind, shape, BF16), torch.full((), 0.1, device=device.kind)
@@ -163,7 +163,7 @@ ON_A_GPU: tuple[Callable[[Device], str], ...] = (update_waits_for_nothing, updat
 def _whole_step(
     build: _Build, options: dict[str, Any], graph: bool, device: str, shape: Shape, dtype: torch.dtype
 ) -> Callable[[], None]:
-    """Loss, backward and update of prototypes of ``dtype``."""
+    """A whole step as a function: loss, backward and update of prototypes of ``dtype``."""
     head, (features, labels) = _head(device, shape, dtype), _batch(device, shape)
     optimizer = build(head if _is_ours(build) else head.parameters(), **options)
     if graph:

@@ -1,1 +1,1 @@
-"""The whole training step of a head, optimizer included: its time, and the memory of the process that takes it."""
+"""The whole training step of a head, optimizer included: its time, and the memory of its process."""

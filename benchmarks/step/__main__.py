@@ -1,8 +1,8 @@
-"""``python -m benchmarks.step``: the whole training step, optimizer included, in time and memory of the process.
+"""``python -m benchmarks.step``: time and memory of the whole training step, optimizer included.
 
-Written to ``results/step-cpu.csv``; ``python -m benchmarks.pictures`` makes tables and a picture of it. Ratios are to
-the loss with torch's optimizer of the same family, from medians of the same round; memory is that of the whole process,
-torch itself included.
+The rows go to ``results/step-cpu.csv``, from which ``python -m benchmarks.pictures`` makes tables and a figure. Ratios
+are to the loss with torch's optimizer of the same family, from medians of the same round. Memory is that of the whole
+process, torch included.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from benchmarks.timing import RESULTS, read_rows, stamp, write_rows
 SHAPE = Shape(256, 1_000_000, 128)
 OVER_CLASSES = (10_000, 30_000, 100_000, 300_000)  # and the million of SHAPE
 LINEAR = [Shape(256, classes, 64) for classes in (1_000_000, 3_000_000, 10_000_000)]
-LINEAR_WITHIN = 0.15  # of their median
-# Within these GiB ten million classes train.
+LINEAR_WITHIN = 0.15  # the most that a time per class may differ from their median, as a fraction of it
+# The most GiB with which ten million classes must train.
 TEN_MILLION = {"PrototypeSGD": 6.0, "PrototypeAdagrad, bfloat16": 3.0, "PrototypeAdagrad, float8": 3.0}
 
 
 def checked(cases: Sequence[Case]) -> dict[str, str]:
-    """Errors of the cases that are right, by name; raises where one is wrong. Peers not installed are left out."""
+    """The error of each case by name; raises if one is wrong. Peers that are not installed are left out."""
     return errors_of({case.name: partial(check, case) for case in cases}, "'ltloss[bench]'")
 
 
 def whole_step(shape: Shape, names: Sequence[str], rounds: int, steps: int, idle: int) -> list[Row]:
-    """Every optimizer and every peer, beside today's."""
+    """Rows of every optimizer and every peer, with ratios to torch's optimizer of the family."""
     works = [Work(name, shape) for name in names]
     found = in_turns(works, rounds, steps)
     rows = [row("whole step", work, one, idle) for work, one in zip(works, found, strict=True)]
@@ -44,14 +44,14 @@ def whole_step(shape: Shape, names: Sequence[str], rounds: int, steps: int, idle
 
 
 def over_classes(shapes: Sequence[Shape], rounds: int, steps: int, idle: int) -> list[Row]:
-    """What the picture shows."""
+    """Rows over the number of classes, for the figure."""
     works = [Work(name, shape) for shape in shapes for name in SERIES]
     found = in_turns(works, rounds, steps)
     return [row("over classes", work, one, idle) for work, one in zip(works, found, strict=True)]
 
 
 def many_classes(shapes: Sequence[Shape], rounds: int, steps: int, idle: int) -> list[Row]:
-    """Up to ten million classes: the loss falls, memory stays within its limit, and time is linear."""
+    """Rows up to ten million classes, with the goals: memory within its limit, and time linear in the classes."""
     works = [Work(name, shape) for name in TEN_MILLION for shape in shapes]
     found = in_turns(works, rounds, steps)
     rows = [row("many classes", work, one, idle) for work, one in zip(works, found, strict=True)]
@@ -93,7 +93,7 @@ def measured(part: str, names: Sequence[str], rounds: int, steps: int, idle: int
 
 
 def main() -> None:
-    """Check, measure, show and write the rows."""
+    """Check, measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", choices=PARTS, help="one part; rows of the others stay as they are")
     parser.add_argument("--rounds", type=int, default=2, help="fresh processes of each case (default 2)")

@@ -1,4 +1,4 @@
-"""What is measured: a loss and an optimizer, from ``zero_grad`` to ``step``, by name."""
+"""The cases that are measured, by name: a loss and an optimizer, from ``zero_grad`` to ``step``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SAMPLE_RATE = 0.1
 
 
 class Goal(NamedTuple):
-    """The most that the step may take, in terms of today's: the loss and torch's optimizer of the family."""
+    """The most time and memory that a step may take, as ratios to the loss with torch's optimizer of the family."""
 
     time: float | None
     memory: float
@@ -40,7 +40,7 @@ class Goal(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """``optimizer`` takes a loss module of ours, or is None for torch's own, which takes the prototypes."""
+    """A loss with an optimizer. ``optimizer`` takes a loss module of ours; None is torch's, which takes prototypes."""
 
     name: str
     family: str
@@ -53,12 +53,12 @@ class Case:
 
     @property
     def is_today(self) -> bool:
-        """Whether the others of the family are measured by it."""
+        """Whether it is what the others of its family are compared with: our loss and torch's plain optimizer."""
         return self.provider == "ltloss" and self.optimizer is None and not self.options
 
     @property
     def is_rounded(self) -> bool:
-        """Whether anything is kept in less than float32: equal to float32 on average only."""
+        """Whether prototypes or state have fewer bits than float32, so that they equal float32 only on average."""
         return {self.dtype, dict(self.options).get("state_dtype", self.dtype)} != {torch.float32}
 
 
@@ -120,7 +120,7 @@ class Training:
         return (kept if self.exponent is None else decoded(kept, self.exponent)).double()
 
     def step(self) -> Tensor:
-        """A whole step: clear the gradients, forward, backward, move the prototypes."""
+        """Do a whole step: clear the gradients, forward, backward, update the prototypes."""
         self.optimizer.zero_grad()
         self.inputs.features.grad = None
         loss = self.loss()
@@ -130,7 +130,7 @@ class Training:
 
 
 def _ours(case: Case, shape: Shape, seed: int) -> tuple[Inputs, Callable[[], Tensor], Any]:
-    """As a user writes it: the module makes its own prototypes, so the memory of that is counted as well."""
+    """The inputs, loss and module of a case of ours. The module makes its prototypes, whose memory then counts too."""
     torch.manual_seed(seed)
     inputs = Inputs.draw(Shape(shape.n, 1, shape.d), seed)
     inputs.labels = torch.randint(shape.c, (shape.n,))

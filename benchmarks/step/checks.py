@@ -1,4 +1,4 @@
-"""Nothing is timed before it is right: loss and gradient against float64, then the path of the prototypes."""
+"""Checks before anything is timed: loss and gradients against float64, then the movement of the prototypes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from benchmarks.step.cases import SETTINGS, Case, Training
 
 SMALL = Shape(32, 300, 16)
 STEPS = 20
-# Both round an entry once a step, by 2^-25 of it on average over all sizes. Twenty of these that all add up are 6e-7
-# of an entry of 0.25 that moves by 20·1e-3 (AdamW), 7e-6 of the way; most cancel. A rate off by 1e-4 is 1e-4.
+# Ours and torch's both round an entry once a step, by 2^-25 of it on average. If all twenty roundings add up, that is
+# 6e-7 of an entry of 0.25, which moves by 20·1e-3 (AdamW): 7e-6 of its movement. Most roundings cancel. A learning rate
+# that is off by 1e-4 would give 1e-4.
 WAY_OFF = 7e-6
-# Stochastic rounding goes as far along torch's way as torch does, on average over the 4800 entries. State is off by
-# some 2^-9 of itself: the mean of all by 2^-9·√(20/4800), 1e-4. Prototypes are off by a few 2^-10 in each of 20 steps,
-# which is much where the steps are small: the mean is off by up to 3 % at the rates below, and rounding to nearest,
-# which loses whatever is smaller than half a unit, stays behind by 45 % and more.
+# With stochastic rounding, the prototypes move as far along torch's direction as torch's do, on average over the 4800
+# entries. State is off by some 2^-9 of itself, so the mean is off by 2^-9·√(20/4800), 1e-4. Prototypes are off by a few
+# 2^-10 in each of 20 steps, which is much if the steps are small: the mean is off by up to 3 % at the rates below.
+# Rounding to nearest, which loses whatever is smaller than half a unit, falls short by 45 % and more.
 STATE_OFF, PROTOTYPES_OFF = 1e-3, 0.1
-SLOW = {"AdamW": 0.3, "SGD": 0.001, "SGD, decay": 0.001, "Adagrad": 0.03}  # parts of the family's rate
+SLOW = {"AdamW": 0.3, "SGD": 0.001, "SGD, decay": 0.001, "Adagrad": 0.03}  # fractions of the family's learning rate
 
 
 class _RowwiseAdagrad(torch.optim.Optimizer):
-    """Adagrad with one number a class on the stored gradient, in float64; torch has none."""
+    """Adagrad with one number per class, on the stored gradient, in float64; torch has no such optimizer."""
 
     def __init__(self, parameters: list[Tensor], lr: float, eps: float = 1e-10) -> None:
         super().__init__(parameters, {"lr": lr, "eps": eps})
@@ -40,7 +41,7 @@ class _RowwiseAdagrad(torch.optim.Optimizer):
 
 
 def check_loss(case: Case) -> float:
-    """Relative error of loss and stored gradients against the dense formula in float64; raises if it is a mistake."""
+    """Relative error of loss and stored gradients against the dense formula in float64; raises if it is too large."""
     provider = next(provider for provider in ON_CPU if provider.name == case.provider)
     inputs = Inputs.draw(SMALL)
     return check_step(case.name, provider.build(inputs), inputs, exact_step(provider.truth, inputs))
@@ -55,7 +56,7 @@ def _batches() -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def _way(training: Training) -> tuple[Tensor, Tensor]:
-    """The prototypes at first and how far they went, in float64."""
+    """The initial prototypes and their movement over all batches, in float64."""
     start = training.prototypes()
     for features, labels in _batches():
         training.inputs.features.copy_(features)
@@ -66,7 +67,7 @@ def _way(training: Training) -> tuple[Tensor, Tensor]:
 
 
 def _truth(case: Case, start: Tensor, rate: float) -> Tensor:
-    """How far torch's optimizer moves the same prototypes, in float32 by the stored gradient of the same loss."""
+    """The movement of the same prototypes by torch's optimizer, in float32, on the stored gradient of the same loss."""
     today = Training(Case(f"torch {case.family}", case.family, options=(("lr", rate),)), SMALL)
     with torch.no_grad():
         today.inputs.prototypes.copy_(start)
@@ -76,13 +77,13 @@ def _truth(case: Case, start: Tensor, rate: float) -> Tensor:
 
 
 def check_way(case: Case) -> float:
-    """How far off the prototypes are after 20 steps, as a part of the way; raises if that is no rounding error.
+    """The error of the prototypes after 20 steps, relative to their movement; raises if rounding does not explain it.
 
-    A case that draws classes is checked with all of them drawn, and bfloat16 prototypes with a small rate.
+    A case that samples classes is checked with all classes. Prototypes below float32 are checked with a small rate.
     """
     narrow = case.dtype != torch.float32
     rate = SETTINGS[case.family]["lr"] * (SLOW[case.family] if narrow else 1.0)
-    rate *= 16.0 if case.dtype == torch.float8_e4m3fn else 1.0  # whose unit is so much larger
+    rate *= 16.0 if case.dtype == torch.float8_e4m3fn else 1.0  # its spacing is 16 times that of bfloat16
     case = dataclasses.replace(case, sample_rate=1.0, options=(("lr", rate), *case.options))
     start, way = _way(Training(case, SMALL))
     truth = _truth(case, start, rate)
@@ -97,7 +98,7 @@ def check_way(case: Case) -> float:
 
 
 def check(case: Case) -> float:
-    """The larger error of :func:`check_loss`, and of :func:`check_way` for what is not torch's own optimizer."""
+    """The larger error of :func:`check_loss` and :func:`check_way`; torch's own optimizers need only the first."""
     error = check_loss(case)
     torch_own = case.optimizer is None and not case.options
     return error if torch_own else max(error, check_way(case))

@@ -1,4 +1,4 @@
-"""Each case in a fresh process, the cases in turns, and what came of it as rows."""
+"""Measure each case in a fresh process, the cases in turns, and make rows of the results."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from benchmarks.timing import fresh_processes, paired_ratio, peak_resident_bytes
 
 Row = dict[str, Any]
 MIB, GIB = 1 << 20, 1 << 30
-WARM_UP = 2  # the first step makes the state, the second maps what is left
-LONGEST = 90.0  # seconds; a slower case is timed at fewer steps, which its row tells
+WARM_UP = 2  # steps: the first makes the state, the second maps the remaining memory
+LONGEST = 90.0  # seconds; a slower case has fewer timed steps, as its row shows
 
 
 @dataclass(frozen=True)
@@ -31,34 +31,34 @@ class Work:
 
 @dataclass
 class Found:
-    """What the rounds of one case gave, or why it gave nothing."""
+    """The results of all rounds of one case, or the reason why there are none."""
 
-    medians: list[float] = field(default_factory=list)  # of each round
-    seconds: list[float] = field(default_factory=list)
-    peak: list[int] = field(default_factory=list)
-    losses: tuple[float, float] = (0.0, 0.0)
+    medians: list[float] = field(default_factory=list)  # seconds, of each round
+    seconds: list[float] = field(default_factory=list)  # of each step of all rounds
+    peak: list[int] = field(default_factory=list)  # bytes, of each round
+    losses: tuple[float, float] = (0.0, 0.0)  # first and last
     reason: str = ""
 
     @property
     def peak_bytes(self) -> int:
-        """The most of the rounds."""
+        """The largest peak of all rounds."""
         return max(self.peak)
 
 
 def available_bytes() -> int:
-    """What the machine could give without swapping."""
+    """Bytes that the machine can give without swapping."""
     (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
 
 
 def limit_memory(most_bytes: int | None) -> None:
-    """Of this process: an allocation that fails can be reported; a machine without memory kills."""
+    """Limit the memory of this process, so that a failed allocation can be reported before the system kills it."""
     if most_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
 
 
 def take_steps(work: Work, steps: int, most_bytes: int | None) -> tuple[list[float], int, tuple[float, float]]:
-    """In a process of its own: seconds of each step after the warm-up, peak memory, first and last loss."""
+    """Seconds of each step after the warm-up, peak bytes, first and last loss; for a process of its own."""
     limit_memory(most_bytes)
     training = Training(CASES[work.case], work.shape)
     seconds, losses = [], []
@@ -75,7 +75,7 @@ def take_steps(work: Work, steps: int, most_bytes: int | None) -> tuple[list[flo
 
 
 def idle_bytes() -> int:
-    """A process that has imported torch and ltloss, and nothing else."""
+    """Peak bytes of a process that only imports torch and ltloss."""
     with fresh_processes(1) as pool:
         return pool.submit(peak_resident_bytes).result()
 
@@ -84,7 +84,7 @@ Take = Callable[[Work, int, int | None], tuple[list[float], int, tuple[float, fl
 
 
 def in_turns(works: Sequence[Work], rounds: int, steps: int, take: Take = take_steps) -> list[Found]:
-    """A B C A B C, each in a fresh process: a machine that changes speed changes it for all."""
+    """Measure the works in turn A B C A B C, each in a fresh process, so that changes of speed affect all alike."""
     found = [Found() for _ in works]
     most_bytes = int(0.9 * available_bytes())
     for number in range(rounds):
@@ -110,12 +110,12 @@ def in_turns(works: Sequence[Work], rounds: int, steps: int, take: Take = take_s
 
 
 def judged(what: str, value: float, most: float) -> str:
-    """Whether a goal is met, by the numbers."""
+    """Whether a goal is met, in words with the numbers."""
     return f"{what} {'met' if value <= most else 'missed'} ({value:.3g}, goal <= {most:g})"
 
 
 def verdict(time_ratio: float, memory_ratio: float, goal: Goal | None) -> str:
-    """What came of the goals for time and memory; nothing where nothing is asked for."""
+    """Whether the goals for time and memory are met, in words; empty without a goal."""
     if goal is None:
         return ""
     asked = (("time", time_ratio, goal.time), ("memory", memory_ratio, goal.memory))
@@ -123,7 +123,7 @@ def verdict(time_ratio: float, memory_ratio: float, goal: Goal | None) -> str:
 
 
 def row(kind: str, work: Work, one: Found, idle: int) -> Row:
-    """Time and memory of one case, or why there is neither."""
+    """A row with time and memory of one case, or the reason why there are none."""
     case, shape = CASES[work.case], work.shape
     base = {"case": kind, "N": shape.n, "C": shape.c, "D": shape.d, "dtype": str(case.dtype).removeprefix("torch.")}
     base |= {"provider": case.provider, "optimizer": case.name}
@@ -143,7 +143,7 @@ def row(kind: str, work: Work, one: Found, idle: int) -> Row:
 
 
 def compared(works: Sequence[Work], found: Sequence[Found], rows: Sequence[Row]) -> None:
-    """Add to each row its ratios to today's of the same family, by the rounds, and whether its goal is met."""
+    """Add to each row the ratios to torch's optimizer of the same family, round by round, and whether goals are met."""
     by_name = {work.case: one for work, one in zip(works, found, strict=True)}
     today = {CASES[name].family: one for name, one in by_name.items() if CASES[name].is_today}
     fused = {family: by_name.get(f"torch {family}, fused") for family in today}

@@ -11,7 +11,7 @@ from ltloss.training.pages.plots import STYLE, markup
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Case: colour, dashes, what the reader calls it.
+# Case -> colour, dashes, label.
 SERIES: dict[str, tuple[str, Any, str]] = {
     "dense + torch AdamW": ("#8a5a00", (0, (1, 1.2)), "the dense formula, torch AdamW"),
     "pytorch-metric-learning + torch AdamW": ("#b3367a", (0, (3, 1.2, 1, 1.2)), "pytorch-metric-learning, torch AdamW"),
@@ -20,11 +20,11 @@ SERIES: dict[str, tuple[str, Any, str]] = {
     "PrototypeAdamW, bfloat16": ("#00795a", (0, (6, 1.5, 1, 1.5)), "ltloss, PrototypeAdamW in bfloat16"),
 }
 _LARGE = {"font.size": 11, "axes.titlesize": 12, "legend.fontsize": 10.5, "lines.linewidth": 2.2}
-_APART = 0.095  # of the height: figures at the ends of lines do not touch
+_APART = 0.095  # least distance between the numbers at the ends of lines, as a fraction of the height
 
 
 def _points(rows: Sequence[dict[str, Any]], column: str, unit: float) -> dict[str, list[tuple[float, float]]]:
-    """(million classes, value) by case."""
+    """Points (million classes, value) by case."""
     kinds = ("whole step", "over classes")
     shown = [one for one in rows if one["case"] in kinds and one["optimizer"] in SERIES and one.get(column)]
     series: dict[str, list[tuple[float, float]]] = {name: [] for name in SERIES}
@@ -34,7 +34,7 @@ def _points(rows: Sequence[dict[str, Any]], column: str, unit: float) -> dict[st
 
 
 def _lines(axes: Axes, title: str, form: str, series: dict[str, list[tuple[float, float]]]) -> None:
-    """Lines, and at their ends the values, moved apart where they would touch."""
+    """Draw the lines, and at their ends the values, moved apart where they would touch."""
     top = max(y for points in series.values() for _, y in points)
     last = -1.0
     for name, points in sorted(series.items(), key=lambda item: item[1][-1][1]):
@@ -58,7 +58,7 @@ def _lines(axes: Axes, title: str, form: str, series: dict[str, list[tuple[float
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> str:
-    """An SVG of two panels, one above the other, that is legible on a telephone. The same rows give the same bytes."""
+    """An SVG of two panels, one above the other, legible on a phone. The same rows give the same bytes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

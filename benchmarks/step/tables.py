@@ -1,4 +1,4 @@
-"""The rows as tables of the documentation."""
+"""Tables for the documentation from the rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.evidence.pages import markdown_table, renewed
 _HEAD = ["", "time / today's", "/ torch, fused", "peak MiB", "memory / today's", "goals"]
 
 
-# What the README shows of the whole step, as its reader knows it.
+# The cases of the whole step in the README -> their titles there.
 _HEADLINE = {
     "PrototypeAdamW": "**ltloss, [prototypes that move inside the backward](docs/optim.md)**",
     "PrototypeAdamW, bfloat16": "the same in bfloat16",
@@ -22,7 +22,7 @@ _HEADLINE = {
 
 
 def headline_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Time and memory of ours and of the peers, a line each."""
+    """Time and memory of ours and of the peers, one line each."""
     found = {one["optimizer"]: one for one in rows if one["case"] == "whole step"}
     ours = found["PrototypeAdamW"]
     at = "{N} samples, {C:,} classes, D = {D}, {threads} cores of {device}".format(**{**ours, "C": int(ours["C"])})
@@ -35,12 +35,12 @@ def headline_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def with_tables(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page of performance with both of its tables of steps."""
+    """The page about performance with both tables of steps renewed."""
     return renewed(renewed(page, "whole step", whole_step_table(rows)), "many classes", many_classes_table(rows))
 
 
 def whole_step_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Every optimizer and peer beside today's of its family."""
+    """Every optimizer and peer, with ratios to torch's optimizer of the family."""
     lines = [_HEAD]
     for one in rows:
         if one["case"] == "whole step":

@@ -54,7 +54,7 @@ def build_optimizers(network: nn.Module, settings: Settings) -> list[torch.optim
 
 def _fused_head(network: nn.Module, settings: Settings) -> PrototypeHead:
     """The head; UserError if its prototypes cannot be updated inside the backward."""
-    head = cast(PrototypeHead, network.loss)  # check_fused refuses other losses
+    head = cast(PrototypeHead, network.loss)  # Settings refuse other losses
     if hasattr(head.weight, "device_mesh") and getattr(head, "min_angle_weight", False):
         raise UserError(
             "--fused-update with --parallel class cannot take the gradient of the minimum angle, which crosses the "
