@@ -28,13 +28,13 @@ def _step(keep: bool, device: str, shape: Shape, dtype: torch.dtype) -> Callable
     room = _ROOM + keep * 3 * shape.n * shape.c
 
     def step() -> None:
-        inputs.drop_gradients()
         with use_workspace(room, keep_exponentials=keep):
             loss = margin_cross_entropy(
                 inputs.features, inputs.prototypes, inputs.labels, scale=64.0, angular_margin=0.5
             )
         with use_workspace(_ROOM):
             loss.backward()
+        inputs.drop_gradients()  # so that they count as memory of the next step, not of what was there before
 
     return step
 

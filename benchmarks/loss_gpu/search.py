@@ -92,6 +92,7 @@ class SearchCase(NamedTuple):
     build: Callable[[str, Shape, torch.dtype], Callable[[], Any]]
     operations: int = 2
     note: str = ""
+    allocates: bool = True  # False for a replayed graph, whose memory was allocated at its capture
 
 
 def _search(k: int | None, rows: int | None, device: str, shape: Shape, dtype: torch.dtype) -> Callable[[], Found]:
@@ -127,9 +128,9 @@ def _long_tail_step(
 
     def step() -> None:
         with float32_products(precision):
-            head.zero_grad()
-            features.grad = None
             head(features, labels).backward()
+        head.zero_grad()  # so that gradients count as memory of the next step, not of what was there before
+        features.grad = None
 
     return step
 

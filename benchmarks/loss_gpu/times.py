@@ -202,7 +202,7 @@ def time_search(bench: Bench, case: SearchCase, deadline: Deadline) -> None:
         first = timed(2)
         deadline.allow(1.2e-3 * _SEARCH_REPEATS * (first.steps[0][-1] + first.product[-1]))
         times = timed(min(bench.repeats, _SEARCH_REPEATS))
-        peak = bench.device.peak_bytes([search])[0]
+        peak = bench.device.peak_bytes([search])[0] if case.allocates else None
         speed = _speed(bench, case.shape, case.phase, case.operations, times.steps[0], times.product, peak)
         bench.add([{**head, **speed, "note": case.note}])
 

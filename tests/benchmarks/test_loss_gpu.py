@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import inspect
 import subprocess
 import sys
 import time
@@ -140,6 +141,39 @@ def test_every_section_runs_on_tiny_shapes(tmp_path: Path, capsys: pytest.Captur
         assert float(row["min_ms"]) <= float(row["median_ms"]) <= float(row["max_ms"])
         assert int(row["repeats"]) == 3
         assert float(row["relative_error"]) < TOLERANCE[torch.bfloat16]
+
+
+STEPS = [
+    case
+    for case in (*updates.update_cases(small=True), *kept.kept_cases(small=True), *search.search_cases(small=True))
+    if "step" in case.phase
+]
+
+
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: f"{case.phase}, {case.provider}, {case.note}")
+def test_gradients_count_as_memory_of_the_step(case: search.SearchCase) -> None:
+    """Memory is counted from its level before a step: gradients that a step left there would be left out."""
+    step = case.build("cpu", case.shape, case.dtype)
+    step()
+    held = inspect.getclosurevars(step).nonlocals.values()
+    leaves = [one for one in held if isinstance(one, Tensor)]
+    leaves += [p for one in held if isinstance(one, torch.nn.Module) for p in one.parameters()]
+    leaves += [t for one in held if isinstance(one, Inputs) for t in (one.features, one.prototypes)]
+    assert any(leaf.requires_grad for leaf in leaves)
+    assert all(leaf.grad is None for leaf in leaves)
+
+
+def test_a_replayed_graph_has_no_figure_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory was taken when it was captured: counted at a replay it would be 0."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    graphs = [case for case in updates.update_cases(small=False) if "CUDA graph" in case.note]
+    assert graphs
+    monkeypatch.setattr(Device, "peak_bytes", lambda self, steps: [1 << 20])
+    bench = times.Bench(Device("cpu"), Deadline(100.0), None, repeats=1)
+    for case in (graphs[0], STEPS[0]):
+        small = case._replace(shape=Shape(5, 33, 8), build=lambda *_: lambda: None)
+        times.time_search(bench, small, bench.deadline)
+    assert [row["extra_mib"] for row in bench.rows] == ["", "1.0"]
 
 
 def test_what_is_wrong_is_not_timed(
