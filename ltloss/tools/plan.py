@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -98,9 +98,10 @@ class HeadConfig:
             raise ValueError(f"data must divide gpus; got data={self.data} and gpus={self.gpus}")
         if not 0.0 < self.sample_rate <= 1.0:
             raise ValueError(f"sample_rate must be in (0, 1]; got {self.sample_rate}")
-        for name, widths in KEPT_WIDTHS.items():
-            if getattr(self, name) not in widths:
-                raise ValueError(f"{name} must be one of {', '.join(widths)}; got {getattr(self, name)!r}")
+        known: dict[str, Collection[str]] = {"dtype": WIDTHS, "optimizer": OPTIMIZERS, **KEPT_WIDTHS}
+        for name, names in known.items():
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} must be one of {', '.join(names)}; got {getattr(self, name)!r}")
         for name in ("optimizer", "prototype_dtype", "state_dtype"):
             if not self.fused_update and getattr(self, name) not in ("sgd", "adamw", "float32"):
                 raise ValueError(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import world
 from helpers.cli_errors import fails
-from helpers.refusals import warned
+from helpers.refusals import refused, warned
 from ltloss_kernels.config import tile_table
 
 import ltloss
@@ -321,3 +321,12 @@ def test_mistakes_end_in_one_line(
 ) -> None:
     line = ["plan", "--classes", "1M", "--embedding-size", "64", "--batch", "256", "--gpus", "4"]
     fails([*line, *changed], capsys, *facts)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"optimizer": "lion"}, {"optimizer": "lion", "fused_update": True}, {"dtype": "int8"}]
+)
+def test_a_name_that_is_unknown(wrong: dict[str, Any]) -> None:
+    (name, value), *_ = wrong.items()
+    with refused(name, value, "one of"):
+        HeadConfig(classes=100, embedding_size=8, batch=4, gpus=1, **wrong)
