@@ -100,7 +100,7 @@ def feature_map(
 
     Raises:
         UserError: ``method`` is "umap", which is not installed.
-        ValueError: no point is finite.
+        ValueError: no point is finite, or there is none.
 
     Example:
         >>> import numpy as np
@@ -120,7 +120,7 @@ def feature_map(
         prototype_labels[there],
     )
     if not len(points):
-        raise ValueError("no point is finite")
+        raise ValueError(f"points must have a row of finite numbers; got {len(known)} rows without one")
     if method == "umap" or (method == "auto" and len(points) + len(prototypes) >= _FEWEST):
         together = _umap(np.concatenate([points, prototypes]), required=method == "umap")
         if together is not None:

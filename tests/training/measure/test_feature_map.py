@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.refusals import refused
 from sklearn.decomposition import PCA
 
 from ltloss import ArcFaceLoss, PrototypeHead
@@ -43,7 +44,7 @@ def test_what_is_not_finite_is_left_out() -> None:
     points[2, 1], points[4] = np.nan, np.inf
     found = feature_map(points, np.arange(6), points[1:3], np.array([1, 2]), "pca")
     assert (found.labels.tolist(), found.prototype_labels.tolist()) == ([0, 1, 3, 5], [1])
-    with pytest.raises(ValueError):
+    with refused("points", "finite", "1 rows"):
         feature_map(points[2:3], np.zeros(1, int), points[:1], np.zeros(1, int))
 
 
