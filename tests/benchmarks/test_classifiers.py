@@ -108,7 +108,8 @@ def test_a_study_climbs_once_and_trains_three_seeds(study: Study) -> None:
 def test_the_estimator_is_trained_beside_them(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         study.estimators("whitened")
-    assert [row["method"] + row["seed"] for row in study.rows] == "auto0 auto1 auto2 named0 named1 named2".split()
+    names = [row["method"] + row["seed"] for row in study.rows]
+    assert names == ["auto0", "auto1", "auto2", "named0", "named1", "named2"]
     assert {row["accuracy"] for row in study.rows[:3]} == {"1.0"}
     assert json.loads(study.rows[-1]["values"]) == {"loss": "cosine-16"}
     chosen = json.loads(study.rows[0]["values"])["loss"]
