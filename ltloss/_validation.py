@@ -50,6 +50,7 @@ __all__ = [
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_SUB_CENTERS = _MOST_LABELS = 8
+_MOST_SCALE = 1e30  # logits and their sums stay finite in float32
 _PI = math.pi + 1e-6  # π rounded to float32 is larger than π in float64
 _LARGEST = sys.float_info.max
 
@@ -97,7 +98,7 @@ def check_scale(given: Any) -> float:
             f"scale must be a number here; got a tensor {tuple(given.shape)} that requires a gradient. For a "
             "learnable scale use ltloss.extend.logsumexp_stats"
         )
-    return float(check_number("scale", given, above=0.0))
+    return float(check_number("scale", given, above=0.0, at_most=_MOST_SCALE))
 
 
 def check_scalar(name: str, given: Any, like: Tensor, *, above: float = -math.inf) -> Tensor:

@@ -69,6 +69,7 @@ def fitted(**options: Any) -> Any:
 
 FUNCTIONS: list[Row] = [
     (lambda: cosine_logsumexp(X, W, Y, scale=0.0), ValueError, ("scale", "0.0", "0.0")),
+    (lambda: cosine_logsumexp(X, W, Y, scale=1e300), ValueError, ("scale", "1e+30", "1e+300")),
     (lambda: cosine_logsumexp(X, W, Y, scale=1, log_prior=W[0, :3]), ValueError, ("log_prior", "(4,)", "(3,)")),
     (lambda: top_k(X, W, 0), ValueError, ("k", "4", "0")),
     (lambda: top_k(X, W, 5), ValueError, ("k", "4", "5")),
