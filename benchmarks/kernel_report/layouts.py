@@ -1,4 +1,4 @@
-"""Steps over many layouts of their inputs, each of which may ask for launches of its own."""
+"""Steps over many layouts of their inputs, each of which may need other launches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _labels(n: int, dtype: torch.dtype, layout: str) -> Tensor:
 
 
 def steps() -> Iterator[Callable[[], None]]:
-    """Steps that differ in one thing each: what Triton specialises a kernel for, and what the launchers decide on."""
+    """Steps that each differ in one thing for which Triton specialises a kernel, or on which the launchers decide."""
     half, single = torch.bfloat16, torch.float32
     usual: dict[str, Any] = {"n": 40, "c": 300, "d": 64, "x": (half, ""), "w": (half, ""), "y": (torch.int64, "")}
     changes: list[dict[str, Any]] = [{}, *({size: value} for size in "ncd" for value in (1, 16, 17, 48, 129))]
@@ -65,7 +65,7 @@ def steps() -> Iterator[Callable[[], None]]:
 
 
 def _updates() -> Iterator[Callable[[], None]]:
-    """Steps that move the prototypes, which differ in one thing each."""
+    """Steps with a fused update, which each differ in one thing."""
     half: dict[str, Any] = {"rounding": "stochastic"}
     rate = torch.full((), 0.1)
     changes: list[dict[str, Any]] = [
