@@ -105,6 +105,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"valid are {', '.join(shown)}"
 
 
+def in_one_line(error: object, most: int | None = None) -> str:
+    """The message of an error with spaces for its line breaks, cut to ``most`` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 def explain_os_error(error: OSError, again: str = "run the command again") -> str:
     """Describe a failed file operation in one line. ``again``: what to do once a full disk has space again."""
     where = f" {error.filename}" if error.filename else ""

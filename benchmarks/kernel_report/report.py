@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from benchmarks.kernel_report import sass
 from benchmarks.kernel_report.record import KernelCase, recorded_kernels
 from benchmarks.timing import fresh_processes
+from ltloss.errors import in_one_line
 
 Row = dict[str, Any]
 Recorded = Callable[[int], list[KernelCase]]  # the cases for a compute capability; must be hashable and picklable
@@ -128,7 +129,7 @@ def report_row(architecture: str, kernel: str, recorded: Recorded = recorded_ker
             **_describe(case, ARCHITECTURES[architecture], disassembled=recorded is recorded_kernels),
         }
     except Exception as error:  # whatever a compiler raises belongs into the table
-        message = " ".join(str(error).split())  # a compiler shows the source first, and says at the end what is wrong
+        message = in_one_line(error)  # a compiler shows the source first, and says at the end what is wrong
         return {**row, "error": f"{type(error).__name__}: {message[-300:]}"}
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.loss_gpu.measure import Deadline, Device
 from benchmarks.timing import fresh_processes
+from ltloss.errors import in_one_line
 
 __all__ = ["Answer", "Worker", "spread"]
 
@@ -28,7 +29,7 @@ def _attempt(kind: str, function: Callable[..., Any], arguments: Sequence[Any]) 
         value = function(*arguments)
         Device(kind).release()  # CUDA reports an illegal access at a later call, such as this one
     except Exception as error:
-        return Answer(None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return Answer(None, f"{type(error).__name__}: {in_one_line(error, 300)}")
     return Answer(value)
 
 

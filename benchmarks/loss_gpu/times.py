@@ -21,6 +21,7 @@ from benchmarks.loss_gpu.updates import update_cases
 from benchmarks.peers import ON_GPU, Inputs, Provider, Shape, check_step, exact_step
 from benchmarks.timing import write_rows
 from ltloss._files import write_file
+from ltloss.errors import in_one_line
 
 Row = dict[str, Any]
 
@@ -132,7 +133,7 @@ def _reason(failure: Exception) -> str:
     if isinstance(failure, TooSlow):
         return str(failure)
     kind = "not importable" if isinstance(failure, ImportError) else type(failure).__name__
-    return f"{kind}: {' '.join(str(failure).split())[:200]}"
+    return f"{kind}: {in_one_line(failure, 200)}"
 
 
 def _attempt(bench: Bench, head: Row, action: Callable[[], None]) -> None:

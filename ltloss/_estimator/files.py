@@ -15,6 +15,7 @@ import numpy as np
 from ltloss._estimator.heads import Candidate
 from ltloss._estimator.space import WIDEST, Array
 from ltloss._files import write_file
+from ltloss.errors import in_one_line
 
 __all__ = ["explained", "read", "write"]
 
@@ -46,7 +47,7 @@ def explained(path: Path) -> Iterator[None]:
     except Exception as error:  # whatever the bytes make of the readers
         if isinstance(error, OSError) and error.filename is not None:
             raise
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error)
         raise ValueError(f"{path} is no saved LongTailClassifier of this version, or damaged ({reason})") from error
 
 

@@ -32,7 +32,7 @@ from ltloss.cli.values import (
     setting_help,
     settings_given,
 )
-from ltloss.errors import LtlossError, UserError, explain_os_error, nearest, printable
+from ltloss.errors import LtlossError, UserError, explain_os_error, in_one_line, nearest, printable
 
 __all__ = ["build_parser", "main", "reported"]
 
@@ -91,7 +91,7 @@ def reported(command: Callable[[], int | None], options: argparse.Namespace | No
 
 def _explain(error: Exception, command: str) -> str | None:
     """Describe in one line an error that the user can fix. None for a defect of ltloss, which keeps its traceback."""
-    text = printable(" ".join(str(error).split()))
+    text = printable(in_one_line(error))
     if isinstance(error, LtlossError):
         return text
     if isinstance(error, ImportError):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ltloss.errors import DistributedError
+from ltloss.errors import DistributedError, in_one_line
 from ltloss.float8 import FLOAT8
 
 __all__ = [
@@ -49,7 +49,7 @@ def _reporting(what: str, group: Group) -> Iterator[None]:
     except DistributedError:
         raise
     except RuntimeError as error:  # DistBackendError is one
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error, 300)
         raise DistributedError(
             f"rank {dist.get_rank(group)} of {dist.get_world_size(group)}: {what} failed: another rank ended or did "
             f"not take part within the group's timeout ({reason}). Restart all ranks from the last checkpoint"

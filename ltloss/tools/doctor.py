@@ -16,6 +16,7 @@ from ltloss_kernels.config.assembler import assembler, risk
 from torch import Tensor
 
 from ltloss import functional, reference
+from ltloss.errors import in_one_line
 from ltloss.runtime import current_backend
 
 Row = tuple[str, str]
@@ -154,7 +155,7 @@ def _check_rows(device: str, failures: list[str]) -> Iterator[Row]:
         errors = self_check(device)
     except Exception as broken:  # any failure is a finding of this report
         failures.append(device)
-        yield "failed", f"{type(broken).__name__}: {' '.join(str(broken).split())}"
+        yield "failed", f"{type(broken).__name__}: {in_one_line(broken)}"
         return
     for name, error in errors.items():
         good = error <= _TOLERANCE  # NaN is not

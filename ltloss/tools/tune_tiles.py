@@ -18,6 +18,7 @@ from ltloss_kernels.config import tile_table as tiles
 from ltloss_kernels.config.precision import product_precision
 from torch import Tensor
 
+from ltloss.errors import in_one_line
 from ltloss.functional import margin_cross_entropy
 
 __all__ = ["CANDIDATES", "Kernel", "Timing", "candidates", "rank", "remember", "show", "table_line"]
@@ -105,7 +106,7 @@ def _time(
         try:
             found = run()
         except Exception as error:  # for instance too much shared memory: not possible on this device
-            return Timing(tile, float("inf"), f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
+            return Timing(tile, float("inf"), f"{type(error).__name__}: {in_one_line(error, 100)}")
         for one, other in zip(found, expected, strict=True):
             if not float((one.double() - other.double()).norm()) <= 1e-2 * float(other.double().norm()):
                 return Timing(tile, float("inf"), "wrong result")

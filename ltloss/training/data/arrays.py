@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ltloss.errors import UserError
+from ltloss.errors import UserError, in_one_line
 
 Arrays = Mapping[str, Callable[[], np.ndarray]]  # name -> function that reads the array
 
@@ -38,7 +38,7 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); write it anew") from error
+        raise UserError(f"{path} cannot be read ({in_one_line(error)}); write it anew") from error
 
 
 def npz_arrays(path: Path) -> Arrays:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ltloss.errors import ImageError
+from ltloss.errors import ImageError, in_one_line
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
@@ -42,7 +42,7 @@ def open_image(path: Path) -> Image.Image:
         raise ImageError("does not exist (any more)") from None
     # Pillow's decoders raise all of these for damaged files.
     except (OSError, ValueError, SyntaxError, IndexError, EOFError, MemoryError, OverflowError) as error:
-        raise ImageError(f"is damaged ({' '.join(str(error).split())})") from error
+        raise ImageError(f"is damaged ({in_one_line(error)})") from error
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ltloss.errors import UserError
+from ltloss.errors import UserError, in_one_line
 from ltloss.training.data.images import Split
 from ltloss.training.data.labels import check_range, names_of_classes
 
@@ -78,7 +78,7 @@ def _read(path: Path) -> tuple[list[str], np.ndarray, list[str] | None]:
         text = path.read_text(encoding="utf-8")
         names, labels, given = _of_json(path, json.loads(text)) if path.suffix == ".json" else _of_lines(path, text)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(repr(error).split())}); give a list of images") from error
+        raise UserError(f"{path} cannot be read ({in_one_line(repr(error))}); give a list of images") from error
     if not names:
         raise UserError(f"{path} holds no image; give a file with lines of PATH LABEL")
     return names, np.array(labels, dtype=np.int64), given

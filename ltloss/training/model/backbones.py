@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltloss.errors import UserError, nearest
+from ltloss.errors import UserError, in_one_line, nearest
 from ltloss.training.model.weights import load_fitting, read_weights
 
 BACKBONES = ("small-cnn", "resnet32")
@@ -102,7 +102,7 @@ def _timm(name: str) -> tuple[Any, str]:
     try:
         import timm
     except Exception as error:  # any kind: that of torchvision's compiled part where it was made for another torch
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise UserError(
             f"--backbone {name} needs timm, which cannot be imported ({reason}); torchvision must be the one made for "
             f"torch {torch.__version__}: pip install --upgrade torch torchvision timm"
@@ -164,7 +164,7 @@ class PretrainedBackbone(nn.Module):
         except Exception as error:  # any kind: that of the library that downloads
             if weights is not None:
                 raise
-            reason = " ".join(str(error).split())[:200]
+            reason = in_one_line(error, 200)
             raise UserError(f"--backbone {name}: no pretrained weights ({reason}); give --weights FILE") from error
         if weights is not None:
             _, missing = load_fitting(self.network, read_weights(weights), weights)

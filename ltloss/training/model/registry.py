@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from ltloss.errors import UserError, nearest
+from ltloss.errors import UserError, in_one_line, nearest
 from ltloss.losses.defaults import FORMER_OPTIONS, LONG_TAIL_PRIOR, RENAMED_OPTIONS
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def build_loss(
         else:
             module = loss_class(len(class_counts), embedding_size, **arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(f"loss {name} with {dict(options)}: {' '.join(str(error).split())}") from error
+        raise UserError(f"loss {name} with {dict(options)}: {in_one_line(error)}") from error
     return cast("LossHead", module)
 
 

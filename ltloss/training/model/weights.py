@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ltloss.errors import UserError
+from ltloss.errors import UserError, in_one_line
 from ltloss.training.run.checkpoint import checkpoint_in_use
 
 # Prefixes in our classifier under which a file's tensors may fit: a whole run, a backbone, the timm model in one.
@@ -35,7 +35,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return dict(safetensors.torch.load_file(path))
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the bytes make of the readers
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         if isinstance(error, pickle.UnpicklingError):  # of which PyTorch writes a page, and how to run what is in it
             reason = "it is damaged, or holds more than tensors and plain values"
         raise UserError(f"{path} cannot be read ({reason}); give a .safetensors or a state dict of torch") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ltloss._deprecation import renamed_keys
-from ltloss.errors import UserError, nearest
+from ltloss.errors import UserError, in_one_line, nearest
 from ltloss.losses.defaults import FORMER_OPTIONS
 from ltloss.training.model.registry import options_in_force
 from ltloss.training.run.settings import SETTINGS, Settings, checked, positive
@@ -96,7 +96,7 @@ class RunConfig:
             values = _of_a_run(values)
             return cls(Settings(**{name: values[name] for name in SETTINGS if name in values}), **facts)
         except (TypeError, ValueError, OverflowError, RecursionError, UserError) as error:
-            raise UserError(f"{path} is damaged ({_in_one_line(error)}); train the run again") from error
+            raise UserError(f"{path} is damaged ({_reason(error)}); train the run again") from error
 
 
 def _of_a_run(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,9 +145,9 @@ def _list_of(value: Any, kind: type | tuple[type, ...], length: int | None = Non
     return all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
 
 
-def _in_one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     known = isinstance(error, (ValueError, OSError, UserError, RecursionError))
-    return " ".join((str(error) if known else repr(error)).split())
+    return in_one_line(error if known else repr(error))
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"--config {path} does not exist; give a TOML or JSON file") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"--config {path} cannot be read ({_in_one_line(error)}); correct the file") from error
+        raise UserError(f"--config {path} cannot be read ({_reason(error)}); correct the file") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold names and values; got a {type(values).__name__}; correct the file")
     if "versions" in values:  # the config.json of a run
