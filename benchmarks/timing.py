@@ -130,3 +130,10 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, columns, rows)
+
+
+def add_row(row: Mapping[str, Any], rows: list[dict[str, str]], path: Path) -> None:
+    """Add a row to those of a file, write all of them and print it, so that what was measured is kept."""
+    rows.append({name: str(value) for name, value in row.items()})
+    write_rows(rows, path)
+    print(*rows[-1].values(), flush=True)

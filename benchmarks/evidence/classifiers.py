@@ -28,7 +28,7 @@ from benchmarks.evidence.heads import ALL, METHODS, adjusted, judged, of_means, 
 from benchmarks.evidence.pages import markdown_table, renewed
 from benchmarks.evidence.problems import shares
 from benchmarks.evidence.spaces import IMAGES, NETWORKS, SPACES, data, features
-from benchmarks.timing import RESULTS, read_rows, write_rows
+from benchmarks.timing import RESULTS, add_row, read_rows
 from ltloss.sklearn import LongTailClassifier
 from ltloss.training.comparison.climb import next_points
 from ltloss.training.comparison.tables import percents
@@ -65,9 +65,7 @@ class Study:
 
     def _add(self, rows: list[dict[str, str]], path: Path, space: str, method: str, **facts: Any) -> None:
         row = {"space": space, "method": method, **facts, "torch": torch.__version__}
-        rows.append({name: json.dumps(v) if isinstance(v, dict) else str(v) for name, v in row.items()})
-        write_rows(rows, path)
-        print(*rows[-1].values(), flush=True)
+        add_row({name: json.dumps(v) if isinstance(v, dict) else v for name, v in row.items()}, rows, path)
 
     def tune(self, space: str, name: str) -> None:
         """Tune by the climb. Each trial of a linear layer is also measured with the log prior subtracted afterwards."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.evidence.pages import markdown_table, renewed
 from benchmarks.evidence.problems import DATA, NETWORK_RATE, accuracy, batches, held_out, start_at_means
-from benchmarks.timing import RESULTS, fresh_processes, interleaved, paired_ratio, read_rows, write_rows
+from benchmarks.timing import RESULTS, add_row, fresh_processes, interleaved, paired_ratio, read_rows, write_rows
 from ltloss import LogitAdjustedLoss
 from ltloss.distributed import SampledSGD, parallelize
 from ltloss.distributed.layout import Layout
@@ -265,9 +265,7 @@ def main() -> None:
         with fresh_processes(options.jobs, {"OMP_NUM_THREADS": "1"}) as pool:
             while wanted := jobs(data, rows):
                 for future in as_completed([pool.submit(train, job, options.data_dir) for job in wanted]):
-                    rows.append({name: str(value) for name, value in future.result().items()})
-                    write_rows(rows, TABLE)
-                    print(*rows[-1].values(), flush=True)
+                    add_row(future.result(), rows, TABLE)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from ltloss.training.data.splits import keep_per_class, long_tailed_subset
 
 NETWORK_RATE = 0.003  # learning rate of the networks, for Adam and AdamW
 _KEPT = 1 << 24  # bytes of exponentials kept between forward and backward
-_HELD_OUT = 3  # samples of a class held out for validation, but at most a third of the class
 
 
 class Groups(NamedTuple):
@@ -159,18 +158,16 @@ def for_validation(name: str, folder: Path, **options: Any) -> Data:
     if name == "fashion":
         return _long_tailed(folder, **_FASHION, spare=1000)
     data = DATA[name](folder, **options)
-    labels = data.labels.numpy()
-    out = keep_per_class(labels, np.minimum(_HELD_OUT, np.bincount(labels) // 3), 0, "validation")
-    kept = np.setdiff1d(np.arange(len(labels)), out)
+    kept, out = held_out(data.labels.numpy(), "validation", 3)
     return data._replace(
         train=data.train[kept], labels=data.labels[kept], test=data.train[out], test_labels=data.labels[out]
     )
 
 
-def held_out(labels: np.ndarray, purpose: str) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (kept, held): ``held`` has one sample of each class with three or more, ``kept`` all others."""
-    one = keep_per_class(labels, (np.bincount(labels) > 2).astype(np.int64), 0, purpose)
-    return np.setdiff1d(np.arange(len(labels)), one), one
+def held_out(labels: np.ndarray, purpose: str, most: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (kept, held): ``held`` has ``most`` samples of each class, at most a third of it, ``kept`` all others."""
+    out = keep_per_class(labels, np.minimum(most, np.bincount(labels) // 3), 0, purpose)
+    return np.setdiff1d(np.arange(len(labels)), out), out
 
 
 @torch.no_grad()

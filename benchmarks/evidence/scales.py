@@ -36,7 +36,7 @@ from benchmarks.evidence.problems import (
     whitened,
 )
 from benchmarks.evidence.spaces import EVERY, SPACES, TRAININGS
-from benchmarks.timing import RESULTS, read_rows, write_rows
+from benchmarks.timing import RESULTS, add_row, read_rows, write_rows
 from ltloss import LogitAdjustedLoss, default_scale
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.losses.defaults import FROZEN_SCALE
@@ -366,9 +366,7 @@ def main() -> None:
     data, scales = options.data or SETTINGS, options.scale or (*FIXED, *LEARNED, *HELD)
     wanted = [t for t in trials() if t.data in data and t.scale in scales and t.key() not in done]
     for trial in wanted[: options.most]:
-        rows.append({name: str(value) for name, value in train(trial, options.data_dir).items()})
-        write_rows(rows, TABLE)
-        print(*rows[-1].values(), flush=True)
+        add_row(train(trial, options.data_dir), rows, TABLE)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.evidence.pages import markdown_table
-from benchmarks.timing import RESULTS, fresh_processes, read_rows, stamp, write_rows
+from benchmarks.timing import RESULTS, add_row, fresh_processes, read_rows, stamp
 from examples import toponyms
 
 TABLE = RESULTS / "evidence_toponyms.csv"
@@ -56,9 +56,7 @@ def main() -> None:
         arguments = ["--head", head, "--rate", options.rate, *(["--all"] if options.all else [])]
         arguments += ["--limit", options.limit] if options.limit else []
         with fresh_processes(1, {"OMP_NUM_THREADS": "1"}) as pool:
-            rows.append({**key, **pool.submit(trained, arguments).result()})
-        write_rows(rows, TABLE)
-        print(*rows[-1].values(), flush=True)
+            add_row({**key, **pool.submit(trained, arguments).result()}, rows, TABLE)
 
 
 if __name__ == "__main__":
