@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.loss_gpu.measure import Device, waiting_is_an_error
 from benchmarks.loss_gpu.search import BF16, FP32, SearchCase
 from benchmarks.peers import Shape
+from examples.cuda_graph import recorded
 from ltloss import ArcFaceLoss
 from ltloss.float8 import FLOAT8 as FP8
 from ltloss.float8 import decoded
@@ -123,17 +124,7 @@ def captured(head: ArcFaceLoss, optimizer: PrototypeOptimizer, features: Tensor,
         head(features, labels).backward()
         optimizer.step()
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    replay: Callable[[], None] = graph.replay
-    return replay
+    return recorded(step)
 
 
 def update_in_a_graph(device: Device) -> str:
