@@ -97,7 +97,7 @@ def learning_curve(
             axes.plot(epochs, values, color=colour, linestyle=style, marker=marker, markersize=4, label=label)
         axes.set_xlabel("epoch")
         axes.set_ylabel(axis)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if percent:
             axes.set_ylim(0, 101)
         elif np.nanmin([value for values in series.values() for value in values]) >= 0:
@@ -130,10 +130,11 @@ def accuracy_by_count(name: str, counts: np.ndarray, accuracy: np.ndarray) -> Pl
 
 def _plain_log_ticks(axes: Axes, counts: np.ndarray) -> None:
     """Label the ticks 10, 20, 50, ... instead of powers of ten; over a long range only 10, 100, 1,000."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, StrMethodFormatter
 
     low, high = max(int(counts.min()), 1), max(int(counts.max()), 1)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    alike = FixedLocator([low])  # of one count, where no round number may be near
+    axes.xaxis.set_major_locator(alike if low == high else LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(low / 1.3, high * 1.3)
@@ -208,6 +209,6 @@ def histogram(
             alt += f" Marked: {mark[1]}."
         axes.set_xlabel(axis)
         axes.set_ylabel(f"number of {what}")
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(visible=False, axis="x")
         return Plot(title, alt, embed(name, axes))
