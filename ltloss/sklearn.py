@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -263,7 +263,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             weight = about["class_weight"]
             loaded = cls(**about["params"], class_weight=dict(weight) if isinstance(weight, list) else weight)
             check_choice("class_prior", loaded.class_prior, ("uniform", "counts"))
-            loaded._device()
+            if loaded.device != "auto":
+                torch.device(loaded.device)  # which need not be here: set_params takes another
             loaded.__dict__.update(arrays, **about["values"])
         return loaded
 
@@ -285,6 +286,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_choice("class_prior", self.class_prior, ("uniform", "counts"))
         for name in ("early_stopping", "refit", "warm_start"):
             check_type(name, getattr(self, name), bool)
+        if not isinstance(self.scales, Iterable):
+            raise TypeError(f"scales must be a sequence of numbers, such as [{self.scales}]; got {self.scales!r}")
         scales = [check_number("scales", scale, above=0.0) for scale in self.scales] if self.loss != "linear" else []
         linear = [] if self.loss == "cosine" else [Candidate(None)]
         candidates = (*linear, *map(Candidate, scales))
@@ -315,6 +318,11 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _device(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"device must be 'auto', or one that is here; got {self.device!r} ({reason})") from None
         return torch.device(self.device)
 
     def _checked(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> tuple[Array, Array, Array]:

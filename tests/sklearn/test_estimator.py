@@ -117,6 +117,15 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert loaded.partial_fit(X[:9], y[:9]).n_iter_ == found.n_iter_ + 1
 
 
+def test_saved_on_a_machine_with_another_device(tmp_path: Path) -> None:
+    X, y = tail()
+    quick(loss="linear").fit(X, y).set_params(device="cuda:99").save(tmp_path / "found.npz")
+    loaded = LongTailClassifier.load(tmp_path / "found.npz")
+    with pytest.raises(ValueError):
+        loaded.predict(X)
+    assert loaded.set_params(device="cpu").predict(X).shape == y.shape
+
+
 def test_only_what_was_saved_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "found.npz"
     with pytest.raises(NotFittedError):
