@@ -20,8 +20,9 @@ def quick_interpreter() -> Iterator[None]:
     """Within the block the interpreter leaves out what it repeats, which is more than half of the time of a test.
 
     It lists the members of Triton's language for every call of a device function, to patch them once more; it builds a
-    table for every dtype that it looks up, and the shape of every tensor anew; and it computes all integers a second
-    time in 64 bits, to look for an overflow that the small problems of tests cannot have.
+    table for every dtype that it looks up, the shape of every tensor anew, and the name of every block type; it
+    compares shapes and dtypes that are the same object; and it computes all integers a second time in 64 bits, to look
+    for an overflow that the small problems of tests cannot have.
     """
     from triton.language import core
     from triton.runtime import interpreter
@@ -34,7 +35,17 @@ def quick_interpreter() -> Iterator[None]:
         for name in builtins(package):
             member = getattr(package, name)
             if core.is_builtin(member):  # not within another call, which has replaced it
-                interpreter._patch_attr(package, name, member, builder, scope)
+                scope.set_attr(package, name, interpreted(member))
+
+    @functools.cache
+    def interpreted(member: Any) -> Any:
+        function = inspect.unwrap(member)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = interpreter.interpreter_semantic
+            return function(*args, **kwargs)
+
+        return call
 
     @functools.cache
     def languages(function: Any) -> frozenset[Any]:
@@ -57,14 +68,6 @@ def quick_interpreter() -> Iterator[None]:
         scope.restore = restored
         return scope
 
-    @functools.cache
-    def shape_of(sizes: tuple[int, ...]) -> tuple[Any, Any]:
-        return core.tuple([core.constexpr(size) for size in sizes]), core.constexpr(math.prod(sizes))
-
-    def new_tensor(self: Any, handle: Any, kind: Any) -> None:
-        self.handle, self.type, self.dtype = handle, kind, kind.scalar
-        self.shape, self.numel = shape_of(tuple(kind.shape) if kind.is_block() else ())
-
     of_any = interpreter._get_np_dtype
     of_scalar = functools.cache(of_any)
 
@@ -75,9 +78,55 @@ def quick_interpreter() -> Iterator[None]:
     with (
         mock.patch.object(interpreter, "_patch_builtin", patch_builtin),
         mock.patch.object(interpreter, "_patch_lang", patch_language),
-        mock.patch.object(core.tensor, "__init__", new_tensor),
+        _types_kept(),
         mock.patch.object(interpreter, "_get_np_dtype", of_kind),
         mock.patch.object(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False)),
+    ):
+        yield
+
+
+@contextmanager
+def _types_kept() -> Iterator[None]:
+    """Within the block shapes and block types are made once: one object, which compares fast."""
+    from triton.language import core
+    from triton.language.semantic import TritonSemantic
+
+    @functools.cache
+    def shape_of(sizes: tuple[int, ...]) -> tuple[Any, Any]:
+        return core.tuple([core.constexpr(size) for size in sizes]), core.constexpr(math.prod(sizes))
+
+    def new_tensor(self: Any, handle: Any, kind: Any) -> None:
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.shape, self.numel = shape_of(tuple(kind.shape) if kind.is_block() else ())
+
+    new_block_type, blocks, shapes = core.block_type.__init__, dict[Any, Any](), dict[Any, Any]()
+
+    def block_type(self: Any, element: Any, shape: Any) -> None:
+        sizes = tuple(getattr(size, "value", size) for size in shape)
+        kept = blocks.get((element.name, sizes))
+        if kept is None:
+            new_block_type(self, element, shape)
+            self.shape = shapes.setdefault(sizes, self.shape)
+            blocks[element.name, sizes] = kept = {k: v for k, v in vars(self).items() if k != "element_ty"}
+        vars(self).update(kept, element_ty=element)
+
+    broadcast_unequal = TritonSemantic.broadcast_impl_value
+
+    def broadcast(self: Any, left: Any, right: Any) -> Any:
+        if left.type.is_block() and right.type.is_block() and left.type.shape is right.type.shape:
+            return left, right
+        return broadcast_unequal(self, left, right)
+
+    equal_dtypes = core.dtype.__eq__
+
+    def equal(self: Any, other: Any) -> bool:
+        return self is other or equal_dtypes(self, other)
+
+    with (
+        mock.patch.object(core.tensor, "__init__", new_tensor),
+        mock.patch.object(core.block_type, "__init__", block_type),
+        mock.patch.object(core.dtype, "__eq__", equal),
+        mock.patch.object(TritonSemantic, "broadcast_impl_value", broadcast),
     ):
         yield
 
