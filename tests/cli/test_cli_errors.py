@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -211,8 +212,8 @@ def test_image_that_disappears_while_training(
 
     original, lost = training_data.prepare_data, load_data(str(toy_folder), split="train").names[3]
 
-    def prepare(settings: object) -> object:
-        data = original(settings)  # type: ignore[arg-type]
+    def prepare(*given: Any) -> object:
+        data = original(*given)
         assert lost in data.train.names
         (toy_folder / lost).unlink()
         return data
