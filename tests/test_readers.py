@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from helpers.damaged import STEPS, Damage, Step, Trap, npy, of_archive, of_bytes
 from helpers.embeddings import quick, tail
 from helpers.profiles import cases
 from helpers.small_run import make_run
-from helpers.toys import CLASS_NAMES, toy_embeddings, toy_images, write_embeddings
+from helpers.toys import CLASS_NAMES, toy_embeddings, write_embeddings, write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -53,11 +54,6 @@ class Reader:
     read: Callable[[Path], object]
     error: type[Exception] = UserError
     inside: Damage = of_bytes  # how its content is damaged, apart from its bytes
-
-
-def _npz(path: Path) -> None:
-    (x_train, y_train), (x_test, y_test) = toy_images(4), toy_images(2, seed=1)
-    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, class_names=np.array(CLASS_NAMES))
 
 
 def _read_data(path: Path) -> None:
@@ -231,7 +227,7 @@ def _read_image(path: Path) -> None:
 
 
 READERS = [
-    Reader("images.npz", _npz, _read_data, inside=of_archive),
+    Reader("images.npz", partial(write_images, train=4, test=2), _read_data, inside=of_archive),
     Reader("embeddings.npz", write_embeddings, _read_data, inside=of_archive),
     Reader("x.safetensors", _safetensors, _read_data, inside=of_safetensors),
     Reader("x.npy", _npy, _read_npy),

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from helpers.refusals import refused
 
 pytest.importorskip("safetensors")
 pytest.importorskip("PIL")
-from helpers.toys import CLASS_NAMES, toy_images, toy_settings, write_embeddings
+from helpers.toys import toy_settings, write_embeddings, write_images
 
 from ltloss.errors import UserError
 from ltloss.training.measure.evaluate import evaluate_run
@@ -25,13 +24,6 @@ from ltloss.training.model.classifier import Classifier
 from ltloss.training.run.trainer import train
 
 pytestmark = pytest.mark.slow
-
-
-def _data(folder: Path) -> Path:
-    (x_train, y_train), (x_test, y_test) = toy_images(20), toy_images(5, seed=1)
-    path = folder / "toy.npz"
-    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, class_names=np.array(CLASS_NAMES))
-    return path
 
 
 def _settings(data: Path, epochs: int, loss: str = "cosine-space") -> dict[str, Any]:
@@ -71,7 +63,7 @@ def _rows(run: Path) -> list[dict[str, str]]:
 
 
 def test_train_on_two_ranks(tmp_path: Path) -> None:
-    data = _data(tmp_path)
+    data = write_images(tmp_path / "toy.npz")
     write_embeddings(tmp_path / "embeddings.npz")
     first, second = world.run(_train, 2, data, tmp_path)
     assert first == second
@@ -101,7 +93,7 @@ def _fused(rank: int, data: Path, out: Path) -> dict[bool, list[float]]:
 
 
 def test_fused_update_on_two_ranks(tmp_path: Path) -> None:
-    first, second = world.run(_fused, 2, _data(tmp_path), tmp_path)
+    first, second = world.run(_fused, 2, write_images(tmp_path / "toy.npz"), tmp_path)
     assert first == second
     assert first[True] == pytest.approx(first[False], rel=1e-4)
     assert _rows(tmp_path / "resumed") == _rows(tmp_path / "fused True")
@@ -134,7 +126,7 @@ def _narrow(rank: int, data: Path, out: Path) -> dict[str, list[float]]:
 
 
 def test_narrow_prototypes_on_two_ranks(tmp_path: Path) -> None:
-    data = _data(tmp_path)
+    data = write_images(tmp_path / "toy.npz")
     first, second = world.run(_narrow, 2, data, tmp_path)
     assert first == second
     for name, kept in NARROW.items():
@@ -152,7 +144,7 @@ def test_narrow_prototypes_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
-    data = _data(tmp_path)
+    data = write_images(tmp_path / "toy.npz")
     alone = train(tmp_path / "alone", _settings(data, 1), quiet=True).history
     plain = train(tmp_path / "plain", {**_settings(data, 1), "parallel": "none"}, quiet=True).history
     assert alone[0]["train_loss"] == plain[0]["train_loss"]
@@ -161,7 +153,7 @@ def test_one_process_needs_no_launcher(tmp_path: Path) -> None:
 def test_several_processes_without_parallel_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refused("--parallel", "none", error=UserError):
-        train(tmp_path / "run", {**_settings(_data(tmp_path), 1), "parallel": "none"}, quiet=True)
+        train(tmp_path / "run", {**_settings(write_images(tmp_path / "toy.npz"), 1), "parallel": "none"}, quiet=True)
 
 
 OPTIONS = {"optimizer": "adamw", "clip_norm": 0.5, "accumulate": 2, "ema": 0.9, "batch_size": 8}
@@ -187,7 +179,7 @@ def _options(rank: int, data: Path, out: Path) -> list[dict[str, Any]]:
 
 
 def test_training_options_on_two_ranks(tmp_path: Path) -> None:
-    first, second = world.run(_options, 2, _data(tmp_path), tmp_path)
+    first, second = world.run(_options, 2, write_images(tmp_path / "toy.npz"), tmp_path)
     assert first == second
     assert first[-1]["train_loss"] < first[0]["train_loss"]
     assert _rows(tmp_path / "whole") == _rows(tmp_path / "resumed")
@@ -213,7 +205,7 @@ def _accumulated(rank: int, data: Path, out: Path) -> list[list[float]]:
 
 
 def test_accumulated_batches_on_two_ranks_are_one_large_batch(tmp_path: Path) -> None:
-    first, second = world.run(_accumulated, 2, _data(tmp_path), tmp_path)
+    first, second = world.run(_accumulated, 2, write_images(tmp_path / "toy.npz"), tmp_path)
     assert first == second
     assert first[0] == pytest.approx(first[1], rel=1e-5)
     assert first[0][-1] < first[0][0]

@@ -19,6 +19,13 @@ def toy_images(per_class: int, seed: int = 0, size: int = 8) -> tuple[np.ndarray
     return images.astype(np.uint8), labels
 
 
+def write_images(path: Path, train: int = 20, test: int = 5) -> Path:
+    """A FILE.npz of toy images, so many a class in each split."""
+    (x_train, y_train), (x_test, y_test) = toy_images(train), toy_images(test, seed=1)
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, class_names=np.array(CLASS_NAMES))
+    return path
+
+
 def toy_settings(data: Path | str, **changes: object) -> dict[str, object]:
     """Settings of a run that takes a fraction of a second."""
     return {"data": str(data), "epochs": 2, "batch_size": 16, "embedding_size": 8, "device": "cpu", **changes}

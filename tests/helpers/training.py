@@ -6,12 +6,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from helpers.toys import CLASS_NAMES, toy_images, toy_settings
+from helpers.toys import CLASS_NAMES, toy_images, toy_settings, write_images
 from ltloss.training.run.trainer import TrainingResult, train
 
 
@@ -26,11 +25,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def toy_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "toy.npz"
-    x_train, y_train = toy_images(20)
-    x_test, y_test = toy_images(5, seed=1)
-    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, class_names=np.array(CLASS_NAMES))
-    return path
+    return write_images(tmp_path_factory.mktemp("data") / "toy.npz")
 
 
 @pytest.fixture
