@@ -27,7 +27,7 @@ OPTIMIZERS: dict[str, Any] = {
     "options", [{}, {"state_dtype": torch.bfloat16}, {"rounding": "stochastic"}, {"rounding": "kahan"}]
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_resumed_from_a_file_it_takes_the_sametrain_steps(name: str, options: dict[str, Any]) -> None:
+def test_resumed_from_a_file_it_takes_the_same_steps(name: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     module = ltloss.ArcFaceLoss(9, 20, dtype=torch.bfloat16 if "rounding" in options else None)
     optimizer = OPTIMIZERS[name](module, seed=5, **options)
@@ -109,7 +109,7 @@ def test_a_closure_and_the_rest_of_the_network() -> None:
 
 
 @pytest.mark.compile
-def test_a_compiled_forward_takes_the_sametrain_steps() -> None:
+def test_a_compiled_forward_takes_the_same_steps() -> None:
     torch.manual_seed(0)
     start, start_body = ltloss.LongTailLoss.from_counts([5, 4, 3, 2, 2, 2, 1, 1, 1], 5), nn.Linear(5, 5)
     weights = []
