@@ -120,8 +120,8 @@ class Device:
 
     def release(self) -> None:
         """Return unused memory to the driver, so that a provider's fragments do not affect the next one."""
-        gc.collect()
         if self.is_cuda:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def time(self, before: Step, product: Step, steps: Sequence[Step], repeats: int) -> Phases:

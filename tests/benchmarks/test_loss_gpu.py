@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import inspect
 import subprocess
 import sys
@@ -40,7 +41,7 @@ TINY = Shape(5, 33, 8)
 
 
 @pytest.fixture(autouse=True)
-def as_users_run_it(default_algorithms: None) -> None:
+def as_users_run_it(default_algorithms: None, sizes_for_a_cpu: None) -> None:
     """Peers use operators that have no deterministic variant."""
 
 
@@ -381,6 +382,7 @@ def test_the_product_runs_in_half_precision_only_where_both_allow_it() -> None:
         assert correctness.product_dtype(dtypes) == product
 
 
-def test_every_case_of_the_comparison_has_a_name_of_its_own() -> None:
+def test_every_case_of_the_comparison_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correctness, "problem", functools.cache(correctness.problem))
     names = [(case.name, case.dtypes) for case in correctness.cases(quick=False)]
     assert len(names) == len(set(names)) > 200

@@ -25,7 +25,7 @@ TINY = Shape(5, 33, 8)
 
 
 @pytest.fixture(autouse=True)
-def as_users_run_it(default_algorithms: None) -> None:
+def as_users_run_it(default_algorithms: None, sizes_for_a_cpu: None) -> None:
     """Peers use operators that have no deterministic variant."""
 
 
