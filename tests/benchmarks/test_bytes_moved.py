@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +15,16 @@ from benchmarks.bytes_moved import _LINE, Moved, Operand, Traffic, as_for_many, 
 from benchmarks.timing import fresh_processes
 
 pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[Executor]:
+    """A process where kernels are not interpreted."""
+    with fresh_processes(1) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("TRITON_INTERPRET", raising=False)
+            pool.submit(os.getpid).result()  # starts it
+        yield pool
 
 
 @pytest.fixture
@@ -74,14 +86,11 @@ def counted(way: Callable[[], AbstractContextManager[None]], *sizes: Any) -> tup
 @pytest.mark.parametrize(("prototypes", "backward_at_most"), [(torch.bfloat16, 1.1), (torch.float32, 1.6)])
 @pytest.mark.parametrize("samples", [64, 512])
 def test_few_samples_read_a_million_prototypes_once(
-    samples: int, prototypes: torch.dtype, backward_at_most: float, monkeypatch: pytest.MonkeyPatch
+    samples: int, prototypes: torch.dtype, backward_at_most: float, elsewhere: Executor
 ) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # in a process where kernels are not interpreted
-    with fresh_processes(1) as pool:
-        sizes = (samples, 10**6, 512, torch.bfloat16, prototypes)
-        many, few, graph = list(
-            pool.map(counted, (as_for_many, nullcontext, in_a_graph), *([one] * 3 for one in sizes))
-        )
+    sizes = (samples, 10**6, 512, torch.bfloat16, prototypes)
+    ways = (as_for_many, nullcontext, in_a_graph)
+    many, few, graph = list(elsewhere.map(counted, ways, *([one] * 3 for one in sizes)))
     for forward, _ in (few, graph):
         assert 1.0 <= forward.ratio <= 1.05
     assert many[0].ratio > 1.9
@@ -89,13 +98,11 @@ def test_few_samples_read_a_million_prototypes_once(
     assert graph[1].ratio < few[1].ratio <= 1.001 * many[1].ratio  # where memory begins moves a line or two
 
 
-def test_kept_exponentials_move_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_exponentials_move_twice(elsewhere: Executor) -> None:
     """For many samples nothing else changes but that the backward reads prototypes once less."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     n, c, d = 1024, 10**5, 512
     given = (n, c, d, torch.bfloat16, torch.bfloat16, None)
-    with fresh_processes(1) as pool:
-        usual, kept = list(pool.map(step, *([one] * 2 for one in given), (False, True)))
+    usual, kept = list(elsewhere.map(step, *([one] * 2 for one in given), (False, True)))
     exponentials = 2 * n * c
     assert kept[0].bytes - usual[0].bytes == pytest.approx(exponentials, rel=0.05)  # and shifts
     assert 0.0 < kept[1].bytes - usual[1].bytes <= 1.05 * exponentials
@@ -104,11 +111,10 @@ def test_kept_exponentials_move_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 @pytest.mark.parametrize("prototypes", [torch.bfloat16, torch.float32])
 def test_a_step_that_moves_a_million_prototypes_moves_little_else(
-    prototypes: torch.dtype, rule: str, monkeypatch: pytest.MonkeyPatch
+    prototypes: torch.dtype, rule: str, elsewhere: Executor
 ) -> None:
     """Forward and backward together, in a CUDA graph."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with fresh_processes(1) as pool:
-        forward, backward = pool.submit(counted, in_a_graph, 256, 10**6, 512, torch.bfloat16, prototypes, rule).result()
+    given = (256, 10**6, 512, torch.bfloat16, prototypes, rule)
+    forward, backward = elsewhere.submit(counted, in_a_graph, *given).result()
     assert backward.least > forward.least + 2 * 10**6 * 512 * 4  # float32 state is read and written
     assert 1.0 <= (forward.bytes + backward.bytes) / (forward.least + backward.least) <= 1.1
