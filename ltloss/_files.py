@@ -35,8 +35,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary(path), path)
     except BaseException as error:
         temporary(path).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # a failed write does not name its file
+        if isinstance(error, OSError) and str(error.filename or temporary(path)) == str(temporary(path)):
+            error.filename = str(path)  # a failed write names no file, and nobody knows the temporary one
         raise
     _flush_names(path.parent)
 

@@ -90,6 +90,12 @@ def test_full_disk_is_an_error_that_names_the_file(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        write_file(tmp_path / "absent" / "wanted", b"new")
+    assert caught.value.filename == str(tmp_path / "absent" / "wanted")
+
+
 def test_a_table_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     write_csv(path, ["a", "b"], [{"a": 1, "b": None}, {"a": 2}, {"b": 3}])

@@ -37,6 +37,8 @@ def explained(path: Path) -> Iterator[None]:
     """Turn errors within the block into a UserError that ``path`` cannot be read."""
     try:
         yield
+    except PermissionError:  # the file may be sound
+        raise
     except _DAMAGE as error:
         raise UserError(f"{path} cannot be read ({in_one_line(error)}); write it anew") from error
 
@@ -54,6 +56,8 @@ def npz_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype] | None
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
             shape, _, dtype = _npy_header(member)
             return shape, dtype
+    except PermissionError:
+        raise
     except _DAMAGE:
         return None
 

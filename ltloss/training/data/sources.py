@@ -170,6 +170,8 @@ def _readable(
             common = (DEFAULT_FOLDER_SIZE, DEFAULT_FOLDER_SIZE)
         return target_shape((1 if grey else 3, *common), size, channels, min(len(names), DECODED_AT_ONCE))
 
+    if not names:
+        raise UserError(f"{folder}: no class has a second image, which the test split would be of; add images")
     source = _checked(folder, names, labels, class_names, choose_shape, workers)
     if split != "test":
         present = np.bincount(source.labels, minlength=len(class_names))

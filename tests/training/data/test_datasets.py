@@ -28,6 +28,15 @@ def huge_png(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+def test_folders_of_one_image_leave_nothing_to_test(tmp_path: Path) -> None:
+    for name in CLASS_NAMES:
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "0.png")
+    assert len(load_data(str(tmp_path), split="train")) == 3
+    with refused(str(tmp_path), "second", "test", error=UserError):
+        load_data(str(tmp_path), split="test")
+
+
 def test_digits_are_split_by_class_without_overlap() -> None:
     train, test = (load_data("digits", split=split, seed=1) for split in ("train", "test"))
     assert (len(train), len(test)) == (1438, 359)

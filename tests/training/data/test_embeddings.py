@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -214,6 +215,22 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:400])
         with refused(str(path), error=UserError):
             embeddings(path)
+
+
+@pytest.mark.parametrize("write", [_npz, _npy])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, *toy_embeddings(5))
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("zipfile.ZipFile", forbidden)
+    monkeypatch.setattr("numpy.lib.format.open_memmap", forbidden)
+    for read in (embeddings, load_rows):
+        with pytest.raises(PermissionError):
+            read(path)
 
 
 def test_a_shape_that_goes_on_into_the_next_member_is_refused(tmp_path: Path) -> None:
