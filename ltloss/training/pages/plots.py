@@ -129,12 +129,14 @@ def accuracy_by_count(name: str, counts: np.ndarray, accuracy: np.ndarray) -> Pl
 
 
 def _plain_log_ticks(axes: Axes, counts: np.ndarray) -> None:
-    """Label the ticks 10, 20, 50, ... instead of powers of ten; over a long range only 10, 100, 1,000."""
-    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, StrMethodFormatter
+    """Label ticks 10, 20, 50, ... instead of powers of ten; over a long range fewer of them, over a short one more."""
+    from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     low, high = max(int(counts.min()), 1), max(int(counts.max()), 1)
-    alike = FixedLocator([low])  # of one count, where no round number may be near
-    axes.xaxis.set_major_locator(alike if low == high else LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    locator: Locator = LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,))
+    if high < 2 * low:  # no power of ten may be near
+        locator = MaxNLocator(5, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+    axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(low / 1.3, high * 1.3)
