@@ -27,7 +27,7 @@ demo: $(VENV)/.installed  ## train five losses on long-tailed digits, print the 
 test: $(VENV)/.installed  ## run every test, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-fast: $(VENV)/.installed  ## what one runs while working: a minute or so
+test-fast: $(VENV)/.installed  ## what one runs while working: leaves out the slow ones
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not compile and not browser"
 
 test-compile: $(VENV)/.installed  ## compile the kernels ahead of time and hold their limits (`make test` does it too)
