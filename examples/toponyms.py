@@ -29,7 +29,7 @@ from ltloss.distributed import SampledSGD, parallelize
 from ltloss.optim import PrototypeSGD
 
 BUCKETS, LONGEST, DIM = 1 << 15, 32, 64  # rows of the n-grams' table; letters of a name that count; features
-BATCH, SCALE, NETWORK_RATE = 512, 32.0, 0.003
+BATCH, SCALE, NETWORK_RATE = 512, 16.0, 0.003
 HEADS = {
     "full": "all classes in each step",
     "fused": "all classes, moved inside the backward: their gradient (C, D) never exists",
@@ -195,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
     about = "; ".join(f"{name}: {words}" for name, words in HEADS.items())
     options.add_argument("--head", choices=tuple(HEADS), default="full", help=about)
     options.add_argument("--rate", type=float, default=0.1, help="share of the classes of uniform and hard")
-    options.add_argument("--lr", type=float, default=8.0, help="of the prototypes")
+    options.add_argument("--lr", type=float, default=32.0, help="of the prototypes")
     options.add_argument("--scale", type=float, default=SCALE, help="s of the loss")
     options.add_argument("--validation", action="store_true", help="judge on training names held out, to choose by")
     options.add_argument("--epochs", type=int, default=1)
