@@ -42,7 +42,9 @@ class Neighbours:
         self.count, self.refresh = count, refresh
         self._table: _Table | None = None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a search breaks the graph several times, and goes wrong
+    # A search breaks the graph several times, and goes wrong. torch.compiler.disable would import the compiler at once,
+    # which takes longer than all else that a command needs after torch; this is how torch.optim leaves it for later.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def cosines(self, labels: Tensor, step: int, prototypes: Tensor, layout: Layout) -> Tensor:
         """For each of this rank's classes the largest cosine to a class of the batch whose neighbour it is, else −inf.
