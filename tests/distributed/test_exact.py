@@ -11,9 +11,9 @@ from ltloss.testing import relative_error
 
 pytestmark = pytest.mark.slow
 
-STEPS = 10
-# float32 sums over shards are taken in another order; ten steps with momentum carry the difference on.
-ONE_STEP, TEN_STEPS = 2e-5, 2e-4
+STEPS = 6  # the pattern of the sizes once, and half of it again
+# float32 sums over shards are taken in another order; more steps with momentum carry the difference on.
+ONE_STEP, ALL_STEPS = 2e-5, 1.2e-4
 
 
 def sizes(ranks: int) -> tuple[tuple[int, ...], ...]:
@@ -25,7 +25,7 @@ def sizes(ranks: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _cases(ranks: int) -> list[Case]:
-    """Ten steps of every module and of the member that has everything, two of the rest of the family."""
+    """All steps of every module and of the member that has everything, two of the rest of the family."""
     many = {name for name in BUILD if not name.startswith("family")} | {"family everything"}
     every = [Case(name, 11, sizes(ranks)[: STEPS if name in many else 2]) for name in BUILD]
     exact = [Case(name, 9, sizes(ranks), torch.float64) for name in ("family everything", "LongTailLoss")]
@@ -51,7 +51,7 @@ def test_equals_one_process(ranks: int, meshes: tuple[int, ...]) -> None:
 def _compare(case: Case, ranks: list[Trace], one: Trace) -> None:
     scale = 1e-7 if case.dtype == torch.float64 else 1.0
     for step, loss in enumerate(one.losses):
-        tolerance = scale * (ONE_STEP if step == 0 else TEN_STEPS)
+        tolerance = scale * (ONE_STEP if step == 0 else ALL_STEPS)
         shared = [rank.losses[step] for rank in ranks]
         together = torch.cat(shared) if loss.dim() else shared[0]
         assert all(torch.equal(other, shared[0]) for other in shared) or loss.dim(), "ranks have different losses"
@@ -63,10 +63,10 @@ def _compare(case: Case, ranks: list[Trace], one: Trace) -> None:
         error = relative_error(rank.weight_grad, one.weight_grad, 1e-2)
         assert error <= scale * ONE_STEP, f"{case.loss}, C={case.classes}: gradient of the weight: {error:.1e}"
         error = relative_error(rank.weight, one.weight)
-        assert error <= scale * TEN_STEPS, f"{case.loss}, C={case.classes}: weight after all steps: {error:.1e}"
+        assert error <= scale * ALL_STEPS, f"{case.loss}, C={case.classes}: weight after all steps: {error:.1e}"
         assert rank.state.keys() == one.state.keys()
         for name, tensor in one.state.items():
-            assert relative_error(rank.state[name], tensor, 1e-2) <= scale * TEN_STEPS, f"{case.loss}: {name}"
+            assert relative_error(rank.state[name], tensor, 1e-2) <= scale * ALL_STEPS, f"{case.loss}: {name}"
     cosine, index = (torch.cat([rank.predicted[part] for rank in ranks]) for part in (0, 1))
     assert torch.equal(index, one.predicted[1]), case.loss
-    assert relative_error(cosine, one.predicted[0]) <= scale * TEN_STEPS
+    assert relative_error(cosine, one.predicted[0]) <= scale * ALL_STEPS
