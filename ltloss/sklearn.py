@@ -93,7 +93,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     ``partial_fit`` makes one pass at a constant rate over the samples it is given. Space and start are those of its
     first call, which has to name all ``classes``; one that comes later starts at its mean then. It has no validation
-    part: ``"auto"`` and ``"cosine"`` take the middle one of ``scales``.
+    part: ``"auto"`` and ``"cosine"`` take the middle one of ``scales``, of two the second.
 
     See also: :class:`ltloss.LogitAdjustedLoss` and :class:`ltloss.LinearSoftmaxLoss`, the losses that it trains.
 
@@ -118,7 +118,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self,
         loss: Literal["auto", "linear", "cosine"] = "auto",
         *,
-        scales: Sequence[float] = (16.0, 32.0, 64.0),
+        scales: Sequence[float] = (16.0, 32.0),
         class_prior: Literal["uniform", "counts"] = "uniform",
         class_weight: dict[Any, float] | Literal["balanced"] | None = None,
         max_iter: int | None = None,

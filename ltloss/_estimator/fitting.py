@@ -168,7 +168,8 @@ def fit_more(task: Task, options: Options, former: Fitted | None, training: Trai
     mass = task.every.mass(classes)
     if former is None:
         space, means = of_class_means(task.X, task.every, classes)
-        candidate = options.candidates[len(options.candidates) // 2]
+        cosines = [each for each in options.candidates if each.scale is not None] or options.candidates
+        candidate = cosines[len(cosines) // 2]
         former = Fitted(space, candidate, candidate.of_means(means), torch.zeros(classes), 0)
     candidate, counts = former.candidate, former.counts + mass
     if training is None:
