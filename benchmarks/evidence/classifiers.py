@@ -18,11 +18,12 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from benchmarks.evidence.heads import ALL, METHODS, adjusted, judged, of_means, trained
 from benchmarks.evidence.pages import markdown_table, renewed
@@ -41,9 +42,14 @@ _GROUPS = ("accuracy", "many", "medium", "few")
 MEANS = "nearest class mean, by cosine"
 POST_HOC = "linear, log prior taken off afterwards"
 AUTO = '`LongTailClassifier()`, "auto"'
-ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
-    "auto": (AUTO, {}),
-    "named": ('`LongTailClassifier("cosine", scales=[16])`', {"loss": "cosine", "scales": (16.0,)}),
+SKLEARN = "scikit-learn's `LogisticRegression(max_iter=100)`"
+ESTIMATORS: dict[str, tuple[str, Callable[[int], Any]]] = {  # by seed
+    "auto": (AUTO, lambda seed: LongTailClassifier(random_state=seed)),
+    "named": (
+        '`LongTailClassifier("cosine", scales=[16])`',
+        lambda seed: LongTailClassifier("cosine", scales=(16.0,), random_state=seed),
+    ),
+    "sklearn": (SKLEARN, lambda seed: LogisticRegression(max_iter=100)),  # draws nothing
 }
 _NAMED = {name: title for name, (title, _) in ESTIMATORS.items()}
 TITLES = {"means": MEANS, "post-hoc": POST_HOC, **_NAMED, **{name: each.title for name, each in METHODS.items()}}
@@ -120,18 +126,18 @@ class Study:
             self._add(self.rows, TABLE, space, "means", values={}, seed=0, **found)
 
     def estimators(self, space: str) -> None:
-        """The estimator as it comes, and told its loss, on the features as they are."""
+        """The estimator as it comes, told its loss, and scikit-learn's, on the features as they are."""
         samples = features(self.folder, space, "test")
         done = {(row["method"], row["seed"]) for row in self.rows if row["space"] == space}
         for name, seed in itertools.product(ESTIMATORS, _SEEDS):
-            if (name, str(seed)) in done:
+            if (name, str(seed)) in done or (name == "sklearn" and seed):
                 continue
-            start, classifier = time.perf_counter(), LongTailClassifier(random_state=seed, **ESTIMATORS[name][1])
+            start, classifier = time.perf_counter(), ESTIMATORS[name][1](seed)
             classifier.fit(samples.train.numpy(), samples.labels.numpy())
             seconds = f"{time.perf_counter() - start:.1f}"
             right = torch.from_numpy(classifier.predict(samples.test.numpy())) == samples.test_labels
             found = shares(right, torch.bincount(samples.labels)[samples.test_labels], samples.groups)
-            values = {"loss": classifier.loss_}
+            values = {"loss": classifier.loss_} if name != "sklearn" else {"n_iter": int(classifier.n_iter_[0])}
             self._add(self.rows, TABLE, space, name, values=values, seed=seed, **found, seconds=seconds)
 
 
@@ -139,7 +145,7 @@ def _estimators(rows: Sequence[Mapping[str, str]]) -> Iterator[list[str]]:
     """Lines with the results of benchmarks/estimator.py, which has no group of medium classes."""
     for provider, title in (
         ("ltloss LongTailClassifier", AUTO),
-        ("sklearn LogisticRegression", "scikit-learn's `LogisticRegression(max_iter=100)`"),
+        ("sklearn LogisticRegression", SKLEARN),
     ):
         same = [r for r in rows if (r["provider"], r["threads"]) == (provider, "1") and "icons_features" in r["data"]]
         if same:

@@ -109,9 +109,9 @@ def test_the_estimator_is_trained_beside_them(study: Study, monkeypatch: pytest.
     for _ in range(2):
         study.estimators("whitened")
     names = [row["method"] + row["seed"] for row in study.rows]
-    assert names == ["auto0", "auto1", "auto2", "named0", "named1", "named2"]
+    assert names == ["auto0", "auto1", "auto2", "named0", "named1", "named2", "sklearn0"]
     assert {row["accuracy"] for row in study.rows[:3]} == {"1.0"}
-    assert json.loads(study.rows[-1]["values"]) == {"loss": "cosine-16"}
+    assert json.loads(study.rows[-2]["values"]) == {"loss": "cosine-16"}
     chosen = json.loads(study.rows[0]["values"])["loss"]
     assert f"| whitened | loss={chosen} | 100.00" in table(study.rows)
 
