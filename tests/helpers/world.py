@@ -68,9 +68,9 @@ def finish(started: list[tuple[Any, Connection]], patience: float = 120.0) -> li
     return results
 
 
-def run(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+def run(function: Callable[..., Any], ranks: int, *args: Any, patience: float = 120.0) -> list[Any]:
     """Run on so many ranks; an exception on one of them is raised here, with its traceback."""
-    results = finish(start(function, ranks, *args))
+    results = finish(start(function, ranks, *args), patience)
     failed = [(rank, result) for rank, result in enumerate(results) if isinstance(result, Exception)]
     # The others fail for want of the first, so what they say comes last.
     failed.sort(key=lambda pair: "Connection" in str(pair[1]))
