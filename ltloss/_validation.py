@@ -43,6 +43,7 @@ __all__ = [
     "check_supervised",
     "check_type",
     "check_values",
+    "is_whole",
     "plain_number",
     "shown",
 ]
@@ -127,6 +128,11 @@ def shown(given: Any) -> str:
     return str(tuple(given.shape)) if isinstance(given, Tensor) else type(given).__name__
 
 
+def is_whole(given: Tensor) -> bool:
+    """Return whether the dtype of a tensor is one of integers; bool is none."""
+    return not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+
+
 def check_type(name: str, given: Any, expected: type[int] | type[bool]) -> None:
     """Raise TypeError unless ``given`` is of the ``expected`` type, int (of 64 bits, and no bool) or bool."""
     if not isinstance(given, expected) or (expected is int and isinstance(given, bool)):
@@ -138,8 +144,7 @@ def check_type(name: str, given: Any, expected: type[int] | type[bool]) -> None:
 
 def check_dense(name: str, given: Tensor, *, integers: bool = True) -> None:
     """Raise TypeError unless a tensor is dense and of floating-point numbers, or, with ``integers``, of those."""
-    whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
-    if given.layout != torch.strided or not (given.is_floating_point() or (integers and whole)):
+    if given.layout != torch.strided or not (given.is_floating_point() or (integers and is_whole(given))):
         what = "numbers" if integers else "floating-point numbers"
         raise TypeError(f"{name} must be a dense tensor of {what}; got {given.dtype}, {given.layout}")
 
@@ -254,9 +259,7 @@ def check_supervised(features: Any, prototypes: Any, labels: Any, *, several: bo
     check_pair(features, prototypes)
     if several and isinstance(labels, Tensor) and labels.dim() == 2:
         if not 1 <= labels.shape[1] <= _MOST_LABELS:
-            raise ValueError(
-                f"labels (N, k) must name 1 to {_MOST_LABELS} classes per sample; got shape {tuple(labels.shape)}"
-            )
+            raise ValueError(f"labels (N, k) must name 1 to {_MOST_LABELS} classes per sample; got {shown(labels)}")
         check_labels(features, labels[:, 0])
     else:
         check_labels(features, labels)
@@ -268,12 +271,11 @@ def check_labels(features: Tensor, labels: Any, features_name: str = "features",
         raise TypeError(f"{name} must be a torch.Tensor (N,); got {type(labels).__name__}")
     if labels.layout != torch.strided:
         raise TypeError(f"{name} must be dense, of the layout torch.strided; got {labels.layout}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if not is_whole(labels):
         raise TypeError(f"{name} must have an integer dtype; got {labels.dtype}")
     if labels.shape != features.shape[:1]:
         raise ValueError(
-            f"{name} must have one entry per row of {features_name}, shape ({features.shape[0]},); "
-            f"got {tuple(labels.shape)}"
+            f"{name} must have one entry per row of {features_name}, shape ({features.shape[0]},); got {shown(labels)}"
         )
     check_same_device(**{features_name: features, name: labels})
 
@@ -375,7 +377,7 @@ def check_classes(classes: Any, prototypes: Tensor) -> None:
     """Raise unless ``classes`` are integers (R,) on the prototypes' device. ``checked_labels`` checks their range."""
     if not isinstance(classes, Tensor):
         raise TypeError(f"classes must be a torch.Tensor (R,) of class indices; got {type(classes).__name__}")
-    if classes.dim() != 1 or classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+    if classes.dim() != 1 or not is_whole(classes):
         raise ValueError(
             f"classes must be integer class indices of shape (R,); got {classes.dtype} {tuple(classes.shape)}"
         )

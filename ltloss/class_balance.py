@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltloss._deprecation import renamed_keywords
-from ltloss._validation import check_choice, check_count, check_dense, check_number, check_type
+from ltloss._validation import check_choice, check_count, check_dense, check_number, check_type, is_whole, shown
 from ltloss.ops.labels import checked_labels
 
 __all__ = [
@@ -59,7 +59,7 @@ def counts_from_labels(labels: Counts, num_classes: int, *, ignore_index: int = 
     if isinstance(array, np.ndarray) and array.dtype.kind not in "iu":
         raise TypeError(f"labels must have an integer dtype; got {type(labels).__name__} of {array.dtype}")
     vector = torch.as_tensor(array).flatten()
-    if vector.is_floating_point() or vector.is_complex() or vector.dtype == torch.bool:
+    if not is_whole(vector):
         raise TypeError(f"labels must have an integer dtype; got {vector.dtype}")
     checked = checked_labels(vector, num_classes, ignore_index, "labels").to(torch.int64)
     return torch.bincount(checked[checked != ignore_index], minlength=num_classes)
@@ -259,8 +259,7 @@ class DeferredWeights:
         check_type("start_epoch", self.start_epoch, int)
         check_number("start_epoch", self.start_epoch, at_least=0)
         if not isinstance(self.weights, Tensor) or self.weights.dim() != 1:
-            given = tuple(self.weights.shape) if isinstance(self.weights, Tensor) else type(self.weights).__name__
-            raise TypeError(f"weights must be a tensor (C,); got {given}")
+            raise TypeError(f"weights must be a tensor (C,); got {shown(self.weights)}")
 
     def __call__(self, epoch: int) -> Tensor | None:
         """Class weights (C,) for an epoch, or None before ``start_epoch``."""

@@ -195,9 +195,8 @@ def logsumexp_stats(
         if not (callable(bend) and alone and all(objective.normalize)):
             raise ValueError(
                 "bend must be a function, with a number as scale, normalised features and prototypes, one label per "
-                f"sample and with_logit_sum=False (no label smoothing); got {type(bend).__name__}, a scale of "
-                f"{type(scale).__name__}, labels {shown(labels)}, {normalize_features=}, {normalize_prototypes=} and "
-                f"{with_logit_sum=}"
+                f"sample, no label smoothing (with_logit_sum=False); got {type(bend).__name__}, labels {shown(labels)},"
+                f" {type(scale).__name__} as scale, {normalize_features=}, {normalize_prototypes=}, {with_logit_sum=}"
             )
         cosine = ops.target_cosines(features, here, counting, shard)
         given = bend(cosine, counting)

