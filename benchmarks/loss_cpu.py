@@ -11,12 +11,13 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import parts
 from benchmarks.nearest import SEARCHES, check_found
+from benchmarks.parts import Row
 from benchmarks.peers import (
     LINEAR_ON_CPU,
     ON_CPU,
@@ -28,16 +29,15 @@ from benchmarks.peers import (
     exact_step,
     run_step,
 )
-from benchmarks.timing import RESULTS, fresh_processes, interleaved, paired_ratio, peak_extra_bytes, stamp, write_rows
+from benchmarks.timing import RESULTS, fresh_processes, interleaved, paired_ratio, peak_extra_bytes, stamp
 from ltloss import CosineSoftmaxLoss, LongTailLoss, functional, reference, use_workspace
-
-Row = dict[str, Any]
 
 TRAINING_STEP = Shape(256, 100_000, 256)
 SCALING = [Shape(128, classes, 128) for classes in (10_000, 30_000, 100_000, 300_000, 1_000_000)]
 NEAREST = Shape(0, 20_000, 256)
 REGULARIZER = Shape(256, 20_000, 256)
 SUB_CENTERS = Shape(256, 33_333, 256)
+MILLION = Shape(128, 1_000_000, 128)
 
 
 def _row(case: str, shape: Shape, provider: str, seconds: Sequence[float], **more: Any) -> Row:
@@ -292,7 +292,7 @@ def sub_centers(shape: Shape, rounds: int, centers: int = 3) -> list[Row]:
         steps[name] = partial(run_step, partial(loss, inputs), inputs)
     seconds = interleaved(steps, rounds)
     ratio = f"{paired_ratio(seconds['sub-centres'], seconds['classes']):.3f}"
-    shown = (
+    shown: tuple[tuple[str, Shape, str, Row], ...] = (
         ("classes", Shape(shape.n, centers * shape.c, shape.d), f"ArcFace, {centers}C classes", {}),
         ("sub-centres", shape, f"ArcFace, {centers} sub-centres", {"ratio_to_default": ratio}),
     )
@@ -302,9 +302,8 @@ def sub_centers(shape: Shape, rounds: int, centers: int = 3) -> list[Row]:
     ]
 
 
-def million_classes(steps: int = 3) -> list[Row]:
+def million_classes(shape: Shape, steps: int = 3) -> list[Row]:
     """Training steps with torch's SGD at a million classes; raises RuntimeError unless the loss on the batch falls."""
-    shape = Shape(128, 1_000_000, 128)
     torch.manual_seed(0)
     head = CosineSoftmaxLoss(shape.c, shape.d)
     optimizer = torch.optim.SGD(head.parameters(), lr=10.0)
@@ -320,7 +319,7 @@ def million_classes(steps: int = 3) -> list[Row]:
 
     seconds = interleaved({"train": train}, steps, warm_up=1)["train"]
     if not losses[-1] < losses[0]:
-        raise RuntimeError(f"a million classes do not train: losses {losses}")
+        raise RuntimeError(f"{shape.c} classes do not train: losses {losses}")
     return [_row("training with SGD", shape, "ltloss", seconds, note=f"loss {losses[0]:.2f} -> {losses[-1]:.2f}")]
 
 
@@ -335,40 +334,31 @@ _OPTIONAL = {
 }
 
 
-def _show(rows: Sequence[Row]) -> None:
-    for row in rows:
-        shape = f"{row['N']}x{row['C']}x{row['D']}"
-        parts = [f"{row['case']:18} {shape:16} {row['provider']:30} {float(row['median_ms']):10.1f} ms"]
-        parts += [text.format(row[name]) for name, text in _OPTIONAL.items() if row.get(name)]
-        print("  ".join(parts), flush=True)
+def parts_of(rounds: int) -> parts.Parts:
+    """What measures each part."""
+    fewer = max(3, rounds // 2)
+    return {
+        "training step": lambda: training_step(TRAINING_STEP, rounds),
+        "linear softmax": lambda: training_step(TRAINING_STEP, rounds, linear=True),
+        "trade": lambda: trades(TRAINING_STEP, rounds),
+        "sub-centres": lambda: sub_centers(SUB_CENTERS, rounds),
+        "nearest prototype": lambda: nearest(NEAREST, fewer),
+        "minimum angle": lambda: regularizer(REGULARIZER, fewer),
+        "scaling": lambda: scaling(SCALING, fewer),
+        "training with SGD": lambda: million_classes(MILLION),
+    }
 
 
 def main() -> None:
-    """Run every case, print the rows as they come, and write them at the end."""
+    """Measure the parts, print and write their rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=11, help="timed repeats per provider, interleaved (default 11)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.csv", help="CSV to write")
-    arguments = parser.parse_args()
+    parts.add_arguments(parser, parts_of(1), RESULTS / "cpu.csv")
+    given = parser.parse_args()
     common = stamp()
-    print(
-        f"{common['device']}, {common['threads']} threads, torch {common['torch']}, load {common['load']}", flush=True
-    )
-    rows: list[Row] = []
-    for measure in (
-        lambda: training_step(TRAINING_STEP, arguments.rounds),
-        lambda: training_step(TRAINING_STEP, arguments.rounds, linear=True),
-        lambda: trades(TRAINING_STEP, arguments.rounds),
-        lambda: sub_centers(SUB_CENTERS, arguments.rounds),
-        lambda: nearest(NEAREST, max(3, arguments.rounds // 2)),
-        lambda: regularizer(REGULARIZER, max(3, arguments.rounds // 2)),
-        lambda: scaling(SCALING, max(3, arguments.rounds // 2)),
-        million_classes,
-    ):
-        measured = measure()
-        _show(measured)
-        rows += measured
-    write_rows([{**common, **row} for row in rows], arguments.output)
-    print(f"wrote {arguments.output}")
+    print(f"{common['device']}, {common['threads']} threads, torch {common['torch']}, load {common['load']}")
+    measured = parts_of(given.rounds)
+    parts.measure(measured, given, common, lambda row: parts.line_of(row, row["provider"], _OPTIONAL))
 
 
 if __name__ == "__main__":

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain
-from pathlib import Path
 
+from benchmarks import parts
 from benchmarks.peers import Shape, errors_of
 from benchmarks.step.cases import CASES, Case
 from benchmarks.step.checks import check
 from benchmarks.step.measure import MIB, Row, Work, compared, idle_bytes, in_turns, judged, row
 from benchmarks.step.picture import SERIES
-from benchmarks.timing import RESULTS, read_rows, stamp, write_rows
+from benchmarks.timing import RESULTS, stamp
 
 SHAPE = Shape(256, 1_000_000, 128)
 OVER_CLASSES = (10_000, 30_000, 100_000, 300_000)  # and the million of SHAPE
@@ -67,49 +66,40 @@ def many_classes(shapes: Sequence[Shape], rounds: int, steps: int, idle: int) ->
     return rows
 
 
-_OPTIONAL = {"time_ratio": "time {} x", "memory_ratio": "memory {} x", "goal": "{}", "note": "({})"}
+_OPTIONAL = {
+    "peak_mib": "peak {} MiB",
+    "time_ratio": "time {} x",
+    "memory_ratio": "memory {} x",
+    "goal": "{}",
+    "note": "({})",
+}
 
 
-def _show(rows: Sequence[Row]) -> None:
-    for entry in rows:
-        shape = str(Shape(entry["N"], entry["C"], entry["D"]))
-        parts = [f"{entry['case']:13} {shape:16} {entry['optimizer']:42}"]
-        if "median_ms" in entry:
-            parts.append(f"{float(entry['median_ms']):9.1f} ms  peak {entry['peak_mib']:>5} MiB")
-        parts += [text.format(entry[name]) for name, text in _OPTIONAL.items() if entry.get(name)]
-        print("  ".join(parts), flush=True)
+def parts_of(errors: Mapping[str, str], rounds: int, steps: int, idle: int) -> parts.Parts:
+    """What measures each part; ``errors`` are those of the cases, by name."""
+    figure = [Shape(SHAPE.n, classes, SHAPE.d) for classes in OVER_CLASSES]
 
+    def checked_rows(rows: Sequence[Row]) -> list[Row]:
+        return [{**row, "relative_error": errors[row["optimizer"]]} for row in rows]
 
-PARTS = ("whole step", "over classes", "many classes")
-
-
-def measured(part: str, names: Sequence[str], rounds: int, steps: int, idle: int) -> list[Row]:
-    """The rows of one part."""
-    if part == "whole step":
-        return whole_step(SHAPE, names, rounds, steps, idle)
-    if part == "over classes":
-        return over_classes([Shape(SHAPE.n, classes, SHAPE.d) for classes in OVER_CLASSES], rounds, steps, idle)
-    return many_classes(LINEAR, max(1, rounds // 2), max(3, steps // 2), idle)
+    return {
+        "whole step": lambda: checked_rows(whole_step(SHAPE, list(errors), rounds, steps, idle)),
+        "over classes": lambda: checked_rows(over_classes(figure, rounds, steps, idle)),
+        "many classes": lambda: checked_rows(many_classes(LINEAR, max(1, rounds // 2), max(3, steps // 2), idle)),
+    }
 
 
 def main() -> None:
     """Check, measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", choices=PARTS, help="one part; rows of the others stay as they are")
     parser.add_argument("--rounds", type=int, default=2, help="fresh processes of each case (default 2)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each process (default 5)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "step-cpu.csv", help="CSV to write")
-    arguments = parser.parse_args()
+    parts.add_arguments(parser, parts_of({}, 1, 1, 0), RESULTS / "step-cpu.csv")
+    given = parser.parse_args()
     common, errors, idle = stamp(), checked(list(CASES.values())), idle_bytes()
     print(f"{common['device']}, {common['threads']} threads, load {common['load']}, idle process {idle / MIB:.0f} MiB")
-    before: list[Row] = list(read_rows(arguments.output)) if arguments.only else []
-    rows = {part: [one for one in before if one["case"] == part] for part in PARTS}
-    for part in (arguments.only,) if arguments.only else PARTS:
-        found = measured(part, list(errors), arguments.rounds, arguments.steps, idle)
-        rows[part] = [{**common, **entry, "relative_error": errors[entry["optimizer"]]} for entry in found]
-        _show(rows[part])
-        write_rows([*chain(*rows.values())], arguments.output)  # after each part: the whole takes most of an hour
-    print(f"wrote {arguments.output}; `python -m benchmarks.pictures` shows it")
+    measured = parts_of(errors, given.rounds, given.steps, idle)
+    parts.measure(measured, given, common, lambda row: parts.line_of(row, row["optimizer"], _OPTIONAL))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from benchmarks.peers import Shape
 from benchmarks.step import __main__ as step
 from benchmarks.step.cases import CASES, Goal, Training
 from benchmarks.step.checks import check, check_way
-from benchmarks.step.measure import GIB, Found, Row, Work, compared, take_steps, verdict
+from benchmarks.step.measure import GIB, Found, Work, compared, take_steps, verdict
 from benchmarks.step.picture import SERIES, draw
 from benchmarks.step.tables import headline_table, with_tables
-from benchmarks.timing import read_rows, write_rows
+from benchmarks.timing import write_rows
 
 SMALL = Shape(8, 40, 16)
 
@@ -78,20 +78,6 @@ def test_rows_of_fresh_processes(tmp_path: Path) -> None:
     assert "memory" in rows[1]["goal"]
     write_rows(rows, tmp_path / "rows.csv")
     assert (tmp_path / "rows.csv").read_text().count("\n") == 3
-
-
-def test_one_part_leaves_the_rows_of_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def told(part: str, note: str) -> Row:
-        return {"case": part, "N": 2, "C": 3, "D": 4, "optimizer": "PrototypeSGD", "note": note}
-
-    monkeypatch.setattr(step, "checked", lambda cases: {"PrototypeSGD": "1e-7"})
-    monkeypatch.setattr(step, "idle_bytes", lambda: 1 << 20)
-    monkeypatch.setattr(step, "measured", lambda part, *rest: [told(part, "new")])
-    path = tmp_path / "rows.csv"
-    write_rows([told(part, "old") for part in ("many classes", "whole step")], path)
-    monkeypatch.setattr("sys.argv", ["step", "--only", "many classes", "--output", str(path)])
-    step.main()
-    assert [(row["case"], row["note"]) for row in read_rows(path)] == [("whole step", "old"), ("many classes", "new")]
 
 
 def test_a_loss_that_does_not_fall_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
