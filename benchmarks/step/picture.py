@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 SERIES: dict[str, tuple[str, Any, str]] = {
     "dense + torch AdamW": ("#8a5a00", (0, (1, 1.2)), "the dense formula, torch AdamW"),
     "pytorch-metric-learning + torch AdamW": ("#b3367a", (0, (3, 1.2, 1, 1.2)), "pytorch-metric-learning, torch AdamW"),
+    "linear_cross_entropy + torch AdamW": (
+        "#7a4fb5",
+        (0, (5, 1.2, 1, 1.2, 1, 1.2)),
+        "F.linear_cross_entropy, torch AdamW",
+    ),
     "torch AdamW": ("#5a646b", (0, (4, 1.5)), "ltloss, torch AdamW"),
     "PrototypeAdamW": ("#0072b2", "-", "ltloss, PrototypeAdamW"),
     "PrototypeAdamW, bfloat16": ("#00795a", (0, (6, 1.5, 1, 1.5)), "ltloss, PrototypeAdamW in bfloat16"),
@@ -25,10 +30,8 @@ _APART = 0.095  # least distance between the numbers at the ends of lines, as a 
 
 def _points(rows: Sequence[dict[str, Any]], column: str, unit: float) -> dict[str, list[tuple[float, float]]]:
     """Points (million classes, value) by case."""
-    kinds = ("whole step", "over classes")
-    shown = [one for one in rows if one["case"] in kinds and one["optimizer"] in SERIES and one.get(column)]
     series: dict[str, list[tuple[float, float]]] = {name: [] for name in SERIES}
-    for one in shown:
+    for one in (one for one in rows if one["case"] == "over classes" and one.get(column)):
         series[one["optimizer"]].append((int(one["C"]) / 1e6, float(one[column]) / unit))
     return {name: sorted(points) for name, points in series.items() if points}
 
