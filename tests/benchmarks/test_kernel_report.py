@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from helpers.profiles import nightly
 from helpers.refusals import missing, refused
 
 from benchmarks.kernel_report import sass
@@ -186,19 +187,34 @@ LIMITS_FROM_3_8 = {
 Row = dict[str, str]
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """The report, made in a process that compiles: this one may hold interpreted kernels."""
-    if why := missing_tools():
-        pytest.skip(f"{why}: kernels cannot be compiled ahead of time here")
-    output = tmp_path_factory.mktemp("report") / "rows.csv"
-    command = [sys.executable, "-m", "benchmarks.kernel_report", "--output", str(output)]
+# On the other architectures `make test` compiles what every step launches, and what takes most registers; the nightly
+# profile compiles all of it. The committed report has everything, and must have the kernels of today.
+ELSEWHERE = (
+    r"^\w+ bf16, (fixed|all|top 5|adamw|everything)$|(fp16|fp32|tf32), everything$|everything, (kept|K = 3)$|clipped"
+)
+
+
+def report(output: Path, *options: str) -> list[Row]:
+    """Rows made in a process that compiles: this one may hold interpreted kernels."""
+    command = [sys.executable, "-m", "benchmarks.kernel_report", "--output", str(output), *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert output.exists(), done.stderr[-2000:]
     with output.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    if why := missing_tools():
+        pytest.skip(f"{why}: kernels cannot be compiled ahead of time here")
+    folder = tmp_path_factory.mktemp("report")
+    if nightly():
+        return report(folder / "all.csv")
+    others = [f"--architecture={name}" for name in ARCHITECTURES if name != "sm_90"]
+    hopper = report(folder / "sm_90.csv", "--architecture=sm_90")
+    return hopper + report(folder / "others.csv", "--kernel", ELSEWHERE, *others)
 
 
 def violations(rows: list[Row], holds: Callable[[Row], bool]) -> list[str]:
@@ -226,15 +242,14 @@ def half_precision_tiles(rows: list[Row]) -> list[Row]:
 @pytest.mark.compile
 def test_every_kernel_compiles_for_every_architecture(rows: list[Row]) -> None:
     assert violations(rows, lambda row: not row["error"]) == []
-    kernels = Counter(row["kernel"] for row in rows)
+    kernels = Counter(row["kernel"] for row in rows if nightly() or re.search(ELSEWHERE, row["kernel"]))
+    # Few samples, narrow rows: only where they have tiles of their own.
     everywhere = {name: count for name, count in kernels.items() if not re.search("N = |D = 1|fp8", name)}
-    assert len(everywhere) > 80
-    assert set(everywhere.values()) == {
-        len(ARCHITECTURES)
-    }  # few samples, narrow rows: where they have tiles of their own
+    assert len(everywhere) > (80 if nightly() else 30)
+    assert set(everywhere.values()) == {len(ARCHITECTURES)}
     float8 = {name: count for name, count in kernels.items() if "fp8" in name}
-    assert len(float8) > 20
     assert set(float8.values()) == {len(ARCHITECTURES) - 1}  # sm_80 cannot convert it
+    kernels = Counter(row["kernel"] for row in on_hopper(rows))
     families = {name.split()[0] for name in kernels}
     forward = {"row_norm", "sample", "cosine_logsumexp", "margin_loss", "reduce"}
     searches = {"nearest_prototype", "best_tile", "tile_candidates", "count_tiles", "arrange_pairs", "pair_cosine"}
@@ -293,7 +308,7 @@ def test_two_blocks_of_half_precision_tiles_fit_a_hopper_multiprocessor(rows: li
 @pytest.mark.compile
 def test_rows_of_a_hundred_columns_are_read_several_entries_at_a_time(rows: list[Row]) -> None:
     uneven = [row for row in rows if re.fullmatch("(row|proj|cosine|gradient).* D = 100", row["kernel"])]
-    assert len(uneven) == 4 * len(ARCHITECTURES)
+    assert len(on_hopper(uneven)) == 4
     assert violations(uneven, lambda row: row["two_byte_loads"] == "0") == []
 
 
@@ -301,12 +316,12 @@ def test_rows_of_a_hundred_columns_are_read_several_entries_at_a_time(rows: list
 def test_an_update_leaves_room_for_other_blocks_and_is_read_wide(rows: list[Row]) -> None:
     """It takes as long as memory does: state, sums and prototypes of several blocks are on their way at a time."""
     updates = [row for row in rows if re.search("^proj.*(sgd|nesterov|adamw|adagrad)", row["kernel"])]
-    assert len(updates) == 17 * len(ARCHITECTURES) + 11 * (len(ARCHITECTURES) - 1)  # the latter of float8
+    assert len(on_hopper(updates)) == 28
     least = {"1x8192": 1}
     assert violations(updates, lambda row: int(row["blocks_per_sm"]) >= least.get(row["tile"], 4)) == []
     assert violations(updates, lambda row: row["two_byte_loads"] == "0") == []
     products = [row for row in rows if re.search("^prototype_gradient.*(sgd|nesterov|adamw)", row["kernel"])]
-    assert len(products) == 7 * len(ARCHITECTURES)
+    assert len(on_hopper(products)) == 7
     assert violations(products, lambda row: int(row["blocks_per_sm"]) >= 2) == []
 
 
@@ -314,7 +329,7 @@ def test_an_update_leaves_room_for_other_blocks_and_is_read_wide(rows: list[Row]
 def test_one_exponential_per_element(rows: list[Row]) -> None:
     """A running maximum costs one more per row of a tile: that shows in the small tile of exact float32, kept."""
     tiles = [row for row in rows if row["exponentials_per_element"]]
-    assert len(tiles) >= 3 * 10
+    assert len(on_hopper(tiles)) >= 10
 
     def holds(row: Row) -> bool:
         found = row["exponentials_per_element"]
