@@ -146,7 +146,7 @@ START_HERE = (
     ),
     Advice(
         "a trained softmax classifier that must stay as it is",
-        "post-hoc adjustment (`ltloss compare --losses post-hoc`)",
+        "its logits less τ·log π_c, τ tuned (`ltloss compare --losses post-hoc` trains a softmax, then does this)",
         "omniglot",
         ("post-hoc", ""),
         ("ce", ""),

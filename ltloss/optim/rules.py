@@ -31,8 +31,8 @@ class PrototypeSGD(PrototypeOptimizer):
         lr: η, in units of prototype length over gradient.
         momentum: μ.
         dampening, weight_decay, nesterov: λ is the weight decay; as in ``torch.optim.SGD``.
-        state_dtype: dtype of the state, ``torch.float32`` or ``torch.bfloat16`` (rounded stochastically). None:
-            float32.
+        state_dtype: dtype of the state, ``torch.float32`` or ``torch.bfloat16`` (rounded stochastically, or to nearest
+            with ``rounding="nearest"``). None: float32.
         rounding: how bfloat16 or float8 prototypes are rounded; required for them. ``"stochastic"``: the mean of many
             writes is the float32 value. ``"kahan"`` (bfloat16 only): the rounding error is kept, 2 bytes per entry.
             ``"nearest"``: every update below half a unit in the last place is lost.
