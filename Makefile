@@ -30,8 +30,8 @@ test: $(VENV)/.installed  ## run every test, in two processes
 test-fast: $(VENV)/.installed  ## what one runs while working: leaves out the slow ones
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not compile and not browser"
 
-test-compile: $(VENV)/.installed  ## compile the kernels ahead of time and hold their limits (`make test` does it too)
-	@$(BIN)/python -m pytest -n 2 -m compile
+test-compile: $(VENV)/.installed  ## compile every kernel ahead of time and hold their limits (`make test` compiles a part)
+	@$(BIN)/python -m pytest -n 2 -m compile --hypothesis-profile nightly
 
 compile-launches: $(VENV)/.installed  ## compile every launch of the tests of the kernels as it was specialised (no GPU needed)
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.kernel_report.launches

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.profiles import nightly
 
 from benchmarks.kernel_report.report import missing_tools
 
@@ -58,6 +59,7 @@ except Exception as error:
 
 
 @pytest.mark.compile
+@pytest.mark.skipif(not nightly(), reason="minutes: the nightly profile has it")
 def test_the_launches_of_every_layout_compile(tmp_path: Path) -> None:
     output = tmp_path / "rows.csv"
     command = ["--layouts", "--architecture", "sm_90", "--processes", "2", "--output", str(output)]
