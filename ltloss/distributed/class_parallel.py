@@ -34,6 +34,10 @@ Head = TypeVar("Head", bound=PrototypeHead)
 Module = TypeVar("Module")
 
 _DRAWN_TOGETHER = 4096  # classes whose first prototypes come from one generator
+_OF_ALL_CLASSES = {  # hyper-parameters that a sample cannot serve, and why
+    "label_smoothing": "it needs the logits of all classes",
+    "min_angle_weight": "its gradient would move classes outside of the sample",
+}
 
 
 def parallelize(
@@ -174,12 +178,13 @@ def _check_sampling(module: PrototypeHead, rate: float) -> None:
             f"sample_rate < 1 needs a loss that hands its sample on, forward(features, labels, *, shard=None); "
             f"{kind.__name__}.forward takes no shard"
         )
-    for name, why in (
-        ("label_smoothing", "it needs the logits of all classes"),
-        ("min_angle_weight", "its gradient would move classes outside of the sample"),
-    ):
-        if getattr(module, name, 0.0):
-            raise ValueError(f"sample_rate < 1 needs {name}=0, for {why}; got {name}={getattr(module, name)}")
+    for name in _OF_ALL_CLASSES:
+        _check_sampled(name, getattr(module, name, 0.0))
+
+
+def _check_sampled(name: str, value: Any) -> None:
+    if name in _OF_ALL_CLASSES and value:
+        raise ValueError(f"sample_rate < 1 needs {name}=0, for {_OF_ALL_CLASSES[name]}; got {name}={value}")
 
 
 def _check_hard_negatives(module: PrototypeHead, rate: float, count: int, refresh: int) -> None:
@@ -274,6 +279,11 @@ class ClassParallel(PrototypeHead):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """For copies and pickles: the class was made by :func:`parallelize`, and can be made again."""
         return _empty, (type(self).__bases__[1],), self.__getstate__()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("sampler") is not None:
+            _check_sampled(name, value)
+        super().__setattr__(name, value)
 
     def rearrange(self, layout: Layout) -> None:
         """Take another layout: what the ranks had agreed on is forgotten."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import ltloss
-from ltloss.distributed import SampledAdamW, SampledSGD, class_mesh, parallelize
+from ltloss.distributed import SampledAdamW, SampledSGD, class_mesh, in_one_piece, parallelize
 from ltloss.distributed.layout import Layout, local
 from ltloss.distributed.sampling import ClassSampler
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
@@ -259,6 +259,18 @@ def test_what_cannot_be_sampled_is_refused() -> None:
     with refused("min_angle_weight=0", "0.1"):
         parallelize(ltloss.LongTailLoss.from_counts(counts, DIM), None, sample_rate=0.5)
     parallelize(ltloss.LongTailLoss.from_counts(counts, DIM, min_angle_weight=0.0), None, sample_rate=0.5)
+
+
+def test_what_cannot_be_sampled_is_refused_later_too() -> None:
+    counts = torch.arange(1, CLASSES + 1)
+    losses = {"label_smoothing": _head(), "min_angle_weight": ltloss.LongTailLoss.from_counts(counts, DIM)}
+    for name, loss in losses.items():
+        setattr(loss, name, 0.0)
+        head = parallelize(loss, None, sample_rate=0.5)
+        with refused(f"{name}=0", "0.2"):
+            setattr(head, name, 0.2)
+        setattr(in_one_piece(head), name, 0.2)  # of all classes
+        setattr(head, name, 0.0)
 
 
 def _on_ranks(rank: int, data: int) -> Any:
