@@ -11,6 +11,7 @@ from ltloss._validation import check_number, check_type
 from ltloss.distributed.sampled_optimizers import adamw_of_rows
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.optim.prototype_optimizer import PrototypeOptimizer, UpdateOptions
+from ltloss.optim.slabs import Moving
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,7 +30,7 @@ class PrototypeSGD(PrototypeOptimizer):
     Args:
         module: the loss module, after :func:`ltloss.distributed.parallelize` if that is used.
         lr: η, in units of prototype length over gradient.
-        momentum: μ.
+        momentum: μ. Its buffer is allocated here: a scheduler that sets μ later needs a momentum > 0 from the start.
         dampening, weight_decay, nesterov: λ is the weight decay; as in ``torch.optim.SGD``.
         state_dtype: dtype of the state, ``torch.float32`` or ``torch.bfloat16`` (rounded stochastically, or to nearest
             with ``rounding="nearest"``). None: float32.
@@ -46,6 +47,7 @@ class PrototypeSGD(PrototypeOptimizer):
 
     Raises:
         TypeError, ValueError: settings of another type or out of range, a module whose dtype needs ``rounding``.
+        ValueError: from the forward pass: a momentum that was 0 at first.
         RuntimeError: from ``backward``, before anything moved: a second backward before ``step()`` (accumulation), two
             losses in one backward, another term with a gradient for the prototypes (see ``joined(loss)``). From
             ``step()``: no backward came.
@@ -89,6 +91,20 @@ class PrototypeSGD(PrototypeOptimizer):
     def _needs(self) -> dict[str, bool]:
         return {"momentum_buffer": True} if self.defaults["momentum"] else {}
 
+    def reads(self, prototypes: Tensor) -> Tensor:
+        """As the base class; refuses a momentum that was set later, as ``OneCycleLR`` sets it, and has no buffer."""
+        momentum = self.param_groups[0]["momentum"]
+        if momentum and not self.defaults["momentum"]:
+            raise ValueError(
+                f"momentum was 0 when PrototypeSGD was made, so there is no buffer for it; got {momentum} in "
+                "param_groups. Make it with a momentum > 0, or the scheduler with cycle_momentum=False"
+            )
+        return super().reads(prototypes)
+
+    def _moving(self) -> Moving:
+        moving = super()._moving()  # as in torch the buffer rests while μ is 0
+        return moving if self.param_groups[0]["momentum"] else moving._replace(state={})
+
     def rule(self) -> tuple[str, tuple[float, ...]]:
         """For the kernels."""
         (group,) = self.param_groups
@@ -105,7 +121,7 @@ class PrototypeSGD(PrototypeOptimizer):
             [] if buffer is None else [buffer],
             lr=float(group["lr"]),
             weight_decay=group["weight_decay"],
-            momentum=0.0 if buffer is None else group["momentum"],
+            momentum=group["momentum"],
             dampening=group["dampening"],
             nesterov=group["nesterov"],
             maximize=False,

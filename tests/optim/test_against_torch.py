@@ -75,6 +75,18 @@ def test_in_float32_up_to_its_rounding(pair: str, options: dict[str, Any]) -> No
     assert relative_error(module.weight, stored.weight) <= allowed
 
 
+def test_a_momentum_that_changes_is_torchs() -> None:
+    """0 for a while too: the buffer rests then."""
+    module = ltloss.CosFaceLoss(9, 5, dtype=torch.float64)
+    stored = copy.deepcopy(module)
+    fused, reference = PrototypeSGD(module, momentum=0.9), torch.optim.SGD([stored.weight], momentum=0.9)
+    for seed, momentum in enumerate((0.9, 0.0, 0.5)):
+        for head, optimizer in ((module, fused), (stored, reference)):
+            optimizer.param_groups[0]["momentum"] = momentum
+            _train(head, optimizer, seed, torch.float64)
+    assert relative_error(module.weight, stored.weight) <= 1e-12
+
+
 def test_adagrad_keeps_one_number_a_class() -> None:
     module = ltloss.CosFaceLoss(9, 5, dtype=torch.float64)
     weight = module.weight.detach().clone()

@@ -162,3 +162,14 @@ def test_a_state_of_another_head_is_refused_and_changes_nothing() -> None:
         optimizer.load_state_dict(PrototypeAdamW(ltloss.CosFaceLoss(9, 5)).state_dict())
     assert torch.equal(optimizer.state[module.weight]["momentum_buffer"], kept)
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_momentum_without_a_buffer_is_refused() -> None:
+    """Schedulers that cycle the momentum set it."""
+    module = ltloss.CosFaceLoss(9, 5)
+    optimizer = PrototypeSGD(module, lr=0.1)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=9)
+    before = module.weight.detach().clone()
+    with refused("momentum", "0.95", "PrototypeSGD"):
+        module(FEATURES, LABELS).backward()
+    assert torch.equal(module.weight, before)
