@@ -312,8 +312,12 @@ class PrototypeOptimizer(torch.optim.Optimizer):
             The result of ``closure``, or None.
 
         Raises:
-            RuntimeError: no backward came since the last call.
+            RuntimeError: no backward came since the last call; or a GradScaler calls that is not ``grad_scaler``.
         """
+        if self._scaler is None and self.__dict__.pop("found_inf", None) is not None:  # GradScaler.step sets it
+            raise RuntimeError(
+                "grad_scaler must be the GradScaler of the loss; got None: the prototypes moved by a scaled gradient"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.prototype_steps import train_steps
+from helpers.refusals import refused
 from torch import Tensor, nn
 
 import ltloss
@@ -90,6 +91,18 @@ def test_the_scale_of_a_grad_scaler_is_divided_out(name: str) -> None:
             scaler.update()
         weights.append(torch.cat([module.weight.detach().ravel(), *(p.detach().ravel() for p in body.parameters())]))
     assert relative_error(weights[1], weights[0]) < 1e-5
+
+
+def test_a_grad_scaler_that_it_was_not_given_is_refused() -> None:
+    module = ltloss.CosFaceLoss(9, 5)
+    optimizer, scaler = PrototypeSGD(module, lr=0.1), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    features, _, labels = problem(dtype=torch.float32)
+    scaler.scale(module(features, labels)).backward()
+    with refused("grad_scaler", "GradScaler", "None", error=RuntimeError):
+        scaler.step(optimizer)
+    optimizer.step()  # without a scaler it goes on
+    module(features, labels).backward()
+    torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
 
 
 def test_a_closure_and_the_rest_of_the_network() -> None:
