@@ -64,7 +64,7 @@ def save_checkpoint(
     target = Path(path)
     partial = temporary(target)
     text = json.dumps(dict(state or {}))
-    steps = {name: sampler.step for name, sampler in _samplers(modules).items()}
+    steps = {name: sampler.step for name, (sampler, _) in _samplers(modules).items()}
     described = {name: head.described() for name, head in _heads(modules).items()}
 
     def prepare() -> None:
@@ -155,7 +155,7 @@ def load_checkpoint(
         load(tensors, checkpoint_id=target, no_dist=not _initialised())
     for held, made in new_state:
         held |= made
-    for name, sampler in _samplers(modules).items():
+    for name, (sampler, _) in _samplers(modules).items():
         sampler.step = record["sampler_steps"].get(name, 0)
         if sampler.neighbours is not None and f"{name}.sampler.neighbour" not in nearest:
             sampler.neighbours.forget()
@@ -169,17 +169,20 @@ def _initialised() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _samplers(modules: Mapping[str, nn.Module]) -> dict[str, ClassSampler]:
-    parallel = {name: module for name, module in modules.items() if isinstance(module, ClassParallel)}
-    return {name: module.sampler for name, module in parallel.items() if module.sampler is not None}
+def _samplers(modules: Mapping[str, nn.Module]) -> dict[str, tuple[ClassSampler, Layout]]:
+    """The samplers of the heads, and where the classes of each are; a head that is itself given has its plain name."""
+    return {
+        name.removesuffix("."): (head.sampler, head.layout)
+        for name, head in _heads(modules).items()
+        if isinstance(head, ClassParallel) and head.sampler is not None
+    }
 
 
 def _neighbours(modules: Mapping[str, nn.Module], *, make: bool) -> dict[str, Tensor]:
     """What samplers know of the nearest classes; ``make`` makes room for it where they know nothing yet."""
     tensors: dict[str, Tensor] = {}
-    for name, sampler in _samplers(modules).items():
+    for name, (sampler, layout) in _samplers(modules).items():
         if sampler.neighbours is not None:
-            layout = Layout.of(modules[name].get_parameter("weight"))
             known = sampler.neighbours.tensors(layout, make=make)
             tensors |= {f"{name}.sampler.{key}": tensor for key, tensor in known.items()}
     return tensors

@@ -318,6 +318,25 @@ def test_a_resumed_training_has_the_same_bits(tmp_path: Path) -> None:
     assert loaded[0].shape == loaded[1].shape
 
 
+class _Wrapper(torch.nn.Module):
+    """Holds what it wraps where DistributedDataParallel does."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("wrap", [_Wrapper, lambda head: torch.nn.ModuleDict({"inner": head})])
+def test_a_head_inside_of_a_module_keeps_its_sample(wrap: Any, tmp_path: Path) -> None:
+    head, again = _head(), _head()
+    _train(head, range(2))
+    save_checkpoint(tmp_path / "one", {"all": wrap(head)})
+    load_checkpoint(tmp_path / "one", {"all": wrap(again)})
+    assert again.sampler.step == head.sampler.step == 2
+    known = head.sampler.neighbours.tensors(head.layout)
+    assert all(torch.equal(again.sampler.neighbours.tensors(head.layout)[name], known[name]) for name in known)
+
+
 def test_a_checkpoint_without_these_neighbours_is_searched_anew(tmp_path: Path) -> None:
     for number, options in enumerate(({"hard_negatives": 0}, {"hard_negatives": 5})):
         other = _head(**options)
