@@ -16,7 +16,7 @@ from helpers.refusals import refused
 import ltloss
 from ltloss import class_balance as balance
 from ltloss import contrastive, export, extend, sub_centers
-from ltloss.distributed import class_mesh, parallelize
+from ltloss.distributed import SampledAdamW, class_mesh, parallelize
 from ltloss.extend import Bend, logsumexp_stats, margin_losses, reduce_losses
 from ltloss.functional import (
     cosine_logsumexp,
@@ -235,6 +235,8 @@ ELSEWHERE: list[Row] = [
     (lambda: PrototypeSGD(ltloss.CosFaceLoss(3, 2, device="meta")), ValueError, ("module", "meta")),
     (lambda: PrototypeAdamW(cosface(), betas=(0.9,)), ValueError, ("betas", "0.9")),
     (lambda: PrototypeAdamW(cosface(), betas=(0.9, 1.0)), ValueError, ("betas", "1.0")),
+    (lambda: SampledAdamW(cosface(), betas=0.9), ValueError, ("betas", "0.9")),
+    (lambda: SampledAdamW(cosface(), betas=(0.9, 1.0)), ValueError, ("betas", "1.0")),
 ]  # fmt: skip
 
 

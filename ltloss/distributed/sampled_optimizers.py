@@ -17,7 +17,7 @@ from ltloss._validation import check_number
 from ltloss.distributed.layout import Layout, local
 from ltloss.losses.prototype_head import PrototypeHead
 
-__all__ = ["SampledAdamW", "SampledSGD", "adamw_of_rows"]
+__all__ = ["SampledAdamW", "SampledSGD", "adamw_of_rows", "check_betas"]
 
 
 class _SampledOptimizer(torch.optim.Optimizer):
@@ -108,7 +108,7 @@ class SampledAdamW(_SampledOptimizer):
 
     Raises:
         TypeError: ``module`` is no loss module.
-        ValueError: a setting that is negative or not finite, a beta outside [0, 1].
+        ValueError: a setting that is negative or not finite, betas that are not two numbers in [0, 1).
 
     See also: :class:`SampledSGD`; :class:`ltloss.optim.PrototypeAdamW`, which updates inside the backward.
 
@@ -128,8 +128,7 @@ class SampledAdamW(_SampledOptimizer):
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             check_number(name, value, at_least=0.0)
-        for beta in betas:
-            check_number("betas", beta, at_least=0.0, at_most=1.0)
+        check_betas(betas)
         super().__init__(module, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _needs(self) -> dict[str, bool]:
@@ -140,6 +139,15 @@ class SampledAdamW(_SampledOptimizer):
         average, square, steps = (state[name][index] for name in ("exp_avg", "exp_avg_sq", "steps"))
         moved = adamw_of_rows(group, weight[index], grad, average, square, steps)
         weight[index], state["exp_avg"][index], state["exp_avg_sq"][index] = moved
+
+
+def check_betas(betas: Any) -> None:
+    """Raise unless ``betas`` are two numbers in [0, 1)."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers in [0, 1); got {betas!r}")
+    for beta in betas:
+        if check_number("betas", beta, at_least=0.0, at_most=1.0) == 1.0:
+            raise ValueError(f"betas must be < 1.0, or the means never move; got {betas!r}")
 
 
 def adamw_of_rows(

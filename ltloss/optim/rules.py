@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ltloss._validation import check_number, check_type
-from ltloss.distributed.sampled_optimizers import adamw_of_rows
+from ltloss.distributed.sampled_optimizers import adamw_of_rows, check_betas
 from ltloss.losses.prototype_head import PrototypeHead
 from ltloss.optim.prototype_optimizer import PrototypeOptimizer, UpdateOptions
 from ltloss.optim.slabs import Moving
@@ -171,11 +171,7 @@ class PrototypeAdamW(PrototypeOptimizer):
         numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         for name, value in numbers.items():
             check_number(name, value, at_least=0.0)
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise ValueError(f"betas must be two numbers in [0, 1); got {betas!r}")
-        for beta in betas:
-            if check_number("betas", beta, at_least=0.0, at_most=1.0) == 1.0:
-                raise ValueError(f"betas must be < 1.0, or the means never move; got {betas!r}")
+        check_betas(betas)
         self._sampled = getattr(module, "sampler", None) is not None
         defaults = {**numbers, "betas": betas}
         super().__init__(module, defaults, **options)
