@@ -28,7 +28,7 @@ from ltloss.losses.prototype_head import PrototypeHead
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["ClassParallel", "in_one_piece", "parallelize"]
+__all__ = ["ClassParallel", "in_one_piece", "parallelize", "shallow"]
 
 Head = TypeVar("Head", bound=PrototypeHead)
 Module = TypeVar("Module")
@@ -140,7 +140,7 @@ def in_one_piece(module: Module) -> Module:
     """
     if not isinstance(module, ClassParallel):
         return module
-    whole: Any = copy.copy(module)
+    whole: Any = shallow(module)
     whole.__class__ = type(module).__bases__[1]
     for name in ClassParallel.__annotations__:
         del whole.__dict__[name]
@@ -148,6 +148,15 @@ def in_one_piece(module: Module) -> Module:
         for part in ("_parameters", "_buffers", "_modules"):
             setattr(whole, part, {name: _gathered(tensor) for name, tensor in getattr(module, part).items()})
     return whole  # type: ignore[no-any-return]
+
+
+def shallow(module: Module) -> Module:
+    """A module of its own that shares every tensor."""
+    copied = copy.copy(module)
+    for name, part in vars(copied).items():  # also what a head knows of its constants
+        if isinstance(part, dict | set):
+            vars(copied)[name] = part.copy()
+    return copied
 
 
 def _gathered(part: Any) -> Any:

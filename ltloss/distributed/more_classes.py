@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import TypeVar
 
@@ -12,7 +11,7 @@ from torch.nn import functional
 
 from ltloss._validation import check_count
 from ltloss.distributed.centers import ShardedCenters
-from ltloss.distributed.class_parallel import ClassParallel
+from ltloss.distributed.class_parallel import ClassParallel, shallow
 from ltloss.distributed.layout import Layout, copy_rows
 from ltloss.losses.class_centers import ClassCenters
 from ltloss.losses.prototype_head import PrototypeHead
@@ -20,7 +19,6 @@ from ltloss.losses.prototype_head import PrototypeHead
 __all__ = ["add_classes"]
 
 Head = TypeVar("Head", bound=PrototypeHead)
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
@@ -61,8 +59,8 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
         if vector.shape != (classes,):
             raise ValueError(f"{name} must have the shape ({classes},); got {tuple(vector.shape)}")
     layout = dataclasses.replace(Layout.of(head.weight), num_classes=classes)
-    larger = _shallow(head)
-    larger.num_classes, larger._sources = classes, dict(head._sources)
+    larger = shallow(head)
+    larger.num_classes = classes
     if isinstance(larger, ClassParallel):
         larger.rearrange(layout)
     larger.weight = nn.Parameter(
@@ -86,14 +84,6 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
     return larger
 
 
-def _shallow(module: Module) -> Module:
-    """A module of its own that shares every tensor."""
-    copied = copy.copy(module)
-    for part in ("_parameters", "_buffers", "_modules"):
-        setattr(copied, part, dict(getattr(module, part)))
-    return copied
-
-
 def _longer_biases(head: PrototypeHead, count: int) -> dict[str, nn.Parameter | None]:
     """The parameters (C,), which every rank holds alike, with 0 for the new classes."""
     return {
@@ -104,7 +94,7 @@ def _longer_biases(head: PrototypeHead, count: int) -> dict[str, nn.Parameter | 
 
 
 def _more_centers(centers: ClassCenters, layout: Layout) -> ClassCenters:
-    larger = _shallow(centers)
+    larger = shallow(centers)
     if isinstance(larger, ShardedCenters):
         larger.layout = layout
     for name in ("centers", "counts"):

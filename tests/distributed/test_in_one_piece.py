@@ -65,6 +65,15 @@ def test_what_is_not_parallel_is_in_one_piece() -> None:
     assert sampled.sampler is not None
 
 
+def test_its_constants_are_its_own() -> None:
+    sampled = parallelize(ArcFaceLoss(7, 6), None, sample_rate=0.5)
+    head = in_one_piece(sampled)
+    head.log_prior = torch.zeros(7)
+    assert sampled.double().log_prior is None
+    sampled.log_prior = torch.ones(7)
+    assert torch.equal(head.float().log_prior, torch.zeros(7))
+
+
 def _logits(rank: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     head = parallelize(build(CASES[0]), class_mesh())
     features, _ = batch(CASES[0], 0)
