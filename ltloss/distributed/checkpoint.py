@@ -159,6 +159,7 @@ def load_checkpoint(
         sampler.step = record["sampler_steps"].get(name, 0)
         if sampler.neighbours is not None and f"{name}.sampler.neighbour" not in nearest:
             sampler.neighbours.forget()
+    _tell_others(modules, optimizers or {})
     for name, head in _heads(modules).items():
         head.warn_if_other(record.get("hyper_parameters", {}).get(name, {}))
     loaded: dict[str, Any] = record["state"]
@@ -196,6 +197,14 @@ def _heads(modules: Mapping[str, nn.Module]) -> dict[str, PrototypeHead]:
         for path, part in _inside(module).named_modules()
         if isinstance(part, PrototypeHead)
     }
+
+
+def _tell_others(modules: Mapping[str, nn.Module], loaded: Mapping[str, torch.optim.Optimizer]) -> None:
+    """Tell the optimizers of heads that were not loaded too: their prototypes are others now."""
+    known = {id(optimizer) for optimizer in loaded.values()}
+    for head in _heads(modules).values():
+        if head.fused_update is not None and id(head.fused_update) not in known:
+            head.fused_update.replaced()
 
 
 @contextmanager

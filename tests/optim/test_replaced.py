@@ -10,6 +10,7 @@ import torch
 from helpers.prototype_steps import train_steps
 
 import ltloss
+from ltloss.distributed import load_checkpoint, save_checkpoint
 from ltloss.interop import export_safetensors, import_pytorch_metric_learning, import_safetensors
 from ltloss.optim import PrototypeSGD
 
@@ -21,11 +22,17 @@ def _filled(how: str, module: Any, other: Any, folder: Path) -> None:
         pytest.importorskip("safetensors")
         export_safetensors(other, folder / "head")
         import_safetensors(module, folder / "head")
+    elif how == "load_checkpoint":
+        save_checkpoint(folder / "head", {"head": other})
+        load_checkpoint(folder / "head", {"head": module})
     else:
         import_pytorch_metric_learning(module, {"W": other.weight.detach().t()})
 
 
-@pytest.mark.parametrize("how", ["load_state_dict", "safetensors", "pytorch_metric_learning", "reset_parameters"])
+WAYS = ["load_state_dict", "load_checkpoint", "safetensors", "pytorch_metric_learning", "reset_parameters"]
+
+
+@pytest.mark.parametrize("how", WAYS)
 def test_new_prototypes_do_not_get_what_the_former_ones_lost(how: str, tmp_path: Path) -> None:
     module, other = (ltloss.ArcFaceLoss(9, 20, dtype=torch.bfloat16) for _ in range(2))
     optimizer = PrototypeSGD(module, lr=0.1, rounding="kahan")
