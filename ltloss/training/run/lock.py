@@ -19,7 +19,7 @@ def refuse_if_written(folder: Path) -> None:
     with suppress(FileNotFoundError, NotADirectoryError):
         descriptor = os.open(folder / LOCK, os.O_RDONLY)
         try:
-            if not _locked(descriptor):
+            if not _locked(descriptor, shared=True):  # others may look at the same moment
                 raise _being_written(folder)
         finally:
             os.close(descriptor)
@@ -61,14 +61,14 @@ def _acquire(path: Path, folder: Path) -> int:
         os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
+def _locked(descriptor: int, *, shared: bool = False) -> bool:
     """Take the lock without waiting, and return whether it was free; always True on Windows, which has no such lock."""
     if sys.platform == "win32":
         return True
     import fcntl
 
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

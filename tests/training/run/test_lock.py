@@ -13,7 +13,7 @@ from helpers.cli_errors import ROOT, TRAIN, contents, fails
 from helpers.refusals import refused
 
 from ltloss.errors import UserError
-from ltloss.training.run.lock import LOCK, owned
+from ltloss.training.run.lock import LOCK, owned, refuse_if_written
 
 pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
@@ -61,3 +61,24 @@ def test_lock_of_a_dead_owner_is_taken_over() -> None:
         with refused("run", str(os.getpid()), error=UserError), owned(Path("run")):
             raise AssertionError("owned twice")
     assert not list(Path("run").iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
+def test_ranks_that_look_at_one_moment_do_not_see_each_other() -> None:
+    """A killed owner left its file; each open of it is locked apart, as in processes of their own."""
+    import fcntl
+
+    Path("run").mkdir()
+    (Path("run") / LOCK).touch()
+    flock, looked = fcntl.flock, []
+
+    def look_twice(descriptor: int, operation: int) -> None:
+        flock(descriptor, operation)
+        if len(looked) < 2:
+            looked.append(descriptor)
+            refuse_if_written(Path("run"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", look_twice)
+        refuse_if_written(Path("run"))
+    assert len(looked) == 2
