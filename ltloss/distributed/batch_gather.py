@@ -3,7 +3,8 @@
 A message holds a header, the labels and the features of one rank as bytes, padded to a size that all ranks know. They
 agree on it in a handshake of a few integers: at the first batch, and again when a rank announces in its header that
 its batch does not fit (more rows, another width or dtype) or that something is wrong with it. So a mistake on one rank
-is an error on all, and no rank waits for one that has already given up.
+is an error on all, and no rank waits for one that has already given up. But with a ``capacity`` on a GPU nobody reads
+headers: a rank that finds its batch wrong raises alone, and the others wait until the timeout of the group.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class BatchGather:
         layout: of the prototypes.
         capacity: None reads the header of each step on the host: batches may have any lengths, at the price of one host
             synchronisation in the forward on a GPU. A number promises that no rank ever has more rows: messages have
-            that many, and nothing is read.
+            that many, and nothing is read on a GPU.
         gradient_factor: multiplies the gradient of the features.
     """
 
@@ -85,21 +86,23 @@ class BatchGather:
         error = self._own_error(check, features)
         if self._agreed is None:
             self._handshake(features, error)
+        looks = self.capacity is None or _looks(self.layout.device)
         while True:
             agreed = self._agreed
             assert agreed is not None
             fits = error is None and _fits(features, agreed)
             if self.capacity is not None and not fits:
-                raise error or _beyond_capacity(features, agreed)
+                error = error or _beyond_capacity(features, agreed)
+                if not looks:
+                    raise error
             message = _pack(features, labels, agreed, fits, padding, tag, self.layout.device)
             gathered = comm.all_gather(message, self.layout.group)
-            if self.capacity is not None:
-                return self._unpack(gathered, agreed, features, agreed.capacity, torch.is_grad_enabled())
-            header = gathered[:, : 8 * _HEADER].view(torch.int64).tolist()  # the one look at the data
+            header = gathered[:, : 8 * _HEADER].view(torch.int64).tolist() if looks else []  # the one look at the data
             if all(row[0] >= 0 for row in header):
                 _check_equal("the operation or its k", [row[2] for row in header])
-                wanted = any(row[1] for row in header)
-                return self._unpack(gathered, agreed, features, max(row[0] for row in header), wanted)
+                rows = self.capacity or max(row[0] for row in header)
+                wanted = self.capacity is not None or any(row[1] for row in header)
+                return self._unpack(gathered, agreed, features, rows, wanted)
             self._handshake(features, error)
 
     @staticmethod
@@ -142,10 +145,15 @@ def gather_supervised(gather: BatchGather, features: Any, prototypes: Tensor, la
 
     def check() -> None:
         check_supervised(features, prototypes, labels)
-        if (labels.device.type == "cpu" or current_debug()) and not torch.compiler.is_compiling():
+        if _looks(labels.device):
             check_label_range(labels.to(torch.int64), prototypes.shape[0], ignore_index)
 
     return gather(features, labels, check, padding=ignore_index)
+
+
+def _looks(device: torch.device) -> bool:
+    """Whether values may be read on the host: where it need not wait for a GPU, or the user asks for checks."""
+    return (device.type == "cpu" or current_debug()) and not torch.compiler.is_compiling()
 
 
 def _fits(features: Tensor, agreed: _Agreement) -> bool:

@@ -239,6 +239,28 @@ def test_a_mistake_on_one_rank_is_an_error_on_all() -> None:
             assert not missing(text, *facts, *who), (rank, kind, warm, text)
 
 
+def _mistake_with_capacity(rank: int) -> list[str]:
+    """In the second step rank 1 is wrong; the third works."""
+    said = []
+    for features, labels in ((4, [0, 1, 9, 3]), (5, [0, 1, 2, 3, 4])):  # no class, and a row too many
+        module = parallelize(ltloss.ArcFaceLoss(9, DIM), class_mesh(), capacity=4)
+        good = torch.randn(4, DIM), torch.tensor([0, 1, 2, 3])
+        module(*good)
+        with pytest.raises((IndexError, ValueError, DistributedError)) as caught:
+            module(*((torch.randn(features, DIM), torch.tensor(labels)) if rank == 1 else good))
+        module(*good)
+        said.append(f"{caught.type.__name__}: {caught.value}")
+    return said
+
+
+def test_with_a_capacity_too_it_is_an_error_on_all() -> None:
+    first, second = world.run(_mistake_with_capacity, 2)
+    for text, error, facts in zip(second, ("IndexError", "ValueError"), ("[0, 9)", "capacity=4"), strict=True):
+        assert not missing(text, error, facts), text
+    for text, own in zip(first, second, strict=True):
+        assert not missing(text, "DistributedError", own), text
+
+
 def _other_modules(rank: int) -> None:
     for make, given in (
         (lambda: parallelize(ltloss.ArcFaceLoss(9 + rank, DIM), class_mesh()), 9 + rank),
