@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -30,6 +31,30 @@ def progress(steps: int, verbose: bool, what: str) -> AbstractContextManager[Any
         raise ImportError("verbose needs tqdm: pip install 'ltloss[sklearn]'") from error
     bar: AbstractContextManager[Any] = tqdm(total=steps, unit="step", desc=what)
     return bar
+
+
+class _KeptExponentials:
+    """Keeps the exponentials of a step. The switch is the process's: of fits in several threads, the first that is in a
+    step sets it, and the last one sets it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._switch = use_workspace(_KEPT, keep_exponentials=True)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._switch.__exit__(None, None, None)
+
+
+_kept_exponentials = _KeptExponentials()
 
 
 class Training:
@@ -86,7 +111,7 @@ class Training:
     def _step(self, batches: Batches, batch: Part) -> float:
         device = batches.device
         self._optimizer.zero_grad()
-        with use_workspace(_KEPT, keep_exponentials=True):
+        with _kept_exponentials:
             losses = self.head(batches[batch.rows] * self.candidate.gain, batch.labels.to(device))
             loss = (losses * batch.weights.to(device)).mean()
             loss.backward()

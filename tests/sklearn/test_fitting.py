@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from helpers.embeddings import quick, same, tail
 from scipy import sparse
 from sklearn.metrics import log_loss
 
+from ltloss import current_keep_exponentials, current_workspace
 from ltloss.sklearn import LongTailClassifier
 
 
@@ -195,3 +197,14 @@ def test_classes_with_one_sample_stay_in_training() -> None:
     features = np.r_[X, 40.0 + np.zeros((1, 8), np.float32), -40.0 + np.zeros((1, 8), np.float32)]
     found = quick(validation_fraction=0.5).fit(features, single)
     assert found.predict(features[-2:]).tolist() == [6, 7]
+
+
+def test_fits_in_threads_are_those_of_one_after_the_other() -> None:
+    """The switch of their steps is the process's; it is left as it was."""
+    before = current_workspace(), current_keep_exponentials()
+    X, y = tail()
+    alone = quick().fit(X, y)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: quick().fit(X, y), range(8)))
+    assert (current_workspace(), current_keep_exponentials()) == before
+    assert all(same(one, alone) for one in found)
