@@ -126,13 +126,14 @@ class ClassCenters(nn.Module):
 
         Args:
             features: (N, D), any length.
-            labels: (N,) int64; -1 for samples to leave out.
+            labels: (N,) int64; -1 for samples to leave out. Features that are not finite are left out too.
         """
         if features.shape[0] == 0:
             return
-        counted = labels >= 0
         dtype = compute_dtype(features, self.centers)
-        unit = torch.where(counted[:, None], direction(features.to(dtype)), 0.0)
+        unit = direction(features.to(dtype))
+        counted = (labels >= 0) & unit.isfinite().all(1)  # NaN would stay, though its step is skipped
+        labels, unit = labels.masked_fill(~counted, -1), torch.where(counted[:, None], unit, 0.0)
         group, first = _group_by_label(labels)
         # Sums per group of the batch, then gathered per sample: nothing of size C is allocated.
         batch_sum = add_rows_(torch.zeros_like(unit), group, unit)[group]

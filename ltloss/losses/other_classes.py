@@ -80,7 +80,7 @@ class CurricularFaceLoss(SampleMarginLoss):
     @torch.no_grad()
     def _bend(self, cosine: Tensor, labels: Tensor) -> Bend:
         if self.training:
-            counted = labels >= 0
+            counted = (labels >= 0) & cosine.isfinite()  # NaN would stay, though its step is skipped
             seen = torch.where(counted, cosine, 0.0).sum() / counted.sum()
             moved = self.mean_cosine.lerp(seen.to(self.mean_cosine), 1.0 - self.momentum)
             self.mean_cosine.copy_(torch.where(counted.any(), moved, self.mean_cosine))

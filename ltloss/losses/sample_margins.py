@@ -51,10 +51,10 @@ class SampleMarginLoss(CombinedMarginLoss):
         return reduce_losses(losses, stats.labels, class_weight=self.class_weight, reduction=self.reduction)
 
     def _lengths(self, features: Tensor, stats: LogSumExpStats) -> Tensor:
-        """‖x‖ (N,); 0 for ignored samples, which may hold NaN."""
+        """‖x‖ (N,); 0 for ignored samples and for NaN, whose loss is NaN by the cosine."""
         features = features.masked_fill((stats.labels < 0)[:, None], 0.0)
         lengths: Tensor = torch.linalg.vector_norm(features, dim=1, dtype=compute_dtype(features, self.weight))
-        return lengths
+        return lengths.nan_to_num(0.0)
 
     def _of_samples(self, features: Tensor, stats: LogSumExpStats) -> tuple[dict[str, Any], Tensor | float]:
         """Return options of :func:`ltloss.extend.margin_losses`, and a term to add to the losses (N,)."""
@@ -127,9 +127,9 @@ class AdaFaceLoss(SampleMarginLoss):
 
     @torch.no_grad()
     def _of_samples(self, features: Tensor, stats: LogSumExpStats) -> tuple[dict[str, Any], Tensor | float]:
-        lengths, counted = self._lengths(features, stats).clamp(1e-3, 100.0), stats.labels >= 0
-        if self.training:
-            self._follow(lengths, counted)
+        lengths = self._lengths(features, stats).clamp(1e-3, 100.0)
+        if self.training:  # what is not finite would stay, though its step is skipped
+            self._follow(lengths, (stats.labels >= 0) & stats.target_logit.isfinite())
         mean, deviation = self.length_moments.to(lengths.dtype)
         quality = (self.concentration * (lengths - mean) / (deviation + 1e-3)).clamp(-1.0, 1.0)
         angle, cosine = -self.margin * quality, self.margin * (1.0 + quality)
@@ -289,7 +289,7 @@ class ElasticFaceLoss(SampleMarginLoss):
         place = counted.cumsum(0) - 1
         if self.sort:  # rank the counted samples by distance: the nearest gets the smallest
             drawn = drawn.masked_fill(number > place[-1:], torch.inf).sort()[0]
-            distance = -stats.target_logit.masked_fill(~counted, -torch.inf)
+            distance = -stats.target_logit.nan_to_num(0.0).masked_fill(~counted, -torch.inf)
             place = distance.argsort(stable=True).argsort()
         return drawn[place.clamp_min(0)].masked_fill(~counted, 0.0)
 

@@ -181,6 +181,18 @@ class TestEveryModule:
         optimizer.step()
         assert not torch.equal(before, module.weight)
 
+    @pytest.mark.parametrize("value", [torch.inf, torch.nan])
+    def test_what_is_not_finite_leaves_nothing_behind(self, name: str, value: float, backend: str) -> None:
+        """Whoever scales gradients skips such a step; the state is that of a batch without the sample."""
+        module = MODULES[name](C, D)
+        without = copy.deepcopy(module)
+        features, labels = batch()
+        bad = features.clone()
+        bad[0, 0] = value
+        module(bad, labels)
+        without(features, labels.index_fill(0, torch.tensor([0]), -100))
+        torch.testing.assert_close(module.state_dict(), without.state_dict())
+
     def test_learns_a_tiny_problem(self, name: str) -> None:
         """Four clusters and an embedding matrix: to 100 %."""
         torch.manual_seed(3)
