@@ -353,7 +353,7 @@ def reduce_losses(
     losses: Tensor,
     labels: Tensor,
     *,
-    class_weight: Tensor | None = None,
+    class_weight: Tensor | float | None = None,
     sample_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -362,7 +362,7 @@ def reduce_losses(
     Args:
         losses: (N,), or (N, k) with k labels per sample.
         labels: same shape, -1 for samples that do not count, as in ``stats.labels``.
-        class_weight: (C,) weight of each class, or None.
+        class_weight: (C,) weight of each class, a number for all, or None.
         sample_weight: same shape as the losses, or None. It multiplies the class weight.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
@@ -386,11 +386,11 @@ def reduce_losses(
             raise ValueError(f"{name} must have the shape of losses, {shown(losses)}; got {shown(one)}")
     counted = labels >= 0
     weights = counted.to(losses.dtype)
-    if class_weight is not None:
+    if isinstance(class_weight, Tensor) and class_weight.dim():
         checked_labels(labels.clamp_min(-1), class_weight.shape[0], -1, "labels")  # one beyond would read the last
-        weights = weights * class_weight[labels.clamp(0, class_weight.shape[0] - 1)].to(losses.dtype)
-    if sample_weight is not None:
-        weights = weights * sample_weight.to(losses.dtype)
+        class_weight = class_weight[labels.clamp(0, class_weight.shape[0] - 1)]
+    for factor in (weight for weight in (class_weight, sample_weight) if weight is not None):
+        weights = weights * (factor.to(losses.dtype) if isinstance(factor, Tensor) else factor)
     weighted = torch.where(counted, losses, 0.0) * weights
     if reduction == "none":
         return weighted if weighted.dim() == 1 else weighted.sum(1)

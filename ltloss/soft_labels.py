@@ -80,10 +80,10 @@ def soft_label_cross_entropy(
     # The weight of a repeated class is added to its first place.
     again = (labels[:, :, None] == labels[:, None, :]).to(label_weight.dtype)
     weight = (again * label_weight[:, None, :]).sum(2)
+    factor = None
     if class_weight is not None:
-        checked = check_per_class("class_weight", class_weight, stats.num_classes, stats.logsumexp)
-        class_weight = torch.as_tensor(checked, dtype=losses.dtype, device=losses.device).expand(stats.num_classes)
-    return reduce_losses(losses, stats.labels, class_weight=class_weight, sample_weight=weight, reduction=reduction)
+        factor = check_per_class("class_weight", class_weight, stats.num_classes, stats.logsumexp)
+    return reduce_losses(losses, stats.labels, class_weight=factor, sample_weight=weight, reduction=reduction)
 
 
 def takes_soft_labels(loss: Any) -> bool:

@@ -276,6 +276,14 @@ def test_class_weights_can_be_set_and_removed(name: str) -> None:
         module.set_class_weight(torch.ones(8))
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "CosineSpaceLoss"])
+def test_a_number_as_class_weight_is_that_of_every_class(name: str, backend: str) -> None:
+    module = MODULES[name](C, D, reduction="sum", class_weight=2.0).eval()
+    found = module(*batch())
+    module.class_weight = torch.full((C,), 2.0)
+    torch.testing.assert_close(found, module(*batch()))
+
+
 @pytest.mark.parametrize("cls", [ltloss.LDAMLoss, ltloss.LogitAdjustedLoss, ltloss.LongTailLoss])
 def test_from_counts(cls: type[ltloss.CombinedMarginLoss]) -> None:
     counts = [50, 7, 1]
