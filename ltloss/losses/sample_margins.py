@@ -284,7 +284,10 @@ class ElasticFaceLoss(SampleMarginLoss):
         """Draw from N(0, 1) for each sample (N,). Ignored samples in between do not change what the others draw."""
         counted = stats.labels >= 0
         number = torch.arange(len(counted), device=counted.device)
-        uniform = _uniform(number + (self.seed << 40) + (self.step << 20))
+        # The seed in the upper bits, and what they cannot hold in all bits; 64 of them, as int64 counts.
+        start = (self.seed << 40) + ((self.seed + (1 << 23)) >> 24) * _ODD
+        start = (start + (1 << 63)) % (1 << 64) - (1 << 63)
+        uniform = _uniform(number + start + (self.step << 20))
         drawn: Tensor = torch.erfinv(2.0 * uniform - 1.0) * 2.0**0.5
         place = counted.cumsum(0) - 1
         if self.sort:  # rank the counted samples by distance: the nearest gets the smallest
@@ -294,6 +297,9 @@ class ElasticFaceLoss(SampleMarginLoss):
         return drawn[place.clamp_min(0)].masked_fill(~counted, 0.0)
 
 
+_ODD = -7046029254386353131  # 2^64 divided by the golden ratio
+
+
 def _uniform(counter: Tensor) -> Tensor:
     """Pseudo-random numbers in (0, 1) from int64 counters: splitmix64 (Steele et al., OOPSLA 2014), applied twice.
 
@@ -301,7 +307,7 @@ def _uniform(counter: Tensor) -> Tensor:
     """
     bits = counter
     for _ in range(2):
-        bits = bits * -7046029254386353131 + 1442695040888963407
+        bits = bits * _ODD + 1442695040888963407
         for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
             bits = (bits ^ (bits >> shift & (1 << (64 - shift)) - 1)) * factor
         bits = bits ^ (bits >> 31 & (1 << 33) - 1)

@@ -119,6 +119,18 @@ def test_what_is_drawn_is_normal() -> None:
     assert float(drawn.std()) == pytest.approx(1.0, abs=4 / 40_000**0.5)
 
 
+def test_every_seed_of_64_bits_draws_its_own() -> None:
+    module = ElasticFaceLoss(C, D)
+    stats = logsumexp_stats(torch.randn(4, D), module.weight, torch.arange(4), scale=1.0)
+    drawn = []
+    for seed in (0, 1, -1, (1 << 23) - 1, -(1 << 23), 1 << 23, 1 << 24, 1 << 40, (1 << 63) - 1, -(1 << 63)):
+        module.seed = seed
+        drawn.append(tuple(module._drawn(stats).tolist()))
+    assert len(set(drawn)) == len(drawn)
+    normal = torch.special.ndtri(_uniform(torch.arange(4) - (1 << 40)))
+    assert drawn[2] == pytest.approx(tuple(normal.tolist()), rel=1e-12), "a seed draws what it drew before"
+
+
 @pytest.mark.parametrize("beyond_pi", ["monotone", "arcface", "cosine", "clip", "easy"])
 def test_margins_can_be_learned(beyond_pi: str) -> None:
     """The gradient of both margins of each sample against finite differences, also beyond π."""
