@@ -35,7 +35,8 @@ def write(path: Path, arrays: Mapping[str, Array], values: Mapping[str, Any]) ->
     text = json.dumps({"format": _FORMAT, "objects": listed, "values": values}, default=_plain)
     whole = {name: array for name, array in arrays.items() if name not in listed}
     content = io.BytesIO()
-    np.savez(content, allow_pickle=False, _json=np.array(text), **whole)
+    # Not allow_pickle=False: NumPy 1 stores every keyword as an array.
+    np.savez(content, _json=np.array(text), **whole)  # type: ignore[arg-type]
     write_file(path, content.getvalue())
 
 

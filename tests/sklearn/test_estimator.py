@@ -117,6 +117,16 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert loaded.partial_fit(X[:9], y[:9]).n_iter_ == found.n_iter_ + 1
 
 
+def test_nothing_but_arrays_without_objects_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy 1 takes every keyword of savez for an array, ``allow_pickle`` too."""
+    saved: dict[str, object] = {}
+    monkeypatch.setattr(np, "savez", lambda file, **arrays: saved.update(arrays))
+    X, y = tail()
+    quick().fit(X, np.array(list("abcdef"), dtype=object)[y]).save(tmp_path / "found.npz")
+    assert len(saved) > 5
+    assert all(isinstance(array, np.ndarray) and not array.dtype.hasobject for array in saved.values())
+
+
 def test_saved_on_a_machine_with_another_device(tmp_path: Path) -> None:
     X, y = tail()
     quick(loss="linear").fit(X, y).set_params(device="cuda:99").save(tmp_path / "found.npz")
