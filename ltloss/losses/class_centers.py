@@ -103,6 +103,13 @@ class ClassCenters(nn.Module):
         self.register_buffer("centers", torch.zeros(num_classes, embedding_size, device=device))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64, device=device))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "update_rule":
+            check_choice(name, value, get_args(CenterUpdate))
+        elif name == "momentum":
+            check_update("ema", value)
+        super().__setattr__(name, value)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Reset all centres and counts to zero."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from ltloss._deprecation import renamed_fields
 from ltloss._validation import check_choice, check_number, check_supervised, check_type
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.losses.class_centers import CenterUpdate, ClassCenters, check_not_inside_ddp, check_update
-from ltloss.losses.prototype_head import PrototypeHead
+from ltloss.losses.prototype_head import FRACTION, NOT_NEGATIVE, Checks, PrototypeHead
 from ltloss.ops.logsumexp import Shard
 
 __all__ = ["CosineSpaceLoss"]
@@ -29,6 +30,11 @@ _OPTIONS = (
     "ignore_index",
     "strict",
 )
+
+
+def _check_start_step(name: str, given: Any) -> None:
+    check_type(name, given, int)
+    check_number(name, given, at_least=0)
 
 
 @renamed_fields(parts="terms")
@@ -86,6 +92,14 @@ class CosineSpaceLoss(PrototypeHead):
 
     _per_class = ("margin",)
     _ordered = ("ce_weight", "inter_weight", "intra_weight", "strict")
+    _checks: ClassVar[Checks] = {
+        **dict.fromkeys(("inter_weight", "intra_weight", "ce_weight", "epsilon"), NOT_NEGATIVE),
+        "start_step": _check_start_step,
+        "truncate": partial(check_choice, known=("batch", "sample")),
+        "strict": partial(check_type, expected=bool),
+        "label_smoothing": FRACTION,
+        "ignore_index": partial(check_type, expected=int),
+    }
 
     def __init__(
         self,
@@ -109,16 +123,7 @@ class CosineSpaceLoss(PrototypeHead):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_classes, embedding_size, scale=scale, device=device, dtype=dtype)
-        for name, value in (("inter_weight", inter_weight), ("intra_weight", intra_weight), ("ce_weight", ce_weight)):
-            check_number(name, value, at_least=0.0)
         self.margin = margin
-        check_number("epsilon", epsilon, at_least=0.0)
-        check_type("start_step", start_step, int)
-        check_number("start_step", start_step, at_least=0)
-        check_type("ignore_index", ignore_index, int)
-        check_type("strict", strict, bool)
-        check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
-        check_choice("truncate", truncate, ("batch", "sample"))
         check_update(center_update, center_momentum, "center_")
         self.epsilon, self.start_step, self.truncate = epsilon, start_step, truncate
         self.inter_weight, self.intra_weight, self.ce_weight = inter_weight, intra_weight, ce_weight
@@ -130,7 +135,8 @@ class CosineSpaceLoss(PrototypeHead):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self.terms: dict[str, Tensor] = {}
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def _check(self, name: str, value: Any) -> None:
+        super()._check(name, value)
         if name in self._ordered and (name == "strict" or "strict" in self.__dict__):
             ce, inter, intra, strict = ({**self.__dict__, name: value}[each] for each in self._ordered)
             if strict and not ce > inter > intra:
@@ -138,7 +144,6 @@ class CosineSpaceLoss(PrototypeHead):
                     "the weights must satisfy ce_weight > inter_weight > intra_weight (γ > α > β) unless strict=False; "
                     f"got ce_weight={ce:g}, inter_weight={inter:g}, intra_weight={intra:g}"
                 )
-        super().__setattr__(name, value)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

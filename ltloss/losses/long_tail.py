@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margi
 from ltloss.losses.count_losses import FromCounts, check_class_counts
 from ltloss.losses.defaults import RENAMED_OPTIONS, of_form
 from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions
+from ltloss.losses.prototype_head import NOT_NEGATIVE, POSITIVE, Checks
 from ltloss.ops.logsumexp import Shard
 from ltloss.ops.prototype_search import min_angle
 from ltloss.regularizers import FeatureNormKind, mean_angle, norm_penalty
@@ -46,10 +47,15 @@ _OWN_OPTIONS = (
 )
 
 
+def _check_feature_norm(name: str, given: Any) -> None:
+    if not callable(given):
+        check_choice(name, given, get_args(FeatureNormKind))
+
+
 def _with_form(init: Callable[P, None]) -> Callable[P, None]:
     """Let the constructor also take ``form``, an argument of version 0.1, with a warning."""
 
-    @functools.wraps(init)
+    @wraps(init)
     def constructor(*args: P.args, **given: P.kwargs) -> None:
         form = given.pop("form", None)
         if form is not None:
@@ -124,6 +130,13 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
     class_counts: Tensor
 
     _settled = ("class_counts", "margin", "margin_power", "margin_normalize", "tau")
+    _checks: ClassVar[Checks] = {
+        **dict.fromkeys(("min_angle_weight", "min_angle_power", "feature_norm_weight"), NOT_NEGATIVE),
+        "min_angle_classes": partial(check_choice, known=get_args(AngleClasses)),
+        "min_angle_allow_tf32": partial(check_type, expected=bool),
+        "feature_norm": _check_feature_norm,
+        "feature_norm_radius": POSITIVE,
+    }
 
     @_with_form
     def __init__(
@@ -146,17 +159,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         **options: Unpack[PriorOptions],
     ) -> None:
         check_class_counts(class_counts, num_classes)
-        for name, value in (
-            ("tau", tau),
-            ("min_angle_weight", min_angle_weight),
-            ("min_angle_power", min_angle_power),
-            ("feature_norm_weight", feature_norm_weight),
-        ):
-            check_number(name, value, at_least=0.0)
-        check_choice("min_angle_classes", min_angle_classes, get_args(AngleClasses))
-        check_type("min_angle_allow_tf32", min_angle_allow_tf32, bool)
-        if not callable(feature_norm):
-            check_choice("feature_norm", feature_norm, get_args(FeatureNormKind))
+        check_number("tau", tau, at_least=0.0)
         if tau:
             if options.get("log_prior") is not None:
                 raise ValueError(
@@ -170,7 +173,6 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         self.min_angle_classes, self.min_angle_allow_tf32 = min_angle_classes, min_angle_allow_tf32
         self.feature_norm_weight, self.feature_norm = feature_norm_weight, feature_norm
         self.feature_norm_radius = 1.25 * embedding_size**0.5 if feature_norm_radius is None else feature_norm_radius
-        check_number("feature_norm_radius", self.feature_norm_radius, above=0.0)
         counts = torch.as_tensor(class_counts, device=None if isinstance(class_counts, Tensor) else "cpu")
         self._keep("class_counts", counts)
         self.terms: dict[str, Tensor] = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ltloss._validation import check_number
 from ltloss.extend import Bend
 from ltloss.losses.margin_losses import PriorOptions
+from ltloss.losses.prototype_head import FRACTION, Checks
 from ltloss.losses.sample_margins import SampleMarginLoss
 from ltloss.margins import Margin
 
@@ -55,6 +57,7 @@ class CurricularFaceLoss(SampleMarginLoss):
 
     mean_cosine: Tensor
     _shown = ("momentum",)
+    _checks: ClassVar[Checks] = {"momentum": FRACTION}
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class CurricularFaceLoss(SampleMarginLoss):
     ) -> None:
         options.setdefault("beyond_pi", "arcface")
         super().__init__(num_classes, embedding_size, angular_margin=margin, **options)
-        self.momentum = float(check_number("momentum", momentum, at_least=0.0, at_most=1.0))
+        self.momentum = momentum
         self.register_buffer("mean_cosine", torch.zeros((), device=self._constants_device))
 
     @torch.no_grad()
@@ -118,6 +121,7 @@ class InterclassFilterLoss(SampleMarginLoss):
     """
 
     _shown = ("filter_threshold",)
+    _checks: ClassVar[Checks] = {"filter_threshold": partial(check_number, above=0.0, at_most=1.0)}
 
     def __init__(
         self,
@@ -131,7 +135,7 @@ class InterclassFilterLoss(SampleMarginLoss):
     ) -> None:
         margins = {"angular_margin": angular_margin, "cosine_margin": cosine_margin}
         super().__init__(num_classes, embedding_size, **margins, **options)
-        self.filter_threshold = float(check_number("filter_threshold", filter_threshold, above=0.0, at_most=1.0))
+        self.filter_threshold = filter_threshold
 
     def _bend(self, cosine: Tensor, labels: Tensor) -> Bend:
         return Bend(torch.full_like(cosine, self.filter_threshold), p0=-math.inf)

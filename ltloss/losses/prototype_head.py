@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from ltloss._types import TopK
 from ltloss._validation import (
     check_count,
     check_head_dtype,
+    check_number,
     check_pair,
     check_per_class,
     check_scale,
@@ -28,7 +31,11 @@ from ltloss.numerics import spans
 from ltloss.ops.logsumexp import Update
 from ltloss.reference import cosine_logits
 
-__all__ = ["PrototypeHead"]
+__all__ = ["FRACTION", "NOT_NEGATIVE", "POSITIVE", "Checks", "PrototypeHead"]
+
+Checks = Mapping[str, Callable[[str, Any], object]]  # name -> what raises unless an option may have the value
+POSITIVE, NOT_NEGATIVE = partial(check_number, above=0.0), partial(check_number, at_least=0.0)
+FRACTION = partial(check_number, at_least=0.0, at_most=1.0)
 
 _DRAWN_AT_ONCE = 1 << 14  # classes of a float8 head
 
@@ -86,6 +93,7 @@ class PrototypeHead(nn.Module):
     weight_exponent: Tensor | None
     _settled: tuple[str, ...] = ()  # hyper-parameters that cannot be set later: constants were computed from them
     _per_class: tuple[str, ...] = ()  # hyper-parameters that are a number or a constant vector (C,)
+    _checks: ClassVar[Checks] = MappingProxyType({})  # of other hyper-parameters, wherever they are set
 
     def __init__(
         self,
@@ -137,14 +145,20 @@ class PrototypeHead(nn.Module):
                 f"{name} of {type(self).__name__} cannot be changed: constants were computed from it. Build a new loss "
                 "and load this one's state_dict into it"
             )
-        if isinstance(value, np.number) or name in self._settled or name == "scale":
+        if isinstance(value, np.number) or name in self._settled or name in self._checks or name == "scale":
             value = plain_number(value)
+        if name in self._checks:
+            self._check(name, value)
         if name == "scale":
             value = check_scale(value)
         if name in self._per_class:
             self._set_constant(name, value)
         else:
             super().__setattr__(name, value)
+
+    def _check(self, name: str, value: Any) -> None:
+        """Raise unless the option may have the value. A subclass adds what several options must satisfy together."""
+        self._checks[name](name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out the optimizer, which belongs to the original module."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ltloss._validation import check_choice, check_number, check_supervised, check_type
 from ltloss.extend import Bend, LogSumExpStats, logsumexp_stats, margin_losses, reduce_losses
 from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions
+from ltloss.losses.prototype_head import FRACTION, NOT_NEGATIVE, POSITIVE, Checks
 from ltloss.margins import Margin
 from ltloss.numerics import compute_dtype
 from ltloss.ops.logsumexp import Shard
@@ -100,6 +102,7 @@ class AdaFaceLoss(SampleMarginLoss):
 
     length_moments: Tensor
     _shown = ("margin", "concentration", "momentum")
+    _checks: ClassVar[Checks] = {"margin": NOT_NEGATIVE, "concentration": POSITIVE, "momentum": FRACTION}
 
     def __init__(
         self,
@@ -113,9 +116,7 @@ class AdaFaceLoss(SampleMarginLoss):
     ) -> None:
         options.setdefault("beyond_pi", "clip")
         super().__init__(num_classes, embedding_size, **options)
-        self.margin = float(check_number("margin", margin, at_least=0.0))
-        self.concentration = float(check_number("concentration", concentration, above=0.0))
-        self.momentum = float(check_number("momentum", momentum, at_least=0.0, at_most=1.0))
+        self.margin, self.concentration, self.momentum = margin, concentration, momentum
         self.register_buffer("length_moments", torch.tensor(_FIRST_MOMENTS, device=self._constants_device))
 
     @torch.no_grad()
@@ -179,6 +180,11 @@ class MagFaceLoss(SampleMarginLoss):
     """
 
     _shown = ("min_length", "max_length", "min_margin", "max_margin", "penalty_weight")
+    _checks: ClassVar[Checks] = {
+        **dict.fromkeys(("min_length", "max_length"), POSITIVE),
+        **dict.fromkeys(("min_margin", "max_margin"), partial(check_number, at_least=0.0, at_most=3.1)),
+        "penalty_weight": NOT_NEGATIVE,
+    }
 
     def __init__(
         self,
@@ -194,11 +200,17 @@ class MagFaceLoss(SampleMarginLoss):
     ) -> None:
         options.setdefault("beyond_pi", "easy")
         super().__init__(num_classes, embedding_size, **options)
-        self.min_length = float(check_number("min_length", min_length, above=0.0))
-        self.max_length = float(check_number("max_length", max_length, above=self.min_length))
-        self.min_margin = float(check_number("min_margin", min_margin, at_least=0.0, at_most=3.1))
-        self.max_margin = float(check_number("max_margin", max_margin, at_least=self.min_margin, at_most=3.1))
-        self.penalty_weight = float(check_number("penalty_weight", penalty_weight, at_least=0.0))
+        self.min_length, self.max_length = min_length, max_length
+        self.min_margin, self.max_margin, self.penalty_weight = min_margin, max_margin, penalty_weight
+
+    def _check(self, name: str, value: Any) -> None:
+        super()._check(name, value)
+        ends = {**self.__dict__, name: value}
+        if "max_margin" in ends and not (
+            ends["min_length"] < ends["max_length"] and ends["min_margin"] <= ends["max_margin"]
+        ):
+            given = ", ".join(f"{end}={ends[end]}" for end in self._shown[:4])
+            raise ValueError(f"min_length must be < max_length, and min_margin <= max_margin; got {given}")
 
     def _of_samples(self, features: Tensor, stats: LogSumExpStats) -> tuple[dict[str, Any], Tensor | float]:
         lengths = self._lengths(features, stats).clamp(self.min_length, self.max_length)
@@ -243,6 +255,13 @@ class ElasticFaceLoss(SampleMarginLoss):
 
     step: Tensor
     _shown = ("kind", "mean", "std", "sort", "seed")
+    _checks: ClassVar[Checks] = {
+        "kind": partial(check_choice, known=("arc", "cos")),
+        "mean": check_number,
+        "std": NOT_NEGATIVE,
+        "sort": partial(check_type, expected=bool),
+        "seed": partial(check_type, expected=int),
+    }
 
     def __init__(
         self,
@@ -257,12 +276,8 @@ class ElasticFaceLoss(SampleMarginLoss):
         **options: Unpack[PriorOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, **options)
-        check_choice("kind", kind, ("arc", "cos"))
-        check_type("sort", sort, bool)
-        check_type("seed", seed, int)
-        mean = (0.5 if kind == "arc" else 0.35) if mean is None else mean
-        self.kind, self.sort, self.seed = kind, sort, seed
-        self.mean, self.std = float(check_number("mean", mean)), float(check_number("std", std, at_least=0.0))
+        self.kind, self.sort, self.seed, self.std = kind, sort, seed, std
+        self.mean = (0.5 if kind == "arc" else 0.35) if mean is None else mean
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self._constants_device))
 
     @torch.no_grad()

@@ -183,6 +183,56 @@ def test_numbers_of_other_kinds_are_numbers(number: Any) -> None:
         assert repr(make(number)) == repr(make(plain))
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        ("LongTailLoss", "min_angle_classes", "All"),
+        ("LongTailLoss", "min_angle_weight", -1.0),
+        ("LongTailLoss", "min_angle_power", -1.0),
+        ("LongTailLoss", "feature_norm_weight", -1.0),
+        ("LongTailLoss", "feature_norm_radius", 0.0),
+        ("LongTailLoss", "feature_norm", "Ring"),
+        ("CosineSpaceLoss", "truncate", "Batch"),
+        ("CosineSpaceLoss", "epsilon", -0.1),
+        ("CosineSpaceLoss", "start_step", -1),
+        ("CosineSpaceLoss", "intra_weight", -1.0),
+        ("CosineSpaceLoss", "label_smoothing", 2.0),
+        ("AdaFaceLoss", "margin", -0.1),
+        ("AdaFaceLoss", "concentration", -1.0),
+        ("AdaFaceLoss", "momentum", 1.5),
+        ("MagFaceLoss", "max_length", 0.5),
+        ("MagFaceLoss", "min_length", 7.0),
+        ("MagFaceLoss", "min_margin", 0.9),
+        ("MagFaceLoss", "penalty_weight", -1.0),
+        ("ElasticFaceLoss", "kind", "Arc"),
+        ("ElasticFaceLoss", "std", -0.5),
+        ("CurricularFaceLoss", "momentum", 1.5),
+        ("InterclassFilterLoss", "filter_threshold", 1.5),
+    ],
+)
+def test_an_option_that_is_set_later_is_checked(module: str, name: str, value: float | str) -> None:
+    built = MODULES[module](9, 5)
+    before = getattr(built, name)
+    with refused(name, repr(value)):
+        setattr(built, name, value)
+    with refused(name, "tuple", error=TypeError) if name not in CHOICES else refused(name, "()"):
+        setattr(built, name, ())
+    assert getattr(built, name) == before
+    setattr(built, name, np.float64(before) if isinstance(before, float) else before)
+    assert type(getattr(built, name)) is type(before)
+
+
+CHOICES = ("min_angle_classes", "feature_norm", "truncate", "kind")
+
+
+@pytest.mark.parametrize(("name", "value"), [("update_rule", "Mean"), ("momentum", 1.0), ("momentum", -0.1)])
+def test_an_option_of_the_centres_that_is_set_later_is_checked(name: str, value: float | str) -> None:
+    centers = ltloss.ClassCenters(9, 5)
+    with refused(name, repr(value)):
+        setattr(centers, name, value)
+    assert (centers.update_rule, centers.momentum) == ("mean", 0.9)
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
 def test_a_scale_that_is_set_later_is_checked(scale: float) -> None:
     module = ltloss.ArcFaceLoss(9, 5, scale=8.0)
