@@ -212,4 +212,5 @@ class CosineSpaceLoss(PrototypeHead):
 
     def hyper_parameters(self) -> dict[str, Any]:
         """Return every hyper-parameter by name."""
-        return {name: getattr(self, name) for name in _OPTIONS}
+        centers = {"center_update": self.centers.update_rule, "center_momentum": self.centers.momentum}
+        return {name: getattr(self, name) for name in _OPTIONS} | centers

@@ -51,6 +51,12 @@ def test_equal_ones_load_without_a_word(name: str) -> None:
         MODULES[name](9, 5, device="meta").load_state_dict(saved, assign=True)
 
 
+def test_another_update_of_the_centres_is_named() -> None:
+    saved = ltloss.CosineSpaceLoss(9, 5).state_dict()
+    with warned("center_update='ema'", "'mean'", "center_momentum=0.5", "0.9", kind=UserWarning):
+        ltloss.CosineSpaceLoss(9, 5, center_update="ema", center_momentum=0.5).load_state_dict(saved)
+
+
 def test_what_was_set_later_counts() -> None:
     module, other = ltloss.ArcFaceLoss(9, 5, scale=8.0), ltloss.ArcFaceLoss(9, 5, scale=8.0)
     module.scale = 12.0
