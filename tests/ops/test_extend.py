@@ -23,6 +23,7 @@ from ltloss.extend import (
     poly1_losses,
     reduce_losses,
 )
+from ltloss.runtime import Backend
 from ltloss.testing import FAMILY, NOT_A_DERIVATIVE, problem, relative_error
 
 EXACT = 1e-10
@@ -99,6 +100,28 @@ def test_a_learned_scale_gets_the_gradient_of_the_logits(backend: str) -> None:
     (of_logits,) = torch.autograd.grad(law, logits)
     assert relative_error(loss, law) <= EXACT
     assert relative_error(ours, (of_logits * cosine).sum()) <= EXACT
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("part", ["the sum of the other logits", "the target logit of a later label"])
+def test_the_gradient_of_one_number_alone(part: str, backend: Backend) -> None:
+    """The coefficients that are 0 then say nothing about the others."""
+    given = problem(ignored=False)
+    several = torch.stack([given.labels, (given.labels + 2) % 9], 1)
+
+    def gradients(chosen: Backend, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = given.features.to(dtype).requires_grad_(), given.prototypes.to(dtype).requires_grad_()
+        with ltloss.use_backend(chosen):
+            if part == "the sum of the other logits":
+                stats = logsumexp_stats(*leaves, given.labels, scale=8.0, with_logit_sum=True)
+                assert stats.logit_sum is not None
+                return torch.autograd.grad((stats.logit_sum - stats.target_logit).sum(), leaves)
+            stats = logsumexp_stats(*leaves, several, scale=8.0)
+            return torch.autograd.grad(stats.target_logit[:, 1].sum(), leaves)
+
+    exact = gradients("reference", torch.float64)
+    for one, other in zip(gradients(backend, torch.float32), exact, strict=True):
+        assert relative_error(one, other) <= 5e-6
 
 
 def test_where_a_learned_scale_goes_is_said() -> None:

@@ -41,6 +41,12 @@ def slab_scale(max_coefficient_ptr, max_upstream_ptr, inverse_weight_sum_ptr, sc
     return 4096.0 * power_of_two_below(tl.where(bound < 1e-30, 1e-30, bound))
 
 
+@triton.jit
+def unless_zero(coefficient, factor):
+    """Their product, 0 where the coefficient is: an ignored sample sends nothing back, not even NaN times zero."""
+    return tl.where(coefficient == 0.0, 0.0, coefficient * factor)
+
+
 @triton.jit(do_not_specialize=["samples", "classes", "coefficients_stride"])
 def sample_gradient_kernel(
     # inputs
@@ -122,8 +128,7 @@ def sample_gradient_kernel(
     d_target = tl.load(at + 2 * stride, mask=inside, other=0.0)
     d_all = tl.load(at + 3 * stride, mask=inside, other=0.0)
     upstream = tl.load(upstream_ptr + rows.to(tl.int64) * upstream_stride, mask=inside, other=0.0).to(tl.float32)
-    # An ignored sample sends nothing back, not even NaN times zero.
-    factor = tl.where((d_lse == 0.0) & (d_target == 0.0), 0.0, upstream) * LN2
+    factor = upstream * LN2
     if inverse_weight_sum_ptr is not None:
         factor *= tl.load(inverse_weight_sum_ptr)
     constant = 1.0 / LN2
@@ -134,7 +139,7 @@ def sample_gradient_kernel(
     if factor_ptr is not None:  # noqa: SIM102 - a constant and a value of the device do not go in one condition
         if tl.program_id(0) == 0:
             tl.store(factor_ptr, constant)
-    d_lse *= factor
+    d_lse = unless_zero(d_lse, factor)
     if FOLD:
         size = tl.abs(d_lse)
         shift -= tl.where(size < TINY, float("-inf"), log(size) * LOG2E)
@@ -142,8 +147,8 @@ def sample_gradient_kernel(
     stride = samples.to(tl.int64)
     tl.store(at, shift, mask=inside)
     tl.store(at + stride, d_lse, mask=inside)
-    tl.store(at + 2 * stride, d_target * factor, mask=inside)
-    tl.store(at + 3 * stride, d_all * factor, mask=inside)
+    tl.store(at + 2 * stride, unless_zero(d_target, factor), mask=inside)
+    tl.store(at + 3 * stride, unless_zero(d_all, factor), mask=inside)
     for place in tl.static_range(1, TARGETS):
         label_at = labels_ptr + rows.to(tl.int64) * labels_stride + place * labels_column_stride
         label = tl.load(label_at, mask=inside, other=-1).to(tl.int64)
@@ -152,7 +157,7 @@ def sample_gradient_kernel(
         tl.store(cell, tl.where(known, label, -1).to(tl.int32), mask=inside)
         coefficient = coefficients_ptr + (more_targets + place - 1) * coefficients_stride.to(tl.int64) + rows
         d_target = tl.load(coefficient, mask=inside, other=0.0)
-        tl.store(at + (3 + place) * stride, d_target * factor, mask=inside)
+        tl.store(at + (3 + place) * stride, unless_zero(d_target, factor), mask=inside)
 
 
 @triton.jit
