@@ -61,7 +61,27 @@ def steps() -> Iterator[Callable[[], None]]:
     for needs in ((True, False), (False, True)):
         yield lambda needs=needs: _step(**usual, needs=needs)  # type: ignore[misc]
     yield lambda: _step(**usual, options={"reduction": "none"}, upstream=torch.ones(80)[::2])
+    for scale in (64.0, 512.0):  # exponentials relative to a fixed shift, and to running maxima
+        yield lambda scale=scale: _keeping(_step, **usual, options={"scale": scale})  # type: ignore[misc]
+    for dtype in (half, single):
+        for take in (None, lambda *_: None):
+            yield lambda dtype=dtype, take=take: _gradients(dtype, take)  # type: ignore[misc]
     yield from _updates()
+
+
+def _keeping(step: Callable[..., None], **given: Any) -> None:
+    with ltloss.use_workspace(1 << 30, keep_exponentials=True):
+        step(**given)
+
+
+def _gradients(dtype: torch.dtype, take: Callable[[int, int, Tensor], None] | None) -> None:
+    """A backward that returns the gradient of the prototypes, in their dtype, or gives it to ``take``, in float32."""
+    from ltloss_kernels import gradients
+
+    one, matrices = torch.ones(()), (_matrix(40, 64, dtype, ""), _matrix(300, 64, dtype, ""))
+    saved = _labels(40, torch.int64, ""), None, torch.ones(4, 40), torch.ones(300), one, one
+    options: tuple[Any, ...] = (64.0, False, True, True, -100, None, None)
+    gradients(one, *matrices, *saved, *options, (True, True, False), take, limit=lambda: 1 << 30)
 
 
 def _updates() -> Iterator[Callable[[], None]]:
