@@ -86,7 +86,9 @@ def _reciprocal(norm: Tensor, dtype: torch.dtype) -> Tensor:
 
 def project_(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     """Backpropagate through v̂ = v/‖v‖ in place: dv = (dv̂ − (dv̂·v̂) v̂)/‖v‖; 0 for a zero row."""
-    return grad.addcmul_(unit, torch.linalg.vecdot(grad, unit)[:, None], value=-1).mul_(inverse[:, None])
+    with torch.autocast(grad.device.type, enabled=False):  # a backward runs under that of its caller
+        along = torch.linalg.vecdot(grad, unit)
+    return grad.addcmul_(unit, along[:, None], value=-1).mul_(inverse[:, None])
 
 
 def log_sum_of_others(logsumexp: Tensor, logits: Tensor) -> Tensor:

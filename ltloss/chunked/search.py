@@ -163,14 +163,15 @@ def top_k_of_products(
     features: Tensor, prototypes: Tensor, k: int, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest x·w + b of each feature, the cosines of these classes, and their indices, (N, k) each."""
-    dtype = compute_dtype(features, prototypes)
-    logit, index = _largest(Rows(features, dtype), Rows(prototypes, dtype), k, bias)
-    unit, query = UnitRows(prototypes, dtype), UnitRows(features, dtype)
-    cosine = torch.empty_like(logit)
-    for start, stop in spans(len(index), max(1, (1 << 20) // (k * features.shape[1]))):
-        rows = slice(start, stop)
-        found = unit[index[rows].reshape(-1)].view(stop - start, k, -1)
-        cosine[rows] = torch.linalg.vecdot(found, query[rows][:, None])
+    with torch.autocast(features.device.type, enabled=False):  # no operator, which would see to it
+        dtype = compute_dtype(features, prototypes)
+        logit, index = _largest(Rows(features, dtype), Rows(prototypes, dtype), k, bias)
+        unit, query = UnitRows(prototypes, dtype), UnitRows(features, dtype)
+        cosine = torch.empty_like(logit)
+        for start, stop in spans(len(index), max(1, (1 << 20) // (k * features.shape[1]))):
+            rows = slice(start, stop)
+            found = unit[index[rows].reshape(-1)].view(stop - start, k, -1)
+            cosine[rows] = torch.linalg.vecdot(found, query[rows][:, None])
     return logit, cosine.clamp_(-1.0, 1.0), index
 
 

@@ -74,7 +74,7 @@ def nearest_prototype(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool)
 def _search(prototypes: Tensor, rows: Tensor | None, allow_tf32: bool, layout: Layout) -> tuple[Tensor, Tensor]:
     own = own_part(prototypes)
     found: tuple[Tensor, Tensor]
-    with search_precision(allow_tf32):
+    with search_precision(allow_tf32), torch.autocast(own.device.type, enabled=False):
         if rows is None:
             needs_grad = torch.is_grad_enabled() and own.requires_grad
             found = _NearestOfAll.apply(own, layout, needs_grad)  # type: ignore[no-untyped-call]

@@ -99,9 +99,10 @@ class Found(NamedTuple):
     top_k: list[TopK]
 
 
-def _all(rank: int, ranks: int, data: int) -> Found:
+def _all(rank: int, ranks: int, data: int, autocast: bool = False) -> Found:
     mine = torch.arange(20) % ranks == rank
-    return Found(_nearest(data), mine, _top_k(lambda prototypes: _sharded(prototypes, data)[0], mine))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return Found(_nearest(data), mine, _top_k(lambda prototypes: _sharded(prototypes, data)[0], mine))
 
 
 def _on_four(rank: int) -> tuple[Found, Found, int]:
@@ -111,19 +112,21 @@ def _on_four(rank: int) -> tuple[Found, Found, int]:
 def _check(ranks: list[Found]) -> None:
     expected, best = _nearest(None), _top_k(lambda prototypes: prototypes, torch.ones(20, dtype=torch.bool))
     for found in ranks:
-        for one, exact in zip(found.nearest, expected, strict=True):
+        for number, (one, exact) in enumerate(zip(found.nearest, expected, strict=True)):
             assert torch.equal(one.index, exact.index)
             assert relative_error(one.cosine, exact.cosine) <= 1e-6
-            if exact.cosine.dtype == torch.float64:  # float32 does not resolve the angle between equal prototypes
-                assert relative_error(one.angles, exact.angles) <= 1e-7
-                assert relative_error(one.grad, exact.grad, 1e-2) <= 1e-7
+            wide, (_, copies) = exact.cosine.dtype == torch.float64, PROBLEMS[number // 4]
+            if wide or not copies:  # float32 does not resolve the angle between equal prototypes
+                assert relative_error(one.angles, exact.angles) <= (1e-7 if wide else 1e-6)
+                assert relative_error(one.grad, exact.grad, 1e-2) <= (1e-7 if wide else 1e-5)
         for chosen, all_chosen in zip(found.top_k, best, strict=True):
             assert torch.equal(chosen.index, all_chosen.index[found.mine])
             assert relative_error(chosen.cosine, all_chosen.cosine[found.mine]) <= 1e-5
 
 
-def test_search_on_three_ranks() -> None:
-    _check(world.run(_all, 3, 3, 1))
+@pytest.mark.parametrize("autocast", [False, True])
+def test_search_on_three_ranks(autocast: bool) -> None:
+    _check(world.run(_all, 3, 3, 1, autocast))
 
 
 def test_search_on_four_ranks_and_two_by_two_in_bounded_memory() -> None:

@@ -309,6 +309,13 @@ class TestModule:
             again = head.predict(features, k=4)
         assert torch.equal(again.index, found.index)
 
+    def test_autocast_changes_no_prediction(self) -> None:
+        head, features = LinearSoftmaxLoss(300, 16), torch.randn(200, 16)
+        found = head.predict(features, k=3)
+        with torch.autocast("cpu", torch.bfloat16):
+            again = head.predict(features, k=3)
+        assert all(map(torch.equal, again, found))
+
     def test_equal_logits_are_in_class_order(self) -> None:
         weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [2.0, 0.0]])
         bias = torch.tensor([0.0, 0.0, 1.0, -1.0])
