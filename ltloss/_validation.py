@@ -364,7 +364,6 @@ def check_prior(log_prior: Tensor | None, labels: Tensor, ignore_index: int) -> 
     if log_prior is None or not log_prior.dim() or not _readable(log_prior):
         return
     gone = (log_prior == -math.inf).nonzero()[:, 0]
-    labels = labels.to(torch.int64)  # compared with uint8 labels, -100 would wrap to 156
     if gone.numel() and bool((bad := torch.isin(labels, gone) & (labels != ignore_index)).any()):
         first = int(bad.nonzero()[0, 0])
         raise ValueError(
@@ -386,6 +385,7 @@ def check_classes(classes: Any, prototypes: Tensor) -> None:
 
 def check_label_range(labels: Tensor, num_classes: int, ignore_index: int, name: str = "labels") -> None:
     """Raise IndexError for a label that is neither in [0, C) nor ``ignore_index``. Reads the labels."""
+    labels = labels.to(torch.int64)  # C and ignore_index would wrap to the dtype of the labels
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bool(bad.any()):
         first = int(bad.nonzero()[0, 0])

@@ -61,7 +61,7 @@ def counts_from_labels(labels: Counts, num_classes: int, *, ignore_index: int = 
     vector = torch.as_tensor(array).flatten()
     if not is_whole(vector):
         raise TypeError(f"labels must have an integer dtype; got {vector.dtype}")
-    checked = checked_labels(vector, num_classes, ignore_index, "labels").to(torch.int64)
+    checked = checked_labels(vector, num_classes, ignore_index, "labels")
     return torch.bincount(checked[checked != ignore_index], minlength=num_classes)
 
 

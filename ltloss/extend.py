@@ -166,8 +166,8 @@ def logsumexp_stats(
     check_lengths(prototypes, normalize_prototypes)
     num_classes, dtype = prototypes.shape[0], compute_dtype(features, prototypes)
     log_prior = check_offset(log_prior, bias, num_classes, features.new_empty(0, dtype=dtype))
+    labels = checked_labels(labels, num_classes, ignore_index, "labels")
     check_prior(log_prior, labels, ignore_index)
-    labels = checked_labels(labels, num_classes, ignore_index, "labels").to(torch.int64)
     labels = labels if labels.dim() == 1 else each_once(labels, ignore_index)
     each_counted = labels != ignore_index
     counted = each_counted if labels.dim() == 1 else each_counted[:, 0]
@@ -387,7 +387,7 @@ def reduce_losses(
     counted = labels >= 0
     weights = counted.to(losses.dtype)
     if isinstance(class_weight, Tensor) and class_weight.dim():
-        checked_labels(labels.clamp_min(-1), class_weight.shape[0], -1, "labels")  # one beyond would read the last
+        labels = checked_labels(labels.where(counted, -1), class_weight.shape[0], -1, "labels")  # or C reads the last
         class_weight = class_weight[labels.clamp(0, class_weight.shape[0] - 1)]
     for factor in (weight for weight in (class_weight, sample_weight) if weight is not None):
         weights = weights * (factor.to(losses.dtype) if isinstance(factor, Tensor) else factor)

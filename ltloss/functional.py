@@ -154,10 +154,10 @@ def margin_cross_entropy(
         margin_gradient=margin_gradient,
         reduction=reduction,
     ).checked(classes, features.new_empty(0, dtype=compute_dtype(features, prototypes)))
-    check_prior(objective.log_prior, labels, ignore_index)
     prototypes, shard = at_hand(prototypes if update is None else update.reads(prototypes), shard)
     backend = choose_backend(features, prototypes, sharded=shard is not None, updated=update is not None)
     labels = checked_labels(labels, classes, ignore_index, "labels")
+    check_prior(objective.log_prior, labels, ignore_index)
     if backend == "reference":
         return reference.loss_of(features, prototypes, labels, objective)
     prior, objective = objective.log_prior, objective._replace(log_prior=None)
@@ -252,7 +252,7 @@ def nearest_prototype(
 
 def _checked_classes(classes: Tensor, prototypes: Tensor) -> Tensor:
     check_classes(classes, prototypes)
-    return checked_labels(classes, prototypes.shape[0], NOTHING, "classes").to(torch.int64)
+    return checked_labels(classes, prototypes.shape[0], NOTHING, "classes")
 
 
 @renamed_keywords(power="count_exponent", rows="classes", exact="not allow_tf32")

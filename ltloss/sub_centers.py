@@ -66,7 +66,7 @@ def nearest_of_target(
             f"prototypes {tuple(prototypes.shape)} must be whole on this rank; got a DTensor spread over ranks. Use "
             "ltloss.distributed.in_one_piece of the module"
         )
-    labels = checked_labels(labels, prototypes.shape[0], ignore_index, "labels").to(torch.int64)
+    labels = checked_labels(labels, prototypes.shape[0], ignore_index, "labels")
     counted = labels != ignore_index
     cosine = cosines_of_target(features, prototypes, torch.where(counted, labels, -1))
     return torch.where(counted, cosine.argmax(1), -1), cosine

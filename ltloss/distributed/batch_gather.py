@@ -146,7 +146,7 @@ def gather_supervised(gather: BatchGather, features: Any, prototypes: Tensor, la
     def check() -> None:
         check_supervised(features, prototypes, labels)
         if _looks(labels.device):
-            check_label_range(labels.to(torch.int64), prototypes.shape[0], ignore_index)
+            check_label_range(labels, prototypes.shape[0], ignore_index)
 
     return gather(features, labels, check, padding=ignore_index)
 

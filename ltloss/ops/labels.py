@@ -34,13 +34,12 @@ OPERATOR = define(
 
 
 def checked_labels(labels: Tensor, num_classes: int, ignore_index: int, name: str) -> Tensor:
-    """Return the labels (N,) unchanged, after a check of their range on the CPU (on a GPU under ``debug_labels``).
+    """Return the labels (N,) as int64, after a check of their range on the CPU (on a GPU under ``debug_labels``).
 
     Raises:
         IndexError: a label that is neither in [0, C) nor ``ignore_index``, naming the argument ``name``.
     """
-    if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # PyTorch compares none of them
-        labels = labels.to(torch.int64)
+    labels = labels.to(torch.int64)  # in others C or ignore_index may wrap: in uint8 300 is 44
     if torch.compiler.is_compiling():
         checked: Tensor = OPERATOR(labels, num_classes, ignore_index, name)
         return checked

@@ -318,7 +318,7 @@ def _of_prior(through_r: Tensor, labels: Tensor, coefficients: Tensor, num_class
     d_lse, d_all = coefficients[1], coefficients[3]
     here = (labels >= 0) & (labels < len(through_r))
     of_target = torch.where(here, -d_lse - num_classes * d_all, 0.0)
-    return add_rows_(through_r + d_all.sum(), torch.where(here, labels, 0).to(torch.int64), of_target)
+    return add_rows_(through_r + d_all.sum(), torch.where(here, labels, 0), of_target)
 
 
 _SLAB_WITHOUT_SAMPLES = 1 << 14

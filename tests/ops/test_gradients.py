@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ltloss
 from ltloss import reference
 from ltloss.chunked import logsumexp
+from ltloss.extend import reduce_losses
 from ltloss.functional import cosine_logsumexp, margin_cross_entropy, min_angle_regularizer, nearest_prototype
+from ltloss.sub_centers import dominant
 from ltloss.testing import FAMILY, MODULES, Outcome, assert_same, long_tail_counts, outcome, problem, relative_error
 
 EXACT = 1e-12  # float64, sums of some ten products times the scale
@@ -209,6 +211,25 @@ def test_unsigned_labels_with_the_default_ignore_index(backend: str) -> None:
     labels = torch.tensor([156, 3], dtype=torch.uint8)
     got = margin_cross_entropy(features, prototypes, labels)
     assert float(got) == float(margin_cross_entropy(features, prototypes, labels.long()))
+    with refused("labels", "[0, 100)", "156", "0", error=IndexError):
+        margin_cross_entropy(features, prototypes[:100], labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_labels_whose_dtype_does_not_hold_the_number_of_classes(dtype: torch.dtype, backend: str) -> None:
+    features, prototypes, labels = torch.randn(2, 3), torch.randn(300, 3), torch.tensor([127, 50])
+    prior = torch.randn(300, requires_grad=True)
+
+    def outcome(labels: torch.Tensor) -> torch.Tensor:
+        loss = margin_cross_entropy(features, prototypes, labels, log_prior=prior, angular_margin=0.2)
+        return torch.cat([loss.detach()[None], *torch.autograd.grad(loss, prior)])
+
+    assert torch.equal(outcome(labels.to(dtype)), outcome(labels))
+    for function in (
+        lambda labels: dominant(torch.tensor([0, 1]), labels, 300, 2),
+        lambda labels: reduce_losses(torch.ones(2), labels, class_weight=prior.detach()),
+    ):
+        assert torch.equal(function(labels.to(dtype)), function(labels))
 
 
 HALF = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
