@@ -17,6 +17,7 @@ from ltloss.losses.count_losses import FromCounts, check_class_counts
 from ltloss.losses.defaults import RENAMED_OPTIONS, of_form
 from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions
 from ltloss.losses.prototype_head import NOT_NEGATIVE, POSITIVE, Checks
+from ltloss.ops.labels import each_once
 from ltloss.ops.logsumexp import Shard
 from ltloss.ops.prototype_search import min_angle
 from ltloss.regularizers import FeatureNormKind, mean_angle, norm_penalty
@@ -195,7 +196,9 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
         loss = super().forward(features, labels, label_weight=label_weight, shard=shard)
         parts = {"margin_cross_entropy": loss.detach()}
         regularizers = []
-        each_counted = labels.to(torch.int64) != self.ignore_index  # compared with uint8, -100 would wrap to 156
+        labels = labels.to(torch.int64)  # compared with uint8, -100 would wrap to 156
+        labels = labels if labels.dim() == 1 else each_once(labels, self.ignore_index)
+        each_counted = labels != self.ignore_index
         counted = each_counted if labels.dim() == 1 else each_counted[:, 0]
         if self.min_angle_weight:
             weight = self.weight if self.fused_update is None else self.fused_update.joined(loss)
@@ -218,7 +221,7 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
             return min_angle(weight, self.class_counts, power, None, allow_tf32)
         # Not torch.unique: the host would have to wait for the number of classes.
         beyond = self.num_classes
-        rows = torch.where(counted, labels.to(torch.int64), beyond).sort().values
+        rows = torch.where(counted, labels, beyond).sort().values
         first = (rows < beyond) & (torch.cat([rows.new_full((1,), -1), rows[:-1]]) != rows)
         rows = rows.clamp(0, beyond - 1)
         cosine = F.nearest_prototype(weight, rows, allow_tf32=allow_tf32).cosine

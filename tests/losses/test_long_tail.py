@@ -49,6 +49,16 @@ def test_angles_of_a_batch_without_a_class_that_counts() -> None:
     assert not module.weight.grad.any()
 
 
+def test_angles_leave_out_later_labels_of_a_sample_that_does_not_count() -> None:
+    module = ltloss.LongTailLoss.from_counts([5, 4, 3, 2, 1], D, min_angle_classes="batch")
+    features, labels, weight = torch.randn(2, D), torch.tensor([[0, 1], [-100, 3]]), torch.full((2, 2), 0.5)
+    angles = []
+    for rows in (slice(2), slice(1)):
+        module(features[rows], labels[rows], label_weight=weight[rows])
+        angles.append(module.terms["min_angle"])
+    torch.testing.assert_close(*angles)
+
+
 def test_angles_of_the_only_class() -> None:
     module = ltloss.LongTailLoss.from_counts([5], D, min_angle_classes="batch", min_angle_weight=0.5)
     module(torch.randn(2, D), torch.tensor([0, 0])).backward()
