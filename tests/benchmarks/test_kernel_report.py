@@ -188,7 +188,7 @@ Row = dict[str, str]
 
 
 # On the other architectures `make test` compiles what every step launches, and what takes most registers; the nightly
-# profile (`make test-compile`) compiles all of it. The committed report has everything, and must have the kernels of today.
+# profile (`make test-compile`) compiles all of it. The committed report must have every kernel of today.
 ELSEWHERE = (
     r"^\w+ bf16, (fixed|all|top 5|adamw|everything)$|(fp16|fp32|tf32), everything$|everything, (kept|K = 3)$|clipped"
 )
