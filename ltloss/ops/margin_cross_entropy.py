@@ -62,17 +62,15 @@ def _margin_loss(backend: Callable[[], Any]) -> Callable[..., tuple[Tensor, ...]
         logsumexp: Tensor, logit_sum: Tensor, target_cosine: Tensor, norm: Tensor, labels: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
         *flat, num_classes = rest
-        implementation = backend()
+        implementation, objective = backend(), Objective.of(*flat)
         whole = implementation.of_ranks(logsumexp)._replace(
-            logit_sum=_stated(logit_sum), target_cosine=target_cosine, norm=_stated(norm)
+            logit_sum=logit_sum if objective.label_smoothing > 0.0 else None,
+            target_cosine=target_cosine,
+            norm=norm if objective.with_norm else None,  # not by its length, which is 0 of an empty batch too
         )
-        return tuple(implementation.margin_loss(whole, labels, Objective.of(*flat), num_classes))
+        return tuple(implementation.margin_loss(whole, labels, objective, num_classes))
 
     return loss_of_ranks
-
-
-def _stated(tensor: Tensor) -> Tensor | None:
-    return tensor if tensor.numel() or tensor.dim() > 1 else None
 
 
 def _fake_loss(like: Tensor, n: int, with_norm: bool, reduction: str) -> tuple[Tensor, ...]:
@@ -93,7 +91,8 @@ def _fake_forward(features: Tensor, prototypes: Tensor, labels: Tensor, *flat: A
 def _fake_margin_loss(
     logsumexp: Tensor, logit_sum: Tensor, target_cosine: Tensor, norm: Tensor, labels: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _fake_loss(logsumexp, logsumexp.shape[1], norm.numel() > 0, Objective.of(*rest[:-1]).reduction)
+    objective = Objective.of(*rest[:-1])
+    return _fake_loss(logsumexp, logsumexp.shape[1], objective.with_norm, objective.reduction)
 
 
 _LOSS = "Tensor loss, Tensor coefficients, Tensor inverse_weight_sum, Tensor max_coefficient"

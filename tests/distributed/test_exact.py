@@ -48,6 +48,19 @@ def test_equals_one_process(ranks: int, meshes: tuple[int, ...]) -> None:
             _compare(case, [rank[place][number] for rank in found], expected[number])
 
 
+EMPTY = [Case(name, 11, ((2, 1), (0, 0), (1, 2))) for name in BUILD]
+
+
+def _with_an_empty_step(rank: int) -> list[Trace]:
+    return [trace(case, rank) for case in EMPTY]
+
+
+def test_a_step_in_which_no_rank_has_samples() -> None:
+    found = world.run(_with_an_empty_step, 2)
+    for number, case in enumerate(EMPTY):
+        _compare(case, [rank[number] for rank in found], trace(case))
+
+
 def _compare(case: Case, ranks: list[Trace], one: Trace) -> None:
     scale = 1e-7 if case.dtype == torch.float64 else 1.0
     for step, loss in enumerate(one.losses):
