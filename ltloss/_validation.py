@@ -368,7 +368,7 @@ def check_prior(log_prior: Tensor | None, labels: Tensor, ignore_index: int) -> 
         first = int(bad.nonzero()[0, 0])
         raise ValueError(
             "log_prior must be finite for every class that has samples, or their loss is infinite; got -inf for class "
-            f"{int(labels[first])}, the label at position {first}"
+            f"{int(labels[bad][0])}, the label at position {first}"
         )
 
 

@@ -167,8 +167,8 @@ def logsumexp_stats(
     num_classes, dtype = prototypes.shape[0], compute_dtype(features, prototypes)
     log_prior = check_offset(log_prior, bias, num_classes, features.new_empty(0, dtype=dtype))
     labels = checked_labels(labels, num_classes, ignore_index, "labels")
-    check_prior(log_prior, labels, ignore_index)
     labels = labels if labels.dim() == 1 else each_once(labels, ignore_index)
+    check_prior(log_prior, labels, ignore_index)
     each_counted = labels != ignore_index
     counted = each_counted if labels.dim() == 1 else each_counted[:, 0]
     logit_scale: Tensor | float

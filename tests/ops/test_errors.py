@@ -162,6 +162,10 @@ def test_a_prior_that_takes_out_the_class_of_a_sample() -> None:
     ):
         with refused("log_prior", "-inf", "1", "2"):
             function(X, W, torch.tensor([0, 2, 1], dtype=torch.uint8), log_prior=prior)
+    several = torch.tensor([[0, 2], [-100, 1], [3, 1]])  # the second does not count
+    with refused("log_prior", "-inf", "class 1", "position 2"):
+        logsumexp_stats(X, W, several, scale=3.0, log_prior=prior)
+    logsumexp_stats(X[:2], W, several[:2], scale=3.0, log_prior=prior)
 
 
 @pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5), torch.tensor(0.5).double()])
