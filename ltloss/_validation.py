@@ -6,7 +6,7 @@ import math
 import numbers
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ __all__ = [
     "check_dense",
     "check_features",
     "check_head_dtype",
-    "check_k",
     "check_label_range",
     "check_labels",
     "check_lengths",
@@ -43,12 +42,14 @@ __all__ = [
     "check_supervised",
     "check_type",
     "check_values",
+    "is_integer",
     "is_whole",
     "plain_number",
     "shown",
 ]
 
 
+_T = TypeVar("_T", bound=int)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_SUB_CENTERS = _MOST_LABELS = 8
 _MOST_SCALE = 1e30  # logits and their sums stay finite in float32
@@ -116,10 +117,16 @@ def check_scalar(name: str, given: Any, like: Tensor, *, above: float = -math.in
     return given.to(like.dtype)
 
 
-def check_count(name: str, given: Any) -> int:
-    """Return an integer >= 1, of Python or NumPy (``labels.max() + 1``), as an int. ValueError for anything else."""
-    if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
-        raise ValueError(f"{name} must be an integer >= 1; got {given!r}")
+def is_integer(given: Any) -> bool:
+    """Return whether ``given`` is an integer, of Python or NumPy (``labels.max() + 1``); bool is none."""
+    return isinstance(given, numbers.Integral) and not isinstance(given, bool)
+
+
+def check_count(name: str, given: Any, at_most: float = math.inf, what: str = "") -> int:
+    """Return an integer from 1 to ``at_most``, ``what`` that is in words, as an int. ValueError for anything else."""
+    if not is_integer(given) or not 1 <= given <= at_most:
+        expected = ">= 1" if at_most == math.inf else f"between 1 and {what}{at_most}"
+        raise ValueError(f"{name} must be an integer {expected}; got {given!r}")
     return int(given)
 
 
@@ -133,13 +140,14 @@ def is_whole(given: Tensor) -> bool:
     return not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
 
 
-def check_type(name: str, given: Any, expected: type[int] | type[bool]) -> None:
-    """Raise TypeError unless ``given`` is of the ``expected`` type, int (of 64 bits, and no bool) or bool."""
-    if not isinstance(given, expected) or (expected is int and isinstance(given, bool)):
+def check_type(name: str, given: Any, expected: type[_T]) -> _T:
+    """Return ``given`` as the ``expected`` type, int (of 64 bits, and no bool) or bool; TypeError if it is another."""
+    if not (is_integer(given) if expected is int else isinstance(given, expected)):
         what = "an integer" if expected is int else "True or False (bool)"
         raise TypeError(f"{name} must be {what}; got {type(given).__name__} {given!r}")
     if expected is int and not -(1 << 63) <= given < 1 << 63:
         raise ValueError(f"{name} must be an integer of 64 bits; got {given}")
+    return expected(given)
 
 
 def check_dense(name: str, given: Tensor, *, integers: bool = True) -> None:
@@ -188,11 +196,10 @@ def check_head_dtype(dtype: Any) -> None:
 
 def check_sub_centers(given: Any, dtype: torch.dtype | None = None) -> int:
     """Return K, the sub-centres of a class, as an int: 1 to 8, and 1 for float8, whose exponent belongs to a class."""
-    if isinstance(given, bool) or not isinstance(given, numbers.Integral) or not 1 <= int(given) <= _MOST_SUB_CENTERS:
-        raise ValueError(f"sub_centers, K of prototypes (C, K, D), must be 1 to {_MOST_SUB_CENTERS}; got {given!r}")
-    if int(given) > 1 and dtype == FLOAT8:
+    count = check_count("sub_centers, K of prototypes (C, K, D),", given, _MOST_SUB_CENTERS)
+    if count > 1 and dtype == FLOAT8:
         raise TypeError(f"sub_centers={given} needs prototypes in half precision, float32 or float64; got {dtype}")
-    return int(given)
+    return count
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -246,12 +253,6 @@ def check_no_margin(margin: str) -> None:
     """Raise ValueError if there is a ``margin``, as :meth:`ltloss.margins.Margin.in_words` describes it."""
     if margin:
         raise ValueError(f"{margin} is a margin on a cosine and needs normalize_prototypes=True; got False")
-
-
-def check_k(k: Any, num_classes: int) -> None:
-    """Raise ValueError unless ``k`` is an integer between 1 and C."""
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= num_classes:
-        raise ValueError(f"k must be an integer between 1 and the number of classes {num_classes}; got {k!r}")
 
 
 def check_supervised(features: Any, prototypes: Any, labels: Any, *, several: bool = False) -> None:

@@ -52,7 +52,7 @@ def counts_from_labels(labels: Counts, num_classes: int, *, ignore_index: int = 
         tensor([1, 0, 2])
     """
     num_classes = check_count("num_classes", num_classes)
-    check_type("ignore_index", ignore_index, int)
+    ignore_index = check_type("ignore_index", ignore_index, int)
     array = labels if isinstance(labels, Tensor) else np.asarray(labels)
     if isinstance(array, np.ndarray) and not array.size:
         array = array.astype(np.int64)  # an empty list has no dtype of its own

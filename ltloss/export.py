@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ltloss._files import write_file
-from ltloss._validation import check_choice, check_k
+from ltloss._validation import check_choice, check_count
 from ltloss.errors import UserError
 from ltloss.float8 import converted
 from ltloss.losses.prototype_head import PrototypeHead
@@ -83,8 +83,7 @@ class InferenceHead(nn.Module):
                 f"head must be whole; got a {type(head).__name__} whose classes are spread over ranks: "
                 "take ltloss.distributed.in_one_piece of it"
             )
-        check_k(k, given.weight.shape[0])
-        self.k = k
+        self.k = check_count("k", k, given.weight.shape[0], "the number of classes ")
         self.head: Any = None
         if isinstance(head, PrototypeHead) and type(head).logits is PrototypeHead.logits:
             self.scale, self.normalize_features = head.scale, head.normalize_features

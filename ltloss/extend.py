@@ -160,7 +160,7 @@ def logsumexp_stats(
         (tensor([0., 0.]), tensor([4., 4.]))
     """
     check_supervised(features, prototypes, labels, several=True)
-    check_type("ignore_index", ignore_index, int)
+    ignore_index = check_type("ignore_index", ignore_index, int)
     check_type("normalize_features", normalize_features, bool)
     check_type("with_logit_sum", with_logit_sum, bool)
     check_lengths(prototypes, normalize_prototypes)

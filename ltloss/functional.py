@@ -17,8 +17,8 @@ from ltloss._transforms import apply_of
 from ltloss._types import NearestPrototype, Reduction, TopK
 from ltloss._validation import (
     check_classes,
+    check_count,
     check_features,
-    check_k,
     check_lengths,
     check_number,
     check_offset,
@@ -385,7 +385,7 @@ def top_k(
         tensor([[1, 0]])
     """
     check_pair(features, prototypes)
-    check_k(k, prototypes.shape[0])
+    k = check_count("k", k, prototypes.shape[0], "the number of classes ")
     check_lengths(prototypes, normalize_prototypes)
     if normalize_prototypes:
         if bias is not None:

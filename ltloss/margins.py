@@ -201,7 +201,7 @@ class Objective(NamedTuple):
 
         The result has no ``bias``: it is added to the ``log_prior``.
         """
-        check_type("ignore_index", self.ignore_index, int)
+        ignore_index = check_type("ignore_index", self.ignore_index, int)
         check_type("normalize_features", self.normalize_features, bool)
         check_choice("reduction", self.reduction, get_args(Reduction))
         margin = self.margin.checked(num_classes, like)
@@ -218,6 +218,7 @@ class Objective(NamedTuple):
             bias=None,
             class_weight=weight,
             scale=check_scale(self.scale),
+            ignore_index=ignore_index,
             label_smoothing=float(check_number("label_smoothing", self.label_smoothing, at_least=0.0, at_most=1.0)),
         )
 

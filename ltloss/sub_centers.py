@@ -60,7 +60,7 @@ def nearest_of_target(
         tensor([1, 0])
     """
     check_supervised(features, prototypes, labels)
-    check_type("ignore_index", ignore_index, int)
+    ignore_index = check_type("ignore_index", ignore_index, int)
     if is_sharded(prototypes):
         raise ValueError(
             f"prototypes {tuple(prototypes.shape)} must be whole on this rank; got a DTensor spread over ranks. Use "

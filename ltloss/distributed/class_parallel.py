@@ -98,8 +98,7 @@ def parallelize(
         raise TypeError(f"module must be a loss module of ltloss; got {type(module).__name__}")
     if isinstance(module, ClassParallel):
         raise ValueError("module is parallel already")
-    if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
-        raise ValueError(f"capacity must be None or an integer >= 1; got {capacity!r}")
+    capacity = None if capacity is None else check_count("capacity, if not None,", capacity)
     _check_sampling(module, sample_rate)
     _check_hard_negatives(module, sample_rate, hard_negatives, refresh)
     if mesh is None and sample_rate == 1.0 and not module.weight.is_meta:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ltloss._types import TopK
-from ltloss._validation import check_k, check_pair
+from ltloss._validation import check_count, check_pair, plain_number
 from ltloss.chunked import search as chunked
 from ltloss.chunked.equal_rows import row_keys
 from ltloss.distributed import collectives as comm
@@ -46,11 +46,11 @@ def top_k(
     Every rank finds the k best of its own classes for the whole batch and sends them to where the features came from:
     k·ranks candidates per feature. Equal prototypes on different ranks are told by a hash of their bits.
     """
-    layout = Layout.of(prototypes)
+    layout, k = Layout.of(prototypes), plain_number(k)
 
     def check() -> None:
         check_pair(features, prototypes)
-        check_k(k, prototypes.shape[0])
+        check_count("k", k, prototypes.shape[0], "the number of classes ")
 
     gather = gather or BatchGather(layout)
     labels = torch.full(features.shape[:1], -1, device=layout.device)

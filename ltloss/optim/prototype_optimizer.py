@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ltloss._types import TakeGradient
-from ltloss._validation import check_number
+from ltloss._validation import check_number, is_integer
 from ltloss.distributed.layout import Layout, copy_rows, local
 from ltloss.float8 import decoded
 from ltloss.losses.prototype_head import PrototypeHead
@@ -62,7 +62,7 @@ class PrototypeOptimizer(torch.optim.Optimizer):
         check_dtypes(weight.dtype, state_dtype, rounding)
         if max_class_norm is not None:
             check_number("max_class_norm", max_class_norm, above=0.0)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        if not is_integer(seed) or not 0 <= (seed := int(seed)) < 1 << 63:
             raise ValueError(f"seed must be an integer in [0, 2^63); got {seed!r}")
         self._module = weakref.ref(module)
         self._state_dtype = state_dtype or compute_dtype(weight)

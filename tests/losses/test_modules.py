@@ -14,7 +14,12 @@ from torch import Tensor
 
 import ltloss
 from ltloss import functional
-from ltloss.class_balance import DeferredWeights, margins_from_counts
+from ltloss.class_balance import DeferredWeights, counts_from_labels, margins_from_counts
+from ltloss.distributed import parallelize
+from ltloss.export import InferenceHead
+from ltloss.extend import logsumexp_stats
+from ltloss.optim import PrototypeSGD
+from ltloss.sub_centers import nearest_of_target
 from ltloss.testing import MODULES, long_tail_counts, problem
 
 C, D = 9, 5
@@ -107,6 +112,27 @@ def test_sizes_may_be_numbers_of_numpy() -> None:
     labels = np.array([0, 3, 1])
     module = ltloss.ArcFaceLoss(labels.max() + 1, np.int32(5))
     assert (module.num_classes, type(module.num_classes), module.weight.shape) == (4, int, (4, 5))
+
+
+def test_integers_may_be_numbers_of_numpy() -> None:
+    features, labels = batch()
+    number = np.int64(3)
+    module = ltloss.ArcFaceLoss(C, D, ignore_index=3)
+    assert torch.equal(module.predict(features, k=number).index, module.predict(features, k=3).index)
+    assert InferenceHead(module, k=number).k == 3
+    expected = functional.margin_cross_entropy(features, module.weight, labels.clamp_min(0), ignore_index=3)
+    found = functional.margin_cross_entropy(features, module.weight, labels.clamp_min(0), ignore_index=number)
+    assert torch.equal(found, expected)
+    stats = logsumexp_stats(features, module.weight, labels.clamp_min(0), scale=2.0, ignore_index=number)
+    assert torch.equal(stats.labels, labels.clamp_min(0).masked_fill(labels == 3, -1))
+    nearest, _ = nearest_of_target(features, module.weight[:, None], labels, ignore_index=np.int64(-100))
+    assert torch.equal(nearest < 0, labels < 0)
+    assert counts_from_labels([3, 0], 4, ignore_index=number).tolist() == [1, 0, 0, 0]
+    assert DeferredWeights(torch.ones(2), start_epoch=number)(2) is None
+    for made in (ltloss.CosineSpaceLoss(C, D, start_step=number), ltloss.ElasticFaceLoss(C, D, seed=number)):
+        assert "=3" in repr(made)
+    assert PrototypeSGD(module, seed=number).param_groups[0]["seed"] == 3
+    assert type(parallelize(ltloss.ArcFaceLoss(C, D, device="meta"), None, capacity=number).capacity) is int
 
 
 @pytest.mark.parametrize("name", MODULES)
