@@ -38,11 +38,11 @@ a { color: var(--accent); }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem 1.25rem .3rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; }
-th { color: var(--quiet); font-weight: 600; white-space: nowrap; }
+th { color: var(--quiet); font-weight: 600; overflow-wrap: normal; }  /* in two lines where a wide font needs it */
 td:first-child { min-width: 9rem; }  /* names break between words, not inside them, before a table scrolls */
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
-@media (max-width: 34rem) { th { white-space: normal; overflow-wrap: normal; } th, td { padding-right: .6rem; }
+@media (max-width: 34rem) { th, td { padding-right: .6rem; }
   td:first-child { min-width: 5rem; }
   .stacked, .stacked tbody { display: block; }
   .stacked thead { display: none; }
