@@ -16,6 +16,8 @@ from ltloss.training.data.labels import check_range, names_of_classes
 # Words that replace "train" in the name of the test list, by preference. iNaturalist's test files have no labels.
 _TESTS = {".txt": ("test", "val"), ".json": ("val", "test")}
 
+_Classes = dict[object, str]  # category_id -> name, in the order of the labels
+
 
 @dataclass(frozen=True)
 class ImageList:
@@ -61,22 +63,23 @@ def read_list(lists: dict[str, Path], split: Split) -> ImageList:
     first = lists.get("train", lists.get("all"))
     assert first is not None
     names, labels, given = _read(first)
-    class_names = names_of_classes(first, "the labels", labels, None if given is None else np.array(given))
+    class_names = names_of_classes(first, "the labels", labels, None if given is None else np.array([*given.values()]))
     if given is None:
         class_names = _folder_names(names, labels) or class_names
     if "test" in lists and split != "train":
-        test_names, test_labels, _ = _read(lists["test"])
+        test_names, test_labels, _ = _read(lists["test"], given)
         check_range(lists["test"], "the labels", test_labels, len(class_names))
         before = ([], labels[:0]) if split == "test" else (names, labels)
         names, labels = [*before[0], *test_names], np.concatenate([before[1], test_labels])
     return ImageList(names, labels, class_names)
 
 
-def _read(path: Path) -> tuple[list[str], np.ndarray, list[str] | None]:
-    """Names, labels, and the names of the classes if the file has them."""
+def _read(path: Path, known: _Classes | None = None) -> tuple[list[str], np.ndarray, _Classes | None]:
+    """Names, labels, and the classes: the ``known`` ones, else those of the file if it has them."""
     try:
         text = path.read_text(encoding="utf-8")
-        names, labels, given = _of_json(path, json.loads(text)) if path.suffix == ".json" else _of_lines(path, text)
+        of_json = path.suffix == ".json"
+        names, labels, given = _of_json(path, json.loads(text), known) if of_json else _of_lines(path, text)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({in_one_line(repr(error))}); give a list of images") from error
     if not names:
@@ -97,15 +100,32 @@ def _of_lines(path: Path, text: str) -> tuple[list[str], list[int], None]:
     return names, labels, None
 
 
-def _of_json(path: Path, content: dict[str, list[dict[str, object]]]) -> tuple[list[str], list[int], list[str]]:
+def _of_json(
+    path: Path, content: dict[str, list[dict[str, object]]], known: _Classes | None
+) -> tuple[list[str], list[int], _Classes]:
     if "annotations" not in content:
         raise UserError(f"{path} has no annotations, so no labels; give a training or validation file")
-    numbers = {kind["id"]: number for number, kind in enumerate(content["categories"])}
+    # A test file may have other categories, or the same in another order: the numbers are those of the training file.
+    classes = _classes(content["categories"]) if known is None else known
+    numbers = {identifier: number for number, identifier in enumerate(classes)}
     files = {image["id"]: str(image["file_name"]) for image in content["images"]}
     names = [files[item["image_id"]] for item in content["annotations"]]
-    labels = [numbers[item["category_id"]] for item in content["annotations"]]
-    words = [str(kind.get("name", kind["id"])) for kind in content["categories"]]
-    return names, labels, words if len(set(words)) == len(words) else [str(identifier) for identifier in numbers]
+    identifiers = [item["category_id"] for item in content["annotations"]]
+    for identifier in identifiers:
+        if identifier not in numbers:
+            raise UserError(
+                f"{path}: category_id {in_one_line(repr(identifier), 80)} was given, one of the {len(numbers)} "
+                f"categories of the training list was expected: {in_one_line(', '.join(map(repr, numbers)), 80)}"
+            )
+    return names, [numbers[identifier] for identifier in identifiers], classes
+
+
+def _classes(categories: list[dict[str, object]]) -> _Classes:
+    words = [str(kind.get("name", kind["id"])) for kind in categories]
+    identifiers = [kind["id"] for kind in categories]
+    if len(set(identifiers)) < len(identifiers):
+        raise ValueError("two categories have the same id")
+    return dict(zip(identifiers, words if len(set(words)) == len(words) else map(str, identifiers), strict=True))
 
 
 def _folder_names(names: list[str], labels: np.ndarray) -> tuple[str, ...] | None:

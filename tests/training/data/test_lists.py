@@ -80,15 +80,35 @@ def test_classes_that_share_a_folder_are_numbers(toy_folder: Path, tmp_path: Pat
     assert load_data(str(tmp_path / "list.txt"), split="all").class_names == ("0", "1")
 
 
-def _inaturalist(folder: Path, *indices: int) -> str:
+def _inaturalist(folder: Path, *indices: int, kinds: tuple[int, ...] = (0, 1, 2)) -> str:
     found = [line.split() for line in lines(folder, *indices).splitlines()]
     return json.dumps(
         {
             "images": [{"id": 100 + i, "file_name": name} for i, (name, _) in enumerate(found)],
             "annotations": [{"image_id": 100 + i, "category_id": 7 * int(c)} for i, (_, c) in enumerate(found)][::-1],
-            "categories": [{"id": 7 * c, "name": f"kind {c}"} for c in range(3)],
+            "categories": [{"id": 7 * c, "name": f"kind {c}"} for c in kinds],
         }
     )
+
+
+@pytest.mark.parametrize("kinds", [(2, 1, 0), (5, 0, 2, 1)], ids=["another order", "one more"])
+def test_categories_of_a_test_file_are_those_of_the_training_file(
+    kinds: tuple[int, ...], toy_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "train2018.json").write_text(_inaturalist(toy_folder, 0))
+    (tmp_path / "val2018.json").write_text(_inaturalist(toy_folder, 1, kinds=kinds))
+    train, test, both = (load_data(str(tmp_path / "train2018.json"), split=split) for split in ("train", "test", "all"))
+    assert train.class_names == test.class_names == both.class_names == ("kind 0", "kind 1", "kind 2")
+    assert test.labels.tolist() == [2, 1, 0]
+    assert both.labels.tolist() == [2, 1, 0, 2, 1, 0]
+
+
+def test_a_category_that_the_training_file_lacks_is_refused(toy_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "train2018.json").write_text(_inaturalist(toy_folder, 0))
+    foreign = _inaturalist(toy_folder, 1).replace('"category_id": 14', '"category_id": 99')
+    (tmp_path / "val2018.json").write_text(foreign)
+    with refused("val2018.json", "category_id 99", "3 categories", error=UserError):
+        load_data(str(tmp_path / "train2018.json"), split="test")
 
 
 def test_the_json_of_inaturalist(toy_folder: Path, tmp_path: Path) -> None:
