@@ -31,7 +31,7 @@ def open_image(path: Path) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise ImageError(f"is {width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")
             image.load()
-            return _plain(ImageOps.exif_transpose(image))
+            return _plain(ImageOps.exif_transpose(image), str(image.format))
     except ImageError:
         raise
     except Image.DecompressionBombError:
@@ -45,12 +45,19 @@ def open_image(path: Path) -> Image.Image:
         raise ImageError(f"is damaged ({in_one_line(error)})") from error
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def _plain(image: Image.Image, file_format: str) -> Image.Image:
     """The same image as mode L or RGB."""
-    if image.mode.startswith("I") or image.mode == "F":
-        # 16-bit grey: Pillow's own conversion would clip everything above 255 to white.
+    if image.mode == "F":
+        raise ImageError("is floating point, whose white is unknown; write 8 or 16 bits")
+    if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
-        return Image.fromarray((values / 257 if values.max(initial=0) > 255 else values).clip(0, 255).astype(np.uint8))
+        least, most = values.min(initial=0), values.max(initial=0)
+        if least < 0 or most > 65535:
+            raise ImageError(f"has pixels of {least if least < 0 else most:.0f}, outside 0..65535; write 8 or 16 bits")
+        # Pillow's own conversion would clip everything above 255 to white. Only a TIFF of 32 bits does not tell its
+        # white; else a dark image has to stay as dark as its neighbours.
+        plain = image.mode == "I" and file_format == "TIFF" and most <= 255
+        return Image.fromarray((values if plain else values / 257).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

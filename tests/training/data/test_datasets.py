@@ -179,6 +179,29 @@ def test_modes_are_brought_to_grey_or_colour(tmp_path: Path) -> None:
     assert open_image(tmp_path / "turned.png").size == (4, 8)
 
 
+@pytest.mark.parametrize("name", ["image.png", "image.pgm", "image.tif"])
+def test_dark_images_of_16_bits_are_as_dark_as_their_neighbours(name: str, tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 200, np.uint16)).save(tmp_path / name)
+    assert np.asarray(open_image(tmp_path / name)).max() == 0
+    Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / name)
+    assert np.asarray(open_image(tmp_path / name)).max() == 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "facts"),
+    [
+        (np.full((4, 4), 0.5, np.float32), ("floating point", "8 or 16 bits")),
+        (np.full((4, 4), 70_000, np.int32), ("70000", "0..65535", "8 or 16 bits")),
+        (np.full((4, 4), -1, np.int32), ("-1", "0..65535", "8 or 16 bits")),
+    ],
+    ids=["float", "large", "negative"],
+)
+def test_pixels_without_a_known_white_are_refused(pixels: np.ndarray, facts: tuple[str, ...], tmp_path: Path) -> None:
+    Image.fromarray(pixels).save(tmp_path / "image.tif")
+    with refused(*facts, error=ImageError):
+        open_image(tmp_path / "image.tif")
+
+
 def test_resizing_keeps_the_aspect_ratio() -> None:
     wide = np.zeros((10, 40), np.uint8)
     wide[:, 12:28] = 200
