@@ -199,7 +199,7 @@ def _parquet_matrix(path: Path, name: str) -> np.ndarray:
 
 def _text_labels(path: Path) -> np.ndarray:
     """One label a line: whole numbers if all are, else names."""
-    words = np.array([line.strip() for line in path.read_text(encoding="utf-8").splitlines()])
+    words = np.array([line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()])
     try:
         return words.astype(np.int64)
     except ValueError:

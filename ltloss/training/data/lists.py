@@ -77,7 +77,7 @@ def read_list(lists: dict[str, Path], split: Split) -> ImageList:
 def _read(path: Path, known: _Classes | None = None) -> tuple[list[str], np.ndarray, _Classes | None]:
     """Names, labels, and the classes: the ``known`` ones, else those of the file if it has them."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         of_json = path.suffix == ".json"
         names, labels, given = _of_json(path, json.loads(text), known) if of_json else _of_lines(path, text)
     except (ValueError, KeyError, TypeError, RecursionError) as error:

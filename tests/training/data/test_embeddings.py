@@ -102,6 +102,13 @@ def test_numbers_without_names_are_the_names(tmp_path: Path) -> None:
     assert embeddings(tmp_path / "f.npy").class_names == ("0", "1", "2")
 
 
+@pytest.mark.parametrize("labels", [["0", "1", "0", "1"], ["owl", "jay", "owl", "jay"]], ids=["numbers", "names"])
+def test_a_byte_order_mark_is_no_part_of_the_first_label(labels: list[str], tmp_path: Path) -> None:
+    np.save(tmp_path / "f.npy", toy_embeddings(2)[0][:4])
+    (tmp_path / "f.labels.txt").write_text("\n".join(labels), encoding="utf-8-sig")
+    assert embeddings(tmp_path / "f.npy").class_names == tuple(sorted(set(labels)))
+
+
 @pytest.mark.parametrize(("dtype", "read"), [("f2", torch.float16), ("f4", torch.float32), ("f8", torch.float32)])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_batches_of_any_float_and_order(dtype: str, read: torch.dtype, order: str, tmp_path: Path) -> None:

@@ -56,6 +56,13 @@ def test_a_training_list_knows_its_test_list(lists: Path, toy_folder: Path, tmp_
     assert len(load(lists, tmp_path, "test")) == 3  # the validation list
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".json"])
+def test_a_list_may_begin_with_a_byte_order_mark(suffix: str, toy_folder: Path, tmp_path: Path) -> None:
+    text = lines(toy_folder, 0, 1) if suffix == ".txt" else _inaturalist(toy_folder, 0, 1)
+    (tmp_path / f"list{suffix}").write_text(text, encoding="utf-8-sig")
+    assert len(load_data(str(tmp_path / f"list{suffix}"), split="all")) == 6
+
+
 def test_a_list_alone_is_split(lists: Path, tmp_path: Path, toy_folder: Path) -> None:
     (lists / "all.txt").write_text(lines(toy_folder, *range(10)))
     train, test = (load(lists / "all.txt", tmp_path, split) for split in ("train", "test"))
