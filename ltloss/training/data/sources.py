@@ -185,7 +185,7 @@ def _readable(
 
 def _split_folders(folder: Path) -> dict[str, str] | None:
     """The folder's splits {"train": ..., "test": ...} if it has exactly two sub-folders of these names; else None."""
-    present = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    present = set(_sub_folders(folder))
     for test in ("test", "val"):
         if present == {"train", test}:
             return {"train": "train", "test": test}
@@ -203,7 +203,7 @@ def _listing(folder: Path, split: Split) -> tuple[tuple[str, ...], list[str], np
         roots = [folder / place for name, place in splits.items() if split in (name, "all")]
     class_names = _class_names(roots[0])
     for place in dict.fromkeys([folder, *roots]):
-        _report_hidden(place)
+        _report_hidden(place, tuple(_sub_folders(place, hidden=True)))
     names, labels = [], []
     for root in roots:
         for label, class_name in enumerate(class_names):
@@ -216,7 +216,7 @@ def _listing(folder: Path, split: Split) -> tuple[tuple[str, ...], list[str], np
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = _sub_folders(folder)
     if len(names) < 2:
         raise UserError(
             f"{folder} has {len(names)} class sub-folders, at least 2 are needed; "
@@ -226,12 +226,15 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 
 @cache
-def _report_hidden(folder: Path) -> None:
-    """Say which sub-folders are not classes because their names begin with a dot; once, as a training lists twice."""
-    hidden = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith("."))
+def _report_hidden(folder: Path, hidden: tuple[str, ...]) -> None:
+    """Say what is left out because its name begins with a dot; once, as a training lists twice."""
     if hidden:
-        left_out = f"ltloss: left out hidden folders of {folder}: {_listed(hidden)}; rename those to use"
+        left_out = f"ltloss: left out what is hidden in {folder}: {_listed(hidden)}; rename those to use"
         print(printable(left_out), file=sys.stderr)
+
+
+def _sub_folders(folder: Path, *, hidden: bool = False) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith(".") == hidden)
 
 
 def check_same_classes(expected: Sequence[str], given: Sequence[str], expected_from: str, given_from: str) -> None:
@@ -250,7 +253,16 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    """Image files at any depth, sorted. Hidden ones, or in hidden folders (.ipynb_checkpoints), are left out."""
+    found, hidden = [], set()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()):
+        parts = path.relative_to(folder).parts
+        if first := next((i for i, part in enumerate(parts, 1) if part.startswith(".")), 0):
+            hidden.add("/".join(parts[:first]))
+        else:
+            found.append(path)
+    _report_hidden(folder, tuple(sorted(hidden)))
+    return found
 
 
 def _checked(

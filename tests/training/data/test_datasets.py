@@ -233,3 +233,18 @@ def test_hidden_folders_of_own_splits_are_left_out_with_a_word(
         load_data(str(data), split=split)
     (told,) = capsys.readouterr().err.splitlines()
     assert not missing(told, str(data / place), ".net")
+
+
+def test_what_is_hidden_inside_of_a_class_is_left_out_with_a_word(
+    toy_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (".ipynb_checkpoints", "deep/.thumbs/small"):
+        shutil.copytree(toy_folder / "bean", toy_folder / "apple" / place)
+    for split in ("train", "test", "all"):
+        source = load_data(str(toy_folder), split=split)
+    assert np.bincount(source.labels).tolist() == [10, 10, 10]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert not missing(told, str(toy_folder / "apple"), ".ipynb_checkpoints", "deep/.thumbs")
+    assert len(load_images(toy_folder, image_shape=(3, 12, 12))) == 30
+    (told,) = capsys.readouterr().err.splitlines()
+    assert not missing(told, str(toy_folder), "apple/.ipynb_checkpoints", "apple/deep/.thumbs")
