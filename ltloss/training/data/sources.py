@@ -204,6 +204,7 @@ def _listing(folder: Path, split: Split) -> tuple[tuple[str, ...], list[str], np
     class_names = _class_names(roots[0])
     for place in dict.fromkeys([folder, *roots]):
         _report_hidden(place, tuple(_sub_folders(place, hidden=True)))
+        _report_loose(place)
     names, labels = [], []
     for root in roots:
         for label, class_name in enumerate(class_names):
@@ -231,6 +232,15 @@ def _report_hidden(folder: Path, hidden: tuple[str, ...]) -> None:
     if hidden:
         left_out = f"ltloss: left out what is hidden in {folder}: {_listed(hidden)}; rename those to use"
         print(printable(left_out), file=sys.stderr)
+
+
+@cache
+def _report_loose(folder: Path) -> None:
+    """Say how many images lie beside the class folders and so have no class; once."""
+    loose = sum(path.suffix.lower() in SUFFIXES and path.is_file() for path in folder.iterdir())
+    if loose:
+        left_out = f"ltloss: left out {loose:,} image{'s' * (loose > 1)} beside the class folders of {folder}"
+        print(printable(f"{left_out}; move those to use into one"), file=sys.stderr)
 
 
 def _sub_folders(folder: Path, *, hidden: bool = False) -> list[str]:

@@ -248,3 +248,18 @@ def test_what_is_hidden_inside_of_a_class_is_left_out_with_a_word(
     assert len(load_images(toy_folder, image_shape=(3, 12, 12))) == 30
     (told,) = capsys.readouterr().err.splitlines()
     assert not missing(told, str(toy_folder), "apple/.ipynb_checkpoints", "apple/deep/.thumbs")
+
+
+@pytest.mark.parametrize("place", [".", "train", "test"])
+def test_images_beside_the_class_folders_are_left_out_with_a_word(
+    toy_folder: Path, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "split"
+    for split in ("train", "test"):
+        shutil.copytree(toy_folder, data / split)
+    for name in ("0.png", "1.png"):
+        shutil.copy(toy_folder / "apple" / "000.png", data / place / name)
+    for split in ("train", "test", "all"):
+        load_data(str(data), split=split)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert not missing(told, str(data / place), "2 images", "class folders")

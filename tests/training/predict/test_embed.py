@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from helpers.refusals import refused
+from helpers.refusals import missing, refused
 from helpers.toys import CLASS_NAMES, write_embeddings
 from torch import Tensor
 
@@ -53,6 +55,14 @@ def test_loose_images_have_no_labels(toy_folder: Path, tmp_path: Path) -> None:
     embed(Rows(), images_to_embed(toy_folder / "apple", SHAPE), tmp_path / "f.npz")
     with zipfile.ZipFile(tmp_path / "f.npz") as archive:
         assert set(archive.namelist()) == {"x.npy", "names.npy"}
+
+
+def test_images_beside_class_folders_are_left_out_with_a_word(
+    toy_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(toy_folder / "apple" / "000.png", toy_folder)
+    assert len(images_to_embed(toy_folder, SHAPE)[""]) == 30
+    assert not missing(capsys.readouterr().err, str(toy_folder), "1 image", "class folders")
 
 
 def test_what_is_refused_leaves_nothing_behind(toy_folder: Path, tmp_path: Path) -> None:
