@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ltloss.errors import UserError
-from ltloss.training.data.arrays import MAGIC, Arrays, explained, npz_arrays
+from ltloss.training.data.arrays import MAGIC, Arrays, explained, npz_arrays, npz_header
 from ltloss.training.data.images import ArrayImages, Split
 from ltloss.training.data.labels import check_range, names_of_classes, whole_labels
 
@@ -31,6 +31,10 @@ def load_npz(path: Path, split: Split) -> ArrayImages:
         given = arrays["class_names"]() if "class_names" in arrays else None
         class_names = names_of_classes(path, "y_train", whole_labels(path, "y_train", arrays["y_train"]()), given)
         parts = [_part(path, arrays, part, class_names) for part in splits]
+    # The headers, as one split alone is not to read the other.
+    train, test = (header[0][1:] if (header := npz_header(path, key)) else () for key in ("x_train", "x_test"))
+    if train != test:
+        raise UserError(f"{path}: x_train has images of shape {train} and x_test of {test}; make them equal")
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     names = [f"{part}/{i:05d}" for part, (_, y) in zip(splits, parts, strict=True) for i in range(len(y))]
     return ArrayImages(images, labels, class_names, names)

@@ -10,6 +10,7 @@ from helpers.refusals import refused
 from helpers.toys import toy_images
 
 from ltloss.errors import UserError
+from ltloss.training.data.images import Split
 from ltloss.training.data.sources import load_data
 
 
@@ -32,6 +33,14 @@ def test_large_labels_are_refused_before_their_classes_are_counted(
 ) -> None:
     np.savez(tmp_path / "data.npz", **arrays(y_train=labels))
     refuses(tmp_path / "data.npz", "y_train", largest)
+
+
+@pytest.mark.parametrize("shape", [(12, 10, 9), (12, 12, 12, 3)], ids=["size", "channels"])
+@pytest.mark.parametrize("split", ["train", "test", "all"])
+def test_training_and_test_images_have_one_shape(shape: tuple[int, ...], split: Split, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", **arrays(x_test=np.zeros(shape, np.uint8)))
+    with refused("x_train", "x_test", str(arrays()["x_train"].shape[1:]), str(shape[1:]), error=UserError):
+        load_data(str(tmp_path / "data.npz"), split=split)
 
 
 def test_unsigned_labels_work(tmp_path: Path) -> None:
