@@ -100,9 +100,9 @@ def map_of_features(name: str, found: FeatureMap, classes: Sequence[int], class_
         scatter(found.images[others], s=5, color="#b3bcc2", linewidths=0, rasterized=True)
         quiet = {"color": "#7d878e", "edgecolors": "white", "rasterized": True}
         scatter(found.prototypes[lone], s=22, marker="X", linewidths=0.5, **quiet)
-        for c, label, (colour, mark) in zip(classes, labels, _MARKS, strict=False):
+        for c, (colour, mark) in zip(classes, _MARKS, strict=False):
             look = {"color": colour, "marker": mark}
-            scatter(found.images[found.labels == c], s=11, linewidths=0, alpha=0.6, label=label, **look)
+            scatter(found.images[found.labels == c], s=11, linewidths=0, alpha=0.6, label=str(c), **look)
             scatter(
                 found.prototypes[found.prototype_labels == c], s=90, edgecolors=INK, linewidths=1.2, zorder=3, **look
             )
@@ -111,7 +111,9 @@ def map_of_features(name: str, found: FeatureMap, classes: Sequence[int], class_
         share = "" if found.variance is None else f", {100 * found.variance:.0f}% of the variance"
         axes.set_xlabel(f"{found.method}{share}")
         if labels:
-            axes.figure.legend(loc="outside lower center", ncols=2, markerscale=1.6)
+            legend = axes.figure.legend(loc="outside lower center", ncols=2, markerscale=1.6)
+            for text, label in zip(legend.get_texts(), labels, strict=False):
+                text.set_text(label)  # given as a label=, a name that begins with _ would be left out
         alt = f"Map of {len(found.images)} images and {len(found.prototypes)} prototypes by {found.method}."
         alt += f" Marked: {', '.join(labels)}." if labels else ""
         return Plot("What the loss sees", alt, _embedded(name, axes))

@@ -61,3 +61,10 @@ def test_the_map_names_the_marked_classes(marked: tuple[int, ...]) -> None:
     assert "PCA, 50% of the variance" in words(plot)
     assert {word for word in words(plot) if word.startswith("class")} == {f"class {c}" for c in marked}
     assert "40 images and 9 prototypes" in plot.alt
+
+
+def test_the_map_names_classes_that_begin_with_an_underscore() -> None:
+    places = np.random.default_rng(0).normal(size=(40, 2))
+    found = FeatureMap("PCA", 0.5, places, np.arange(40) % 3, places[:3], np.arange(3))
+    plot = classifier_plots.map_of_features("m", found, (1, 2, 0), ["_background_", "cat", "$x$"])
+    assert words(plot)[-3:] == ["cat", "$x$", "_background_"]
