@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ def path(text: str) -> Path:
 def count(text: str) -> int:
     """Parse a count such as 8192, 100k, 1.5M or 2B."""
     factor = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}.get(text[-1:].lower(), 1)
-    with suppress(ValueError, OverflowError):
-        number = float(text[:-1] if factor > 1 else text) * factor
-        if number == int(number):
+    with suppress(ValueError, ArithmeticError):
+        number = Decimal(text[:-1] if factor > 1 else text) * factor  # a float would make 1004.9999999999999 of 1.005k
+        if math.isfinite(number) and number == int(number):
             return int(number)
     raise argparse.ArgumentTypeError(f"{text!r} is not a count; give a whole number such as 8192, 100k, 1.5M or 2B")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentTypeError
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -252,9 +253,18 @@ def test_ranks_on_shared_cores_take_turns() -> None:
     assert crowded == pytest.approx(alone)
 
 
-@pytest.mark.parametrize(("text", "n"), [("8192", 8192), ("100k", 100_000), ("1.5M", 1_500_000), ("2B", 2 * 10**9)])
+@pytest.mark.parametrize(
+    ("text", "n"),
+    [("8192", 8192), ("100k", 100_000), ("1.5M", 1_500_000), ("2B", 2 * 10**9), ("1.005k", 1005), ("1e3k", 10**6)],
+)
 def test_counts_with_a_letter(text: str, n: int) -> None:
     assert count(text) == n
+
+
+@pytest.mark.parametrize("text", ["", "k", "nan", "snan", "infk", "1e999", "1e999999999M", "1/2", "0.5"])
+def test_what_is_no_count(text: str) -> None:
+    with refused(repr(text), "1.5M", error=ArgumentTypeError):
+        count(text)
 
 
 def test_rates_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
