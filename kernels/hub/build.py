@@ -63,7 +63,7 @@ def _ours(module: object) -> bool:
 def needed() -> dict[Path, Path]:
     """Every file of the package: its place in the package -> where it is now."""
     files = {file.relative_to(HERE / "package"): file for file in sorted((HERE / "package").rglob("*.py"))}
-    pending = [name for file in files.values() for name in imports(ast.parse(file.read_text()))]
+    pending = [name for file in files.values() for name in imports(ast.parse(file.read_text(encoding="utf-8")))]
     kernels = SOURCES["ltloss_kernels"]
     files |= {file.relative_to(kernels.parent): file for file in sorted(kernels.rglob("*.py"))}
     while pending:
@@ -74,7 +74,7 @@ def needed() -> dict[Path, Path]:
         place = file.relative_to(SOURCES["ltloss"])
         if place not in files:
             files[place] = file
-            pending += [module.rpartition(".")[0], *imports(ast.parse(file.read_text()))]
+            pending += [module.rpartition(".")[0], *imports(ast.parse(file.read_text(encoding="utf-8")))]
     return files
 
 
@@ -116,10 +116,10 @@ def _inside(module: str) -> str:
 
 def build(folder: Path) -> dict[str, Path]:
     """Write everything; return the folder of each backend's package."""
-    general: dict[str, Any] = tomllib.loads((HERE / "build.toml").read_text())["general"]
-    files = {place: relative(file.read_text(), place).encode() for place, file in needed().items()}
+    general: dict[str, Any] = tomllib.loads((HERE / "build.toml").read_text(encoding="utf-8"))["general"]
+    files = {place: relative(file.read_text(encoding="utf-8"), place).encode() for place, file in needed().items()}
     files |= {Path(name): (ROOT / name).read_bytes() for name in ALONGSIDE}
-    content = hashlib.sha256(b"".join(str(place).encode() + files[place] for place in sorted(files))).hexdigest()
+    content = hashlib.sha256(b"".join(place.as_posix().encode() + files[place] for place in sorted(files))).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("build.toml", "CARD.md"):
         shutil.copy(HERE / name, folder)
@@ -134,9 +134,12 @@ def build(folder: Path) -> dict[str, Path]:
             **{key: general[key] for key in ("name", "version", "license")},
             "python-depends": [],
             "backend": {"type": backend},
-            "digest": {"algorithm": "sha256", "files": {str(place): _digest(files[place]) for place in sorted(files)}},
+            "digest": {
+                "algorithm": "sha256",
+                "files": {place.as_posix(): _digest(files[place]) for place in sorted(files)},
+            },
         }
-        (package / "metadata.json").write_text(json.dumps(described, indent=2) + "\n")
+        (package / "metadata.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return packages
 
 
@@ -147,7 +150,7 @@ def _digest(text: bytes) -> str:
 def main(folder: Path) -> int:
     """Build, print what was built, and check it in separate processes: in PyTorch, and with the kernels."""
     for package in build(folder).values():
-        described = json.loads((package / "metadata.json").read_text())
+        described = json.loads((package / "metadata.json").read_text(encoding="utf-8"))
         print(f"{package}: {len(described['digest']['files'])} files, operators in torch.ops.{described['id']}")
     backends = ["torch", *(["triton"] if importlib.util.find_spec("triton") else [])]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}

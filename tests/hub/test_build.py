@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,18 @@ def test_it_computes_the_same_where_ltloss_cannot_be_imported(packages: dict[str
     assert done.returncode == 0, done.stderr
     for name in ("by hand", "d loss/dx", "d layer/dw", "AMSoftmaxLoss", "nearest", "top_k"):
         assert f"{name} " in done.stdout
+
+
+def test_the_encoding_of_the_machine_does_not_count(packages: dict[str, Path], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", f"from hub import build; build.build(build.Path({str(tmp_path)!r}))"],
+        env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(build.HERE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert _described(tmp_path / "build" / "torch-cpu") == _described(packages["cpu"])
 
 
 def test_only_relative_imports_of_itself(packages: dict[str, Path]) -> None:
