@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ltloss.errors import UserError
+from ltloss.training.run.lock import LOCK, owned
 
 _STAGING = ".unfinished-"
 
@@ -28,25 +29,26 @@ def output_folder(path: Path, manifest: str, names: Sequence[str], *, overwrite:
         overwrite: whether former results may be replaced.
 
     Raises:
-        UserError: ``path`` is not a folder, cannot be written to, holds files that are not former results, or
-            holds former results and ``overwrite`` is false.
+        UserError: ``path`` is not a folder, cannot be written to, is being written by a living process, holds files
+            that are not former results, or holds former results and ``overwrite`` is false.
     """
-    existed, known = path.is_dir(), (*names, manifest)
-    _refuse_present_files(path, manifest, known, overwrite)
+    known = (*names, manifest)
+    _refuse_present_files(path, manifest, known, overwrite)  # before the lock, which would write into a foreign folder
     staging = path / f"{_STAGING}{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process of the same number, common in containers
-    try:
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write into --out {path}: {error.strerror or error}; give a writable folder") from error
-    try:
-        yield staging
-        _publish(staging, path, manifest, known)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed:
-            with suppress(OSError):  # not empty: the results were published
-                path.rmdir()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(owned(path))
+            _refuse_present_files(path, manifest, known, overwrite)  # another process may have published meanwhile
+            shutil.rmtree(staging, ignore_errors=True)  # left by a killed process of the same number, as in containers
+            staging.mkdir()
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write into --out {path}: {reason}; give a writable folder") from error
+        try:
+            yield staging
+            _publish(staging, path, manifest, known)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _is_result(name: str, known: Sequence[str]) -> bool:
@@ -63,7 +65,12 @@ def _refuse_present_files(path: Path, manifest: str, known: Sequence[str], overw
     if not path.is_dir() and os.path.lexists(path):
         raise UserError(f"--out {path} is a file, a folder was expected; give another name")
     former = manifest in present
-    foreign = [name for name in present if not (name.startswith(_STAGING) or (former and _is_result(name, known)))]
+    # The lock and the unfinished folders are of a killed process, or of a living one, which `owned` tells.
+    foreign = [
+        name
+        for name in present
+        if name != LOCK and not (name.startswith(_STAGING) or (former and _is_result(name, known)))
+    ]
     if foreign:
         raise UserError(
             f"--out {path} holds {foreign[0]!r}{' and more' if len(foreign) > 1 else ''}, which no earlier "

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ from ltloss.errors import UserError
 from ltloss.training.data.images import ArrayImages
 from ltloss.training.data.sources import load_images
 from ltloss.training.model.classifier import Classifier
+from ltloss.training.predict import output_folder as folders
 from ltloss.training.predict import predict
 from ltloss.training.predict.predict import classify, predict_folder
 from ltloss.training.predict.sort_images import Sorter, folder_names
+from ltloss.training.run.lock import LOCK
 
 pytestmark = pytest.mark.slow
 
@@ -317,9 +320,36 @@ def test_leftovers_of_a_killed_prediction_do_not_matter(run: Path, tmp_path: Pat
     for process in (1, os.getpid()):
         (out / f".unfinished-{process}").mkdir(parents=True)
         (out / f".unfinished-{process}" / "sorted.csv").write_text("half")
+    (out / LOCK).write_text("process 1")
     predict_folder(run, write_images(tmp_path / "in"), out)
     assert set(contents(out)) == {"predictions.csv", "gallery.html", "skipped.csv", "prediction.json"}
     assert not [p for p in out.iterdir() if p.is_dir()]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
+def test_a_second_prediction_into_the_folder_leaves_the_first_alone(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with folders.output_folder(out, "prediction.json", ()) as staging:
+        (staging / "prediction.json").write_text("{}")
+        with refused(f"process {os.getpid()}", "--out", str(out), error=UserError):
+            predict_folder(run, write_images(tmp_path / "in"), out, overwrite=True)
+    assert contents(out) == {"prediction.json": b"{}"}
+
+
+def test_results_that_another_prediction_wrote_meanwhile_are_kept(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, owned = tmp_path / "out", folders.owned
+
+    def owned_later(folder: Path) -> AbstractContextManager[None]:
+        folder.mkdir()
+        (folder / "prediction.json").write_text("{}")
+        return owned(folder)
+
+    monkeypatch.setattr(folders, "owned", owned_later)
+    with refused("--overwrite", error=UserError):
+        predict_folder(run, write_images(tmp_path / "in"), out)
+    assert contents(out) == {"prediction.json": b"{}"}
 
 
 @pytest.mark.parametrize(
