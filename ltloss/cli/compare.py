@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ltloss.cli.values import named_values, names, path, picked, settings_given
+from ltloss.errors import UserError
 
 _DESCRIPTION = (
     "Train several methods with several seeds into a folder. Run the same command again to continue. With a recipe, a "
@@ -63,7 +65,10 @@ def run_compare(options: argparse.Namespace) -> int:
     from ltloss.training.comparison.workers import usable_cores
     from ltloss.training.model.classifier import choose_device
 
-    given = settings_given(options)
+    given, vary = settings_given(options), dict(options.vary)
+    if len(vary) < len(options.vary):
+        times = Counter(name for name, _ in options.vary)
+        raise UserError(f"--vary {max(times, key=times.__getitem__)} is given twice; give all its values in one --vary")
     jobs = options.jobs
     if jobs is None:
         jobs = usable_cores() if choose_device(given.get("device")).type == "cpu" else 1
@@ -71,7 +76,7 @@ def run_compare(options: argparse.Namespace) -> int:
         options.out,
         given,
         list(METHODS) if options.losses == ["all"] else options.losses,
-        vary=dict(options.vary),
+        vary=vary,
         jobs=jobs,
         **picked(options, "recipe", "seeds", "tune", "tune_seeds", "validation_per_class", "quiet"),
     )

@@ -16,7 +16,7 @@ from ltloss._deprecation import renamed_keys, warn_deprecated
 from ltloss._files import remove_leftovers, write_file
 from ltloss.errors import UserError, nearest
 from ltloss.training.comparison.climb import edges, next_points
-from ltloss.training.comparison.jobs import Job, default_validation, fingerprint, validate_job
+from ltloss.training.comparison.jobs import MAY_DIFFER, Job, default_validation, fingerprint, validate_job
 from ltloss.training.comparison.methods import (
     RENAMED,
     SECOND_STAGE_SETTINGS,
@@ -114,7 +114,8 @@ def compare(
     settings = Settings(**plan.settings)
     train = load_split(settings, "train")
     check_applies(settings, train.shape)
-    apply_limits(train, settings, "train")  # which refuses an imbalance that the data does not allow
+    for limits in _limits(plan):
+        apply_limits(train, replace(settings, **limits), "train")  # which refuses what the data does not allow
     if tune and validation_per_class is None:
         plan = replace(plan, validation_per_class=default_validation(train.labels))
     refuse_if_written(Path(out))
@@ -126,6 +127,15 @@ def compare(
     found = Comparison(Path(out), plan.settings, settings.thresholds, tuple(runs), tuple(trials))
     write_tables(found)
     write_page(found)
+    return found
+
+
+def _limits(plan: ComparisonSpec) -> list[dict[str, Any]]:
+    """The varied limits of the long tail, each combination once, after those of the tuning, which are none."""
+    found: list[dict[str, Any]] = [{}]
+    for variant in plan.variants:
+        limits = {name: value for name, value in variant.items() if name in ("imbalance", "limit_per_class")}
+        found += [limits] if limits not in found else []
     return found
 
 
@@ -166,6 +176,8 @@ class ComparisonSpec:
         for name, varied in self.vary.items():
             if name in NOT_GIVEN or not varied:
                 raise UserError(f"--vary {name} cannot be varied, or has no values; give NAME=VALUE,VALUE")
+            if name in MAY_DIFFER:  # its values would share one training, as the key of a job does not tell them apart
+                raise UserError(f"--vary {name} cannot be varied: all trainings have it in common; give it once")
         self._check_loss_options()
         for name in self.needed:
             for values in [

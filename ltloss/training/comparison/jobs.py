@@ -35,7 +35,7 @@ from ltloss.training.stored_keys import stored
 
 # Settings that are not part of a key. The images are in it by their checksum, and class groups are computed later from
 # the accuracies of the classes.
-_MAY_DIFFER = ("data", "image_root", "device", "workers", "many_threshold", "few_threshold", *FUSED_SETTINGS, *OF_A_RUN)
+MAY_DIFFER = ("data", "image_root", "device", "workers", "many_threshold", "few_threshold", *FUSED_SETTINGS, *OF_A_RUN)
 # Settings that came later, with their former behaviour: they are in the key only if they differ from it, so that
 # earlier results keep their keys.
 _ADDED = {"optimizer": "sgd", "clip_norm": None, "accumulate": 1, "ema": 0.0, "head": "linear", "init_from": None}
@@ -102,7 +102,7 @@ class Job:
 
 def _left_out(values: Mapping[str, Any]) -> set[str]:
     """Names of the settings that are not part of a key."""
-    return {*_MAY_DIFFER, *(name for name, former in _ADDED.items() if values[name] == former)}
+    return {*MAY_DIFFER, *(name for name, former in _ADDED.items() if values[name] == former)}
 
 
 def _number(value: Any) -> Any:

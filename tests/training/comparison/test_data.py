@@ -1,8 +1,15 @@
-"""What a comparison takes for the same data."""
+"""What a comparison makes of its data."""
+
+from pathlib import Path
 
 import numpy as np
-from helpers.toys import toy_images
+import pytest
+from helpers.cli_errors import fails
+from helpers.refusals import refused
+from helpers.toys import toy_images, toy_settings
 
+from ltloss.errors import UserError
+from ltloss.training import compare
 from ltloss.training.comparison.jobs import fingerprint
 from ltloss.training.data.images import ArrayImages
 
@@ -15,3 +22,20 @@ def test_the_checksum_is_that_of_the_images_not_of_how_they_lie_in_memory() -> N
     assert len(found) == 1
     assert found != {fingerprint(ArrayImages(images ^ 1, labels, ("a", "b", "c"), [""] * 12))}
     assert found != {fingerprint(ArrayImages(images, labels[::-1], ("a", "b", "c"), [""] * 12))}
+
+
+@pytest.mark.parametrize(
+    ("varied", "facts"),
+    [({"imbalance": [2.0, 1000.0]}, ["imbalance 1000"]), ({"limit_per_class": [8, 4], "imbalance": [6.0]}, ["most 4"])],
+)
+def test_a_limit_that_the_data_do_not_allow_is_refused_before_anything_is_trained(
+    varied: dict[str, list[float]], facts: list[str], toy_npz: Path, tmp_path: Path
+) -> None:
+    with refused(*facts, error=UserError):
+        compare(tmp_path / "out", toy_settings(toy_npz), ["ce"], seeds=1, vary=varied, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_setting_is_varied_once(toy_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["compare", "--data", str(toy_npz), "--out", str(tmp_path / "out"), "--losses", "ce"]
+    fails([*line, "--vary", "mixup=0.4", "--vary", "lr=0.1", "--vary", "lr=0.2"], capsys, "--vary lr", "twice")

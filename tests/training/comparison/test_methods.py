@@ -147,6 +147,8 @@ def test_the_same_training_has_the_same_key_whatever_it_is_called() -> None:
         ({"vary": {"margin": [1.0]}}, ("softmax", "margin")),
         ({"vary": {"seed": [1]}}, ("--vary", "seed")),
         ({"vary": {"lr": []}}, ("--vary", "lr")),
+        ({"vary": {"data": ["a.npz", "b.npz"]}}, ("--vary", "data", "in common")),
+        ({"vary": {"many_threshold": [50, 100]}}, ("--vary", "many_threshold", "in common")),
         ({"vary": {"mixup": [-1.0]}}, ("mixup", "0", "-1.0")),
     ],
 )
