@@ -35,7 +35,7 @@ from ltloss.training.model.classifier import choose_device
 from ltloss.training.model.registry import takes_option
 from ltloss.training.pages.comparison import write_page
 from ltloss.training.run.lock import owned, refuse_if_written
-from ltloss.training.run.prepare import apply_limits, check_applies, load_split
+from ltloss.training.run.prepare import apply_limits, check_applies, load_split, with_frozen_scale
 from ltloss.training.run.run_folder import refuse_foreign_files
 from ltloss.training.run.settings import FUSED_SETTINGS, OF_A_RUN, SETTINGS, Settings
 from ltloss.training.stored_keys import FORMER_SETTINGS, stored
@@ -116,6 +116,7 @@ def compare(
     check_applies(settings, train.shape)
     for limits in _limits(plan):
         apply_limits(train, replace(settings, **limits), "train")  # which refuses what the data does not allow
+    plan = replace(plan, embeddings=len(train.shape) == 1)
     if tune and validation_per_class is None:
         plan = replace(plan, validation_per_class=default_validation(train.labels))
     refuse_if_written(Path(out))
@@ -161,6 +162,7 @@ class ComparisonSpec:
     tune: bool
     tune_seeds: int
     validation_per_class: int | None
+    embeddings: bool = False  # what the data are, once they are read
 
     def __post_init__(self) -> None:
         """Check everything now, rather than fail after hours of training."""
@@ -247,6 +249,8 @@ class ComparisonSpec:
             settings = with_values(self._method_settings(kind), values) | {"seed": seed}
             if validation_per_class is not None:
                 settings["evaluate_every"] = Settings(**settings).epochs
+            if self.embeddings:  # here, so that the scale in force is in the key
+                settings["scale"] = with_frozen_scale(Settings(**settings)).scale
             return Job(settings, fingerprint, validation_per_class, keep_model=name in self._bases)
         known = {**kind.settings, **values}
         second_stage = {key: known[key] for key in SECOND_STAGE_SETTINGS if key in known}

@@ -93,13 +93,17 @@ def check_applies(settings: Settings, shape: tuple[int, ...]) -> None:
         )
 
 
+def with_frozen_scale(settings: Settings) -> Settings:
+    """Settings of a run of embeddings, with the scale for a linear head, which leaves them as they are."""
+    open_scale = "scale" not in settings.all_loss_options and takes_option(settings.loss, "scale")
+    return replace(settings, scale=FROZEN_SCALE) if settings.head == "linear" and open_scale else settings
+
+
 def run_config(settings: Settings, train: Source) -> RunConfig:
     """The configuration of a run whose training split is ``train``."""
     if isinstance(train, ArrayEmbeddings):
         mean, std = train.moments()
-        open_scale = "scale" not in settings.all_loss_options and takes_option(settings.loss, "scale")
-        if settings.head == "linear" and open_scale:
-            settings = replace(settings, scale=FROZEN_SCALE)
+        settings = with_frozen_scale(settings)
     else:
         mean, std = _normalisation(train, settings.split_seed)
     return RunConfig(
