@@ -117,6 +117,8 @@ def _run_epochs(trainer: Trainer, test: Source, out: Path, quiet: bool) -> None:
         for epoch in range(len(trainer.history) + 1, settings.epochs + 1):
             if is_over(trainer.history, settings.early_stopping):
                 break
+            if trainer.ranks.first:  # it is of the epochs before, and a report would take it for the last one's
+                (out / "evaluation.json").unlink(missing_ok=True)
             row = trainer.run_epoch(epoch, test, progress)
             checkpoint = trainer.checkpoint()
             if trainer.ranks.first:

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from helpers.browser import needs_chromium, render
 from helpers.pages import Page
 from helpers.refusals import missing, refused
 from helpers.small_run import HOSTILE, history, make_run
+from helpers.toys import toy_settings
 
 from ltloss.errors import UserError
 from ltloss.training.data.embeddings import ArrayEmbeddings
@@ -26,7 +28,7 @@ from ltloss.training.pages.run_report import write_report
 from ltloss.training.pages.sections import Body, add_mistakes
 from ltloss.training.run.checkpoint import Checkpoint, save_checkpoint
 from ltloss.training.run.run_config import RunConfig
-from ltloss.training.run.trainer import TrainingResult
+from ltloss.training.run.trainer import Trainer, TrainingResult, train
 
 pytestmark = pytest.mark.slow
 
@@ -340,6 +342,25 @@ def test_an_epoch_that_was_not_measured_is_shown_as_it_was_at_the_end(tmp_path: 
     assert tiles["few, best validation epoch"] == "68.8%"
     assert "macro-F1, best validation epoch" not in tiles
     assert "1 in all, 10 to 10 training images" in figures(Page(run / "report.html"))["Accuracy and class size"]
+
+
+def test_a_resume_that_was_killed_shows_nothing_of_an_earlier_epoch(toy_npz: Path, tmp_path: Path) -> None:
+    original, run = Trainer.run_epoch, tmp_path / "run"
+
+    def killed(self: Trainer, epoch: int, *given: Any) -> dict[str, Any]:
+        if epoch == 4:
+            raise KeyboardInterrupt
+        return original(self, epoch, *given)
+
+    train(run, toy_settings(toy_npz, evaluate_every=2), quiet=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "run_epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(run, {"epochs": 4}, resume=True, quiet=True)
+    tiles = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", write_report(run, device="cpu").read_text()))
+    assert tiles["test accuracy, last epoch (3)"] == "–"
+    train(run, {"epochs": 4}, resume=True, quiet=True)
+    assert "test accuracy, last epoch (4)" in write_report(run, device="cpu").read_text()
 
 
 def test_errors_without_previews_are_a_table(tmp_path: Path) -> None:
