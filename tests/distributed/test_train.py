@@ -19,6 +19,7 @@ pytest.importorskip("PIL")
 from helpers.toys import toy_settings, write_embeddings, write_images
 
 from ltloss.errors import UserError
+from ltloss.training.data.mixup import mix
 from ltloss.training.measure.evaluate import evaluate_run
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.run.trainer import train
@@ -186,6 +187,26 @@ def test_training_options_on_two_ranks(tmp_path: Path) -> None:
     for file in ("model.safetensors", "optimizer.safetensors", "trained.safetensors"):
         whole, resumed = (tmp_path / name / "checkpoints" / "epoch-0003" / file for name in ("whole", "resumed"))
         assert whole.read_bytes() == resumed.read_bytes(), file
+
+
+def _mixed(rank: int, data: Path, out: Path) -> list[float]:
+    fractions = []
+
+    def noted(*given: Any) -> Any:
+        mixed = mix(*given)
+        fractions.append(mixed[2])
+        return mixed
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ltloss.training.run.trainer.mix", noted)
+        train(out / "mixed", {**_settings(data, 1, "arcface"), "mixup": 0.4}, quiet=True)
+    return fractions
+
+
+def test_two_ranks_mix_a_batch_by_one_fraction_whatever_their_parts(tmp_path: Path) -> None:
+    first, second = world.run(_mixed, 2, write_images(tmp_path / "toy.npz", train=19), tmp_path)
+    assert first == second
+    assert len(set(first)) == 4  # of 57 images, the first batch has 8 and 7
 
 
 def _linear(name: str, image_shape: tuple[int, int, int], embedding_size: int) -> torch.nn.Module:

@@ -51,6 +51,7 @@ from ltloss.training.run.schedules import first_epoch, learning_rate
 from ltloss.training.run.tensorboard import Scalars, check_tensorboard
 from ltloss.training.seeds import derived_seed, numpy_generator, torch_generator, torch_seeded
 
+_Mixing = tuple[np.random.Generator, np.random.Generator]  # of the fractions, and of the partners
 _CHECK_EVERY = 20  # steps between looks at the losses: each look makes a GPU wait
 
 
@@ -220,8 +221,10 @@ class Trainer:
         settings = self.settings
         self._prepare_epoch(epoch)
         generator = torch_generator(settings.seed, self.ranks.purpose("augmentation"), epoch)
-        # All ranks draw alike: one fraction mixes the whole batch.
-        mixing = numpy_generator(settings.seed, "mixup", epoch)
+        # All ranks draw alike: one fraction mixes the whole batch. Partners are drawn within each rank's part of it.
+        fractions = numpy_generator(settings.seed, "mixup", epoch)
+        alone = self.ranks.count == 1
+        partners = fractions if alone else numpy_generator(settings.seed, self.ranks.purpose("partners"), epoch)
         losses = torch.zeros(self.steps, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         mine = {"rank": self.ranks.rank, "ranks": self.ranks.count}
@@ -230,7 +233,7 @@ class Trainer:
             labels = batch.labels.to(self.device)
             done = (epoch - 1) * self.steps + step
             lr = learning_rate(settings, done, settings.epochs * self.steps)
-            loss, features = self._step(images, labels, mixing, lr)
+            loss, features = self._step(images, labels, (fractions, partners), lr)
             if self.average is not None:
                 self.average.update(done + 1)
             losses[step] = loss
@@ -250,7 +253,7 @@ class Trainer:
             images, kind = rand_augment(images.cpu(), generator, self.settings.workers), "crop-flip"
         return augment(images.to(self.device), kind, generator, self.settings.crop_pad)
 
-    def _step(self, images: Tensor, labels: Tensor, mixing: np.random.Generator, lr: float) -> tuple[Tensor, Tensor]:
+    def _step(self, images: Tensor, labels: Tensor, mixing: _Mixing, lr: float) -> tuple[Tensor, Tensor]:
         """Take one optimizer step; return the loss, a scalar, and features (B, D) of images (B, channels, H, W)."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -263,11 +266,11 @@ class Trainer:
             optimizer.step()
         return loss, features
 
-    def _backward(self, images: Tensor, labels: Tensor, mixing: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _backward(self, images: Tensor, labels: Tensor, mixing: _Mixing) -> tuple[Tensor, Tensor]:
         """Compute the gradients of a step's mean loss, part by part; return that loss and the features (B, D)."""
         others, fraction = labels, 1.0
         if self.settings.mixup:
-            images, others, fraction = mix(images, labels, self.settings.mixup, mixing)
+            images, others, fraction = mix(images, labels, self.settings.mixup, *mixing)
         if self.parts == 1:
             loss, features = self._forward(images, labels, others, fraction)
             torch.autograd.backward(loss)
