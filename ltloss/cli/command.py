@@ -204,6 +204,8 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     add_run(evaluate)
     whole = "as for train (default: the run's own); other data without train/test parts is measured whole"
     evaluate.add_argument("--data", metavar="DATA", help=whole)
+    begin = "where the paths of a list of images begin (default: the run's own for its data, else the list's folder)"
+    evaluate.add_argument("--image-root", metavar="FOLDER", help=begin)
     splits = "test and train: the images the run used; all: every image (default: test)"
     evaluate.add_argument("--split", choices=("test", "train", "all"), default="test", help=splits)
     evaluate.add_argument("--json", action="store_true", help="for machine reading")
@@ -312,7 +314,7 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from ltloss.training.measure.evaluate import evaluate_run
 
-    chosen = picked(options, "split", "device", "many_threshold", "few_threshold")
+    chosen = picked(options, "image_root", "split", "device", "many_threshold", "few_threshold")
     evaluation = evaluate_run(options.run, options.data, **chosen)
     print(evaluation.to_json() if options.json else evaluation.to_text())
     return 0

@@ -44,6 +44,8 @@ def run_embed(options: argparse.Namespace) -> int:
 
     check_counts(image_size=options.image_size, workers=options.workers)
     refuse_output(options.out, ".npz", options.overwrite)
+    if options.images is not None and options.image_root is not None:
+        raise UserError(f"--image-root {options.image_root} goes with --data, and --images is a folder; leave it out")
     if options.run is not None:
         for name in ("weights", "image_size"):
             if (value := getattr(options, name)) is not None:

@@ -83,6 +83,7 @@ def test_what_embedding_refuses(run: Path, toy_folder: Path, capsys: pytest.Capt
     fails(line, capsys, "--backbone", "--run")
     fails([*line, "--run", str(run), "--weights", "w.pt"], capsys, "--weights", "--backbone")
     fails([*line, "--run", str(run), "--image-size", "9"], capsys, "--image-size", "--backbone")
+    fails([*line, "--run", str(run), "--image-root", "nowhere"], capsys, "--image-root nowhere", "--images")
     fails([*line, "--run", str(run), "--workers", "0"], capsys, "--workers", "0")
     fails(["embed", "--run", str(run), "--out", "f.npz"], capsys, "--images", "--data")
     fails(["embed", "--run", str(run), "--data", "digits", "--out", "f.txt"], capsys, "--out", ".npz")

@@ -188,6 +188,7 @@ def evaluate_run(
     run: Path,
     data: str | None = None,
     *,
+    image_root: str | None = None,
     split: Split = "test",
     device: str | None = None,
     many_threshold: int | None = None,
@@ -198,6 +199,8 @@ def evaluate_run(
     Args:
         run: the folder of a training run.
         data: other data, as for ``ltloss train``; None for the run's own.
+        image_root: the folder in which the paths of a list begin; None for that of the run, of other data for that of
+            the list.
         split: "test", "train" or "all". On the run's own data, "test" and "train" are the images that the run measured
             and was trained on, with its long tail and limits. Other data without splits of its own is measured whole,
             and a line on stderr says so.
@@ -217,7 +220,8 @@ def evaluate_run(
     )
     same_data = absolute(spec) == absolute(settings.data)
     used: Split = split if same_data or has_own_splits(spec) else "all"
-    source = load_split(replace(settings, data=spec), used, config.image_shape)
+    root = image_root or (settings.image_root if same_data else None)
+    source = load_split(replace(settings, data=spec, image_root=root), used, config.image_shape)
     check_same_classes(config.class_names, source.class_names, f"run {run}", spec)
     if same_data:
         source = apply_limits(source, settings, split)

@@ -15,6 +15,7 @@ from helpers.toys import CLASS_NAMES, toy_settings
 
 from ltloss.errors import UserError
 from ltloss.training.data.sources import has_own_splits, load_data
+from ltloss.training.measure.evaluate import evaluate_run
 from ltloss.training.run.trainer import train
 
 
@@ -170,3 +171,16 @@ def test_what_else_is_refused(lists: Path, tmp_path: Path, toy_folder: Path) -> 
     (tmp_path / "broken.json").write_text("{")
     with refused("broken.json", error=UserError):
         load_data(str(tmp_path / "broken.json"), split="all")
+
+
+def test_other_data_do_not_begin_in_the_root_of_the_run(lists: Path, toy_folder: Path, tmp_path: Path) -> None:
+    train(tmp_path / "run", toy_settings(lists, image_root=str(tmp_path)), quiet=True)
+    moved = tmp_path / "moved"
+    shutil.copytree(toy_folder, moved / toy_folder.name)
+    here = evaluate_run(tmp_path / "run").metrics
+    assert evaluate_run(tmp_path / "run", image_root=str(moved)).metrics == here
+    assert evaluate_run(tmp_path / "run", str(toy_folder)).metrics.images == 30
+    shutil.copytree(lists, tmp_path / "other")
+    with refused("--image-root", str(tmp_path / "other"), error=UserError):
+        evaluate_run(tmp_path / "run", str(tmp_path / "other"))
+    assert evaluate_run(tmp_path / "run", str(tmp_path / "other"), image_root=str(moved)).metrics == here
