@@ -303,7 +303,7 @@ def _train(options: argparse.Namespace) -> int:
     result = train(options.out, {**given, **on_line}, resume=options.resume, quiet=options.quiet)
     if not result.ranks.first:
         return 0
-    report = write_report(options.out)
+    report = write_report(options.out, device=result.evaluation.config.settings.device)
     if not options.quiet:
         print(result.evaluation.to_text())
         use = "--data FEATURES" if result.evaluation.config.of_embeddings else "--images FOLDER"

@@ -104,6 +104,15 @@ def test_resume_of_nothing_starts(toy_npz: Path, tmp_path: Path, capsys: pytest.
     assert (out / "checkpoints" / "epoch-0001").is_dir()
 
 
+def test_the_report_of_a_training_is_made_on_its_device(
+    toy_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("ltloss.training.pages.run_report.write_report", lambda run, **given: asked.append(given))
+    assert main(["train", "--data", str(toy_npz), "--out", str(tmp_path / "run"), "--quiet", *SMALL]) == 0
+    assert asked == [{"device": "cpu"}]
+
+
 def test_report_and_predict_are_reached(
     toy_run: TrainingResult, toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
