@@ -162,7 +162,8 @@ def fit_more(task: Task, options: Options, former: Fitted | None, training: Trai
     """One pass at a constant learning rate over all rows of the task, continuing from ``former``.
 
     Without ``former`` the space comes from these rows, and the loss is the middle candidate. ``training`` is that of
-    the call before, or None. Classes that appear for the first time start at their means.
+    the call before, or None; it begins anew on another device. Classes that appear for the first time start at their
+    means.
     """
     classes, device = len(task.class_weight), options.device
     mass = task.every.mass(classes)
@@ -172,8 +173,9 @@ def fit_more(task: Task, options: Options, former: Fitted | None, training: Trai
         candidate = cosines[len(cosines) // 2]
         former = Fitted(space, candidate, candidate.of_means(means), torch.zeros(classes), 0)
     candidate, counts = former.candidate, former.counts + mass
-    if training is None:
+    if training is None or training.head.weight.device != torch.empty(0, device=device).device:  # "cuda" is "cuda:0"
         training = Training(candidate, former.classifier.to(device), counts, options.lr, task.generator)
+    training.lr = options.lr
     new = (former.counts == 0) & (mass > 0)
     start = former.classifier
     if new.any():

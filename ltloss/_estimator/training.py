@@ -67,9 +67,8 @@ class Training:
         self.candidate = candidate
         self.head = candidate.head((classes, width), counts, start.prototypes.device)
         candidate.place(self.head, start, torch.ones(classes, dtype=torch.bool), generator)
-        # A coordinate of a unit vector is about 1/√D, so this step turns a prototype by the same angle for every D.
-        self._lr = lr / width**0.5
-        self._optimizer = torch.optim.AdamW(self.head.parameters(), lr=self._lr, fused=True)
+        self.lr = lr
+        self._optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr, fused=True)  # run sets the rate of each step
 
     def run(
         self,
@@ -87,12 +86,13 @@ class Training:
 
         ``annealed``: the learning rate falls to 0 along a cosine. ``after_pass`` returns True to stop training.
         """
-        step = passes = 0
+        # A coordinate of a unit vector is about 1/√D, so this step turns a prototype by the same angle for every D.
+        step, passes, lr = 0, 0, self.lr / self.head.weight.shape[1] ** 0.5
         while step < steps:
             order, total = torch.randperm(len(part.rows), generator=generator), 0.0
             for start, stop in spans(len(order), batch_size):
                 for group in self._optimizer.param_groups:
-                    group["lr"] = self._lr * (0.5 + 0.5 * math.cos(math.pi * step / steps) if annealed else 1.0)
+                    group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * step / steps) if annealed else 1.0)
                 total += self._step(batches, part.take(order[start:stop]))
                 step += 1
                 if bar is not None:

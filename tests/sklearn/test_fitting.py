@@ -16,6 +16,8 @@ from scipy import sparse
 from sklearn.metrics import log_loss
 
 from ltloss import current_keep_exponentials, current_workspace
+from ltloss._estimator.heads import Classifier
+from ltloss._estimator.training import Training
 from ltloss.sklearn import LongTailClassifier
 
 
@@ -122,6 +124,26 @@ def test_a_class_that_comes_later() -> None:
     with refused("7", "classes"):
         found.partial_fit(X[:3], [0, 1, 7])
     assert np.array_equal(found.predict_proba(X), before)
+
+
+def test_partial_fit_takes_the_rate_and_the_device_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = tail()
+    found = quick(lr=0.03).partial_fit(X, y, classes=range(6))
+    before = found.prototypes_.copy()
+    found.set_params(lr=1e-12).partial_fit(X, y)
+    np.testing.assert_allclose(found.prototypes_, before, atol=1e-5)
+    places: list[str] = []
+
+    def begun(candidate: object, start: Classifier, *given: object) -> Training:
+        places.append(start.prototypes.device.type)
+        return Training(candidate, start, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("ltloss._estimator.fitting.Training", begun)
+    found.partial_fit(X, y)
+    assert places == []
+    with pytest.raises(ValueError, match="meta"):  # where nothing is computed
+        found.set_params(device="meta").partial_fit(X, y)
+    assert places == ["meta"]
 
 
 def test_partial_fit_goes_on_after_fit() -> None:
