@@ -78,7 +78,9 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         validation_scores_: what each candidate reached while one was chosen, by name; empty where none was.
         validation_score_, calibration_error_: of the classifier before ``refit`` on the validation part: recall or
             accuracy, see ``class_prior``, and the expected calibration error in 15 bins; None without a validation
-            part. T was chosen on the same rows, so the error elsewhere is a little larger.
+            part. T was chosen on the same rows, so the error elsewhere is a little larger. The mean recall is an
+            estimate: a row counts by 1/n, n all samples of its class, because chance decides how many of a small class
+            are held out.
         temperature_: T, 1 without a validation part.
         prototypes_, intercept_: (C, D) and (C,): the logits before T and prior are z·prototypes_ᵀ + intercept_, where
             cosines take z with its length divided out.

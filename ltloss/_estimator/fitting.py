@@ -74,7 +74,7 @@ def fit(task: Task, options: Options, former: Fitted | None = None) -> Fitted:
     if options.fraction is not None:
         mask = validation_mask(part.labels, len(counts), options.fraction, task.generator)
         part, held = part.take(~mask), task.weighted(part.take(mask))
-        if options.uniform:  # all classes count alike: the held-out rows of a class stand for the class
+        if options.uniform:  # on average over the draw all classes count alike: how many rows of one it takes is chance
             held = held._replace(weights=held.weights / counts[held.labels])
     scores = None
     if former is None:
