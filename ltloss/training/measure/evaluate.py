@@ -110,6 +110,7 @@ class Evaluation:
     thresholds: Thresholds
     metrics: Metrics
     details: Details | None = None
+    epoch: int | None = None  # whose weights were measured, at the end of a training
 
     def to_json(self) -> str:
         """Everything as JSON; None and numbers that are not finite become null."""
@@ -117,6 +118,7 @@ class Evaluation:
             "run": str(self.run),
             "data": self.data,
             "split": self.split,
+            **({} if self.epoch is None else {"epoch": self.epoch}),
             "loss_name": self.config.loss,
             "backbone": self.config.backbone,
             **stored({**asdict(self.thresholds), **asdict(self.metrics)}),

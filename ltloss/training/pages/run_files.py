@@ -107,10 +107,11 @@ def read_run(path: Path) -> Run:
     try:
         stored = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
         fresh = math.isnan(accuracy) or stored["accuracy"] == accuracy
+        fresh &= stored.get("epoch", run.last_epoch) == run.last_epoch  # version 0.1 did not store it
         return (
             replace(run, evaluation=stored) if fresh and tuple(stored["per_class"]) == run.config.class_names else run
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return run  # the report then measures again
 
 

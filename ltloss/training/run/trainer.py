@@ -98,10 +98,12 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
                 if trainer.history:
                     write_metrics(out, trainer.history)
             _run_epochs(trainer, data.test, out, quiet or not ranks.first)
+            epoch = len(trainer.history)
             if settings.early_stopping is not None:
+                epoch = best_epoch(trainer.history)
                 trainer.take_best(out)
             measured = measure_in_detail(trainer.kept, data.test, settings.thresholds)
-            evaluation = Evaluation(out, settings.data, "test", config, settings.thresholds, *measured)
+            evaluation = Evaluation(out, settings.data, "test", config, settings.thresholds, *measured, epoch)
             if ranks.first:
                 write_file(out / "evaluation.json", evaluation.to_json().encode())
             return TrainingResult(out, evaluation, trainer.history, ranks)
@@ -118,8 +120,6 @@ def _run_epochs(trainer: Trainer, test: Source, out: Path, quiet: bool) -> None:
         for epoch in range(len(trainer.history) + 1, settings.epochs + 1):
             if is_over(trainer.history, settings.early_stopping):
                 break
-            if trainer.ranks.first:  # it is of the epochs before, and a report would take it for the last one's
-                (out / "evaluation.json").unlink(missing_ok=True)
             row = trainer.run_epoch(epoch, test, progress)
             checkpoint = trainer.checkpoint()
             if trainer.ranks.first:
