@@ -221,13 +221,18 @@ def test_hidden_class_folders_are_left_out_with_a_word(toy_folder: Path, capsys:
     assert not missing(told, str(toy_folder), ".net")
 
 
+def _with_splits(toy_folder: Path, tmp_path: Path) -> Path:
+    data = tmp_path / "split"
+    for split in ("train", "test"):
+        shutil.copytree(toy_folder, data / split)
+    return data
+
+
 @pytest.mark.parametrize("place", [".", "train", "test"])
 def test_hidden_folders_of_own_splits_are_left_out_with_a_word(
     toy_folder: Path, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = tmp_path / "split"
-    for split in ("train", "test"):
-        shutil.copytree(toy_folder, data / split)
+    data = _with_splits(toy_folder, tmp_path)
     shutil.copytree(toy_folder / "bean", data / place / ".net")
     for split in ("train", "test"):
         load_data(str(data), split=split)
@@ -254,9 +259,7 @@ def test_what_is_hidden_inside_of_a_class_is_left_out_with_a_word(
 def test_images_beside_the_class_folders_are_left_out_with_a_word(
     toy_folder: Path, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = tmp_path / "split"
-    for split in ("train", "test"):
-        shutil.copytree(toy_folder, data / split)
+    data = _with_splits(toy_folder, tmp_path)
     for name in ("0.png", "1.png"):
         shutil.copy(toy_folder / "apple" / "000.png", data / place / name)
     for split in ("train", "test", "all"):
