@@ -357,8 +357,7 @@ def main() -> None:
     given = parser.parse_args()
     common = stamp()
     print(f"{common['device']}, {common['threads']} threads, torch {common['torch']}, load {common['load']}")
-    measured = parts_of(given.rounds)
-    parts.measure(measured, given, common, lambda row: parts.line_of(row, row["provider"], _OPTIONAL))
+    parts.measure(parts_of(given.rounds), given, common, "provider", _OPTIONAL)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser, names: Iterable[str], output:
     parser.add_argument("--output", type=Path, default=output, help=f"CSV to write (default {output.name})")
 
 
-def measure(parts: Parts, given: argparse.Namespace, common: Row, line: Callable[[Row], str]) -> None:
+def measure(parts: Parts, given: argparse.Namespace, common: Row, title: str, optional: Mapping[str, str]) -> None:
     """Measure all parts, or one of them, and write the rows after each.
 
     Args:
         parts: what measures the rows, by their ``case``.
         given: the options of :func:`add_arguments`. With ``only``, the file's rows of the other parts stay.
         common: what every row begins with.
-        line: how a row is printed.
+        title, optional: the column that names a row where it is printed, and other columns with their words.
     """
     only, output = given.only, given.output
     before = read_rows(output) if only else []
@@ -36,12 +36,12 @@ def measure(parts: Parts, given: argparse.Namespace, common: Row, line: Callable
         print(f"measuring {name} ...", flush=True)
         rows[name] = [{**common, **row} for row in parts[name]()]
         for row in rows[name]:
-            print(line(row), flush=True)
+            print(_line(row, row[title], optional), flush=True)
         write_rows([*chain(*rows.values())], output)
     print(f"wrote {output}; `python -m benchmarks.pictures` shows it")
 
 
-def line_of(row: Row, name: str, optional: Mapping[str, str]) -> str:
+def _line(row: Row, name: str, optional: Mapping[str, str]) -> str:
     """A row in one line: its case, shape, ``name`` and median, then each of ``optional`` that it has, in its words."""
     parts = [f"{row['case']:18} {row['N']}x{row['C']}x{row['D']:<8} {name:42}"]
     if "median_ms" in row:

@@ -101,7 +101,7 @@ def main() -> None:
     common, errors, idle = stamp(), checked(list(CASES.values())), idle_bytes()
     print(f"{common['device']}, {common['threads']} threads, load {common['load']}, idle process {idle / MIB:.0f} MiB")
     measured = parts_of(errors, given.rounds, given.steps, idle)
-    parts.measure(measured, given, common, lambda row: parts.line_of(row, row["optimizer"], _OPTIONAL))
+    parts.measure(measured, given, common, "optimizer", _OPTIONAL)
 
 
 if __name__ == "__main__":

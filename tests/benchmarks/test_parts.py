@@ -15,9 +15,11 @@ from benchmarks.peers import ON_CPU, Shape
 from benchmarks.step import __main__ as step
 from benchmarks.timing import read_rows, write_rows
 
+_SHOWN = ("provider", {"note": "({})"})
+
 
 def _told(part: str, note: str) -> Row:
-    return {"case": part, "N": 2, "C": 3, "D": 4, "note": note}
+    return {"case": part, "N": 2, "C": 3, "D": 4, "provider": "ours", "note": note}
 
 
 def _telling(*names: str) -> dict[str, Callable[[], list[Row]]]:
@@ -27,14 +29,10 @@ def _telling(*names: str) -> dict[str, Callable[[], list[Row]]]:
     return {name: partial(told, name) for name in names}
 
 
-def _line(row: Row) -> str:
-    return parts.line_of(row, "ours", {"note": "({})"})
-
-
 def test_one_part_leaves_the_rows_of_the_others(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     write_rows([_told("second", "old"), _told("first", "old"), _told("renamed since", "old")], path)
-    parts.measure(_telling("first", "second"), Namespace(only="second", output=path), {"load": "0.1"}, _line)
+    parts.measure(_telling("first", "second"), Namespace(only="second", output=path), {"load": "0.1"}, *_SHOWN)
     assert [(row["case"], row["note"], row["load"]) for row in read_rows(path)] == [
         ("first", "old", ""),
         ("second", "new", "0.1"),
@@ -47,7 +45,7 @@ def test_a_part_that_stops_keeps_what_was_measured_before(tmp_path: Path, capsys
 
     path = tmp_path / "rows.csv"
     with pytest.raises(KeyboardInterrupt):
-        parts.measure({**_telling("first"), "second": interrupted}, Namespace(only=None, output=path), {}, _line)
+        parts.measure({**_telling("first"), "second": interrupted}, Namespace(only=None, output=path), {}, *_SHOWN)
     assert [row["case"] for row in read_rows(path)] == ["first"]
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[-2:] for line in shown] == [["first", "..."], ["ours", "(new)"], ["second", "..."]]
