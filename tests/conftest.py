@@ -33,7 +33,8 @@ _LAWS: dict[str, Any] = {
     "suppress_health_check": [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 }
 hypothesis.settings.register_profile("default", max_examples=200, derandomize=True, **_LAWS)
-hypothesis.settings.register_profile("nightly", max_examples=2000, print_blob=True, **_LAWS)
+# A profile takes from the one in force what it does not say.
+hypothesis.settings.register_profile("nightly", max_examples=2000, derandomize=False, print_blob=True, **_LAWS)
 hypothesis.settings.load_profile("default")
 
 
