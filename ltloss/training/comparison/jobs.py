@@ -27,6 +27,7 @@ from ltloss.training.data.images import ArrayImages, on_device
 from ltloss.training.data.splits import keep_per_class
 from ltloss.training.measure.evaluate import measure
 from ltloss.training.model.classifier import Classifier, choose_device
+from ltloss.training.model.weights import weights_file
 from ltloss.training.run.checkpoint import read_tensors, to_bytes
 from ltloss.training.run.prepare import TrainingData, apply_limits, load_split, prepare_data, run_config
 from ltloss.training.run.settings import FUSED_SETTINGS, OF_A_RUN, Settings
@@ -74,6 +75,8 @@ class Job:
         values = asdict(Settings(**self.settings))
         facts = stored({name: value for name, value in values.items() if name not in _left_out(values)})
         facts["loss_options"] = {name: _number(value) for name, value in facts["loss_options"].items()}
+        if values["init_from"] is not None:
+            facts["init_from"] = _checksum(weights_file(Path(values["init_from"])))
         second_stage = {name: _number(value) for name, value in self.second_stage.items()}
         known = [_FORMAT, facts, self.fingerprint, self.validation_per_class, second_stage]
         known.append(self.base.key if self.base else None)
@@ -103,6 +106,17 @@ class Job:
 def _left_out(values: Mapping[str, Any]) -> set[str]:
     """Names of the settings that are not part of a key."""
     return {*MAY_DIFFER, *(name for name, former in _ADDED.items() if values[name] == former)}
+
+
+def _checksum(file: Path) -> str:
+    """A checksum of the bytes of a file, which are read again only if its date or size is another one."""
+    state = file.stat()
+    return _checksum_at(file, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=64)
+def _checksum_at(file: Path, _date: int, _size: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _number(value: Any) -> Any:

@@ -17,12 +17,8 @@ from ltloss.training.run.checkpoint import checkpoint_in_use
 _PREFIXES = ("", "backbone.", "backbone.trunk.")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a run's checkpoint, of a .safetensors file, or of a state dict that torch saved.
-
-    A state dict may be under the key ``state_dict`` or ``model``; only tensors and plain values are unpickled. Raises
-    UserError if there are no tensors or the file is damaged.
-    """
+def weights_file(path: Path) -> Path:
+    """The file of the weights that a run, or the path of a file, names. UserError if there is none."""
     if path.is_dir():
         checkpoint = checkpoint_in_use(path)
         if checkpoint is None:
@@ -30,6 +26,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         path = checkpoint / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a run, a .safetensors or a state dict of torch")
+    return path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a run's checkpoint, of a .safetensors file, or of a state dict that torch saved.
+
+    A state dict may be under the key ``state_dict`` or ``model``; only tensors and plain values are unpickled. Raises
+    UserError if there are no tensors or the file is damaged.
+    """
+    path = weights_file(path)
     try:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,18 @@ def test_a_key_is_that_of_before_the_training_options() -> None:
     assert _key(optimizer="sgd", accumulate=1, ema=0.0, clip_norm=None) == _key()
     options = ({"optimizer": "adamw"}, {"accumulate": 2}, {"ema": 0.9}, {"clip_norm": 1.0}, {"augment": "randaugment"})
     assert len({_key(), *(_key(**given) for given in options)}) == 1 + len(options)
+
+
+def test_a_key_knows_the_weights_that_a_run_begins_with(tmp_path: Path) -> None:
+    before, again, elsewhere = (tmp_path / name for name in ("before.pt", "again.pt", "elsewhere.pt"))
+    for path, value in ((before, 0.0), (again, 1.0), (elsewhere, 0.0)):
+        path.write_bytes(struct.pack("<d", value))
+    first = _key(init_from=str(before))
+    assert first == _key(init_from=str(elsewhere)) != _key(init_from=str(again))
+    os.replace(again, before)
+    assert _key(init_from=str(before)) != first
+    with refused("missing.pt", "does not exist", error=UserError):
+        _key(init_from=str(tmp_path / "missing.pt"))
 
 
 @pytest.mark.parametrize("given", [{"validation_fraction": 0.1}, {"early_stopping": 3}, {"tensorboard": True}])
