@@ -89,7 +89,7 @@ class TargetColumn:
 
     def fill(self, tile: Tensor, value: Tensor | float) -> None:
         """Write the value, or that of the row, where the target is inside."""
-        fill = value[:, None] if isinstance(value, Tensor) else tile.new_tensor(value)
+        fill = value[:, None] if isinstance(value, Tensor) else value
         tile.scatter_(1, self.column, torch.where(self.inside, fill, tile.gather(1, self.column)))
 
 
