@@ -147,7 +147,7 @@ def partials(
                 run.launch_tiles(chunk, slab)
     result = run.result
     if labels.dim() == 2:
-        result = result._replace(target_cosine=result.target_cosine.t())
+        result = result._replace(target_cosine=result.target_cosine.t().contiguous())
     return result._replace(class_scale=result.class_scale.view(prototypes.shape[:-1])) if sub_centers else result
 
 

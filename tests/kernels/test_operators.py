@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 INTERPRETED = DEVICE == "cpu"
 OPERATORS = {**margin_cross_entropy.OPERATORS, **logsumexp.OPERATORS}
+STATS = (9.0, True, True, True, -100, None, None)
 
 
 def _loss_arguments(reduction: str = "mean", normalize: bool = True, n: int = 20) -> tuple[Any, ...]:
@@ -47,10 +48,8 @@ def _margin_arguments() -> tuple[Any, ...]:
 def _gradient_arguments(needs: list[bool]) -> tuple[Any, ...]:
     arguments = _loss_arguments()
     _, coefficients, inverse, bound, factor = OPERATORS["margin_cross_entropy"]["triton"](*arguments)
-    saved = (coefficients, factor, inverse, bound)
-    prior = arguments[3][2]
-    options = 9.0, True, True, True, -100, None, None
-    return (torch.tensor(0.7, device=DEVICE), *arguments[:3], prior, *saved, *options, needs)
+    given = (torch.tensor(0.7, device=DEVICE), *arguments[:3], arguments[3][2])
+    return (*given, coefficients, factor, inverse, bound, *STATS, needs)
 
 
 CASES: dict[str, Any] = {
@@ -60,7 +59,8 @@ CASES: dict[str, Any] = {
     "margin_loss": _margin_arguments,
     "logsumexp_gradients": lambda: _gradient_arguments([True, True, True]),
     "logsumexp_gradients features": lambda: _gradient_arguments([True, False, False]),
-    "logsumexp_stats": lambda: (*kernel_problem(20, 40, 8), None, 9.0, True, True, True, -100, None, None),
+    "logsumexp_stats": lambda: (*kernel_problem(20, 40, 8), None, *STATS),
+    "logsumexp_stats labels": lambda: (*_loss_arguments()[:2], kernel_problem(40, 40)[2].view(-1, 2), None, *STATS),
 }
 
 

@@ -98,6 +98,15 @@ CASES: dict[str, Any] = {
     ),
     "logsumexp_stats length": lambda: (*_problem(requires_grad=False), None, 9.0, False, True, True, -100, None, None),
     "logsumexp_stats linear": lambda: (*_problem(requires_grad=False), None, 9.0, False, False, True, -100, None, None),
+    "logsumexp_stats labels": lambda: (
+        *_COSINES[:2],
+        torch.tensor([[0, 5], [1, -100], [-100, 2], [3, 3]]),
+        *_COSINES[3:],
+        True,
+        -100,
+        None,
+        None,
+    ),
     "logsumexp_stats bend": lambda: (*_COSINES, False, -100, *_bend()),
     "logsumexp_stats empty": lambda: (
         *_problem(0, False),
