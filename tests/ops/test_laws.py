@@ -83,11 +83,14 @@ class Case(NamedTuple):
 
         A cosine has an error of some roundings, and a logit one of s times that; in float32 as much may a loss of size
         1 be off, and a gradient. An angle makes more of it, by 1/sin θ of the target, and its slope by 1/sin²θ, which
-        are bounded. Nothing is known of a float32 slope there, where 1/sin²θ is 4 million.
+        are bounded. What a slope's error is relative to are the terms of a gradient, which may cancel each other.
+        Nothing is known of a float32 slope there, where 1/sin²θ is 4 million.
         """
         steep, roundings = self.steepness(), ROUNDINGS * torch.finfo(self.backend.dtype).eps
         if self.backend.dtype == torch.float64:
-            return assert_same(got, expected, EXACT + roundings * steep**2, smallest_size)
+            of_slope = roundings * steep**2
+            size = max(smallest_size, self.largest_term() * of_slope / (EXACT + of_slope))
+            return assert_same(got, expected, EXACT + of_slope, size)
         rows, prototypes, _ = self.given
         length = 1.0
         for matrix, normalized in ((rows, "normalize_features"), (prototypes, "normalize_prototypes")):
@@ -97,6 +100,12 @@ class Case(NamedTuple):
         only_loss = expected._replace(loss=got.loss)  # which has no slope
         assert_same(only_loss, expected, roundings * (1.0 + of_logits), smallest_size=1.0)
         return assert_same(got, expected, roundings * (of_logits + steep**2), smallest_size=1.0)
+
+    def largest_term(self) -> float:
+        """What one logit adds to a gradient at most: s times a class weight over the length of a row."""
+        lengths = torch.cat([matrix.norm(dim=1) for matrix in self.given[:2]])
+        weight = self.options.get("class_weight", torch.ones(1))
+        return self.options.get("scale", 30.0) * float(weight.max()) / float(lengths[lengths > 0].min())
 
     def steepness(self) -> float:
         """The largest 1/sin θ of a target with a margin on its angle, as far as that is bounded; else 1."""
