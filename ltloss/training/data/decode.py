@@ -40,8 +40,7 @@ def open_image(path: Path) -> Image.Image:
         raise ImageError("is not an image that can be read") from None
     except FileNotFoundError:
         raise ImageError("does not exist (any more)") from None
-    # Pillow's decoders raise all of these for damaged files.
-    except (OSError, ValueError, SyntaxError, IndexError, EOFError, MemoryError, OverflowError) as error:
+    except Exception as error:  # whatever damaged bytes make of Pillow's decoders
         raise ImageError(f"is damaged ({in_one_line(error)})") from error
 
 

@@ -80,7 +80,7 @@ def _read(path: Path, known: _Classes | None = None) -> tuple[list[str], np.ndar
         text = path.read_text(encoding="utf-8-sig")
         of_json = path.suffix == ".json"
         names, labels, given = _of_json(path, json.loads(text), known) if of_json else _of_lines(path, text)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({in_one_line(repr(error))}); give a list of images") from error
     if not names:
         raise UserError(f"{path} holds no image; give a file with lines of PATH LABEL")

@@ -208,6 +208,23 @@ def test_resizing_keeps_the_aspect_ratio() -> None:
     assert to_pixels(Image.fromarray(wide), (1, 5, 5)).tolist() == np.full((1, 5, 5), 200).tolist()
 
 
+def test_a_tiff_with_one_bit_wrong_is_read_or_refused(tmp_path: Path) -> None:
+    """Among other errors, Pillow raises TypeError for one of them."""
+    path = tmp_path / "image.tiff"
+    Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(path, exif={0x0112: 6})
+    content = path.read_bytes()
+    refused_at = set()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            open_image(path)
+        except ImageError:
+            refused_at.add(bit // 8)
+    assert {0, 1} < refused_at < set(range(len(content)))
+
+
 def test_a_missing_image_is_a_image_error(tmp_path: Path) -> None:
     with pytest.raises(ImageError):
         open_image(tmp_path / "none.png")

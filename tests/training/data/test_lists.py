@@ -168,9 +168,11 @@ def test_what_else_is_refused(lists: Path, tmp_path: Path, toy_folder: Path) -> 
         shutil.copy(lists / "Toy_LT_train.txt", lists / name)
     with refused("Other_train.txt", "Toy_LT_train.txt", error=UserError):
         load(lists, tmp_path, "train")
-    (tmp_path / "broken.json").write_text("{")
-    with refused("broken.json", error=UserError):
-        load_data(str(tmp_path / "broken.json"), split="all")
+    without_a_kind = _inaturalist(toy_folder, 0).replace('{"id": 14, "name": "kind 2"}', "null")
+    for text in ("{", without_a_kind):
+        (tmp_path / "broken.json").write_text(text)
+        with refused("broken.json", error=UserError):
+            load_data(str(tmp_path / "broken.json"), split="all")
 
 
 def test_other_data_do_not_begin_in_the_root_of_the_run(lists: Path, toy_folder: Path, tmp_path: Path) -> None:
