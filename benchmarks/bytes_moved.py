@@ -181,8 +181,8 @@ def as_for_many() -> Iterator[None]:
 
 
 @contextmanager
-def in_a_graph() -> Iterator[None]:
-    """Within the block, few samples have the slabs that they have in a CUDA graph."""
+def slabs_of_the_cache() -> Iterator[None]:
+    """Within the block, slabs of few samples stay in the second-level cache."""
     from ltloss_kernels.config import choices
 
     with choices.trying("slabs of the cache"):
@@ -195,7 +195,7 @@ def main() -> int:
     print("prototypes     N  as            forward  x least   backward  x least   (GB; C = 1,000,000, D = 512)")
     for w in (torch.bfloat16, torch.float32):
         for n in (64, 256, 512):
-            for name, way in (("many", as_for_many), ("few", nullcontext), ("in a graph", in_a_graph)):
+            for name, way in (("many", as_for_many), ("few", nullcontext), ("in cache", slabs_of_the_cache)):
                 with way():
                     forward, backward = step(n, 10**6, 512, w=w)
                 print(
@@ -207,10 +207,10 @@ def main() -> int:
     for n in (256, 512, 4096):
         pairs = zip(*(step(n, 10**6, 512, keep=keep) for keep in (False, True)), strict=True)
         print(f"{n:5}" + "".join(f"{usual.bytes / 1e9:10.2f} {kept.bytes / 1e9:7.2f}" for usual, kept in pairs))
-    print("\nthe whole step, prototypes moved in the backward, float32 state, in a graph (N = 256)")
+    print("\nthe whole step, prototypes moved in the backward, float32 state, slabs of the cache (N = 256)")
     print("prototypes  rule       GB   x least")
     for w, rule in itertools.product((torch.bfloat16, torch.float32), ("sgd", "adamw")):
-        with in_a_graph():
+        with slabs_of_the_cache():
             whole = Moved(*map(sum, zip(*step(256, 10**6, 512, w=w, rule=rule), strict=True)))
         print(f"{str(w)[6:]:10}  {rule:6} {whole.bytes / 1e9:7.2f} {whole.ratio:8.2f}")
     return 0

@@ -28,7 +28,6 @@ from ltloss_kernels.device.projection import projection_kernel, prototype_gradie
 from ltloss_kernels.exponentials import Exponentials
 from ltloss_kernels.launching import Launches, layout
 from ltloss_kernels.prototype_update import NO_UPDATE, PrototypeUpdate, Updating
-from ltloss_kernels.running import recording
 
 __all__ = ["BackwardPass", "Slab"]
 
@@ -148,7 +147,7 @@ class BackwardPass:
             tile_classes=self.tile.classes,
             limit=limit,
             reread=several * width * (size + 4 * (need_prototypes and not projecting)),
-            cache=tiles.cache_bytes(device) if choices.tried("slabs of the cache") or recording(device) else 0,
+            cache=tiles.cache_bytes(device) if choices.tried("slabs of the cache") else 0,
         )
         if choices.tried("one wave"):
             wave = in_waves(self.plan.classes, width, tiles.multiprocessors(device))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ltloss_kernels.device.rows import row_norm_kernel
 
-__all__ = ["RUNNABLE", "interpreting", "on_device", "recording", "runnable", "widened"]
+__all__ = ["RUNNABLE", "interpreting", "on_device", "runnable", "widened"]
 
 
 RUNNABLE = (
@@ -27,11 +27,6 @@ def interpreting() -> bool:
 def runnable(device: torch.device) -> bool:
     """Whether kernels run on tensors of this device."""
     return device.type == "cuda" or interpreting()
-
-
-def recording(device: torch.device) -> bool:
-    """Whether launches are being captured in a CUDA graph, which replays them at no cost to the host."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

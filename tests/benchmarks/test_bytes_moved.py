@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.bytes_moved import _LINE, Moved, Operand, Traffic, as_for_many, in_a_graph, step
+from benchmarks.bytes_moved import _LINE, Moved, Operand, Traffic, as_for_many, slabs_of_the_cache, step
 from benchmarks.timing import fresh_processes
 
 pytest.importorskip("triton")
@@ -89,7 +89,7 @@ def test_few_samples_read_a_million_prototypes_once(
     samples: int, prototypes: torch.dtype, backward_at_most: float, elsewhere: Executor
 ) -> None:
     sizes = (samples, 10**6, 512, torch.bfloat16, prototypes)
-    ways = (as_for_many, nullcontext, in_a_graph)
+    ways = (as_for_many, nullcontext, slabs_of_the_cache)
     many, few, graph = list(elsewhere.map(counted, ways, *([one] * 3 for one in sizes)))
     for forward, _ in (few, graph):
         assert 1.0 <= forward.ratio <= 1.05
@@ -115,6 +115,6 @@ def test_a_step_that_moves_a_million_prototypes_moves_little_else(
 ) -> None:
     """Forward and backward together, in a CUDA graph."""
     given = (256, 10**6, 512, torch.bfloat16, prototypes, rule)
-    forward, backward = elsewhere.submit(counted, in_a_graph, *given).result()
+    forward, backward = elsewhere.submit(counted, slabs_of_the_cache, *given).result()
     assert backward.least > forward.least + 2 * 10**6 * 512 * 4  # float32 state is read and written
     assert 1.0 <= (forward.bytes + backward.bytes) / (forward.least + backward.least) <= 1.1
