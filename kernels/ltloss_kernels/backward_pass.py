@@ -262,10 +262,11 @@ class BackwardPass:
         slab_part = part(part(self._slab, slice(0, samples)), slice(0, self.sub_centers * columns), 1)
         kept = None if self.kept is None else self.kept.rows(rows)
         shifts = None if kept is None or self.kept_shift is not None else kept.shifts
+        tf32 = self.dtype == torch.float32 and self.precision == "tf32"
         self.launch(gradient_tile_kernel, (ceil_div(samples, tile.rows) * class_tiles,))(
             # inputs
-            None if kept else block_source(features, tile.rows, tile.depth, self.described),
-            None if kept else block_source(prototypes, tile.classes, tile.depth, self.described),
+            None if kept else block_source(features, tile.rows, tile.depth, self.described, tf32),
+            None if kept else block_source(prototypes, tile.classes, tile.depth, self.described, tf32),
             slab.factor,
             None if kept else part(self.prior, here),
             label,

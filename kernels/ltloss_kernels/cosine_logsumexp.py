@@ -355,10 +355,11 @@ class ForwardPass:
         kept = None if self.kept is None else self.kept.rows(rows)
         (count, width), prototypes = features.shape, beside_each_other(prototypes, self.sub_centers)
         slab_tiles = ceil_div(prototypes.shape[0], self.tile.classes)
+        tf32 = self.dtype == torch.float32 and self.precision == "tf32"
         self.launch(cosine_logsumexp_kernel, (ceil_div(count, tile.rows), splits))(
             # inputs
-            block_source(features, tile.rows, tile.depth, self.described),
-            block_source(prototypes, tile.classes, tile.depth, self.described),
+            block_source(features, tile.rows, tile.depth, self.described, tf32),
+            block_source(prototypes, tile.classes, tile.depth, self.described, tf32),
             self._factor if self._copy_factor is None else self._copy_factor,
             self.prior if self.norms_in_tiles else self._scaled_prior,
             chunk.label,

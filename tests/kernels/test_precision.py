@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,3 +120,34 @@ def test_products_of_halves_are_added_up_in_float32(overwrite: bool, monkeypatch
         torch.backends.cuda.matmul.allow_fp16_accumulation = False
     assert not any(seen)
     assert (target == (8.0 if overwrite else 10.0)).all()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float16)])
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("samples", [20, 600])
+def test_operands_of_tf32_are_rounded_where_triton_can(
+    samples: int, precision: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off instead, both factors would make each product smaller. Results and half precision are not."""
+    if "round_f32_to_tf32" not in {field.name for field in fields(operands.TensorDescriptor)}:
+        pytest.skip("this Triton cuts off")
+    made = []
+
+    class Written(operands.TensorDescriptor):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append((self.base.dtype, self.round_f32_to_tf32))
+
+    monkeypatch.setattr(operands, "TensorDescriptor", Written)
+    features, prototypes, labels = kernel_problem(samples, 40, 16, dtypes=dtypes)
+    leaves = features.requires_grad_(), prototypes.requires_grad_()
+    with float32_products(precision):
+        functional.margin_cross_entropy(*leaves, labels).backward()
+    assert made
+    rounded = sum(round_it for _, round_it in made)
+    assert all(dtype == torch.float32 for dtype, round_it in made if round_it)
+    products_in_tf32 = precision == "high" and dtypes[0] == torch.float32
+    assert (rounded > 0) == products_in_tf32
+    if products_in_tf32:  # two operands of each product; what is written is not
+        assert rounded % 2 == 0
+        assert len(made) - rounded == rounded // 4

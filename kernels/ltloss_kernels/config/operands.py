@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TypeVar
 
 import torch
@@ -33,6 +34,8 @@ __all__ = [
 
 _Given = TypeVar("_Given", Tensor, Tensor | None)
 _HALVES = (torch.float16, torch.bfloat16)
+# From Triton 3.7 on.
+_TO_TF32 = {field.name: True for field in fields(TensorDescriptor) if field.name == "round_f32_to_tf32"}
 _FLOAT8 = torch.float8_e4m3fn  # of prototypes; times a power of two its numbers are exact in every other dtype
 
 
@@ -87,11 +90,18 @@ def beside_each_other(matrix: Tensor, rows: int) -> Tensor:
     return matrix.as_strided((count // rows, (rows - 1) * stride + width), (rows * stride, 1))
 
 
-def block_source(matrix: Tensor, rows: int, columns: int, described: bool) -> TensorDescriptor | Tensor:
-    """``matrix`` as the kernels take it: a descriptor with blocks of rows by columns for the copy engine, or itself."""
+def block_source(
+    matrix: Tensor, rows: int, columns: int, described: bool, tf32: bool = False
+) -> TensorDescriptor | Tensor:
+    """``matrix`` as the kernels take it: a descriptor with blocks of rows by columns for the copy engine, or itself.
+
+    ``tf32``: for a product in TF32 the copy engine rounds the entries, where Triton can ask for that. The product would
+    cut them off instead, which makes every logit smaller. Searches let it: both their passes must see the same entries.
+    """
     if not described:
         return matrix
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+    options = _TO_TF32 if tf32 else {}
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], **options)
 
 
 def vector(values: Tensor | None) -> Tensor | None:
