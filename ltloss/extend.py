@@ -272,7 +272,7 @@ def margin_losses(
         scale = scale[:, None].expand(stats.labels.shape)
     # A zero feature that keeps its length has logit 0 and scale 0; the bound turns 0/0 into 0.
     divisor = scale.clamp_min(torch.finfo(scale.dtype).tiny) if isinstance(scale, Tensor) else scale
-    of_samples = of_classes.of_samples(stats.labels.clamp(0, stats.num_classes - 1))
+    of_samples = of_classes.of_samples(stats.labels)
     of_samples = of_samples._replace(
         angular_margin=_added("sample_angular_margin", sample_angular_margin, of_samples.angular_margin, stats),
         cosine_margin=_added("sample_cosine_margin", sample_cosine_margin, of_samples.cosine_margin, stats),

@@ -107,8 +107,11 @@ class Margin(NamedTuple):
         return self.angle_multiplier != 1.0 or isinstance(self.angular_margin, Tensor) or self.angular_margin != 0.0
 
     def of_samples(self, classes: Tensor) -> Margin:
-        """Return the margin of each sample (N,), given the class of each."""
-        angle, cosine = (value[classes] if isinstance(value, Tensor) and value.dim() else value for value in self[:2])
+        """Return the margin of each sample (N,), given the class of each; anything for what is no class."""
+        angle, cosine = (
+            value[classes.clamp(0, len(value) - 1)] if isinstance(value, Tensor) and value.dim() else value
+            for value in self[:2]
+        )
         return self._replace(angular_margin=angle, cosine_margin=cosine)
 
     def to(self, dtype: torch.dtype) -> Margin:

@@ -90,17 +90,21 @@ def target_cosine(
 
 @torch.no_grad()
 def cosines_of_target(features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
-    """Cosines (N, K) to the sub-centres of each sample's class, or (N, 1); 0 where the label is negative."""
+    """Cosines (N, K) to the sub-centres of each sample's class, or (N, 1).
+
+    0 where the label is negative, NaN where it is no class.
+    """
     several = prototypes if prototypes.dim() == 3 else prototypes[:, None]
     dtype, counted = compute_dtype(features, prototypes), labels >= 0
     cosine = features.new_zeros(len(features), several.shape[1], dtype=dtype)
     for start, stop in spans(len(features) if len(prototypes) else 0, 1024):  # a rank may have no classes
         rows = slice(start, stop)
         x = direction(features[rows].masked_fill(~counted[rows, None], 0.0).to(dtype))
-        own = several[labels[rows].clamp_min(0)].to(dtype)
+        own = several[labels[rows].clamp(0, len(several) - 1)].to(dtype)
         # No product of matrices, which autocast would take in half precision.
         cosine[rows] = (x[:, None] * direction(own.flatten(0, 1)).view_as(own)).sum(2)
-    return cosine.masked_fill(~counted[:, None], 0.0)
+    cosine.masked_fill_(~counted[:, None], 0.0)
+    return cosine.masked_fill_((labels >= len(several))[:, None], math.nan) if len(several) else cosine
 
 
 def scaled_features(

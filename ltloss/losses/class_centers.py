@@ -139,14 +139,15 @@ class ClassCenters(nn.Module):
             return
         dtype = compute_dtype(features, self.centers)
         unit = direction(features.to(dtype))
-        counted = (labels >= 0) & unit.isfinite().all(1)  # NaN would stay, though its step is skipped
+        centers, counts = self._at_hand()
+        counted = (labels >= 0) & (labels < len(centers))
+        counted &= unit.isfinite().all(1)  # NaN would stay, though its step is skipped
         labels, unit = labels.masked_fill(~counted, -1), torch.where(counted[:, None], unit, 0.0)
         group, first = _group_by_label(labels)
         # Sums per group of the batch, then gathered per sample: nothing of size C is allocated.
         batch_sum = add_rows_(torch.zeros_like(unit), group, unit)[group]
         batch_count = add_rows_(torch.zeros_like(group), group, torch.ones_like(group))[group]
         rows = torch.where(counted, labels, 0)
-        centers, counts = self._at_hand()
         old, seen = centers[rows].to(dtype), counts[rows]
         if self.update_rule == "mean":
             step = (batch_sum - batch_count[:, None] * old) / (seen + batch_count)[:, None]
@@ -163,14 +164,14 @@ class ClassCenters(nn.Module):
 
         Args:
             features: (N, D), any length.
-            labels: (N,) int64; -1 counts as class 0.
+            labels: (N,) int64; -1 counts as class 0, C and more as the last one.
 
         Returns:
             (N,); 1 where the class was never seen, so that 1 − cos contributes nothing.
         """
-        rows = labels.clamp_min(0)
         dtype = compute_dtype(features, self.centers)
         centers, counts = self._at_hand()
+        rows = labels.clamp(0, len(centers) - 1)
         # Not vecdot, which autocast would run in half precision.
         cosine = (direction(features.to(dtype)) * direction(centers[rows].to(dtype))).sum(1)
         return torch.where(counts[rows] == 0, 1.0, cosine)

@@ -87,7 +87,7 @@ class CurricularFaceLoss(SampleMarginLoss):
             seen = torch.where(counted, cosine, 0.0).sum() / counted.sum()
             moved = self.mean_cosine.lerp(seen.to(self.mean_cosine), 1.0 - self.momentum)
             self.mean_cosine.copy_(torch.where(counted.any(), moved, self.mean_cosine))
-        margin = Margin(self.angular_margin).of_samples(labels.clamp_min(0)).angular_margin
+        margin = Margin(self.angular_margin).of_samples(labels).angular_margin
         return Bend((cosine.clamp(-1.0, 1.0).acos() + margin).cos(), p1=self.mean_cosine, p2=1.0)
 
 
