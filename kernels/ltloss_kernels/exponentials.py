@@ -15,6 +15,7 @@ from ltloss_kernels.running import interpreting
 
 __all__ = ["Exponentials", "exponentials_bytes", "new_exponentials"]
 
+_LEAST_CLASSES = 64  # of a tile that is used or may be tuned to
 _UNIT = 8  # entries in 16 bytes: rows start at multiples of this, as the copy engine needs
 
 
@@ -42,9 +43,9 @@ class Exponentials(NamedTuple):
 
 
 def exponentials_bytes(features: Tensor, prototypes: Tensor) -> int:
-    """Bytes that :func:`new_exponentials` allocates."""
-    (samples, classes), (class_tiles, _) = _shapes(features, prototypes)
-    return samples * (2 * classes + 4 * class_tiles)
+    """Bytes that :func:`new_exponentials` allocates at most: it does not ask for the tile, which no graph can trace."""
+    samples, classes = features.shape[0], prototypes.shape[0]
+    return samples * (2 * ceil_div(classes, _UNIT) * _UNIT + 4 * ceil_div(classes, _LEAST_CLASSES))
 
 
 def new_exponentials(features: Tensor, prototypes: Tensor, fake: bool = False) -> Exponentials:

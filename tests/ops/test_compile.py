@@ -185,8 +185,11 @@ def test_module_is_one_graph(name: str, dynamic: bool) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", ["ArcFaceLoss", "CosineSpaceLoss"])
-def test_kept_exponentials_in_one_graph(name: str, dynamic: bool) -> None:
-    with ltloss.use_workspace(1 << 20, keep_exponentials=True):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_kept_exponentials_in_one_graph(backend: str, name: str, dynamic: bool) -> None:
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("the interpreter's tensors are on the CPU")
+    with ltloss.use_workspace(1 << 20, keep_exponentials=True), ltloss.use_backend(backend):
         _check(name, "aot_eager", dynamic)
 
 

@@ -56,9 +56,11 @@ def test_kept_exponentials_of_a_rank_are_those_that_the_kernels_take(rate: float
     kernels = pytest.importorskip("ltloss_kernels", exc_type=ImportError)
     p = replace(LARGE, classes=3_200, batch=1000, gpus=4, data=2, sample_rate=rate, keep_exponentials=True)
     assert p.used_classes % 8 == 0  # rows are filled up to so many
-    features, prototypes = (torch.empty(n, 512, dtype=torch.bfloat16) for n in (500, p.used_classes))
+    sizes = (500, 512), (p.used_classes, 512)
+    features, prototypes = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes)
     with mock.patch.object(tile_table, "forward_tile", return_value=tile_table.Tile(128, 128, 64, 4, 3)):
-        taken = kernels.exponentials_bytes(features, prototypes)
+        taken = sum(tensor.nbytes for tensor in kernels.new_exponentials(features, prototypes))
+        assert taken <= kernels.exponentials_bytes(features, prototypes)
     assert make_plan(p, H200).memory["kept exponentials"] == taken
 
 

@@ -12,6 +12,7 @@ from helpers.refusals import missing, warned
 
 pytest.importorskip("triton")
 
+from ltloss_kernels import exponentials
 from ltloss_kernels.config import tile_cache
 from ltloss_kernels.config import tile_table as tiles
 
@@ -176,3 +177,12 @@ def test_sizes_have_tiles_of_their_own() -> None:
     assert stays == [64, 65, 128]
     assert not tiles.row_block_stays(100, tiles.forward_tile(100, torch.bfloat16, "ieee", 8192, 64), 64)
     assert forward(64, 128, torch.float32) == forward(8192, 512, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_no_tile_has_more_shifts_than_the_exponentials_are_counted_with(precision: str, dtype: torch.dtype) -> None:
+    for arch in tiles.ARCHITECTURES:
+        for samples, width in ((10, 512), (300, 512), (5000, 100), (5000, 512)):
+            for tile in tune_tiles.candidates("forward", arch, dtype, precision, samples, width):
+                assert tile.classes >= exponentials._LEAST_CLASSES
