@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 C = TypeVar("C", bound=type)
 
-__all__ = ["renamed_fields", "renamed_keys", "renamed_keywords", "warn_deprecated"]
+__all__ = ["FormerAttribute", "renamed_fields", "renamed_keys", "renamed_keywords", "warn_deprecated"]
 _OURS = (__name__.removesuffix("_deprecation"), "argparse")  # argparse calls the parsers of the command's options
 
 
@@ -73,13 +73,15 @@ def renamed_fields(**former: str) -> Callable[[C], C]:
         cls.__init__ = renamed_keywords(**former)(cls.__init__)  # type: ignore[misc]
         for name, now in former.items():
             if not now.startswith("not "):
-                setattr(cls, name, _FormerAttribute(f"{cls.__name__}.{name}", now))
+                setattr(cls, name, FormerAttribute(f"{cls.__name__}.{name}", now))
         return cls
 
     return decorate
 
 
-class _FormerAttribute:
+class FormerAttribute:
+    """A descriptor that is the attribute ``name`` of today, by its former name (said in full), with a warning."""
+
     def __init__(self, former: str, name: str) -> None:
         self._name, self._message = name, f"{former} is {name} now; the former name goes with version 0.3"
 

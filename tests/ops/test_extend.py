@@ -178,16 +178,55 @@ def test_an_integer_margin_is_a_number() -> None:
     assert torch.equal(margin_losses(_stats(), cosine_margin=1), margin_losses(_stats(), cosine_margin=1.0))
 
 
-def test_the_former_name_works_and_says_so() -> None:
-    sys.modules.pop("ltloss.epilogue", None)  # it warns when it is imported
-    with warned("ltloss.epilogue", "ltloss.extend"):
-        epilogue = importlib.import_module("ltloss.epilogue")
-    given = problem()
-    weight = torch.linspace(0.5, 1.5, 9, dtype=torch.float64)
-    stats = epilogue.one_pass(*given, scale=9.0)
-    loss = epilogue.reduce_losses(epilogue.margin_losses(stats, cosine_margin=0.2), stats.labels, weight, "mean")
-    expected = functional.margin_cross_entropy(*given, scale=9.0, cosine_margin=0.2, class_weight=weight)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0.0)
+class TestTheInterfaceOfVersion01:
+    """``ltloss.epilogue`` has all that it exported, and each name says which one is new."""
+
+    @pytest.fixture
+    def epilogue(self) -> Any:
+        sys.modules.pop("ltloss.epilogue", None)  # it warns when it is imported
+        with warned("ltloss.epilogue", "ltloss.extend"):
+            return importlib.import_module("ltloss.epilogue")
+
+    def test_three_steps(self, epilogue: Any) -> None:
+        given, weight = problem(), torch.linspace(0.5, 1.5, 9, dtype=torch.float64)
+        with warned("one_pass", "ltloss.extend.logsumexp_stats"):
+            result = epilogue.one_pass(*given, scale=9.0)
+        with warned("margin_losses", "ltloss.extend.margin_losses"):
+            losses = epilogue.margin_losses(result, cosine_margin=0.2)
+        with warned("result", "stats"):
+            assert torch.equal(epilogue.margin_losses(result=result, cosine_margin=0.2), losses)
+        with warned("reduce_losses", "ltloss.extend.reduce_losses"):
+            loss = epilogue.reduce_losses(losses, result.labels, weight, "mean")
+        expected = functional.margin_cross_entropy(*given, scale=9.0, cosine_margin=0.2, class_weight=weight)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0.0)
+        with warned("fused_margin_cross_entropy", "ltloss.functional.margin_cross_entropy"):
+            fused = epilogue.fused_margin_cross_entropy(*given, scale=9.0, cosine_margin=0.2, class_weight=weight)
+        assert torch.equal(fused, expected)
+
+    def test_the_fields_of_the_result(self, epilogue: Any) -> None:
+        result = epilogue.one_pass(*problem(), scale=9.0, log_prior=torch.linspace(-2.0, -1.0, 9, dtype=torch.float64))
+        assert isinstance(result, epilogue.OnePass)
+        former = {"other_logsumexp": "logsumexp", "own_logit": "target_logit", "own_prior": "target_prior"}
+        for name, now in former.items():
+            with warned(f"OnePass.{name}", now):
+                assert getattr(result, name) is getattr(result, now)
+        values = {**result._asdict(), "own_logit": result.target_logit}
+        del values["target_logit"]
+        with warned("own_logit", "target_logit"):
+            assert epilogue.OnePass(**values) == result
+
+    def test_the_parts_of_a_pass(self, epilogue: Any) -> None:
+        features, prototypes, labels = problem(ignored=False)
+        prior = torch.linspace(-2.0, -1.0, 9, dtype=torch.float64)
+        stats = logsumexp_stats(features, prototypes, labels, scale=9.0, log_prior=prior, with_logit_sum=True)
+        with warned("wide_pass", "ltloss.extend.logsumexp_stats"):
+            found = epilogue.wide_pass(features, prototypes, labels, prior, 9.0, True, True)
+        expected = stats.logsumexp, stats.target_logit, stats.logit_sum - prior.sum()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        with warned("gather_per_class"):
+            assert epilogue.gather_per_class(prior, torch.tensor([0, -1, 8])).tolist() == [-2.0, -2.0, -1.0]
+        with warned("gather_per_class"):
+            assert epilogue.gather_per_class(0.5, labels) == 0.5
 
 
 class TestBentLosses:
