@@ -78,4 +78,5 @@ gpu:  ## check and measure on this machine's GPU, write benchmarks/results/<devi
 	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.loss_gpu
 
 clean:  ## remove everything that the other targets made
-	rm -rf $(VENV) build demo runs .mypy_cache .ruff_cache .pytest_cache .benchmarks
+	rm -rf $(VENV) build demo runs .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
