@@ -48,7 +48,6 @@ __all__ = [
     "shown",
 ]
 
-
 _T = TypeVar("_T", bound=int)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_SUB_CENTERS = _MOST_LABELS = 8
@@ -59,6 +58,7 @@ _LARGEST = sys.float_info.max
 # The range of the values of a per-class constant: lowest, highest, and in words.
 _RANGES = {
     "angular_margin": (-_PI, _PI, "lie in [-π, π] radians, not degrees"),
+    "cosine_margin": (-2.0, 2.0, "lie in [-2, 2] in units of the cosine, not degrees"),  # cosines span 2
     "class_weight": (0.0, _LARGEST, "be finite and not negative"),
     "log_prior": (-math.inf, _LARGEST, "be finite, or -inf for a class without samples"),
 }
@@ -282,12 +282,12 @@ def check_labels(features: Tensor, labels: Any, features_name: str = "features",
 
 
 def check_per_class(
-    name: str, given: Any, num_classes: int, like: Tensor, *, learnable: bool = False
+    name: str, given: Any, num_classes: int, like: Tensor, *, learnable: bool = False, kind: str = ""
 ) -> Tensor | float:
     """Return a number as a float, or a vector (C,) in ``like``'s dtype; raise for anything else or out of range.
 
     Margins and weights are constants of the training set. Unless ``learnable``, a tensor that requires a gradient is
-    refused, because it would never receive one.
+    refused, because it would never receive one. ``kind``: the name under which its range is known, if another.
     """
     if isinstance(given, Tensor):
         check_dense(name, given)
@@ -297,12 +297,12 @@ def check_per_class(
             raise ValueError(f"{name} must be a number or have shape ({num_classes},); got {tuple(given.shape)}")
         check_same_device(features=like, **{name: given})
         if given.numel() and not given.requires_grad and _readable(given):  # a NaN in a parameter makes the loss NaN
-            check_values(name, given)
+            check_values(name, given, kind)
         return given.to(like.dtype)
     given = plain_number(given)
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise TypeError(f"{name} must be a number or a tensor ({num_classes},); got {type(given).__name__} {given!r}")
-    lowest, highest, expected = _RANGES.get(name, _FINITE)
+    lowest, highest, expected = _RANGES.get(kind or name, _FINITE)
     if not lowest <= given <= highest:
         raise ValueError(f"{name} must {expected}, and not NaN; got {given:g}")
     return float(given)
@@ -331,9 +331,9 @@ def _readable(given: Tensor) -> bool:
     return given.device.type == "cpu" and not torch.compiler.is_compiling() and current_backend() != "triton"
 
 
-def check_values(name: str, given: Tensor) -> None:
+def check_values(name: str, given: Tensor, kind: str = "") -> None:
     """Raise ValueError unless all values of a per-class constant lie in its range."""
-    lowest, highest, expected = _RANGES.get(name, _FINITE)
+    lowest, highest, expected = _RANGES.get(kind or name, _FINITE)
     least, most = (float(end) for end in given.detach().aminmax())  # both NaN where one value is
     if not (lowest <= least and most <= highest):
         values = given.reshape(-1).double()
@@ -390,9 +390,8 @@ def check_label_range(labels: Tensor, num_classes: int, ignore_index: int, name:
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bool(bad.any()):
         first = int(bad.nonzero()[0, 0])
-        labels = (
-            labels if labels.dim() == 1 else torch.where(bad, labels, 0).gather(1, bad.long().argmax(1)[:, None])[:, 0]
-        )
+        if labels.dim() > 1:
+            labels = torch.where(bad, labels, 0).gather(1, bad.long().argmax(1)[:, None])[:, 0]
         allowed = f" or be ignore_index={ignore_index}" if name == "labels" else ""
         raise IndexError(
             f"{name} must lie in [0, {num_classes}){allowed}; "

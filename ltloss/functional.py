@@ -89,7 +89,7 @@ def margin_cross_entropy(
         labels: (N,) integers in [0, C), or ``ignore_index``.
         scale: s > 0, the inverse temperature. The modules derive theirs from C: :func:`ltloss.default_scale`.
         angular_margin: m2 in radians, a number or (C,).
-        cosine_margin: m3, a number or (C,).
+        cosine_margin: m3 in [-2, 2], a number or (C,).
         angle_multiplier: m1 > 0.
         log_prior: (C,), added to the training logits (balanced softmax, logit adjustment). -inf removes a class
             without samples. A tensor that requires a gradient gets one.

@@ -74,10 +74,10 @@ class CosFace:
 
     Args:
         s: scale, positive.
-        m: margin, subtracted from the cosine.
+        m: margin in [-2, 2], subtracted from the cosine.
 
     Raises:
-        ValueError, TypeError: a scale that is not positive, a margin that is no number.
+        ValueError, TypeError: a scale or a margin out of range, or no number.
 
     See also: :class:`ltloss.CosFaceLoss`, which holds the prototypes too; :class:`PartialFC_V2`, which takes this
     object.
@@ -92,7 +92,7 @@ class CosFace:
 
     def __post_init__(self) -> None:
         check_number("s", self.s, above=0.0)
-        check_number("m", self.m)
+        check_number("m", self.m, at_least=-2.0, at_most=2.0)
 
     def options(self) -> dict[str, Any]:
         """The options for :func:`ltloss.functional.margin_cross_entropy`."""
@@ -128,7 +128,10 @@ class CombinedMarginLoss:
 
     def __post_init__(self) -> None:
         check_number("interclass_filtering_threshold", self.interclass_filtering_threshold)
-        m1, m2, m3 = (check_number(name, getattr(self, name)) for name in ("m1", "m2", "m3"))
+        m1, m2, m3 = (
+            check_number(name, getattr(self, name), at_least=-most, at_most=most)
+            for name, most in (("m1", math.inf), ("m2", math.pi), ("m3", 2.0))
+        )
         if m1 != 1.0 or m3 < 0.0 or (m2 != 0.0 and m3 != 0.0):
             raise ValueError(
                 "m1, m2 and m3 must be 1, m2 and 0 (ArcFace) or 1, 0 and m3 > 0 (CosFace), for InsightFace computes no "

@@ -183,7 +183,7 @@ class CosFaceLoss(ClassificationLoss):
     Args:
         num_classes: C.
         embedding_size: D.
-        margin: m, subtracted from the cosine.
+        margin: m in [-2, 2], subtracted from the cosine.
         scale: s > 0.
         options: as for :class:`ArcFaceLoss`.
 
@@ -212,7 +212,8 @@ class CosFaceLoss(ClassificationLoss):
         **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, **options)
-        self.margin, self.scale = check_number("margin", margin), check_number("scale", scale, above=0.0)
+        self.margin = check_number("margin", margin, at_least=-2.0, at_most=2.0)
+        self.scale = check_number("scale", scale, above=0.0)
 
     def _options(self) -> dict[str, Any]:
         return {"scale": self.scale, "cosine_margin": self.margin}

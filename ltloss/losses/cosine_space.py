@@ -12,7 +12,7 @@ from ltloss._deprecation import renamed_fields
 from ltloss._validation import check_choice, check_number, check_supervised, check_type
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.losses.class_centers import CenterUpdate, ClassCenters, check_not_inside_ddp, check_update
-from ltloss.losses.prototype_head import FRACTION, NOT_NEGATIVE, Checks, PrototypeHead
+from ltloss.losses.prototype_head import FRACTION, NOT_NEGATIVE, Checks, Names, PrototypeHead
 from ltloss.ops.logsumexp import Shard
 
 __all__ = ["CosineSpaceLoss"]
@@ -50,7 +50,7 @@ class CosineSpaceLoss(PrototypeHead):
         num_classes: C.
         embedding_size: D.
         scale: s; None: :func:`ltloss.default_scale` of C.
-        margin: m, the cosine margin of L_inter, a number or (C,).
+        margin: m in [-2, 2], the cosine margin of L_inter, a number or (C,).
         inter_weight: α.
         intra_weight: β.
         ce_weight: γ. The published order is γ > α > β.
@@ -91,6 +91,7 @@ class CosineSpaceLoss(PrototypeHead):
     margin: Tensor | float
 
     _per_class = ("margin",)
+    _kinds: ClassVar[Names] = {"margin": "cosine_margin"}
     _ordered = ("ce_weight", "inter_weight", "intra_weight", "strict")
     _checks: ClassVar[Checks] = {
         **dict.fromkeys(("inter_weight", "intra_weight", "ce_weight", "epsilon"), NOT_NEGATIVE),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ltloss._validation import check_number
+from ltloss._validation import check_number, check_per_class
 from ltloss.class_balance import Counts, checked_counts, log_prior_from_counts, margins_from_counts
 from ltloss.losses.margin_losses import CombinedMarginLoss, LossOptions, PriorOptions
 
@@ -81,6 +81,7 @@ class LDAMLoss(FromCounts, CombinedMarginLoss):
     ) -> None:
         check_class_counts(class_counts, num_classes)
         margins = margins_from_counts(class_counts, max_margin, normalize="max")
+        check_per_class("max_margin", float(max_margin), num_classes, margins, kind="cosine_margin")
         super().__init__(num_classes, embedding_size, cosine_margin=margins, **options)
         self.max_margin = max_margin
 

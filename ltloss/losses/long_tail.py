@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ltloss import functional as F
 from ltloss._deprecation import renamed_fields, warn_deprecated
-from ltloss._validation import check_choice, check_number, check_type
+from ltloss._validation import check_choice, check_number, check_per_class, check_type
 from ltloss.class_balance import Counts, Normalize, log_prior_from_counts, margins_from_counts
 from ltloss.losses.count_losses import FromCounts, check_class_counts
 from ltloss.losses.defaults import RENAMED_OPTIONS, of_form
@@ -168,6 +169,8 @@ class LongTailLoss(FromCounts, CombinedMarginLoss):
                 )
             options["log_prior"] = log_prior_from_counts(class_counts, tau)
         margins = margins_from_counts(class_counts, margin, count_exponent=margin_power, normalize=margin_normalize)
+        if bool((margins > math.pi).any()):  # refused here, by the name that was given
+            check_per_class("margin", float(margin), num_classes, margins, kind="angular_margin")
         super().__init__(num_classes, embedding_size, angular_margin=margins, **options)
         self.margin, self.margin_power, self.margin_normalize, self.tau = margin, margin_power, margin_normalize, tau
         self.min_angle_weight, self.min_angle_power = min_angle_weight, min_angle_power

@@ -7,14 +7,14 @@ records the hyper-parameters; loading it into a module with others warns.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
 from ltloss import functional as F
 from ltloss._types import Reduction
-from ltloss.losses.prototype_head import PrototypeHead
+from ltloss.losses.prototype_head import Names, PrototypeHead
 from ltloss.margins import OPTION_NAMES, BeyondPi, MarginGradient, Objective
 from ltloss.ops.logsumexp import Shard
 from ltloss.soft_labels import soft_label_cross_entropy
@@ -64,7 +64,7 @@ class CombinedMarginLoss(PrototypeHead):
         scale: s; None: the default of :class:`PrototypeHead`.
         angle_multiplier: m1.
         angular_margin: m2 in radians, a number or (C,).
-        cosine_margin: m3, a number or (C,).
+        cosine_margin: m3 in [-2, 2], a number or (C,).
         log_prior: (C,) added to the training logits, or None.
         class_weight: (C,) factor on the loss of each class, or None. :meth:`set_class_weight` changes it later.
         label_smoothing, ignore_index, normalize_features, beyond_pi, margin_gradient, reduction: as in
@@ -210,7 +210,7 @@ class CosFaceLoss(CombinedMarginLoss):
     Args:
         num_classes: C.
         embedding_size: D.
-        margin: m, a number or (C,).
+        margin: m in [-2, 2], a number or (C,).
         options: see :class:`CombinedMarginLoss`.
 
     See also: :class:`ltloss.LDAMLoss`, with a margin per class from the class counts; :class:`ArcFaceLoss`, with a
@@ -225,6 +225,8 @@ class CosFaceLoss(CombinedMarginLoss):
         >>> loss_fn(torch.randn(4, 16), torch.tensor([0, 7, 99, 3])).shape
         torch.Size([])
     """
+
+    _called: ClassVar[Names] = {"cosine_margin": "margin (cosine_margin)"}
 
     def __init__(
         self, num_classes: int, embedding_size: int, *, margin: Tensor | float = 0.35, **options: Unpack[PriorOptions]
@@ -253,6 +255,8 @@ class ArcFaceLoss(CombinedMarginLoss):
         >>> loss_fn(torch.randn(4, 16), torch.tensor([0, 7, 99, 3])).shape
         torch.Size([])
     """
+
+    _called: ClassVar[Names] = {"angular_margin": "margin (angular_margin)"}
 
     def __init__(
         self, num_classes: int, embedding_size: int, *, margin: Tensor | float = 0.5, **options: Unpack[PriorOptions]

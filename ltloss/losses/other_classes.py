@@ -12,7 +12,7 @@ from torch import Tensor
 from ltloss._validation import check_number
 from ltloss.extend import Bend
 from ltloss.losses.margin_losses import PriorOptions
-from ltloss.losses.prototype_head import FRACTION, Checks
+from ltloss.losses.prototype_head import FRACTION, Checks, Names
 from ltloss.losses.sample_margins import SampleMarginLoss
 from ltloss.margins import Margin
 
@@ -56,6 +56,7 @@ class CurricularFaceLoss(SampleMarginLoss):
     """
 
     mean_cosine: Tensor
+    _called: ClassVar[Names] = {"angular_margin": "margin (angular_margin)"}
     _shown = ("momentum",)
     _checks: ClassVar[Checks] = {"momentum": FRACTION}
 

@@ -31,9 +31,10 @@ from ltloss.numerics import spans
 from ltloss.ops.logsumexp import Update
 from ltloss.reference import cosine_logits
 
-__all__ = ["FRACTION", "NOT_NEGATIVE", "POSITIVE", "Checks", "PrototypeHead"]
+__all__ = ["FRACTION", "NOT_NEGATIVE", "POSITIVE", "Checks", "Names", "PrototypeHead"]
 
 Checks = Mapping[str, Callable[[str, Any], object]]  # name -> what raises unless an option may have the value
+Names = Mapping[str, str]
 POSITIVE, NOT_NEGATIVE = partial(check_number, above=0.0), partial(check_number, at_least=0.0)
 FRACTION = partial(check_number, at_least=0.0, at_most=1.0)
 
@@ -93,6 +94,8 @@ class PrototypeHead(nn.Module):
     weight_exponent: Tensor | None
     _settled: tuple[str, ...] = ()  # hyper-parameters that cannot be set later: constants were computed from them
     _per_class: tuple[str, ...] = ()  # hyper-parameters that are a number or a constant vector (C,)
+    _kinds: ClassVar[Names] = MappingProxyType({})  # of those, under which name their range is known
+    _called: ClassVar[Names] = MappingProxyType({})  # and what messages call them: the argument
     _checks: ClassVar[Checks] = MappingProxyType({})  # of other hyper-parameters, wherever they are set
 
     def __init__(
@@ -186,12 +189,13 @@ class PrototypeHead(nn.Module):
 
     def _set_constant(self, name: str, value: Any) -> None:
         """Set a per-class hyper-parameter: a number as it is, a vector as a float32 constant."""
+        called, kind = self._called.get(name, name), self._kinds.get(name, name)
         if isinstance(value, Tensor):
             value = value.detach().to("cpu", torch.float32)
         if value is not None or name not in ("log_prior", "class_weight"):
-            value = check_per_class(name, value, self.num_classes, torch.empty(0, device="cpu"))
+            value = check_per_class(called, value, self.num_classes, torch.empty(0, device="cpu"), kind=kind)
         if isinstance(value, Tensor):
-            check_values(name, value)  # once, here: in a training step on a GPU the check would cost time
+            check_values(called, value, kind)  # once, here: in a training step on a GPU the check would cost time
         for former in (self.__dict__, self._buffers, self._sources):
             former.pop(name, None)
         if isinstance(value, Tensor) and value.dim():

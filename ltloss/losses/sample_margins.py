@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ltloss._validation import check_choice, check_number, check_supervised, check_type
+from ltloss._validation import check_choice, check_number, check_per_class, check_supervised, check_type
 from ltloss.extend import Bend, LogSumExpStats, logsumexp_stats, margin_losses, reduce_losses
 from ltloss.losses.margin_losses import CombinedMarginLoss, PriorOptions
 from ltloss.losses.prototype_head import FRACTION, NOT_NEGATIVE, POSITIVE, Checks
@@ -77,7 +77,7 @@ class AdaFaceLoss(SampleMarginLoss):
     Args:
         num_classes: C.
         embedding_size: D.
-        margin: m, in radians within the cosine and in units of the cosine outside it.
+        margin: m in [0, 1], in radians within the cosine and in units of the cosine outside it.
         concentration: h. ẑ is clipped for lengths more than σ/h away from μ.
         momentum: momentum of μ and σ, in [0, 1]. They start at 20 and 100 and are updated in ``train()`` mode.
         options: see :class:`CombinedMarginLoss`; the default of ``beyond_pi`` is "clip". The scale of the paper is 64.
@@ -102,7 +102,7 @@ class AdaFaceLoss(SampleMarginLoss):
 
     length_moments: Tensor
     _shown = ("margin", "concentration", "momentum")
-    _checks: ClassVar[Checks] = {"margin": NOT_NEGATIVE, "concentration": POSITIVE, "momentum": FRACTION}
+    _checks: ClassVar[Checks] = {"margin": FRACTION, "concentration": POSITIVE, "momentum": FRACTION}
 
     def __init__(
         self,
@@ -279,6 +279,12 @@ class ElasticFaceLoss(SampleMarginLoss):
         self.kind, self.sort, self.seed, self.std = kind, sort, seed, std
         self.mean = (0.5 if kind == "arc" else 0.35) if mean is None else mean
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=self._constants_device))
+
+    def _check(self, name: str, value: Any) -> None:
+        super()._check(name, value)
+        if name == "mean":
+            kind = "angular_margin" if self.kind == "arc" else "cosine_margin"
+            check_per_class(name, value, self.num_classes, torch.empty(0, device="cpu"), kind=kind)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

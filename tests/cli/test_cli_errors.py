@@ -36,6 +36,8 @@ pytestmark = pytest.mark.usefixtures("in_empty_folder")
         (["--loss", "softmax", "--margin", "0.3"], ("softmax", "margin", "0.3")),
         (["--loss", "softmax", "--scale", "16"], ("softmax", "scale", "16.0")),
         (["--loss", "logit-adjusted", "--margin", "1"], ("logit-adjusted", "margin", "tau")),
+        (["--loss", "cosface", "--margin", "28.6"], ("cosface", "margin", "[-2, 2]", "28.6")),
+        (["--loss", "ldam", "--margin", "28.6"], ("ldam", "max_margin", "[-2, 2]", "28.6")),
         (["--loss", "cosface", "--loss-option", "temperature=2"], ("cosface", "temperature", "2")),
         (["--loss-option", "margin_normalize=biggest"], ("long-tail", "margin_normalize", "biggest")),
         (["--loss-option", "scale"], ("--loss-option", "'scale'")),

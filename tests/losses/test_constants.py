@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,47 @@ def test_degrees_are_refused(margin: Tensor | float, value: str) -> None:
     assert module.angular_margin == 0.5
     with refused("angular_margin", value):
         margin_cross_entropy(*problem(), angular_margin=margin)
+
+
+BEYOND = [(28.6, "28.6"), (-2.1, "-2.1"), (torch.full((9,), 28.6), "28.6")]
+
+
+@pytest.mark.parametrize(("margin", "value"), BEYOND, ids=["28.6", "-2.1", "9"])
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda margin: ltloss.CosFaceLoss(9, 5, margin=margin), "margin"),
+        (lambda margin: ltloss.CosineSpaceLoss(9, 5, margin=margin), "margin"),
+        (lambda margin: ltloss.CombinedMarginLoss(9, 5, cosine_margin=margin), "cosine_margin"),
+        (lambda margin: setattr(ltloss.CosFaceLoss(9, 5), "cosine_margin", margin), "cosine_margin"),
+        (lambda margin: setattr(ltloss.CosineSpaceLoss(9, 5), "margin", margin), "margin"),
+        (lambda margin: margin_cross_entropy(*problem(), cosine_margin=margin), "cosine_margin"),
+    ],
+)
+def test_a_cosine_margin_beyond_what_cosines_span_is_refused(
+    build: Callable[..., Any], name: str, margin: Tensor | float, value: str
+) -> None:
+    with refused(name, "[-2, 2]", "cosine", value):
+        build(margin)
+    for end in (-2.0, 2.0, torch.linspace(-2.0, 2.0, 9)):
+        build(end)
+
+
+@pytest.mark.parametrize(
+    ("build", "facts"),
+    [
+        (lambda margin: ltloss.LDAMLoss.from_counts([30, 3], 4, max_margin=margin), ("max_margin", "[-2, 2]", "28.6")),
+        (lambda margin: ltloss.ElasticFaceLoss(9, 5, kind="cos", mean=margin), ("mean", "[-2, 2]", "28.6")),
+        (lambda margin: ltloss.ElasticFaceLoss(9, 5, mean=margin), ("mean", "[-π, π]", "radians", "28.6")),
+        (lambda margin: ltloss.AdaFaceLoss(9, 5, margin=margin), ("margin", "1.0", "28.6")),
+        (lambda margin: ltloss.ArcFaceLoss(9, 5, margin=margin), ("margin", "radians", "28.6")),
+        (lambda margin: ltloss.CurricularFaceLoss(9, 5, margin=margin), ("margin", "radians", "28.6")),
+        (lambda margin: ltloss.LongTailLoss.from_counts([3, 1], 4, margin=margin), ("margin", "radians", "28.6")),
+    ],
+)
+def test_a_margin_is_refused_by_the_name_that_was_given(build: Callable[..., Any], facts: tuple[str, ...]) -> None:
+    with refused(*facts):
+        build(28.6)
 
 
 def test_a_negative_tau_is_refused() -> None:

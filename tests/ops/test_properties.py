@@ -83,13 +83,13 @@ def test_constant_in_the_prior_cancels(name: str, constant: float) -> None:
 
 
 @pytest.mark.parametrize("name", MONOTONE)
-@pytest.mark.parametrize("margin", ["angular_margin", "cosine_margin"])
-def test_a_margin_never_lowers_the_loss(name: str, margin: str) -> None:
+@pytest.mark.parametrize(("margin", "most"), [("angular_margin", 3.0), ("cosine_margin", 2.0)])
+def test_a_margin_never_lowers_the_loss(name: str, margin: str, most: float) -> None:
     options = FAMILY[name](9) | {"reduction": "none"}
     given = problem(200)
     without = margin_cross_entropy(*given, **options | {margin: 0.0})
     previous = without
-    for value in (0.1, 0.5, 1.0, 2.0, 3.0):
+    for value in (0.1, 0.5, 1.0, 1.5, most):
         larger = margin_cross_entropy(*given, **options | {margin: value})
         assert bool((larger >= previous).all())
         previous = larger
