@@ -130,7 +130,7 @@ class Evaluation:
 
     def to_text(self) -> str:
         """Tables of the metrics, of the classes from largest to smallest, of confusions and of mistakes."""
-        metrics = self.metrics
+        metrics, angle = self.metrics, self.metrics.own_angle_mean
         rows = [
             ("images", str(metrics.images)),
             ("accuracy, %", percent(metrics.accuracy)),
@@ -141,7 +141,7 @@ class Evaluation:
             ("calibration error, %", percent(metrics.calibration_error)),
             ("loss", number(metrics.loss)),
             ("mean feature length", number(metrics.feature_norm_mean)),
-            ("mean angle to target prototype", f"{number(metrics.own_angle_mean)} rad"),
+            ("mean angle to target prototype", "–" if angle is None else f"{math.degrees(angle):.1f}°"),
         ]
         part = "all images" if self.split == "all" else f"the {self.split} split"
         title = f"{self.run} ({self.config.loss}, {self.config.backbone}) on {part} of {self.data}"

@@ -43,8 +43,8 @@ class EpochProgress:
         self.close()
         if not (self._quiet or sys.stderr.isatty()):
             what = ", ".join(f"{name} {value}" for name, value in shown.items())
-            rate, seconds = f"rate {row['lr']:.3g}", f"{row['seconds']:.1f} s"
-            print(f"epoch {row['epoch']}/{self._epochs}: {what}, {rate}, {seconds}", file=sys.stderr, flush=True)
+            lr, seconds = f"lr {row['lr']:.3g}", f"{row['seconds']:.1f} s"
+            print(f"epoch {row['epoch']}/{self._epochs}: {what}, {lr}, {seconds}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Close the bar, also if its epoch did not end."""

@@ -100,6 +100,8 @@ def test_text_and_json_name_classes_and_images(tmp_path: Path) -> None:
     lines = found.to_text().splitlines()
     words = ["top-5 accuracy, %", "balanced accuracy, %", "macro-F1, %", "precision, %", "largest confusions"]
     assert not missing("\n".join(lines), *words, error["image"])
+    (angle,) = [text.split()[-1] for text in lines if "mean angle" in text]
+    assert angle == f"{np.degrees(stored['own_angle_mean']):.1f}°"
     (line,) = [at + 1 for at, text in enumerate(lines) if "largest confusions" in text]
     assert lines[line].split() == [
         *(confusion["true"], confusion["predicted"], str(confusion["count"]), f"{100 * confusion['fraction']:.1f}")

@@ -33,6 +33,7 @@ def test_a_line_per_epoch_where_stderr_is_no_terminal(
     for line, row in zip(lines, rows, strict=True):
         assert f"loss {row['train_loss']:.3f}" in line
         assert f"test {100 * row['test_accuracy']:.1f} %" in line
+        assert f"lr {row['lr']:.3g}" in line
     train(tmp_path / "run", {"epochs": 3}, resume=True)
     assert capsys.readouterr().err.startswith("epoch 3/3: ")
 
