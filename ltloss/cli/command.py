@@ -32,7 +32,7 @@ from ltloss.cli.values import (
     setting_help,
     settings_given,
 )
-from ltloss.errors import LtlossError, UserError, explain_os_error, in_one_line, nearest, printable
+from ltloss.errors import LtlossError, UserError, explain_os_error, in_one_line, printable
 
 __all__ = ["build_parser", "main", "reported"]
 
@@ -231,17 +231,24 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
+    from ltloss.tools.plan import OPTIMIZERS, WIDTHS
+    from ltloss.training.model.registry import LOSSES
+
     plan.add_argument("--classes", type=count, required=True, metavar="N", help="C, such as 100M or 250k")
     add_renamed(plan, "--embedding-size", "--dim", type=count, required=True, metavar="N", help="D")
     plan.add_argument("--batch", type=count, required=True, metavar="N", help="samples a step, of all devices together")
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="devices")
-    plan.add_argument("--data", type=int, default=1, metavar="N", help="groups that share the batch (default: 1)")
+    groups = "groups of devices, each with all classes, that share the batch (default: 1)"
+    add_renamed(plan, "--data-groups", "--data", dest="data", type=int, default=1, metavar="N", help=groups)
     devices = "h200, or FILE.json that benchmarks.scaling wrote (default: h200)"
     plan.add_argument("--device", default="h200", help=devices)
-    plan.add_argument("--loss", default="long-tail", help="the loss, any but softmax (default: long-tail)")
-    plan.add_argument("--dtype", default="bfloat16", help="dtype of the features (default: bfloat16)")
+    losses = tuple(name for name in LOSSES if name != "softmax")
+    loss = f"the loss: {', '.join(losses)} (default: long-tail)"
+    plan.add_argument("--loss", choices=losses, default="long-tail", metavar="NAME", help=loss)
+    dtype = "dtype of the features (default: bfloat16)"
+    plan.add_argument("--dtype", choices=tuple(WIDTHS), default="bfloat16", help=dtype)
     optimizers = "sgd (with momentum), adamw or, with --fused-update, row-wise adagrad (default: sgd)"
-    plan.add_argument("--optimizer", default="sgd", help=optimizers)
+    plan.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help=optimizers)
     fused = "update the prototypes inside the backward, as ltloss.optim does: their gradient is never in memory"
     plan.add_argument("--fused-update", action="store_true", help=fused)
     kept = "dtype of the {}; with --fused-update also {} (default: float32)"
@@ -343,12 +350,8 @@ def _tune(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from dataclasses import fields
 
-    from ltloss.tools.plan import OPTIMIZERS, WIDTHS, HeadConfig, make_plan, read_device
-    from ltloss.training.model.registry import LOSSES
+    from ltloss.tools.plan import HeadConfig, make_plan, read_device
 
-    for name, known in (("dtype", WIDTHS), ("optimizer", OPTIMIZERS), ("loss", set(LOSSES) - {"softmax"})):
-        if getattr(options, name) not in known:
-            raise UserError(f"--{name} {getattr(options, name)} is unknown; {nearest(getattr(options, name), known)}")
     try:
         device = read_device(options.device)
         problem = HeadConfig(**picked(options, *(item.name for item in fields(HeadConfig))))

@@ -95,7 +95,7 @@ class HeadConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.gpus % self.data:
-            raise ValueError(f"data must divide gpus; got data={self.data} and gpus={self.gpus}")
+            raise ValueError(f"data (--data-groups) must divide gpus; got data={self.data} and gpus={self.gpus}")
         if not 0.0 < self.sample_rate <= 1.0:
             raise ValueError(f"sample_rate must be in (0, 1]; got {self.sample_rate}")
         known: dict[str, Collection[str]] = {"dtype": WIDTHS, "optimizer": OPTIMIZERS, **KEPT_WIDTHS}
@@ -343,7 +343,7 @@ def _advice(p: HeadConfig, device: Device) -> tuple[str, ...]:
 
     gpus = next((n for n in (p.gpus * 2**i for i in range(1, 13)) if fits(replace(p, gpus=n))), None)
     changes = [
-        (p.data > 1, replace(p, data=1), "--data 1 would fit: all devices share the classes instead of repeating them"),
+        (p.data > 1, replace(p, data=1), "--data-groups 1 would fit: all devices share the classes, none repeats them"),
         (p.optimizer == "adamw", replace(p, optimizer="sgd"), "--optimizer sgd would fit: one state instead of two"),
         (p.keep_exponentials, replace(p, keep_exponentials=False), "without --keep-exponentials it would fit"),
         (True, replace(p, fused_update=True), "--fused-update would fit: no gradient of the prototypes in memory"),

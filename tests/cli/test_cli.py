@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from helpers.refusals import missing
 from helpers.toys import CLASS_NAMES
 
 from ltloss.cli.command import main
+from ltloss.tools.plan import OPTIMIZERS, WIDTHS
+from ltloss.training.model.registry import LOSSES
 from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.settings import SETTINGS
 from ltloss.training.run.trainer import TrainingResult
@@ -159,6 +162,26 @@ def test_help_fits_a_terminal(
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if len(line) > 80] == []
     assert "  RUN" not in lines, "it says nothing about RUN"
+
+
+def _help(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What --help says of each option, in one line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "1000")  # or a name would be divided at its hyphen
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+    _, *options = re.split(r"\n  (?=-)", capsys.readouterr().out)
+    return {option.split()[0]: " ".join(option.split()) for option in options}
+
+
+def test_help_of_plan_shows_its_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = _help("plan", capsys)
+    assert not missing(shown["--dtype"], *WIDTHS)
+    assert not missing(shown["--optimizer"], *OPTIMIZERS)
+    assert not missing(shown["--loss"], *(name for name in LOSSES if name != "softmax"))
+    assert "softmax" not in shown["--loss"]
+    assert "--data-groups" in shown
+    assert "--data" not in shown
 
 
 def test_the_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:

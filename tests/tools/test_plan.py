@@ -230,7 +230,7 @@ def test_data_groups_repeat_the_classes_and_reduce_their_gradient() -> None:
     [
         ({"gpus": 2}, "--gpus 8 would fit"),
         ({"gpus": 4, "optimizer": "adamw", "classes": 80_000_000}, "--optimizer sgd would fit"),
-        ({"gpus": 8, "data": 8, "classes": 30_000_000}, "--data 1 would fit"),
+        ({"gpus": 8, "data": 8, "classes": 30_000_000}, "--data-groups 1 would fit"),
         ({"gpus": 1, "classes": 10**14}, "no single change is enough"),
         ({"gpus": 4}, "--fused-update would fit"),
         ({"gpus": 4, "classes": 150_000_000, "fused_update": True}, "--optimizer adagrad would fit"),
@@ -307,6 +307,16 @@ def test_the_name_of_version_0_1_warns(capsys: pytest.CaptureFixture[str]) -> No
     assert "1,000,000 classes x 64" in capsys.readouterr().out
 
 
+def test_data_groups_by_their_former_name(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["plan", "--classes", "1M", "--embedding-size", "64", "--batch", "256", "--gpus", "4"]
+    assert main([*line, "--data-groups", "2"]) == 0
+    expected = capsys.readouterr().out
+    assert "as 2 x 2" in expected
+    with warned("--data", "--data-groups"):
+        assert main([*line, "--data", "2"]) == 0
+    assert capsys.readouterr().out == expected
+
+
 @pytest.mark.parametrize(
     ("changed", "facts"),
     [
@@ -316,11 +326,11 @@ def test_the_name_of_version_0_1_warns(capsys: pytest.CaptureFixture[str]) -> No
         (["--batch", ""], ("--batch", "''")),
         (["--classes", "-5"], ("classes", "1", "-5")),
         (["--gpus", "0"], ("gpus", "1", "0")),
-        (["--data", "3"], ("data=3", "gpus=4")),
+        (["--data-groups", "3"], ("--data-groups", "data=3", "gpus=4")),
         (["--device", "h2000"], ("device", "h200", "'h2000'")),
         (["--device", "nowhere.json"], ("nowhere.json",)),
         (["--dtype", "int8"], ("--dtype", "int8")),
-        (["--loss", "softmax"], ("--loss", "softmax")),
+        (["--loss", "softmax"], ("--loss", "softmax", "cosface")),
         (["--optimizer", "adagrad"], ("optimizer", "adagrad", "fused_update")),
         (["--state-dtype", "bfloat16"], ("state_dtype", "bfloat16", "fused_update")),
         (["--prototype-dtype", "float8"], ("prototype_dtype", "float8_e4m3fn", "'float8'")),
