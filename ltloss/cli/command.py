@@ -9,18 +9,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from re import findall
+from re import findall, sub
+from types import MappingProxyType
 from typing import Any, NoReturn, TextIO
 
 import ltloss
-from ltloss.cli.compare import add_compare, add_recipe, run_compare
+from ltloss.cli.compare import DEFAULTS, add_compare, add_recipe, run_compare
 from ltloss.cli.embed import EMBED, add_embed, run_embed
 from ltloss.cli.export import EXPORT, add_export, run_export
-from ltloss.cli.predict import add_predict, run_predict
+from ltloss.cli.predict import PREDICT, add_predict, run_predict
 from ltloss.cli.values import (
     add_renamed,
     add_run,
@@ -45,7 +46,12 @@ _LESS_MEMORY = {
 }
 # On a CPU torch raises a plain RuntimeError, which can be recognised by these words only.
 _NO_MEMORY = ("allocate memory", "not enough memory", "storage size calculation overflow")
-_METAVARS = {"loss": "NAME", "image_root": "FOLDER", "backbone": "NAME", "init_from": "RUN"}  # others by their type
+# Of other settings by their type.
+_METAVARS = {"loss": "NAME", "image_root": "FOLDER", "backbone": "NAME", "init_from": "RUN|FILE"}
+_EVALUATE = (
+    "Measure the checkpoint of a run on labelled images or embeddings, and print accuracy, by class and by the number "
+    "of training samples, calibration and confusions. Nothing is written."
+)
 _PIPE_CLOSED = 141  # what a shell shows for a program that SIGPIPE ended
 
 
@@ -174,12 +180,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(add("train", _train, "train a classifier", "Train a classifier into a run folder."))
     compare = add("compare", run_compare, "compare methods over seeds, tuned alike")
     add_compare(compare)
-    _add_settings(compare, without=("loss", "seed", "parallel", *FUSED_SETTINGS, *OF_A_RUN))
-    _add_evaluate(add("evaluate", _evaluate, "measure a run on labelled images"))
-    add_predict(add("predict", run_predict, "classify a folder of images and make a gallery, or embeddings"))
+    _add_settings(compare, without=("loss", "seed", "parallel", *FUSED_SETTINGS, *OF_A_RUN), defaults=DEFAULTS)
+    _add_evaluate(add("evaluate", _evaluate, "measure a run on labelled samples", _EVALUATE))
+    add_predict(add("predict", run_predict, "classify images (with a gallery) or embeddings", PREDICT))
     add_embed(add("embed", run_embed, "write the features of images into a file to train on", EMBED))
     add_export(add("export", run_export, "write a run as one file for serving: ONNX or torch.export", EXPORT))
-    _add_report(add("report", _report, "write RUN/report.html again"))
+    about = "Write RUN/report.html again, from the run's metrics, its checkpoint and its test samples."
+    _add_report(add("report", _report, "write RUN/report.html again", about))
     about = "Time the kernels' tiles on this GPU and keep the fastest in the user's cache for later runs."
     _add_tune(add("tune", _tune, "find the fastest kernel tiles for this GPU", about))
     about = (
@@ -187,7 +194,11 @@ def build_parser() -> argparse.ArgumentParser:
         "a device. Exit code 1 if it does not fit."
     )
     _add_plan(add("plan", _plan, "estimate memory, traffic and time of a head spread over devices", about))
-    add("doctor", _doctor, "show what this machine offers ltloss")
+    about = (
+        "Show versions, devices and which implementation computes, and check the losses on each device against a "
+        "float64 reference. Exit code 2 if one fails."
+    )
+    add("doctor", _doctor, "show what this machine offers ltloss", about)
     return parser
 
 
@@ -264,8 +275,13 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--json", action="store_true", help="for machine reading")
 
 
-def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
-    """Add one option per setting. The namespace holds only the options given, so that a file can set the others."""
+def _add_settings(
+    parser: argparse.ArgumentParser, without: Sequence[str] = (), defaults: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Add one option per setting. The namespace holds only the options given, so that a file can set the others.
+
+    ``defaults``: what --help says of defaults that are the command's own.
+    """
     from ltloss.training.run.settings import SETTINGS, setting_type
     from ltloss.training.stored_keys import FORMER_SETTINGS
 
@@ -276,6 +292,8 @@ def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
             continue
         flag, kind = "--" + name.replace("_", "-"), setting_type(name)
         about = item.metadata["help"].replace("%", "%%")
+        if name in defaults:
+            about = sub(r"\(default: .*\)$", f"(default: {defaults[name]})", about)
         about += "" if item.default is None or kind is dict or name == "data" else f" (default: {item.default})"
         common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": about}
         if kind is bool:

@@ -15,6 +15,13 @@ _DESCRIPTION = (
     "CPU with bfloat16 instructions trains in bfloat16, unless --no-amp."
 )
 
+_LIST = "show the methods and what is tuned of each, and stop; needs no other option"
+# Defaults that are others than those of ``train``, where --seed and the device decide.
+DEFAULTS = {
+    "data_seed": "0",
+    "amp": "on a GPU, and with --recipe on a CPU with bfloat16 instructions",
+}
+
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add --recipe, which ``train`` and ``compare`` have."""
@@ -28,7 +35,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``compare`` besides the settings of a training."""
     parser.description = _DESCRIPTION
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="the folder of results to write")
-    listed = "methods, separated by commas, or all"
+    from ltloss.training.comparison.methods import METHODS
+
+    listed = f"methods, separated by commas, or all: {', '.join(METHODS)}"
     parser.add_argument("--losses", type=names, required=True, metavar="NAMES", help=listed)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each method (default: 3)")
     add_recipe(parser)
@@ -39,7 +48,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     held = "images of each class to tune on (default: a fifth of the smallest class)"
     parser.add_argument("--validation-per-class", type=int, metavar="N", help=held)
     parser.add_argument("--jobs", type=int, metavar="N", help="trainings side by side (default: the cores; 1 on a GPU)")
-    parser.add_argument("--list", action=_ListMethods, help="show the methods and what is tuned of each, and stop")
+    parser.add_argument("--list", action=_ListMethods, help=_LIST)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no table")
 
 

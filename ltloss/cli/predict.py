@@ -7,6 +7,11 @@ import argparse
 from ltloss.cli.values import add_run, need, path, picked, setting_help
 from ltloss.errors import UserError
 
+PREDICT = (
+    "Classify images or embeddings with the checkpoint of a run. predictions.csv in --out has a line for each, and "
+    "gallery.html shows the images by class."
+)
+
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``predict``."""

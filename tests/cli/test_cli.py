@@ -15,6 +15,7 @@ from helpers.toys import CLASS_NAMES
 
 from ltloss.cli.command import main
 from ltloss.tools.plan import OPTIMIZERS, WIDTHS
+from ltloss.training.comparison.methods import METHODS
 from ltloss.training.model.registry import LOSSES
 from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.settings import SETTINGS
@@ -152,16 +153,21 @@ def test_help_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture
     assert "(default: 0.05)" in shown
 
 
-@pytest.mark.parametrize("command", [["train"], ["evaluate"], ["predict"], ["export"], ["report"], ["plan"], []])
-def test_help_fits_a_terminal(
+COMMANDS = ("train", "compare", "evaluate", "predict", "embed", "export", "report", "tune", "plan", "doctor")
+
+
+@pytest.mark.parametrize("command", [[name] for name in COMMANDS] + [[]])
+def test_help_fits_a_terminal_and_says_what_the_command_does(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         main([*command, "--help"])
-    lines = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
     assert [line for line in lines if len(line) > 80] == []
     assert "  RUN" not in lines, "it says nothing about RUN"
+    assert shown.split("\n\n")[1].endswith("."), "no description between usage and options"
 
 
 def _help(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -172,6 +178,21 @@ def _help(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
             main([command, "--help"])
     _, *options = re.split(r"\n  (?=-)", capsys.readouterr().out)
     return {option.split()[0]: " ".join(option.split()) for option in options}
+
+
+def test_help_of_compare_names_its_methods_and_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = _help("compare", capsys)
+    assert not missing(shown["--losses"], *METHODS, "all")
+    assert "--seed)" not in shown["--data-seed"]
+    assert "(default: 0)" in shown["--data-seed"]
+    assert not missing(shown["--amp,"], "--recipe", "CPU")
+    assert "--recipe" not in _help("train", capsys)["--amp,"]
+
+
+def test_help_of_train_names_units_and_what_an_option_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = _help("train", capsys)
+    assert not missing(shown["--margin"], "radians", "cosine", "cosface", "ldam", "cosine-space")
+    assert not missing(shown["--init-from"], "RUN|FILE")
 
 
 def test_help_of_plan_shows_its_choices(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("in_empty_folder")
         (["--loss", "logit-adjusted", "--margin", "1"], ("logit-adjusted", "margin", "tau")),
         (["--loss", "cosface", "--margin", "28.6"], ("cosface", "margin", "[-2, 2]", "28.6")),
         (["--loss", "ldam", "--margin", "28.6"], ("ldam", "max_margin", "[-2, 2]", "28.6")),
-        (["--loss", "cosface", "--loss-option", "temperature=2"], ("cosface", "temperature", "2")),
+        (["--loss", "cosface", "--loss-option", "temperature=2"], ("cosface", "temperature", "2", "sub_centers")),
         (["--loss-option", "margin_normalize=biggest"], ("long-tail", "margin_normalize", "biggest")),
         (["--loss-option", "scale"], ("--loss-option", "'scale'")),
         (["--loss", "cosine-space", "--loss-option", "intra_weight=2"], ("ce_weight", "inter_weight", "intra_weight")),

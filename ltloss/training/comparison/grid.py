@@ -32,7 +32,7 @@ from ltloss.training.comparison.tables import Comparison, FinalRun, Trial, write
 from ltloss.training.comparison.workers import Workers
 from ltloss.training.data.sources import ACCEPTED, absolute_paths
 from ltloss.training.model.classifier import choose_device
-from ltloss.training.model.registry import takes_option
+from ltloss.training.model.registry import option_names, takes_option
 from ltloss.training.pages.comparison import write_page
 from ltloss.training.run.lock import owned, refuse_if_written
 from ltloss.training.run.prepare import apply_limits, check_applies, load_split, with_frozen_scale
@@ -193,8 +193,10 @@ class ComparisonSpec:
         losses = [method(name).settings["loss"] for name in self.needed if method(name).second_stage is None]
         for name, value in _loss_options(self.given).items():
             if not any(takes_option(loss, name) for loss in losses):
+                known = sorted({option for loss in losses for option in option_names(loss)})
                 raise UserError(
-                    f"none of the losses {', '.join(losses)} has an option {name} (given: {value}); remove it"
+                    f"none of the losses {', '.join(losses)} has an option {name} (given: {value}); remove it. Their "
+                    f"options are: {', '.join(known)}"
                 )
 
     @cached_property

@@ -80,6 +80,11 @@ def _option_names(kind: LossKind, loss_class: Any) -> set[str]:
     return taken | {"tau"} if kind.tau_as_prior else taken
 
 
+def option_names(name: str) -> list[str]:
+    """The options of the loss ``name``, without those of version 0.1 that it still takes."""
+    return sorted(_option_names(*_loss_class(name)) - FORMER_OPTIONS)
+
+
 def loss_arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments of the loss ``name`` for ``options`` (``scale``, ``margin``, anything its class documents).
 
@@ -91,7 +96,7 @@ def loss_arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     for option, value in options.items():
         argument = kind.aliases.get(option, option)
         if argument not in valid:
-            takes = ", ".join(sorted(valid)) or "none"
+            takes = ", ".join(option_names(name)) or "none"
             raise UserError(f"loss {name} has no option {option} (given: {value}); remove it. Its options are: {takes}")
         arguments[argument] = value
     return arguments

@@ -94,7 +94,9 @@ class Settings:
         None, "a run, or a file of weights (.safetensors, .pt), whose backbone is where the training starts"
     )
     head: str = _option(
-        "linear", "over embeddings: linear (whitened, nothing else learned), or mlp (one hidden layer)", choices=HEADS
+        "linear",
+        "over embeddings: linear (whitens them, learns the prototypes only), or mlp (one hidden layer)",
+        choices=HEADS,
     )
     imbalance: float = _option(1.0, "long tail: largest class / smallest class", _at_least(1))
     epochs: int = _option(30, "epochs", _at_least(1))
@@ -130,7 +132,11 @@ class Settings:
     scale: float | None = _option(
         None, "scale of the cosine logits (default: 2 ln C, at least 8; 32 with --head linear)", _POSITIVE
     )
-    margin: float | None = _option(None, "margin of the loss (default: the loss's own)", _at_least(0))
+    margin: float | None = _option(
+        None,
+        "margin in radians; of cosface, ldam and cosine-space in units of the cosine (default: the loss's own)",
+        _at_least(0),
+    )
     tau: float | None = _option(
         None, "strength of the log prior on the training logits (default: the loss's own)", _at_least(0)
     )
@@ -144,7 +150,7 @@ class Settings:
     loss_options: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "another option of the loss, as NAME=VALUE; may be repeated",
+            "help": "another option of the loss; may be repeated. The error for an unknown NAME lists all",
             "allowed": None,
             "choices": None,
         },

@@ -138,7 +138,7 @@ def test_the_same_training_has_the_same_key_whatever_it_is_called() -> None:
         ({"given": {"epoch": 3}}, ("epoch", "epochs")),
         ({"given": {"margn": 3}}, ("margn", "margin")),
         ({"given": {"lr": -1.0}}, ("lr", "0", "-1.0")),
-        ({"given": {"loss_options": {"margin_power": 1}}}, ("softmax", "margin_power")),
+        ({"given": {"loss_options": {"margin_power": 1}}}, ("softmax", "margin_power", "tau")),
         ({"given": {"data": ""}}, ("--data",)),
         ({"recipe": "tiny"}, ("--recipe", "tiny")),
         ({"seeds": 0}, ("seeds", "1", "0")),
