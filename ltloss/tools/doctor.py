@@ -68,7 +68,9 @@ def _cpu_model() -> str:
 
 
 def _devices() -> Iterator[Row]:
-    yield "CPU", f"{_cpu_model()}, {os.cpu_count()} logical cores, PyTorch uses {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    using = f"PyTorch uses {threads} thread{'s' * (threads != 1)}"
+    yield "CPU", f"{_cpu_model()}, {os.cpu_count()} logical cores, {using}"
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)
         memory = f"{device.total_memory / 2**30:.1f} GiB"
@@ -90,7 +92,7 @@ def _assemblers() -> Iterator[Row]:
             continue
         yield name, f"ptxas {one.version}, {one.path}"
         if warning := risk(arch, one.version):
-            yield "", f"WARNING: {warning}"
+            yield "", f"{'WARNING' if found else 'remark'}: {warning}"
 
 
 def _implementations() -> Iterator[Row]:

@@ -20,24 +20,34 @@ def test_a_sound_installation_passes(capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     for part in ("python", "torch", "numpy", "safetensors", "CPU tensors", "CUDA tensors", "All is well"):
         assert part in printed
-    assert f"{torch.get_num_threads()} threads" in printed
     assert printed.count("relative error") == 4 * (1 + torch.cuda.device_count())
 
 
-def test_the_assembler_is_named_and_an_old_one_warned_of(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("threads", "words"), [(1, "1 thread"), (2, "2 threads")])
+def test_the_threads_are_counted(threads: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    ((name, value), *_) = doctor._devices()
+    assert name == "CPU"
+    assert not missing(value, words)
+
+
+@pytest.mark.parametrize(
+    ("version", "old"), [("12.8", True), ("13.0", True), ("13.1", False), ("14.0", False)], ids=lambda given: str(given)
+)
+@pytest.mark.parametrize(("gpus", "word"), [(1, "WARNING"), (0, "remark")], ids=["Hopper", "no GPU"])
+def test_the_assembler_is_named_and_an_old_one_warned_of_where_a_gpu_needs_it(
+    gpus: int, word: str, version: str, old: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
     from ltloss_kernels.config.assembler import Assembler
 
-    for version, warns in (("12.8", True), ("13.0", True), ("13.1", False), ("14.0", False)):
-        monkeypatch.setattr(doctor, "assembler", lambda arch, version=version: Assembler("/usr/bin/ptxas", version))
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-        assert doctor.main() == 0
-        printed = capsys.readouterr().out
-        assert not missing(printed, "sm_90", version, "/usr/bin/ptxas")
-        assert ("WARNING" in printed) == warns
-        assert ("TRITON_PTXAS_PATH=" in printed) == warns
+    monkeypatch.setattr(doctor, "assembler", lambda arch: Assembler("/usr/bin/ptxas", version))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    printed = "\n".join(map(" ".join, doctor._assemblers()))
+    assert not missing(printed, "sm_90", version, "/usr/bin/ptxas")
+    said = [word for word in ("WARNING", "remark", "TRITON_PTXAS_PATH=") if word in printed]
+    assert said == ([word, "TRITON_PTXAS_PATH="] if old else [])
 
 
 def test_the_self_check_compares_with_float64() -> None:
