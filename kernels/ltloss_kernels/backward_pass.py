@@ -176,7 +176,7 @@ class BackwardPass:
             "gradients",
             layout(features, self.prototypes, self.labels, self.prior, self.threshold, self.coefficients),
             layout(self.class_scale, self.upstream, self.inverse_weight_sum, self.max_coefficient, self.max_upstream),
-            layout(*(self.kept or ())),
+            layout(self.polynomial, *(self.kept or ())),
             (self.feature_copy, self.normalize_prototypes, self.smooth, self.ignore_index, several),
             (need_features, need_prototypes, need_prior, by_slab, self.kept_shift is None),
             (self.tile, self.precision, self.plan, None if update is None else update.key),

@@ -238,7 +238,7 @@ class ForwardPass:
         )
         self.launch = Launches(
             "partials",
-            layout(features, prototypes, labels, prior, self.threshold, *(kept or ())),
+            layout(features, prototypes, labels, prior, self.threshold, self.polynomial, *(kept or ())),
             (scale, normalize, normalize_prototypes, with_logit_sum, ignore_index, sub_centers),
             (self.tile, self.precision, self.plan),
         )
