@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -72,3 +73,8 @@ def test_each_part_of_the_cpu_benchmark_runs(name: str, monkeypatch: pytest.Monk
     providers = [row["provider"] for row in rows]
     assert "ltloss" in providers or all("ltloss, " in one or "ArcFace, " in one for one in providers)
     assert all(float(row.get("relative_error", 0)) < 2e-4 for row in rows)
+    with_goals = {provider for case, provider in loss_cpu.GOALS if case == name}
+    judged = {
+        row["provider"] for row in rows if re.fullmatch(r"ratio (met|missed) \(.*, goal <= .*\)", row.get("goal", ""))
+    }
+    assert judged == with_goals
