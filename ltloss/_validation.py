@@ -71,11 +71,11 @@ def check_choice(name: str, given: Any, known: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}; got {given!r}")
 
 
-def plain_number(given: Any) -> Any:
-    """Convert a NumPy number or a 0-d tensor without gradient to a Python number; return anything else as it is."""
-    if isinstance(given, np.number) or (isinstance(given, Tensor) and given.dim() == 0 and not given.requires_grad):
-        return given.item()
-    return given
+def plain_number(given: Any, *, wait: bool = True) -> Any:
+    """Convert a NumPy number, or a 0-d tensor without gradient and without ``wait`` for a GPU, to a Python number."""
+    if isinstance(given, Tensor) and (given.dim() or given.requires_grad or not (wait or _readable(given))):
+        return given
+    return given.item() if isinstance(given, np.number | Tensor) else given
 
 
 def check_number(

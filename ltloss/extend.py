@@ -172,7 +172,7 @@ def logsumexp_stats(
     each_counted = labels != ignore_index
     counted = each_counted if labels.dim() == 1 else each_counted[:, 0]
     logit_scale: Tensor | float
-    scale = plain_number(scale)
+    scale = plain_number(scale, wait=bend is not None or not normalize_features)
     if isinstance(scale, Tensor):
         scale = check_scales(scale, counted, features, normalize_features)
         logit_scale = scale.to(dtype)

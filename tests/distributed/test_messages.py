@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from helpers import world
 from helpers.cases import BUILD, DIM, Case, batch, build, part, trace
+from helpers.looks import Looks
 from helpers.refusals import missing, refused
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltloss
 from ltloss.distributed import DistributedError, class_mesh, parallelize
@@ -61,21 +61,6 @@ def test_messages_of_a_step() -> None:
             elif name == "two by one":
                 # One class rank per data group: nothing to reduce over classes, and the weight's gradient over data.
                 assert forward + backward == [*STEP[:2], "allreduce"], name
-
-
-class Looks(TorchDispatchMode):
-    """Operators that would make the host wait for a GPU. Ours are opaque here; tests of their own look into them."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "equal", "masked_select")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(name in func._opname for name in self.NAMES):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def _looks(rank: int) -> dict[str, tuple[list[str], list[str]]]:
