@@ -176,6 +176,7 @@ def _describe(case: KernelCase, arch: Architecture, *, disassembled: bool) -> Ro
         "matrix_instructions": " ".join(listing.matrix_opcodes()),
         # Hopper: waits that leave one product in flight, so that the next is issued before it has ended.
         "waits_in_flight": len(re.findall(r"WARPGROUP\.DEPBAR\S* gsb0, 0x1\b", disassembly)),
+        "left_from_registers": sass.left_from_registers(disassembly),
         "two_byte_loads": listing.count(r"LDG\S*\.U16"),
         "bulk_loads": listing.count("UTMALDG"),
         "bulk_stores": listing.count("UTMASTG"),

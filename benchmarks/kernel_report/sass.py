@@ -46,6 +46,11 @@ def parse_resources(text: str, kernel: str) -> Resources:
     return Resources(int(values["REG"]), int(values["STACK"]), int(values["SHARED"]))
 
 
+def left_from_registers(text: str) -> int:
+    """How many products on Hopper take their left operand from registers: they stand where a descriptor would."""
+    return len(re.findall(r"HGMMA\S* R\d+, R\d+, gdesc", text))
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One machine instruction; ``target`` is the label that a branch names."""

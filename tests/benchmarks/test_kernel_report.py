@@ -94,6 +94,12 @@ def test_instructions_are_counted_in_the_kernel_only() -> None:
         sass.parse_listing(LISTING, "missing")
 
 
+def test_a_left_operand_in_registers_is_seen() -> None:
+    product = "HGMMA.64x128x16.F32.BF16 R88, {}gdesc[UR4], R88 ;"
+    assert sass.left_from_registers(LISTING) == 0
+    assert sass.left_from_registers(LISTING + product.format("R24, ") + product.format("")) == 1
+
+
 def test_the_epilogue_is_the_cheapest_walk_that_does_all_the_work() -> None:
     """Without the label's branch, without the copy before the loop, without the matrix instructions."""
     listing = sass.parse_listing(LISTING, "forward_kernel")
@@ -296,6 +302,14 @@ def test_a_product_stays_in_flight_on_hopper(rows: list[Row]) -> None:
     half = [row for row in half_precision_tiles(rows) if not row["tile"].endswith("x128x128")]
     half = [row for row in half if not row["kernel"].startswith("cosine_logsumexp bf16 x fp32, everything, N = ")]
     assert violations(half, lambda row: int(row["waits_in_flight"]) >= 1) == []
+
+
+@pytest.mark.compile
+def test_both_operands_of_a_product_stay_in_shared_memory_on_hopper(rows: list[Row]) -> None:
+    """From registers, the next product would wait until this one has read them."""
+    products = [row for row in on_hopper(rows) if "HGMMA" in row["matrix_instructions"]]
+    assert len(products) > 90
+    assert violations(products, lambda row: row["left_from_registers"] == "0") == []
 
 
 @pytest.mark.compile
