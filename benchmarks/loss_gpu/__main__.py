@@ -2,8 +2,8 @@
 
 Three stages, each of which can be run alone (``--stage``):
 
-1. correctness: every loss against float64, with compiled kernels and each assembler that Triton brings, in processes
-   whose crash costs one case only; then properties that only a GPU can break (graphs, large tensors).
+1. correctness: properties that only a GPU can break (graphs, large tensors); then every loss against float64, with
+   compiled kernels and each assembler that Triton brings. In processes whose crash, or hanging, costs one case only.
 2. times: forward and backward separately, ours at every shape, then the peers. Each is beside a large bf16 product,
    which gives P, the rate that the GPU reaches at that moment. If something failed before, it is timed all the same,
    and the rows say what failed.
@@ -60,9 +60,21 @@ def _assemblers(device: Device) -> Iterator[tuple[str, Mapping[str, str]]]:
 
 def check(bench: Bench, quick: bool) -> None:
     """Stage 1. Every later row names what failed here; times are measured all the same."""
+    processes = min(8, (os.cpu_count() or 2) // 2) if bench.device.is_cuda else 0
+    todo = system.properties(bench.device, quick)
+    properties = system.check_all(bench.device, bench.deadline.share(0.4), todo, processes, bench.tell)
+    bench.tell(
+        f"properties: {properties.compared} checked, {properties.left_out} left out for time, "
+        f"{len(properties.wrong)} wrong"
+    )
+    bench.failed |= bool(properties.wrong)
+    bench.stamp["failed_properties"] = "; ".join([*_compare(bench, quick, processes), *properties.wrong])
+
+
+def _compare(bench: Bench, quick: bool, processes: int) -> list[str]:
+    """Compare every case with float64, with each assembler; return how many are wrong with each, in words."""
     rows: list[dict[str, Any]] = []
     output = None if bench.output is None else bench.output.with_name(f"{bench.output.stem}-correctness.csv")
-    processes = min(8, (os.cpu_count() or 2) // 2) if bench.device.is_cuda else 0
     failed: list[str] = []
     versions = list(_assemblers(bench.device))
     for number, (version, environment) in enumerate(versions):
@@ -78,9 +90,8 @@ def check(bench: Bench, quick: bool) -> None:
             if problem:
                 bench.tell(f"{problem}: {name}{by}")
 
-        share = bench.deadline.share(0.6 / (len(versions) - number))
-        kind = bench.device.kind
-        summary = correctness.check_all(kind, share, quick, processes, environment, tell)
+        share = bench.deadline.share(1.0 / (len(versions) - number))
+        summary = correctness.check_all(bench.device.kind, share, quick, processes, environment, tell)
         bench.tell(
             f"correctness{by}: {summary.compared} comparisons with float64, {summary.left_out} left out for time, "
             f"{len(summary.wrong)} wrong, {len(summary.inaccurate)} less accurate than promised; "
@@ -88,15 +99,7 @@ def check(bench: Bench, quick: bool) -> None:
         )
         failed += [f"{len(summary.wrong)} comparisons{by}"] * bool(summary.wrong)
         bench.failed |= bool(summary.wrong or summary.inaccurate)
-    todo = system.properties(bench.device, quick)
-    properties = system.check_all(bench.device, bench.deadline.share(0.6), todo, apart=bench.device.is_cuda)
-    bench.tell(
-        *(f"WRONG: {name}: {problem}" for name, problem in properties.wrong.items()),
-        f"properties: {properties.compared} checked, {properties.left_out} left out for time, "
-        f"{len(properties.wrong)} wrong",
-    )
-    bench.stamp["failed_properties"] = "; ".join([*failed, *properties.wrong])
-    bench.failed |= bool(properties.wrong)
+    return failed
 
 
 def _shape(text: str) -> Shape:

@@ -1,12 +1,15 @@
-"""Run work in separate processes, so that a broken device or a dead process costs one piece of work only."""
+"""Run work in separate processes, so that a broken device, a dead process or one that hangs costs one piece of work."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
@@ -16,12 +19,22 @@ from ltloss.errors import in_one_line
 
 __all__ = ["Answer", "Worker", "spread"]
 
+# Seconds after which a piece of work hangs: the slowest compiles some twenty kernels, of one to three seconds each.
+PATIENCE = 75.0
+GRACE = 15.0  # seconds that work which has begun may take beyond its deadline
+
 
 class Answer(NamedTuple):
-    """The value that a piece of work returned, or the ``problem`` that prevented it."""
+    """The value that work returned, or the ``problem`` that prevented it; ``late``: nothing but too little time."""
 
     value: Any
     problem: str = ""
+    late: bool = False
+
+
+def _ready() -> int:
+    """The id of this process, which has imported this module."""
+    return os.getpid()
 
 
 def _attempt(kind: str, function: Callable[..., Any], arguments: Sequence[Any]) -> Answer:
@@ -34,34 +47,49 @@ def _attempt(kind: str, function: Callable[..., Any], arguments: Sequence[Any]) 
 
 
 class Worker:
-    """Runs one function after the other in a separate process, which is replaced after a function raised or died.
+    """Runs one function after the other in a separate process, which is replaced after a function raised, died or hung.
 
-    ``apart`` False: in this process. ``environment``: more variables for the separate process.
+    ``apart`` False: in this process, where nothing can be ended. ``environment``: more variables for the other process.
     """
 
     def __init__(self, kind: str, *, apart: bool, environment: Mapping[str, str] | None = None) -> None:
         self._kind, self._apart, self._environment = kind, apart, environment
         self._pool: ProcessPoolExecutor | None = None
+        self._process = 0  # the id of the pool's only process
 
-    def do(self, function: Callable[..., Any], *arguments: Any) -> Answer:
-        """Run ``function(*arguments)``, and return its answer."""
+    def do(self, deadline: Deadline, function: Callable[..., Any], *arguments: Any) -> Answer:
+        """Run ``function(*arguments)``, and return its answer, not much later than the deadline."""
         if not self._apart:
             return _attempt(self._kind, function, arguments)
-        if self._pool is None:
-            self._pool = fresh_processes(1, self._environment)
+        seconds = 0.0
         try:
-            answer = self._pool.submit(_attempt, self._kind, function, arguments).result()
+            pool = self._started()
+            seconds = min(PATIENCE, max(0.0, deadline.left()) + GRACE)
+            answer = pool.submit(_attempt, self._kind, function, arguments).result(seconds)
         except BrokenProcessPool:
             answer = Answer(None, "the process died (a crash, or out of memory)")
+        except TimeoutError:
+            late = seconds < PATIENCE
+            answer = Answer(None, f"{'cut off' if late else 'hangs: no answer'} after {seconds:.0f} s", late)
         if answer.problem:
             self.close()
         return answer
 
+    def _started(self) -> ProcessPoolExecutor:
+        """The pool, its process ready: what it imports is no work."""
+        if self._pool is None:
+            self._pool = fresh_processes(1, self._environment)
+            self._process = self._pool.submit(_ready).result()
+        return self._pool
+
     def close(self) -> None:
-        """End the process."""
+        """End the process, even if it waits for the device; else Python would wait for it when it ends itself."""
         if self._pool is not None:
+            with contextlib.suppress(ProcessLookupError):
+                if self._process:
+                    os.kill(self._process, signal.SIGKILL)
             self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
+            self._pool, self._process = None, 0
 
 
 def spread(
@@ -72,7 +100,7 @@ def spread(
     processes: int,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Any, Answer]]:
-    """Yield each item with the answer of ``function`` as soon as it is known, until the deadline.
+    """Yield each item with the answer of ``function`` as soon as it is known. After the deadline none is begun.
 
     ``processes`` 0: one item after the other, in this process.
     """
@@ -87,7 +115,7 @@ def spread(
                     item = list(itertools.islice(ahead, 1))
                 if not item:
                     break
-                answers.put((item[0], worker.do(function, item[0])))
+                answers.put((item[0], worker.do(deadline, function, item[0])))
         finally:
             worker.close()
             answers.put(None)

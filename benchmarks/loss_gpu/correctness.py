@@ -242,17 +242,19 @@ def check_all(
     """Run every case that the time allows; ``tell`` is called with the answer of each at once.
 
     They run in ``processes`` processes with the variables ``environment``, because nearly all of the time goes to
-    compiling. A case that ends its process costs only itself.
+    compiling. A case that ends its process, or hangs, costs only itself.
     """
     names = [f"{case.name} {tuple(str(one).removeprefix('torch.') for one in case.dtypes)}" for case in cases(quick)]
     summary = Summary(left_out=len(names))
     work = functools.partial(check_case, device=device, quick=quick)
     for number, answer in spread(work, range(len(names)), device, deadline, processes, environment):
+        tell(names[number], answer)
+        if answer.late:
+            continue
         summary.compared += 1
         summary.left_out -= 1
         if answer.problem:
             summary.wrong.append(f"{names[number]}: {answer.problem}")
         else:
             summary.add(answer.value)
-        tell(names[number], answer)
     return summary

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.loss_gpu import search, updates
-from benchmarks.loss_gpu.apart import Worker
+from benchmarks.loss_gpu.apart import spread
 from benchmarks.loss_gpu.measure import Deadline, Device, waiting_is_an_error
 from benchmarks.peers import Inputs, Shape, run_step
 from ltloss import ArcFaceLoss, functional, use_backend
@@ -159,10 +160,10 @@ ANYWHERE: tuple[Property, ...] = (repeatable, outside_label, not_contiguous, *se
 ON_A_GPU: tuple[Property, ...] = (
     no_waiting,
     cuda_graph,
-    compiled,
-    *updates.ON_A_GPU,
     prototypes_beyond_32_bits,
     logits_beyond_32_bits,
+    compiled,
+    *updates.ON_A_GPU,
 )
 
 
@@ -175,28 +176,33 @@ class Summary(NamedTuple):
 
 
 def properties(device: Device, quick: bool) -> list[Property]:
-    """The properties to check on this device, the most telling first."""
-    return [*ANYWHERE, *(ON_A_GPU[: 2 if quick else None] if device.is_cuda else ())]
+    """The properties to check on this device: first those that no other machine can tell."""
+    return [*(ON_A_GPU[: 2 if quick else None] if device.is_cuda else ()), *ANYWHERE]
+
+
+def _check(device: Device, holds: Property) -> str:
+    return holds(device)
 
 
 def check_all(
     device: Device,
     deadline: Deadline,
     todo: Sequence[Property],
-    *,
-    apart: bool,
-    environment: Mapping[str, str] | None = None,
+    processes: int,
+    tell: Callable[[str], None] = lambda sentence: None,
 ) -> Summary:
-    """Check the properties until the deadline; ``apart``: in another process, so that this device keeps working."""
+    """Check the properties until the deadline, in ``processes`` processes; ``tell`` is told at once what is wrong.
+
+    0 processes: in this one, which a broken device then breaks.
+    """
     wrong: dict[str, str] = {}
     compared = 0
-    worker = Worker(device.kind, apart=apart, environment=environment)
-    for holds in todo:
-        if deadline.left() <= 0:
-            break
-        compared += 1
-        answer = worker.do(holds, device)
-        if problem := answer.problem or answer.value:
-            wrong[holds.__name__.replace("_", " ")] = problem
-    worker.close()
+    work = functools.partial(_check, device)
+    for holds, answer in spread(work, todo, device.kind, deadline, processes):
+        name, problem = holds.__name__.replace("_", " "), answer.problem or answer.value
+        compared += not answer.late
+        if problem:
+            tell(f"{'left out' if answer.late else 'WRONG'}: {name}: {problem}")
+        if problem and not answer.late:
+            wrong[name] = problem
     return Summary(compared, len(todo) - compared, wrong)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -25,11 +26,13 @@ _SGD = partial(PrototypeSGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
 _ADAMW = partial(PrototypeAdamW, lr=1e-2)
 _ADAGRAD = partial(PrototypeAdagrad, lr=0.1)
 _Build = Callable[..., Any]
-_TORCH: dict[_Build, _Build] = {
-    _SGD: partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4),
-    _ADAMW: partial(torch.optim.AdamW, lr=1e-2),
+_RULES: dict[str, tuple[_Build, _Build | None]] = {  # ours, and torch's
+    "sgd": (_SGD, partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)),
+    "adamw": (_ADAMW, partial(torch.optim.AdamW, lr=1e-2)),
+    "adagrad": (_ADAGRAD, None),
 }
-_SHAPES = (Shape(200, 3000, 96), Shape(600, 3000, 96), Shape(40, 500, 100))  # few samples, many, uneven rows
+_SHAPES = (Shape(200, 3000, 96), Shape(600, 3000, 96), Shape(40, 500, 100))
+_OF_SHAPES = ("few samples", "many samples", "uneven rows")
 _STEPS = 3
 
 
@@ -73,35 +76,34 @@ def _farthest(ours: list[Tensor], others: list[Tensor]) -> float:
     return max(float((one.double() - other.double()).norm() / other.double().norm()) for one, other in pairs)
 
 
-def _rule(device: Device, build: _Build) -> str:
-    """Compare float32 prototypes with torch.optim, and prototypes of all dtypes with the update outside the kernels."""
-    rounded = {"rounding": "stochastic", "state_dtype": BF16}
-    for shape in _SHAPES:
-        if build in _TORCH:
-            error = _farthest(*(_moved(device.kind, shape, FP32, one) for one in (build, _TORCH[build])))
+@dataclass(frozen=True)
+class UpdateBy:
+    """An update in the kernels gives the results of ``torch.optim`` and, in all dtypes, of the update outside of them.
+
+    At one shape: each compiles kernels of its own, one after the other, and several processes share the shapes.
+    """
+
+    rule: str
+    number: int  # of the shape
+
+    @property
+    def __name__(self) -> str:
+        return f"update by {self.rule}, {_OF_SHAPES[self.number]}"
+
+    def __call__(self, device: Device) -> str:
+        """What is off, and by how much; empty if nothing is."""
+        (build, torch_build), shape = _RULES[self.rule], _SHAPES[self.number]
+        rounded = {"rounding": "stochastic", "state_dtype": BF16}
+        if torch_build is not None:
+            error = _farthest(*(_moved(device.kind, shape, FP32, one) for one in (build, torch_build)))
             if not error <= 1e-4:
-                return f"{shape}: off torch.optim by {error:.1e}"
+                return f"off torch.optim by {error:.1e}"
         for dtype, options in ((FP32, {}), (BF16, rounded), (BF16, {"rounding": "kahan"}), (FP8, rounded)):
             runs = (_moved(device.kind, shape, dtype, build, by_slab, **options) for by_slab in (False, True))
             error = _farthest(*runs)
             if not error <= (1e-4 if dtype == FP32 else 2.0**-8):  # about one entry in a thousand rounds differently
-                return f"{shape} {dtype} {options}: off the slabs by {error:.1e}"
-    return ""
-
-
-def update_by_sgd(device: Device) -> str:
-    """PrototypeSGD in the kernels gives the results of torch's SGD and of the update by slabs."""
-    return _rule(device, _SGD)
-
-
-def update_by_adamw(device: Device) -> str:
-    """PrototypeAdamW in the kernels gives the results of torch's AdamW and of the update by slabs."""
-    return _rule(device, _ADAMW)
-
-
-def update_by_adagrad(device: Device) -> str:
-    """PrototypeAdagrad in the kernels gives the results of the update by slabs."""
-    return _rule(device, _ADAGRAD)
+                return f"{dtype} {options}: off the slabs by {error:.1e}"
+        return ""
 
 
 def update_waits_for_nothing(device: Device) -> str:
@@ -147,7 +149,7 @@ def update_in_a_graph(device: Device) -> str:
     return "" if all(map(torch.equal, *found)) else "replays move prototypes to another place"
 
 
-PROPERTIES: tuple[Callable[[Device], str], ...] = (update_by_sgd, update_by_adamw, update_by_adagrad)
+PROPERTIES = tuple(UpdateBy(rule, number) for number in range(len(_SHAPES)) for rule in _RULES)
 ON_A_GPU: tuple[Callable[[Device], str], ...] = (update_waits_for_nothing, update_in_a_graph)
 
 

@@ -9,6 +9,7 @@ import inspect
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,20 +82,7 @@ with ends_within(0.2, lambda: Path(sys.argv[1]).write_text(str(worker.pid))):
 """
 
 
-def ends(process: int) -> bool:
-    """Whether a process is gone, or will be in seconds: it may have been killed and not yet have noticed."""
-    status = Path(f"/proc/{process}/status")
-    for _ in range(100):
-        try:
-            if "zombie" in status.read_text():
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def test_a_run_that_hangs_is_ended_after_writing_what_it_has(tmp_path: Path) -> None:
+def test_a_run_that_hangs_is_ended_after_writing_what_it_has(tmp_path: Path, ends: Callable[[int], bool]) -> None:
     start = time.monotonic()
     command = [sys.executable, "-c", HANGS, str(tmp_path / "rows")]
     done = subprocess.run(command, cwd=ROOT, timeout=100, check=False)
@@ -244,7 +232,7 @@ def test_after_the_deadline_nothing_is_started() -> None:
     assert not state.failed, "being out of time is no mistake"
     assert correctness.check_all("cpu", Deadline(0.0), quick=True).compared == 0
     todo = system.properties(Device("cpu"), quick=False)
-    assert system.check_all(Device("cpu"), Deadline(0.0), todo, apart=True).left_out == len(todo) > 5
+    assert system.check_all(Device("cpu"), Deadline(0.0), todo, 2).left_out == len(todo) > 5
 
 
 def test_memory_that_cannot_be_given_back_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -254,7 +242,7 @@ def test_memory_that_cannot_be_given_back_loses_nothing(monkeypatch: pytest.Monk
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(Device, "release", broken)
-    found = system.check_all(Device("cpu"), Deadline(600.0), system.ANYWHERE, apart=False)
+    found = system.check_all(Device("cpu"), Deadline(600.0), system.ANYWHERE, 0)
     assert len(found.wrong) == found.compared == len(system.ANYWHERE)
     state = bench(ON_GPU[0])
     times.time_shape(state, TINY, state.providers, 1.0)
@@ -272,17 +260,30 @@ def test_inputs_that_cannot_be_had_are_noted_for_every_provider(monkeypatch: pyt
     assert state.failed
 
 
-def test_the_correctness_summary_is_written_before_the_system_is_checked(
-    few_comparisons: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_what_only_a_gpu_can_tell_is_written_before_anything_else_may_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def die(*args: object, **options: object) -> None:
         raise SystemExit(139)
 
-    monkeypatch.setattr(system, "check_all", die)
+    def differs(device: Device) -> str:
+        return "differs"
+
+    monkeypatch.setattr(system, "ANYWHERE", (differs,))
+    monkeypatch.setattr(correctness, "check_all", die)
     command = ["--device", "cpu", "--quick", "--minutes", "9", "--output", str(tmp_path / "rows.csv")]
     with pytest.raises(SystemExit):
         gpu.main(command)
-    assert " 0 wrong, 0 less accurate than promised" in (tmp_path / "rows.txt").read_text()
+    written = (tmp_path / "rows.txt").read_text()
+    assert "WRONG: differs: differs\nproperties: 1 checked, 0 left out for time, 1 wrong" in written
+
+
+def test_what_only_a_gpu_can_tell_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device("cpu")
+    device.is_cuda = True
+    todo = system.properties(device, quick=False)
+    assert tuple(todo[: len(system.ON_A_GPU)]) == system.ON_A_GPU
+    assert tuple(todo[len(system.ON_A_GPU) :]) == system.ANYWHERE
 
 
 def test_no_gpu_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,7 +334,7 @@ def test_a_search_that_finds_something_else_is_not_timed(monkeypatch: pytest.Mon
     times.time_search(state, case, Deadline(60.0))
     assert state.failed
     assert "off by" in state.rows[0]["note"]
-    checked = system.check_all(Device("cpu"), Deadline(60.0), system.ANYWHERE, apart=False)
+    checked = system.check_all(Device("cpu"), Deadline(60.0), system.ANYWHERE, 0)
     assert list(checked.wrong) == ["nearest is right"]
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import importlib
+import multiprocessing
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +38,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 SPOILT = """
-import os
+import os, time
 
 def illegal_access(device):
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -49,12 +52,20 @@ def fine(device):
 def off(device):
     return "differs"
 
+def hang(device):
+    time.sleep(3600)
+
 def case(number):
     if number == 2:
         illegal_access(None)
     if number == 3:
         crash(None)
     return f"{os.environ['SPOILT']} {number}"
+
+def case_that_hangs(number):
+    if number in (0, 1):
+        hang(None)
+    return number
 """
 
 
@@ -74,6 +85,27 @@ def test_a_crash_in_one_case_costs_that_case(spoilt: ModuleType) -> None:
     }
     assert not missing(found[2].problem, "RuntimeError", "illegal memory access")
     assert not missing(found[3].problem, "died")
+
+
+@pytest.mark.parametrize("patience", [2.0, 3600.0])
+def test_a_case_that_hangs_costs_that_case(
+    patience: float, spoilt: ModuleType, monkeypatch: pytest.MonkeyPatch, ends: Callable[[int], bool]
+) -> None:
+    """Its process is ended, the lane goes on; too late for that, it is told apart from one that had its time."""
+    monkeypatch.setattr(apart, "PATIENCE", patience)
+    monkeypatch.setattr(apart, "GRACE", 1.0)
+    start = time.monotonic()
+    deadline = Deadline(600.0 if patience < 600 else 5.0)
+    found = dict(apart.spread(spoilt.case_that_hangs, range(4), "cpu", deadline, 2))
+    assert time.monotonic() - start < 90
+    problems = {number: (answer.problem, answer.late) for number, answer in found.items() if answer.problem}
+    if patience < 600:
+        assert problems == dict.fromkeys((0, 1), ("hangs: no answer after 2 s", False))
+        assert [found[number].value for number in (2, 3)] == [2, 3]
+    else:
+        assert sorted(problems) == [0, 1] == sorted(found)
+        assert all(re.fullmatch(r"cut off after \d+ s", problem) and late for problem, late in problems.values())
+    assert all(process.pid is not None and ends(process.pid) for process in multiprocessing.active_children())
 
 
 def test_what_lies_behind_the_deadline_is_left_out() -> None:
@@ -114,9 +146,11 @@ def test_a_stage_can_be_run_alone(few_comparisons: None, tmp_path: Path, capsys:
 
 def test_a_process_that_a_property_ends_takes_no_other_along(spoilt: ModuleType) -> None:
     todo = [spoilt.illegal_access, spoilt.crash, spoilt.fine, spoilt.off]
-    found = system.check_all(Device("cpu"), Deadline(600.0), todo, apart=True)
+    told: list[str] = []
+    found = system.check_all(Device("cpu"), Deadline(600.0), todo, 1, told.append)
     assert (found.compared, found.left_out) == (4, 0)
     assert list(found.wrong) == ["illegal access", "crash", "off"]
+    assert told == [f"WRONG: {name}: {problem}" for name, problem in found.wrong.items()]
     assert found.wrong["illegal access"].startswith("RuntimeError: CUDA error: an illegal memory access")
     assert found.wrong["crash"] == "the process died (a crash, or out of memory)"
     assert found.wrong["off"] == "differs"
