@@ -13,7 +13,7 @@ from benchmarks.loss_gpu import search, updates
 from benchmarks.loss_gpu.apart import spread
 from benchmarks.loss_gpu.measure import Deadline, Device, waiting_is_an_error
 from benchmarks.peers import Inputs, Shape, run_step
-from ltloss import ArcFaceLoss, functional, use_backend
+from ltloss import ArcFaceLoss, functional, use_backend, use_workspace
 
 Options = dict[str, Any]
 
@@ -99,7 +99,17 @@ def no_waiting(device: Device) -> str:
 
 def cuda_graph(device: Device) -> str:
     """A captured step, replayed on other inputs, gives the results of running it."""
-    inputs, others = _draw(device, 64, 500, 64), _draw(device, 64, 500, 64, seed=1)
+    return _replayed(device, 500)
+
+
+def cuda_graph_of_slabs(device: Device) -> str:
+    """The same of a step whose backward has several slabs."""
+    with use_workspace(1 << 20):
+        return _replayed(device, 5000)
+
+
+def _replayed(device: Device, classes: int) -> str:
+    inputs, others = (_draw(device, 64, classes, 64, seed) for seed in range(2))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -160,6 +170,7 @@ ANYWHERE: tuple[Property, ...] = (repeatable, outside_label, not_contiguous, *se
 ON_A_GPU: tuple[Property, ...] = (
     no_waiting,
     cuda_graph,
+    cuda_graph_of_slabs,
     prototypes_beyond_32_bits,
     logits_beyond_32_bits,
     compiled,

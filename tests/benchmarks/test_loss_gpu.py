@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import inspect
 import subprocess
 import sys
@@ -352,38 +351,3 @@ def test_a_shortfall_is_seen(spoil: str) -> None:
     else:
         cosine[0, 0] = torch.nan
     assert not shortfall((cosine, index), features, prototypes) < 9e-4
-
-
-def test_a_verdict_takes_nan_for_wrong() -> None:
-    verdict = correctness.Verdict("case", (float("nan"), 0.0, 0.0), (1.0, 1.0, 1.0))
-    assert verdict.worst > correctness.WRONG
-    assert correctness.Verdict("case", (0.5, 3.0, 0.0), (1.0, 2.0, 1.0)).worst == 1.5
-
-
-def test_several_processes_compare_what_one_does(few_comparisons: None) -> None:
-    one = correctness.check_all("cpu", Deadline(600.0), quick=True)
-    two = correctness.check_all("cpu", Deadline(600.0), quick=True, processes=2)
-    assert one.left_out == 0
-    assert (two.compared, two.left_out, two.wrong, two.inaccurate) == (one.compared, 0, [], [])
-    assert two.worst == pytest.approx(one.worst, rel=1e-3)
-
-
-def test_the_product_runs_in_half_precision_only_where_both_allow_it() -> None:
-    bf16, fp16, fp32, fp8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
-    for dtypes, product in (
-        ((bf16, bf16), bf16),
-        ((bf16, fp32), bf16),
-        ((fp16, fp16), fp16),
-        ((fp32, bf16), fp32),
-        ((bf16, fp16), fp32),
-        ((fp32, fp32), fp32),
-        ((bf16, fp8), bf16),
-        ((fp32, fp8), fp32),
-    ):
-        assert correctness.product_dtype(dtypes) == product
-
-
-def test_every_case_of_the_comparison_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correctness, "problem", functools.cache(correctness.problem))
-    names = [(case.name, case.dtypes) for case in correctness.cases(quick=False)]
-    assert len(names) == len(set(names)) > 200
