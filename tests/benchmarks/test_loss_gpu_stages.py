@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import multiprocessing
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +130,46 @@ def test_the_tiles_are_ranked_and_written(tmp_path: Path, monkeypatch: pytest.Mo
         table, _, tile = line.partition("  #")[0].partition(" = ")
         assert re.fullmatch(r"_(FORWARD_HALF|GRADIENT_HALF|TF32|FLOAT32)\[(80|90|100)\]", table)
         assert tune_tiles.tiles.Tile(*map(int, re.findall(r"\d+", tile))).rows in (16, 64)
+
+
+def test_a_candidate_that_fails_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile, or an untried choice, may end its process, compute something else, or find too little time."""
+    from ltloss.tools import tune_tiles
+
+    right, good, bad = tune_tiles.rank, tune_tiles.tiles.Tile(16, 16, 32, 4, 2), tune_tiles.tiles.Tile(16, 32, 32, 4, 2)
+
+    def rank(*given: Any) -> list[tune_tiles.Timing]:
+        if bad in tune_tiles.CANDIDATES:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return right(*given)
+
+    @contextlib.contextmanager
+    def trying(name: str) -> Iterator[None]:
+        if name == "one wave":
+            raise RuntimeError("no such kernel")
+        yield
+
+    monkeypatch.setattr(tune_tiles, "CANDIDATES", (bad, good))
+    monkeypatch.setattr(tune_tiles, "rank", rank)
+    monkeypatch.setattr(choices, "trying", trying)
+    state = times.Bench(Device("cpu"), Deadline(600.0), tmp_path / "rows.csv", repeats=2, dtype=torch.float32)
+    with use_backend("triton"):
+        tiles.measure(state, [TINY], tmp_path / "tiles.csv")
+    rows = read(tmp_path / "tiles.csv")
+    assert state.failed
+    assert [row["choice"] for row in rows if row["what"] == "step"] == ["one wave", "today", *choices.NAMES[1:]]
+    for kernel in ("forward", "gradient"):
+        problem, *ranked = (row for row in rows if row["what"] == kernel)
+        assert (problem["choice"], problem["note"][:12]) == ("16x32x32x4x2", "RuntimeError")
+        assert "16x16x16x4x2" in {row["choice"] for row in ranked}, "the next one is ranked, with half the depth"
+        assert [row["note"] for row in ranked if row["note"]] == ["today"]
+
+
+def test_tiles_without_time_are_left_out_and_are_no_mistake(tmp_path: Path) -> None:
+    state = times.Bench(Device("cpu"), Deadline(0.0), None)
+    tiles.measure(state, [TINY], None)
+    assert [sentence.split(":")[1] for sentence in state.findings] == [" left out for time"] * 3
+    assert not state.failed
 
 
 def test_a_stage_can_be_run_alone(few_comparisons: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
