@@ -13,6 +13,7 @@ from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import classifiers, hard_negatives, scales, toponyms
 from benchmarks.evidence.pages import renewed
 from benchmarks.kernel_report import __main__ as kernel_report
+from benchmarks.loss_gpu import goals
 from benchmarks.step import picture, tables
 from benchmarks.timing import RESULTS, read_rows
 from ltloss._files import write_file
@@ -41,6 +42,7 @@ MADE: Mapping[str, Callable[[str], str]] = {
     "docs/step.svg": lambda _: picture.draw(_rows("step-cpu")),
     "docs/performance.md": _performance,
     "docs/kernels.md": lambda page: kernel_report.with_table(page, _rows("kernel_report")),
+    "docs/performance-kernels.md": lambda page: renewed(page, "goals", goals.table()),
     "docs/choosing.md": evidence.start_here,
     "docs/evidence.md": evidence.with_studies,
     "docs/evidence-embeddings.md": _embeddings,

@@ -42,6 +42,12 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
+def judged(what: str, value: float, bound: float, *, at_least: bool = False) -> str:
+    """Whether a goal is met, in words with the numbers; a value is to be at most the bound, unless ``at_least``."""
+    met = value >= bound if at_least else value <= bound
+    return f"{what} {'met' if met else 'missed'} ({value:.3g}, goal {'>' if at_least else '<'}= {bound:g})"
+
+
 def _status_kib(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):

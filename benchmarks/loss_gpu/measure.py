@@ -102,6 +102,11 @@ class Device:
         """The name of the GPU, or of the processor."""
         return torch.cuda.get_device_name() if self.is_cuda else stamp()["device"]
 
+    @property
+    def is_hopper(self) -> bool:
+        """Whether it is a GPU of the architecture that the goals are for."""
+        return self.is_cuda and torch.cuda.get_device_capability()[0] == 9
+
     def stamp(self) -> dict[str, str]:
         """Date, commit, device and versions, for every row."""
         try:

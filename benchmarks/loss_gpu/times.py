@@ -1,6 +1,7 @@
 """Stage 2: forward and backward of the loss and of its peers, and the searches, each beside a large library product.
 
-Every row says which properties failed in stage 1. A provider that is wrong at a shape is not timed there.
+Every row says which properties failed in stage 1. A provider that is wrong at a shape is not timed there. On Hopper,
+rows and the end of the stage say which goals are met.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.loss_gpu import goals
 from benchmarks.loss_gpu.kept import kept_cases
 from benchmarks.loss_gpu.measure import Deadline, Device, TooSlow
 from benchmarks.loss_gpu.search import SearchCase, search_cases
@@ -64,6 +66,8 @@ class Bench:
         """Print and keep rows, and write all rows so far, so that a run that is stopped loses nothing."""
         for row in rows:
             self.rows.append({**self.stamp, **row})
+            if self.device.is_hopper:
+                goals.judge(self.rows)
             print(_line(self.rows[-1]), flush=True)
         self.write()
 
@@ -89,6 +93,8 @@ def _line(row: Row) -> str:
         f"{head} {row['phase']:9} {row['median_ms']:>9} ms  {row['tflops']:>6} TFLOP/s  {row['share_of_P']:>6} of P"
     ]
     parts += [f"{row[key]} {unit}" for key, unit in _OPTIONAL.items() if row.get(key) not in (None, "")]
+    if row.get("goal"):
+        parts.append(row["goal"])
     if row["failed_properties"]:
         parts.append(f"although it fails: {row['failed_properties']}")
     return "  ".join(parts)
@@ -253,3 +259,5 @@ def run(bench: Bench, shapes: Sequence[Shape], quick: bool, usual: bool) -> None
     for shape in () if quick else shapes:
         time_shape(bench, shape, peers, 0.4)
     time_shape(bench, launch_bound, peers, 1.0, host=True)
+    if bench.device.is_hopper:
+        bench.tell(*goals.judge(bench.rows))

@@ -17,9 +17,9 @@ from benchmarks import parts
 from benchmarks.peers import Shape, errors_of
 from benchmarks.step.cases import CASES, Case
 from benchmarks.step.checks import check
-from benchmarks.step.measure import MIB, Row, Work, compared, idle_bytes, in_turns, judged, row
+from benchmarks.step.measure import MIB, Row, Work, compared, idle_bytes, in_turns, row
 from benchmarks.step.picture import SERIES
-from benchmarks.timing import RESULTS, stamp
+from benchmarks.timing import RESULTS, judged, stamp
 
 SHAPE = Shape(256, 1_000_000, 128)
 OVER_CLASSES = (10_000, 30_000, 100_000, 300_000, 1_000_000)

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.peers import Shape
 from benchmarks.step.cases import CASES, Case, Goal, Training
-from benchmarks.timing import fresh_processes, paired_ratio, peak_resident_bytes
+from benchmarks.timing import fresh_processes, judged, paired_ratio, peak_resident_bytes
 
 Row = dict[str, Any]
 MIB, GIB = 1 << 20, 1 << 30
@@ -107,11 +107,6 @@ def in_turns(works: Sequence[Work], rounds: int, steps: int, take: Take = take_s
             last = f"{one.medians[-1]:.3f} s, peak {one.peak[-1] / MIB:.0f} MiB" if not one.reason else one.reason
             print(f"round {number + 1}: {work.case} {work.shape}: {last}", flush=True)
     return found
-
-
-def judged(what: str, value: float, most: float) -> str:
-    """Whether a goal is met, in words with the numbers."""
-    return f"{what} {'met' if value <= most else 'missed'} ({value:.3g}, goal <= {most:g})"
 
 
 def verdict(time_ratio: float, memory_ratio: float, goal: Goal | None) -> str:
