@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.loss_gpu import goals
+from benchmarks.loss_gpu.apart import Worker
 from benchmarks.loss_gpu.kept import kept_cases
 from benchmarks.loss_gpu.measure import Deadline, Device, TooSlow
 from benchmarks.loss_gpu.search import SearchCase, search_cases
@@ -47,6 +48,7 @@ class Bench:
     dtype: torch.dtype = torch.bfloat16
     repeats: int = 20
     providers: Sequence[Provider] = ON_GPU
+    alone: bool = False  # in a process that only measures: another one stamps, shows and writes its rows
     rows: list[Row] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
     failed: bool = False
@@ -64,6 +66,9 @@ class Bench:
 
     def add(self, rows: Iterable[Row]) -> None:
         """Print and keep rows, and write all rows so far, so that a run that is stopped loses nothing."""
+        if self.alone:
+            self.rows += rows
+            return
         for row in rows:
             self.rows.append({**self.stamp, **row})
             if self.device.is_hopper:
@@ -198,8 +203,9 @@ def _measure(
     return rows
 
 
-def time_search(bench: Bench, case: SearchCase, deadline: Deadline) -> None:
+def time_search(bench: Bench, case: SearchCase, deadline: Deadline | None = None) -> None:
     """Check and time one case, and measure the memory that it takes beyond what it holds before."""
+    deadline = deadline or bench.deadline
     head = {**_head(case.shape, case.dtype, case.provider), "phase": case.phase}
 
     def measure() -> None:
@@ -214,6 +220,24 @@ def time_search(bench: Bench, case: SearchCase, deadline: Deadline) -> None:
         bench.add([{**head, **speed, "note": case.note}])
 
     _attempt(bench, head, measure)
+
+
+def apart(bench: Bench, worker: Worker, head: Row, deadline: Deadline, work: Callable[..., None], *given: Any) -> None:
+    """Add the rows of ``work(bench, *given)`` from another process, or why there are none; ``head`` begins that row."""
+    seconds = deadline.left()
+    answer = worker.do(deadline, _measured, bench.device.kind, bench.dtype, bench.repeats, seconds, work, *given)
+    rows, failed = ([{**head, "note": answer.problem}], not answer.late) if answer.problem else answer.value
+    bench.add(rows)
+    bench.failed |= failed
+
+
+def _measured(
+    kind: str, dtype: torch.dtype, repeats: int, seconds: float, work: Callable[..., None], *given: Any
+) -> tuple[list[Row], bool]:
+    """The rows that the work adds to a bench of this process, and whether it failed."""
+    bench = Bench(Device(kind), Deadline(seconds), None, dtype, repeats, alone=True)
+    work(bench, *given)
+    return bench.rows, bench.failed
 
 
 def _speed(
@@ -242,20 +266,28 @@ def _speed(
 
 
 def run(bench: Bench, shapes: Sequence[Shape], quick: bool, usual: bool) -> None:
-    """Time ours at every shape, then the peers, the most telling shapes first; ``usual`` adds updates and searches."""
+    """Time ours at every shape, then the peers, the most telling shapes first; ``usual`` adds updates and searches.
+
+    Ours in another process: a kernel that hangs, or breaks its device, costs one shape.
+    """
     ours = [provider for provider in bench.providers if provider.name == "ltloss"]
     peers = [provider for provider in bench.providers if provider.name != "ltloss"]
     launch_bound = LAUNCH_BOUND if bench.device.is_cuda else TINY[-1]
-    for shape in shapes:
-        time_shape(bench, shape, ours, 0.3)
-    time_shape(bench, launch_bound, ours, 0.3, host=True)
+    worker = Worker(bench.device.kind, apart=bench.device.is_cuda)
+    for shape, host in (*((shape, False) for shape in shapes), (launch_bound, True)) if ours else ():
+        head = _head(shape, bench.dtype, "ltloss")
+        apart(bench, worker, head, bench.deadline.share(0.3), partial(time_shape, host=host), shape, ours, 1.0)
     section = bench.deadline.share(0.4)
     small = not bench.device.is_cuda
     searches = [*update_cases(small), *kept_cases(small), *search_cases(small)] if usual else []
-    for wanted, is_ours in ((ours, True), (peers and not quick, False)):
-        for case in searches if wanted else ():
-            if (case.provider == "ltloss") == is_ours:
-                time_search(bench, case, section)
+    for case in searches if ours else ():
+        if case.provider == "ltloss":
+            head = {**_head(case.shape, case.dtype, case.provider), "phase": case.phase}
+            apart(bench, worker, head, section, time_search, case)
+    worker.close()
+    for case in searches if peers and not quick else ():
+        if case.provider != "ltloss":
+            time_search(bench, case, section)
     for shape in () if quick else shapes:
         time_shape(bench, shape, peers, 0.4)
     time_shape(bench, launch_bound, peers, 1.0, host=True)

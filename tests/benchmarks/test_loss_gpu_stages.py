@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import importlib
 import multiprocessing
 import re
@@ -19,7 +20,7 @@ from helpers.refusals import missing
 from ltloss_kernels.config import choices
 
 from benchmarks.loss_gpu import __main__ as gpu
-from benchmarks.loss_gpu import apart, correctness, system, tiles, times
+from benchmarks.loss_gpu import apart, correctness, search, system, tiles, times, updates
 from benchmarks.loss_gpu.measure import Deadline, Device
 from benchmarks.peers import Shape
 from ltloss import use_backend
@@ -63,6 +64,10 @@ def case(number):
     if number == 3:
         crash(None)
     return f"{os.environ['SPOILT']} {number}"
+
+def hang_in_a_bench(bench, shape):
+    bench.add([{"note": "begun"}])
+    hang(None)
 
 def case_that_hangs(number):
     if number in (0, 1):
@@ -184,6 +189,28 @@ def test_a_stage_can_be_run_alone(few_comparisons: None, tmp_path: Path, capsys:
     assert gpu.main([*command, "--stage", "times", *one]) == 0
     assert "comparisons with float64" not in capsys.readouterr().out
     assert read(tmp_path / "rows.csv")
+
+
+def test_a_shape_at_which_ours_hangs_costs_that_shape(spoilt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one is timed, in another process, and the rows are those of this run."""
+    bench = times.Bench(Device("cpu"), Deadline(600.0), None, repeats=2)
+    bench.stamp["failed_properties"] = "off"
+    worker = apart.Worker("cpu", apart=True)
+    head = times._head(TINY, bench.dtype, "ltloss")
+    with monkeypatch.context() as patched:
+        patched.setattr(apart, "PATIENCE", 2.0)
+        times.apart(bench, worker, head, bench.deadline, spoilt.hang_in_a_bench, TINY)
+    assert [row["note"] for row in bench.rows] == ["hangs: no answer after 2 s"]
+    assert bench.failed
+    given = TINY, [one for one in bench.providers if one.name == "ltloss"], 0.3
+    times.apart(bench, worker, head, bench.deadline, functools.partial(times.time_shape, host=True), *given)
+    for case in (*updates.update_cases(small=True), *search.search_cases(small=True)):
+        if case.provider == "ltloss":
+            times.apart(bench, worker, head, bench.deadline, times.time_search, case)
+    worker.close()
+    assert [row["phase"] for row in bench.rows[1:4]] == [*times.OPERATIONS]
+    assert all(row["median_ms"] for row in bench.rows[1:]), [row["note"] for row in bench.rows]
+    assert {row["failed_properties"] for row in bench.rows} == {"off"}
 
 
 def test_a_process_that_a_property_ends_takes_no_other_along(spoilt: ModuleType) -> None:
