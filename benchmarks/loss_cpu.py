@@ -29,8 +29,7 @@ from benchmarks.peers import (
     exact_step,
     run_step,
 )
-from benchmarks.step.measure import judged
-from benchmarks.timing import RESULTS, fresh_processes, interleaved, paired_ratio, peak_extra_bytes, stamp
+from benchmarks.timing import RESULTS, fresh_processes, interleaved, judged, paired_ratio, peak_extra_bytes, stamp
 from ltloss import CosineSoftmaxLoss, LongTailLoss, functional, reference, use_workspace
 
 TRAINING_STEP = Shape(256, 100_000, 256)
