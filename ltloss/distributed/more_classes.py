@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
     """Return a head with ``count`` more classes at the end.
 
     The rows of the old classes, (C, D), and their centres are copied. Those of the new classes are drawn, and their
-    bias is 0. All ranks call it alike.
+    bias is 0. Running means and steps are copied too: the heads share no state. All ranks call it alike.
 
     Args:
         head: sharded or not; it is not changed. An optimizer of :mod:`ltloss.optim` continues with the larger head
@@ -63,6 +64,7 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
     larger.num_classes = classes
     if isinstance(larger, ClassParallel):
         larger.rearrange(layout)
+        larger.sampler = copy.deepcopy(larger.sampler)
     larger.weight = nn.Parameter(
         layout.zeros(*head.weight.shape[1:], dtype=head.weight.dtype), requires_grad=head.weight.requires_grad
     )
@@ -71,17 +73,26 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
     biases = _longer_biases(head, count)
     for name in biases:  # what is drawn anew must not be those of the former head
         del larger._parameters[name]
+    _take_state(larger, head, layout)  # reset_parameters empties it in place: let it not be that of the former head
     larger.reset_parameters()
+    _take_state(larger, head, layout)
     larger._parameters |= biases
     copy_rows(head.weight, larger.weight)
     if head.weight_exponent is not None and larger.weight_exponent is not None:
         copy_rows(head.weight_exponent, larger.weight_exponent)
     for name, vector in per_class.items():
         larger._keep(name, vector.to(head.get_buffer(name).dtype))
+    return larger
+
+
+def _take_state(larger: PrototypeHead, head: PrototypeHead, layout: Layout) -> None:
+    """Copy what a head has learned beside its parameters: moments, steps and class centres."""
+    for name, buffer in head.named_buffers(recurse=False):
+        if name != "weight_exponent":
+            larger._buffers[name] = buffer.clone()
     for name, child in head.named_children():
         if isinstance(child, ClassCenters):
             setattr(larger, name, _more_centers(child, layout))
-    return larger
 
 
 def _longer_biases(head: PrototypeHead, count: int) -> dict[str, nn.Parameter | None]:

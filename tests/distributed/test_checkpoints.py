@@ -159,7 +159,7 @@ def _grown(rank: int | None) -> None:
         if rank is not None:
             head = parallelize(head, class_mesh())
         head(torch.randn(4, DIM), torch.tensor([0, 3, 5, 9]))
-        margins = long_tail_counts(13).float()
+        margins = long_tail_counts(13) / 400.0
         vectors = {"cosine_margin": margins} if case.loss == "LDAMLoss" else {}
         larger = add_classes(head, 3, **vectors)
         assert larger.num_classes == 13
@@ -173,6 +173,32 @@ def _grown(rank: int | None) -> None:
         assert larger.weight.grad is not None
         assert larger.weight.grad.shape == (13, *head.weight.shape[1:])
         assert head.weight.grad is None
+
+
+def _apart(rank: int | None) -> None:
+    for loss in ("CosineSpaceLoss", "AdaFaceLoss", "ElasticFaceLoss", "CurricularFaceLoss with sub-centres"):
+        head = BUILD[loss](10, DIM)
+        if rank is not None:
+            head = parallelize(head, class_mesh())
+        head(torch.randn(4, DIM), torch.tensor([0, 3, 5, 9]))
+        before = {name: whole(tensor) for name, tensor in head.state_dict().items()}
+        larger = add_classes(head, 3)
+        for name, tensor in larger.state_dict().items():
+            kept = whole(tensor)[:10] if tensor.dim() and len(tensor) == 13 else tensor
+            assert torch.equal(kept, before[name]), name
+        torch.autograd.backward(larger(torch.randn(2, DIM), torch.tensor([12, 0])))
+        for name, tensor in head.state_dict().items():
+            assert torch.equal(whole(tensor), before[name]), name
+
+
+def test_more_classes_leave_the_former_head_alone() -> None:
+    _apart(None)
+    world.run(_apart, 2)
+    head = parallelize(ltloss.CosFaceLoss(10, DIM), None, sample_rate=0.5)
+    head.sampler.step = 3
+    larger = add_classes(head, 3)
+    larger.sampler.step += 1
+    assert head.sampler.step == 3
 
 
 def test_more_classes_keep_the_old_rows() -> None:
