@@ -70,13 +70,13 @@ def add_classes(head: Head, count: int, **per_class: Tensor) -> Head:
     )
     if head.weight_exponent is not None:
         larger.weight_exponent = layout.zeros(dtype=torch.int8)
-    biases = _longer_biases(head, count)
-    for name in biases:  # what is drawn anew must not be those of the former head
+    others = _other_parameters(head, count)
+    for name in others:  # what is drawn anew must not be those of the former head
         del larger._parameters[name]
     _take_state(larger, head, layout)  # reset_parameters empties it in place: let it not be that of the former head
     larger.reset_parameters()
     _take_state(larger, head, layout)
-    larger._parameters |= biases
+    larger._parameters |= others
     copy_rows(head.weight, larger.weight)
     if head.weight_exponent is not None and larger.weight_exponent is not None:
         copy_rows(head.weight_exponent, larger.weight_exponent)
@@ -95,13 +95,15 @@ def _take_state(larger: PrototypeHead, head: PrototypeHead, layout: Layout) -> N
             setattr(larger, name, _more_centers(child, layout))
 
 
-def _longer_biases(head: PrototypeHead, count: int) -> dict[str, nn.Parameter | None]:
-    """The parameters (C,), which every rank holds alike, with 0 for the new classes."""
-    return {
-        name: nn.Parameter(functional.pad(parameter.detach(), (0, count)), parameter.requires_grad)
-        for name, parameter in head.named_parameters(recurse=False)
-        if name != "weight"
-    }
+def _other_parameters(head: PrototypeHead, count: int) -> dict[str, nn.Parameter | None]:
+    """Those that every rank holds alike: of a bias (C,) 0 for the new classes; any other, a learned scale, as it is."""
+    others: dict[str, nn.Parameter | None] = {}
+    for name, parameter in head.named_parameters(recurse=False):
+        if name != "weight":
+            own = parameter.detach()
+            own = functional.pad(own, (0, count)) if own.shape == (head.num_classes,) else own.clone()
+            others[name] = nn.Parameter(own, parameter.requires_grad)
+    return others
 
 
 def _more_centers(centers: ClassCenters, layout: Layout) -> ClassCenters:

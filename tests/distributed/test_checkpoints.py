@@ -201,6 +201,14 @@ def test_more_classes_leave_the_former_head_alone() -> None:
     assert head.sampler.step == 3
 
 
+def test_more_classes_with_a_scale_that_is_learned() -> None:
+    head = ltloss.CosFaceLoss(10, DIM)
+    head.log_scale = torch.nn.Parameter(torch.tensor(1.5))
+    larger = add_classes(head, 3)
+    larger.log_scale.data += 1.0
+    assert (head.log_scale.item(), larger.log_scale.item()) == (1.5, 2.5)
+
+
 def test_more_classes_keep_the_old_rows() -> None:
     _grown(None)
     world.run(_grown, 3)
