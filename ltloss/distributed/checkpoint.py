@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ from ltloss.losses.prototype_head import PrototypeHead
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
+T = TypeVar("T")
+
 _STATE = "state.json"
 
 
@@ -40,8 +42,8 @@ def save_checkpoint(
 
     Args:
         path: a folder that does not exist yet, on a file system that all ranks see.
-        modules: by name; sharded ones beside ordinary ones that are the same on all ranks (of a DDP wrapper, what is
-            inside).
+        modules: by name; sharded ones beside ordinary ones that are the same on all ranks. What is inside of a wrapper
+            (DDP, ``AveragedModel``) has the names that it has without it.
         optimizers: by name; over parameters of these modules. Options such as the learning rate are not stored.
         state: anything that JSON can hold.
 
@@ -106,7 +108,8 @@ def load_checkpoint(
         ValueError: a tensor is missing there or has another shape, or an optimizer that has state already has other
             state; nothing was changed then.
 
-    Warns where a head was saved under other hyper-parameters (scale, margins, ...), which it keeps.
+    Warns where a head was saved under other hyper-parameters (scale, margins, ...), which it keeps; and where the
+    checkpoint does not hold what a wrapper has beside its module.
 
     See also: :func:`save_checkpoint`, which writes it.
 
@@ -126,7 +129,7 @@ def load_checkpoint(
         raise FileNotFoundError(f"{target} is no whole checkpoint (it has no {_STATE})")
     stored: dict[str, Any] = FileSystemReader(target).read_metadata().state_dict_metadata
     record = json.loads((target / _STATE).read_text())
-    tensors, new_state = _module_tensors(modules), []
+    tensors, new_state = _without_missing_wrappers(_module_tensors(modules), stored, target), []
     for prefix, optimizer, options, parameter in list(_owned(modules, optimizers or {})):
         held = optimizer.state[parameter]
         there = {name.removeprefix(prefix): entry for name, entry in stored.items() if name.startswith(prefix)}
@@ -194,7 +197,7 @@ def _heads(modules: Mapping[str, nn.Module]) -> dict[str, PrototypeHead]:
     return {
         f"{name}.{path}": part
         for name, module in modules.items()
-        for path, part in _inside(module).named_modules()
+        for path, part in _named(module, nn.Module.named_modules)
         if isinstance(part, PrototypeHead)
     }
 
@@ -215,18 +218,34 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _inside(module: nn.Module) -> nn.Module:
-    inner = getattr(module, "module", None)  # of a DDP wrapper
-    return inner if isinstance(inner, nn.Module) else module
+def _named(module: nn.Module, parts: Callable[[nn.Module], Iterable[tuple[str, T]]]) -> Iterator[tuple[str, T]]:
+    """Parts by name. Of a wrapper (DDP, AveragedModel) those inside by their plain name, its own after a dot."""
+    inner = getattr(module, "module", None)
+    if not isinstance(inner, nn.Module):
+        yield from parts(module)
+        return
+    if "module" in module._modules:  # else it is a view: a compiled DDP wrapper has only what is inside
+        for name, part in parts(module):
+            if name.split(".")[0] != "module":
+                yield f".{name}", part
+    yield from parts(inner)
 
 
 def _module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": tensor
         for name, module in modules.items()
-        for key, tensor in _inside(module).state_dict().items()
+        for key, tensor in _named(module, lambda part: part.state_dict().items())
         if isinstance(tensor, Tensor)
     }
+
+
+def _without_missing_wrappers(tensors: dict[str, Tensor], stored: Mapping[str, Any], target: Path) -> dict[str, Tensor]:
+    """Those to be loaded: without what wrappers have of their own, where the checkpoint was written without it."""
+    missing = sorted(name for name in tensors if ".." in name and name not in stored)
+    if missing:
+        warnings.warn(f"{target} does not hold {', '.join(missing)} of a wrapper, which keeps it", stacklevel=3)
+    return {name: tensor for name, tensor in tensors.items() if name not in missing}
 
 
 def _owned(
@@ -236,7 +255,7 @@ def _owned(
     names = {
         parameter: f"{name}.{key}"
         for name, module in modules.items()
-        for key, parameter in _inside(module).named_parameters()
+        for key, parameter in _named(module, nn.Module.named_parameters)
     }
     for label, optimizer in optimizers.items():
         for group in optimizer.param_groups:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers import world
 from helpers.cases import BUILD, DIM, Case, whole
-from helpers.refusals import refused
+from helpers.refusals import refused, warned
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ltloss
 from ltloss.distributed import (
@@ -118,6 +119,57 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         save_checkpoint(tmp_path / "three", {"head": job.head}, job.optimizers)
     assert not (tmp_path / "three").exists()
+
+
+class Wrapper(torch.nn.Module):
+    """What is in it has the names of what it has itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.weight = torch.nn.Linear(3, 2), torch.nn.Parameter(torch.randn(5))
+
+
+def _averaged(rank: int | None, folder: Path) -> None:
+    def build() -> tuple[ltloss.PrototypeHead, AveragedModel]:
+        head = parallelize(ltloss.ArcFaceLoss(CLASSES, DIM), class_mesh())
+        return head, AveragedModel(head, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+    head, average = build()
+    for _ in range(3):
+        head.weight.data.mul_(1.5)
+        average.update_parameters(head)
+    save_checkpoint(folder / "averaged", {"head": head, "average": average})
+    resumed, loaded = build()
+    load_checkpoint(folder / "averaged", {"head": resumed, "average": loaded})
+    assert int(loaded.n_averaged) == 3
+    for module, mean in ((head, average), (resumed, loaded)):
+        module.weight.data.mul_(1.5)
+        mean.update_parameters(module)
+    assert torch.equal(whole(loaded.module.weight), whole(average.module.weight))
+
+
+def test_what_wraps_a_module_is_stored_too(tmp_path: Path) -> None:
+    (tmp_path / "ranks").mkdir()
+    _averaged(None, tmp_path)
+    world.run(_averaged, 2, tmp_path / "ranks")
+    one, other = Wrapper(), Wrapper()
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (one, other)]
+    (one.module.weight.sum() + one.weight.sum()).backward()
+    optimizers[0].step()
+    save_checkpoint(tmp_path / "wrapper", {"net": one}, {"sgd": optimizers[0]})
+    load_checkpoint(tmp_path / "wrapper", {"net": other}, {"sgd": optimizers[1]})
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+    assert torch.equal(optimizers[1].state[other.weight]["momentum_buffer"], torch.ones(5))
+
+
+def test_a_checkpoint_without_what_wraps_a_module_loads(tmp_path: Path) -> None:
+    average = AveragedModel(ltloss.ArcFaceLoss(CLASSES, DIM))
+    save_checkpoint(tmp_path / "former", {"average": average.module})  # as versions that dropped it named the tensors
+    other = AveragedModel(ltloss.ArcFaceLoss(CLASSES, DIM))
+    with warned("average..n_averaged", kind=UserWarning):
+        load_checkpoint(tmp_path / "former", {"average": other})
+    assert torch.equal(other.module.weight, average.module.weight)
 
 
 def _killed(rank: int, folder: Path, moment: int) -> None:
