@@ -21,6 +21,7 @@ from ltloss.chunked.search import Best, UnitRows, search_precision
 from ltloss.chunked.tiles import block_sizes
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.layout import Layout, own_part
+from ltloss.float8 import FLOAT8
 from ltloss.margins import arccos
 from ltloss.numerics import add_rows_, compute_dtype, inverse_norm, project_, spans
 from ltloss.ops.prototype_search import nearest_in_one_piece, top_k_in_one_piece
@@ -234,10 +235,11 @@ class _NearestOfRows(torch.autograd.Function):
 
 def _shown(own: Tensor, mine: Tensor, layout: Layout) -> Tensor:
     """Prototypes (R, D) by their local index (R,), -1 where another class rank has them; all ranks get all."""
-    rows = own.new_zeros(mine.shape[0], own.shape[1])
+    values = own.view(torch.uint8) if own.dtype == FLOAT8 else own  # no backend sums float8; one rank has more than 0
+    rows = values.new_zeros(mine.shape[0], own.shape[1])
     if own.shape[0]:
-        rows = torch.where((mine >= 0)[:, None], own[mine.clamp_min(0)], 0.0)
-    return comm.all_reduce(rows, layout.class_group)
+        rows = torch.where((mine >= 0)[:, None], values[mine.clamp_min(0)], 0)
+    return comm.all_reduce(rows, layout.class_group).view(own.dtype)
 
 
 Pair = tuple[Tensor, Tensor]
