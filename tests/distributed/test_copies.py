@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from helpers import world
 from helpers.cases import Case, batch, build, part, whole
 from helpers.refusals import refused
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
+import ltloss
 from ltloss.distributed import DistributedError, class_mesh, parallelize
 from ltloss.testing import relative_error
 
@@ -118,3 +121,62 @@ def test_a_pickle_is_refused_by_other_ranks(tmp_path: Path) -> None:
     world.run(_save, 2, tmp_path / "module.pt")
     _load(0, tmp_path / "module.pt")
     world.run(_load, 1, tmp_path / "module.pt")
+
+
+def _mixed(action: Callable[[], object]) -> bool:
+    """Whether PyTorch refuses to take ordinary tensors and DTensors in one operation."""
+    try:
+        action()
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" not in str(error):
+            raise
+        return True
+    return False
+
+
+def _as_on_a_gpu(rank: int) -> dict[str, bool]:
+    """The table in docs/distributed.md: what fails where foreach is the default."""
+    backbone = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+    head, linear = (parallelize(kind(11, 4), class_mesh()) for kind in (ltloss.ArcFaceLoss, ltloss.LinearSoftmaxLoss))
+    model = torch.nn.ModuleDict({"backbone": backbone, "head": head, "linear": linear})
+    features, labels = torch.randn(3, 4), torch.tensor([0, 5, 10])
+    (head(backbone(features), labels) + linear(backbone(features), labels)).backward()
+    ordinary = {"params": [p for p in model.parameters() if not hasattr(p, "device_mesh")]}
+    sharded = {"params": [head.weight, linear.weight]}
+    everything = list(model.parameters())
+    means = {
+        "default": {},
+        "multi": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+        "single": {"avg_fn": get_ema_avg_fn()},
+    }
+    refused = {}
+    with (
+        patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["cpu"]),
+        patch("torch.optim.swa_utils._get_foreach_kernels_supported_devices", lambda: ["cpu"]),
+    ):
+        for kind in (torch.optim.SGD, torch.optim.AdamW):
+            refused |= {
+                f"{kind.__name__} of one group": _mixed(kind(everything, lr=0.1).step),
+                f"{kind.__name__} of LinearSoftmaxLoss": _mixed(kind(linear.parameters(), lr=0.1).step),
+                f"{kind.__name__} of the head": _mixed(kind(head.parameters(), lr=0.1).step),
+                f"{kind.__name__} of two groups": _mixed(kind([ordinary, sharded], lr=0.1).step),
+                f"{kind.__name__} without foreach": _mixed(kind(everything, lr=0.1, foreach=False).step),
+            }
+        for what, module in (("the head", head), ("LinearSoftmaxLoss", linear), ("the model", model)):
+            for name, options in means.items():
+                average = AveragedModel(module, **options)
+                average.update_parameters(module)
+                refused[f"{name} average of {what}"] = _mixed(lambda a=average, m=module: a.update_parameters(m))
+    return refused
+
+
+def test_what_an_optimizer_takes_together_on_a_gpu() -> None:
+    for found in world.run(_as_on_a_gpu, 2):
+        assert {name for name, refused in found.items() if refused} == {
+            *(f"{kind} of {what}" for kind in ("SGD", "AdamW") for what in ("one group", "LinearSoftmaxLoss")),
+            *(
+                f"{name} average of {what}"
+                for name in ("default", "multi")
+                for what in ("LinearSoftmaxLoss", "the model")
+            ),
+        }
