@@ -54,6 +54,9 @@ def parallelize(
 ) -> Head:
     """Spread the classes of a loss module over the ranks of a mesh, in place. All ranks call it alike.
 
+    Its parameters are new ones. Make the optimizer afterwards: one made before moves only the former ones, without a
+    word.
+
     Args:
         module: any loss module of this package, the same on all ranks (the weight of rank 0 counts). Built with
             ``device="meta"`` its weight never exists in one piece: each rank draws its own prototypes, which are the
