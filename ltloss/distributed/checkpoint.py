@@ -266,11 +266,13 @@ def _owned(
 
 
 def _like(parameter: Tensor, stored: Any, on_device: bool) -> Tensor:
-    """An empty tensor of the stored shape: placed as the parameter where it has a row per class, else whole.
+    """Zeros of the stored shape: placed as the parameter where that is its shape, or rows are its rows; else whole.
 
     Numbers (the steps that Adam counts) stay on the host, but for optimizers that read them ``on_device``.
     """
     shape, dtype = tuple(stored.size), stored.properties.dtype
+    if shape and shape == tuple(parameter.shape):  # however FSDP2 placed it
+        return torch.zeros_like(parameter, dtype=dtype)
     layout = Layout.of(parameter) if hasattr(parameter, "device_mesh") else None
     if layout is None or not shape or shape[0] != parameter.shape[0]:
         return torch.zeros(shape, dtype=dtype, device=parameter.device if shape or on_device else "cpu")

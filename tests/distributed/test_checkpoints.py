@@ -11,6 +11,8 @@ import torch
 from helpers import world
 from helpers.cases import BUILD, DIM, Case, whole
 from helpers.refusals import refused, warned
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ltloss
@@ -161,6 +163,29 @@ def test_what_wraps_a_module_is_stored_too(tmp_path: Path) -> None:
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
     assert torch.equal(optimizers[1].state[other.weight]["momentum_buffer"], torch.ones(5))
+
+
+def _other_placement(rank: int, folder: Path) -> None:
+    def build() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        net = torch.nn.Linear(6, 8)
+        fully_shard(net, mesh=class_mesh(), shard_placement_fn=lambda p: Shard(p.dim() - 1))
+        return net, torch.optim.AdamW(net.parameters(), lr=0.01)
+
+    net, optimizer = build()
+    net(torch.randn(2, 6)).sum().backward()
+    optimizer.step()
+    save_checkpoint(folder / "columns", {"net": net}, {"adamw": optimizer})
+    other, resumed = build()
+    load_checkpoint(folder / "columns", {"net": other}, {"adamw": resumed})
+    for parameter, former in zip(other.parameters(), net.parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = resumed.state[parameter][name]
+            assert moment.placements == parameter.placements
+            assert torch.equal(moment.to_local(), optimizer.state[former][name].to_local())
+
+
+def test_state_is_placed_as_its_parameter(tmp_path: Path) -> None:
+    world.run(_other_placement, 2, tmp_path)
 
 
 def test_a_checkpoint_without_what_wraps_a_module_loads(tmp_path: Path) -> None:
