@@ -101,7 +101,7 @@ class BatchGather:
             if all(row[0] >= 0 for row in header):
                 _check_equal("the operation or its k", [row[2] for row in header])
                 rows = self.capacity or max(row[0] for row in header)
-                wanted = self.capacity is not None or any(row[1] for row in header)
+                wanted = not looks or any(row[1] for row in header)
                 return self._unpack(gathered, agreed, features, rows, wanted)
             self._handshake(features, error)
 

@@ -102,6 +102,21 @@ def test_without_gradients_only_the_two_forward_messages() -> None:
     assert world.run(_no_grad, 2) == [STEP[:2]] * 2
 
 
+def _frozen(rank: int) -> list[list[str]]:
+    calls = []
+    for capacity in (None, 4):
+        module = parallelize(build(Case("ArcFaceLoss", 12, ((4, 4),))), class_mesh(), capacity=capacity)
+        for _ in range(2):
+            with world.Collectives() as counted:
+                module(torch.randn(4, DIM), torch.arange(4)).backward()
+        calls.append(_normal(counted.calls))
+    return calls
+
+
+def test_features_without_a_gradient_on_any_rank_get_none() -> None:
+    assert world.run(_frozen, 2) == [[STEP[:2]] * 2] * 2
+
+
 def _lengths(rank: int) -> list[float]:
     """Growing batches, another dtype, frozen features on one rank: against one process, one after the other."""
     errors = []
