@@ -42,8 +42,9 @@ def save_checkpoint(
 
     Args:
         path: a folder that does not exist yet, on a file system that all ranks see.
-        modules: by name; sharded ones beside ordinary ones that are the same on all ranks. What is inside of a wrapper
-            (DDP, ``AveragedModel``) has the names that it has without it.
+        modules: by name; sharded ones beside ordinary ones that are the same on all ranks; where buffers differ, as
+            running means under DDP do, those of rank 0 are stored. What is inside of a wrapper (DDP, ``AveragedModel``)
+            has the names that it has without it.
         optimizers: by name; over parameters of these modules. Options such as the learning rate are not stored.
         state: anything that JSON can hold.
 
@@ -61,6 +62,7 @@ def save_checkpoint(
         >>> load_checkpoint("step-1", {"loss": ArcFaceLoss(10, 4)})
         {'step': 1}
     """
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.state_dict_saver import save
 
     target = Path(path)
@@ -85,7 +87,9 @@ def save_checkpoint(
         tensors |= {prefix + key: value for key, value in held.items() if isinstance(value, Tensor)}
     _on_first_rank(prepare)
     with _quiet():
-        save(tensors, checkpoint_id=partial, no_dist=not _initialised())
+        # Of what all ranks hold, rank 0's: under DDP running means differ, and those of several ranks do not fit.
+        planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        save(tensors, checkpoint_id=partial, planner=planner, no_dist=not _initialised())
     _on_first_rank(publish)
 
 

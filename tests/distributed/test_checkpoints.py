@@ -165,6 +165,23 @@ def test_what_wraps_a_module_is_stored_too(tmp_path: Path) -> None:
     assert torch.equal(optimizers[1].state[other.weight]["momentum_buffer"], torch.ones(5))
 
 
+def _running(rank: int, folder: Path) -> list[str]:
+    norms = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    net = torch.nn.parallel.DistributedDataParallel(norms)
+    net(torch.randn(16, 4, generator=torch.Generator().manual_seed(rank)) * (1 + rank))
+    before = {name: tensor.clone() for name, tensor in net.module.state_dict().items()}
+    save_checkpoint(folder / "running", {"net": net})
+    load_checkpoint(folder / "running", {"net": net})
+    after = net.module.state_dict()
+    return [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
+
+
+def test_running_means_of_ranks_are_not_mixed(tmp_path: Path) -> None:
+    first, second = world.run(_running, 2, tmp_path)
+    assert first == []  # under DDP those of rank 0 count
+    assert second == ["0.running_mean", "0.running_var", "2.running_mean", "2.running_var"]
+
+
 def _other_placement(rank: int, folder: Path) -> None:
     def build() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         net = torch.nn.Linear(6, 8)
