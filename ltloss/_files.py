@@ -1,7 +1,8 @@
 """Files and folders that are either complete or absent, even if the process is killed while it writes them.
 
 Each is written under a temporary name in the same folder, flushed to the disk and then renamed. A reader never sees an
-incomplete one, and a full disk leaves the former one as it was.
+incomplete one, and a full disk leaves the former one as it was. Nobody else has names of this kind, and each writer of
+a file has one of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,26 +18,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-TEMPORARY = ".tmp"
+TEMPORARY = ".ltloss-"  # begins the names of what is unfinished
 
 
 def temporary(path: Path) -> Path:
-    """The temporary name, in the same folder, under which ``path`` is written."""
-    return path.with_name(path.name + TEMPORARY)
+    """The temporary name, in the same folder, of the folder ``path``: all ranks that fill it derive the same one."""
+    return path.with_name(TEMPORARY + path.name)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that replaces ``path`` when the block ends without an error; otherwise ``path`` stays as it was."""
+    unfinished = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with temporary(path).open("wb") as file:
+        with unfinished.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary(path), path)
+        os.replace(unfinished, path)
     except BaseException as error:
-        temporary(path).unlink(missing_ok=True)
-        if isinstance(error, OSError) and str(error.filename or temporary(path)) == str(temporary(path)):
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and str(error.filename or unfinished) == str(unfinished):
             error.filename = str(path)  # a failed write names no file, and nobody knows the temporary one
         raise
     _flush_names(path.parent)
@@ -87,10 +90,14 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(temporary(folder))
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files and folders that a killed process left in ``folder``."""
-    for path in folder.glob(f"*{TEMPORARY}"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove what a killed process left in ``folder`` of files and folders whose names begin with one of ``names``.
+
+    Only the caller may write these: what a living process has not finished would go too.
+    """
+    for name in names:
+        for path in folder.glob(f"{TEMPORARY}{name}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _flush_folder(folder: Path) -> None:

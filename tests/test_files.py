@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from ltloss._files import new_folder, remove_folder, remove_leftovers, write_csv, write_file
+from ltloss._files import (
+    new_file,
+    new_folder,
+    remove_folder,
+    remove_leftovers,
+    start_folder,
+    write_csv,
+    write_file,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,7 +70,7 @@ def test_death_at_any_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, func
         _folder(folder)
     assert file.read_bytes() in (b"old", b"new")
     assert not folder.exists() or _contents(folder) == {"one": b"1", "deep/two": b"2"}
-    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path, "fi", "folder")
     assert {path.name for path in tmp_path.iterdir()} <= {"file", "folder"}
 
 
@@ -71,8 +79,29 @@ def test_a_removed_folder_is_never_half_there(tmp_path: Path, monkeypatch: pytes
     with dying(monkeypatch, "fsync", 99):
         remove_folder(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
-    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path, "")
     assert not list(tmp_path.iterdir())
+
+
+def test_two_writers_of_a_file_have_each_their_own(tmp_path: Path) -> None:
+    with new_file(tmp_path / "file") as first:
+        first.write(b"first")
+        with new_file(tmp_path / "file") as second:
+            second.write(b"2")
+        assert (tmp_path / "file").read_bytes() == b"2"
+    assert (tmp_path / "file").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_only_the_leftovers_of_what_is_named_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "notes.tmp").mkdir()
+    (tmp_path / "notes.tmp" / "a.txt").write_text("mine")
+    with new_file(tmp_path / "model.onnx") as file, new_folder(tmp_path / "epoch-0001"):
+        remove_leftovers(tmp_path, "config.json", "epoch-")
+        assert not list(tmp_path.glob("*epoch-0001"))
+        (tmp_path / file.name).stat()
+        start_folder(tmp_path / "epoch-0001")
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.tmp", "model.onnx", "epoch-0001"}
 
 
 def _full(_: int) -> None:

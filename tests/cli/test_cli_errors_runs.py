@@ -43,6 +43,9 @@ def test_folder_of_something_else_is_not_touched(resume: list[str], capsys: pyte
     Path("run/thesis.txt").write_text("years of work")
     fails([*TRAIN, *resume], capsys, "--out", "run")
     assert contents(Path("run")) == {"thesis.txt": b"years of work"}
+    Path("run/thesis.txt").rename("run/thesis.tmp")
+    fails([*TRAIN, *resume], capsys, "--out", "run")
+    Path("run/thesis.tmp").rename("run/thesis.txt")
     fails([*TRAIN, "--out", "run/thesis.txt"], capsys, "--out", "run/thesis.txt")
     fails([*TRAIN, "--out", "run/thesis.txt/run"], capsys, "run/thesis.txt/run")
 

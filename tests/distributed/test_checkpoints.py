@@ -102,7 +102,7 @@ def test_saved_on_four_ranks_and_loaded_on_others(tmp_path: Path) -> None:
     # A sample is drawn per shard, so only the same number of ranks draws the same classes again.
     for found in world.run(_resume_sampled, 4, tmp_path):
         assert found == curves[0][9:12]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:

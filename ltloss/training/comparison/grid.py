@@ -142,8 +142,9 @@ def _limits(plan: ComparisonSpec) -> list[dict[str, Any]]:
 
 def _open_folder(out: Path, plan: ComparisonSpec) -> Path:
     """Write the manifest, remove unfinished files of a killed comparison, and return the folder."""
-    for folder in (out, out / "runs", out / "models"):
-        remove_leftovers(folder)
+    remove_leftovers(out, MANIFEST)
+    for folder in (out / "runs", out / "models"):
+        remove_leftovers(folder, "")
     record = {name: getattr(plan, name) for name in ("recipe", "settings", "methods", "seeds", "vary", "tune")}
     record |= {name: stored(record[name]) for name in ("settings", "vary")}
     write_file(out / MANIFEST, (json.dumps(record, indent=2) + "\n").encode())

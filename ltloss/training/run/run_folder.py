@@ -71,7 +71,7 @@ def refuse_foreign_files(out: Path, manifest: str, what: str) -> None:
         raise UserError(f"--out {out} is a file; choose a folder")
     if (out / manifest).is_file() or not out.is_dir():
         return
-    if any(path.suffix != TEMPORARY and path.name != LOCK for path in out.iterdir()):
+    if any(not path.name.startswith(TEMPORARY) and path.name != LOCK for path in out.iterdir()):
         raise UserError(f"--out {out} holds other files{what}; choose an empty or a new folder")
 
 

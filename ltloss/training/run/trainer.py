@@ -92,8 +92,8 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
             if checkpoint is not None:
                 trainer.restore(checkpoint)
             if ranks.first:
-                for folder in (out, out / "checkpoints"):
-                    remove_leftovers(folder)
+                remove_leftovers(out, "config.json", "metrics.csv", "evaluation.json")
+                remove_leftovers(out / "checkpoints", "epoch-")
                 write_config(out, config)
                 if trainer.history:
                     write_metrics(out, trainer.history)

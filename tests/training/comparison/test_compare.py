@@ -20,6 +20,7 @@ from helpers.small_run import HOSTILE
 from helpers.toys import toy_images
 
 import ltloss.training.run.prepare
+from ltloss._files import temporary
 from ltloss.cli.command import main
 from ltloss.errors import UserError
 from ltloss.training import compare
@@ -106,15 +107,15 @@ def test_a_killed_comparison_continues_where_it_was(compared: Comparison, toy_np
     process.wait()
     done = files_of(tmp_path / "cut")
     assert 1 <= len(done) < 4
-    for leftover in ("runs", "models", "."):
-        (tmp_path / "cut" / leftover / "half.json.tmp").write_text("{")
+    for leftover in ("runs/half.json", "models/half.json", "compare.json"):
+        temporary(tmp_path / "cut" / leftover).write_text("{")
     assert main(line) == 0
     now = files_of(tmp_path / "cut")
     assert len(now) == 4
     assert {name: now[name] for name in done} == done  # not computed again
     whole = [row for row in rows_of(compared.out) if row["method"] in ("ce", "long-tail-prior")]
     assert rows_of(tmp_path / "cut") == whole
-    assert not list((tmp_path / "cut").rglob("*.tmp"))
+    assert not list((tmp_path / "cut").rglob(".*"))
 
 
 def test_a_damaged_result_is_computed_again_and_a_method_can_join(toy_npz: Path, tmp_path: Path) -> None:

@@ -82,8 +82,8 @@ def test_death_at_any_step_leaves_a_whole_checkpoint(
     found = load_checkpoint(latest)
     assert found.state["epoch"] in (2, 3)
     assert float(found.model["weight"][0, 0]) == found.state["epoch"]
-    remove_leftovers(tmp_path / "checkpoints")
-    assert not list(tmp_path.rglob("*.tmp"))
+    remove_leftovers(tmp_path / "checkpoints", "epoch-")
+    assert not list(tmp_path.rglob(".*"))
     save_checkpoint(tmp_path, 4, example(4))
     assert load_checkpoint(tmp_path / "checkpoints" / "epoch-0004").state["epoch"] == 4
 

@@ -17,6 +17,7 @@ from helpers.refusals import refused
 from helpers.toys import toy_images, toy_settings
 
 import ltloss
+from ltloss._files import temporary
 from ltloss.errors import DivergedError, UserError
 from ltloss.training.data.sources import load_data
 from ltloss.training.measure.evaluate import evaluate_run
@@ -117,14 +118,14 @@ def test_resumed_run_is_the_uninterrupted_one(
     for epoch in (1, 2):
         trainer.run_epoch(epoch, data.test)
         save_checkpoint(tmp_path / "cut", epoch, trainer.checkpoint())
-    (tmp_path / "cut" / "checkpoints" / "epoch-0003.tmp").mkdir()
+    temporary(tmp_path / "cut" / "checkpoints" / "epoch-0003").mkdir()
     train(tmp_path / "cut", {}, resume=True, quiet=True)
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
     last, other = (tmp_path / name / "checkpoints" / "epoch-0004" for name in ("whole", "cut"))
     files = {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
     assert files == {path.name: path.read_bytes() for path in other.glob("*.safetensors")}
     assert files.keys() >= {"model.safetensors", "optimizer.safetensors"}
-    assert not list((tmp_path / "cut").rglob("*.tmp"))
+    assert not list((tmp_path / "cut").rglob(".*"))
 
 
 def test_epochs_may_be_raised(toy_run: TrainingResult, tmp_path: Path) -> None:
