@@ -17,6 +17,7 @@ from torch import Tensor
 from ltloss._files import remove_leftovers, write_file
 from ltloss.class_balance import DeferredWeights, effective_number_weights
 from ltloss.distributed import clip_grad_norm_
+from ltloss.distributed.layout import local
 from ltloss.errors import UserError
 from ltloss.optim.prototype_optimizer import PrototypeOptimizer
 from ltloss.soft_labels import takes_soft_labels
@@ -37,7 +38,7 @@ from ltloss.training.run.checkpoint import (
     read_tensors,
     save_checkpoint,
 )
-from ltloss.training.run.divergence import check_finite, diverged
+from ltloss.training.run.divergence import all_usable, check_finite, diverged
 from ltloss.training.run.early_stopping import best_epoch, is_over
 from ltloss.training.run.lock import owned
 from ltloss.training.run.optimizer_state import load_state, set_steps, state_tensors
@@ -245,6 +246,7 @@ class Trainer:
                 progress.step(losses[: step + 1].mean().item())
             else:
                 progress.step()
+        self._check_weights(epoch, lr)
         return losses.double().mean().item(), self.ranks.sum(correct).item() / len(self.source)
 
     def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -291,6 +293,12 @@ class Trainer:
             if isinstance(optimizer, PrototypeOptimizer) and optimizer.skipped_steps:
                 times = f"{optimizer.skipped_steps} of {self.steps} steps"
                 raise diverged(f"a gradient of the prototypes was not finite in {times} of epoch {epoch}", lr)
+
+    def _check_weights(self, epoch: int, lr: float) -> None:
+        """Raise DivergedError, on all ranks, if the last step spoiled a weight, which no loss has seen yet."""
+        usable = torch.stack([all_usable(local(weights)) for weights in self.classifier.parameters()])
+        if self.ranks.sum((~usable).sum()).item():
+            raise diverged(f"weights are NaN, infinite or beyond 2^64 after the last step of epoch {epoch}", lr)
 
     def _prepare_epoch(self, epoch: int) -> None:
         self.classifier.train()

@@ -25,6 +25,7 @@ from ltloss.training.measure.metrics import COLUMNS
 from ltloss.training.model.classifier import Classifier
 from ltloss.training.model.registry import LOSSES
 from ltloss.training.run.checkpoint import save_checkpoint
+from ltloss.training.run.divergence import all_usable
 from ltloss.training.run.optimizers import build_optimizers
 from ltloss.training.run.prepare import prepare_data
 from ltloss.training.run.run_config import RunConfig
@@ -259,6 +260,22 @@ def test_loss_that_is_not_finite_stops_with_its_step(
         train(tmp_path / "run", toy_settings(toy_npz, epochs=3), quiet=True)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch-0001"]
     assert Classifier.load(tmp_path / "run").config.class_counts == (20, 20, 20)
+
+
+def test_what_the_last_update_of_an_epoch_spoils_is_not_stored(toy_npz: Path, tmp_path: Path) -> None:
+    given = toy_settings(toy_npz, loss="softmax", batch_size=100, lr=1e38, warmup=0, schedule="0.999:1", epochs=1)
+    with refused("weights", "epoch 1", "--lr", error=DivergedError):
+        train(tmp_path / "run", given, quiet=True)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_every_dtype_are_looked_at(dtype: torch.dtype) -> None:
+    weights = [torch.full((2, 3), value).to(dtype) for value in (0.0, -448.0, math.nan)]
+    assert [bool(all_usable(weight)) for weight in weights] == [True, True, False]
+    assert all_usable(torch.empty(0, 3, dtype=dtype))
+    if dtype != torch.float8_e4m3fn:  # which has no infinity
+        assert not all_usable(torch.tensor([0, -math.inf], dtype=dtype))
 
 
 def test_bfloat16_training_works_without_a_gpu(toy_npz: Path, tmp_path: Path) -> None:
