@@ -65,7 +65,8 @@ class ArrayImages:
 
     def image(self, index: int) -> Image.Image:
         """The image as it is stored."""
-        return Image.fromarray(self.images[index].squeeze())
+        pixels = self.images[index]
+        return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
 
     def subset(self, indices: np.ndarray) -> Self:
         """The images at indices."""

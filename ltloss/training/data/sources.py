@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -263,9 +264,21 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    """Image files at any depth, sorted. Hidden ones, or in hidden folders (.ipynb_checkpoints), are left out."""
+    """Image files at any depth, sorted. Hidden ones, or in hidden folders (.ipynb_checkpoints), are left out.
+
+    Links to folders are followed, but no folder is entered twice.
+    """
+    files: list[Path] = []
+    entered = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))
+        files += [path for name in names if (path := Path(place, name)).suffix.lower() in SUFFIXES and path.is_file()]
     found, hidden = [], set()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()):
+    for path in sorted(files):
         parts = path.relative_to(folder).parts
         if first := next((i for i, part in enumerate(parts, 1) if part.startswith(".")), 0):
             hidden.add("/".join(parts[:first]))

@@ -15,6 +15,7 @@ from PIL import Image
 from ltloss.errors import ImageError, UserError
 from ltloss.training.data.decode import open_image, to_pixels
 from ltloss.training.data.images import FolderImages
+from ltloss.training.data.npz import load_npz
 from ltloss.training.data.sources import load_data, load_images
 
 
@@ -69,6 +70,16 @@ def test_colour_npz_is_channels_first_and_can_be_resized(tmp_path: Path) -> None
     assert small.batch(np.arange(6)).shape == (6, 1, 8, 8)
 
 
+@pytest.mark.parametrize("shape", [(1, 12, 3), (12, 1, 3), (1, 12), (12, 1), (1, 12, 1), (12, 1, 1), (1, 3, 1)])
+def test_images_one_pixel_high_or_wide_keep_their_sides(shape: tuple[int, ...], tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, *shape)).astype(np.uint8)
+    np.savez(tmp_path / "thin.npz", x_train=images, y_train=[0, 1, 0, 1], x_test=images, y_test=[0, 1, 0, 1])
+    picture = load_npz(tmp_path / "thin.npz", "train").image(1)
+    assert (picture.height, picture.width, len(picture.getbands())) == (*shape, 1)[:3]
+    assert np.array_equal(np.asarray(picture).reshape(shape), images[1])
+    assert load_data(str(tmp_path / "thin.npz"), split="train", image_size=16).shape == ((*shape, 1)[2], 16, 16)
+
+
 def test_folder_without_splits_keeps_a_fifth_for_the_test(toy_folder: Path) -> None:
     train, test = (load_data(str(toy_folder), split=split, seed=0) for split in ("train", "test"))
     assert (len(train), len(test)) == (24, 6)
@@ -97,6 +108,22 @@ def test_folder_and_array_give_the_same_pixels(toy_folder: Path) -> None:
     assert np.array_equal(np.asarray(source.image(7)), images[7])
     chosen = source.subset(np.array([4, 25]))
     assert np.array_equal(chosen.batch(np.array([1]))[0, 0], images[25])
+
+
+def test_linked_folders_hold_images_as_others_do(toy_folder: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    (linked / "bean").mkdir(parents=True)
+    shutil.copytree(toy_folder / "corn", linked / "corn")
+    (linked / "apple").symlink_to(toy_folder / "apple")
+    (linked / "bean" / "more").symlink_to(toy_folder / "bean")
+    (linked / "corn" / "again").symlink_to(linked / "corn")
+    plain = [path.relative_to(toy_folder).as_posix() for path in sorted(toy_folder.rglob("*.png"))]
+    expected = [name.replace("bean/", "bean/more/") for name in plain]
+    source = load_data(str(linked), split="all")
+    assert list(source.names) == expected
+    assert np.bincount(source.labels).tolist() == [10, 10, 10]
+    (linked / "corn" / "all").symlink_to(linked)
+    assert load_images(linked, image_shape=(1, 12, 12)).names == expected
 
 
 def test_bad_images_are_reported_once_and_left_out(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
