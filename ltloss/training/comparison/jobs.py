@@ -22,7 +22,7 @@ from ltloss._files import write_file
 from ltloss.errors import DivergedError, UserError
 from ltloss.functional import nearest_prototype
 from ltloss.training.comparison.second_stage import ClassifierRetraining, normalize_weights, post_hoc_offset
-from ltloss.training.data.embeddings import ArrayEmbeddings, Source
+from ltloss.training.data.embeddings import Source
 from ltloss.training.data.images import ArrayImages, on_device
 from ltloss.training.data.splits import keep_per_class
 from ltloss.training.measure.evaluate import measure
@@ -247,13 +247,11 @@ def default_validation(labels: np.ndarray) -> int:
 
 
 def fingerprint(source: Source) -> str:
-    """A checksum of labels and pixels or embeddings; for images in files, of labels and names."""
+    """A checksum of labels and pixels or embeddings; for images in files, of labels, names and bytes."""
     labels = zlib.crc32(np.ascontiguousarray(source.labels).data)
-    if isinstance(source, ArrayEmbeddings):
-        return f"{source.checksum(labels):08x}"
     if isinstance(source, ArrayImages):
         return f"{zlib.crc32(np.ascontiguousarray(source.images).data, labels):08x}"
-    return f"{zlib.crc32(json.dumps(source.names).encode(), labels):08x}"
+    return f"{source.checksum(labels):08x}"
 
 
 def validate_job(job: Job) -> Job:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -144,6 +146,11 @@ class FolderImages:
         """Pixels (B, channels, height, width) uint8 of the images at indices (B,)."""
         pixels = list(self._pool.map(lambda i: to_pixels(self.image(i), self.shape), indices))
         return torch.from_numpy(np.stack(pixels) if pixels else np.empty((0, *self.shape), np.uint8))
+
+    def checksum(self, start: int = 0) -> int:
+        """CRC-32 of the names and of the bytes of the files, continued from ``start``."""
+        files = self._pool.map(lambda name: zlib.crc32((self.folder / name).read_bytes()), self.names)
+        return zlib.crc32(json.dumps([*zip(self.names, files, strict=True)]).encode(), start)
 
     def subset(self, indices: np.ndarray) -> Self:
         """The images at indices."""

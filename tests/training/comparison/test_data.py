@@ -1,5 +1,6 @@
 """What a comparison makes of its data."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,13 @@ import pytest
 from helpers.cli_errors import fails
 from helpers.refusals import refused
 from helpers.toys import toy_images, toy_settings, write_embeddings
+from PIL import Image
 
 from ltloss.errors import UserError
 from ltloss.training import compare
 from ltloss.training.comparison.jobs import fingerprint
 from ltloss.training.data.images import ArrayImages
+from ltloss.training.data.sources import load_data
 from ltloss.training.run.trainer import train
 
 
@@ -23,6 +26,16 @@ def test_the_checksum_is_that_of_the_images_not_of_how_they_lie_in_memory() -> N
     assert len(found) == 1
     assert found != {fingerprint(ArrayImages(images ^ 1, labels, ("a", "b", "c"), [""] * 12))}
     assert found != {fingerprint(ArrayImages(images, labels[::-1], ("a", "b", "c"), [""] * 12))}
+
+
+def test_images_in_files_are_known_by_their_bytes(toy_folder: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(toy_folder, moved)
+    before = fingerprint(load_data(str(toy_folder), split="train"))
+    assert before == fingerprint(load_data(str(moved), split="train", workers=1))
+    first = load_data(str(moved), split="train").image(0)
+    first.transpose(Image.Transpose.ROTATE_180).save(moved / load_data(str(moved), split="train").names[0])
+    assert before != fingerprint(load_data(str(moved), split="train"))
 
 
 @pytest.mark.parametrize(
