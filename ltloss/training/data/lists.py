@@ -129,7 +129,10 @@ def _classes(categories: list[dict[str, object]]) -> _Classes:
 
 
 def _folder_names(names: list[str], labels: np.ndarray) -> tuple[str, ...] | None:
-    """The folder of each class, if every class has all its images in one folder of its own; else None."""
+    """The folder of each class, if every class has all its images in one folder of its own; else None.
+
+    None too if they have no common beginning, as absolute and relative paths.
+    """
     folders: dict[int, str] = {}
     for name, label in zip(names, labels.tolist(), strict=True):
         if folders.setdefault(label, os.path.dirname(name)) != os.path.dirname(name):
@@ -137,5 +140,8 @@ def _folder_names(names: list[str], labels: np.ndarray) -> tuple[str, ...] | Non
     found = [folders[label] for label in sorted(folders)]
     if len(set(found)) < len(found) or not all(found):
         return None
-    common = os.path.commonpath(found)
+    try:
+        common = os.path.commonpath(found)
+    except ValueError:
+        return None
     return tuple(os.path.relpath(folder, common) if common else folder for folder in found)

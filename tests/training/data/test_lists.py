@@ -88,6 +88,12 @@ def test_classes_that_share_a_folder_are_numbers(toy_folder: Path, tmp_path: Pat
     assert load_data(str(tmp_path / "list.txt"), split="all").class_names == ("0", "1")
 
 
+def test_classes_whose_paths_have_no_common_beginning_are_numbers(toy_folder: Path, tmp_path: Path) -> None:
+    first, second, _ = lines(toy_folder, 0).splitlines()
+    (tmp_path / "list.txt").write_text(f"{first}\n{tmp_path / second}\n")
+    assert load_data(str(tmp_path / "list.txt"), split="all").class_names == ("0", "1")
+
+
 def _inaturalist(folder: Path, *indices: int, kinds: tuple[int, ...] = (0, 1, 2)) -> str:
     found = [line.split() for line in lines(folder, *indices).splitlines()]
     return json.dumps(
