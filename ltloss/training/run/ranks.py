@@ -1,4 +1,4 @@
-"""One run on several processes: ``torchrun -m ltloss.cli.command train --parallel class``."""
+"""One run on several processes: ``torchrun -m ltloss train --parallel class``."""
 
 from __future__ import annotations
 
