@@ -37,6 +37,18 @@ def test_run_that_is_there_is_not_touched(
     assert contents(run) == before
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that is to be missing")
+def test_a_device_of_the_run_that_is_not_here_is_named_with_what_to_add(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    resume = ["train", "--out", str(run), "--resume"]
+    fails(resume, capsys, "cuda", "began", "add --device cpu")
+    fails([*resume, "--device", "cuda:1"], capsys, "cuda:1", "leave it out")
+    assert main([*resume, "--device", "cpu", "--quiet"]) == 0
+
+
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
 def test_folder_of_something_else_is_not_touched(resume: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path("run").mkdir()

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ltloss._deprecation import renamed_keys
 from ltloss._files import TEMPORARY, write_csv, write_file
 from ltloss.errors import UserError
 from ltloss.training.data.sources import ACCEPTED, absolute_paths, check_same_classes
 from ltloss.training.measure.metrics import COLUMNS
+from ltloss.training.model.classifier import choose_device
 from ltloss.training.run.lock import LOCK, refuse_if_written
 from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.settings import Settings, changed_settings
@@ -46,6 +49,16 @@ def open_run(out: Path, given: Mapping[str, Any], resume: bool) -> tuple[Setting
         raise UserError(f"--data is missing; give {ACCEPTED}")
     _refuse_inside_data(out, given["data"])
     return Settings(**given), None
+
+
+def device_of_run(settings: Settings, given: Mapping[str, Any]) -> torch.device:
+    """The device to train on; UserError if it cannot be used, other words if it was not ``given`` but stored."""
+    try:
+        return choose_device(settings.device)
+    except UserError as error:
+        if given.get("device") is not None:
+            raise
+        raise UserError(f"device {settings.device}, with which the run began, is not here; add --device cpu") from error
 
 
 def check_still_new(out: Path) -> None:

@@ -27,7 +27,7 @@ from ltloss.training.data.mixup import mix
 from ltloss.training.data.randaugment import rand_augment
 from ltloss.training.measure.evaluate import Evaluation, measure, measure_in_detail
 from ltloss.training.measure.metrics import COLUMNS, Metrics
-from ltloss.training.model.classifier import Classifier, check_tensors, choose_device
+from ltloss.training.model.classifier import Classifier, check_tensors
 from ltloss.training.model.start import start_from
 from ltloss.training.run.average import WeightAverage
 from ltloss.training.run.checkpoint import (
@@ -47,7 +47,14 @@ from ltloss.training.run.prepare import prepare_data
 from ltloss.training.run.progress import EpochProgress
 from ltloss.training.run.ranks import Ranks, copy_to_shard, gather_full, process_group, wrap_distributed
 from ltloss.training.run.run_config import RunConfig
-from ltloss.training.run.run_folder import check_same_data, check_still_new, open_run, write_config, write_metrics
+from ltloss.training.run.run_folder import (
+    check_same_data,
+    check_still_new,
+    device_of_run,
+    open_run,
+    write_config,
+    write_metrics,
+)
 from ltloss.training.run.schedules import first_epoch, learning_rate
 from ltloss.training.run.tensorboard import Scalars, check_tensorboard
 from ltloss.training.seeds import derived_seed, numpy_generator, torch_generator, torch_seeded
@@ -77,7 +84,7 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
     settings, stored = open_run(out, given, resume)
     if settings.tensorboard:
         check_tensorboard()
-    with process_group(settings.parallel, choose_device(settings.device)) as (ranks, device):
+    with process_group(settings.parallel, device_of_run(settings, given)) as (ranks, device):
         data = prepare_data(settings, stored.image_shape if stored is not None and stored.of_embeddings else None)
         if stored is not None:
             check_same_data(stored, data.config, out)
