@@ -171,12 +171,13 @@ def logsumexp_stats(
     check_prior(log_prior, labels, ignore_index)
     each_counted = labels != ignore_index
     counted = each_counted if labels.dim() == 1 else each_counted[:, 0]
+    here, shard = at_hand(prototypes if update is None else update.reads(prototypes), shard)
     logit_scale: Tensor | float
     scale = plain_number(scale, wait=bend is not None or not normalize_features)
     if isinstance(scale, Tensor):
-        scale = check_scales(scale, counted, features, normalize_features)
-        logit_scale = scale.to(dtype)
-        features = direction(features.masked_fill(~counted[:, None], 0.0).to(dtype)) * logit_scale[:, None]
+        logit_scale = scale = check_scales(scale, counted, features, normalize_features).to(dtype)
+        in_pass = scale if shard is None else shard.sum_gradients(scale)
+        features = direction(features.masked_fill(~counted[:, None], 0.0).to(dtype)) * in_pass[:, None]
         objective = Objective(scale=1.0, normalize_features=False)
     else:
         logit_scale = scale = check_scale(scale)
@@ -187,7 +188,6 @@ def logsumexp_stats(
     objective = objective._replace(
         log_prior=log_prior, ignore_index=ignore_index, normalize_prototypes=normalize_prototypes
     )
-    here, shard = at_hand(prototypes if update is None else update.reads(prototypes), shard)
     counting = torch.where(each_counted, labels, -1)
     bent = ops.NO_BEND
     if bend is not None:

@@ -17,6 +17,7 @@ from ltloss.errors import DistributedError, in_one_line
 from ltloss.float8 import FLOAT8
 
 __all__ = [
+    "SumOfGradients",
     "SumOverClasses",
     "all_gather",
     "all_reduce",
@@ -101,6 +102,22 @@ class SumOverClasses(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         """The gradient as it is: every rank has that of the same loss."""
         return grad_outputs[0], None
+
+
+class SumOfGradients(torch.autograd.Function):
+    """A tensor that all ranks have alike; what each computes from it depends on other rows of the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        """The tensor as it is."""
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        """The gradient, summed over the ranks."""
+        return all_reduce(grad_outputs[0].clone(), ctx.group), None
 
 
 def all_to_all(tensor: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:

@@ -78,6 +78,10 @@ class ClassShard:
         """Each row's gradient, summed, on the rank that it came from."""
         return reduce_scatter_features(gradient, samples, self.layout)
 
+    def sum_gradients(self, factor: Tensor) -> Tensor:
+        """The factor (N,) of the features, with the gradient of all rows: each rank has that of its own."""
+        return comm.SumOfGradients.apply(factor, self.layout.group)  # type: ignore[no-any-return, no-untyped-call]
+
     def reduce_prototypes(self, gradient: Tensor) -> Tensor:
         """The sum over the data groups."""
         return gradient if self.layout.data_group is None else comm.all_reduce(gradient, self.layout.data_group)

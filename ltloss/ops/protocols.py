@@ -43,6 +43,9 @@ class Shard(Protocol):
     def reduce_features(self, gradient: Tensor, samples: int) -> Tensor:
         """Gradient (n, D) of this rank's rows, summed over the class ranks, as (N, D)."""
 
+    def sum_gradients(self, factor: Tensor) -> Tensor:
+        """The factor (N,) of the features as it is; its gradient, of which a rank has its own rows, of all ranks."""
+
     def reduce_prototypes(self, gradient: Tensor) -> Tensor:
         """Gradient of the prototypes at hand, summed over the ranks that hold the same."""
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import world
-from helpers.cases import BUILD, Case, Trace, trace
+from helpers.cases import BUILD, DIM, Case, Trace, trace
+from torch import Tensor
 
-from ltloss.testing import relative_error
+from ltloss import PrototypeHead
+from ltloss.distributed import class_mesh, parallelize
+from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
+from ltloss.testing import problem, relative_error
 
 pytestmark = pytest.mark.slow
 
@@ -83,3 +89,50 @@ def _compare(case: Case, ranks: list[Trace], one: Trace) -> None:
     cosine, index = (torch.cat([rank.predicted[part] for rank in ranks]) for part in (0, 1))
     assert torch.equal(index, one.predicted[1]), case.loss
     assert relative_error(cosine, one.predicted[0]) <= scale * ALL_STEPS
+
+
+class _LearnedScale(PrototypeHead):
+    """A learned scale, for all samples or by their length, and a margin, through which the scale acts once more."""
+
+    def __init__(self, by_length: bool) -> None:
+        super().__init__(11, DIM, scale=8.0)
+        self.log_scale, self.by_length = torch.nn.Parameter(torch.tensor(2.0)), by_length
+
+    def forward(self, features: Tensor, labels: Tensor, *, shard: Any = None) -> Tensor:
+        scale = self.log_scale.exp() * (features.norm(dim=1).clamp(0.5, 2.0) if self.by_length else 1.0)
+        stats = logsumexp_stats(features, self.weight, labels, scale=scale, shard=shard)
+        return reduce_losses(margin_losses(stats, angular_margin=0.3), stats.labels)
+
+
+def _scale_gradients(rank: int | None, by_length: bool, data: int = 1, **options: Any) -> list[Tensor]:
+    """Of the scale and of the features; of the scale alone, without a gradient of features."""
+    head = _LearnedScale(by_length)
+    head.load_state_dict({"weight": problem(1, 11, DIM, dtype=torch.float32)[1], "log_scale": torch.tensor(2.0)})
+    if rank is not None:
+        head = parallelize(head, class_mesh(data), **options)
+    features, _, labels = problem(7, 11, DIM, dtype=torch.float32)
+    rows = slice(None) if rank is None else slice(rank, None, 2)
+    mine = features[rows].clone().requires_grad_()
+    torch.autograd.backward(head(mine, labels[rows]))
+    assert mine.grad is not None
+    assert head.log_scale.grad is not None
+    grads = [mine.grad, head.log_scale.grad.clone()]
+    head.zero_grad()
+    torch.autograd.backward(head(features[rows], labels[rows]))
+    return [*grads, head.log_scale.grad]
+
+
+def _learned_scales(rank: int) -> list[list[Tensor]]:
+    options = ({"data": 1}, {"data": 2}, {"data": 1, "sample_rate": 1.0 - 1e-9})
+    return [_scale_gradients(rank, kind, **more) for kind in (False, True) for more in options]
+
+
+def test_a_learned_scale_has_the_gradient_of_one_process_on_every_rank() -> None:
+    found = world.run(_learned_scales, 2)
+    for number, kind in enumerate((False, False, False, True, True, True)):
+        features, *scales = _scale_gradients(None, kind)
+        for rank, grads in enumerate(found):
+            mine, *others = grads[number]
+            assert relative_error(mine, features[rank::2]) <= ONE_STEP
+            for scale, expected in zip(others, scales, strict=True):
+                assert relative_error(scale, expected) <= ONE_STEP, (number, rank)
