@@ -61,8 +61,8 @@ def parallelize(
         module: any loss module of this package, the same on all ranks (the weight of rank 0 counts). Built with
             ``device="meta"`` its weight never exists in one piece: each rank draws its own prototypes, which are the
             same whatever the number of ranks.
-        mesh: ``(class,)`` or ``(data, class)``, for instance of :func:`ltloss.distributed.class_mesh`; None for one
-            process that initialised nothing.
+        mesh: ``(class,)`` or ``(data, class)``, its ranks ascending, for instance of
+            :func:`ltloss.distributed.class_mesh`; None for one process that initialised nothing.
         capacity: rows that no rank's batch ever exceeds. None allows any lengths and reads a few integers of each
             step's message on the host.
         averaged_backbone: True where DDP or FSDP divides the gradients of the backbone by the number of ranks: those

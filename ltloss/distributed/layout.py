@@ -249,9 +249,15 @@ def _unpickled(mesh: DeviceMesh | None, num_classes: int, device: torch.device, 
 
 
 def mesh_device(mesh: DeviceMesh) -> torch.device:
-    """Where this rank's tensors live; ValueError for a mesh that is not (class,) or (data, class)."""
+    """Where this rank's tensors live; ValueError for a mesh that is not (class,) or (data, class), or out of order."""
     names = mesh.mesh_dim_names or ()
     if mesh.ndim not in (1, 2) or ("class" in names and names[-1] != "class"):
         raise ValueError(f"mesh must have the dimensions (class,) or (data, class); got {mesh.ndim} dimensions {names}")
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks != sorted(ranks):  # groups sort their ranks, so that their messages would come in another order
+        raise ValueError(
+            "mesh must have ascending ranks, those of a class group side by side; got "
+            f"{str(mesh.mesh.tolist()).replace(' ', '')}. Number the ranks so when they are started"
+        )
     kind = mesh.device_type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

@@ -12,6 +12,7 @@ from helpers import world
 from helpers.cases import BUILD, DIM, Case, batch, build, part, trace
 from helpers.looks import Looks
 from helpers.refusals import missing, refused
+from torch.distributed.device_mesh import DeviceMesh
 
 import ltloss
 from ltloss.distributed import DistributedError, class_mesh, parallelize
@@ -274,6 +275,17 @@ def _other_modules(rank: int) -> None:
 
 def test_modules_that_differ_between_ranks() -> None:
     world.run(_other_modules, 2)
+
+
+def _other_order(rank: int) -> None:
+    for order, names in (([[0, 2], [1, 3]], ("data", "class")), ([1, 0, 2, 3], ("class",))):
+        with refused("mesh", str(order).replace(" ", "")):
+            parallelize(ltloss.ArcFaceLoss(9, DIM), DeviceMesh("cpu", order, mesh_dim_names=names))
+    parallelize(ltloss.ArcFaceLoss(9, DIM), DeviceMesh("cpu", [[0, 1], [2, 3]]))
+
+
+def test_a_mesh_in_another_order_is_refused() -> None:
+    world.run(_other_order, 4)
 
 
 def test_a_mesh_before_the_group_is_an_error_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
