@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ltloss.distributed import collectives as comm
-from ltloss.distributed.layout import Layout, local
+from ltloss.distributed.layout import Layout, block_of_first_rank, local
 from ltloss.distributed.logsumexp import reduce_scatter_features
 from ltloss.losses.class_centers import ClassCenters
 
@@ -26,9 +26,7 @@ class ShardedCenters(ClassCenters):
         nn.Module.__init__(self)
         self.update_rule, self.momentum, self.layout = whole.update_rule, whole.momentum, layout
         for name, buffer in (("centers", whole.centers), ("counts", whole.counts)):
-            self.register_buffer(name, layout.zeros(*buffer.shape[1:], dtype=buffer.dtype))
-            if not buffer.is_meta:  # those of a module that has been trained are the same on all ranks
-                local(self.get_buffer(name)).copy_(buffer[slice(*layout.span())])
+            self.register_buffer(name, block_of_first_rank(buffer, layout))
 
     def _at_hand(self) -> tuple[Tensor, Tensor]:
         return local(self.centers), local(self.counts)

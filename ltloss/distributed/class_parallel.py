@@ -16,7 +16,7 @@ from ltloss._validation import check_count, check_number, check_type
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.batch_gather import BatchGather, all_gather_metadata, gather_supervised
 from ltloss.distributed.centers import ShardedCenters
-from ltloss.distributed.layout import Layout, gathered, local, mesh_device
+from ltloss.distributed.layout import Layout, block_of_first_rank, gathered, local, mesh_device
 from ltloss.distributed.logsumexp import ClassShard
 from ltloss.distributed.sampling import ClassSampler, seeded
 from ltloss.distributed.top_k import top_k
@@ -58,7 +58,7 @@ def parallelize(
     word.
 
     Args:
-        module: any loss module of this package, the same on all ranks (the weight of rank 0 counts). Built with
+        module: any loss module of this package, the same on all ranks (the values of rank 0 count). Built with
             ``device="meta"`` its weight never exists in one piece: each rank draws its own prototypes, which are the
             same whatever the number of ranks.
         mesh: ``(class,)`` or ``(data, class)``, its ranks ascending, for instance of
@@ -232,9 +232,9 @@ def _check_same_module(module: PrototypeHead, layout: Layout, numbers: list[int]
 
 def _shard(module: ClassParallel, layout: Layout) -> None:
     weight, exponent = module.weight, module.weight_exponent
-    module.weight = nn.Parameter(_block_of_first_rank(weight, layout), requires_grad=weight.requires_grad)
+    module.weight = nn.Parameter(block_of_first_rank(weight, layout), requires_grad=weight.requires_grad)
     if exponent is not None:
-        module.weight_exponent = _block_of_first_rank(exponent, layout)
+        module.weight_exponent = block_of_first_rank(exponent, layout)
     if weight.is_meta:
         module.reset_parameters()
     for name, parameter in module.named_parameters(recurse=False):
@@ -249,18 +249,6 @@ def _shard(module: ClassParallel, layout: Layout) -> None:
             continue
         buffer = torch.zeros_like(buffer, device=layout.device) if buffer.is_meta else buffer.to(layout.device)
         module._buffers[name] = comm.broadcast(buffer, 0, layout.group)
-
-
-def _block_of_first_rank(tensor: Tensor, layout: Layout) -> Tensor:
-    """A tensor (C, ...) spread over the ranks, with the values of rank 0; with none if it has no memory."""
-    if tensor.is_meta:
-        return layout.zeros(*tensor.shape[1:], dtype=tensor.dtype)
-    own = torch.empty(0)
-    for class_rank in range(layout.class_ranks):  # one block after the other: nothing but they is sent
-        block = tensor.detach()[slice(*layout.span(class_rank))].to(layout.device, copy=True)
-        block = comm.broadcast(block, 0, layout.group)
-        own = block if class_rank == layout.class_rank else own
-    return layout.place(own)
 
 
 class ClassParallel(PrototypeHead):

@@ -19,7 +19,17 @@ from ltloss.float8 import FLOAT8
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Layout", "blocks", "class_mesh", "copy_rows", "gathered", "local", "mesh_device", "own_part"]
+__all__ = [
+    "Layout",
+    "block_of_first_rank",
+    "blocks",
+    "class_mesh",
+    "copy_rows",
+    "gathered",
+    "local",
+    "mesh_device",
+    "own_part",
+]
 
 
 def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh | None:
@@ -197,6 +207,18 @@ def gathered(tensor: Any) -> Tensor:
         return torch.cat(list(blocks(tensor)))
     whole: Tensor = tensor.detach().full_tensor()
     return whole
+
+
+def block_of_first_rank(tensor: Tensor, layout: Layout) -> Tensor:
+    """A tensor (C, ...) spread over the ranks, with the values of rank 0; with none if it has no memory."""
+    if tensor.is_meta:
+        return layout.zeros(*tensor.shape[1:], dtype=tensor.dtype)
+    own = torch.empty(0)
+    for class_rank in range(layout.class_ranks):  # one block after the other: nothing but they is sent
+        block = tensor.detach()[slice(*layout.span(class_rank))].to(layout.device, copy=True)
+        block = comm.broadcast(block, 0, layout.group)
+        own = block if class_rank == layout.class_rank else own
+    return layout.place(own)
 
 
 def copy_rows(old: Tensor, new: Tensor) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import world
-from helpers.cases import BUILD, DIM, Case, Trace, trace
+from helpers.cases import BUILD, DIM, Case, Trace, build, trace, whole
 from torch import Tensor
 
-from ltloss import PrototypeHead
+from ltloss import CosineSpaceLoss, PrototypeHead
 from ltloss.distributed import class_mesh, parallelize
 from ltloss.extend import logsumexp_stats, margin_losses, reduce_losses
 from ltloss.testing import problem, relative_error
@@ -136,3 +136,26 @@ def test_a_learned_scale_has_the_gradient_of_one_process_on_every_rank() -> None
             assert relative_error(mine, features[rank::2]) <= ONE_STEP
             for scale, expected in zip(others, scales, strict=True):
                 assert relative_error(scale, expected) <= ONE_STEP, (number, rank)
+
+
+def _loaded_on_first_rank(rank: int, data: int) -> dict[str, Tensor]:
+    head = CosineSpaceLoss(11, DIM)
+    if rank == 0:
+        head.load_state_dict(_state())
+    return {name: whole(tensor) for name, tensor in parallelize(head, class_mesh(data)).state_dict().items()}
+
+
+def _state() -> dict[str, Any]:
+    head = build(Case("CosineSpaceLoss", 11, ()))
+    features, _, labels = problem(20, 11, DIM, dtype=torch.float32)
+    head(features, labels)
+    return head.state_dict()
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_centres_too_are_those_of_the_first_rank(data: int) -> None:
+    expected = _state()
+    assert bool(expected["centers.counts"].any())
+    for state in world.run(_loaded_on_first_rank, 2, data):
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items()), state
