@@ -236,7 +236,7 @@ def _shard(module: ClassParallel, layout: Layout) -> None:
     if exponent is not None:
         module.weight_exponent = block_of_first_rank(exponent, layout)
     if weight.is_meta:
-        module.reset_parameters()
+        module._draw_prototypes()
     for name, parameter in module.named_parameters(recurse=False):
         if name != "weight":  # whole on every rank, with the gradient of all
             values = comm.broadcast(parameter.detach().to(layout.device, copy=True), 0, layout.group)
@@ -330,6 +330,20 @@ class ClassParallel(PrototypeHead):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """As the loss does; of parameters that every rank holds whole the values of rank 0 count."""
+        super().reset_parameters()
+        for name, parameter in self.named_parameters(recurse=False):
+            if name != "weight":
+                comm.broadcast(parameter.detach(), 0, self.layout.group)
+
+    def replaced(self) -> None:
+        """As in one process; the nearest classes are searched anew."""
+        super().replaced()
+        if self.sampler is not None and self.sampler.neighbours is not None:
+            self.sampler.neighbours.forget()
+
+    @torch.no_grad()
+    def _draw_prototypes(self) -> None:
         """Draw the prototypes anew, each rank its own; which they are does not depend on the number of ranks."""
         layout, own = self.layout, local(self.weight)
         exponent = None if self.weight_exponent is None else local(self.weight_exponent)
@@ -337,10 +351,9 @@ class ClassParallel(PrototypeHead):
         start, stop = layout.span()
         for number in range(start // _DRAWN_TOGETHER, -(-stop // _DRAWN_TOGETHER)):
             first = number * _DRAWN_TOGETHER
-            drawn = torch.randn(_DRAWN_TOGETHER, *own.shape[1:], generator=seeded(int(seed), number))
+            drawn = self._drawn_block((_DRAWN_TOGETHER, *own.shape[1:]), seeded(int(seed), number))
             low, high = max(first, start), min(first + _DRAWN_TOGETHER, stop)
-            drawn = drawn[low - first : high - first] * self.embedding_size**-0.5
-            write_rows(own, exponent, low - start, drawn)
+            write_rows(own, exponent, low - start, drawn[low - first : high - first])
 
 
 def _empty(kind: Any) -> PrototypeHead:

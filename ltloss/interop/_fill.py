@@ -29,5 +29,4 @@ def write_prototypes(head: PrototypeHead, rows: Tensor) -> None:
     """Set this rank's prototypes to ``rows``, rounded to the nearest values that the head can hold."""
     exponent = None if head.weight_exponent is None else local(head.weight_exponent)
     write_rows(local(head.weight), exponent, 0, rows)
-    if head.fused_update is not None:
-        head.fused_update.replaced()
+    head.replaced()

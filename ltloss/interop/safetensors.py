@@ -141,6 +141,5 @@ def import_safetensors(head: PrototypeHead, path: str | Path) -> None:
             else:
                 local(tensor).copy_(file.get_slice(name)[start:stop] if sharded else file.get_tensor(name))
         metadata = file.metadata()
-    if head.fused_update is not None:
-        head.fused_update.replaced()
+    head.replaced()
     head.warn_if_other(metadata or {})

@@ -89,14 +89,20 @@ class LinearSoftmaxLoss(CombinedMarginLoss):
 
     def reset_parameters(self) -> None:
         """Draw a new weight and bias as ``torch.nn.Linear`` does: uniform in ±1/√D."""
-        for parameter in self.parameters(recurse=False):  # in the constructor, the weight alone
-            self._draw(parameter)
-        if self.fused_update is not None:
-            self.fused_update.replaced()
+        super().reset_parameters()
+        for name, parameter in self.named_parameters(recurse=False):  # in the constructor, the weight alone
+            if name != "weight":
+                self._draw(parameter)
 
-    def _draw(self, parameter: nn.Parameter) -> None:
+    def _draw_prototypes(self) -> None:
+        self._draw(self.weight)
+
+    def _draw(self, tensor: Tensor, generator: torch.Generator | None = None) -> Tensor:
         bound = self.embedding_size**-0.5
-        nn.init.uniform_(parameter, -bound, bound)
+        return nn.init.uniform_(tensor, -bound, bound, generator)
+
+    def _drawn_block(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return self._draw(torch.empty(shape), generator)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits x·w_c + b_c without the prior, as used for prediction.

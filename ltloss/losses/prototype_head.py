@@ -127,6 +127,15 @@ class PrototypeHead(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw new prototypes with uniform directions and length ≈ 1. The length sets the step size on the sphere."""
+        self._draw_prototypes()
+        self.replaced()
+
+    def replaced(self) -> None:
+        """Called after the prototypes were overwritten: what is known of the former ones is forgotten."""
+        if self.fused_update is not None:
+            self.fused_update.replaced()
+
+    def _draw_prototypes(self) -> None:
         std, exponent = self.embedding_size**-0.5, self.weight_exponent
         if exponent is None:
             nn.init.normal_(self.weight, std=std)
@@ -134,8 +143,11 @@ class PrototypeHead(nn.Module):
             for start, stop in spans(self.num_classes, _DRAWN_AT_ONCE):
                 drawn = torch.randn(stop - start, self.embedding_size, device=self.weight.device)
                 write_rows(self.weight, exponent, start, drawn.mul_(std))
-        if self.fused_update is not None:
-            self.fused_update.replaced()
+
+    def _drawn_block(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """New prototypes of a few classes, where the classes are spread over ranks."""
+        drawn: Tensor = torch.randn(shape, generator=generator) * self.embedding_size**-0.5
+        return drawn
 
     @property
     def _constants_device(self) -> torch.device:
@@ -260,8 +272,8 @@ class PrototypeHead(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         if self._other_centers(state_dict.get(prefix + "weight"), rest[-1]):
             return
-        if self.fused_update is not None and prefix + "weight" in state_dict:
-            self.fused_update.replaced()
+        if prefix + "weight" in state_dict:
+            self.replaced()
         self.warn_if_other(local_metadata.get("hyper_parameters") or {})
 
     def _other_centers(self, given: Any, errors: list[str]) -> bool:

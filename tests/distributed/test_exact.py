@@ -159,3 +159,23 @@ def test_centres_too_are_those_of_the_first_rank(data: int) -> None:
     for state in world.run(_loaded_on_first_rank, 2, data):
         assert state.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items()), state
+
+
+def _reset(rank: int) -> list[bool]:
+    """Whether nothing is left of a step but in constants, and the prototypes are others."""
+    fresh = []
+    for name in ("CosineSpaceLoss", "AdaFaceLoss", "CurricularFaceLoss", "ElasticFaceLoss"):
+        head = parallelize(build(Case(name, 11, ())), class_mesh())
+        first = {key: whole(tensor) for key, tensor in head.state_dict().items()}
+        features, _, labels = problem(8, 11, DIM, dtype=torch.float32)
+        head(features, labels)
+        stepped = {key: whole(tensor) for key, tensor in head.state_dict().items() if key != "weight"}
+        fresh.append(any(not torch.equal(tensor, first[key]) for key, tensor in stepped.items()))
+        head.reset_parameters()
+        for key, tensor in head.state_dict().items():
+            fresh.append(torch.equal(whole(tensor), first[key]) == (key != "weight"))
+    return fresh
+
+
+def test_parameters_are_reset_as_in_one_process() -> None:
+    assert all(all(fresh) for fresh in world.run(_reset, 2))

@@ -87,3 +87,22 @@ def test_a_sample_of_the_classes_has_the_gradient_of_its_biases() -> None:
     assert relative_error(_bias(head).grad, _bias(dense).grad) <= 1e-5
     assert relative_error(head.weight.grad, dense.weight.grad) <= 1e-5
     assert _bias(head).grad.nonzero()[:, 0].tolist() == shard.index.tolist()
+
+
+def _drawn(rank: int) -> tuple[Tensor, ...]:
+    torch.manual_seed(rank)  # rank 0's decides
+    head = parallelize(LinearSoftmaxLoss(4000, DIM, device="meta"), class_mesh())
+    first = whole(head.weight), _bias(head).detach().clone()
+    head.reset_parameters()
+    return *first, whole(head.weight), _bias(head).detach()
+
+
+def test_it_is_drawn_as_a_linear_layer() -> None:
+    found, others = world.run(_drawn, 2)
+    assert all(torch.equal(*pair) for pair in zip(found, others, strict=True))
+    bound = DIM**-0.5
+    for drawn in found:
+        assert 0.99 * bound < drawn.abs().max() <= bound
+        assert abs(drawn.std() * 3**0.5 / bound - 1.0) < 0.03  # 4000 draws of a bias
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[1], found[3])

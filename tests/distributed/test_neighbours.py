@@ -32,6 +32,7 @@ from ltloss.distributed.neighbours import Neighbours
 from ltloss.distributed.sampling import ClassSampler
 from ltloss.distributed.top_k import top_k
 from ltloss.extend import logsumexp_stats
+from ltloss.interop import export_safetensors, import_safetensors
 from ltloss.optim import PrototypeSGD
 from ltloss.testing import problem, relative_error
 
@@ -257,6 +258,22 @@ def test_in_inference_mode_and_after_it() -> None:
         head(features, labels)
     head.sampler.step += 5
     head(features, labels).backward()
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "import_safetensors", "reset_parameters"])
+def test_other_prototypes_are_searched_anew(how: str, tmp_path: Path) -> None:
+    head, other = _head(refresh=1000), ltloss.CosFaceLoss(CLASSES, DIM, scale=8.0)
+    _train(head, range(1))
+    assert head.sampler.neighbours.tensors(head.layout)
+    if how == "reset_parameters":
+        head.reset_parameters()
+    elif how == "load_state_dict":
+        head.load_state_dict(other.state_dict())
+    else:
+        pytest.importorskip("safetensors")
+        export_safetensors(other, tmp_path / "head")
+        import_safetensors(head, tmp_path / "head")
+    assert not head.sampler.neighbours.tensors(head.layout)
 
 
 def test_more_classes_are_searched_anew() -> None:

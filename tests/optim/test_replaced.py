@@ -10,7 +10,7 @@ import torch
 from helpers.prototype_steps import train_steps
 
 import ltloss
-from ltloss.distributed import load_checkpoint, save_checkpoint
+from ltloss.distributed import load_checkpoint, parallelize, save_checkpoint
 from ltloss.interop import export_safetensors, import_pytorch_metric_learning, import_safetensors
 from ltloss.optim import PrototypeSGD
 
@@ -32,9 +32,11 @@ def _filled(how: str, module: Any, other: Any, folder: Path) -> None:
 WAYS = ["load_state_dict", "load_checkpoint", "safetensors", "pytorch_metric_learning", "reset_parameters"]
 
 
+@pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("how", WAYS)
-def test_new_prototypes_do_not_get_what_the_former_ones_lost(how: str, tmp_path: Path) -> None:
+def test_new_prototypes_do_not_get_what_the_former_ones_lost(how: str, parallel: bool, tmp_path: Path) -> None:
     module, other = (ltloss.ArcFaceLoss(9, 20, dtype=torch.bfloat16) for _ in range(2))
+    module = parallelize(module, None, sample_rate=0.5) if parallel else module
     optimizer = PrototypeSGD(module, lr=0.1, rounding="kahan")
     train_steps(module, optimizer, range(2))
     compensation = optimizer.state[module.weight]["compensation"]
