@@ -108,7 +108,7 @@ def parallelize(
         return module
     layout = Layout(mesh, module.num_classes, mesh_device(mesh) if mesh is not None else _memory_of(module))
     sampling = [int(sample_rate * (1 << 53)), sample_seed, int(unbiased), hard_negatives, refresh]
-    _check_same_module(module, layout, [capacity or 0, *sampling])
+    _check_same_module(module, layout, [capacity or 0, int(averaged_backbone), *sampling])
     kind: Any = type(module)
     module.__class__ = _parallel(kind)
     assert isinstance(module, ClassParallel)
@@ -220,6 +220,8 @@ def _memory_of(module: PrototypeHead) -> torch.device:
 
 def _check_same_module(module: PrototypeHead, layout: Layout, numbers: list[int]) -> None:
     options = f"{type(module).__name__}({module.extra_repr()})"
+    for name, one in module.named_parameters(recurse=False):
+        options += f", {name} of {one.dtype}, requires_grad={one.requires_grad}, is_meta={one.is_meta}"
     numbers = [module.num_classes, module.embedding_size, zlib.crc32(options.encode()), *numbers]
     rows = all_gather_metadata(numbers, None, layout.group, layout.device)
     different = [rank for rank, row in enumerate(rows) if row != rows[0]]

@@ -263,10 +263,16 @@ def test_with_a_capacity_too_it_is_an_error_on_all() -> None:
 
 
 def _other_modules(rank: int) -> None:
+    dtype, device = (torch.float32, torch.bfloat16)[rank], ("cpu", "meta")[rank]
+    frozen = ltloss.ArcFaceLoss(9, DIM).requires_grad_(rank == 0)
     for make, given in (
         (lambda: parallelize(ltloss.ArcFaceLoss(9 + rank, DIM), class_mesh()), 9 + rank),
         (lambda: parallelize(ltloss.ArcFaceLoss(9, DIM, scale=30.0 + rank), class_mesh()), f"scale={30 + rank}"),
         (lambda: parallelize(ltloss.ArcFaceLoss(9, DIM), class_mesh(), capacity=4 + rank), 4 + rank),
+        (lambda: parallelize(ltloss.ArcFaceLoss(9, DIM), class_mesh(), averaged_backbone=bool(rank)), rank),
+        (lambda: parallelize(ltloss.ArcFaceLoss(9, DIM, dtype=dtype), class_mesh()), dtype),
+        (lambda: parallelize(ltloss.ArcFaceLoss(9, DIM, device=device), class_mesh()), f"is_meta={rank == 1}"),
+        (lambda: parallelize(frozen, class_mesh()), f"requires_grad={rank == 0}"),
         (lambda: parallelize(ltloss.ArcFaceLoss(9, DIM), class_mesh()).predict(torch.randn(2, DIM), k=1 + rank), "k"),
     ):
         with refused(str(given), error=DistributedError):
