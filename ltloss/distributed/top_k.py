@@ -53,8 +53,7 @@ def top_k(
         check_count("k", k, prototypes.shape[0], "the number of classes ")
 
     gather = gather or BatchGather(layout)
-    labels = torch.full(features.shape[:1], -1, device=layout.device)
-    batch = gather(features, labels, check, tag=k)
+    batch = gather(features, -1, check, tag=k if isinstance(k, int) else 0)
     block = batch.features[layout.group_rows(batch.features.shape[0])].detach()
     centers = prototypes.shape[1] if prototypes.dim() == 3 else 1
     count = rows_for(k, layout.num_classes, centers)

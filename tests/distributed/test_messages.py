@@ -240,6 +240,27 @@ def test_a_mistake_on_one_rank_is_an_error_on_all() -> None:
             assert not missing(text, *facts, *who), (rank, kind, warm, text)
 
 
+def _bad_query(rank: int) -> list[str]:
+    """In every other call rank 1 is wrong."""
+    head, said = parallelize(ltloss.ArcFaceLoss(9, DIM), class_mesh()), []
+    good: Any = torch.randn(4, DIM), 2
+    for warm in (False, True):
+        for bad in ((None, 2), ([1.0], 2), (good[0][0], 2), (good[0], "a"), (good[0], 0), (good[0], 10)):
+            if not warm:
+                head.rearrange(head.layout)  # type: ignore[attr-defined]
+            with pytest.raises((TypeError, ValueError, DistributedError)) as caught:
+                head.predict(*(bad if rank == 1 else good))
+            said.append(f"{caught.type.__name__}: {caught.value}")
+            assert head.predict(*good).index.shape == (4, 2)
+    return said
+
+
+def test_a_bad_query_on_one_rank_is_an_error_on_all() -> None:
+    for first, second in zip(*world.run(_bad_query, 2), strict=True):
+        assert second.startswith(("TypeError", "ValueError")), second
+        assert not missing(first, "DistributedError", second), first
+
+
 def _mistake_with_capacity(rank: int) -> list[str]:
     """In the second step rank 1 is wrong; the third works."""
     said = []
