@@ -68,7 +68,8 @@ def class_mesh(data: int = 1, *, device_type: str | None = None) -> DeviceMesh |
     if ranks % data:
         raise ValueError(f"data must divide the number of ranks, {ranks}; got {data}")
     if device_type is None:
-        device_type = "cuda" if "nccl" in dist.get_backend() else "cpu"
+        # Not get_backend, which is "undefined" where init_process_group chose the backend.
+        device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     if data == 1:
         return init_device_mesh(device_type, (ranks,), mesh_dim_names=("class",))
     return init_device_mesh(device_type, (data, ranks // data), mesh_dim_names=("data", "class"))

@@ -324,6 +324,26 @@ def test_a_mesh_before_the_group_is_an_error_under_torchrun(monkeypatch: pytest.
     assert class_mesh() is None
 
 
+@pytest.mark.parametrize(
+    ("backend", "config", "kind"),
+    [
+        (None, "cuda:nccl", "cuda"),  # of a machine with GPUs
+        ("cpu:gloo,cuda:nccl", "cpu:gloo,cuda:nccl", "cuda"),
+        ("gloo", "cpu:gloo,cuda:gloo", "cpu"),
+        (None, "cpu:gloo", "cpu"),
+    ],
+)
+def test_a_mesh_is_where_the_group_sends(backend: str | None, config: str, kind: str, monkeypatch: Any) -> None:
+    meshes: list[Any] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend or "undefined")
+    monkeypatch.setattr(dist, "get_backend_config", lambda: config)
+    monkeypatch.setattr(torch.distributed.device_mesh, "init_device_mesh", lambda kind, *_, **__: meshes.append(kind))
+    class_mesh()
+    assert meshes == [kind]
+
+
 def test_bad_arguments() -> None:
     with refused("module", "Linear", error=TypeError):
         parallelize(torch.nn.Linear(2, 2), None)  # type: ignore[type-var]
