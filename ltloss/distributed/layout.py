@@ -244,6 +244,13 @@ def _group_of_all(mesh: Any) -> Any:
     ranks = mesh.mesh.flatten().tolist()
     if ranks == list(range(dist.get_world_size())):
         return dist.group.WORLD
+    world: Any = dist.group.WORLD
+    if mesh.device_type == "cuda" and world.bound_device_id is not None:
+        # NCCL then splits groups from that of the world, and waits for the ranks outside, which do not come here.
+        raise ValueError(
+            f"mesh (data, class) over the ranks {ranks} alone, of {dist.get_world_size()}, needs init_process_group "
+            "without device_id; or take a mesh of all ranks, or (class,)"
+        )
     made: _Group = mesh.__dict__.setdefault("_ltloss_group", _Group())
     made.group = made.group or dist.new_group(ranks, use_local_synchronization=True)
     return made.group

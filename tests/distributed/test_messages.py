@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import ltloss
 from ltloss.distributed import DistributedError, class_mesh, parallelize
-from ltloss.distributed.layout import local
+from ltloss.distributed.layout import Layout, local
 from ltloss.testing import relative_error
 
 pytestmark = pytest.mark.slow
@@ -313,6 +313,22 @@ def _other_order(rank: int) -> None:
 
 def test_a_mesh_in_another_order_is_refused() -> None:
     world.run(_other_order, 4)
+
+
+def _bound(rank: int) -> None:
+    """Of such a group NCCL splits every other, which all ranks must do; here the mesh alone says that it is of GPUs."""
+    mesh = DeviceMesh("cpu", [[0], [1]], mesh_dim_names=("data", "class"))
+    if rank < 2:
+        dist.group.WORLD.bound_device_id = torch.device("cuda", rank)  # type: ignore[union-attr]
+        mesh._device_type = "cuda"
+        with refused("device_id", "[0, 1]", "3"):
+            Layout(mesh, 9, torch.device("cpu"))
+        dist.group.WORLD.bound_device_id = None  # type: ignore[union-attr]
+        Layout(mesh, 9, torch.device("cpu"))
+
+
+def test_a_part_of_a_world_that_is_bound_to_devices_is_refused() -> None:
+    world.run(_bound, 3)
 
 
 def test_a_mesh_before_the_group_is_an_error_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
