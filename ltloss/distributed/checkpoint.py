@@ -292,7 +292,7 @@ def _on_first_rank(action: Callable[[], None]) -> None:
         except OSError as failure:
             error = failure
     if _initialised():
-        nccl = dist.get_backend() == "nccl"
+        nccl = "nccl" in dist.get_backend_config()
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         all_gather_metadata([], error, dist.group.WORLD, device)
     elif error is not None:
