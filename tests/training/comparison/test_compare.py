@@ -105,8 +105,7 @@ def test_a_killed_comparison_continues_where_it_was(compared: Comparison, toy_np
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = files_of(tmp_path / "cut")
-    assert 1 <= len(done) < 4
+    assert 1 <= len(done := files_of(tmp_path / "cut")) < 4
     for leftover in ("runs/half.json", "models/half.json", "compare.json"):
         temporary(tmp_path / "cut" / leftover).write_text("{")
     assert main(line) == 0
