@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -135,7 +136,8 @@ def export_head(
     Args:
         head, k: as for :class:`InferenceHead`.
         path: of the file, which either keeps its former content or gets all of the new one.
-        to: ``"onnx"``, or ``"torch"`` for a ``.pt2`` of ``torch.export``. N is open in both.
+        to: ``"onnx"``, or ``"torch"`` for a ``.pt2`` of ``torch.export``. N is open in both. A ``.pt2`` is for the CPU;
+            ``torch.export.passes.move_to_device_pass`` moves it.
         metadata: what JSON can hold, by name; the hyper-parameters of the head are added. In ONNX each value is a JSON
             text in ``metadata_props``; in a ``.pt2`` all are in the extra file ``metadata.json``.
 
@@ -191,11 +193,21 @@ def export_module(
     check_choice("to", to, ("onnx", "torch"))
     if to == "onnx":
         _check_onnx(module)
+    module, example = _on_cpu(module), example.cpu()
     with _quiet(), _evaluation(module), torch.no_grad():
         program = torch.export.export(module, (example,), dynamic_shapes=_OPEN_BATCH)
         onnx = to == "onnx"
         content = _onnx(program, input_name, list(module(example)), metadata) if onnx else _pt2(program, metadata)
     write_file(Path(path), [content])
+
+
+def _on_cpu(module: nn.Module) -> nn.Module:
+    """The module; a copy of one that is elsewhere, as a program runs only on the device on which it was traced."""
+    if all(tensor.device.type == "cpu" for tensor in [*module.parameters(), *module.buffers()]):
+        return module
+    # Each tensor straight to the CPU: a GPU may have no room for a second copy of the weights.
+    here = {id(tensor): nn.Parameter(tensor.detach().cpu(), requires_grad=False) for tensor in module.parameters()}
+    return copy.deepcopy(module, {**here, **{id(tensor): tensor.detach().cpu() for tensor in module.buffers()}})
 
 
 def _check_onnx(module: nn.Module) -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from helpers.refusals import refused
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.passes import move_to_device_pass
 
 import ltloss
 from ltloss import export
@@ -26,6 +28,13 @@ class OwnLogits(ltloss.PrototypeHead):
 
     def logits(self, features: Tensor) -> Tensor:
         return super().logits(features) * torch.arange(1.0, self.num_classes + 1)
+
+
+class SquaredLogits(ltloss.PrototypeHead):
+    """A head with logits of its own, on any device."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        return super().logits(features).square()
 
 
 def heads() -> dict[str, nn.Module]:
@@ -142,6 +151,25 @@ def test_a_network_keeps_its_mode(tmp_path: Path) -> None:
     inputs = torch.randn(3, D)
     found = torch.export.load(tmp_path / "network.pt2").module()(inputs)
     assert torch.equal(found["index"], network.eval()(inputs)["index"])
+
+
+def test_a_head_on_a_gpu_becomes_a_program_for_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program names the device on which it was traced, and runs on no other."""
+    programs = []
+
+    def traced(program: torch.export.ExportedProgram, *_: Any) -> bytes:
+        programs.append(program)
+        return b""
+
+    monkeypatch.setattr(export, "_pt2", traced)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # CUDA tensors without values, and without a GPU
+        for head in (ltloss.ArcFaceLoss(C, D, device="cuda"), SquaredLogits(C, D, device="cuda")):
+            export_head(head, tmp_path / "head.pt2", to="torch", k=K)
+            assert head.weight.device.type == "cuda"
+    for program in programs:
+        assert "cuda" not in str(program)
+        moved = move_to_device_pass(program, "meta").module()
+        assert moved(torch.empty(4, D, device="meta"))["logits"].device.type == "meta"
 
 
 def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
