@@ -270,6 +270,13 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             loaded.__dict__.update(arrays, **about["values"])
         return loaded
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles and copies: without an optimizer on a GPU, which may be absent where they are read."""
+        state = dict(super().__getstate__())
+        if "_training" in state and state["_training"].head.weight.device.type != "cpu":
+            del state["_training"]
+        return state
+
     @contextmanager
     def _whole_or_not_at_all(self) -> Iterator[None]:
         """Restore all attributes after an error. What an optimizer has changed is then read from them again."""

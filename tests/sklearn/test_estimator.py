@@ -162,6 +162,19 @@ def test_only_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["found.npz"]
 
 
+def test_a_pickle_leaves_an_optimizer_on_a_gpu_behind() -> None:
+    """Where it is read there may be no GPU; one on the CPU goes along, and a copy takes the same steps."""
+    X, y = tail()
+    found = quick().partial_fit(X, y, classes=range(6))
+    again = pickle.loads(pickle.dumps(found))
+    assert same(found.partial_fit(X, y), again.partial_fit(X, y))
+    found._training.head.to("meta")  # in place of a GPU
+    there = pickle.loads(pickle.dumps(found))
+    assert "_training" not in vars(there)
+    assert np.array_equal(there.predict(X), again.predict(X))
+    assert there.partial_fit(X, y).n_iter_ == 3
+
+
 def test_probabilities_by_blocks_are_those_of_the_whole() -> None:
     X, y = tail()
     found = quick(loss="cosine", class_prior="counts").fit(X, y)
