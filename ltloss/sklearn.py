@@ -328,7 +328,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            torch.empty(0, device=self.device)
+            torch.empty(0, dtype=torch.float64, device=self.device)  # in which the losses sum; Apple's devices lack it
         except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"device must be 'auto', or one that is here; got {self.device!r} ({reason})") from None

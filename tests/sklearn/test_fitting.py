@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.refusals import refused
 
 pytest.importorskip("sklearn", "1.6")
@@ -124,6 +125,18 @@ def test_a_class_that_comes_later() -> None:
     with refused("7", "classes"):
         found.partial_fit(X[:3], [0, 1, 7])
     assert np.array_equal(found.predict_proba(X), before)
+
+
+def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses sum in float64, which Apple's devices lack."""
+
+    def without_float64(*_: Any, dtype: torch.dtype = torch.float32, **__: Any) -> None:
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    with monkeypatch.context() as patched, refused("device", "'mps'", "float64"):
+        patched.setattr(torch, "empty", without_float64)
+        quick(device="mps").fit(X, Y)
 
 
 def test_partial_fit_takes_the_rate_and_the_device_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
