@@ -5,10 +5,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
+from typing import Any
 
 import pytest
 import torch
 from helpers.refusals import missing
+from ltloss_kernels.config.precision import float32_products, product_precision
 
 import ltloss
 from ltloss import functional
@@ -54,6 +56,22 @@ def test_the_self_check_compares_with_float64() -> None:
     errors = doctor.self_check("cpu")
     assert set(errors) == {"loss", "gradient of the features", "gradient of the prototypes", "nearest prototype"}
     assert all(0 < error < 2e-5 for error in errors.values())
+
+
+def test_the_self_check_forms_float32_products_whatever_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may allow TF32, in which a sound GPU is off by more than rounding."""
+    seen = []
+
+    def noted(*given: Any, **named: Any) -> torch.Tensor:
+        seen.append(product_precision())
+        return margin_cross_entropy(*given, **named)
+
+    margin_cross_entropy = functional.margin_cross_entropy
+    monkeypatch.setattr(functional, "margin_cross_entropy", noted)
+    with float32_products("high"):
+        assert doctor.main() == 0
+        assert product_precision() == "tf32"
+    assert set(seen) == {"ieee"}
 
 
 def distorted(function: Callable[..., torch.Tensor], by: float) -> Callable[..., torch.Tensor]:
