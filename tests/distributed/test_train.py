@@ -79,6 +79,22 @@ def test_train_on_two_ranks(tmp_path: Path) -> None:
     assert f"{evaluation.metrics.accuracy:.6f}" == f"{float(_rows(tmp_path / 'whole')[-1]['test_accuracy']):.6f}"
 
 
+def _apart(rank: int, data: Path, out: Path) -> None:
+    """As on nodes without a common file system: each rank has a folder of its own, and the first one writes."""
+    given = _settings(data, 2)
+    train(out / str(rank), given, quiet=True)
+    if rank == 0:
+        shutil.rmtree(out / "0" / "checkpoints" / "epoch-0002")
+    dist.barrier()
+    with refused("--out", "rank 0", "epoch-0001", "rank 1", "no checkpoint", error=UserError):
+        train(out / str(rank), given, resume=True, quiet=True)
+    assert not (out / "1").exists()
+
+
+def test_ranks_that_find_different_checkpoints_are_refused(tmp_path: Path) -> None:
+    world.run(_apart, 2, write_images(tmp_path / "toy.npz"), tmp_path)
+
+
 def _fused(rank: int, data: Path, out: Path) -> dict[bool, list[float]]:
     curves = {}
     for fused in (False, True):

@@ -45,6 +45,13 @@ class Ranks:
             dist.all_reduce(number)
         return number
 
+    def all(self, text: str) -> list[str]:
+        """What each rank gives, in their order."""
+        given = [text] * self.count
+        if self.count > 1:
+            dist.all_gather_object(given, text)
+        return given
+
 
 @contextmanager
 def process_group(parallel: str, device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:

@@ -92,7 +92,7 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
         with owned(out) if ranks.first else nullcontext():
             if ranks.first and stored is None:
                 check_still_new(out)
-            checkpoint = latest_checkpoint(out)
+            checkpoint = _common_checkpoint(out, ranks)
             trainer = Trainer(
                 data.config, data.train, device, ranks, validation=data.validation, fresh=checkpoint is None
             )
@@ -115,6 +115,20 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
             if ranks.first:
                 write_file(out / "evaluation.json", evaluation.to_json().encode())
             return TrainingResult(out, evaluation, trainer.history, ranks)
+
+
+def _common_checkpoint(out: Path, ranks: Ranks) -> Path | None:
+    """The newest checkpoint of ``out``, which each rank reads; UserError unless all ranks find the same."""
+    ranks.wait()  # until the first one owns the folder
+    checkpoint = latest_checkpoint(out)
+    found = ranks.all("no checkpoint" if checkpoint is None else checkpoint.name)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise UserError(
+                f"--out {out} must be one folder for all ranks: rank 0 found {found[0]}, rank {rank} {other}; "
+                "choose a folder in a common file system"
+            )
+    return checkpoint
 
 
 def _run_epochs(trainer: Trainer, test: Source, out: Path, quiet: bool) -> None:
