@@ -185,5 +185,6 @@ class PretrainedBackbone(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Features (N, D) of uint8 images (N, channels, H, W) of the shape ``image_shape``."""
-        pixels = images.to(self.mean.device, self.mean.dtype) / 255
+        # In one call pixels are converted before they are sent.
+        pixels = images.to(self.mean.device).to(self.mean.dtype) / 255
         return cast(Tensor, self.network((pixels - self.mean) / self.std))

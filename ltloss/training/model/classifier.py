@@ -55,7 +55,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Features (N, D) of uint8 images (N, channels, H, W) or of embeddings, of the shape ``config.image_shape``."""
-        values = images.to(self.mean.device, self.mean.dtype)
+        values = images.to(self.mean.device).to(self.mean.dtype)  # in one call they are converted before they are sent
         if not self.config.of_embeddings:
             values = values / 255
         return cast(Tensor, self.norm(self.backbone((values - self.mean) / self.std)))

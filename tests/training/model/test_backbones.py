@@ -10,9 +10,12 @@ import pytest
 import torch
 from helpers.refusals import refused
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltloss.errors import UserError
 from ltloss.training.model.backbones import BACKBONES, PretrainedBackbone, ResNet32, build_backbone
+from ltloss.training.model.classifier import Classifier
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -35,6 +38,28 @@ def test_without_timm_its_models_are_an_error(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with refused(name, "timm", error=UserError):
         build_backbone(name, (3, 32, 32), 16)
+
+
+class Sent(TorchDispatchMode):
+    """Notes the dtype in which a tensor comes to another device."""
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and result.device != args[0].device:
+            self.dtype = result.dtype
+        return result
+
+
+@pytest.mark.parametrize("kind", [Classifier, PretrainedBackbone])
+def test_pixels_are_sent_to_a_gpu_as_bytes(kind: type[nn.Module]) -> None:
+    """A copy that changes the dtype too is converted before it is sent, four bytes for each."""
+    with FakeTensorMode(), Sent() as sent:  # CUDA tensors without values, and without a GPU
+        images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+        mean, std = torch.zeros(3, 1, 1, device="cuda"), torch.ones(3, 1, 1, device="cuda")
+        network: Any = types.SimpleNamespace(mean=mean, std=std, config=types.SimpleNamespace(of_embeddings=False))
+        network.backbone = network.norm = network.network = nn.Identity()
+        assert kind.features(network, images).dtype == torch.float32
+    assert sent.dtype == torch.uint8
 
 
 class Pooled(nn.Module):
