@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ltloss.distributed.layout import local
 from ltloss.training.model.classifier import Classifier
@@ -30,14 +31,19 @@ class WeightAverage:
             for name, buffer in trained.named_buffers()
             if buffer.is_floating_point() and not name.startswith("loss.")
         }
+        # In lists, for one operator in place of several for each tensor, each of which a GPU would wait for. Training
+        # changes these tensors in place. What is copied it may replace, so that is looked up in every step.
+        self._now, self._averages = (
+            [local(tensor) for name, tensor in model.state_dict().items() if name in self._averaged]
+            for model in (trained, self.classifier)
+        )
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the weights after step number ``step`` (from 1) to the average."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        now = self._trained.state_dict()
-        for name, average in self.classifier.state_dict().items():
-            if name in self._averaged:
-                local(average).lerp_(local(now[name]), 1 - decay)
-            else:
+        get_ema_multi_avg_fn(decay)(self._averages, self._now, step)  # type: ignore[no-untyped-call]
+        now = self._trained.state_dict(keep_vars=True)
+        for name, average in self.classifier.state_dict(keep_vars=True).items():
+            if name not in self._averaged:
                 local(average).copy_(local(now[name]))

@@ -11,6 +11,7 @@ from helpers.refusals import refused
 from helpers.toys import toy_settings
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltloss.errors import UserError
 from ltloss.testing import relative_error
@@ -144,6 +145,32 @@ def test_the_average_of_the_weights_is_the_recursion() -> None:
 
 
 @pytest.mark.slow
+class Operators(TorchDispatchMode):
+    """Counts the calls of operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_of_the_average_takes_few_operators_and_rounds_as_tensor_by_tensor() -> None:
+    """A GPU waits for the host where each small tensor takes an operator of its own."""
+    classifier = Classifier(_config(backbone="resnet32", loss="arcface"))
+    average = WeightAverage(classifier, decay=0.9)
+    expected = {name: tensor.clone() for name, tensor in average.classifier.state_dict().items()}
+    with torch.no_grad():
+        for tensor in classifier.state_dict().values():
+            tensor.add_(torch.rand(tensor.shape).to(tensor.dtype))
+    with Operators() as operators:
+        average.update(7)
+    assert operators.count < len(expected)
+    for name, now in classifier.state_dict().items():
+        wanted = expected[name].lerp_(now, 1 - 8 / 17) if now.is_floating_point() else now
+        assert torch.equal(average.classifier.state_dict()[name], wanted), name
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_average_is_what_a_run_measures_and_keeps(fused: bool, toy_npz: Path, tmp_path: Path) -> None:
     given = toy_settings(toy_npz, epochs=3, loss="arcface", fused_update=fused)
