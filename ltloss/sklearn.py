@@ -216,7 +216,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: Any) -> Array:
         """The most probable label (N,) of each sample of X (N, D), without the N×C logits."""
-        index = self._by_blocks(X, lambda classifier, z: classifier.best(z)[:, 0])
+        index = self._by_blocks(X, lambda classifier, z: classifier.best(z)[:, 0], dense=False)
         return np.asarray(self.classes_[index])
 
     def top_k(self, X: Any, k: int = 5) -> TopClasses:
@@ -374,7 +374,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             self.validation_scores_,
         )
 
-    def _by_blocks(self, X: Any, function: Callable[[Classifier, Tensor], Tensor]) -> Array:
+    def _by_blocks(self, X: Any, function: Callable[[Classifier, Tensor], Tensor], *, dense: bool = True) -> Array:
         """Apply a function of (classifier, features) to X block by block, and concatenate the results."""
         check_is_fitted(self, "prototypes_")
         X = validate_data(self, X, dtype=_DTYPES, reset=False)
@@ -382,7 +382,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         offset = offset_of(found.counts, self.class_prior == "uniform")
         classifier = found.classifier.expecting(offset, found.temperature).to(device)
         whole: Array | None = None
-        for rows, z in Batches(X, found.space.to(device), device).blocks(block_rows(classifier)):
+        for rows, z in Batches(X, found.space.to(device), device).blocks(block_rows(classifier, dense=dense)):
             values = function(classifier, z).cpu().numpy()
             if whole is None:
                 whole = np.empty((len(X), *values.shape[1:]), dtype=values.dtype)

@@ -15,14 +15,16 @@ from ltloss.numerics import spans
 __all__ = ["block_rows", "calibration_error", "share_right", "temperature", "validation_mask"]
 
 _BLOCK = 1 << 22  # numbers in a block of logits or features
+_ROWS = 4096  # in a block without logits: fewer take longer, more gain nothing
 _MOST = 20_000  # rows of a validation part, about
 _MOST_LOGITS = 1 << 27  # logits that the temperature is fitted on
 _ROUNDS = 12  # Newton steps at most
 
 
-def block_rows(classifier: Classifier) -> int:
-    """How many rows make a block of features and dense logits."""
-    return max(1, _BLOCK // max(classifier.prototypes.shape))
+def block_rows(classifier: Classifier, *, dense: bool = True) -> int:
+    """How many rows make a block of features and dense logits; more where no ``dense`` logits bound them."""
+    rows = max(1, _BLOCK // max(classifier.prototypes.shape))
+    return rows if dense else max(rows, min(_ROWS, _BLOCK // classifier.prototypes.shape[1]))
 
 
 def validation_mask(labels: Tensor, classes: int, fraction: float, generator: torch.Generator) -> Tensor:
@@ -61,7 +63,7 @@ def _blocks(batches: Batches, part: Part, rows: int) -> Iterator[tuple[Tensor, T
 def share_right(classifier: Classifier, batches: Batches, part: Part) -> float:
     """Weighted top-1 accuracy on a part."""
     right = 0.0
-    for z, labels, weights in _blocks(batches, part, 4096):
+    for z, labels, weights in _blocks(batches, part, _ROWS):
         right += float(((classifier.best(z)[:, 0] == labels) * weights).sum())
     return right / float(part.weights.sum())
 

@@ -28,6 +28,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from ltloss import sklearn
 from ltloss._estimator.fitting import fit
+from ltloss._estimator.heads import Classifier
 from ltloss.sklearn import LongTailClassifier
 
 BY_LOT = "which rows share a minibatch, and which are held out, is drawn; a row given twice is not a row of weight 2"
@@ -204,6 +205,24 @@ def test_no_matrix_of_samples_by_classes(loss: str) -> None:
     with watching(LargestTensor()) as seen:
         assert found.predict_proba(X).shape == (len(y), classes)
     assert seen.largest <= 1 << 22
+
+
+def test_many_classes_do_not_make_blocks_to_predict_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``predict`` makes no logits, so their number need not be bounded; few rows at a time take longer."""
+    classes, blocks = 6000, []
+    draw = np.random.default_rng(0)
+    X, y = draw.normal(size=(classes, 4)).astype(np.float32), np.arange(classes)
+    found = LongTailClassifier("cosine", scales=[16], validation_fraction=None, max_iter=1, random_state=0).fit(X, y)
+
+    def best(classifier: Classifier, z: torch.Tensor, k: int = 1) -> torch.Tensor:
+        blocks.append(len(z))
+        return whole(classifier, z, k)
+
+    whole = Classifier.best
+    monkeypatch.setattr(Classifier, "best", best)
+    predicted = found.predict(X)
+    assert blocks == [3000, 3000]
+    assert np.array_equal(predicted, found.top_k(X, 1).label[:, 0])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
