@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ltloss.numerics import spans
 
-__all__ = ["WIDEST", "Batches", "Part", "Space", "class_means", "of_class_means", "rows_of"]
+__all__ = ["WIDEST", "Batches", "Part", "Space", "class_means", "of_class_means", "rows_of", "sent_to"]
 
 Array = np.ndarray[Any, Any]
 
@@ -66,6 +66,14 @@ def rows_of(X: Array, index: Tensor | slice) -> Tensor:
     return torch.from_numpy(rows)
 
 
+def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """A tensor of the CPU on the device. The host does not wait for the steps that a GPU has yet to do.
+
+    For that the copy must start from pinned memory, which PyTorch keeps until the copy is done.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @dataclass(frozen=True)
 class Batches:
     """Rows of X mapped to a space on demand, so that X is never copied whole."""
@@ -76,7 +84,7 @@ class Batches:
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         """The mapped rows at these indices, (n, D) on the device."""
-        return self.space(rows_of(self.X, index).to(self.device))
+        return self.space(sent_to(self.device, rows_of(self.X, index)))
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
         """All of X in blocks of at most ``rows`` rows, each with its slice."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ltloss._estimator.heads import Candidate, Classifier, log_prior
-from ltloss._estimator.space import Batches, Part
+from ltloss._estimator.space import Batches, Part, sent_to
 from ltloss.numerics import spans
 from ltloss.runtime import use_workspace
 
@@ -89,17 +89,18 @@ class Training:
         # A coordinate of a unit vector is about 1/√D, so this step turns a prototype by the same angle for every D.
         step, passes, lr = 0, 0, self.lr / self.head.weight.shape[1] ** 0.5
         while step < steps:
-            order, total = torch.randperm(len(part.rows), generator=generator), 0.0
+            order, losses = torch.randperm(len(part.rows), generator=generator), []
             for start, stop in spans(len(order), batch_size):
                 for group in self._optimizer.param_groups:
                     group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * step / steps) if annealed else 1.0)
-                total += self._step(batches, part.take(order[start:stop]))
+                losses.append(self._step(batches, part.take(order[start:stop])))
                 step += 1
                 if bar is not None:
                     bar.update()
                 if step == steps:
                     break
             passes += 1
+            total = sum(torch.stack(losses).tolist())  # once a pass: each look makes a GPU wait
             if not math.isfinite(total):
                 raise ValueError(
                     f"the loss became {total:g} in pass {passes}: features too large for float32, or lr too high"
@@ -108,15 +109,15 @@ class Training:
                 break
         return passes
 
-    def _step(self, batches: Batches, batch: Part) -> float:
-        device = batches.device
+    def _step(self, batches: Batches, batch: Part) -> Tensor:
         self._optimizer.zero_grad()
         with _kept_exponentials:
-            losses = self.head(batches[batch.rows] * self.candidate.gain, batch.labels.to(device))
-            loss = (losses * batch.weights.to(device)).mean()
-            loss.backward()
+            labels, weights = (sent_to(batches.device, values) for values in (batch.labels, batch.weights))
+            losses: Tensor = self.head(batches[batch.rows] * self.candidate.gain, labels)
+            loss = (losses * weights).mean()
+            torch.autograd.backward(loss)
         self._optimizer.step()
-        return float(loss.detach())
+        return loss.detach()
 
     def meet(self, start: Classifier, new: Tensor, counts: Tensor, generator: torch.Generator) -> None:
         """Set the prototypes of the classes in the mask ``new`` (C,) to ``start``, and the log prior to ``counts``."""

@@ -18,6 +18,7 @@ from sklearn.metrics import log_loss
 
 from ltloss import current_keep_exponentials, current_workspace
 from ltloss._estimator.heads import Classifier
+from ltloss._estimator.space import sent_to
 from ltloss._estimator.training import Training
 from ltloss.sklearn import LongTailClassifier
 
@@ -125,6 +126,35 @@ def test_a_class_that_comes_later() -> None:
     with refused("7", "classes"):
         found.partial_fit(X[:3], [0, 1, 7])
     assert np.array_equal(found.predict_proba(X), before)
+
+
+def test_a_step_leaves_its_loss_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read it makes the host wait for a GPU; that is done once a pass."""
+    losses: list[Any] = []
+    whole = Training._step
+    monkeypatch.setattr(Training, "_step", lambda *given: losses.append(whole(*given)) or losses[-1])
+    quick(validation_fraction=None, scales=[16]).fit(X, Y)
+    assert {type(loss) for loss in losses} == {torch.Tensor}
+    assert not any(loss.requires_grad for loss in losses)
+
+
+def test_rows_go_to_a_gpu_without_waiting_for_the_steps_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's copies wait unless they are told not to, and start from pinned memory."""
+    sent: list[tuple[str, bool]] = []
+
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        sent.append((device.type, non_blocking))
+        return tensor
+
+    rows = torch.arange(3.0)
+    with monkeypatch.context() as patched:  # a GPU need not be there
+        patched.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+        patched.setattr(torch.Tensor, "to", to)
+        found = sent_to(torch.device("cuda"), rows)
+        assert sent_to(torch.device("cpu"), rows) is rows
+    assert torch.equal(found, rows)
+    assert found is not rows
+    assert sent == [("cuda", True), ("cpu", False)]
 
 
 def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
