@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ltloss.errors import UserError
+from ltloss.training.run.checkpoint import latest_checkpoint
 
 if TYPE_CHECKING:
     from ltloss.training.model.classifier import Classifier
@@ -128,3 +130,17 @@ def copy_to_shard(target: Tensor, value: Tensor) -> None:
         value = value[slice(*Layout.of(target).span())]
     with torch.no_grad():
         local(target).copy_(value)
+
+
+def common_checkpoint(out: Path, ranks: Ranks) -> Path | None:
+    """The newest checkpoint of ``out``, which each rank reads; UserError unless all ranks find the same."""
+    ranks.wait()  # until the first one owns the folder
+    checkpoint = latest_checkpoint(out)
+    found = ranks.all("no checkpoint" if checkpoint is None else checkpoint.name)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise UserError(
+                f"--out {out} must be one folder for all ranks: rank 0 found {found[0]}, rank {rank} {other}; "
+                "choose a folder in a common file system"
+            )
+    return checkpoint

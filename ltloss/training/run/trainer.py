@@ -33,7 +33,6 @@ from ltloss.training.run.average import WeightAverage
 from ltloss.training.run.checkpoint import (
     Checkpoint,
     checkpoint_path,
-    latest_checkpoint,
     load_checkpoint,
     read_tensors,
     save_checkpoint,
@@ -45,7 +44,14 @@ from ltloss.training.run.optimizer_state import load_state, set_steps, state_ten
 from ltloss.training.run.optimizers import build_optimizers
 from ltloss.training.run.prepare import prepare_data
 from ltloss.training.run.progress import EpochProgress
-from ltloss.training.run.ranks import Ranks, copy_to_shard, gather_full, process_group, wrap_distributed
+from ltloss.training.run.ranks import (
+    Ranks,
+    common_checkpoint,
+    copy_to_shard,
+    gather_full,
+    process_group,
+    wrap_distributed,
+)
 from ltloss.training.run.run_config import RunConfig
 from ltloss.training.run.run_folder import (
     check_same_data,
@@ -92,7 +98,7 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
         with owned(out) if ranks.first else nullcontext():
             if ranks.first and stored is None:
                 check_still_new(out)
-            checkpoint = _common_checkpoint(out, ranks)
+            checkpoint = common_checkpoint(out, ranks)
             trainer = Trainer(
                 data.config, data.train, device, ranks, validation=data.validation, fresh=checkpoint is None
             )
@@ -115,20 +121,6 @@ def train(out: Path, given: Mapping[str, Any], *, resume: bool = False, quiet: b
             if ranks.first:
                 write_file(out / "evaluation.json", evaluation.to_json().encode())
             return TrainingResult(out, evaluation, trainer.history, ranks)
-
-
-def _common_checkpoint(out: Path, ranks: Ranks) -> Path | None:
-    """The newest checkpoint of ``out``, which each rank reads; UserError unless all ranks find the same."""
-    ranks.wait()  # until the first one owns the folder
-    checkpoint = latest_checkpoint(out)
-    found = ranks.all("no checkpoint" if checkpoint is None else checkpoint.name)
-    for rank, other in enumerate(found):
-        if other != found[0]:
-            raise UserError(
-                f"--out {out} must be one folder for all ranks: rank 0 found {found[0]}, rank {rank} {other}; "
-                "choose a folder in a common file system"
-            )
-    return checkpoint
 
 
 def _run_epochs(trainer: Trainer, test: Source, out: Path, quiet: bool) -> None:
