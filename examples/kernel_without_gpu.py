@@ -4,7 +4,7 @@ Run ``python examples/kernel_without_gpu.py`` on Linux. Nothing of ltloss is imp
 docs/testing-kernels.md says what each technique finds, and what it cannot.
 """
 
-# ruff: noqa: E402 - Triton reads the variable where a kernel is decorated
+# ruff: noqa: E402 - Triton reads its variable where a kernel is decorated; a forked process waits for OpenMP's threads
 from __future__ import annotations
 
 import ctypes
@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 COMPILING = "--compile" in sys.argv
-os.environ["TRITON_INTERPRET"] = "0" if COMPILING else "1"
+os.environ |= {"TRITON_INTERPRET": "0" if COMPILING else "1", "OMP_NUM_THREADS": "1"}
 
 import numpy as np
 import torch

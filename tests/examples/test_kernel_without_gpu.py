@@ -26,9 +26,10 @@ def test_it_prints_what_the_page_shows(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "testing-kernels.md").read_text(encoding="utf-8")
     shown = re.search(r"```text\n(the right kernel.*?)```", page, re.DOTALL)
     assert shown is not None
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("OMP_NUM_THREADS", None)  # as whoever follows the page runs it
     command = [sys.executable, str(ROOT / "examples" / "kernel_without_gpu.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [line.partition("  {")[0].rstrip() for line in done.stdout.splitlines()] == shown[1].splitlines()
     right, spilled = (re.search(rf"^{name} .*?({{.*)", done.stdout, re.MULTILINE)[1] for name in ("none", "too few"))
