@@ -48,7 +48,7 @@ def environment(folder: Path, requirement: str) -> Path:
 def examples(python: Path, folder: Path) -> None:
     """Every example, as it says that it is run."""
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
-    for file in sorted((folder / "examples").glob("*.py")):
+    for file in sorted((folder / "examples").glob("[!_]*.py")):
         name = file.stem
         program: list[str | Path] = ["-m", f"examples.{name}"] if name in AS_MODULES else [file]
         run([python, *program, *OPTIONS.get(name, [])], folder)
