@@ -55,10 +55,11 @@ _MOST_SCALE = 1e30  # logits and their sums stay finite in float32
 _PI = math.pi + 1e-6  # π rounded to float32 is larger than π in float64
 _LARGEST = sys.float_info.max
 
+MOST_COSINE_MARGIN = 2.0  # cosines span 2
 # The range of the values of a per-class constant: lowest, highest, and in words.
 _RANGES = {
     "angular_margin": (-_PI, _PI, "lie in [-π, π] radians, not degrees"),
-    "cosine_margin": (-2.0, 2.0, "lie in [-2, 2] in units of the cosine, not degrees"),  # cosines span 2
+    "cosine_margin": (-MOST_COSINE_MARGIN, MOST_COSINE_MARGIN, "lie in [-2, 2] in units of the cosine, not degrees"),
     "class_weight": (0.0, _LARGEST, "be finite and not negative"),
     "log_prior": (-math.inf, _LARGEST, "be finite, or -inf for a class without samples"),
 }

@@ -33,10 +33,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``compare`` besides the settings of a training."""
-    parser.description = _DESCRIPTION
-    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="the folder of results to write")
     from ltloss.training.comparison.methods import METHODS
 
+    parser.description = _DESCRIPTION
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="the folder of results to write")
     listed = f"methods, separated by commas, or all: {', '.join(METHODS)}"
     parser.add_argument("--losses", type=names, required=True, metavar="NAMES", help=listed)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each method (default: 3)")

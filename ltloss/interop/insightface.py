@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ltloss import functional as F
-from ltloss._validation import check_count, check_number, check_type
+from ltloss._validation import MOST_COSINE_MARGIN, check_count, check_number, check_type
 from ltloss.distributed import collectives as comm
 from ltloss.distributed.batch_gather import BatchGather, gather_supervised
 from ltloss.distributed.layout import Layout, class_mesh, mesh_device
@@ -92,7 +92,7 @@ class CosFace:
 
     def __post_init__(self) -> None:
         check_number("s", self.s, above=0.0)
-        check_number("m", self.m, at_least=-2.0, at_most=2.0)
+        check_number("m", self.m, at_least=-MOST_COSINE_MARGIN, at_most=MOST_COSINE_MARGIN)
 
     def options(self) -> dict[str, Any]:
         """The options for :func:`ltloss.functional.margin_cross_entropy`."""
@@ -130,7 +130,7 @@ class CombinedMarginLoss:
         check_number("interclass_filtering_threshold", self.interclass_filtering_threshold)
         m1, m2, m3 = (
             check_number(name, getattr(self, name), at_least=-most, at_most=most)
-            for name, most in (("m1", math.inf), ("m2", math.pi), ("m3", 2.0))
+            for name, most in (("m1", math.inf), ("m2", math.pi), ("m3", MOST_COSINE_MARGIN))
         )
         if m1 != 1.0 or m3 < 0.0 or (m2 != 0.0 and m3 != 0.0):
             raise ValueError(

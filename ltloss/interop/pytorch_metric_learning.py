@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ltloss._validation import check_count, check_number, check_sub_centers
+from ltloss._validation import MOST_COSINE_MARGIN, check_count, check_number, check_sub_centers
 from ltloss.distributed.layout import Layout
 from ltloss.extend import logsumexp_stats, margin_losses
 from ltloss.interop._fill import fill
@@ -212,7 +212,7 @@ class CosFaceLoss(ClassificationLoss):
         **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(num_classes, embedding_size, **options)
-        self.margin = check_number("margin", margin, at_least=-2.0, at_most=2.0)
+        self.margin = check_number("margin", margin, at_least=-MOST_COSINE_MARGIN, at_most=MOST_COSINE_MARGIN)
         self.scale = check_number("scale", scale, above=0.0)
 
     def _options(self) -> dict[str, Any]:

@@ -65,6 +65,10 @@ class ArrayImages:
         """Pixels (B, channels, height, width) uint8 of the images at indices (B,)."""
         return torch.from_numpy(self._channels_first[indices])
 
+    def checksum(self, start: int = 0) -> int:
+        """CRC-32 of the pixels as they are stored, continued from ``start``."""
+        return zlib.crc32(np.ascontiguousarray(self.images).data, start)
+
     def image(self, index: int) -> Image.Image:
         """The image as it is stored."""
         pixels = self.images[index]
