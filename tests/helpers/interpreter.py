@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -162,4 +162,21 @@ def products_by_value() -> Iterator[None]:
         return TensorHandle(product.astype(start.data.dtype), start.dtype.scalar)
 
     with mock.patch.object(InterpreterBuilder, "create_dot", create_dot):
+        yield
+
+
+@contextmanager
+def opaque_launches(seen: Callable[[str], None] = lambda kernel: None) -> Iterator[None]:
+    """Within the block no TorchDispatchMode sees what the interpreter does; ``seen`` gets each kernel's name."""
+    from torch.utils._python_dispatch import _disable_current_modes
+    from triton.runtime.interpreter import GridExecutor
+
+    execute = GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **options: Any) -> Any:
+        seen(self.fn.__name__)
+        with _disable_current_modes():
+            return execute(self, *args, **options)
+
+    with mock.patch.object(GridExecutor, "__call__", launch):
         yield

@@ -8,11 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers.interpreter import opaque_launches
 from helpers.kernel_problems import DEVICE
 from helpers.looks import Looks
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
-from triton.runtime.interpreter import GridExecutor
 
 import ltloss
 from ltloss import contrastive, extend, functional, optim
@@ -28,13 +27,7 @@ ALL = MODULES | WITH_LENGTHS | WITH_SUB_CENTERS
 @pytest.fixture(autouse=True)
 def as_on_a_gpu() -> Iterator[None]:
     """Labels are not checked, and a launch is opaque: the interpreter looks at every entry."""
-    execute = GridExecutor.__call__
-
-    def launch(self: Any, *args: Any, **options: Any) -> Any:
-        with _disable_current_modes():
-            return execute(self, *args, **options)
-
-    with mock.patch.object(labels_operator, "_check"), mock.patch.object(GridExecutor, "__call__", launch):
+    with mock.patch.object(labels_operator, "_check"), opaque_launches():
         yield
 
 
